@@ -7,6 +7,7 @@ import enum
 import numpy
 from mpi4py import MPI
 
+
 def split_size_2d(size):
     """Split a number of ranks into the two factors, as equal as can be, of a process mesh.
 
@@ -19,6 +20,7 @@ def split_size_2d(size):
     first = next(a for a in range(int(size ** 0.5) + 1, 0, -1) if size % a == 0)
     return first, size // first
 
+
 def block_edges(n, parts):
     """Edges of `parts` consecutive blocks of `n` indices; blocks have ``ceil(n / parts)`` of them, then the rest.
 
@@ -26,6 +28,7 @@ def block_edges(n, parts):
     """
     block = -(-n // parts)
     return numpy.minimum(numpy.arange(parts + 1, dtype="intp") * block, n)
+
 
 class Flags(enum.IntFlag):
     """Options of a transform; join them with ``|``.
@@ -53,11 +56,13 @@ class Flags(enum.IntFlag):
     PFFT_PADDED_R2C = PADDED_R2C = 1 << 11
     PFFT_PADDED_C2R = PADDED_C2R = 1 << 12
 
+
 class Direction(enum.IntEnum):
     """Sign of the exponent: ``FORWARD`` is ``exp(-i k x)``, ``BACKWARD`` is ``exp(+i k x)``."""
 
     PFFT_FORWARD = FORWARD = -1
     PFFT_BACKWARD = BACKWARD = 1
+
 
 class Type(enum.IntEnum):
     """Kinds of transform; ``PFFT_`` in double precision, ``PFFTF_`` in single precision."""
@@ -89,6 +94,7 @@ class Type(enum.IntEnum):
         """Pair of dtypes: of a real and of a complex number in this type's precision."""
         names = ("f4", "c8") if self >= 4 else ("f8", "c16")
         return numpy.dtype(names[0]), numpy.dtype(names[1])
+
 
 class ProcMesh:
     """The ranks of a communicator, arranged as a mesh in C order.
@@ -144,6 +150,7 @@ class ProcMesh:
     def __repr__(self):
         return f"ProcMesh(np={self.np.tolist()}, this={self.this.tolist()})"
 
+
 def _free_lines(comm, keyval, lines):
     """Free the communicators of the meshes on `comm`; MPI calls this when `comm` itself is freed."""
     for line in (line for mesh in lines.values() for line in mesh):
@@ -175,6 +182,7 @@ def _line(mesh, dim):
     rest = mesh.this.copy()
     rest[dim] = 0
     return mesh.comm.Split(int(numpy.ravel_multi_index(rest, mesh.np)), int(mesh.this[dim]))
+
 
 class Layout:
     """One way to spread an array over a process mesh.
@@ -219,6 +227,7 @@ class Layout:
         """The local part of the array, in an array of bytes that is at least ``nbytes`` long."""
         return numpy.ndarray(self.local, self.dtype, buffer=memory, strides=self.strides)
 
+
 def level_layout(mesh, shape, dtype, level, order=None, padded=0):
     """The layout in which axis `level` is whole and its neighbours are spread over the mesh.
 
@@ -228,6 +237,7 @@ def level_layout(mesh, shape, dtype, level, order=None, padded=0):
     owners = [axis if axis < level else axis - 1 if level < axis <= mesh.ndim else None
               for axis in range(len(shape))]
     return Layout(mesh, shape, dtype, owners, range(len(shape)) if order is None else order, padded)
+
 
 def end_layout(mesh, shape, dtype, transposed, padded=0):
     """The layout at one end of a transform, as the user sees it: plain or transposed."""
@@ -239,6 +249,7 @@ def end_layout(mesh, shape, dtype, transposed, padded=0):
     owners = [(a - 1) % turned if a < turned else None for a in axes]
     owners = [owner if owner is not None and owner < mesh.ndim else None for owner in owners]
     return Layout(mesh, shape, dtype, owners, axes[1:turned] + axes[:1] + axes[turned:])
+
 
 def end_layouts(kind, n, mesh, flags):
     """The two layouts, of the input and of the output, of a transform of type `kind` on a mesh of shape `n`."""
@@ -269,7 +280,9 @@ def end_layouts(kind, n, mesh, flags):
         layouts.append(end_layout(mesh, shape, dtype, flags & transposed, 2 * half[-1] if padded else 0))
     return layouts
 
+
 _ALL_FLAGS = Flags(sum(flag for flag in Flags))
+
 
 class Partition:
     """How the two ends of a transform are spread over the ranks.
@@ -321,6 +334,7 @@ class Partition:
                 f"local_ni={self.local_ni.tolist()}, local_no={self.local_no.tolist()}, "
                 f"local_i_start={self.local_i_start.tolist()}, local_o_start={self.local_o_start.tolist()})")
 
+
 def working_mesh(procmesh, ndim):
     """The process mesh the transform itself runs on: one that leaves at least one of `ndim` axes whole."""
     if procmesh.ndim < ndim:
@@ -341,6 +355,7 @@ def _alloc_local(kind, n, procmesh):
         layouts += [end_layout(procmesh, twice, real, transposed) for transposed in (False, True)]
         layouts += [level_layout(mesh, twice, real, level) for level in range(mesh.ndim + 1)]
     return max(1, -(-max(layout.nbytes for layout in layouts) // complex_.itemsize))
+
 
 class LocalBuffer:
     """Memory for the local part of an array, to be seen as the input or as the output of a transform.

@@ -7,6 +7,7 @@ from mpi4py import MPI
 
 from .partition import Direction, Flags, LocalBuffer, Type, end_layouts, level_layout, working_mesh
 
+
 def _default_threads():
     """OMP_NUM_THREADS if set; else all cores for a program of one rank and one thread otherwise."""
     setting = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
@@ -32,6 +33,7 @@ def set_num_threads(number):
         raise ValueError(f"the number of threads must be at least 1, not {number}")
     _threads = int(number)
 
+
 class LocalTransform:
     """Fourier transforms along axes that are whole on every rank."""
 
@@ -56,6 +58,7 @@ class LocalTransform:
 
     def __repr__(self):
         return f"{self.kind}{self.axes}"
+
 
 _MPI_TYPES = {"f4": MPI.FLOAT, "f8": MPI.DOUBLE, "c8": MPI.C_FLOAT_COMPLEX, "c16": MPI.C_DOUBLE_COMPLEX}
 
@@ -110,6 +113,7 @@ class Exchange:
     def __repr__(self):
         return f"exchange{self.source.owners}->{self.target.owners}"
 
+
 def itinerary(kind, ndim, np, start, stop):
     """List the steps of a transform.
 
@@ -142,6 +146,7 @@ def itinerary(kind, ndim, np, start, stop):
             steps.append(("transform", list(axes)))
     return steps
 
+
 def compile_steps(kind, n, procmesh, flags, inplace, forward):
     """Turn a transform into a list of callables, each from one layout to the next.
 
@@ -160,6 +165,7 @@ def compile_steps(kind, n, procmesh, flags, inplace, forward):
     steps = itinerary(kind.kind, ndim, mesh.np, *ends)
     if folded:
         steps = [("exchange", None, ends[0]), *steps, ("exchange", None, ends[1])]
+
     real_axis = ndim - 1 if kind.kind != "c2c" else None
     for index, step in enumerate(steps):
         if step[0] == "transform" and real_axis in step[1] and len(step[1]) > 1 and (inplace or kind.kind == "c2r"):
@@ -189,6 +195,7 @@ def compile_steps(kind, n, procmesh, flags, inplace, forward):
             this = kind.kind if real_axis in step[1] else "c2c"
             chain.append(LocalTransform(this, step[1], forward, before, after))
     return chain
+
 
 class Plan:
     """A transform that is ready to run.
@@ -263,6 +270,7 @@ class Plan:
     def __repr__(self):
         return (f"Plan(type={self.type.name}, direction={self.direction.name}, flags={self.flags!r}, "
                 f"inplace={self.inplace}, steps={self._steps!r})")
+
 
 def _swap_ends(flags):
     """The flags of the way back: what was the output is the input."""
