@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from docutils.parsers.rst.directives.admonitions import Note
 from docutils.statemachine import StringList
 from sphinx import addnodes
 from sphinx.application import Sphinx
@@ -129,6 +130,17 @@ class CanonicalBlock(SphinxDirective):
                 line += nodes.Text(" · ")
             line += words
         return [line] if parts else []
+
+
+class TitledNote(Note):
+    """A note; one that begins with the line "In this chapter" has that for its title."""
+
+    def run(self) -> list[nodes.Node]:
+        if not self.content or self.content[0].strip() != "In this chapter":
+            return super().run()
+        note = nodes.admonition("", nodes.title("", self.content[0].strip()), classes=["note", "in-this-chapter"])
+        self.state.nested_parse(self.content[1:], self.content_offset + 1, note)
+        return [note]
 
 
 def neighbours(block: Block) -> tuple[Block | None, Block | None]:
@@ -336,18 +348,17 @@ def fence(kind: str, argument: str, body: list[str]) -> list[str]:
     return [f"{':' * ticks}{{{kind}}} {argument}", "", *body, ":" * ticks]
 
 
-HEADING = re.compile(r"^[-=~^]{3,}\s*$")
+UNDERLINE = re.compile(r"^[-=~^]{3,}\s*$")
 
 
 def markdown(doc: str | None) -> list[str]:
-    """A docstring as Markdown: underlined headings become bold words, examples become fences."""
+    """A docstring as Markdown: underlined headings become bold words, their entries definitions, examples fences."""
     rows: list[str] = []
-    lines = (doc or "").expandtabs().splitlines()
-    example = False
-    for index, line in enumerate(lines):
-        if HEADING.match(line) and rows and rows[-1].strip():
-            rows[-1] = f"**{rows[-1].strip()}**"
-            rows.append("")
+    section = example = False
+    for line in (doc or "").expandtabs().splitlines():
+        if UNDERLINE.match(line) and rows and rows[-1].strip():
+            rows[-1:] = [f"**{rows[-1].strip()}**", ""]
+            section = True
             continue
         if line.lstrip().startswith(">>>") and not example:
             example = True
@@ -357,9 +368,16 @@ def markdown(doc: str | None) -> list[str]:
             rows.append("```")
         if example:
             rows.append(line.strip() if line.lstrip().startswith((">>>", "...")) else line)
+        elif section and line[:1].strip():  # name : type
+            name, colon, kind = line.partition(" : ")
+            rows += ["", f"`{name}`{colon and ' : '}{kind}" if colon or " " not in name else line]
+            described = False
+        elif section and line.strip() and rows[-1].strip():
+            rows.append(("  " if described else ": ") + line.strip())
+            described = True
         else:
-            rows.append(line.replace("``", "`") if "```" not in line else line)
-    return rows + (["```"] if example else [])
+            rows.append(line)
+    return rows + ["```"] * example
 
 
 # -- Building -----------------------------------------------------------------------------------------------
@@ -411,6 +429,7 @@ def set_fences(app: Sphinx, config: Any) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("api-module", ApiModule)
+    app.add_directive("note", TitledNote, override=True)
     app.connect("config-inited", set_fences, priority=100)
     app.connect("builder-inited", check_tangled)
     app.connect("missing-reference", resolve_link)
