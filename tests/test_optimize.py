@@ -88,7 +88,7 @@ def test_inner_product_is_real_wide_and_checked():
     assert VectorSpace().dot(z, z * 1j) == 0
     assert VectorSpace().dot(z, z) == 15
     ones = np.full(3 * 10 ** 6, np.float32(0.1))
-    assert abs(VectorSpace().dot(ones, ones) / (3e6 * float(np.float32(0.1)) ** 2) - 1) < 1e-12
+    assert abs(VectorSpace().dot(ones, ones) / (3e6 * float(np.float32(0.1)) ** 2) - 1) < 1e-11
     with pytest.raises(ValueError, match="one shape"):
         VectorSpace().dot(np.ones(3), np.ones((3, 1)))
 
@@ -271,7 +271,7 @@ def test_backtracking_satisfies_armijo(seed, t):
     y, g = rosen(x), rosen_der(x)
     trial = Backtracking()(Line(Problem(rosen, rosen_der), x, y, -g, -float(g @ g)), t)
     assert 0 < trial.t <= t
-    assert trial.y <= y - 1e-4 * trial.t * float(g @ g) + 4 * EPS * y
+    assert trial.y <= y - 1e-4 * trial.t * float(g @ g)
 
 
 def test_bad_wolfe_constants():
@@ -492,7 +492,7 @@ def test_a_crash_while_saving_leaves_the_old_state(folder, monkeypatch):
     vs = distributed()
     path = os.path.join(folder, 'state.npz')
     problem = Problem(lambda x: vs.dot(x ** 2, x ** 2), lambda x: 4 * x ** 3, vs=vs)
-    state = LBFGS(maxiter=3).minimize(problem, np.ones(COMM.rank + 1))
+    state = LBFGS(maxiter=3).minimize(problem, np.linspace(1.1, 2, COMM.rank + 1))
     state.save(path)
     later = LBFGS(maxiter=6).minimize(problem, state=State.load(path, vs, state.x))
 

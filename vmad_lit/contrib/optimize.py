@@ -18,6 +18,7 @@ from vmad_lit.contrib.vectorspace import VectorSpace
 
 EPS = float(np.finfo(float).eps)
 
+
 class Preconditioner:
     """A change of variables ``z = P x``, in which the optimiser works.
 
@@ -73,6 +74,7 @@ class Preconditioner:
         if not abs(after - before) <= rtol * before:
             raise ValueError("the preconditioner's whiten_gradient is not the inverse transpose of its whiten: "
                              f"<Pg, P^-T g> = {after:.6g}, but <g, g> = {before:.6g}")
+
 
 class Problem:
     """What is minimised, and in which vector space.
@@ -154,6 +156,7 @@ class Problem:
         value, self._slope = self._both(x)
         self._value = self.vs.agree(value)
 
+
 class Point:
     """A point of the space, in the optimiser's variables `Px` (z in the text) and in the user's `x`."""
 
@@ -179,6 +182,7 @@ class Point:
             self.g = self.problem.gradient(self.x)
             self._Pg = self.g if precond is None else precond.whiten_gradient(self.g)
         return self._Pg
+
 
 class Trial:
     """The step `t` along a line: the point, its objective `y`, and, when asked for, the slope there."""
@@ -211,10 +215,11 @@ class Line:
         point = Point(self.problem, Px=self.problem.vs.addmul(self.Px, self.direction, t))
         return Trial(self, t, point, point.y)
 
-    def falls_enough(self, trial, c1) -> bool:
-        """Armijo's condition, forgiving a few units in the last place of the objective."""
-        allowed = self.reference + c1 * trial.t * self.start.slope + 4 * EPS * abs(self.reference)
-        return trial.finite() and trial.y <= allowed
+    def falls_enough(self, trial, c1, grace=0.0) -> bool:
+        """Armijo's condition, forgiving a rise of `grace` times the objective; without grace it must fall."""
+        allowed = self.reference + c1 * trial.t * self.start.slope + grace * abs(self.reference)
+        return trial.finite() and trial.y <= allowed and (grace > 0 or trial.y < self.reference)
+
 
 class Backtracking:
     """Shorten the step until the objective falls enough (NW algorithm 3.1), by interpolation with safeguards."""
@@ -230,6 +235,7 @@ class Backtracking:
                 return trial
             t = between(line.start, trial, 0.1, 0.5)
         return None
+
 
 def between(a, b, low, high) -> float:
     """The step at the minimum of a polynomial through trials a and b, within fractions low..high from a to b.
@@ -256,6 +262,7 @@ def cubic_minimum(y0, d0, y1, d1) -> float:
     root = math.sqrt(square)
     below = d1 - d0 + 2 * root
     return 1 - (d1 + root - theta) / below if below else math.inf
+
 
 class StrongWolfe:
     """A step that satisfies the strong Wolfe conditions (NW algorithms 3.5 and 3.6).
@@ -290,7 +297,7 @@ class StrongWolfe:
 
     def too_far(self, line, trial, low) -> bool:
         """Whether a trial lies beyond a minimum, or beyond the domain of the objective."""
-        return (not line.falls_enough(trial, self.c1) or (low.t > 0 and trial.y >= low.y)
+        return (not line.falls_enough(trial, self.c1, 4 * EPS) or (low.t > 0 and trial.y >= low.y)
                 or not math.isfinite(trial.slope))
 
     def flat_enough(self, line, trial) -> bool:
@@ -304,7 +311,7 @@ class StrongWolfe:
             if t == low.t or t == high.t:
                 break
             trial = line(t)
-            if not line.falls_enough(trial, self.c1) or trial.y >= low.y or not math.isfinite(trial.slope):
+            if not line.falls_enough(trial, self.c1, 4 * EPS) or trial.y >= low.y or not math.isfinite(trial.slope):
                 high = trial
                 continue
             if self.flat_enough(line, trial):
@@ -313,6 +320,7 @@ class StrongWolfe:
                 high = low
             low = trial
         return low if low.t else None
+
 
 class History(list):
     """The table of iterations: a list of dictionaries; ``history['y']`` is a column as an array."""
@@ -334,6 +342,7 @@ class History(list):
     def _repr_html_(self):
         rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in self._cells())
         return "<table><tr>" + "".join(f"<th>{name}</th>" for name in self.FORMATS) + f"</tr>{rows}</table>"
+
 
 class State:
     """The state of a minimisation.
@@ -465,6 +474,7 @@ class State:
             exists = vs.comm.bcast(exists)
         return cls.load(path, vs, like) if exists else None
 
+
 def shard_name(path, rank, generation) -> str:
     """The name of the file beside `path` with the part that `rank` holds."""
     return f"{path}.rank{rank}.{generation}.npz"
@@ -491,6 +501,7 @@ def autosave(path, every=10):
         if state.nit % every == 0:
             state.save(path)
     return monitor
+
 
 class Optimizer:
     """The base of the optimisers. Options are attributes, given to the constructor by name or set later.
@@ -615,9 +626,9 @@ class Optimizer:
         if state.Pgnorm <= max(self.gtol * state.Pgnorm0, self.gatol):
             self.give_up(state, True, f"converged: |g| = {state.Pgnorm:.3g}, "
                                       f"{state.Pgnorm / (state.Pgnorm0 or 1):.3g} of its first value")
-        elif moved and 0 <= -state.dy <= self.ftol * abs(state.y):
+        elif moved and 0 <= -state.dy < self.ftol * abs(state.y):
             self.give_up(state, True, f"converged: the objective fell by {-state.dy:.3g} only")
-        elif moved and state.dxnorm <= self.xtol * state.xnorm:
+        elif moved and state.dxnorm < self.xtol * state.xnorm:
             self.give_up(state, True, f"converged: x moved by {state.dxnorm:.3g} only")
         elif state.nit >= self.maxiter:
             self.give_up(state, False, f"stopped after maxiter = {self.maxiter} iterations")
@@ -635,6 +646,7 @@ class Optimizer:
             return False
         self.give_up(state, False, "stopped by the monitor")
         return True
+
 
 class Clock:
     """Keeps the counts of evaluations and the seconds of a state, and writes the rows of its history."""
@@ -683,6 +695,7 @@ class ProgressBar:
         if self.bar is not None:
             self.bar.close()
 
+
 class LBFGS(Optimizer):
     """The limited-memory BFGS method (NW algorithm 7.5) with a line search for the strong Wolfe conditions.
 
@@ -722,7 +735,7 @@ class LBFGS(Optimizer):
             p = self.direction(vs, state)
             slope = vs.dot(p, state.Pg)
             trial = None
-            if slope < 0:
+            if slope < 0 and state.numbers.get("idle", 0) < 3:
                 trial = self.linesearch(Line(problem, state.Px, state.y, p, slope), self.first_step(state))
             if trial is not None:
                 break
@@ -733,6 +746,7 @@ class LBFGS(Optimizer):
                                                   "and the objective smooth?")
             self.forget(state)
         self.remember(vs, state, trial.point)
+        state.numbers["idle"] = 0 if trial.y < state.y else state.numbers.get("idle", 0) + 1
         step = trial.t * vs.norm(p)
         state.numbers["length"] = step
         return trial.point, step
@@ -740,7 +754,7 @@ class LBFGS(Optimizer):
     def forget(self, state):
         """Empty the memory."""
         state.vectors.update(S=[], R=[])
-        state.numbers.update(rho=[], gamma=1.0)
+        state.numbers.update(rho=[], gamma=1.0, idle=0)
 
     def first_step(self, state) -> float:
         """The first step to try: 1 with a memory; without one, the length of the last step, or at most 1."""
@@ -765,6 +779,7 @@ class LBFGS(Optimizer):
 def lost_in_rounding(fall, y) -> bool:
     """Whether a fall of the objective cannot be told from the rounding of its value."""
     return abs(fall) <= 100 * EPS * abs(y)
+
 
 class TrustRegionCG(Optimizer):
     """Newton's method in a trust region, solved by Steihaug's conjugate gradients (NW algorithms 4.1 and 7.2).
@@ -845,6 +860,7 @@ class TrustRegionCG(Optimizer):
         curvature = vs.dot(state.Pg, hvp(state.Pg))
         return min(10 * state.Pgnorm ** 3 / curvature if curvature > 0 else max(1.0, vs.norm(state.Px)), self.maxradius)
 
+
 def to_the_surface(vs, p, d, radius) -> float:
     """The positive t for which ``|p + t d| = radius``, where p is inside; infinite for an infinite radius."""
     if radius == math.inf:
@@ -852,6 +868,7 @@ def to_the_surface(vs, p, d, radius) -> float:
     dd, pd, pp = vs.dot(d, d), vs.dot(p, d), vs.dot(p, p)
     root = math.sqrt(max(pd * pd + dd * (radius * radius - pp), 0.0))
     return (radius * radius - pp) / (pd + root) if pd > 0 else (root - pd) / dd
+
 
 class GradientDescent(Optimizer):
     """Steps along the negative gradient, of Barzilai and Borwein's length, safeguarded by backtracking.
@@ -892,6 +909,7 @@ class GradientDescent(Optimizer):
             if curvature > 0:
                 numbers["rate"] = trial.t * state.Pgnorm ** 2 / curvature
         return trial.point, trial.t * state.Pgnorm
+
 
 def scipy_minimize(problem, x0, method="L-BFGS-B", **options):
     """Minimise `problem` with ``scipy.optimize.minimize``; `options` go there (tol, callback, bounds, options...).

@@ -17,6 +17,7 @@ def real_inner_product(a, b) -> float:
     wide = np.result_type(a, b, np.float64)
     return float(np.vdot(a.astype(wide, copy=False), b.astype(wide, copy=False)).real)
 
+
 class VectorSpace:
     """Numbers and NumPy arrays with the inner product ``Re sum conj(a) b``.
 
@@ -112,6 +113,7 @@ class VectorSpace:
             return np.array(array, dtype=np.result_type(array, like))
         return array.item()
 
+
 class FieldSpace(VectorSpace):
     """Fields of pmesh, real or half-stored complex, on any number of ranks.
 
@@ -138,6 +140,7 @@ class FieldSpace(VectorSpace):
             raise ValueError(f"expected the values of a {type(like).__name__} of local shape {like.shape}, "
                              f"got {array.shape}")
         return like.pm.create(type=type(like), value=array)
+
 
 class ProductSpace(VectorSpace):
     """Tuples, lists or dictionaries of vectors.
