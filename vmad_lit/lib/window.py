@@ -99,6 +99,8 @@ def _loops(ndim, support):
                 x = pos[p * step] * scale[0] + translate[0]
                 i, wx, dx = _spline(support, x)
                 in_x, cx = _offsets(support, i, period[0], low, high, stride[0])
+                if not in_x and max(cx) < 0:
+                    continue
                 if ndim > 1:
                     x = pos[p * step + 1] * scale[1] + translate[1]
                     i, wy, dy = _spline(support1, x)
@@ -115,11 +117,21 @@ def _loops(ndim, support):
                 for c in range(n):
                     mesh = meshes[c]
                     m = mass[p * mass_step + c]
-                    if moving:
-                        # Add the tangent of the window to the cells
-                        vx = speed[p * ndim] * scale[0]
-                        vy = speed[p * ndim + 1] * scale[1] if ndim > 1 else 0.0
-                        vz = speed[p * ndim + 2] * scale[2] if ndim > 2 else 0.0
+                    if inside and not moving:
+                        # Add the window to the cells
+                        for ia in range(support):
+                            for ib in range(support1):
+                                first = cx[ia] + cy[ib]
+                                w = m * wx[ia] * wy[ib]
+                                for ic in range(support2):
+                                    mesh[uintp(first + cz[ic])] += w * wz[ic]
+                    else:
+                        # Add the window and its tangent to the cells that are here
+                        vx = vy = vz = 0.0
+                        if moving:
+                            vx = speed[p * ndim] * scale[0]
+                            vy = speed[p * ndim + 1] * scale[1] if ndim > 1 else 0.0
+                            vz = speed[p * ndim + 2] * scale[2] if ndim > 2 else 0.0
                         for ia in range(support):
                             if cx[ia] < 0:
                                 continue
@@ -133,27 +145,6 @@ def _loops(ndim, support):
                                 for ic in range(support2):
                                     if cz[ic] >= 0:
                                         mesh[uintp(first + cz[ic])] += w * wz[ic] + d * dz[ic]
-                    elif inside:
-                        # Add the window to the cells
-                        for ia in range(support):
-                            for ib in range(support1):
-                                first = cx[ia] + cy[ib]
-                                w = m * wx[ia] * wy[ib]
-                                for ic in range(support2):
-                                    mesh[uintp(first + cz[ic])] += w * wz[ic]
-                    else:
-                        # Add the window to the cells that are here
-                        for ia in range(support):
-                            if cx[ia] < 0:
-                                continue
-                            for ib in range(support1):
-                                if cy[ib] < 0:
-                                    continue
-                                first = cx[ia] + cy[ib]
-                                w = m * wx[ia] * wy[ib]
-                                for ic in range(support2):
-                                    if cz[ic] >= 0:
-                                        mesh[uintp(first + cz[ic])] += w * wz[ic]
 
     # The loop that gathers
     @njit(**_compiled)
@@ -165,6 +156,8 @@ def _loops(ndim, support):
             x = pos[p * step] * scale[0] + translate[0]
             i, wx, dx = _spline(support, x)
             in_x, cx = _offsets(support, i, period[0], low, high, stride[0])
+            if not in_x and max(cx) < 0:
+                continue
             if ndim > 1:
                 x = pos[p * step + 1] * scale[1] + translate[1]
                 i, wy, dy = _spline(support1, x)
@@ -252,14 +245,18 @@ def _census(support, scale, translate, period, owners, start, end, mask, block, 
     """For blocks `start` to `end`, set in `mask` the bits of the owners whose planes are touched."""
     npart = len(pos) // step
     nplane = len(owners)
+    shift = 0.5 * (support % 2)
+    left = (support - 1) // 2
     for b in range(start, end):
         bits = uint64(0)
         for p in range(b * block, min(npart, (b + 1) * block)):
-            i, w, d = _spline(support, pos[p * step] * scale + translate)
-            for a in range(support):
-                plane = _offset(i + a, period, 0, nplane, 1)
-                if plane >= 0:
-                    bits |= uint64(1) << owners[plane]
+            i = floor(pos[p * step] * scale + translate + shift) - left
+            first = _offset(i, period, 0, nplane, 1)
+            last = _offset(i + support - 1, period, 0, nplane, 1)
+            if first >= 0:
+                bits |= owners[uintp(first)]
+            if last >= 0:
+                bits |= owners[uintp(last)]
         mask[b] = bits
 
 
@@ -463,7 +460,8 @@ def _owners(cells, box, pos, step):
     if len(edges) == 2 or nblock < 2 * (len(edges) - 1):
         return [0, nplane], numpy.ones(nblock, dtype='u8')
     mask = numpy.zeros(nblock, dtype='u8')
-    owners = numpy.repeat(numpy.arange(len(edges) - 1, dtype='u8'), numpy.diff(edges))
+    bits = numpy.uint64(1) << numpy.arange(len(edges) - 1, dtype='u8')
+    owners = numpy.repeat(bits, numpy.diff(edges))
     cuts = _shares(nblock, 1)
     axis = tuple(values[0] for values in box[2:])
     _run(_census, [(cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step)
