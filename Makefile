@@ -1,0 +1,51 @@
+# Two commands on a fresh machine:   make book    make test
+#
+# Everything is installed into .venv/ (Python 3.10 or later, a C compiler and a package index are needed, nothing else).
+# PYTHON=python3.12 chooses another Python; MPI= takes the MPI library of the site instead of the package index's.
+
+PYTHON ?= python3
+MPI ?= mpich
+RANKS ?= 2 3
+PYTEST ?= python -m pytest
+SPHINX ?= sphinx-build -n -W --keep-going
+# More ranks than cores is what these tests want; Open MPI needs to be told.
+export OMPI_MCA_rmaps_base_oversubscribe := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+SHELL := /bin/bash
+
+.PHONY: book test serial ranks bench tangle check clean
+
+book: .venv/ready                       ## the rendered book, in _build/html
+	python tools/tangle.py
+	$(SPHINX) -b html . _build/html
+
+test: serial ranks                      ## everything, on one rank and on several
+
+serial: .venv/ready
+	timeout -k 10 1200 $(PYTEST)
+
+ranks: .venv/ready
+	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 timeout -k 10 900 mpirun -n $$n $(PYTEST) -p no:cacheprovider || exit 1; done
+
+bench: .venv/ready                      ## this package beside its peers
+	python -m pip install -q -c constraints.txt -e '.[bench]'
+	python -m benchmarks
+
+tangle: .venv/ready                     ## the package, from the chapters
+	python tools/tangle.py
+
+check: .venv/ready                      ## is the package what the chapters say? does it lint?
+	python tools/tangle.py --check
+	python -m pip install -q -c constraints.txt -e '.[lint]' && ruff check .
+
+clean:
+	rm -rf _build .venv
+
+.venv/ready: requirements.txt constraints.txt pyproject.toml $(wildcard providers/pfft-python/pyproject.toml)
+	@echo "== installing into .venv (once)"
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	python -m pip install -q --upgrade pip -c constraints.txt
+	$(if $(MPI),python -m pip install -q -c constraints.txt $(MPI),mpicc -show)
+	python -m pip install -q -r requirements.txt
+	touch $@

@@ -1,0 +1,118 @@
+"""Sphinx settings of the book.
+
+``conf.py`` lies at the root of the project because the book includes the project: the directives of
+``tools/sphinx_tangle.py`` render the canonical blocks of the chapters and the reference of the package that
+is tangled from them.  ``include_patterns`` keeps Sphinx from reading its own output as source.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+# The cells of the chapters must see this tree's package, wherever the build was started.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+project = "vmad_lit"
+author = "the vmad_lit authors"
+copyright = "the vmad_lit authors"
+version = release = "0.1.0"
+
+from tools.sphinx_tangle import linkcode_resolve  # noqa: E402, F401  ([source] leads to the chapter)
+
+extensions = [
+    "myst_nb",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinxcontrib.bibtex",
+    "sphinx.ext.linkcode",
+    "sphinx.ext.mathjax",
+    "tools.sphinx_tangle",
+]
+
+root_doc = "book/index"
+include_patterns = ["book/**"]
+nitpicky = True
+suppress_warnings = ["toc.not_readable"]  # while chapters are being written
+
+# -- Markdown ---------------------------------------------------------------------------------------------
+
+myst_enable_extensions = [
+    "amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist", "smartquotes", "tasklist",
+]
+myst_heading_anchors = 3
+myst_dmath_double_inline = True
+bibtex_bibfiles = ["book/references.bib"]
+bibtex_default_style = "alpha"
+bibtex_reference_style = "author_year"
+numfig = True
+math_eqref_format = "({number})"
+
+# -- Executed cells ---------------------------------------------------------------------------------------
+
+
+def package_digest() -> str:
+    """A name for the state of everything that a cell may import."""
+    digest = hashlib.sha256()
+    for folder in ("vmad_lit", "providers", "tools"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+_caches = ROOT / "_build" / "cells"
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(_caches / package_digest())
+nb_execution_timeout = 300
+nb_execution_in_temp = True
+nb_execution_raise_on_error = False  # as a warning: the build goes on, tells all failures, and then fails (-W)
+nb_execution_show_tb = True
+nb_merge_streams = True
+nb_number_source_lines = False
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
+
+for _old in _caches.glob("*"):  # results of other states of the package are of no use
+    if _old.name != Path(nb_execution_cache_path).name:
+        shutil.rmtree(_old, ignore_errors=True)
+
+# -- The page ---------------------------------------------------------------------------------------------
+
+html_theme = "sphinx_book_theme"
+html_title = "vmad_lit"
+html_static_path = ["book/_static"]
+html_css_files = ["book.css"]
+html_copy_source = True
+html_show_copyright = False
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "home_page_in_toc": True,
+    "pygments_light_style": "a11y-light",
+    "pygments_dark_style": "github-dark",
+}
+html_last_updated_fmt = None
+copybutton_prompt_text = r">>> |\.\.\. |\$ |In \[\d*\]: "
+copybutton_prompt_is_regexp = True
+
+# Mathematics is typeset by MathJax from the book's own folder, so that it also reads without a network.
+# The package sphinx-mathjax-offline carries the library; one script and one set of fonts of it are enough.
+_mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
+if _mathjax and _mathjax.submodule_search_locations:
+    html_static_path.append(str(Path(next(iter(_mathjax.submodule_search_locations))) / "static"))
+    mathjax_path = "mathjax/tex-chtml.js"
+    mathjax3_config = {
+        "tex": {"macros": {"dd": r"\mathrm{d}", "Re": r"\operatorname{Re}"}},
+        "options": {"enableMenu": False},
+    }
+exclude_patterns = [
+    "mathjax/sre/**", "mathjax/a11y/**", "mathjax/adaptors/**", "mathjax/ui/**", "mathjax/output/svg/**",
+    "mathjax/input/mml/**", "mathjax/input/asciimath*", "mathjax/output/svg*", "mathjax/*-full*",
+    "mathjax/mml-*", "mathjax/tex-mml-*", "mathjax/tex-svg*", "mathjax/node-main*",
+]

@@ -1,0 +1,379 @@
+"""How pytest reads this project: the chapters of the book are tests, and every test may run on several ranks.
+
+*Chapters.*  Each chapter is collected as two items: ``examples``, all its ``pycon`` fences in one name space, and
+``cells``, its executed cells in another.  A failure names ``chapter.md:line``.
+
+*Ranks.*  ``mpirun -n 3 pytest`` runs the same tests on all ranks, in step.  After every phase of a test the ranks tell
+rank 0 how it went: a failure on any of them is a failure on all, reported once, by rank 0.  A rank that does not answer
+within ``mpi_grace`` seconds waits for something that will not come (one rank failed inside a collective call, say);
+then the job is ended, and the reports that exist are printed.  Without mpi4py, or without mpirun, none of this happens.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+import traceback
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent
+
+# Set by the launchers of MPICH, Open MPI and Slurm: only then is this process one of several.
+LAUNCHED = any(name in os.environ for name in ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+
+
+def pytest_addoption(parser):
+    parser.addini("mpi_grace", "seconds to wait for the other ranks after a test", default="60")
+
+
+def pytest_configure(config):
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    ranks = Ranks.join(float(config.getini("mpi_grace")))
+    try:
+        from hypothesis import settings
+    except ImportError:
+        pass
+    else:  # the same examples on all ranks, and no failures for being slow on a busy machine
+        settings.register_profile("project", deadline=None, derandomize=ranks is not None,
+                                  **({"database": None} if ranks else {}))
+        settings.load_profile("project")
+    if ranks is not None:
+        config.pluginmanager.register(ranks, "ranks")
+
+
+def pytest_collection_modifyitems(config, items):
+    ranks = config.pluginmanager.get_plugin("ranks")
+    if ranks is not None:
+        for item in items:
+            if item.get_closest_marker("serial"):
+                item.add_marker(pytest.mark.skip(reason="runs on one rank only"))
+
+
+# -- Chapters -----------------------------------------------------------------------------------------------
+
+
+def pytest_collect_file(file_path, parent):
+    if file_path.suffix == ".md" and file_path.parent.name == "chapters":
+        return Chapter.from_parent(parent, path=file_path)
+    return None
+
+
+class Chapter(pytest.Module):
+    """A chapter of the book: its examples and its cells."""
+
+    obj = None  # there is no module to import
+
+    def collect(self):
+        import doctest
+
+        from _pytest.doctest import DoctestItem, _get_runner
+        from pytest_doctestplus.plugin import OutputChecker, get_optionflags
+
+        name = self.path.relative_to(self.config.rootpath).as_posix()
+        blocks = [block for block in the_book(self.config.rootpath).blocks if block.chapter == name]
+        text = self.path.read_text(encoding="utf-8-sig")
+        serial = re.search(r"\A---\n(.*\n)*?tests: *serial *\n(.*\n)*?---\n", text)
+
+        examples = only(text, [block for block in blocks if block.language == "pycon"])
+        test = doctest.DocTestParser().get_doctest(examples, {"__name__": "__main__"}, "examples", str(self.path), 0)
+        if test.examples:  # the runner stops at the first failure, so that all ranks stop at the same place
+            runner = _get_runner(checker=OutputChecker(), verbose=False, continue_on_failure=False,
+                                 optionflags=get_optionflags(self) | doctest.REPORT_UDIFF)
+            yield DoctestItem.from_parent(self, name="examples", runner=runner, dtest=test)
+
+        cells = [Cell(block) for block in blocks if block.directive == "code-cell"]
+        if cells:
+            item = Cells.from_parent(self, name="cells")
+            item.cells = cells
+            if serial:
+                item.add_marker(pytest.mark.serial)
+            yield item
+
+
+@lru_cache
+def the_book(root: Path):
+    from tools.tangle import Book
+
+    return Book.load(root)
+
+
+def only(text: str, blocks) -> str:
+    """The text with everything blanked but the bodies of the blocks, so that line numbers stay."""
+    keep = set()
+    for block in blocks:
+        keep.update(range(block.body_line, block.end_line))
+    rows = text.split("\n")
+    return "\n".join(row if number in keep else "" for number, row in enumerate(rows, start=1)) + "\n"
+
+
+class Cell:
+    """One executed cell: its code, its tags, and the line where it begins."""
+
+    def __init__(self, block):
+        self.line = block.code_line
+        self.tags = set(re.findall(r"[\w-]+", block.options.partition("tags:")[2]))
+        rows = block.code.splitlines()
+        while rows and not rows[0].strip():
+            rows, self.line = rows[1:], self.line + 1
+        self.ranks = None
+        if rows and rows[0].startswith("%%mpirun"):
+            self.ranks = rows[0].split()[1:]
+            rows[0] = ""
+        # Line magics and shell lines are for the page alone.
+        self.source = "\n".join("" if row.startswith(("%", "!")) else row for row in rows) + "\n"
+
+    def run(self, namespace: dict, path: Path):
+        if "skip-execution" in self.tags or (self.ranks is not None and LAUNCHED):
+            return
+        if self.ranks is not None:
+            from tools.mpirun import mpirun
+
+            done = mpirun(self.source, self.ranks, check=False)
+            if done.returncode:
+                raise CellFailed(f"{path}:{self.line}: under mpirun {' '.join(self.ranks)}\n{done.stdout}{done.stderr}")
+            return
+        code = compile("\n" * (self.line - 1) + self.source, str(path), "exec")
+        if "raises-exception" in self.tags:
+            with pytest.raises(BaseException):  # noqa: B017, PT011  (the page shows which)
+                exec(code, namespace)
+        else:
+            exec(code, namespace)
+
+
+class CellFailed(Exception):
+    """A cell that ran elsewhere failed there; the message is its report."""
+
+
+class Cells(pytest.Item):
+    """The executed cells of a chapter, as one test."""
+
+    cells: list[Cell]
+
+    def runtest(self):
+        pytest.importorskip("matplotlib").use("Agg")
+        import matplotlib.pyplot as plt
+
+        namespace = {"__name__": "__main__", "__file__": str(self.path)}
+        here = os.getcwd()
+        with tempfile.TemporaryDirectory() as scratch:  # as in the build: what a cell writes does not stay
+            os.chdir(scratch)
+            try:
+                for cell in self.cells:
+                    if not (LAUNCHED and "serial" in cell.tags):
+                        cell.run(namespace, self.path)
+            finally:
+                os.chdir(here)
+                plt.close("all")
+
+    def repr_failure(self, excinfo):
+        if isinstance(excinfo.value, CellFailed):
+            return str(excinfo.value)
+        frames = traceback.extract_tb(excinfo.value.__traceback__)
+        first = next((i for i, frame in enumerate(frames) if frame.filename == str(self.path)), 0)
+        if isinstance(excinfo.value, SyntaxError):
+            first = len(frames)
+        rows = traceback.format_list(frames[first:]) + traceback.format_exception_only(excinfo.value)
+        line = frames[first].lineno if first < len(frames) else getattr(excinfo.value, "lineno", 0)
+        name = os.path.relpath(self.path, self.config.rootpath)
+        return "".join(rows) + f"\n{name}:{line}: {type(excinfo.value).__name__}"
+
+    def reportinfo(self):
+        return self.path, self.cells[0].line - 1, f"{self.path.name}: cells"
+
+
+# -- Where in the book ----------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Add to a failure the lines of the chapters that its traceback passes through."""
+    report = yield
+    if report.failed and call.excinfo is not None:
+        seen = chapter_lines(call.excinfo.value)
+        if seen:
+            report.sections.append(("in the book", "\n".join(seen)))
+    return report
+
+
+def chapter_lines(error: BaseException) -> list[str]:
+    rows = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        try:
+            place = the_book(ROOT).where(frame.filename, frame.lineno)
+        except Exception:  # not a file of the book, or the book is broken: a report must not fail for want of a comment
+            continue
+        rows.append(f"{place[0]}:{place[1]}: {frame.line}")
+    return rows
+
+
+# -- Ranks ------------------------------------------------------------------------------------------------------
+
+SEVERITY = {"passed": 0, "skipped": 1, "failed": 2}
+REPORT, VERDICT = 71, 72
+
+
+class Ranks:
+    """Keeps the ranks in step, test by test."""
+
+    def __init__(self, world, grace: float):
+        from mpi4py import MPI
+
+        self.MPI = MPI
+        self.comm = world.Dup()
+        self.rank, self.size, self.grace = world.rank, world.size, grace
+        self.reports: list[str] = []
+        self.config = None
+
+    @classmethod
+    def join(cls, grace: float) -> Ranks | None:
+        if not LAUNCHED:
+            return None
+        try:
+            from mpi4py import MPI
+        except ImportError:
+            return None
+        return cls(MPI.COMM_WORLD, grace) if MPI.COMM_WORLD.size > 1 else None
+
+    # .. exchange ..
+
+    def wait(self, ready, missing):
+        """Poll until ``ready()``; after the grace period end the job, telling who is ``missing()``."""
+        start, pause = time.monotonic(), 0.0
+        while not ready():
+            if time.monotonic() - start > self.grace:
+                self.abort(f"no answer from {missing()} for {self.grace:g} s")
+            time.sleep(pause)
+            pause = min(pause + 1e-5, 2e-3)
+
+    def gather(self, mine):
+        """Everybody's ``mine`` on rank 0 (None elsewhere); ends the job if a rank does not come."""
+        if self.rank:
+            request = self.comm.isend(mine, dest=0, tag=REPORT)
+            self.wait(lambda: request.test()[0], lambda: "rank 0")
+            return None
+        answers = {0: mine}
+
+        def ready():
+            while self.comm.iprobe(source=self.MPI.ANY_SOURCE, tag=REPORT):
+                status = self.MPI.Status()
+                value = self.comm.recv(source=self.MPI.ANY_SOURCE, tag=REPORT, status=status)
+                answers[status.Get_source()] = value
+            return len(answers) == self.size
+
+        def missing():
+            return "rank " + ", ".join(str(r) for r in range(self.size) if r not in answers)
+
+        try:
+            self.answers = answers
+            self.wait(ready, missing)
+        finally:
+            self.answers = {}
+        return [answers[r] for r in range(self.size)]
+
+    def share(self, verdict):
+        """Rank 0's ``verdict`` on all ranks."""
+        if self.rank == 0:
+            for request in [self.comm.isend(verdict, dest=r, tag=VERDICT) for r in range(1, self.size)]:
+                self.wait(lambda request=request: request.test()[0], lambda: "another rank")
+            return verdict
+        # Rank 0 may itself be waiting for somebody: let it be the one to tell.
+        start = time.monotonic()
+        pause = 0.0
+        while not self.comm.iprobe(source=0, tag=VERDICT):
+            if time.monotonic() - start > 1.5 * self.grace + 5:
+                self.abort("no answer from rank 0")
+            time.sleep(pause)
+            pause = min(pause + 1e-5, 2e-3)
+        return self.comm.recv(source=0, tag=VERDICT)
+
+    answers: dict = {}
+
+    def abort(self, why: str):
+        """End the job on all ranks, after printing what is known."""
+        capture = self.config.pluginmanager.getplugin("capturemanager") if self.config else None
+        if capture:
+            capture.suspend_global_capture(in_=True)
+        out = [f"\n== rank {self.rank}: {why}; the job is ended =="]
+        for rank, answer in sorted(self.answers.items()):
+            if isinstance(answer, dict) and answer["outcome"] == "failed":
+                out.append(f"-- rank {rank}: {answer['name']} failed --\n{answer['text']}")
+        if self.rank and self.last is not None and self.last["outcome"] == "failed":
+            out.append(f"-- rank {self.rank}: {self.last['name']} failed --\n{self.last['text']}")
+        out += self.reports
+        os.write(2, ("\n".join(out) + "\n").encode())
+        self.comm.Abort(1)
+
+    last: dict | None = None
+
+    # .. hooks ..
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self, config):
+        self.config = config
+        if self.rank:
+            reporter = config.pluginmanager.getplugin("terminalreporter")
+            if reporter is not None:
+                reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115  (lives as long as the process)
+
+    def pytest_report_header(self):
+        return f"ranks: {self.size}"
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_finish(self, session):
+        names = [item.nodeid for item in session.items]
+        everybody = self.gather(names)
+        verdict = None
+        if everybody is not None:
+            odd = [r for r, theirs in enumerate(everybody) if theirs != names]
+            if odd:
+                differ = sorted(set(names) ^ set(everybody[odd[0]]))[:5]
+                verdict = f"rank {odd[0]} collected other tests than rank 0: {', '.join(differ) or 'in another order'}"
+        verdict = self.share(verdict)
+        if verdict:
+            raise pytest.UsageError(verdict)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        mine = {"outcome": report.outcome, "name": f"{item.nodeid} ({report.when})", "wasxfail": getattr(report, "wasxfail", None),
+                "text": report.longreprtext if report.outcome == "failed" else "", "reason": report.longrepr
+                if report.outcome == "skipped" and isinstance(report.longrepr, tuple) else None}
+        self.last = mine
+        everybody = self.gather(mine)
+        verdict = self.share(merge(everybody) if everybody is not None else None)
+        if verdict is not None:
+            worst, outcome, text, reason, wasxfail = verdict
+            if self.rank == 0 and worst > 0 or report.outcome != outcome:
+                if report.outcome == "failed":
+                    report.sections.append(("other ranks", text))
+                else:
+                    report.outcome = outcome
+                    report.longrepr = text if outcome == "failed" else reason or (str(item.path), 0, text)
+                    if wasxfail is not None:
+                        report.wasxfail = wasxfail
+                    elif hasattr(report, "wasxfail"):
+                        del report.wasxfail
+        return report
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session, exitstatus):
+        result = yield
+        if self.rank and exitstatus in (0, 1):
+            session.exitstatus = 0  # rank 0 speaks for all, also to the shell
+        return result
+
+
+def merge(everybody: list[dict]):
+    """What the ranks' outcomes make together; None when all agree that nothing is wrong."""
+    outcomes = [answer["outcome"] for answer in everybody]
+    if len(set(outcomes)) == 1 and outcomes[0] != "failed":
+        return None
+    worst = max(range(len(everybody)), key=lambda r: (SEVERITY[outcomes[r]], -r))
+    text = "\n".join(f"-- rank {r} --\n{answer['text']}" for r, answer in enumerate(everybody)
+                     if answer["outcome"] == "failed" and r > 0 and answer["text"] != everybody[0]["text"])
+    return worst, outcomes[worst], text, everybody[worst]["reason"], everybody[worst]["wasxfail"]
