@@ -1,0 +1,505 @@
+"""The smooth universe: expansion, growth to second order, distances and the linear power spectrum.
+
+Scale factors are 1 today, times are in units of the Hubble time 1/H0, lengths in Mpc/h, wavenumbers in h/Mpc.
+The universe holds matter, curvature and a cosmological constant; radiation is left out of the expansion.
+
+All functions of the parameters are analytic and accept complex values for them, so that the operators at the
+end of the file can take exact derivatives by a complex step.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+__all__ = ['linear_growth', 'second_order_growth', 'MatterDominated', 'Cosmology', 'Planck15', 'Planck18',
+           'eisenstein_hu', 'eisenstein_hu_nowiggle', 'LinearPower']
+
+SPEED_OF_LIGHT = 299792.458  # km/s
+HUBBLE_DISTANCE = SPEED_OF_LIGHT / 100.0  # c / H0 in Mpc/h
+
+
+def _expansion(a, Om0, Ode0, Ok0):
+    """X(a) = a^3 E^2(a) for matter, a cosmological constant and curvature; must stay positive."""
+    X = Om0 + a * (Ok0 + a * a * Ode0)
+    if not np.all(np.real(X) > 0):
+        raise ValueError(f"a universe with Omega_m = {np.real(Om0):g}, Omega_Lambda = {np.real(Ode0):g}, "
+                         f"Omega_k = {np.real(Ok0):g} does not expand all the way to a = {np.max(a):g}")
+    return X
+
+
+def _dlnE(a, X, Om0, Ok0):
+    """d ln E / d ln a."""
+    return -(3 * Om0 + 2 * Ok0 * a) / (2 * X)
+
+
+def _scale_factor(a):
+    """`a` as an array of floats, after a check that all of them are positive."""
+    a = np.asarray(a, dtype='f8')
+    if not np.all(a > 0):
+        raise ValueError("scale factors must be positive, the smallest here is %g" % np.min(a))
+    return a
+
+
+def _gauss_rule(n):
+    """Nodes and weights of Gauss-Legendre quadrature on [0, 1]."""
+    t, w = np.polynomial.legendre.leggauss(n)
+    return 0.5 * (t + 1), 0.5 * w
+
+
+_S, _W = _gauss_rule(48)
+_TAU = _S ** 2  # a' / a at the nodes, for the substitution a' = a s^2
+
+
+def _growth_integral(a, Om0, Ode0, Ok0):
+    """J(a) = a^(-5/2) times the integral of da' / (a' E)^3 from 0 to a."""
+    X = _expansion(np.multiply.outer(a, _TAU), Om0, Ode0, Ok0)
+    return (1 / (X * np.sqrt(X))) @ (2 * _W * _S ** 4)
+
+
+def linear_growth(a, Om0, Ode0, Ok0=0.0):
+    """Growth of the linear density contrast, normalised to D1 -> a at early times.
+
+    Parameters: scale factors `a` (any shape) and the densities of today. Returns `(D1, D1', D1'')`, primes
+    being derivatives with respect to ln a. Exact to rounding: a quadrature of Heath (1977, MNRAS 179, 351).
+    """
+    X = _expansion(a, Om0, Ode0, Ok0)
+    hE = _dlnE(a, X, Om0, Ok0)
+    D = 2.5 * Om0 * a * np.sqrt(X) * _growth_integral(a, Om0, Ode0, Ok0)
+    F = hE * D + 2.5 * Om0 * a / X
+    return D, F, -(2 + hE) * F + 1.5 * Om0 / X * D
+
+
+def _second_order_block(a, Om0, Ode0, Ok0):
+    """D2, D2' and D2'' for a one-dimensional array of scale factors."""
+    X = _expansion(a, Om0, Ode0, Ok0)
+    hE = _dlnE(a, X, Om0, Ok0)
+    J = _growth_integral(a, Om0, Ode0, Ok0)
+    D1 = 2.5 * Om0 * a * np.sqrt(X) * J
+    # Integrate the squared growth along the way to a
+    way = np.multiply.outer(a, _TAU)
+    J_way = _growth_integral(way, Om0, Ode0, Ok0)
+    squared = (2.5 * Om0) ** 2 * _expansion(way, Om0, Ode0, Ok0) * J_way ** 2
+    A = squared @ (2 * _W * _S)
+    B = (squared * J_way) @ (2 * _W * _S ** 6)
+    D = -1.5 * Om0 * np.sqrt(X) * a ** 2 * (J * A - B)
+    F = hE * D - 1.5 * Om0 * a ** 2 / X * A
+    return D, F, -(2 + hE) * F + 1.5 * Om0 / X * (D - D1 ** 2)
+
+
+def second_order_growth(a, Om0, Ode0, Ok0=0.0, block=256):
+    """Growth of the second-order displacement, normalised to D2 -> -3/7 a^2 at early times.
+
+    Arguments and results as in :func:`linear_growth`. The equation of Bouchet et al. (1995, A&A 296, 575),
+    solved by variation of parameters; exact to rounding. Scale factors are worked on in blocks of `block`.
+    """
+    a = np.asarray(a)
+    flat = a.ravel()
+    parts = [_second_order_block(part, Om0, Ode0, Ok0)
+             for part in np.split(flat, range(block, flat.size, block))]
+    return tuple(np.concatenate(x).reshape(a.shape) for x in zip(*parts))
+
+
+class MatterDominated:
+    """Expansion and growth in a universe that began matter-dominated.
+
+    Parameters
+    ----------
+    Omega0_m : density of matter today.
+    Omega0_lambda : cosmological constant today; by default what makes the densities add up to one.
+    Omega0_k : curvature "density" today.
+    a : scale factors of interest. Every function is exact at any scale factor: these are only kept.
+    a_normalize : scale factor at which `D1` and `D2` are one. (So `D2` is positive here; its physical sign is
+        that of :func:`second_order_growth`, negative.)
+
+    Methods take scale factors of any shape. `order` counts derivatives with respect to ln a.
+    """
+
+    def __init__(self, Omega0_m, Omega0_lambda=None, Omega0_k=0, a=None, a_normalize=1.0):
+        if Omega0_lambda is None:
+            Omega0_lambda = 1 - Omega0_k - Omega0_m
+        if not Omega0_m > 0:
+            raise ValueError(f"a matter-dominated beginning needs Omega0_m > 0, got {Omega0_m}")
+        self.Omega0_m = self.Om0 = Omega0_m
+        self.Omega0_lambda, self.Omega0_k = Omega0_lambda, Omega0_k
+        self.a = None if a is None else np.unique(_scale_factor(a))
+        self.a_normalize = a_normalize
+        start = _scale_factor(a_normalize)
+        self._D1_norm = linear_growth(start, *self._densities)[0]
+        self._D2_norm = second_order_growth(start, *self._densities)[0]
+
+    @property
+    def _densities(self):
+        return self.Omega0_m, self.Omega0_lambda, self.Omega0_k
+
+    def __repr__(self):
+        return (f"MatterDominated(Omega0_m={self.Omega0_m:g}, Omega0_lambda={self.Omega0_lambda:g}, "
+                f"Omega0_k={self.Omega0_k:g})")
+
+    def efunc(self, a):
+        """E(a) = H(a) / H0."""
+        a = _scale_factor(a)
+        return np.sqrt(_expansion(a, *self._densities) / a ** 3)
+
+    def efunc_prime(self, a):
+        """dE / da."""
+        a = _scale_factor(a)
+        return self.efunc(a) * _dlnE(a, _expansion(a, *self._densities), self.Omega0_m, self.Omega0_k) / a
+
+    def E(self, a, order=0):
+        """E(a) for order 0, dE / d ln a for order 1."""
+        if order not in (0, 1):
+            raise ValueError(f"E is there with order 0 and 1, not {order}")
+        return self.efunc(a) if order == 0 else self.efunc_prime(a) * a
+
+    def Hfac(self, a):
+        """-2 - d ln E / d ln a, the friction of the growth equation."""
+        return -2.0 - self.E(a, order=1) / self.E(a)
+
+    def Om(self, a):
+        """Density parameter of matter at scale factor a."""
+        return self.Omega0_m / _expansion(_scale_factor(a), *self._densities)
+
+    def D1(self, a, order=0):
+        """First-order growth factor, or its derivative of order 1 or 2 by ln a."""
+        _check_order(order)
+        return linear_growth(_scale_factor(a), *self._densities)[order] / self._D1_norm
+
+    def D2(self, a, order=0):
+        """Second-order growth factor, or its derivative of order 1 or 2 by ln a."""
+        _check_order(order)
+        return second_order_growth(_scale_factor(a), *self._densities)[order] / self._D2_norm
+
+    def f1(self, a):
+        """Growth rate d ln D1 / d ln a."""
+        D, F, _ = linear_growth(_scale_factor(a), *self._densities)
+        return F / D
+
+    def f2(self, a):
+        """Growth rate d ln D2 / d ln a."""
+        D, F, _ = second_order_growth(_scale_factor(a), *self._densities)
+        return F / D
+
+    def Gp(self, a):
+        """FastPM's drift function, D1 (Feng et al. 2016, arXiv:1603.00476, eq. 19)."""
+        return self.D1(a)
+
+    def gp(self, a):
+        """dGp / da."""
+        return self.D1(a, order=1) / a
+
+    def Gf(self, a):
+        """FastPM's kick function, a^3 E dD1/da (Feng et al. 2016, eq. 20)."""
+        return self.D1(a, order=1) * np.square(a) * self.E(a)
+
+    def gf(self, a):
+        """dGf / da."""
+        D, F, F_prime = linear_growth(_scale_factor(a), *self._densities)
+        return a * self.E(a) * (F_prime - self.Hfac(a) * F) / self._D1_norm
+
+    def Gp2(self, a):
+        """As `Gp`, for second order."""
+        return self.D2(a)
+
+    def gp2(self, a):
+        """dGp2 / da."""
+        return self.D2(a, order=1) / a
+
+    def Gf2(self, a):
+        """As `Gf`, for second order."""
+        return self.D2(a, order=1) * np.square(a) * self.E(a)
+
+    def gf2(self, a):
+        """dGf2 / da."""
+        D, F, F_prime = second_order_growth(_scale_factor(a), *self._densities)
+        return a * self.E(a) * (F_prime - self.Hfac(a) * F) / self._D2_norm
+
+
+def _check_order(order):
+    if order not in (0, 1, 2):
+        raise ValueError(f"growth factors are there with order 0, 1 and 2, not {order}")
+
+
+@dataclass(frozen=True)
+class Cosmology:
+    """Parameters of a universe of matter, curvature and a cosmological constant.
+
+    `Om0` all matter, `Ob0` the baryons in it, `Ok0` curvature, `h` = H0 / (100 km/s/Mpc), `n_s` slope of the
+    primordial power, `sigma8` linear amplitude today in spheres of 8 Mpc/h, `T_cmb` in kelvin. Immutable: see
+    :meth:`replace`.
+    """
+
+    Om0: float = 0.3
+    h: float = 0.7
+    Ob0: float = 0.05
+    n_s: float = 0.96
+    sigma8: float = 0.8
+    T_cmb: float = 2.7255
+    Ok0: float = 0.0
+
+    def __post_init__(self):
+        for name in ('Om0', 'h', 'sigma8', 'T_cmb'):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.Ob0 < self.Om0:
+            raise ValueError("baryons are a part of matter: "
+                             f"0 <= Ob0 < Om0 = {self.Om0} expected, got {self.Ob0}")
+
+    def replace(self, **changes):
+        """A cosmology that differs from this one by the parameters given."""
+        return replace(self, **changes)
+
+    @property
+    def Ode0(self):
+        """Density of the cosmological constant today."""
+        return 1 - self.Om0 - self.Ok0
+
+    def background(self, a=None, a_normalize=1.0):
+        """Expansion and growth, a :class:`MatterDominated`."""
+        return MatterDominated(self.Om0, self.Ode0, self.Ok0, a=a, a_normalize=a_normalize)
+
+    def efunc(self, z):
+        """H(z) / H0 at redshift z."""
+        return self.background().efunc(1 / (1 + _redshift(z)))
+
+    # Distances
+    def comoving_distance(self, z):
+        """Comoving distance to redshift z along the line of sight, Mpc/h."""
+        return _comoving_distance(z, self.Om0, self.Ode0, self.Ok0)
+
+    def comoving_transverse_distance(self, z):
+        """Comoving distance across the line of sight, per radian, Mpc/h."""
+        return _transverse(self.comoving_distance(z), self.Ok0)
+
+    def angular_diameter_distance(self, z):
+        """Proper size per radian at redshift z, Mpc/h."""
+        return self.comoving_transverse_distance(z) / (1 + _redshift(z))
+
+    def luminosity_distance(self, z):
+        """sqrt(L / 4 pi F) for a source at redshift z, Mpc/h."""
+        return self.comoving_transverse_distance(z) * (1 + _redshift(z))
+
+
+def _redshift(z):
+    z = np.asarray(z, dtype='f8')
+    if not np.all(z > -1):
+        raise ValueError("redshifts must be above -1, the smallest here is %g" % np.min(z))
+    return z
+
+
+def _comoving_distance(z, Om0, Ode0, Ok0):
+    """Line-of-sight comoving distance in Mpc/h."""
+    start = np.sqrt(1 / (1 + _redshift(z)))
+    s = start[..., None] + (1 - start)[..., None] * _S
+    return 2 * HUBBLE_DISTANCE * (1 - start) * ((1 / np.sqrt(_expansion(s * s, Om0, Ode0, Ok0))) @ _W)
+
+
+def _transverse(chi, Ok0):
+    """The comoving distance across the line of sight, from that along it."""
+    if Ok0 == 0:
+        return chi
+    curvature = np.sqrt(np.abs(Ok0)) / HUBBLE_DISTANCE
+    return (np.sinh if Ok0 > 0 else np.sin)(curvature * chi) / curvature
+
+
+#: Planck Collaboration XIII (2016), arXiv:1502.01589, table 4, last column: TT,TE,EE+lowP+lensing+ext.
+Planck15 = Cosmology(Om0=0.3089, h=0.6774, Ob0=0.02230 / 0.6774 ** 2, n_s=0.9667, sigma8=0.8159)
+
+#: Planck Collaboration VI (2020), arXiv:1807.06209, table 2, last column: TT,TE,EE+lowE+lensing+BAO.
+Planck18 = Cosmology(Om0=0.3111, h=0.6766, Ob0=0.02242 / 0.6766 ** 2, n_s=0.9665, sigma8=0.8102)
+
+
+def _acoustic_scales(om, ob, theta):
+    """Equality and drag epochs and scales in Mpc (Eisenstein & Hu 1998, section 2.1).
+
+    `om` and `ob` are Omega h^2 of matter and baryons, `theta` is T_cmb / 2.7 K.
+    """
+    z_eq = 2.50e4 * om * theta ** -4  # eq. 2
+    k_eq = 7.46e-2 * om * theta ** -2  # eq. 3
+    b1 = 0.313 * om ** -0.419 * (1 + 0.607 * om ** 0.674)
+    b2 = 0.238 * om ** 0.223
+    z_d = 1291 * om ** 0.251 / (1 + 0.659 * om ** 0.828) * (1 + b1 * ob ** b2)  # eq. 4
+    R_eq, R_d = (31.5 * ob * theta ** -4 / (z / 1e3) for z in (z_eq, z_d))  # eq. 5
+    s = 2 / (3 * k_eq) * np.sqrt(6 / R_eq) * np.log(
+        (np.sqrt(1 + R_d) + np.sqrt(R_d + R_eq)) / (1 + np.sqrt(R_eq)))  # eq. 6
+    k_silk = 1.6 * ob ** 0.52 * om ** 0.73 * (1 + (10.4 * om) ** -0.95)  # eq. 7
+    return z_eq, k_eq, z_d, R_d, s, k_silk
+
+
+def _pressureless(q, alpha, beta):
+    """The smooth transfer function that the others are made of (eqs. 19 and 20)."""
+    C = 14.2 / alpha + 386 / (1 + 69.9 * q ** 1.08)
+    L = np.log(np.e + 1.8 * beta * q)
+    return L / (L + C * q * q)
+
+
+def _dark_matter(k, q, s, om, fb):
+    """Transfer function of the cold dark matter; `fb` is the fraction of baryons (eqs. 11, 12, 17 and 18)."""
+    a1 = (46.9 * om) ** 0.670 * (1 + (32.1 * om) ** -0.532)
+    a2 = (12.0 * om) ** 0.424 * (1 + (45.0 * om) ** -0.582)
+    alpha = a1 ** -fb * a2 ** -(fb ** 3)
+    b1 = 0.944 / (1 + (458 * om) ** -0.708)
+    b2 = (0.395 * om) ** -0.0266
+    beta = 1 / (1 + b1 * ((1 - fb) ** b2 - 1))
+    f = 1 / (1 + (k * s / 5.4) ** 4)
+    return f * _pressureless(q, 1, beta) + (1 - f) * _pressureless(q, alpha, beta)
+
+
+def _baryons(k, q, scales, om, fb):
+    """Transfer function of the baryons (eqs. 14, 15 and 21 to 24)."""
+    z_eq, k_eq, z_d, R_d, s, k_silk = scales
+    y = (1 + z_eq) / (1 + z_d)
+    root = np.sqrt(1 + y)
+    G = y * (-6 * root + (2 + 3 * y) * np.log((root + 1) / (root - 1)))
+    alpha = 2.07 * k_eq * s * (1 + R_d) ** -0.75 * G
+    beta = 0.5 + fb + (3 - 2 * fb) * np.sqrt((17.2 * om) ** 2 + 1)
+    node = 8.41 * om ** 0.435
+    ks = k * s
+    phase = ks / (1 + (node / ks) ** 3) ** (1 / 3)
+    envelope = (_pressureless(q, 1, 1) / (1 + (ks / 5.2) ** 2)
+                + alpha / (1 + (beta / ks) ** 3) * np.exp(-(k / k_silk) ** 1.4))
+    return envelope * np.sin(phase) / phase
+
+
+_NO_WAVENUMBER = 1e-30
+
+
+def eisenstein_hu(k, Om0, h, Ob0, T_cmb=2.7255):
+    """Matter transfer function with acoustic wiggles, Eisenstein & Hu (1998, ApJ 496, 605); k in h/Mpc."""
+    k = np.where(k == 0, _NO_WAVENUMBER, k) * h  # from here on in 1/Mpc
+    om, fb = Om0 * h ** 2, Ob0 / Om0
+    scales = _acoustic_scales(om, Ob0 * h ** 2, T_cmb / 2.7)
+    k_eq, s = scales[1], scales[4]
+    q = k / (13.41 * k_eq)  # eq. 10
+    return fb * _baryons(k, q, scales, om, fb) + (1 - fb) * _dark_matter(k, q, s, om, fb)
+
+
+def eisenstein_hu_nowiggle(k, Om0, h, Ob0, T_cmb=2.7255):
+    """Smooth transfer function through the wiggles, Eisenstein & Hu (1998, section 4.2); k in h/Mpc."""
+    k = np.where(k == 0, _NO_WAVENUMBER, k)
+    om, ob, fb = Om0 * h ** 2, Ob0 * h ** 2, Ob0 / Om0
+    s = 44.5 * np.log(9.83 / om) / np.sqrt(1 + 10 * ob ** 0.75)  # eq. 26
+    alpha = 1 - 0.328 * np.log(431 * om) * fb + 0.38 * np.log(22.3 * om) * fb ** 2  # eq. 31
+    gamma = Om0 * h * (alpha + (1 - alpha) / (1 + (0.43 * k * h * s) ** 4))  # eq. 30
+    q = k * (T_cmb / 2.7) ** 2 / gamma  # eq. 28
+    L = np.log(2 * np.e + 1.8 * q)
+    return L / (L + (14.2 + 731 / (1 + 62.5 * q)) * q * q)  # eq. 29
+
+
+_LOGK = np.linspace(np.log(1e-5), np.log(50.0), 4096)
+_TRANSFERS = {'EisensteinHu': eisenstein_hu, 'NoWiggle': eisenstein_hu_nowiggle}
+
+
+def _variance(power, r):
+    """Variance in spheres of radius r Mpc/h of a field with the given power, a function of k."""
+    k = np.exp(_LOGK)
+    x = k * r
+    window = 3 * (np.sin(x) - x * np.cos(x)) / x ** 3
+    return np.sum(k ** 3 * power(k) * window ** 2) * (_LOGK[1] - _LOGK[0]) / (2 * np.pi ** 2)
+
+
+def _transfer_function(transfer, Om0, h, Ob0, T_cmb):
+    """A function of k from the name of a transfer function, or from a function of k."""
+    if callable(transfer):
+        return transfer
+    if transfer not in _TRANSFERS:
+        raise ValueError(f"transfer must be a function of k or one of {sorted(_TRANSFERS)}, got {transfer!r}")
+    if transfer == 'EisensteinHu' and not np.real(Ob0) > 0:
+        raise ValueError("the transfer function with wiggles needs baryons, Ob0 > 0; use 'NoWiggle'")
+    return lambda k: _TRANSFERS[transfer](k, Om0, h, Ob0, T_cmb)
+
+
+def _amplitude(T, n_s, sigma8):
+    """A of P = A k^n_s T^2 that makes the amplitude in spheres of 8 Mpc/h sigma8."""
+    return sigma8 ** 2 / _variance(lambda k: k ** n_s * T(k) ** 2, 8.0)
+
+
+def _relative_growth(z, Om0, Ok0):
+    """D1(z) / D1(0)."""
+    a = _scale_factor(1 / (1 + _redshift(z)))
+    D = linear_growth(np.array([1.0, a]), Om0, 1 - Om0 - Ok0, Ok0)[0]
+    return D[1] / D[0]
+
+
+class LinearPower:
+    """Linear matter power spectrum P(k) in (Mpc/h)^3 for k in h/Mpc, as a callable.
+
+    Parameters
+    ----------
+    cosmology : a :class:`Cosmology`, or anything with its attributes.
+    z : redshift; growth scales the power from today.
+    transfer : 'EisensteinHu' (with acoustic wiggles), 'NoWiggle', or a function T(k). Only its shape matters.
+
+    Attributes: `transfer`, the function T(k), and `amplitude`, A of P = A k^n_s T^2 at redshift z.
+    """
+
+    def __init__(self, cosmology, z=0.0, transfer='EisensteinHu'):
+        c = self.cosmology = cosmology
+        self.z = float(z)
+        self.transfer = _transfer_function(transfer, c.Om0, c.h, c.Ob0, c.T_cmb)
+        growth = _relative_growth(z, c.Om0, getattr(c, 'Ok0', 0.0))
+        self.amplitude = _amplitude(self.transfer, c.n_s, c.sigma8) * growth ** 2
+        self._name = transfer if isinstance(transfer, str) else getattr(transfer, '__name__', 'tabulated')
+
+    def __repr__(self):
+        return f"LinearPower({self.cosmology}, z={self.z:g}, transfer={self._name!r})"
+
+    def __call__(self, k):
+        return _power_law_times(self.transfer, k, self.cosmology.n_s, self.amplitude)
+
+    def sigma_r(self, r=8.0):
+        """Root mean square of the linear density contrast in spheres of radius r Mpc/h."""
+        return np.sqrt(_variance(self, r))
+
+    # Spectra from tables
+    @classmethod
+    def from_table(cls, cosmology, k, P, z=0.0):
+        """From the power P today at increasing wavenumbers k; rescaled to the cosmology's sigma8 and to z."""
+        k, P = np.asarray(k, dtype='f8'), np.asarray(P, dtype='f8')
+        if k.ndim != 1 or k.shape != P.shape or k.size < 4:
+            raise ValueError("k and P must be one-dimensional, of the same length of at least 4; "
+                             f"got shapes {k.shape} and {P.shape}")
+        if not (np.all(np.diff(k) > 0) and k[0] > 0 and np.all(P > 0)):
+            raise ValueError("k must be positive and increasing, and P positive")
+        return cls(cosmology, z, _TabulatedTransfer(k, np.sqrt(P / k ** cosmology.n_s)))
+
+    @classmethod
+    def from_camb(cls, cosmology, z=0.0, kmax=20.0):
+        """From a run of the Boltzmann code CAMB today, up to kmax h/Mpc, with massless neutrinos."""
+        try:
+            import camb
+        except ImportError as error:
+            raise ImportError("LinearPower.from_camb needs the package camb: pip install camb") from error
+        # Run the Boltzmann code
+        c = cosmology
+        parameters = camb.set_params(H0=100 * c.h, ombh2=c.Ob0 * c.h ** 2, omch2=(c.Om0 - c.Ob0) * c.h ** 2,
+                                     mnu=0, omk=getattr(c, 'Ok0', 0.0), TCMB=c.T_cmb, ns=c.n_s)
+        parameters.set_matter_power(redshifts=[0.0], kmax=kmax * c.h)
+        results = camb.get_results(parameters)
+        k, _, P = results.get_matter_power_spectrum(minkh=1e-4, maxkh=kmax, npoints=800)
+        return cls.from_table(cosmology, k, P[0], z)
+
+
+def _power_law_times(T, k, n_s, amplitude):
+    """amplitude k^n_s T^2, and zero at k = 0."""
+    k = np.asarray(k, dtype='f8')
+    if np.any(k < 0):
+        raise ValueError("wavenumbers must not be negative, the smallest here is %g" % np.min(k))
+    positive = np.where(k > 0, k, 1.0)
+    return np.where(k > 0, amplitude * positive ** n_s * T(positive) ** 2, 0.0)[()]
+
+
+class _TabulatedTransfer:
+    """T(k) by a cubic spline through ln T at ln k, continued by a constant below and a power law above."""
+
+    def __init__(self, k, T):
+        from scipy.interpolate import CubicSpline
+
+        self._ends = np.log(k[0]), np.log(k[-1])
+        self._spline = CubicSpline(np.log(k), np.log(T))
+
+    def __call__(self, k):
+        low, high = self._ends
+        logk = np.log(np.where(k == 0, _NO_WAVENUMBER, k))
+        beyond = np.maximum(logk - high, 0)
+        return np.exp(self._spline(np.clip(logk, low, high)) + beyond * self._spline(high, 1))
