@@ -1,8 +1,8 @@
 """Minimisation over a vector space: problems, line searches, optimisers and their state.
 
 Nothing here looks into a vector. Every method is written with the operations of a
-:class:`~vmad_lit.contrib.vectorspace.VectorSpace`, so it runs on whatever has such a space, on any number of ranks.
-References: J. Nocedal & S. Wright, Numerical Optimization, 2nd edition (2006), cited below as NW.
+:class:`~vmad_lit.contrib.vectorspace.VectorSpace`, so it runs on whatever has such a space, on any number of
+ranks. Reference: J. Nocedal & S. Wright, Numerical Optimization, 2nd edition (2006), cited below as NW.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Preconditioner:
     Pvp :
         ``Pvp(v, direction)``: P v for direction 1, the inverse transpose of P times v for direction -1.
     vPp :
-        ``vPp(v, direction)``: the transpose of P times v for direction 1, the inverse of P times v for direction -1.
+        ``vPp(v, direction)``: P transposed times v for direction 1, the inverse of P times v for -1.
     """
 
     def __init__(self, Pvp, vPp):
@@ -43,7 +43,7 @@ class Preconditioner:
 
     @classmethod
     def diagonal(cls, d):
-        """Multiply the components by `d`: about the square root of the curvature, or one over the expected size."""
+        """Multiply the components by `d`, about the root of the curvature, or one over the expected size."""
         return cls.symmetric(lambda v: v * d, lambda v: v / d)
 
     def whiten(self, x):
@@ -68,12 +68,13 @@ class Preconditioner:
                                (self.whiten_gradient, self.unwhiten_gradient, g)):
             error = vs.norm(vs.addmul(back(there(v)), v, -1))
             if not error <= rtol * vs.norm(v):
-                raise ValueError(f"the preconditioner's {there.__name__} and {back.__name__} are not inverses of "
-                                 f"each other: there and back moves a vector by {error:.3g} of {vs.norm(v):.3g}")
+                names = f"{there.__name__} and {back.__name__}"
+                raise ValueError(f"the preconditioner's {names} are not inverses: there and back moves a "
+                                 f"vector of length {vs.norm(v):.3g} by {error:.3g}")
         before, after = vs.dot(g, g), vs.dot(self.whiten(g), self.whiten_gradient(g))
         if not abs(after - before) <= rtol * before:
-            raise ValueError("the preconditioner's whiten_gradient is not the inverse transpose of its whiten: "
-                             f"<Pg, P^-T g> = {after:.6g}, but <g, g> = {before:.6g}")
+            raise ValueError("the preconditioner's whiten_gradient is not the inverse transpose of its "
+                             f"whiten: <Pg, P^-T g> = {after:.6g}, but <g, g> = {before:.6g}")
 
 
 class Problem:
@@ -84,7 +85,8 @@ class Problem:
     objective, gradient :
         functions of x. The gradient g satisfies ``dy = vs.dot(g, dx)``; a cotangent from a vjp sweep does.
     hessian_vector_product :
-        function of (x, v): the Hessian at x, or its Gauss-Newton approximation, times v. Only some optimisers need it.
+        function of (x, v): the Hessian at x, or its Gauss-Newton approximation, times v. Only
+        :class:`TrustRegionCG` needs it.
     vs :
         the vector space; by default numbers and NumPy arrays.
     preconditioner :
@@ -98,8 +100,8 @@ class Problem:
         how often the objective, the gradient and the Hessian-vector product have been evaluated.
     """
 
-    def __init__(self, objective=None, gradient=None, hessian_vector_product=None, vs=None, preconditioner=None,
-                 value_and_gradient=None, precond=None):
+    def __init__(self, objective=None, gradient=None, hessian_vector_product=None, vs=None,
+                 preconditioner=None, value_and_gradient=None, precond=None):
         if objective is None and value_and_gradient is None:
             raise ValueError("a problem needs an objective (or a value_and_gradient)")
         self.vs = VectorSpace() if vs is None else vs
@@ -130,12 +132,17 @@ class Problem:
             elif self._both is not None:
                 self._evaluate_both(x)
             else:
-                raise ValueError("this problem has no gradient; give Problem a gradient or a value_and_gradient")
+                raise ValueError("this problem has no gradient; give it a gradient or a value_and_gradient")
         return self._slope
 
     def value_and_gradient(self, x):
         """The pair (objective, gradient) at x."""
         return self.objective(x), self.gradient(x)
+
+    @property
+    def has_hessian(self) -> bool:
+        """Whether Hessian-vector products are available."""
+        return self._hvp is not None
 
     def hessian_vector_product(self, x, v):
         """The Hessian (or Gauss-Newton) matrix at x times the vector v."""
@@ -183,6 +190,13 @@ class Point:
             self._Pg = self.g if precond is None else precond.whiten_gradient(self.g)
         return self._Pg
 
+    def hessian_vector_product(self, v):
+        """The Hessian with respect to `Px` times the vector v of that space."""
+        precond = self.problem.preconditioner
+        if precond is None:
+            return self.problem.hessian_vector_product(self.x, v)
+        return precond.whiten_gradient(self.problem.hessian_vector_product(self.x, precond.unwhiten(v)))
+
 
 class Trial:
     """The step `t` along a line: the point, its objective `y`, and, when asked for, the slope there."""
@@ -203,7 +217,10 @@ class Trial:
 
 
 class Line:
-    """The objective along ``Px + t * direction``, starting at a point with objective `y` and slope `slope`."""
+    """The objective along ``Px + t * direction``, with value `y` and slope `slope` at t = 0.
+
+    A step must fall below `reference`, which is `y` unless given.
+    """
 
     def __init__(self, problem, Px, y, direction, slope, reference=None):
         self.problem, self.Px, self.direction = problem, Px, direction
@@ -222,7 +239,7 @@ class Line:
 
 
 class Backtracking:
-    """Shorten the step until the objective falls enough (NW algorithm 3.1), by interpolation with safeguards."""
+    """Shorten the step, by safeguarded interpolation, until the objective falls enough (NW algorithm 3.1)."""
 
     def __init__(self, c1=1e-4, maxiter=40):
         self.c1, self.maxiter = c1, maxiter
@@ -240,7 +257,7 @@ class Backtracking:
 def between(a, b, low, high) -> float:
     """The step at the minimum of a polynomial through trials a and b, within fractions low..high from a to b.
 
-    Uses the slope at b only if it has been evaluated already. Without a finite value at b, the step is ``low``.
+    Uses the slope at b only if it has been evaluated. If b has no finite value, the fraction is `low`.
     """
     width = b.t - a.t
     if not math.isfinite(b.y) or (b._slope is not None and not math.isfinite(b._slope)):
@@ -254,7 +271,7 @@ def between(a, b, low, high) -> float:
 
 
 def cubic_minimum(y0, d0, y1, d1) -> float:
-    """Where in units of the interval the cubic with values y0, y1 and slopes d0, d1 at 0 and 1 is least (NW 3.59)."""
+    """Where the cubic with values y0, y1 and slopes d0, d1 at 0 and 1 is least (NW equation 3.59)."""
     theta = d0 + d1 - 3 * (y1 - y0)
     square = theta * theta - d0 * d1
     if not square >= 0:
@@ -285,7 +302,7 @@ class StrongWolfe:
         last = line.start
         for trials in range(1, self.maxiter + 1):
             trial = line(t)
-            if self.too_far(line, trial, last):
+            if self.too_high(line, trial) or (last.t and trial.y >= last.y):
                 return self.zoom(line, last, trial, trials)
             if self.flat_enough(line, trial):
                 return trial
@@ -295,10 +312,9 @@ class StrongWolfe:
             last, t = trial, min(max(t, 2 * trial.t), 10 * trial.t)
         return last if last.t else None
 
-    def too_far(self, line, trial, low) -> bool:
-        """Whether a trial lies beyond a minimum, or beyond the domain of the objective."""
-        return (not line.falls_enough(trial, self.c1, 4 * EPS) or (low.t > 0 and trial.y >= low.y)
-                or not math.isfinite(trial.slope))
+    def too_high(self, line, trial) -> bool:
+        """Whether the objective does not fall enough, or has no value or slope."""
+        return not (line.falls_enough(trial, self.c1, 4 * EPS) and math.isfinite(trial.slope))
 
     def flat_enough(self, line, trial) -> bool:
         """The curvature condition."""
@@ -306,12 +322,13 @@ class StrongWolfe:
 
     def zoom(self, line, low, high, trials):
         """Shrink the interval between `low` and `high` until a trial in it is good."""
-        for trials in range(trials, self.maxiter):
-            t = between(low, high, 0.5, 0.5) if trials % 3 == 2 and high.finite() else between(low, high, 0.1, 0.9)
+        for count in range(trials, self.maxiter):
+            halve = count % 3 == 2 and high.finite()
+            t = between(low, high, 0.5, 0.5) if halve else between(low, high, 0.1, 0.9)
             if t == low.t or t == high.t:
                 break
             trial = line(t)
-            if not line.falls_enough(trial, self.c1, 4 * EPS) or trial.y >= low.y or not math.isfinite(trial.slope):
+            if self.too_high(line, trial) or trial.y >= low.y:
                 high = trial
                 continue
             if self.flat_enough(line, trial):
@@ -337,11 +354,13 @@ class History(list):
     def __str__(self):
         widths = [len(format(0, spec)) for spec in self.FORMATS.values()]
         lines = [list(self.FORMATS)] + self._cells()
-        return "\n".join(" ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
+        return "\n".join(" ".join(map(str.rjust, line, widths)) for line in lines)
 
     def _repr_html_(self):
-        rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in self._cells())
-        return "<table><tr>" + "".join(f"<th>{name}</th>" for name in self.FORMATS) + f"</tr>{rows}</table>"
+        def row(cells, tag):
+            return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+        body = "".join(row(cells, "td") for cells in self._cells())
+        return f"<table>{row(self.FORMATS, 'th')}{body}</table>"
 
 
 class State:
@@ -350,7 +369,7 @@ class State:
     Attributes
     ----------
     x, y, g :
-        the point, the objective and the gradient; `Px`, `Pg` the same point and gradient in whitened variables.
+        the point, the objective and the gradient; `Px`, `Pg` are point and gradient in whitened variables.
     nit, fev, gev, hev : int
         iterations, and evaluations of objective, gradient and Hessian-vector product.
     gnorm, Pgnorm, xnorm, dxnorm : float
@@ -395,7 +414,7 @@ class State:
         return f"<State nit={self.nit} y={self.y:.6g} |g|={self.gnorm:.3g}{tail}>"
 
     def save(self, path):
-        """Save the state to the file `path` (``.npz``), with one further file beside it for each rank above 0.
+        """Save the state to the file `path` (``.npz``), with a further file beside it for each rank above 0.
 
         Collective. The old file is replaced only when everything new is on disk.
         """
@@ -422,7 +441,7 @@ class State:
             remove_shards(path, rank, keep=token)
 
     def _named_vectors(self):
-        """All vectors of the state by name; those that are one with another (no preconditioner) are left out."""
+        """All vectors of the state by name, without those that are one with another (no preconditioner)."""
         vectors = {"x": self.x, "g": self.g}
         if self.Px is not self.x:
             vectors.update(Px=self.Px, Pg=self.Pg)
@@ -434,8 +453,9 @@ class State:
         """Everything that is not a vector, ready for JSON."""
         skip = {"vs", "x", "g", "Px", "Pg", "vectors", "history"}
         plain = {name: value for name, value in vars(self).items() if name not in skip}
-        return {"format": 1, "ranks": size, "generation": token, "plain": plain, "history": list(self.history),
-                "whitened": self.Px is not self.x, "memory": {name: len(v) for name, v in self.vectors.items()}}
+        return {"format": 1, "ranks": size, "generation": token, "plain": plain,
+                "history": list(self.history), "whitened": self.Px is not self.x,
+                "memory": {name: len(many) for name, many in self.vectors.items()}}
 
     @classmethod
     def load(cls, path, vs, like):
@@ -463,12 +483,13 @@ class State:
         state.history = History(header["history"])
         state.x, state.g = vector("x"), vector("g")
         state.Px, state.Pg = (vector("Px"), vector("Pg")) if header["whitened"] else (state.x, state.g)
-        state.vectors = {name: [vector(f"{name}/{i}") for i in range(count)] for name, count in header["memory"].items()}
+        for name, count in header["memory"].items():
+            state.vectors[name] = [vector(f"{name}/{i}") for i in range(count)]
         return state
 
     @classmethod
     def resume(cls, path, vs, like):
-        """The state saved at `path`, or None if there is none yet; for ``minimize(..., state=State.resume(...))``."""
+        """The state saved at `path`, or None if there is none yet: what `minimize` takes as `state`."""
         exists = os.path.exists(path) if vs.comm is None or vs.comm.rank == 0 else None
         if vs.comm is not None:
             exists = vs.comm.bcast(exists)
@@ -511,7 +532,7 @@ class Optimizer:
     maxiter : int
         the largest number of iterations, those before a resumed state was saved included.
     gtol, gatol : float
-        converged when the whitened gradient is shorter than `gtol` times its length at the start, or than `gatol`.
+        converged when the whitened gradient is no longer than `gtol` times its first length, or than `gatol`.
     ftol : float
         converged when an iteration lowers the objective by less than `ftol` times its absolute value.
     xtol : float
@@ -527,7 +548,8 @@ class Optimizer:
     def __init__(self, **options):
         for name, value in options.items():
             if name not in self.options():
-                raise TypeError(f"{type(self).__name__} has no option {name!r}; it has {', '.join(self.options())}")
+                raise TypeError(f"{type(self).__name__} has no option {name!r}; "
+                                f"it has {', '.join(self.options())}")
             setattr(self, name, value)
 
     @classmethod
@@ -537,10 +559,11 @@ class Optimizer:
                 for name in vars(kind).get("__annotations__", {})}
 
     def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.options())})"
+        values = (f"{name}={getattr(self, name)!r}" for name in self.options())
+        return f"{type(self).__name__}({', '.join(values)})"
 
     def iterate(self, problem, state):
-        """One iteration: return (point, step), with the state's own point (None) and step 0 if none was taken.
+        """One iteration: return (point, length of the step), or (None, 0.0) if no step was taken.
 
         When nothing more can be done, return ``self.give_up(...)``, which is None.
         """
@@ -555,8 +578,8 @@ class Optimizer:
         x0 :
             the starting vector (a :class:`State` is taken as `state`).
         monitor :
-            a function of the state, or a list of them, called at the start and after each iteration; when one returns
-            True (on any rank) the minimisation ends.
+            a function of the state, or a list of them, called at the start and after each iteration; when one
+            returns True (on any rank) the minimisation ends.
         state : State
             a state to go on from, as returned by this method or by :meth:`State.load`.
         progress : bool
@@ -782,7 +805,7 @@ def lost_in_rounding(fall, y) -> bool:
 
 
 class TrustRegionCG(Optimizer):
-    """Newton's method in a trust region, solved by Steihaug's conjugate gradients (NW algorithms 4.1 and 7.2).
+    """Newton's method in a trust region, by Steihaug's conjugate gradients (NW algorithms 4.1 and 7.2).
 
     Options besides those of :class:`Optimizer`
     -------------------------------------------
@@ -793,7 +816,8 @@ class TrustRegionCG(Optimizer):
     eta : float
         a step is taken if the objective falls by more than this fraction of the prediction.
     cg_rtol : float
-        conjugate gradients stop when the residual is smaller by this factor (less near the minimum, where more pays).
+        conjugate gradients stop when the residual is smaller by this factor, or, near the minimum, by
+        the root of the factor by which the gradient has become shorter since the start.
     cg_maxiter : int
         the largest number of conjugate-gradient steps, hence of Hessian-vector products, in an iteration.
     """
@@ -806,7 +830,7 @@ class TrustRegionCG(Optimizer):
     cg_maxiter: int = 50
 
     def solve(self, vs, hvp, g, radius, rtol):
-        """Minimise the quadratic model within the radius; returns (p, residual g + H p, whether on the surface)."""
+        """Minimise the model within the radius: p, the residual g + H p, and whether p is on the surface."""
         p, r, d = vs.zeros_like(g), g, vs.scale(-1.0, g)
         rr = target = vs.dot(r, r)
         for _ in range(self.cg_maxiter):
@@ -825,13 +849,7 @@ class TrustRegionCG(Optimizer):
 
     def iterate(self, problem, state):
         """Solve the model in the region, then take the step or shrink the region."""
-        vs, precond = problem.vs, problem.preconditioner
-
-        def hvp(v):
-            if precond is None:
-                return problem.hessian_vector_product(state.x, v)
-            return precond.whiten_gradient(problem.hessian_vector_product(state.x, precond.unwhiten(v)))
-
+        vs, hvp = problem.vs, Point(problem, Px=state.Px, x=state.x).hessian_vector_product
         radius = state.numbers.get("radius") or self.first_radius(vs, hvp, state)
         rtol = min(self.cg_rtol, math.sqrt(state.Pgnorm / state.Pgnorm0))
         p, r, surface = self.solve(vs, hvp, state.Pg, radius, rtol)
@@ -849,8 +867,8 @@ class TrustRegionCG(Optimizer):
             radius = min(2 * radius, self.maxradius)
         state.numbers.update(radius=radius, ratio=ratio)
         if radius <= max(self.minradius, 0.1 * EPS * vs.norm(state.Px)):
-            return self.give_up(state, False, f"the trust region has shrunk to {radius:.3g}: are the gradient and the "
-                                              "Hessian-vector product right?")
+            return self.give_up(state, False, f"the trust region has shrunk to {radius:.3g}: "
+                                              "are the gradient and the Hessian-vector product right?")
         return (point, length) if ratio > self.eta else (None, 0.0)
 
     def first_radius(self, vs, hvp, state) -> float:
@@ -858,7 +876,9 @@ class TrustRegionCG(Optimizer):
         if self.radius is not None:
             return self.radius
         curvature = vs.dot(state.Pg, hvp(state.Pg))
-        return min(10 * state.Pgnorm ** 3 / curvature if curvature > 0 else max(1.0, vs.norm(state.Px)), self.maxradius)
+        if curvature > 0:
+            return min(10 * state.Pgnorm ** 3 / curvature, self.maxradius)
+        return min(max(1.0, vs.norm(state.Px)), self.maxradius)
 
 
 def to_the_surface(vs, p, d, radius) -> float:
@@ -878,7 +898,7 @@ class GradientDescent(Optimizer):
     barzilai_borwein : bool
         take the first trial step from the last change of the gradient; else it is twice the last step.
     window : int
-        a step must fall below the highest of this many last values of the objective; 1 makes the descent monotonic.
+        a step must fall below the highest of this many last values of the objective; 1 for monotonic descent.
     linesearch :
         a :class:`Backtracking` or :class:`StrongWolfe`.
     """
@@ -912,20 +932,22 @@ class GradientDescent(Optimizer):
 
 
 def scipy_minimize(problem, x0, method="L-BFGS-B", **options):
-    """Minimise `problem` with ``scipy.optimize.minimize``; `options` go there (tol, callback, bounds, options...).
+    """Minimise `problem` with ``scipy.optimize.minimize``, which gets `options` (tol, callback, options...).
 
-    Serial only. The result is SciPy's, with the vector in its `x`. The Hessian-vector product of the problem is
-    passed on to the methods that use one.
+    Serial only. The result is SciPy's, with the vector in its `x`. The Hessian-vector product of the problem
+    is passed on to the methods that use one.
     """
     import scipy.optimize
     vs, start = problem.vs, Point(problem, x=x0)
     if vs.comm is not None and vs.comm.size > 1:
-        raise ValueError(f"scipy_minimize is for one process, this problem is spread over {vs.comm.size}; use LBFGS")
+        raise ValueError("scipy_minimize is for one process, and this problem is spread over "
+                         f"{vs.comm.size}; use LBFGS")
     like = start.Px
 
     def flatten(vector):
         arrays = [np.ravel(np.ascontiguousarray(array)) for array in vs.to_arrays(vector)]
-        return np.concatenate([a.view(a.real.dtype) if np.iscomplexobj(a) else a for a in arrays]).astype(float)
+        arrays = [a.view(a.real.dtype) if np.iscomplexobj(a) else a for a in arrays]
+        return np.concatenate(arrays).astype(float)
 
     def unflatten(flat):
         arrays = []
@@ -937,20 +959,17 @@ def scipy_minimize(problem, x0, method="L-BFGS-B", **options):
         return vs.from_arrays(arrays, like)
 
     if not np.isclose(vs.dot(start.Pg, start.Pg), np.sum(flatten(start.Pg) ** 2), rtol=1e-6):
-        raise ValueError("SciPy knows only the plain sum of squares as inner product, and this vector space has another "
-                         "(half-stored complex fields have); use LBFGS")
+        raise ValueError("SciPy knows only the plain sum of squares as inner product, and this vector space "
+                         "has another (half-stored complex fields have); use LBFGS")
     # Hand the problem to SciPy
     def value_and_gradient(flat):
         point = Point(problem, Px=unflatten(flat))
         return point.y, flatten(point.Pg)
 
     def hvp(flat, v):
-        precond, x = problem.preconditioner, Point(problem, Px=unflatten(flat)).x
-        if precond is None:
-            return flatten(problem.hessian_vector_product(x, unflatten(v)))
-        return flatten(precond.whiten_gradient(problem.hessian_vector_product(x, precond.unwhiten(unflatten(v)))))
+        return flatten(Point(problem, Px=unflatten(flat)).hessian_vector_product(unflatten(v)))
 
-    if method.lower() in ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr") and problem._hvp is not None:
+    if problem.has_hessian and method.lower() in ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr"):
         options.setdefault("hessp", hvp)
     result = scipy.optimize.minimize(value_and_gradient, flatten(like), jac=True, method=method, **options)
     result.x = Point(problem, Px=unflatten(result.x)).x

@@ -98,7 +98,8 @@ class VectorSpace:
 
     def any(self, flag) -> bool:
         """Whether `flag` is true on any rank."""
-        return bool(flag) if self.comm is None or self.comm.size == 1 else any(self.comm.allgather(bool(flag)))
+        alone = self.comm is None or self.comm.size == 1
+        return bool(flag) if alone else any(self.comm.allgather(bool(flag)))
 
     def to_arrays(self, x) -> list:
         """The part of `x` that this rank holds, as a list of arrays."""
@@ -117,14 +118,19 @@ class VectorSpace:
 class FieldSpace(VectorSpace):
     """Fields of pmesh, real or half-stored complex, on any number of ranks.
 
-    The inner product of real fields is the sum over all mesh points; of complex fields it is the real part of `cdot`.
-    Give the communicator of the mesh (``FieldSpace(pm.comm)``), so that the ranks can agree on decisions too.
+    The inner product of real fields is the sum over all mesh points, that of complex fields the real part of
+    `cdot`. Give the communicator of the mesh, ``FieldSpace(pm.comm)``, so that the ranks can agree on
+    decisions too.
     """
+
+    def __init__(self, comm=None):
+        super().__init__(comm=comm)
 
     def dot(self, a, b) -> float:
         """The inner product over the whole mesh."""
         if type(a) is not type(b) or not hasattr(a, "pm"):
-            raise TypeError(f"expected two pmesh fields of one kind, got {type(a).__name__} and {type(b).__name__}")
+            raise TypeError("expected two pmesh fields of one kind, "
+                            f"got {type(a).__name__} and {type(b).__name__}")
         if np.iscomplexobj(a.value):
             return float(a.cdot(b).real)
         return a.pm.comm.allreduce(real_inner_product(a.value, b.value))
@@ -157,7 +163,7 @@ class ProductSpace(VectorSpace):
         self.comm = next((space.comm for space in known if space.comm is not None), None)
 
     def _zip(self, a, b):
-        """Triples (space, component of a, component of b); a vector that is the number 0 is 0 in each component."""
+        """Triples (space, component of a, component of b); the number 0 as `a` is 0 in each component."""
         keys = [key for key, _ in _items(b)]
         zero = isinstance(a, (int, float)) and a == 0
         if not zero and [key for key, _ in _items(a)] != keys and set(dict(_items(a))) != set(keys):
@@ -212,11 +218,12 @@ def _items(vector):
         return list(vector.items())
     if isinstance(vector, (list, tuple)):
         return list(enumerate(vector))
-    raise TypeError(f"a vector of a product space is a dictionary, list or tuple, not {type(vector).__name__}")
+    raise TypeError("a vector of a product space is a dictionary, list or tuple, "
+                    f"not {type(vector).__name__}")
 
 
 def _like(vector, parts):
     """`parts` in a container of the kind of `vector`."""
     if isinstance(vector, dict):
-        return type(vector)(zip(vector, parts))
+        return type(vector)(zip(vector, parts, strict=True))
     return type(vector)._make(parts) if hasattr(vector, "_make") else type(vector)(parts)
