@@ -270,23 +270,25 @@ class _Attributes:
                 at = end
 
     def _read_value(self, key: str, text: str, at: int) -> int:
+        """Read the value that begins at a position; return the position after it."""
         quote = text[at:at + 1]
-        if quote not in ('"', "'"):
-            end = at
-            while end < len(text) and text[end] not in " \t}":
-                end += 1
-            self.errors.append(f"the value of {key!r} must stand in quotes: {key}=\"{text[at:end]}\"")
+        if quote in ('"', "'") and quote in text[at + 1:]:
+            end = text.index(quote, at + 1)
+            value, after = text[at + 1:end], end + 1
+        elif quote in ('"', "'"):
+            self.errors.append(f"the value of {key!r} has no closing quote {quote}")
+            after = len(text) - text.endswith("}")
+            value = text[at + 1:after].strip()
         else:
-            end = text.find(quote, at + 1)
-            if end < 0:
-                self.errors.append(f"the value of {key!r} has no closing quote {quote}")
-                self.values.setdefault(key, text[at + 1:].rstrip("} \t"))
-                return len(text.rstrip()) - 1 if text.rstrip().endswith("}") else len(text)
-            at, end = at + 1, end
+            after = at
+            while after < len(text) and text[after] not in " \t}":
+                after += 1
+            value = text[at:after]
+            self.errors.append(f'the value of {key!r} must stand in quotes: {key}="{value}"')
         if key in self.values:
             self.errors.append(f"attribute {key!r} is given twice")
-        self.values.setdefault(key, text[at:end])
-        return end + 1 if quote in ('"', "'") and quote else end
+        self.values.setdefault(key, value)
+        return after
 
     def _take_word(self, word: str) -> None:
         if word.startswith("#"):
@@ -640,14 +642,14 @@ class Book:
         made = {}
         for path, id in sorted(self.roots.items()):
             lines: list[_Line] = []
+            before: list[_Line] = []
             for block in self.chunks[id]:
                 piece = _strip(self._expand(block))
-                if lines and piece:
+                if before and piece:
                     blank = _blank_lines(path, [text for text, _ in before], [text for text, _ in piece])
                     lines += [("", None)] * blank
-                if piece:
-                    lines += piece
-                    before = piece
+                lines += piece
+                before = piece or before
             made[path] = Tangled("".join(text + "\n" for text, _ in lines), [origin for _, origin in lines])
         return made
 
@@ -868,17 +870,31 @@ def _temporary(target: Path) -> Path:
 def _write_temporary(target: Path, data: bytes) -> Path:
     """Put the data beside the target, with the target's permissions, ready to be renamed."""
     temporary = _temporary(target)
-    with open(temporary, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    with contextlib.suppress(FileNotFoundError):
-        os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+    except BaseException:
+        _discard(temporary)
+        raise
     return temporary
 
 
+def _discard(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def _replace_with(target: Path, data: bytes) -> None:
-    os.replace(_write_temporary(target, data), target)
+    temporary = _write_temporary(target, data)
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        _discard(temporary)
+        raise
 
 
 class _Writer:
@@ -900,7 +916,7 @@ class _Writer:
             obsolete, notes = self._obsolete()
             self._replace(changed)
             removed = [path for path in obsolete if self._remove(path)]
-            self._remember(changed, removed)
+            self._remember(removed)
         return Written(changed, removed, notes)
 
     @contextlib.contextmanager
@@ -923,6 +939,8 @@ class _Writer:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except IsADirectoryError:
+            if path not in self.new:
+                return None
             raise WriteError([f"{path} cannot be written: a folder of this name is in the way"]) from None
         except OSError as error:
             raise WriteError([f"{path} cannot be read: {error.strerror}"]) from None
@@ -933,8 +951,7 @@ class _Writer:
         for folder in folders:
             if folder.is_dir():
                 for path in folder.glob(f".*{TEMPORARY}"):
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+                    _discard(path)
 
     # -- edits by hand ----------------------------------------------------------------------------------------------
 
@@ -1046,8 +1063,7 @@ class _Writer:
                 else:
                     _replace_with(target, self.old[path])
         for path in changed:
-            with contextlib.suppress(OSError):
-                _temporary(self.root / path).unlink()
+            _discard(_temporary(self.root / path))
         for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -1078,17 +1094,13 @@ class _Writer:
                 break
         return True
 
-    def _remember(self, changed: Sequence[str], removed: Sequence[str]) -> None:
+    def _remember(self, removed: Sequence[str]) -> None:
         known = {path: [self.state.name(data)] for path, data in self.new.items()}
         known |= {path: names for path, names in self.state.known.items()
                   if path not in self.new and path not in removed and self.old[path] is not None}
-        if known == self.state.known:
-            return
-        try:
-            self.state.save(known, self.new.values())
-        except OSError:
-            if changed or removed:                  # a tree that is read-only and up to date needs no memory
-                raise WriteError([f"{STATE}/ cannot be written: the next run cannot know what this one wrote"])
+        if known != self.state.known:
+            with contextlib.suppress(OSError):      # what _replace noted before the renames will do
+                self.state.save(known, self.new.values())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1110,16 +1122,17 @@ class Tracer:
         self.alias |= {path: path for path in self.made}
         names = sorted(self.alias, key=len, reverse=True)
         known = "|".join("[\\\\/]".join(map(re.escape, name.split("/"))) for name in names)
+        self.known = re.compile(known)
         colour = r"(?:\x1b\[[\d;]*m)*"
         self.pattern = re.compile(
-            rf'(?P<open>(?<=["\'])[^"\'\n]*[\\/])?'
-            rf'(?P<prefix>(?:(?<=m)(?<=\dm)|(?<![\w.\-\\/]))(?:[^\s"\'<>()|:\x1b]*[\\/])?)?'
+            r'(?P<open>(?<=File ")[^"\n]*[\\/])?'
+            rf'(?P<prefix>(?:(?<=m)(?<=\dm)|(?<![\w.\-\\/])(?<!\x1b\[))(?:[^\s"\'<>()\[|:\x1b]*[\\/])?)?'
             rf'(?P<file>{known})'
             rf'(?P<between>{colour}["\']?{colour}(?::|\(|,? line ){colour})'
-            r'(?P<line>\d+)(?!\d)(?P<column>:\d+(?!\d))?') if names else None
+            r'(?P<line>\d+)(?!\d)(?P<column>:\d+(?!\d))?')
 
     def rewrite(self, text: str) -> str:
-        return self.pattern.sub(self._replace, text) if self.pattern else text
+        return self.pattern.sub(self._replace, text) if self.alias and self.known.search(text) else text
 
     def _replace(self, match: re.Match[str]) -> str:
         start = match.start("file")
@@ -1228,8 +1241,9 @@ def _where(book: Book, place: str) -> list[str]:
     file, _, line = place.rpartition(":")
     if not file or not line.isdecimal():
         raise LookupError(f"{place!r} is not of the form FILE:LINE")
-    path = Path(file)
-    here = book.relative(path if path.is_absolute() or (book.root / path).exists() else path.absolute())
+    known = {*book.tangle(), *book.chapters}        # seen from the current folder, else from the root
+    here = book.relative(Path(file).absolute())
+    here = here if here in known else book.relative(file)
     if here not in book.chapters:
         return ["{}:{}".format(*book.where(here, int(line)))]
     found = book.tangled_at(here, int(line))
