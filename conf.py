@@ -94,6 +94,7 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "home_page_in_toc": True,
+    "navbar_persistent": [],  # one search field is enough
     "pygments_light_style": "a11y-light",
     "pygments_dark_style": "github-dark",
 }

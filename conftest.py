@@ -312,13 +312,12 @@ class Ranks:
 
     # .. hooks ..
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_configure(self, config):
-        self.config = config
-        if self.rank:
-            reporter = config.pluginmanager.getplugin("terminalreporter")
-            if reporter is not None:
-                reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115  (lives as long as the process)
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session):
+        self.config = session.config
+        reporter = self.config.pluginmanager.getplugin("terminalreporter")
+        if self.rank and reporter is not None:
+            reporter._tw._file = open(os.devnull, "w")  # rank 0 speaks for all
 
     def pytest_report_header(self):
         return f"ranks: {self.size}"

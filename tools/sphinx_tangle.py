@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from docutils.parsers.rst.directives.admonitions import Note
 from docutils.statemachine import StringList
 from sphinx import addnodes
 from sphinx.application import Sphinx
@@ -131,6 +132,17 @@ class CanonicalBlock(SphinxDirective):
         return [line] if parts else []
 
 
+class TitledNote(Note):
+    """A note; one that begins with the line "In this chapter" has that for its title."""
+
+    def run(self) -> list[nodes.Node]:
+        if not self.content or self.content[0].strip() != "In this chapter":
+            return super().run()
+        note = nodes.admonition("", nodes.title("", self.content[0].strip()), classes=["note", "in-this-chapter"])
+        self.state.nested_parse(self.content[1:], self.content_offset + 1, note)
+        return [note]
+
+
 def neighbours(block: Block) -> tuple[Block | None, Block | None]:
     """The parts of the same file or chunk before and after a block."""
     pieces = book().chunks[block.id]
@@ -157,6 +169,23 @@ def resolve_link(app: Sphinx, env: Any, node: addnodes.pending_xref, content: no
         return None
     page, anchor = node["reftarget"].split("#")
     return make_refnode(app.builder, node["refdoc"], page, anchor, content)
+
+
+def resolve_name(app: Sphinx, env: Any, node: addnodes.pending_xref, content: nodes.Node) -> nodes.Node | None:
+    """Let ``{py:func}`paint``` find its entry without the module, first among those that the page's chapter makes."""
+    if node.get("refdomain") != "py":
+        return None
+    known = env.get_domain("py").objects
+    found = [name for name in known if name.endswith("." + node["reftarget"].lstrip("."))]
+    page = f"{node['refdoc']}.md"
+    here = {module_of(file) for file, ident in book().roots.items()
+            if any(block.chapter == page for block in book().chunks[ident])}
+    near = [name for name in found if any(name.startswith(module + ".") for module in here)]
+    chosen = near or found
+    if len(chosen) != 1:
+        return None
+    entry = known[chosen[0]]
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, content, chosen[0])
 
 
 INCLUDE = re.compile(r"# &lt;&lt;(.+?)&gt;&gt;")
@@ -232,29 +261,48 @@ def address_of(file: str, line: int) -> str | None:
     return None if block is None else f"{docname(block)}.html#{anchors()[block]}"
 
 
-class ApiModule(SphinxDirective):
-    """``:::{api-module} vmad_lit.core.tape``: every public name of a module, with its docstring.
+class ApiPackage(SphinxDirective):
+    """``:::{api-package} vmad_lit``: a section for each module of a package, in the order of the chapters.
 
-    The docstrings are read as Markdown, like the rest of the book.
+    Every public name is listed with its parameters and its docstring, which is read as Markdown like the rest of
+    the book.
     """
 
     required_arguments = 1
     has_content = False
 
     def run(self) -> list[nodes.Node]:
-        name = self.arguments[0]
+        package = self.arguments[0]
+        sections: list[nodes.Node] = []
+        for file in sorted(book().files.values(), key=lambda file: list(book().chunks).index(book().roots[file])):
+            module = module_of(file)
+            if module.split(".")[0] == package and module.split(".")[-1] != "__main__":
+                sections.append(self.section(module, file))
+        return sections
+
+    def section(self, name: str, file: str) -> nodes.Node:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
             raise self.error(f"cannot import {name}: {error}") from error
-        text = [f"```{{py:module}} {name}", "```", "", *markdown(inspect.getdoc(module)), ""]
+        self.env.note_dependency(str(ROOT / file))
+        chapters = dict.fromkeys(block.chapter for block in book().chunks[book().roots[file]])
+        rows = [f"```{{py:module}} {name}", "```", "", *markdown(inspect.getdoc(module)), "",
+                "From " + ", ".join(f"[](/{chapter})" for chapter in chapters) + ".", ""]
         for member, value in public_members(module):
-            text += entry(name, member, value) + [""]
-        self.env.note_dependency(str(module_tree(name)[0]))
-        where = nodes.section()
-        where.document = self.state.document
-        self.state.nested_parse(StringList(text, source=name), self.content_offset, where)
-        return where.children
+            rows += entry(name, member, value) + [""]
+        section = nodes.section("", nodes.title("", "", nodes.literal("", name)), ids=[f"api-{slug(name)}"], names=[name])
+        section.document = self.state.document
+        self.state.nested_parse(StringList(rows, source=file), self.content_offset, section)
+        return section
+
+
+def module_of(file: str) -> str:
+    """The name under which a file of the book is imported."""
+    parts = file.removesuffix(".py").split("/")
+    if parts[0] == "providers":
+        parts = parts[2:]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) if file.endswith(".py") else ""
 
 
 def public_members(module: Any) -> list[tuple[str, Any]]:
@@ -336,18 +384,18 @@ def fence(kind: str, argument: str, body: list[str]) -> list[str]:
     return [f"{':' * ticks}{{{kind}}} {argument}", "", *body, ":" * ticks]
 
 
-HEADING = re.compile(r"^[-=~^]{3,}\s*$")
+ROLE = re.compile(r":(?:\w+:)?\w+:`[~!]?([^`]+)`")  # :func:`paint`
+UNDERLINE = re.compile(r"^[-=~^]{3,}\s*$")
 
 
 def markdown(doc: str | None) -> list[str]:
-    """A docstring as Markdown: underlined headings become bold words, examples become fences."""
+    """A docstring as Markdown: underlined headings become bold words, their entries definitions, examples fences."""
     rows: list[str] = []
-    lines = (doc or "").expandtabs().splitlines()
-    example = False
-    for index, line in enumerate(lines):
-        if HEADING.match(line) and rows and rows[-1].strip():
-            rows[-1] = f"**{rows[-1].strip()}**"
-            rows.append("")
+    section = example = False
+    for line in ROLE.sub(r"`\1`", (doc or "").expandtabs()).splitlines():
+        if UNDERLINE.match(line) and rows and rows[-1].strip():
+            rows[-1:] = [f"**{rows[-1].strip()}**", ""]
+            section = True
             continue
         if line.lstrip().startswith(">>>") and not example:
             example = True
@@ -357,9 +405,16 @@ def markdown(doc: str | None) -> list[str]:
             rows.append("```")
         if example:
             rows.append(line.strip() if line.lstrip().startswith((">>>", "...")) else line)
+        elif section and line[:1].strip():  # name : type
+            name, colon, kind = line.partition(" : ")
+            rows += ["", f"`{name}`{colon and ' : '}{kind}" if colon or " " not in name else line]
+            described = False
+        elif section and line.strip() and rows[-1].strip():
+            rows.append(("  " if described else ": ") + line.strip())
+            described = True
         else:
-            rows.append(line.replace("``", "`") if "```" not in line else line)
-    return rows + (["```"] if example else [])
+            rows.append(line)
+    return rows + ["```"] * example
 
 
 # -- Building -----------------------------------------------------------------------------------------------
@@ -410,10 +465,12 @@ def set_fences(app: Sphinx, config: Any) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    app.add_directive("api-module", ApiModule)
+    app.add_directive("api-package", ApiPackage)
+    app.add_directive("note", TitledNote, override=True)
     app.connect("config-inited", set_fences, priority=100)
     app.connect("builder-inited", check_tangled)
     app.connect("missing-reference", resolve_link)
+    app.connect("missing-reference", resolve_name)
     app.connect("doctree-read", depend_on_sources)
     app.connect("html-page-context", link_included_chunks)
     app.connect("build-finished", forget_failures)

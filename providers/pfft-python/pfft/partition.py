@@ -344,16 +344,16 @@ def working_mesh(procmesh, ndim):
 
 
 def _alloc_local(kind, n, procmesh):
-    """Complex numbers that hold the local part of any stage, plain or transposed, real (padded) or complex."""
+    """Complex numbers that hold the local part at any stage of a transform, whatever its flags."""
     real, complex_ = kind.dtypes()
     half = n if kind.kind == "c2c" else n[:-1] + (n[-1] // 2 + 1,)
-    twice = n if kind.kind == "c2c" else n[:-1] + (2 * (n[-1] // 2 + 1),)
     mesh = working_mesh(procmesh, len(n))
-    layouts = [end_layout(procmesh, half, complex_, transposed) for transposed in (False, True)]
-    layouts += [level_layout(mesh, half, complex_, level) for level in range(mesh.ndim + 1)]
-    if kind.kind != "c2c":
-        layouts += [end_layout(procmesh, twice, real, transposed) for transposed in (False, True)]
-        layouts += [level_layout(mesh, twice, real, level) for level in range(mesh.ndim + 1)]
+    layouts = []
+    for shape, dtype in [(half, complex_)] + [(n, real)] * (kind.kind != "c2c"):
+        layouts += [end_layout(procmesh, shape, dtype, transposed) for transposed in (False, True)]
+        layouts += [level_layout(mesh, shape, dtype, level) for level in range(mesh.ndim + 1)]
+    if kind.kind != "c2c" and procmesh.ndim < len(n):
+        layouts.append(end_layout(procmesh, n, real, False, padded=2 * half[-1]))
     return max(1, -(-max(layout.nbytes for layout in layouts) // complex_.itemsize))
 
 

@@ -1,0 +1,352 @@
+"""The rules of ``conftest.py``: what a chapter's failure looks like, and what happens when ranks part ways."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from tools.mpirun import environment, launcher
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.serial
+
+try:
+    launcher()
+    import mpi4py  # noqa: F401
+except (ImportError, FileNotFoundError):
+    needs_mpi = pytest.mark.skip(reason="needs mpi4py and mpirun")
+else:
+    needs_mpi = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project of its own, with our conftest.py and a function ``run``."""
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    (tmp_path / "tools").mkdir()
+    for name in ("tangle.py", "mpirun.py"):
+        shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
+    (tmp_path / "pytest.ini").write_text(dedent("""\
+        [pytest]
+        testpaths = tests book/chapters
+        addopts = -p no:cacheprovider --import-mode=importlib
+        pythonpath = .
+        doctest_optionflags = ELLIPSIS NORMALIZE_WHITESPACE FLOAT_CMP
+        markers = serial: one rank only
+        """))
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "book" / "chapters").mkdir(parents=True)
+    return Project(tmp_path)
+
+
+class Project:
+    def __init__(self, root):
+        self.root = root
+
+    def test(self, text):
+        (self.root / "tests" / "test_it.py").write_text(dedent(text))
+
+    def chapter(self, text, name="01-it.md"):
+        (self.root / "book" / "chapters" / name).write_text(dedent(text))
+
+    def run(self, *arguments, ranks=None):
+        command = [sys.executable, "-m", "pytest", *arguments]
+        if ranks:
+            command = [launcher(), "-n", str(ranks), *command]
+        env = environment() | {"PYTHONPATH": str(self.root), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        start = time.monotonic()
+        done = subprocess.run(command, cwd=self.root, env=env, capture_output=True, text=True, timeout=100)
+        done.seconds = time.monotonic() - start
+        done.text = done.stdout + done.stderr
+        return done
+
+
+# -- chapters -----------------------------------------------------------------------------------------------
+
+
+CHAPTER = """\
+    ---
+    file_format: mystnb
+    ---
+    # It
+
+    ```python {#it file="it.py"}
+    def double(x):
+        '''
+        >>> this is not an example of the chapter
+        '''
+        return x + x
+    ```
+
+    ```pycon
+    >>> from it import double
+    >>> double(1 / 3)
+    0.6666667
+    ```
+
+    :::{admonition} Exercise
+    What is next?
+
+    ```pycon
+    >>> double(2)
+    4
+    ```
+    :::
+
+    ```{code-cell} python
+    :tags: [hide-input]
+
+    import it
+    x = it.double(3)
+    ```
+
+    ```{code-cell} python
+    assert x == 6
+    ```
+    """
+
+
+def with_module(project, text=CHAPTER):
+    project.chapter(text)
+    (project.root / "it.py").write_text("def double(x):\n    return x + x\n")
+
+
+def test_examples_and_cells_of_a_chapter_are_run(project):
+    with_module(project)
+    done = project.run("-v")
+    assert done.returncode == 0, done.text
+    assert "01-it.md::examples PASSED" in done.text and "01-it.md::cells PASSED" in done.text
+
+
+def test_a_wrong_example_is_reported_with_the_line_of_the_chapter(project):
+    with_module(project, CHAPTER.replace("    4\n", "    5\n"))
+    done = project.run()
+    assert done.returncode == 1
+    assert "01-it.md:24: DocTestFailure" in done.text
+    assert "1 failed, 1 passed" in done.text
+
+
+def test_a_failing_cell_is_reported_with_the_line_of_the_chapter(project):
+    with_module(project, CHAPTER.replace("x == 6", "x == 7"))
+    done = project.run()
+    assert done.returncode == 1
+    assert "book/chapters/01-it.md:37: AssertionError" in done.text
+    assert "assert x == 7" in done.text
+
+
+def test_a_cell_that_is_not_python_is_reported_with_the_line_of_the_chapter(project):
+    with_module(project, CHAPTER.replace("x == 6", "x == = 6"))
+    done = project.run()
+    assert "01-it.md:37: SyntaxError" in done.text
+
+
+def test_line_magics_are_for_the_page_alone_and_tags_are_kept(project):
+    project.chapter("""\
+        # It
+
+        ```{code-cell} python
+        %matplotlib inline
+        x = 1
+        ```
+
+        ```{code-cell} python
+        :tags: [raises-exception]
+        raise ValueError("as announced")
+        ```
+
+        ```{code-cell} python
+        ---
+        tags: [skip-execution]
+        ---
+        raise ValueError("not run")
+        ```
+
+        ```{code-cell} python
+        assert x == 1
+        ```
+        """)
+    done = project.run()
+    assert done.returncode == 0, done.text
+
+
+@needs_mpi
+@pytest.mark.parametrize("wrong", [False, True])
+def test_mpirun_cells_run_on_their_own_ranks(project, wrong):
+    project.chapter(f"""\
+        # It
+
+        ```{{code-cell}} python
+        %%mpirun -n 2
+        from mpi4py import MPI
+        assert MPI.COMM_WORLD.allreduce(1) == {3 if wrong else 2}
+        ```
+        """)
+    done = project.run()
+    assert done.returncode == int(wrong), done.text
+    assert not wrong or ("01-it.md:4: under mpirun -n 2" in done.text and "AssertionError" in done.text)
+
+
+def test_without_mpi4py_everything_works_on_one_rank(project):
+    with_module(project)
+    (project.root / "mpi4py.py").write_text("raise ImportError('there is no mpi4py')\n")
+    project.test("def test_it(): pass\n")
+    done = project.run()
+    assert done.returncode == 0, done.text
+    assert "3 passed" in done.text
+
+
+# -- ranks --------------------------------------------------------------------------------------------------
+
+
+@needs_mpi
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_rank_0_alone_speaks(project, ranks):
+    with_module(project)
+    project.test("""\
+        from mpi4py import MPI
+        import pytest
+
+        def test_sum():
+            print("noise")
+            assert MPI.COMM_WORLD.allreduce(1) == MPI.COMM_WORLD.size
+
+        @pytest.mark.serial
+        def test_one_rank_only():
+            assert MPI.COMM_WORLD.size == 1
+        """)
+    done = project.run(ranks=ranks)
+    assert done.returncode == 0, done.text
+    assert done.text.count("3 passed, 1 skipped") == 1
+    assert f"ranks: {ranks}" in done.text
+
+
+@needs_mpi
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+def test_a_failure_on_one_rank_is_a_failure_and_the_rest_goes_on(project, culprit):
+    project.test(f"""\
+        from mpi4py import MPI
+
+        def test_one_rank_fails():
+            if MPI.COMM_WORLD.rank == {culprit}:
+                raise ValueError("this rank has its day")
+
+        def test_afterwards():
+            assert MPI.COMM_WORLD.allreduce(1) == 3
+        """)
+    done = project.run(ranks=3)
+    assert done.returncode == 1, done.text
+    assert done.text.count("1 failed, 1 passed") == 1
+    assert "ValueError: this rank has its day" in done.text
+    assert culprit == 0 or f"rank {culprit}" in done.text
+
+
+@needs_mpi
+def test_setup_that_fails_or_skips_on_one_rank_keeps_the_ranks_in_step(project):
+    project.test("""\
+        from mpi4py import MPI
+        import pytest
+
+        @pytest.fixture
+        def broken():
+            if MPI.COMM_WORLD.rank == 1:
+                raise RuntimeError("no such thing here")
+
+        @pytest.fixture
+        def absent():
+            if MPI.COMM_WORLD.rank == 1:
+                pytest.skip("not on this rank")
+
+        def test_broken(broken):
+            MPI.COMM_WORLD.Barrier()
+
+        def test_absent(absent):
+            MPI.COMM_WORLD.Barrier()
+
+        @pytest.mark.xfail(strict=True)
+        def test_expected():
+            assert False
+
+        def test_last():
+            MPI.COMM_WORLD.Barrier()
+        """)
+    done = project.run("-o", "mpi_grace=10", ranks=2)
+    assert done.returncode == 1, done.text
+    assert "1 passed, 1 skipped, 1 xfailed, 1 error" in done.text
+    assert "no such thing here" in done.text
+    assert done.seconds < 10
+
+
+@needs_mpi
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_fails_inside_a_collective_call_ends_the_job_with_its_report(project, culprit):
+    project.test(f"""\
+        from mpi4py import MPI
+
+        def test_hang():
+            if MPI.COMM_WORLD.rank == {culprit}:
+                raise ValueError("the others wait in vain")
+            MPI.COMM_WORLD.Barrier()
+        """)
+    done = project.run("-o", "mpi_grace=2", ranks=3)
+    assert done.returncode != 0
+    assert "the others wait in vain" in done.text
+    assert "the job is ended" in done.text
+    assert done.seconds < 20
+
+
+@needs_mpi
+def test_ranks_must_collect_the_same_tests(project):
+    project.test("""\
+        from mpi4py import MPI
+
+        if MPI.COMM_WORLD.rank == 1:
+            def test_here_only(): pass
+
+        def test_everywhere(): pass
+        """)
+    done = project.run("-o", "mpi_grace=5", ranks=2)
+    assert done.returncode != 0
+    assert "rank 1 collected other tests than rank 0" in done.text and "test_here_only" in done.text
+
+
+@needs_mpi
+def test_a_chapter_that_fails_on_one_rank_names_its_line(project):
+    project.chapter("""\
+        # It
+
+        ```pycon
+        >>> from mpi4py import MPI
+        >>> MPI.COMM_WORLD.rank
+        0
+        ```
+
+        ```{code-cell} python
+        assert MPI.COMM_WORLD.rank == 0
+        ```
+        """.replace("assert MPI", "from mpi4py import MPI; assert MPI"))
+    done = project.run("-o", "mpi_grace=5", ranks=2)
+    assert done.returncode == 1
+    assert "2 failed" in done.text
+    assert "01-it.md:5: DocTestFailure" in done.text and "01-it.md:10: AssertionError" in done.text
+
+
+@needs_mpi
+def test_a_chapter_may_stay_on_one_rank(project):
+    project.chapter("""\
+        ---
+        file_format: mystnb
+        tests: serial
+        ---
+        # It
+
+        ```{code-cell} python
+        from mpi4py import MPI
+        assert MPI.COMM_WORLD.size == 1
+        ```
+        """)
+    assert "1 passed" in project.run().text
+    assert "1 skipped" in project.run(ranks=2).text

@@ -1,0 +1,638 @@
+"""Optimisers over vector spaces: against SciPy and analytic solutions, on several ranks, resumed."""
+import math
+import os
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+import scipy.optimize
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mpi4py import MPI
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy.optimize import rosen, rosen_der, rosen_hess_prod
+
+from vmad_lit.contrib.optimize import (
+    EPS,
+    LBFGS,
+    Backtracking,
+    GradientDescent,
+    Line,
+    Preconditioner,
+    Problem,
+    State,
+    StrongWolfe,
+    TrustRegionCG,
+    autosave,
+    scipy_minimize,
+)
+from vmad_lit.contrib.vectorspace import FieldSpace, ProductSpace, VectorSpace, real_inner_product
+
+COMM = MPI.COMM_WORLD
+quick = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+OPTIMIZERS = [LBFGS(gtol=1e-9, maxiter=2000), TrustRegionCG(gtol=1e-9, maxiter=2000),
+              GradientDescent(gtol=1e-8)]
+
+
+def distributed(comm=COMM):
+    return VectorSpace(dot=lambda a, b: comm.allreduce(real_inner_product(a, b)), comm=comm)
+
+
+@pytest.fixture
+def folder():
+    """A folder that all ranks see, removed at the end."""
+    path = COMM.bcast(tempfile.mkdtemp() if COMM.rank == 0 else None)
+    yield path
+    COMM.Barrier()
+    if COMM.rank == 0:
+        shutil.rmtree(path)
+
+
+def beale(v):
+    x, y = v
+    return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y ** 2) ** 2 + (2.625 - x + x * y ** 3) ** 2
+
+
+def beale_der(v):
+    x, y = v
+    a, b, c = 1.5 - x + x * y, 2.25 - x + x * y ** 2, 2.625 - x + x * y ** 3
+    return np.array([2 * a * (y - 1) + 2 * b * (y ** 2 - 1) + 2 * c * (y ** 3 - 1),
+                     2 * a * x + 4 * b * x * y + 6 * c * x * y ** 2])
+
+
+def beale_hessian(v, d, h=1e-6):
+    return (beale_der(v + h * d) - beale_der(v - h * d)) / (2 * h)
+
+
+def quadratic(n, condition, seed, whiten=False):
+    rng = np.random.default_rng(seed)
+    q = np.linalg.qr(rng.normal(size=(n, n)))[0]
+    A = (q * np.logspace(0, math.log10(condition), n)) @ q.T
+    A = (A + A.T) / 2
+    truth = rng.normal(size=n)
+    precond = None
+    if whiten:  # a square root of A that is not symmetric: the transposes matter
+        root = np.linalg.cholesky(A).T
+        inverse = np.linalg.inv(root)
+        precond = Preconditioner(lambda v, direction: root @ v if direction == 1 else inverse.T @ v,
+                                 lambda v, direction: root.T @ v if direction == 1 else inverse @ v)
+    return truth, Problem(lambda x: 0.5 * (x - truth) @ A @ (x - truth), lambda x: A @ (x - truth),
+                          lambda x, v: A @ v, preconditioner=precond)
+
+
+# vector spaces
+
+def test_addmul_follows_the_reference():
+    vs, a, b = VectorSpace(), np.array([1.0, 2.0]), np.array([3.0, 4.0])
+    assert_array_equal(vs.addmul(a, b, 2), a + 2 * b)
+    assert_array_equal(vs.addmul(a, b, 2, -1), a + b / 2)
+    assert_array_equal(vs.addmul(0, b, 2, 3), b * 8)
+    assert_array_equal(vs.axpy(2, a, b), b + 2 * a)
+    assert_array_equal(vs.zeros_like(np.array([np.nan, np.inf])), 0)
+    assert vs.addmul(np.float32(1) * a.astype('f4'), b.astype('f4'), np.float64(2)).dtype == np.float32
+    copy = vs.copy(a)
+    copy[0] = 7
+    assert a[0] == 1
+
+
+def test_inner_product_is_real_wide_and_checked():
+    z = np.array([1 + 2j, 3 - 1j])
+    assert VectorSpace().dot(z, z * 1j) == 0
+    assert VectorSpace().dot(z, z) == 15
+    ones = np.full(3 * 10 ** 6, np.float32(0.1))
+    assert abs(VectorSpace().dot(ones, ones) / (3e6 * float(np.float32(0.1)) ** 2) - 1) < 1e-11
+    with pytest.raises(ValueError, match="one shape"):
+        VectorSpace().dot(np.ones(3), np.ones((3, 1)))
+
+
+def test_same_sees_values_shapes_and_types():
+    vs = VectorSpace()
+    assert vs.same(np.ones(3), np.ones(3))
+    assert not vs.same(np.ones(3), np.ones(1))
+    assert not vs.same(np.ones(3), np.array([1, 1, 1 + 1e-15]))
+    assert not vs.same(np.array([np.nan]), np.array([np.nan]))
+    tree = ProductSpace()
+    assert tree.same({'a': np.ones(2), 'b': 1.0}, {'a': np.ones(2), 'b': 1.0})
+    assert not tree.same({'a': np.ones(2)}, {'b': np.ones(2)})
+    assert not tree.same([np.ones(2)], [np.ones(2), np.ones(2)])
+    assert not tree.same([np.ones(2)], (np.ones(2),))
+
+
+@pytest.mark.parametrize('like', [
+    3.5, np.arange(6.).reshape(2, 3), {'a': np.arange(3.), 'b': [np.ones(2) * 1j, 2.0]},
+    (np.zeros((0, 2)), 1.0)])
+def test_arrays_there_and_back(like):
+    vs = ProductSpace({'a': VectorSpace(), 'b': ProductSpace()}) if isinstance(like, dict) else \
+        ProductSpace() if isinstance(like, tuple) else VectorSpace()
+    back = vs.from_arrays(vs.to_arrays(like), like)
+    assert type(back) is type(like)
+    assert vs.same(back, like)
+
+
+def test_product_space_names_what_does_not_fit():
+    vs = ProductSpace({'a': VectorSpace()})
+    with pytest.raises(ValueError, match="no space is known for component 'b'"):
+        vs.dot({'b': 1.0}, {'b': 1.0})
+    with pytest.raises(ValueError, match="differ in their components"):
+        vs.dot({'a': 1.0}, {'a': 1.0, 'b': 1.0})
+    with pytest.raises(TypeError, match="dictionary, list or tuple"):
+        vs.dot(np.ones(2), np.ones(2))
+
+
+def test_the_distributed_part_is_summed_and_the_universal_part_is_not():
+    vs = ProductSpace({'field': distributed(), 'bias': VectorSpace()})
+    v = {'field': np.ones(COMM.rank + 1), 'bias': 2.0}
+    assert vs.dot(v, v) == COMM.size * (COMM.size + 1) / 2 + 4
+    assert vs.comm is COMM
+
+
+def test_agree():
+    vs = distributed()
+    assert vs.agree(np.array(2)) == 2.0
+    assert vs.agree(1 + 1e-15 * COMM.rank) == 1.0
+    assert math.isnan(vs.agree(math.nan))
+    for bad in (np.ones(2), 1j, 'x', None):
+        with pytest.raises(TypeError, match="one real number"):
+            vs.agree(bad)
+    if COMM.size > 1:
+        with pytest.raises(ValueError, match="differs between ranks"):
+            vs.agree(COMM.rank)
+    assert vs.any(COMM.rank == COMM.size - 1)
+    assert not vs.any(False)
+
+
+# convergence
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS, ids=lambda o: type(o).__name__)
+def test_rosenbrock_and_beale(optimizer):
+    for f, g, H, x0, answer in [(rosen, rosen_der, rosen_hess_prod, [-1.2, 1.0], [1, 1]),
+                                (rosen, rosen_der, rosen_hess_prod, [-1.2, 1.0, -1.2, 1.0, 0.5], [1] * 5),
+                                (beale, beale_der, beale_hessian, [1.0, 1.0], [3, 0.5])]:
+        problem = Problem(f, g, H)
+        state = optimizer.minimize(problem, np.array(x0))
+        assert state.converged, state
+        assert_allclose(state.x, answer, atol=2e-4 if isinstance(optimizer, GradientDescent) else 1e-6)
+        assert (state.fev, state.gev, state.hev) == (problem.fev, problem.gev, problem.hev)
+        assert len(state.history) == state.nit + 1
+        assert state.y == state['y'] == f(state.x)
+        assert_array_equal(state.g, g(state.x))
+
+
+@quick
+@given(n=st.integers(1, 12), exponent=st.floats(0, 4), seed=st.integers(0, 10 ** 6), kind=st.integers(0, 2),
+       whiten=st.booleans(), start=st.floats(-1e3, 1e3))
+def test_quadratics_are_solved(n, exponent, seed, kind, whiten, start):
+    truth, problem = quadratic(n, 10 ** exponent, seed, whiten)
+    state = OPTIMIZERS[kind].minimize(problem, np.full(n, start))
+    assert state.converged, state
+    assert np.linalg.norm(state.x - truth) <= 1e-3 * (1 + abs(start))
+    if whiten and kind < 2:
+        assert state.nit <= 8  # in whitened variables the quadratic is a sphere
+
+
+def test_lbfgs_is_a_match_for_scipy():
+    x0 = np.tile([-1.2, 1.0], 20)
+    ours = LBFGS(gtol=1e-9, maxiter=1000).minimize(Problem(rosen, rosen_der), x0)
+    theirs = scipy.optimize.minimize(rosen, x0, jac=rosen_der, method='L-BFGS-B',
+                                     options=dict(gtol=1e-9 * ours.Pgnorm0, ftol=0, maxiter=2000))
+    assert ours.converged
+    assert ours.fev <= 1.3 * theirs.nfev
+    assert_allclose(ours.x, theirs.x, atol=1e-5)
+
+
+def test_trust_region_passes_negative_curvature():
+    # a saddle at the origin; the minima are at (0, +-1)
+    def f(v):
+        return v[0] ** 2 + (v[1] ** 2 - 1) ** 2
+
+    def g(v):
+        return np.array([2 * v[0], 4 * v[1] * (v[1] ** 2 - 1)])
+
+    def H(v, d):
+        return np.array([2 * d[0], (12 * v[1] ** 2 - 4) * d[1]])
+
+    state = TrustRegionCG(gtol=1e-10).minimize(Problem(f, g, H), np.array([1.0, 1e-3]))
+    assert_allclose(state.x, [0, 1], atol=1e-7)
+
+
+def test_steihaug_against_the_exact_solution():
+    truth, problem = quadratic(6, 100, 3)
+    optimizer, x = TrustRegionCG(cg_rtol=1e-12), np.ones(6)
+    g = problem.gradient(x)
+    def hvp(v):
+        return problem.hessian_vector_product(x, v)
+
+    p, r, surface = optimizer.solve(problem.vs, hvp, g, math.inf, 1e-12)
+    assert_allclose(x + p, truth, atol=1e-8)
+    assert_allclose(r, g + hvp(p), atol=1e-10)
+    assert not surface
+    for radius in (1e-3, 0.5):
+        p, r, surface = optimizer.solve(problem.vs, hvp, g, radius, 1e-12)
+        assert surface
+        assert_allclose(np.linalg.norm(p), radius, rtol=1e-12)
+        assert_allclose(r, g + hvp(p), atol=1e-10)
+
+
+def test_complex_unknowns_are_pairs_of_reals():
+    data = np.array([1 + 2j, -3j, 0.5])
+    weight = np.array([1.0, 10.0, 100.0])
+    problem = Problem(lambda z: float(np.sum(weight * abs(z - data) ** 2)), lambda z: 2 * weight * (z - data),
+                      lambda z, v: 2 * weight * v)
+    for optimizer in OPTIMIZERS:
+        assert_allclose(optimizer.minimize(problem, np.zeros(3, complex)).x, data, atol=1e-6)
+    assert_allclose(scipy_minimize(problem, np.zeros(3, complex)).x, data, atol=1e-4)
+
+
+def test_float32_stays_float32():
+    target = np.linspace(-1, 1, 50, dtype='f4')
+    problem = Problem(lambda x: float(np.sum((x - target).astype('f8') ** 2)), lambda x: 2 * (x - target))
+    state = LBFGS(gtol=1e-5).minimize(problem, np.zeros(50, 'f4'))
+    assert state.x.dtype == np.float32 and state.converged
+    assert_allclose(state.x, target, atol=1e-4)
+
+
+# line searches
+
+@quick
+@given(seed=st.integers(0, 10 ** 6), c2=st.sampled_from([0.1, 0.5, 0.9]), t=st.floats(1e-4, 1e4),
+       n=st.integers(2, 6))
+def test_accepted_steps_satisfy_the_wolfe_conditions(seed, c2, t, n):
+    x = np.random.default_rng(seed).normal(size=n) * 2
+    problem, search = Problem(rosen, rosen_der), StrongWolfe(c1=1e-4, c2=c2)
+    y, g = problem.value_and_gradient(x)
+    direction = -g / np.linalg.norm(g)
+    slope = float(direction @ g)
+    trial = search(Line(problem, x, y, direction, slope), t)
+    assert trial is not None
+    assert_array_equal(trial.point.x, x + trial.t * direction)
+    assert trial.y <= y + 1e-4 * trial.t * slope + 4 * EPS * abs(y)
+    assert abs(rosen_der(trial.point.x) @ direction) <= c2 * abs(slope)
+
+
+@pytest.mark.parametrize('c2', [0.1, 0.9])
+def test_every_step_of_lbfgs_satisfies_them(c2):
+    steps = []
+
+    class Watched(StrongWolfe):
+        def __call__(self, line, t):
+            trial = super().__call__(line, t)
+            steps.append((line.start.y, line.start.slope, trial.t, trial.y, trial.slope))
+            return trial
+
+    state = LBFGS(linesearch=Watched(c2=c2)).minimize(Problem(rosen, rosen_der), np.tile([-1.2, 1.0], 5))
+    assert state.converged and len(steps) == state.nit
+    for y0, slope0, t, y, slope in steps:
+        assert y <= y0 + 1e-4 * t * slope0 + 4 * EPS * abs(y0)
+        assert abs(slope) <= c2 * abs(slope0)
+
+
+@quick
+@given(seed=st.integers(0, 10 ** 6), t=st.floats(1e-3, 1e3))
+def test_backtracking_satisfies_armijo(seed, t):
+    x = np.random.default_rng(seed).normal(size=4) * 2
+    y, g = rosen(x), rosen_der(x)
+    trial = Backtracking()(Line(Problem(rosen, rosen_der), x, y, -g, -float(g @ g)), t)
+    assert 0 < trial.t <= t
+    assert trial.y <= y - 1e-4 * trial.t * float(g @ g)
+
+
+def test_bad_wolfe_constants():
+    with pytest.raises(ValueError, match="0 < c1 < c2 < 1"):
+        StrongWolfe(c1=0.9, c2=0.1)
+
+
+# not a number
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS, ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('beyond', [math.nan, math.inf])
+def test_walks_back_from_where_there_is_no_value(optimizer, beyond):
+    def f(x):
+        return float(np.sum(x - np.log(x))) if np.all(x > 0) else beyond
+
+    seen = []
+    problem = Problem(lambda x: seen.append(f(x)) or f(x), lambda x: 1 - 1 / x, lambda x, v: v / x ** 2)
+    state = optimizer.minimize(problem, np.array([30.0, 0.01, 3.0]))
+    assert state.converged
+    assert_allclose(state.x, 1, atol=1e-5)
+    if not isinstance(optimizer, TrustRegionCG):
+        assert not all(np.isfinite(seen))  # the test is about something
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS, ids=lambda o: type(o).__name__)
+def test_says_what_is_not_finite_at_the_start(optimizer):
+    with pytest.raises(ValueError, match="the objective is nan at the starting point"):
+        optimizer.minimize(Problem(lambda x: np.nan, lambda x: x, lambda x, v: v), np.ones(2))
+    with pytest.raises(ValueError, match="the gradient has components that are not finite"):
+        optimizer.minimize(Problem(lambda x: 1.0, lambda x: x * np.inf, lambda x, v: v), np.ones(2))
+
+
+def test_wrong_gradient_is_reported_not_believed():
+    state = LBFGS().minimize(Problem(rosen, lambda x: -rosen_der(x)), np.array([-1.2, 1.0]))
+    assert not state.converged and 'gradient' in state.message
+    state = GradientDescent().minimize(Problem(rosen, lambda x: -rosen_der(x)), np.array([-1.2, 1.0]))
+    assert not state.converged and 'gradient' in state.message
+
+
+def test_missing_parts_are_named():
+    with pytest.raises(ValueError, match="needs an objective"):
+        Problem(gradient=lambda x: x)
+    with pytest.raises(ValueError, match="no gradient"):
+        LBFGS().minimize(Problem(rosen), np.ones(2) * 3)
+    with pytest.raises(ValueError, match="no hessian_vector_product"):
+        TrustRegionCG().minimize(Problem(rosen, rosen_der), np.ones(2) * 3)
+    with pytest.raises(ValueError, match="starting point"):
+        LBFGS().minimize(Problem(rosen, rosen_der))
+    with pytest.raises(TypeError, match="has no option 'memory'"):
+        LBFGS(memory=3)
+
+
+def test_already_at_the_minimum():
+    for optimizer in OPTIMIZERS:
+        state = optimizer.minimize(Problem(rosen, rosen_der, rosen_hess_prod), np.ones(3))
+        assert state.converged and state.nit == 0
+
+
+def test_rounding_ends_the_search_as_converged():
+    for optimizer in (LBFGS(gtol=0), TrustRegionCG(gtol=0), GradientDescent(gtol=0)):
+        problem = Problem(lambda x: 1e3 + float(np.sum((x - 2) ** 2 * np.arange(1, 5))),
+                          lambda x: 2 * (x - 2) * np.arange(1, 5) + 1e-9,
+                          lambda x, v: 2 * v * np.arange(1, 5))
+        state = optimizer.minimize(problem, np.zeros(4))
+        assert state.converged, state
+        assert_allclose(state.x, 2, atol=1e-5)
+
+
+# problems
+
+def test_one_evaluation_a_point_and_none_stale():
+    problem = Problem(rosen, rosen_der)
+    x = np.array([0.5, 0.5])
+    for _ in range(3):
+        assert problem.f(x) == rosen(x)
+        assert_array_equal(problem.g(x), rosen_der(x))
+    assert (problem.fev, problem.gev) == (1, 1)
+    x -= 0.1  # changed in place: a new point in the same object
+    assert problem.f(x) == rosen(x)
+    assert_array_equal(problem.g(x.copy()), rosen_der(x))
+    assert (problem.fev, problem.gev) == (2, 2)
+
+
+def test_combined_evaluation_is_shared():
+    calls = []
+
+    def both(x):
+        calls.append(x)
+        return rosen(x), rosen_der(x)
+
+    problem = Problem(value_and_gradient=both)
+    state = LBFGS().minimize(problem, np.array([-1.2, 1.0]))
+    assert state.converged
+    assert len(calls) == state.fev == state.gev == problem.fev
+
+
+def test_wrong_preconditioners_are_found():
+    root = np.array([[2.0, 1.0], [0.0, 1.0]])
+    inverse = np.linalg.inv(root)
+    not_inverse = Preconditioner.symmetric(lambda v: 2 * v, lambda v: v / 3)
+    not_transposed = Preconditioner(lambda v, direction: root @ v if direction == 1 else inverse @ v,
+                                    lambda v, direction: root @ v if direction == 1 else inverse @ v)
+    for bad, words in ((not_inverse, "not inverses"), (not_transposed, "not the inverse transpose")):
+        with pytest.raises(ValueError, match=words):
+            LBFGS().minimize(Problem(rosen, rosen_der, preconditioner=bad), np.array([-1.2, 1.0]))
+
+
+def test_monitors():
+    seen = []
+    state = LBFGS().minimize(Problem(rosen, rosen_der), np.array([-1.2, 1.0]),
+                             monitor=[lambda s: seen.append((s.nit, s['y'], s.x)), lambda s: s.y,
+                                      lambda s: s.nit == 7 and COMM.rank == COMM.size - 1])
+    if COMM.size == 1:
+        assert state.message == "stopped by the monitor" and not state.converged and state.nit == 7
+        assert [nit for nit, _, _ in seen] == list(range(8))
+        assert_array_equal([rosen(x) for _, _, x in seen], state.history['y'])
+    seen = []
+    state = LBFGS().minimize(Problem(rosen, rosen_der, vs=VectorSpace(comm=COMM)), np.array([-1.2, 1.0]),
+                             monitor=lambda s: s.nit == 3 and COMM.rank == COMM.size - 1)
+    assert state.nit == 3
+
+
+def test_options_can_be_set_at_any_time():
+    optimizer = LBFGS(maxiter=3)
+    problem, x0 = Problem(rosen, rosen_der), np.array([-1.2, 1.0])
+    state = optimizer.minimize(problem, x0)
+    assert state.nit == 3 and not state.converged and 'maxiter = 3' in state.message
+    optimizer.__dict__.update(maxiter=100, m=3)
+    assert optimizer.minimize(problem, x0).converged
+    assert 'm=3' in repr(optimizer)
+    assert optimizer.minimize(problem, state).converged  # a state may take the place of x0
+
+
+def test_tolerances():
+    problem, x0 = Problem(rosen, rosen_der), np.tile([-1.2, 1.0], 5)
+    assert 'objective fell' in LBFGS(gtol=0, ftol=1e-3).minimize(problem, x0).message
+    assert 'x moved' in LBFGS(gtol=0, xtol=1e-2).minimize(problem, x0).message
+    state = LBFGS(gtol=0, gatol=1.0).minimize(problem, x0)
+    assert state.converged and state.gnorm <= 1 and state.history['gnorm'][-2] > 1
+
+
+def test_table_and_representations():
+    state = LBFGS(maxiter=4).minimize(Problem(rosen, rosen_der), np.array([-1.2, 1.0]))
+    lines = str(state.history).splitlines()
+    assert len(lines) == 6 and len(set(map(len, lines))) == 1 and lines[0].split()[:2] == ['nit', 'y']
+    assert state.history._repr_html_().count('<tr>') == 6
+    assert 'nit=4' in repr(state) and 'not started' in repr(State(VectorSpace(), 'LBFGS'))
+    assert 'y' in state and 'nonsense' not in state
+    with pytest.raises(KeyError):
+        state['nonsense']
+
+
+def test_progress_bar(capsys):
+    pytest.importorskip('tqdm')
+    LBFGS().minimize(Problem(rosen, rosen_der), np.array([-1.2, 1.0]), progress=True)
+    assert ('it' in capsys.readouterr().err) == (COMM.rank == 0)
+
+
+@pytest.mark.parametrize('method', ['L-BFGS-B', 'CG', 'BFGS', 'Newton-CG', 'trust-ncg'])
+def test_scipy_minimize(method):
+    vs = ProductSpace()
+    target = {'a': np.array([[1.0, 2.0]]), 'b': (3.0, np.array([1 - 1j]))}
+    def diff(v):
+        return vs.addmul(v, target, -1)
+
+    problem = Problem(lambda v: vs.dot(diff(v), diff(v)), lambda v: vs.scale(2, diff(v)),
+                      lambda v, d: vs.scale(2, d),
+                      vs=ProductSpace({'a': VectorSpace(), 'b': ProductSpace()}))
+    vs.spaces = problem.vs.spaces
+    x0 = {'a': np.zeros((1, 2)), 'b': (0.0, np.zeros(1, complex))}
+    result = scipy_minimize(problem, x0, method=method, tol=1e-8)
+    assert result.success and isinstance(result.x['b'], tuple)
+    assert vs.norm(diff(result.x)) < 1e-5
+    assert problem.hev > 0 or method not in ('Newton-CG', 'trust-ncg')
+
+
+# saving
+
+@pytest.mark.parametrize('optimizer', [LBFGS(m=4), TrustRegionCG(), GradientDescent(gtol=1e-4)],
+                         ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('whiten', [False, True])
+def test_resumed_equals_uninterrupted(optimizer, whiten, folder):
+    precond = Preconditioner.diagonal(np.linspace(1, 3, 6)) if whiten else None
+    def make():
+        return Problem(rosen, rosen_der, rosen_hess_prod, preconditioner=precond)
+
+    path, x0 = os.path.join(folder, f'{COMM.rank}.npz'), np.tile([-1.2, 1.0], 3)
+    whole = optimizer.minimize(make(), x0)
+
+    class Killed(Exception):
+        pass
+
+    def kill(state):
+        if state.nit == 12:
+            raise Killed
+
+    with pytest.raises(Killed):
+        optimizer.minimize(make(), x0, monitor=[autosave(path, every=5), kill])
+    saved = State.load(path, VectorSpace(), like=x0)
+    assert saved.nit == 10
+    resumed = optimizer.minimize(make(), state=saved)
+    assert_array_equal(resumed.x, whole.x)
+    assert (resumed.nit, resumed.fev, resumed.gev, resumed.hev, resumed.y) == \
+        (whole.nit, whole.fev, whole.gev, whole.hev, whole.y)
+    assert_array_equal(resumed.history['y'], whole.history['y'])
+    assert os.path.exists(path) and not os.path.exists(path + '.tmp')
+
+
+def test_resume_when_there_is_nothing_yet(folder):
+    vs = distributed()
+    path = os.path.join(folder, 'state.npz')
+    assert State.resume(path, vs, np.zeros(1)) is None
+    problem = Problem(lambda x: vs.dot(x, x), lambda x: 2 * x, vs=vs)
+    state = State.resume(path, vs, np.zeros(3))
+    state = LBFGS().minimize(problem, np.ones(3), state=state, monitor=autosave(path, 1))
+    again = State.resume(path, vs, np.zeros(3))
+    assert again.nit == state.nit
+    assert_array_equal(again.x, state.x)
+    with pytest.raises(ValueError, match="shape"):
+        State.resume(path, vs, np.zeros(4))
+
+
+def test_a_crash_while_saving_leaves_the_old_state(folder, monkeypatch):
+    vs = distributed()
+    path = os.path.join(folder, 'state.npz')
+    problem = Problem(lambda x: vs.dot(x ** 2, x ** 2), lambda x: 4 * x ** 3, vs=vs)
+    state = LBFGS(maxiter=3).minimize(problem, np.linspace(1.1, 2, COMM.rank + 1))
+    state.save(path)
+    later = LBFGS(maxiter=6).minimize(problem, state=State.load(path, vs, state.x))
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        if COMM.rank == COMM.size - 1:
+            patch.setattr(np, 'savez', full)
+        with pytest.raises(OSError, match="no space left" if COMM.rank == COMM.size - 1 else "another rank"):
+            later.save(path)
+    assert State.load(path, vs, state.x).nit == 3
+    later.save(path)
+    loaded = State.load(path, vs, state.x)
+    assert loaded.nit == 6
+    assert_array_equal(loaded.x, later.x)
+    COMM.Barrier()
+    assert sorted(os.listdir(folder))[0] == 'state.npz' and len(os.listdir(folder)) == COMM.size
+
+
+def test_state_of_another_rank_count(folder):
+    path = os.path.join(folder, 'state.npz')
+    state = LBFGS(maxiter=2).minimize(Problem(rosen, rosen_der), np.zeros(2))
+    if COMM.rank == 0:
+        state.save(path)
+    COMM.Barrier()
+    if COMM.size > 1:
+        with pytest.raises(ValueError, match="was saved on 1 ranks, this job has"):
+            State.load(path, distributed(), np.zeros(2))
+    else:
+        assert State.load(path, distributed(), np.zeros(2)).nit == 2
+
+
+# several ranks
+
+def split(x):
+    """This rank's part of x: uneven, with nothing on rank 1."""
+    shares = np.array([(0 if rank == 1 else rank + 1) for rank in range(COMM.size)])
+    edges = np.concatenate([[0], np.cumsum(shares) * len(x) // shares.sum()])
+    return x[edges[COMM.rank]:edges[COMM.rank + 1]]
+
+
+@pytest.mark.parametrize('optimizer', [LBFGS(maxiter=30), TrustRegionCG(maxiter=15),
+                                       GradientDescent(maxiter=12)], ids=lambda o: type(o).__name__)
+def test_same_iterates_on_any_number_of_ranks(optimizer):
+    n = 40
+    c, truth = np.logspace(0, 2, n), np.sin(np.arange(n))
+    def f(x, c, t):
+        return float(np.sum(c * (x - t) ** 2 + (x - t) ** 4))
+
+    def g(x, c, t):
+        return 2 * c * (x - t) + 4 * (x - t) ** 3
+
+    def H(x, v, c, t):
+        return (2 * c + 12 * (x - t) ** 2) * v
+
+    serial = optimizer.minimize(Problem(lambda x: f(x, c, truth), lambda x: g(x, c, truth),
+                                        lambda x, v: H(x, v, c, truth)), np.zeros(n))
+    a, b, vs = split(c), split(truth), distributed()
+    if COMM.size > 1 and COMM.rank == 1:
+        assert len(a) == 0
+    problem = Problem(lambda x: COMM.allreduce(f(x, a, b)), lambda x: g(x, a, b),
+                      lambda x, v: H(x, v, a, b), vs=vs)
+    state = optimizer.minimize(problem, split(np.zeros(n)))
+    assert state.nit == serial.nit
+    assert_allclose(state.history['y'], serial.history['y'], rtol=1e-6, atol=1e-10)
+    assert_allclose(state.x, split(serial.x), atol=1e-6)
+    assert len(set(COMM.allgather((state.nit, state.fev, state.y, state.gnorm)))) == 1
+
+
+def test_distributed_state_there_and_back(folder):
+    path, vs = os.path.join(folder, 'state.npz'), distributed()
+    b = split(np.sin(np.arange(30.0)))
+    def make():
+        return Problem(lambda x: COMM.allreduce(float(np.sum((x - b) ** 4 + (x - b) ** 2))),
+                       lambda x: 4 * (x - b) ** 3 + 2 * (x - b), vs=vs)
+
+    whole = LBFGS(gtol=1e-10).minimize(make(), 0 * b)
+    LBFGS(maxiter=3).minimize(make(), 0 * b, monitor=autosave(path, 1))
+    resumed = LBFGS(gtol=1e-10).minimize(make(), state=State.load(path, vs, b))
+    assert_array_equal(resumed.x, whole.x)
+    COMM.Barrier()
+    assert len(os.listdir(folder)) == COMM.size
+
+
+def test_an_objective_that_is_not_reduced_is_refused():
+    if COMM.size == 1:
+        pytest.skip("needs two ranks")
+    problem = Problem(lambda x: float(np.sum(x ** 2)), lambda x: 2 * x, vs=distributed())
+    with pytest.raises(ValueError, match="differs between ranks"):
+        LBFGS().minimize(problem, np.ones(COMM.rank + 1))
+
+
+def test_fields(folder):
+    pm_module = pytest.importorskip('pmesh.pm')
+    pm = pm_module.ParticleMesh(Nmesh=[4, 4, 4], BoxSize=4.0, comm=COMM)
+    vs, path = FieldSpace(pm.comm), os.path.join(folder, 'field.npz')
+    for kind in ('real', 'complex'):
+        truth = pm.generate_whitenoise(3, type=kind)
+        def diff(x, truth=truth):
+            return vs.addmul(x, truth, -1)
+
+        problem = Problem(lambda x: vs.dot(diff(x), diff(x)), lambda x: vs.scale(2.0, diff(x)),
+                          lambda x, v: vs.scale(2.0, v), vs=vs)
+        for optimizer in (LBFGS(), TrustRegionCG(), GradientDescent()):
+            state = optimizer.minimize(problem, vs.zeros_like(truth), monitor=autosave(path, 1))
+            assert state.converged and type(state.x) is type(truth)
+            assert_allclose(state.x.value, truth.value, atol=1e-5)
+            loaded = State.load(path, vs, truth)
+            assert type(loaded.x) is type(truth)
+            assert_array_equal(loaded.x.value, state.x.value)
+    assert_allclose(vs.dot(truth, truth) * 64, vs.dot(truth.c2r(), truth.c2r()) , rtol=1e-12)
+    with pytest.raises(TypeError, match="two pmesh fields of one kind"):
+        vs.dot(truth, truth.c2r())

@@ -1,0 +1,1 @@
+"""Inference on top of the engine: optimisers, chi-square problems, reconstruction."""

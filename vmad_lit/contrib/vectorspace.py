@@ -1,0 +1,229 @@
+"""Vector spaces: all that an optimiser may know about the vectors it moves.
+
+A space knows how to form ``a + b * c ** p`` and the inner product of two vectors.
+:class:`VectorSpace` does so for numbers and NumPy arrays, :class:`FieldSpace` for pmesh fields, and
+:class:`ProductSpace` for tuples, lists and dictionaries of vectors of other spaces.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+
+def real_inner_product(a, b) -> float:
+    """``Re sum conj(a) b`` of two arrays of equal shape, accumulated in double precision at least."""
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape:
+        raise ValueError(f"the inner product needs two arrays of one shape, got {a.shape} and {b.shape}")
+    wide = np.result_type(a, b, np.float64)
+    return float(np.vdot(a.astype(wide, copy=False), b.astype(wide, copy=False)).real)
+
+
+class VectorSpace:
+    """Numbers and NumPy arrays with the inner product ``Re sum conj(a) b``.
+
+    Parameters
+    ----------
+    addmul, dot :
+        functions that replace the methods of the same names; a subclass may override them instead.
+    comm :
+        the MPI communicator over which the vectors are spread, or None for vectors that one process holds.
+        The base class uses it only to let the ranks agree; summing `dot` over ranks is up to the subclass.
+    """
+
+    comm = None
+
+    def __init__(self, addmul=None, dot=None, comm=None):
+        if addmul is not None:
+            self.addmul = addmul
+        if dot is not None:
+            self.dot = dot
+        if comm is not None:
+            self.comm = comm
+
+    def addmul(self, a, b, c, p=1):
+        """``a + b * c ** p``, of the type of `b`; `a` may be 0."""
+        if isinstance(c, np.generic):
+            c = c.item()  # a NumPy scalar would widen a float32 vector
+        scaled = b * (c if p == 1 else c ** p)
+        return scaled if isinstance(a, (int, float)) and a == 0 else a + scaled
+
+    def dot(self, a, b) -> float:
+        """The inner product, a real number that is the same on all ranks."""
+        return real_inner_product(a, b)
+
+    def norm(self, a) -> float:
+        """The length ``sqrt(dot(a, a))``."""
+        return self.dot(a, a) ** 0.5
+
+    def axpy(self, c, x, y):
+        """``c * x + y``."""
+        return self.addmul(y, x, c)
+
+    def scale(self, c, x):
+        """``c * x``."""
+        return self.addmul(0, x, c)
+
+    def copy(self, x):
+        """A vector equal to `x` that shares no memory with it."""
+        return self.addmul(0, x, 1)
+
+    def zeros_like(self, x):
+        """The zero vector of the kind of `x`, whatever values `x` has."""
+        return np.zeros_like(x) if isinstance(x, np.ndarray) else self.addmul(0, x, 0)
+
+    def same(self, a, b) -> bool:
+        """Whether `a` and `b` are the same vector, to the last bit; all ranks get the same answer."""
+        if self.any(type(a) is not type(b) or np.shape(a) != np.shape(b)):
+            return False
+        difference = self.addmul(a, b, -1)
+        return self.dot(difference, difference) == 0.0
+
+    def agree(self, value) -> float:
+        """`value` as a real number that is the same on every rank.
+
+        Raises TypeError if it is not one real number, ValueError if the ranks disagree by more than rounding.
+        """
+        array = np.asarray(value)
+        if array.size != 1 or array.dtype.kind not in "fiub":
+            raise TypeError(f"an objective must return one real number, got {type(value).__name__} "
+                            f"with shape {array.shape} and dtype {array.dtype}")
+        number = float(array.reshape(()))
+        if self.comm is None or self.comm.size == 1:
+            return number
+        numbers = self.comm.allgather(number)
+        if not np.allclose(numbers, numbers[0], rtol=1e-6, atol=0, equal_nan=True):
+            raise ValueError(f"the objective differs between ranks, {numbers}: sum the contributions of the "
+                             "ranks (allreduce) before returning it")
+        return numbers[0]
+
+    def any(self, flag) -> bool:
+        """Whether `flag` is true on any rank."""
+        alone = self.comm is None or self.comm.size == 1
+        return bool(flag) if alone else any(self.comm.allgather(bool(flag)))
+
+    def to_arrays(self, x) -> list:
+        """The part of `x` that this rank holds, as a list of arrays."""
+        return [np.asarray(x)]
+
+    def from_arrays(self, arrays, like):
+        """The inverse of :meth:`to_arrays`; `like` is a vector of the kind that is wanted."""
+        array, = arrays
+        if array.shape != np.shape(like):
+            raise ValueError(f"expected an array of shape {np.shape(like)}, got {array.shape}")
+        if isinstance(like, np.ndarray):
+            return np.array(array, dtype=np.result_type(array, like))
+        return array.item()
+
+
+class FieldSpace(VectorSpace):
+    """Fields of pmesh, real or half-stored complex, on any number of ranks.
+
+    The inner product of real fields is the sum over all mesh points, that of complex fields the real part of
+    `cdot`. Give the communicator of the mesh, ``FieldSpace(pm.comm)``, so that the ranks can agree on
+    decisions too.
+    """
+
+    def __init__(self, comm=None):
+        super().__init__(comm=comm)
+
+    def dot(self, a, b) -> float:
+        """The inner product over the whole mesh."""
+        if type(a) is not type(b) or not hasattr(a, "pm"):
+            raise TypeError("expected two pmesh fields of one kind, "
+                            f"got {type(a).__name__} and {type(b).__name__}")
+        if np.iscomplexobj(a.value):
+            return float(a.cdot(b).real)
+        return a.pm.comm.allreduce(real_inner_product(a.value, b.value))
+
+    def to_arrays(self, x) -> list:
+        """The slab of mesh values that this rank holds."""
+        return [np.array(x.value)]
+
+    def from_arrays(self, arrays, like):
+        """A field on the mesh of `like` with the values given."""
+        array, = arrays
+        if array.shape != like.shape:
+            raise ValueError(f"expected the values of a {type(like).__name__} of local shape {like.shape}, "
+                             f"got {array.shape}")
+        return like.pm.create(type=type(like), value=array)
+
+
+class ProductSpace(VectorSpace):
+    """Tuples, lists or dictionaries of vectors.
+
+    Parameters
+    ----------
+    spaces :
+        one space for all components, or a list, tuple or dictionary with the space of each.
+    """
+
+    def __init__(self, spaces=None):
+        self.spaces = VectorSpace() if spaces is None else spaces
+        known = [self.spaces] if isinstance(self.spaces, VectorSpace) else [s for _, s in _items(self.spaces)]
+        self.comm = next((space.comm for space in known if space.comm is not None), None)
+
+    def _zip(self, a, b):
+        """Triples (space, component of a, component of b); the number 0 as `a` is 0 in each component."""
+        keys = [key for key, _ in _items(b)]
+        zero = isinstance(a, (int, float)) and a == 0
+        if not zero and [key for key, _ in _items(a)] != keys and set(dict(_items(a))) != set(keys):
+            raise ValueError(f"two vectors of a product space differ in their components: "
+                             f"{[key for key, _ in _items(a)]} and {keys}")
+        return [(self._space(key), 0 if zero else a[key], b[key]) for key in keys]
+
+    def _space(self, key):
+        if isinstance(self.spaces, VectorSpace):
+            return self.spaces
+        try:
+            return self.spaces[key]
+        except LookupError:
+            raise ValueError(f"no space is known for component {key!r}; "
+                             f"known are {[key for key, _ in _items(self.spaces)]}") from None
+
+    def addmul(self, a, b, c, p=1):
+        """``a + b * c ** p``, component by component."""
+        return _like(b, [space.addmul(x, y, c, p) for space, x, y in self._zip(a, b)])
+
+    def dot(self, a, b) -> float:
+        """The sum of the inner products of the components."""
+        return float(sum(space.dot(x, y) for space, x, y in self._zip(a, b)))
+
+    def zeros_like(self, x):
+        """The zero vector of the kind of `x`."""
+        return _like(x, [space.zeros_like(y) for space, _, y in self._zip(0, x)])
+
+    def same(self, a, b) -> bool:
+        """Whether all components are the same."""
+        if self.any(type(a) is not type(b) or [k for k, _ in _items(a)] != [k for k, _ in _items(b)]):
+            return False
+        return all([space.same(x, y) for space, x, y in self._zip(a, b)])
+
+    def to_arrays(self, x) -> list:
+        """The arrays of all components, one after the other."""
+        return [array for space, _, y in self._zip(0, x) for array in space.to_arrays(y)]
+
+    def from_arrays(self, arrays, like):
+        """A vector with the components of `like` and the values given."""
+        arrays, parts = list(arrays), []
+        for space, _, part in self._zip(0, like):
+            count = len(space.to_arrays(part))
+            parts.append(space.from_arrays(arrays[:count], part))
+            del arrays[:count]
+        return _like(like, parts)
+
+
+def _items(vector):
+    """The (key, component) pairs of a dictionary, list or tuple."""
+    if isinstance(vector, dict):
+        return list(vector.items())
+    if isinstance(vector, (list, tuple)):
+        return list(enumerate(vector))
+    raise TypeError("a vector of a product space is a dictionary, list or tuple, "
+                    f"not {type(vector).__name__}")
+
+
+def _like(vector, parts):
+    """`parts` in a container of the kind of `vector`."""
+    if isinstance(vector, dict):
+        return type(vector)(zip(vector, parts, strict=True))
+    return type(vector)._make(parts) if hasattr(vector, "_make") else type(vector)(parts)

@@ -1,0 +1,610 @@
+"""Compiled window functions: particles to meshes and back, with all first derivatives.
+
+Two loops do the work, ``scatter`` and ``gather``; they are compiled by numba for each window and
+dimension when first used, and kept on disk. Everything else is a thin layer that names the cases:
+:func:`paint`, :func:`readout`, :func:`gradient` and the products with their Jacobians.
+
+A mesh is the part of a periodic mesh that this process holds, as pmesh lays it out: ``transform``
+(a :class:`pmesh.window.Affine`, or anything with ``scale``, ``translate`` and ``period``) maps a
+position to the mesh by ``pos * scale + translate``, indices are folded with ``period`` (0 for an
+axis that is not periodic), and what then falls outside the array is left out.
+"""
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from math import floor
+import os
+
+import numpy
+from numpy.lib.stride_tricks import as_strided
+
+try:
+    from numba import njit, uintp, uint64
+except ImportError as error:
+    raise ImportError(
+        "vmad_lit.lib.window compiles its loops with numba, which is not installed; "
+        "install numba, or use the windows of pmesh") from error
+
+#: Number of cells that each window covers along an axis.
+SUPPORT = {'nnb': 1, 'cic': 2, 'tsc': 3, 'pcs': 4}
+
+_compiled = dict(cache=True, nogil=True, error_model='numpy', fastmath={'contract'})
+
+
+@njit(**_compiled)
+def _spline(support, x):
+    """First cell, weights and derivatives of the B-spline of this support at `x`.
+
+    Hockney & Eastwood (1988), section 5-3; the cubic spline after eq. 18 of arXiv:1512.07295.
+    """
+    if support == 1:
+        return floor(x + 0.5), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+    if support == 2:
+        i = floor(x)
+        u = x - i
+        return i, (1.0 - u, u, 0.0, 0.0), (-1.0, 1.0, 0.0, 0.0)
+    if support == 3:
+        i = floor(x + 0.5)
+        t = x - i
+        u, v = 0.5 + t, 0.5 - t
+        return i - 1, (0.5 * v * v, 0.75 - t * t, 0.5 * u * u, 0.0), (-v, -2.0 * t, u, 0.0)
+    i = floor(x)
+    u = x - i
+    v = 1.0 - u
+    return (i - 1,
+            (v * v * v / 6, (4 - 6 * u * u + 3 * u * u * u) / 6,
+             (4 - 6 * v * v + 3 * v * v * v) / 6, u * u * u / 6),
+            (-0.5 * v * v, (1.5 * u - 2.0) * u, (2.0 - 1.5 * v) * v, 0.5 * u * u))
+
+
+@njit(**_compiled)
+def _offset(i, period, low, high, stride):
+    """Offset of cell `i` in memory, or -1 if it is not among the local cells `low` to `high`."""
+    if period > 0 and (i < 0 or i >= period):
+        i = i % period
+    if i < low or i >= high:
+        return -1
+    return i * stride
+
+
+@njit(**_compiled)
+def _offsets(support, i, period, low, high, stride):
+    """Whether all cells from `i` on are local, and their offsets."""
+    if i >= low and i + support <= high:
+        first = i * stride
+        return True, (first, first + stride, first + 2 * stride, first + 3 * stride)
+    cells = (_offset(i, period, low, high, stride), _offset(i + 1, period, low, high, stride),
+             _offset(i + 2, period, low, high, stride), _offset(i + 3, period, low, high, stride))
+    inside = cells[0] >= 0
+    for a in range(1, support):
+        inside = inside and cells[a] >= 0
+    return inside, cells
+
+
+@lru_cache(maxsize=None)
+def _loops(ndim, support):
+    """The compiled loops ``scatter, gather`` for one dimension and window."""
+    support1 = support if ndim > 1 else 1
+    support2 = support if ndim > 2 else 1
+
+    # The loop that scatters
+    @njit(**_compiled)
+    def scatter(n, meshes, box, low, high, owner, mask, block, pos, step, mass, mass_step, speed, moving):
+        shape, stride, scale, translate, origin, period = box
+        npart = len(pos) // step
+        for b in range(len(mask)):
+            if not (mask[b] >> owner) & uint64(1):
+                continue
+            for p in range(b * block, min(npart, (b + 1) * block)):
+                # Locate the particle on each axis
+                x = pos[p * step] * scale[0] + translate[0]
+                i, wx, dx = _spline(support, x)
+                in_x, cx = _offsets(support, i + origin[0], period[0], low, high, stride[0])
+                if not in_x and max(cx) < 0:
+                    continue
+                if ndim > 1:
+                    x = pos[p * step + 1] * scale[1] + translate[1]
+                    i, wy, dy = _spline(support1, x)
+                    in_y, cy = _offsets(support1, i + origin[1], period[1], 0, shape[1], stride[1])
+                else:
+                    in_y, cy, wy, dy = True, (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+                if ndim > 2:
+                    x = pos[p * step + 2] * scale[2] + translate[2]
+                    i, wz, dz = _spline(support2, x)
+                    in_z, cz = _offsets(support2, i + origin[2], period[2], 0, shape[2], stride[2])
+                else:
+                    in_z, cz, wz, dz = True, (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+                inside = in_x and in_y and in_z
+                for c in range(n):
+                    mesh = meshes[c]
+                    m = mass[p * mass_step + c]
+                    if inside and not moving:
+                        # Add the window to the cells
+                        for ia in range(support):
+                            for ib in range(support1):
+                                first = cx[ia] + cy[ib]
+                                w = m * wx[ia] * wy[ib]
+                                for ic in range(support2):
+                                    mesh[uintp(first + cz[ic])] += w * wz[ic]
+                    else:
+                        # Add the window and its tangent to the cells that are here
+                        vx = vy = vz = 0.0
+                        if moving:
+                            vx = speed[p * ndim] * scale[0]
+                            vy = speed[p * ndim + 1] * scale[1] if ndim > 1 else 0.0
+                            vz = speed[p * ndim + 2] * scale[2] if ndim > 2 else 0.0
+                        for ia in range(support):
+                            if cx[ia] < 0:
+                                continue
+                            a = m * wx[ia] + vx * dx[ia]
+                            for ib in range(support1):
+                                if cy[ib] < 0:
+                                    continue
+                                first = cx[ia] + cy[ib]
+                                w = a * wy[ib] + vy * wx[ia] * dy[ib]
+                                d = vz * wx[ia] * wy[ib]
+                                for ic in range(support2):
+                                    if cz[ic] >= 0:
+                                        mesh[uintp(first + cz[ic])] += w * wz[ic] + d * dz[ic]
+
+    # The loop that gathers
+    @njit(**_compiled)
+    def gather(n, meshes, box, start, end, pos, step, out, out_step, speed, moving, slope, coef, coef_step):
+        shape, stride, scale, translate, origin, period = box
+        low, high = 0, shape[0]
+        for p in range(start, end):
+            # Locate the particle on each axis
+            x = pos[p * step] * scale[0] + translate[0]
+            i, wx, dx = _spline(support, x)
+            in_x, cx = _offsets(support, i + origin[0], period[0], low, high, stride[0])
+            if not in_x and max(cx) < 0:
+                continue
+            if ndim > 1:
+                x = pos[p * step + 1] * scale[1] + translate[1]
+                i, wy, dy = _spline(support1, x)
+                in_y, cy = _offsets(support1, i + origin[1], period[1], 0, shape[1], stride[1])
+            else:
+                in_y, cy, wy, dy = True, (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+            if ndim > 2:
+                x = pos[p * step + 2] * scale[2] + translate[2]
+                i, wz, dz = _spline(support2, x)
+                in_z, cz = _offsets(support2, i + origin[2], period[2], 0, shape[2], stride[2])
+            else:
+                in_z, cz, wz, dz = True, (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+            inside = in_x and in_y and in_z
+            gx = gy = gz = 0.0
+            for c in range(n):
+                mesh = meshes[c]
+                s = tx = ty = tz = 0.0
+                if inside:
+                    # Sum the cells of the window
+                    for ia in range(support):
+                        r = ry = rz = 0.0
+                        for ib in range(support1):
+                            first = cx[ia] + cy[ib]
+                            q = qz = 0.0
+                            for ic in range(support2):
+                                v = mesh[uintp(first + cz[ic])]
+                                q += v * wz[ic]
+                                qz += v * dz[ic]
+                            r += q * wy[ib]
+                            ry += q * dy[ib]
+                            rz += qz * wy[ib]
+                        s += r * wx[ia]
+                        tx += r * dx[ia]
+                        ty += ry * wx[ia]
+                        tz += rz * wx[ia]
+                else:
+                    # Sum the cells of the window that are here
+                    for ia in range(support):
+                        if cx[ia] < 0:
+                            continue
+                        r = ry = rz = 0.0
+                        for ib in range(support1):
+                            if cy[ib] < 0:
+                                continue
+                            first = cx[ia] + cy[ib]
+                            q = qz = 0.0
+                            for ic in range(support2):
+                                if cz[ic] >= 0:
+                                    v = mesh[uintp(first + cz[ic])]
+                                    q += v * wz[ic]
+                                    qz += v * dz[ic]
+                            r += q * wy[ib]
+                            ry += q * dy[ib]
+                            rz += qz * wy[ib]
+                        s += r * wx[ia]
+                        tx += r * dx[ia]
+                        ty += ry * wx[ia]
+                        tz += rz * wx[ia]
+                # Hand out value and slopes
+                if moving:
+                    s = speed[p * ndim] * scale[0] * tx
+                    if ndim > 1:
+                        s += speed[p * ndim + 1] * scale[1] * ty
+                    if ndim > 2:
+                        s += speed[p * ndim + 2] * scale[2] * tz
+                if out_step >= 0:
+                    out[p * out_step + c] = s
+                if coef_step >= 0:
+                    m = coef[p * coef_step + c]
+                    gx += m * tx
+                    gy += m * ty
+                    gz += m * tz
+            if coef_step >= 0:
+                slope[p * ndim] += gx * scale[0]
+                if ndim > 1:
+                    slope[p * ndim + 1] += gy * scale[1]
+                if ndim > 2:
+                    slope[p * ndim + 2] += gz * scale[2]
+
+    return scatter, gather
+
+
+@njit(**_compiled)
+def _census(support, scale, translate, origin, period, owners, start, end, mask, block, pos, step):
+    """For blocks `start` to `end`, set in `mask` the bits of the owners whose planes are touched."""
+    npart = len(pos) // step
+    nplane = len(owners)
+    shift = 0.5 * (support % 2)
+    left = (support - 1) // 2
+    for b in range(start, end):
+        bits = uint64(0)
+        for p in range(b * block, min(npart, (b + 1) * block)):
+            i = floor(pos[p * step] * scale + translate + shift) - left + origin
+            first = _offset(i, period, 0, nplane, 1)
+            last = _offset(i + support - 1, period, 0, nplane, 1)
+            if first >= 0:
+                bits |= owners[uintp(first)]
+            if last >= 0:
+                bits |= owners[uintp(last)]
+        mask[b] = bits
+
+
+#: Particles in a block of the census.
+BLOCK = 1024
+
+#: Owners are bits of a word, so there can be no more threads than that.
+MAX_THREADS = 64
+
+_threads = None
+
+
+def set_threads(n):
+    """Use `n` threads in this process; None goes back to what the environment says."""
+    global _threads
+    if n is not None and not 1 <= n <= MAX_THREADS:
+        raise ValueError(f"the number of threads must be between 1 and {MAX_THREADS}, not {n}")
+    _threads = n
+
+
+def get_threads():
+    """The number of threads in use: `set_threads`, else the environment, else the cores for each rank."""
+    if _threads is not None:
+        return _threads
+    for name in ('OMP_NUM_THREADS', 'NUMBA_NUM_THREADS'):
+        value = os.environ.get(name, '').split(',')[0]
+        if value.isdigit() and int(value) > 0:
+            return min(int(value), MAX_THREADS)
+    # Share the cores among the ranks of the node
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    ranks = 1
+    for name in ('MPI_LOCALNRANKS', 'OMPI_COMM_WORLD_LOCAL_SIZE', 'PMI_LOCAL_SIZE', 'SLURM_NTASKS_PER_NODE'):
+        if os.environ.get(name, '').isdigit():
+            ranks = max(1, int(os.environ[name]))
+            break
+    return max(1, min(cores // ranks, MAX_THREADS))
+
+
+@lru_cache(maxsize=None)
+def _pool(pid, threads):
+    """Worker threads of the process `pid`; the calling thread works too."""
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix='vmad_lit-window')
+
+
+def _run(function, tasks):
+    """Call `function` with each tuple of `tasks`, one of them here and the rest on the pool."""
+    if len(tasks) > 1:
+        pool = _pool(os.getpid(), len(tasks))
+        futures = [pool.submit(function, *task) for task in tasks[1:]]
+        try:
+            function(*tasks[0])
+        finally:
+            errors = [future.exception() for future in futures]
+        for error in errors:
+            if error is not None:
+                raise error
+    elif tasks:
+        function(*tasks[0])
+
+
+def _shares(n, least):
+    """Edges that cut `range(n)` into about equal parts of at least `least`, one for each thread."""
+    parts = max(1, min(get_threads(), n // least))
+    return [n * t // parts for t in range(parts + 1)]
+
+
+class _Memory:
+    """Hands memory to NumPy without the read-only flag."""
+
+    def __init__(self, array):
+        self.__array_interface__ = dict(array.__array_interface__, data=(array.ctypes.data, False))
+        self.base = array
+
+
+def _flat(array):
+    """The elements of a contiguous array as a flat array, for the loops only."""
+    flat = array.reshape(-1)
+    return flat if flat.flags.writeable else numpy.asarray(_Memory(flat))
+
+
+def _view(mesh):
+    """Memory of a mesh as a flat array, and its strides in elements; None if it cannot be seen so."""
+    size = mesh.dtype.itemsize
+    if mesh.dtype.char not in 'fd' or not mesh.dtype.isnative:
+        return None
+    if any(s < 0 or s % size for s in mesh.strides):
+        return None
+    strides = tuple(s // size for s in mesh.strides)
+    extent = 1 + sum((n - 1) * s for n, s in zip(mesh.shape, strides)) if mesh.size else 0
+    flat = as_strided(mesh, (extent,), (size,))
+    return (flat if flat.flags.writeable else numpy.asarray(_Memory(flat))), strides
+
+
+def check_positions(pos, ndim):
+    """`pos` as a C-ordered native float32 or float64 array of shape (N, ndim) or wider.
+
+    Integers become float64. Raises ValueError for a wrong shape, TypeError for what is not a real number.
+    """
+    pos = numpy.asarray(pos)
+    if pos.ndim != 2 or pos.shape[1] < ndim:
+        raise ValueError(f"positions must have the shape (N, {ndim}), one row for each particle, "
+                         f"but their shape is {pos.shape}")
+    return numpy.ascontiguousarray(pos, dtype=_real_dtype(pos, 'positions'))
+
+
+def _real_dtype(array, what):
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    if kind not in 'fiub':
+        raise TypeError(f"{what} must be real numbers, but their type is {array.dtype}")
+    return numpy.dtype('f4' if kind == 'f' and size <= 4 else 'f8')
+
+
+def _per_particle(value, npart, what, width=None):
+    """A value for each particle (or one for all) as flat float64 memory and its step (0 for one)."""
+    value = numpy.asarray(value)
+    _real_dtype(value, what)
+    if value.ndim == 0:
+        return numpy.full(width or 1, value, dtype='f8'), 0
+    shape = (npart,) if width is None else (npart, width)
+    if value.shape != shape:
+        raise ValueError(f"{what} must be one number or have the shape {shape}, "
+                         f"but the shape is {value.shape}")
+    return _flat(numpy.ascontiguousarray(value, dtype='f8')), width or 1
+
+
+def support(window):
+    """The support of a window that is served here, by name or as pmesh's object, else None."""
+    if isinstance(window, str):
+        return SUPPORT.get(window.lower())
+    kind = str(getattr(window, 'kind', ''))
+    if kind.startswith('tuned') and kind[5:] in SUPPORT:
+        cells = SUPPORT[kind[5:]]
+        if getattr(window, 'support', cells) in (cells, -1):
+            return cells
+    return None
+
+
+def _find_support(window):
+    found = support(window)
+    if found is None:
+        raise ValueError(f"window must be one of {', '.join(SUPPORT)}, not {window!r}; "
+                         f"other windows are painted by pmesh")
+    return found
+
+
+def _box(shape, strides, transform):
+    """Shape, stride, scale, translation (below one), origin and period of a mesh, each for three axes."""
+    ndim = len(shape)
+    if not 1 <= ndim <= 3:
+        raise ValueError(f"meshes have 1, 2 or 3 dimensions, not {ndim}")
+    if transform is None:
+        scale, translate, period = (1.0,) * ndim, (0.0,) * ndim, shape
+    else:
+        scale, translate, period = transform.scale, transform.translate, transform.period
+    origin = [floor(t) for t in translate]
+    more = 3 - ndim
+    return (tuple(map(int, shape)) + (1,) * more,
+            tuple(map(int, strides)) + (0,) * more,
+            tuple(map(float, scale)) + (1.0,) * more,
+            tuple(float(t - i) for t, i in zip(translate, origin)) + (0.0,) * more,
+            tuple(map(int, origin)) + (0,) * more,
+            tuple(map(int, period)) + (1,) * more)
+
+
+def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None):
+    """Add to each of `meshes` the window of each particle times its column of `mass`."""
+    cells = _find_support(window)
+    ndim = meshes[0].ndim
+    scatter, _ = _loops(ndim, cells)
+    pos = check_positions(pos, ndim)
+    if not len(pos) or not meshes[0].size:
+        return
+    step = pos.shape[1]
+    pos = _flat(pos)
+    views = [_view(mesh) for mesh in meshes]
+    # Paint aside what cannot be painted in place
+    if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
+        for c, mesh in enumerate(meshes):
+            if mesh.dtype.kind != 'f':
+                raise TypeError(f"a mesh to paint must be of floating point numbers, not {mesh.dtype}")
+            aside = numpy.zeros(mesh.shape, dtype='f8')
+            column = numpy.ascontiguousarray(mass[c::mass_step]) if mass_step else mass[c:c + 1]
+            _scatter([aside], pos.reshape(-1, step), column, min(mass_step, 1), window, transform, speed)
+            mesh += aside
+        return
+    for first in range(0, len(meshes), 3):
+        group = views[first:first + 3]
+        flats = tuple(flat for flat, _ in (group + group[:1] * 2)[:3])
+        box = _box(meshes[first].shape, group[0][1], transform)
+        edges, mask = _owners(cells, box, pos, step)
+        _run(scatter, [
+            (len(group), flats, box, edges[t], edges[t + 1], t, mask, BLOCK, pos, step,
+             mass[first:], mass_step,
+             mass[:0] if speed is None else speed, speed is not None)
+            for t in range(len(edges) - 1)])
+
+
+def _owners(cells, box, pos, step):
+    """Edges of the planes owned by each thread, and for each block of particles the owners it touches."""
+    nplane = box[0][0]
+    nblock = -(-(len(pos) // step) // BLOCK)
+    edges = _shares(nplane, cells)
+    if len(edges) == 2 or nblock < 2 * (len(edges) - 1):
+        return [0, nplane], numpy.ones(nblock, dtype='u8')
+    mask = numpy.zeros(nblock, dtype='u8')
+    bits = numpy.uint64(1) << numpy.arange(len(edges) - 1, dtype='u8')
+    owners = numpy.repeat(bits, numpy.diff(edges))
+    cuts = _shares(nblock, 1)
+    axis = tuple(values[0] for values in box[2:])
+    _run(_census, [(cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step)
+                   for t in range(len(cuts) - 1)])
+    return edges, mask
+
+
+def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=-1):
+    """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is given."""
+    cells = _find_support(window)
+    ndim = meshes[0].ndim
+    _, gather = _loops(ndim, cells)
+    pos = check_positions(pos, ndim)
+    npart, step = pos.shape
+    slope = numpy.zeros((npart if coef is not None else 0, ndim))
+    if not npart:
+        return slope
+    pos = _flat(pos)
+    views = [_view(mesh) for mesh in meshes]
+    if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
+        views = [_view(numpy.ascontiguousarray(mesh, dtype='f8')) for mesh in meshes]
+    width = len(meshes) if out is not None else -1
+    none = numpy.empty(0)
+    cuts = _shares(npart, 4 * BLOCK)
+    for first in range(0, len(meshes), 3):
+        group = views[first:first + 3]
+        flats = tuple(flat for flat, _ in (group + group[:1] * 2)[:3])
+        box = _box(meshes[first].shape, group[0][1], transform)
+        _run(gather, [
+            (len(group), flats, box, cuts[t], cuts[t + 1], pos, step,
+             none if out is None else out.reshape(-1)[first:], width,
+             none if speed is None else speed, speed is not None,
+             slope.reshape(-1), none if coef is None else coef[first:], coef_step)
+            for t in range(len(cuts) - 1)])
+    return slope
+
+
+def _mesh(mesh):
+    """The values of an array or field, the real part of complex ones."""
+    value = numpy.asarray(getattr(mesh, 'value', mesh))
+    return value.real if value.dtype.kind == 'c' else value
+
+
+def _meshes(meshes):
+    values = [_mesh(mesh) for mesh in meshes]
+    if not values:
+        raise ValueError("at least one mesh is needed")
+    if any(value.shape != values[0].shape for value in values):
+        raise ValueError(f"the meshes must have one shape, not {[value.shape for value in values]}")
+    return values
+
+
+def paint(mesh, pos, mass=1.0, window='cic', transform=None):
+    """Add particles to `mesh`, in place.
+
+    Parameters
+    ----------
+    mesh : array or RealField, shape (n0, ...), float32 or float64
+    pos : (N, ndim) positions; times ``transform.scale`` they are in cells
+    mass : one number, or (N,)
+    window : 'nnb', 'cic', 'tsc' or 'pcs', or pmesh's object
+    transform : pmesh's Affine, or None for positions in cells on a periodic mesh
+
+    Returns the mesh.
+    """
+    value = _mesh(mesh)
+    mass, step = _per_particle(mass, len(pos), 'mass')
+    _scatter([value], pos, mass, step, window, transform)
+    return mesh
+
+
+def readout(meshes, pos, window='cic', transform=None):
+    """Values of meshes at positions: (N,) for one mesh, (N, n) for a list of n, in float64."""
+    several = isinstance(meshes, (list, tuple))
+    values = _meshes(meshes if several else [meshes])
+    out = numpy.zeros((len(pos), len(values)))
+    _gather(values, pos, window, transform, out=out)
+    return out if several else out[:, 0]
+
+
+def gradient(mesh, pos, window='cic', transform=None):
+    """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), in float64."""
+    return _gather(_meshes([mesh]), pos, window, transform, coef=numpy.ones(1), coef_step=0)
+
+
+def paint_vjp(mesh, pos, mass=1.0, window='cic', transform=None, need_pos=True, need_mass=True):
+    """Cotangents of positions (N, ndim) and masses (N,) from the cotangent of the painted mesh.
+
+    What is not needed comes back as None. With one mass for all, the second is still for each particle.
+    """
+    mass, step = _per_particle(mass, len(pos), 'mass')
+    out = numpy.zeros((len(pos), 1)) if need_mass else None
+    slope = _gather(_meshes([mesh]), pos, window, transform, out=out,
+                    coef=mass if need_pos else None, coef_step=step if need_pos else -1)
+    return (slope if need_pos else None), (out[:, 0] if need_mass else None)
+
+
+def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window='cic', transform=None):
+    """Add to `mesh` the tangent of painting along `pos_` (N, ndim) and `mass_` (N,); None is zero."""
+    value = _mesh(mesh)
+    change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), 'tangent of mass')
+    speed = None
+    if pos_ is not None:
+        speed, _ = _per_particle(pos_, len(pos), 'tangent of positions', value.ndim)
+        mass, mass_step = _per_particle(mass, len(pos), 'mass')
+        speed = (speed.reshape(-1, value.ndim) * (mass[:, None] if mass_step else mass[0]))
+        speed = numpy.ascontiguousarray(numpy.broadcast_to(speed, (len(pos), value.ndim))).reshape(-1)
+    if pos_ is not None or mass_ is not None:
+        _scatter([value], pos, change, step, window, transform, speed=speed)
+    return mesh
+
+
+def readout_vjp(meshes, pos, value, window='cic', transform=None, out=None, need_pos=True):
+    """Cotangents of `readout(meshes, pos)` from that of its result, `value`: (N,) or (N, n).
+
+    The meshes' cotangents are added to `out` (a mesh, or a list of n); without it they are not computed.
+    Returns the positions' cotangent (N, ndim), or None if it is not needed. For that alone the meshes
+    themselves are used, so that they may be None otherwise.
+    """
+    several = isinstance(meshes if meshes is not None else out, (list, tuple))
+    width = len(meshes if meshes is not None else out) if several else None
+    coef, step = _per_particle(value, len(pos), 'cotangent of the values', width)
+    if out is not None:
+        targets = [_mesh(mesh) for mesh in (out if several else [out])]
+        _scatter(targets, pos, coef, step, window, transform)
+    if not need_pos:
+        return None
+    values = _meshes(meshes if several else [meshes])
+    return _gather(values, pos, window, transform, coef=coef, coef_step=step)
+
+
+def readout_jvp(meshes, pos, pos_=None, meshes_=None, window='cic', transform=None):
+    """Tangent of `readout(meshes, pos)` along `pos_` (N, ndim) and `meshes_`; None is zero."""
+    several = isinstance(meshes if meshes is not None else meshes_, (list, tuple))
+    width = len(meshes if meshes is not None else meshes_) if several else 1
+    out = numpy.zeros((len(pos), width))
+    if pos_ is not None:
+        values = _meshes(meshes if several else [meshes])
+        speed, step = _per_particle(pos_, len(pos), 'tangent of positions', values[0].ndim)
+        speed = speed if step else numpy.tile(speed, len(pos))
+        _gather(values, pos, window, transform, out=out, speed=speed)
+    if meshes_ is not None:
+        out += readout(list(meshes_) if several else [meshes_], pos, window, transform)
+    return out if several else out[:, 0]
