@@ -384,6 +384,7 @@ def fence(kind: str, argument: str, body: list[str]) -> list[str]:
     return [f"{':' * ticks}{{{kind}}} {argument}", "", *body, ":" * ticks]
 
 
+ROLE = re.compile(r":(?:\w+:)?\w+:`[~!]?([^`]+)`")  # :func:`paint`
 UNDERLINE = re.compile(r"^[-=~^]{3,}\s*$")
 
 
@@ -391,7 +392,7 @@ def markdown(doc: str | None) -> list[str]:
     """A docstring as Markdown: underlined headings become bold words, their entries definitions, examples fences."""
     rows: list[str] = []
     section = example = False
-    for line in (doc or "").expandtabs().splitlines():
+    for line in ROLE.sub(r"`\1`", (doc or "").expandtabs()).splitlines():
         if UNDERLINE.match(line) and rows and rows[-1].strip():
             rows[-1:] = [f"**{rows[-1].strip()}**", ""]
             section = True

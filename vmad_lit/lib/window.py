@@ -89,7 +89,7 @@ def _loops(ndim, support):
     # The loop that scatters
     @njit(**_compiled)
     def scatter(n, meshes, box, low, high, owner, mask, block, pos, step, mass, mass_step, speed, moving):
-        shape, stride, scale, translate, period = box
+        shape, stride, scale, translate, origin, period = box
         npart = len(pos) // step
         for b in range(len(mask)):
             if not (mask[b] >> owner) & uint64(1):
@@ -98,19 +98,19 @@ def _loops(ndim, support):
                 # Locate the particle on each axis
                 x = pos[p * step] * scale[0] + translate[0]
                 i, wx, dx = _spline(support, x)
-                in_x, cx = _offsets(support, i, period[0], low, high, stride[0])
+                in_x, cx = _offsets(support, i + origin[0], period[0], low, high, stride[0])
                 if not in_x and max(cx) < 0:
                     continue
                 if ndim > 1:
                     x = pos[p * step + 1] * scale[1] + translate[1]
                     i, wy, dy = _spline(support1, x)
-                    in_y, cy = _offsets(support1, i, period[1], 0, shape[1], stride[1])
+                    in_y, cy = _offsets(support1, i + origin[1], period[1], 0, shape[1], stride[1])
                 else:
                     in_y, cy, wy, dy = True, (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
                 if ndim > 2:
                     x = pos[p * step + 2] * scale[2] + translate[2]
                     i, wz, dz = _spline(support2, x)
-                    in_z, cz = _offsets(support2, i, period[2], 0, shape[2], stride[2])
+                    in_z, cz = _offsets(support2, i + origin[2], period[2], 0, shape[2], stride[2])
                 else:
                     in_z, cz, wz, dz = True, (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
                 inside = in_x and in_y and in_z
@@ -149,25 +149,25 @@ def _loops(ndim, support):
     # The loop that gathers
     @njit(**_compiled)
     def gather(n, meshes, box, start, end, pos, step, out, out_step, speed, moving, slope, coef, coef_step):
-        shape, stride, scale, translate, period = box
+        shape, stride, scale, translate, origin, period = box
         low, high = 0, shape[0]
         for p in range(start, end):
             # Locate the particle on each axis
             x = pos[p * step] * scale[0] + translate[0]
             i, wx, dx = _spline(support, x)
-            in_x, cx = _offsets(support, i, period[0], low, high, stride[0])
+            in_x, cx = _offsets(support, i + origin[0], period[0], low, high, stride[0])
             if not in_x and max(cx) < 0:
                 continue
             if ndim > 1:
                 x = pos[p * step + 1] * scale[1] + translate[1]
                 i, wy, dy = _spline(support1, x)
-                in_y, cy = _offsets(support1, i, period[1], 0, shape[1], stride[1])
+                in_y, cy = _offsets(support1, i + origin[1], period[1], 0, shape[1], stride[1])
             else:
                 in_y, cy, wy, dy = True, (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             if ndim > 2:
                 x = pos[p * step + 2] * scale[2] + translate[2]
                 i, wz, dz = _spline(support2, x)
-                in_z, cz = _offsets(support2, i, period[2], 0, shape[2], stride[2])
+                in_z, cz = _offsets(support2, i + origin[2], period[2], 0, shape[2], stride[2])
             else:
                 in_z, cz, wz, dz = True, (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             inside = in_x and in_y and in_z
@@ -241,7 +241,7 @@ def _loops(ndim, support):
 
 
 @njit(**_compiled)
-def _census(support, scale, translate, period, owners, start, end, mask, block, pos, step):
+def _census(support, scale, translate, origin, period, owners, start, end, mask, block, pos, step):
     """For blocks `start` to `end`, set in `mask` the bits of the owners whose planes are touched."""
     npart = len(pos) // step
     nplane = len(owners)
@@ -250,7 +250,7 @@ def _census(support, scale, translate, period, owners, start, end, mask, block, 
     for b in range(start, end):
         bits = uint64(0)
         for p in range(b * block, min(npart, (b + 1) * block)):
-            i = floor(pos[p * step] * scale + translate + shift) - left
+            i = floor(pos[p * step] * scale + translate + shift) - left + origin
             first = _offset(i, period, 0, nplane, 1)
             last = _offset(i + support - 1, period, 0, nplane, 1)
             if first >= 0:
@@ -403,7 +403,7 @@ def _find_support(window):
 
 
 def _box(shape, strides, transform):
-    """The geometry of a mesh as the loops want it: everything in tuples of three."""
+    """Shape, stride, scale, translation (below one), origin and period of a mesh, each for three axes."""
     ndim = len(shape)
     if not 1 <= ndim <= 3:
         raise ValueError(f"meshes have 1, 2 or 3 dimensions, not {ndim}")
@@ -411,11 +411,13 @@ def _box(shape, strides, transform):
         scale, translate, period = (1.0,) * ndim, (0.0,) * ndim, shape
     else:
         scale, translate, period = transform.scale, transform.translate, transform.period
+    origin = [floor(t) for t in translate]
     more = 3 - ndim
     return (tuple(map(int, shape)) + (1,) * more,
             tuple(map(int, strides)) + (0,) * more,
             tuple(map(float, scale)) + (1.0,) * more,
-            tuple(map(float, translate)) + (0.0,) * more,
+            tuple(float(t - i) for t, i in zip(translate, origin)) + (0.0,) * more,
+            tuple(map(int, origin)) + (0,) * more,
             tuple(map(int, period)) + (1,) * more)
 
 
