@@ -6,7 +6,7 @@ import sys
 import weakref
 
 from .error import BadArgument, DuplicatedOutput, InferError
-from .symbol import List, Literal, Recorded, Symbol, assymbol, leaves
+from .symbol import Ignored, List, Literal, Recorded, Symbol, assymbol, leaves
 
 
 class Node:
@@ -46,6 +46,10 @@ class Node:
     def is_literal(self, argname):
         """Whether a constant was given for the argument, so that nobody wants its derivative."""
         return isinstance(self[argname], Literal)
+
+    def wants(self, argname):
+        """In a vjp: whether anybody wants the cotangent of the argument."""
+        return self.varout["_" + argname] is not Ignored
 
     @property
     def operator(self):
