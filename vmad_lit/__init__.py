@@ -1,0 +1,13 @@
+"""vmad_lit: tape-based automatic differentiation for scientific models whose values are not just arrays.
+
+The package is tangled from the chapters of a book, which explains it: see the folder book/.
+"""
+
+from .core import stdlib  # symbols gain their arithmetic
+from .core.autooperator import autooperator
+from .core.model import Builder
+from .core.operator import operator
+from .core.symbol import ListPlaceholder
+
+__all__ = ["Builder", "ListPlaceholder", "autooperator", "operator", "stdlib"]
+__version__ = "0.1.0"

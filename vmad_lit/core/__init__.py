@@ -1,0 +1,1 @@
+"""The engine: symbols, operators, models, tapes and their derivatives."""

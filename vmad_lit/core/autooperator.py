@@ -1,0 +1,240 @@
+"""Autooperators: operators that are made of a model."""
+
+import inspect
+
+from .error import BadArgument, ModelError, did_you_mean
+from .model import Builder
+from .operator import InstanceOperator, Operator, Primitive, declare
+from .symbol import Ignored
+
+TAPE = "tape of the model"
+
+
+class AutoOperator(Operator):
+    """An operator whose application is a model, and whose derivatives are those of the model.
+
+    Attributes
+    ----------
+    argnames : tuple of str
+        All arguments, inputs and hyper-parameters.
+    hyperargs : dict
+        The hyper-parameters that `bind` has fixed.
+    """
+
+    def __init__(self, prototype, main, argnames, defaults):
+        self._main = main
+        self._defaults = defaults
+        self._keeps_tape = True
+        self.argnames = tuple(argnames)
+        self.hyperargs = {}
+        self.__bound_model__ = None
+        self.__bound_tape__ = None
+        super().__init__(prototype)
+
+    def _make_primitives(self):
+        known = (TAPE,) if self._keeps_tape else self.argnames
+        self.apl = Primitive(self, "apl", compute, self.argnames, compute_and_record if self._keeps_tape else None)
+        self.apl.defaults = self._defaults
+        self.vjp = Primitive(self, "vjp", pull_back, [*known, *("_" + name for name in self.aout)])
+        self.jvp = Primitive(self, "jvp", push_forward, [*known, *(name + "_" for name in self.ain)])
+        self.rcd = None
+        self._find_recorded()
+
+    def build(self, /, **hyperargs):
+        """The model, for given hyper-parameters."""
+        for name in hyperargs:
+            if name in self.ain:
+                raise ModelError(
+                    f"'{name}' is an input of {self.__name__}, not a hyper-parameter; its value is given when the model is computed"
+                )
+        return self._build(hyperargs)
+
+    def _build(self, hyperargs):
+        if self.__bound_model__ is not None:
+            return self.__bound_model__
+        hyperargs = {**self._defaults, **hyperargs}
+        # Check that the hyper-parameters are complete
+        expected = [name for name in self.argnames if name not in self.ain]
+        for name in hyperargs:
+            if name not in expected:
+                raise BadArgument(f"{self.__name__} has no hyper-parameter '{name}'" + did_you_mean(name, expected))
+        for name in expected:
+            if name not in hyperargs:
+                raise ModelError(f"to build its model, {self.__name__} needs the hyper-parameter '{name}'")
+        with Builder() as m:
+            symbols = {name: m.input(name) for name in self.ain}
+            results = self._main(m, {**hyperargs, **symbols})
+            # Check that the results are complete
+            for name in self.aout:
+                if name not in results:
+                    raise ModelError(
+                        f"{self.__name__} declares the output '{name}', but its function produced {', '.join(results) or 'nothing'}"
+                    )
+            m.output(**results)
+        return m
+
+    def _vary(self, **changes):
+        variant = object.__new__(type(self))
+        variant.__dict__.update(self.__dict__, **changes)
+        variant._make_primitives()
+        return variant
+
+    def bind(self, /, **hyperargs):
+        """A variant with the hyper-parameters fixed, whose model is built once."""
+        model = self.build(**hyperargs)
+        return self._vary(
+            __bound_model__=model,
+            hyperargs={**self._defaults, **hyperargs},
+            argnames=tuple(name for name in self.argnames if name in self.ain),
+            _defaults={},
+        )
+
+    def precompute(self, /, **arguments):
+        """A variant that was computed already, for given inputs and hyper-parameters, and replays its tape from now on."""
+        inputs = {name: value for name, value in arguments.items() if name in self.ain}
+        hyperargs = {name: value for name, value in arguments.items() if name not in self.ain}
+        model = self._build(hyperargs)
+        _, tape = model.compute(list(self.aout), inputs, return_tape=True)
+        return self._vary(__bound_model__=model, __bound_tape__=tape, _defaults={**self._defaults, **hyperargs})
+
+    @property
+    def forgetful(self):
+        """A variant that keeps no tape, and makes it anew when a derivative is computed."""
+        return self._vary(_keeps_tape=False)
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else InstanceAutoOperator(self, instance)
+
+
+class InstanceAutoOperator(InstanceOperator):
+    """An autooperator as a method: the instance is passed as the first argument."""
+
+    def _with_instance(self, arguments):
+        return {self.base.argnames[0]: self.instance, **arguments}
+
+    def build(self, **hyperargs):
+        return self.base.build(**self._with_instance(hyperargs))
+
+    def bind(self, **hyperargs):
+        return self.base.bind(**self._with_instance(hyperargs))
+
+    def precompute(self, **arguments):
+        base = self.base.precompute(**self._with_instance(arguments))
+        return InstanceAutoOperator(base, self.instance)
+
+    @property
+    def forgetful(self):
+        return InstanceAutoOperator(self.base.forgetful, self.instance)
+
+
+def find_model(node, arguments):
+    """The model of an autooperator for the hyper-parameters in `arguments`, and its inputs."""
+    operator = node.operator
+    inputs = {name: arguments[name] for name in operator.ain}
+    if operator.__bound_model__ is not None:
+        return operator.__bound_model__, inputs
+    hyperargs = {name: arguments[name] for name in operator.argnames if name not in operator.ain}
+    home = node.forward or node
+    if home.cache is None or not all(is_same(home.cache[0][name], value) for name, value in hyperargs.items()):
+        home.cache = hyperargs, operator._build(hyperargs)
+    return home.cache[1], inputs
+
+
+def is_same(a, b):
+    return a is b or type(a) is type(b) and type(a) in (int, float, str) and a == b
+
+
+def compute(node, **arguments):
+    operator = node.operator
+    if operator.__bound_tape__ is not None:
+        return {name: operator.__bound_tape__.out[name] for name in operator.aout}
+    model, inputs = find_model(node, arguments)
+    return model._run(operator.aout, inputs)[0]
+
+
+def compute_and_record(node, **arguments):
+    tape = find_tape(node, arguments)
+    return {**{name: tape.out[name] for name in node.operator.aout}, TAPE: tape}
+
+
+def find_tape(node, arguments):
+    if TAPE in arguments:
+        return arguments[TAPE]
+    operator = node.operator
+    if operator.__bound_tape__ is not None:
+        return operator.__bound_tape__
+    model, inputs = find_model(node, arguments)
+    return model._run(operator.aout, inputs, record=True)[1]
+
+
+def pull_back(node, **arguments):
+    cotangents = {name: arguments[name] for name in node.primitive.ain}
+    wanted = [name for name, symbol in node.varout.items() if symbol is not Ignored]
+    return find_tape(node, arguments).get_vjp().compute(wanted, cotangents, return_dict=True)
+
+
+def push_forward(node, **arguments):
+    tangents = {name: arguments[name] for name in node.primitive.ain}
+    return find_tape(node, arguments).get_jvp().compute(list(node.varout), tangents, return_dict=True)
+
+
+def autooperator(*spec):
+    """Declare an operator by a function that builds its model.
+
+    The forms are
+
+    - `@autooperator('x, y -> z')`, also `@autooperator('x', 'y', '->', 'z')`, for a function of x, y and hyper-parameters;
+    - `@autooperator` for a function with annotations `def f(x: '*', y: '*', n) -> 'z'`;
+    - `@autooperator` for a class with `ain`, `aout` and `main(self, x, y, n)`, where `self` is the model.
+
+    The function returns the output, a tuple of the outputs in order, or a dict of them by name. Parameters that are not inputs are
+    hyper-parameters and may have defaults.
+    """
+    if len(spec) == 1 and inspect.isclass(spec[0]):
+        return from_class(spec[0])
+    if len(spec) == 1 and callable(spec[0]):
+        return from_annotations(spec[0])
+    spec = [word.strip() for part in spec for word in part.replace("->", ",->,").split(",")]
+    spec = [word for word in spec if word]
+    if spec.count("->") != 1:
+        raise BadArgument(f"expected a specification of the form 'x, y -> z', got {' '.join(spec)!r}")
+    arrow = spec.index("->")
+    return lambda function: from_function(function, spec[:arrow], spec[arrow + 1 :])
+
+
+def from_annotations(function):
+    ain = dict(getattr(function, "__annotations__", {}))
+    if "return" not in ain:
+        raise BadArgument(f"the outputs of {function.__name__} are not declared; write def f(x: '*') -> 'y', or give 'x -> y'")
+    aout = ain.pop("return")
+    return from_function(function, ain, aout)
+
+
+def from_function(function, ain, aout):
+    names = "__doc__", "__module__", "__qualname__"
+    attributes = dict(ain=ain, aout=aout, main=staticmethod(function), **{name: getattr(function, name) for name in names})
+    prototype = type(function.__name__, (), attributes)
+    return make(prototype, inspect.signature(function).parameters.values(), lambda m, arguments: function(**arguments))
+
+
+def from_class(prototype):
+    parameters = list(inspect.signature(prototype.main).parameters.values())[1:]
+    return make(prototype, parameters, lambda m, arguments: prototype.main(m, **arguments))
+
+
+def make(prototype, parameters, call):
+    ain, aout = declare(prototype.ain), declare(prototype.aout)
+    parameters = list(parameters)
+    argnames = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    missing = [name for name in ain if name not in argnames]
+    if missing and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise BadArgument(f"the function of {prototype.__name__} has no parameter for its inputs {missing}")
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in ain}
+
+    def main(m, arguments):
+        results = call(m, arguments)
+        if isinstance(results, dict):
+            return results
+        return dict(zip(aout, [results] if len(aout) == 1 else results))
+
+    return AutoOperator(prototype, main, missing + argnames, defaults)

@@ -1,0 +1,63 @@
+"""The errors of the engine.
+
+An exception that is raised *inside* an operator keeps its type and is not wrapped; it gains a note that tells
+which node raised it. The classes here are for mistakes in building or using a model.
+"""
+
+
+class ModelError(Exception):
+    """Something is wrong with a model, or with how it is used."""
+
+
+class BadArgument(ModelError):
+    """An argument that was not declared, was given twice, or does not fit."""
+
+
+class MissingArgument(ModelError):
+    """A declared argument was not given."""
+
+
+class UnpackError(ModelError):
+    """One symbol was taken for several."""
+
+
+class OverwritePrecaution(ModelError):
+    """A symbol that already has a value was given as a place for a new one."""
+
+
+class InferError(ModelError):
+    """Symbols of different models met in one operator."""
+
+
+class DuplicatedOutput(ModelError):
+    """Two outputs of a model were given the same name."""
+
+
+class UnexpectedOutput(ModelError):
+    """An output was asked for that the model does not have."""
+
+
+class ResolveError(ModelError):
+    """A value was needed that was not given."""
+
+
+class BrokenPrimitive(ModelError):
+    """An operator lacks a function that is needed, or its functions do not fit each other."""
+
+
+class ExecutionError(ModelError):
+    """The function of an operator did not return what the operator declares."""
+
+    def __init__(self, message, reason=None):
+        super().__init__(message)
+        self.reason = reason
+
+
+def did_you_mean(name, known):
+    """A hint that ends an error message: the closest of the `known` names, or all of them."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known are {', '.join(map(repr, known)) or 'none'}"

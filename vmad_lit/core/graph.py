@@ -1,0 +1,260 @@
+"""Nodes, and the linear list of them that a model is."""
+
+import html
+import os
+import sys
+import weakref
+
+from .error import BadArgument, DuplicatedOutput, InferError
+from .symbol import List, Literal, Recorded, Symbol, assymbol, leaves
+
+
+class Node:
+    """One step of a model.
+
+    Attributes
+    ----------
+    primitive : Primitive
+        What is called. It belongs to `operator`, which was declared by the class `prototype`.
+    varin, varout : dict
+        From argument names to the symbols that go in, and from result names to the symbols that come out.
+    number : int
+        The position in the model.
+    forward : Node or None
+        In a derived model, the node of the original model that this one is the derivative of.
+    cache : object
+        Room for the operator to remember something about this node between runs.
+    """
+
+    __slots__ = ("primitive", "varin", "varout", "number", "forward", "cache", "_origin")
+
+    def __init__(self, primitive, varin, varout, origin, forward=None):
+        self.primitive = primitive
+        self.varin = varin
+        self.varout = varout
+        self.number = -1
+        self.forward = forward
+        self.cache = None
+        self._origin = origin
+
+    def __getitem__(self, argname):
+        """The symbol that was given for an argument."""
+        if argname in self.varin or self.forward is None:
+            return self.varin[argname]
+        return self.forward[argname]
+
+    def is_literal(self, argname):
+        """Whether a constant was given for the argument, so that nobody wants its derivative."""
+        return isinstance(self[argname], Literal)
+
+    @property
+    def operator(self):
+        return self.primitive.operator
+
+    @property
+    def prototype(self):
+        return self.primitive.operator.prototype
+
+    @property
+    def name(self):
+        return f"{self.primitive.name}-{self.number}"
+
+    @property
+    def place(self):
+        """File and line of the program where the node was built, as (str, int)."""
+        if self.forward is not None:
+            return self.forward.place
+        code, instruction = self._origin
+        position = list(code.co_positions())[instruction // 2] if instruction >= 0 else (None,)
+        return code.co_filename, position[0] or code.co_firstlineno
+
+    def __repr__(self):
+        ins = ", ".join(repr(symbol) for symbol in self.varin.values())
+        outs = ", ".join(repr(symbol) for symbol in self.varout.values())
+        filename, line = self.place
+        return f"{self.name}({ins}) -> {outs or '()'} at {os.path.basename(filename)}:{line}"
+
+
+_engine = os.path.dirname(__file__)
+_is_engine = {}
+
+
+def caller():
+    """The place in the program that called into the engine: a code object and an instruction in it."""
+    frame = sys._getframe(1)
+    while True:
+        filename = frame.f_code.co_filename
+        inside = _is_engine.get(filename)
+        if inside is None:
+            inside = _is_engine[filename] = filename.startswith(_engine)
+        if not inside or frame.f_back is None:
+            return frame.f_code, frame.f_lasti
+        frame = frame.f_back
+
+
+class Graph(list):
+    """A list of nodes in the order in which they were built, with named inputs and outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self._inputs = {}
+        self._outputs = {}
+        self._ref = weakref.ref(self)
+
+    # A list compares by content; a model is itself and no other.
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+
+    def input(self, *names):
+        """Declare inputs; one name gives one symbol, several give a list of symbols.
+
+        A name may be a str, or a fresh instance of a subclass of `Symbol`.
+        """
+        symbols = []
+        for name in names:
+            symbol = name if isinstance(name, Symbol) else Symbol(name)
+            if symbol._name in self._inputs:
+                raise BadArgument(f"the model already has an input '{symbol._name}'")
+            self.anchor(symbol)
+            self._inputs[symbol._name] = symbol
+            symbols.append(symbol)
+        return symbols[0] if len(symbols) == 1 else symbols
+
+    def output(self, **values):
+        """Name the results of the model: `m.output(y=y)`; a value may be any symbol, a constant or a list of these."""
+        for name, value in values.items():
+            if name in self._outputs:
+                raise DuplicatedOutput(f"the model already has an output '{name}'")
+            symbol = assymbol(value)
+            for leaf in leaves(symbol):
+                if isinstance(leaf, Symbol):
+                    self.anchor(leaf)
+            self._outputs[name] = symbol
+
+    def append(self, node):
+        """Add a node at the end; from now on its results belong to this graph."""
+        node.number = len(self)
+        super().append(node)
+
+    def anchor(self, symbol):
+        """Tie a symbol to this graph; if it belongs to a fragment, the whole fragment comes along."""
+        if symbol._graph is None:
+            symbol._graph = self._ref
+        elif symbol._graph is not self._ref:
+            other = symbol._graph()
+            if not isinstance(other, Fragment):
+                raise InferError(
+                    f"the symbol '{symbol._name}' belongs to another model ({other!r}); "
+                    "an operator can only join symbols of one model"
+                )
+            self.absorb(other)
+
+    def absorb(self, fragment):
+        """Append all nodes of a fragment."""
+        for node in fragment:
+            self.append(node)
+            for key, symbol in node.varout.items():
+                for leaf in leaves(symbol):
+                    leaf._graph = self._ref
+                    if type(leaf._label) is tuple:
+                        leaf._label = (name_of_result, node.primitive.name, node.number, key)
+        fragment._ref = None
+
+    # How a graph shows itself
+    def __repr__(self):
+        ins, outs = ", ".join(self._inputs), ", ".join(self._outputs)
+        return f"{type(self).__name__}: {ins or '()'} -> {outs or '()'} ({len(self)} nodes)"
+
+    def _repr_html_(self):
+        def cell(symbol):
+            return f"<code>{html.escape(repr(symbol))}</code>"
+
+        rows = []
+        for node in self:
+            filename, line = node.place
+            ins = ", ".join(f"{html.escape(key)}={cell(symbol)}" for key, symbol in node.varin.items())
+            outs = ", ".join(cell(symbol) for symbol in node.varout.values())
+            place = html.escape(f"{os.path.basename(filename)}:{line}")
+            rows.append(f"<tr><td>{html.escape(node.name)}</td><td>{ins}</td><td>{outs}</td><td>{place}</td></tr>")
+        return (
+            f"<details><summary>{html.escape(repr(self))}</summary><table>"
+            "<tr><th>node</th><th>inputs</th><th>results</th><th>built at</th></tr>" + "".join(rows) + "</table></details>"
+        )
+
+    def to_dot(self):
+        """The source text of a Graphviz picture of the model."""
+        lines = ["digraph model {", "  rankdir=LR; node [shape=box, fontname=monospace];"]
+        made_by = {}
+        # Draw the inputs, the nodes and the outputs
+        def quote(text):
+            return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+        def arrows(symbol, target):
+            for leaf in leaves(symbol):
+                if id(leaf) in made_by:
+                    lines.append(f"  {made_by[id(leaf)]} -> {target} [label={quote(repr(leaf))}];")
+                elif isinstance(leaf, Recorded):
+                    lines.append(f"  {quote(repr(leaf))} [shape=note]; {quote(repr(leaf))} -> {target};")
+
+
+        for name, symbol in self._inputs.items():
+            made_by[id(symbol)] = quote("in: " + name)
+            lines.append(f"  {made_by[id(symbol)]} [label={quote(name)}, style=rounded];")
+        for node in self:
+            lines.append(f"  {quote(node.name)};")
+            for symbol in node.varin.values():
+                arrows(symbol, quote(node.name))
+            made_by.update((id(leaf), quote(node.name)) for symbol in node.varout.values() for leaf in leaves(symbol))
+        for name, symbol in self._outputs.items():
+            lines.append(f"  {quote('out: ' + name)} [label={quote(name)}, style=rounded];")
+            arrows(symbol, quote("out: " + name))
+        return "\n".join([*lines, "}"]) + "\n"
+
+
+class Fragment(Graph):
+    """A piece of a model that no model has claimed yet; its symbols keep it alive."""
+
+    def __init__(self):
+        super().__init__()
+        self._ref = lambda: self
+
+
+def name_of_result(operator, number, key):
+    """The name of a symbol that nobody named."""
+    return f"{operator}-{number}.{key}"
+
+
+def find_graph(arguments):
+    """The graph that the symbols in `arguments` belong to, after joining their fragments.
+
+    A model is preferred to a fragment. Raises InferError for symbols of two models.
+    """
+    refs = []
+    for argument in arguments:
+        if isinstance(argument, Symbol):
+            ref = argument._graph
+            if ref is not None and ref not in refs:
+                refs.append(ref)
+        elif isinstance(argument, List):
+            for leaf in leaves(argument):
+                if isinstance(leaf, Symbol) and leaf._graph is not None and leaf._graph not in refs:
+                    refs.append(leaf._graph)
+    if len(refs) == 1:
+        graph = refs[0]()
+        if graph is None:
+            raise InferError("the model of these symbols no longer exists; keep a reference to it while building")
+        return graph
+    # Join several graphs into one
+    if not refs:
+        return Fragment()
+    graphs = [ref() for ref in refs]
+    models = [graph for graph in graphs if not isinstance(graph, Fragment)]
+    if len(models) > 1:
+        raise InferError("symbols of different models cannot be joined by an operator: " + ", ".join(map(repr, models)))
+    target = models[0] if models else graphs[0]
+    for graph in graphs:
+        if graph is not target:
+            target.absorb(graph)
+    return target

@@ -1,0 +1,187 @@
+"""Models: graphs that can be computed."""
+
+from .error import BadArgument, UnexpectedOutput, did_you_mean
+from .execution import Plan, describe
+from .graph import Graph
+from .operator import ZeroGradient
+from .tape import Tape
+
+
+class Model(Graph):
+    """A list of nodes with named inputs and outputs, which can be computed."""
+
+    def __init__(self):
+        super().__init__()
+        self._plans = {}
+        self._base = None
+        self._tape = None
+
+    def _plan(self, vout, record, reuse):
+        key = vout, record, reuse, len(self), len(self._outputs)
+        plan = self._plans.get(key)
+        if plan is None:
+            for name in vout:
+                if name not in self._outputs:
+                    raise UnexpectedOutput(
+                        f"the model has no output '{name}'" + did_you_mean(name, list(self._outputs))
+                    )
+            plan = self._plans[key] = Plan(self, vout, record, reuse, self._base)
+        return plan
+
+    def _run(self, vout, init, record=False, monitor=None):
+        """Compute some outputs; returns a dict of them, and the tape or None."""
+        plan = self._plan(tuple(vout), record, monitor is None)
+        slots = None
+        if self._tape is not None:
+            slots = self._tape.slots
+            init = {name: as_zero(value) for name, value in init.items()}
+        values, slots = plan.run(init, slots, monitor)
+        out = dict(zip(plan.vout, values))
+        return out, (Tape(self, plan, slots, init, out) if record else None)
+
+    def on(self, tape):
+        """This derived model, joined with a tape of the original."""
+        joined = type(self)()
+        list.extend(joined, self)
+        for name in "_inputs", "_outputs", "_plans", "_base":
+            setattr(joined, name, getattr(self, name))
+        joined._tape = tape
+        return joined
+
+    def compute(self, vout, init, return_tape=False, return_dict=False, monitor=None):
+        """Compute outputs of the model.
+
+        Parameters
+        ----------
+        vout : str or list of str
+            One name gives one value, a list gives a list.
+        init : dict, or list of (name, value)
+            Values for the inputs.
+        return_tape : bool
+            Return `(out, tape)`. The tape covers all outputs of the model.
+        return_dict : bool
+            Return the values as a dict.
+        monitor : callable
+            `monitor(node, inputs, outputs, context)` is called after each node.
+
+        Raises
+        ------
+        UnexpectedOutput
+            The model has no such output.
+        ResolveError
+            The value of an input that is needed was not given.
+        """
+        names = names_of(vout)
+        every = tuple(dict.fromkeys([*self._outputs, *names])) if return_tape else names
+        out, tape = self._run(every, dict(init), return_tape, monitor)
+        result = select(out, vout, return_dict)
+        return (result, tape) if return_tape else result
+
+    def compute_with_vjp(self, init, v, return_dict=False, monitor=None):
+        """Compute outputs and a vector-Jacobian product.
+
+        Parameters
+        ----------
+        init : dict, or list of (name, value)
+            Values for the inputs.
+        v : dict, or list of (name, value)
+            Cotangents of outputs, by the names `_y`; these outputs are computed.
+
+        Returns
+        -------
+        out, vjp : lists
+            The outputs in the order of `v`, and the cotangents of the inputs in the order of `init`. Dicts if `return_dict`.
+        """
+        init, v = dict(init), dict(v)
+        vout = [without(name, "_", None) for name in v]
+        out, tape = self._run(vout, init, True, monitor)
+        for name in vout:
+            check_fits("_" + name, v["_" + name], out[name])
+        pulled = tape.get_vjp().compute(tape.get_vjp_vout(), v, return_dict=return_dict, monitor=monitor)
+        return select(out, vout, return_dict), pulled
+
+    def compute_with_jvp(self, vout, init, v, return_dict=False, monitor=None):
+        """Compute outputs and a Jacobian-vector product.
+
+        Parameters
+        ----------
+        vout : str or list of str
+        init : dict, or list of (name, value)
+            Values for the inputs.
+        v : dict, or list of (name, value)
+            Tangents of inputs, by the names `x_`. Inputs that are not named have the tangent zero.
+
+        Returns
+        -------
+        out, jvp
+            The outputs and their tangents, each a value if `vout` is a str, else a list. Dicts if `return_dict`.
+        """
+        out, tape = self._run(names_of(vout), dict(init), True, monitor)
+        tangents = self._tangents(dict(init), dict(v))
+        pushed = tape.get_jvp().compute([name + "_" for name in names_of(vout)], tangents, return_dict=return_dict, monitor=monitor)
+        if not return_dict and isinstance(vout, str):
+            pushed = pushed[0]
+        return select(out, vout, return_dict), pushed
+
+    def compute_with_gnDp(self, vout, init, v, return_dict=False, monitor=None):
+        """Compute outputs and a Gauss-Newton product J^T J v.
+
+        Parameters are those of `compute_with_jvp`. The second result is in the order of `init`, as in `compute_with_vjp`.
+        """
+        names = names_of(vout)
+        out, tape = self._run(names, dict(init), True, monitor)
+        tangents = self._tangents(dict(init), dict(v))
+        pushed = tape.get_jvp().compute([name + "_" for name in names], tangents, monitor=monitor)
+        cotangents = {"_" + name: tangent for name, tangent in zip(names, pushed)}
+        pulled = tape.get_vjp().compute(tape.get_vjp_vout(), cotangents, return_dict=return_dict, monitor=monitor)
+        return select(out, vout, return_dict), pulled
+
+    def _tangents(self, init, v):
+        for name, tangent in v.items():
+            if without(name, None, "_") not in self._inputs:
+                raise BadArgument(
+                    f"'{name}' is no tangent of an input" + did_you_mean(name, [name + "_" for name in self._inputs])
+                )
+            check_fits(name, tangent, init.get(name[:-1]))
+        return {name + "_": v.get(name + "_", ZeroGradient) for name in self._inputs}
+
+
+class Builder(Model):
+    """A model in a `with` statement, which shows in a program where the model is built."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return None
+
+
+# Tools of models
+def as_zero(value):
+    """A tangent or cotangent, with ZeroGradient for the numbers 0 in it."""
+    if type(value) is list:
+        return [as_zero(item) for item in value]
+    return ZeroGradient if ZeroGradient.is_zero(value) else value
+
+def names_of(vout):
+    return [vout] if isinstance(vout, str) else list(vout)
+
+
+def select(out, vout, return_dict=False):
+    """The values of the outputs `vout` in the form that the caller wants."""
+    if return_dict:
+        return {name: out[name] for name in names_of(vout)}
+    return out[vout] if isinstance(vout, str) else [out[name] for name in vout]
+
+def check_fits(name, derivative, value):
+    """Raise BadArgument if a tangent or cotangent has another shape than the value it belongs to."""
+    shape, expected = getattr(derivative, "shape", None), getattr(value, "shape", None)
+    if isinstance(shape, tuple) and isinstance(expected, tuple) and shape not in ((), expected):
+        raise BadArgument(f"'{name}' is {describe(derivative)}, and belongs to a value that is {describe(value)}")
+
+
+def without(name, prefix, suffix):
+    """The name of a variable, from that of its cotangent (prefix) or tangent (suffix)."""
+    if prefix and not name.startswith(prefix) or suffix and not name.endswith(suffix):
+        raise BadArgument(f"the name of a {'cotangent starts' if prefix else 'tangent ends'} with '_', got '{name}'")
+    return name[1:] if prefix else name[:-1]

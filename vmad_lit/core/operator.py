@@ -1,0 +1,300 @@
+"""Operators: functions with derivatives, and how they are declared and called."""
+
+import inspect
+
+from .error import BadArgument, MissingArgument, OverwritePrecaution, did_you_mean
+from .graph import Node, caller, find_graph, name_of_result
+from .symbol import BaseSymbol, List, ListPlaceholder, Symbol, assymbol, leaves
+
+
+class ZeroGradientType(int):
+    """The type of `ZeroGradient`, the zero cotangent or tangent of a value of any type."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        return "ZeroGradient"
+
+    def __reduce__(self):
+        return "ZeroGradient"
+
+    @staticmethod
+    def is_zero(value):
+        """Whether a cotangent or tangent is known to be zero: ZeroGradient or the number 0, not an array of zeros."""
+        return type(value) is ZeroGradientType or (type(value) in (int, float) and value == 0)
+
+    def _zero(self, *others):
+        return self
+
+    __neg__ = __pos__ = __abs__ = _zero
+    __mul__ = __rmul__ = __matmul__ = __rmatmul__ = __truediv__ = _zero
+    __getitem__ = conj = conjugate = _zero
+    real = imag = property(_zero)
+
+    def __add__(self, other):
+        return other
+
+    __radd__ = __rsub__ = __add__
+
+    def __sub__(self, other):
+        return -other
+
+    def __iter__(self):
+        """An endless supply of zeros, for use with `zip`."""
+        while True:
+            yield self
+
+    def __array__(self, dtype=None, copy=None):
+        import numpy
+
+        return numpy.zeros((), dtype=dtype)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if method == "__call__" and not kwargs:
+            if ufunc.__name__ in ("negative", "positive", "conjugate", "multiply", "matmul"):
+                return self
+            if ufunc.__name__ == "add":
+                return inputs[1] if inputs[0] is self else inputs[0]
+            if ufunc.__name__ == "subtract":
+                return -inputs[1] if inputs[0] is self else inputs[0]
+            if ufunc.__name__ == "divide" and inputs[0] is self:
+                return self
+        return getattr(ufunc, method)(*(0 if x is self else x for x in inputs), **kwargs)
+
+
+ZeroGradient = ZeroGradientType()
+
+
+class Primitive:
+    """One function of an operator: its application, or one of its two derivatives.
+
+    Attributes
+    ----------
+    impl : callable
+        The bare function; its first argument is a node.
+    argnames, outnames : tuple of str
+        All arguments, in the order of `impl`, and all results.
+    ain, aout : dict
+        Those of them that are differentiable (for a derivative: the cotangents or tangents), with their type patterns.
+    defaults : dict
+        Default values of hyper-parameters.
+    """
+
+    def __init__(self, operator, kind, impl, argnames=None, recording_impl=None):
+        self.operator = operator
+        self.kind = kind
+        self.name = operator.__name__ if kind == "apl" else f"{operator.__name__}-{kind}"
+        self.impl = impl
+        self.recording_impl = recording_impl or impl
+        # Read the signature
+        parameters = list(inspect.signature(impl).parameters.values())[1:]
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        self.argnames = tuple(p.name for p in named) if argnames is None else tuple(argnames)
+        self.defaults = {p.name: p.default for p in named if p.default is not p.empty}
+        self.positional = argnames is None and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in named)
+        # Tell the differentiable arguments from the others
+        ain, aout = operator.ain, operator.aout
+        if kind == "vjp":
+            self.ain = {"_" + name: p for name, p in aout.items() if "_" + name in self.argnames}
+            self.aout = {"_" + name: p for name, p in ain.items()}
+        elif kind == "jvp":
+            self.ain = {name + "_": p for name, p in ain.items() if name + "_" in self.argnames}
+            self.aout = {name + "_": p for name, p in aout.items()}
+        else:
+            self.ain, self.aout = ain, aout
+        self.outnames = tuple(self.aout)
+
+    def __repr__(self):
+        return f"{self.name}({', '.join(self.argnames)})"
+
+    def create_node(self, given, places=None, origin=None, forward=None):
+        """Append a node to the model of the arguments.
+
+        Parameters
+        ----------
+        given : dict
+            Values or symbols for the arguments, by name.
+        places : dict, optional
+            Fresh symbols to hold results, by name; for the others symbols are made.
+
+        Returns
+        -------
+        dict
+            The symbols of the results, by name.
+        """
+        varin = {}
+        for name in self.argnames:
+            if name in given:
+                value = given[name]
+                varin[name] = value if isinstance(value, BaseSymbol) else assymbol(value)
+        graph = find_graph(varin.values())
+        varout = {}
+        for name in self.outnames:
+            # Make a symbol for the result
+            if places and name in places:
+                varout[name] = claim(places[name], graph, (name_of_result, self.name, len(graph), name))
+            else:
+                symbol = varout[name] = Symbol.__new__(Symbol)
+                symbol._label = (name_of_result, self.name, len(graph), name)
+                symbol._graph = graph._ref
+        graph.append(Node(self, varin, varout, origin or caller(), forward))
+        return varout
+
+
+def claim(place, graph, label):
+    """Take a symbol, or a List of them, as the place for a result of a node in `graph`."""
+    place = assymbol(place)
+    for i, leaf in enumerate(leaves(place)):
+        if not isinstance(leaf, Symbol):
+            raise BadArgument(f"a result can only be stored in a symbol, not in {leaf!r}")
+        if leaf._graph is not None:
+            raise OverwritePrecaution(
+                f"the symbol '{leaf._name}' has a value already; overwriting it would break the derivatives of those who use it"
+            )
+        leaf._graph = graph._ref
+        if isinstance(place, ListPlaceholder):
+            leaf._label = (*label[:-1], f"{label[-1]}[{i}]")
+    return place
+
+
+def declare(spec):
+    """Bring a declaration of arguments into the form of a dict from names to type patterns, in order."""
+    if isinstance(spec, str):
+        spec = [name.strip() for name in spec.split(",") if name.strip()]
+    if isinstance(spec, dict):
+        return dict(spec)
+    return dict(item if isinstance(item, tuple) else (item, "*") for item in spec)
+
+
+class Operator:
+    """A function with derivatives. Made by the decorators `operator` and `autooperator`.
+
+    Attributes
+    ----------
+    ain, aout : dict
+        The differentiable arguments and the results, with their type patterns.
+    apl, vjp, jvp : Primitive
+        The functions; `vjp` is None if the declaration has none.
+    prototype : type
+        The class of the declaration. Its static methods are attributes of the operator as well.
+    """
+
+    def __init__(self, prototype):
+        for cls in reversed(prototype.__mro__):
+            for name, value in vars(cls).items():
+                if isinstance(value, staticmethod):
+                    setattr(self, name, getattr(prototype, name))
+        self.prototype = prototype
+        self.__name__ = prototype.__name__
+        self.__qualname__ = prototype.__qualname__
+        self.__module__ = prototype.__module__
+        self.__doc__ = prototype.__doc__
+        self.ain = declare(prototype.ain)
+        self.aout = declare(prototype.aout)
+        self._make_primitives()
+
+    def _make_primitives(self):
+        prototype = self.prototype
+        self.apl = Primitive(self, "apl", prototype.apl)
+        self.vjp = Primitive(self, "vjp", prototype.vjp) if hasattr(prototype, "vjp") else None
+        # Make the jvp, by linearity if need be
+        if hasattr(prototype, "jvp"):
+            self.jvp = Primitive(self, "jvp", prototype.jvp)
+        else:
+            names = [name + "_" if name in self.ain else name for name in self.apl.argnames]
+            self.jvp = Primitive(self, "jvp", apply_to_tangents, argnames=names)
+        self.rcd = getattr(prototype, "rcd", None)
+        self._find_recorded()
+
+    def _find_recorded(self):
+        derivatives = [p for p in (self.vjp, self.jvp) if p is not None]
+        taken = dict.fromkeys(name for p in derivatives for name in p.argnames if name not in p.ain)
+        available = {*self.apl.argnames, *self.aout}
+        self.recorded = tuple(taken)
+        self.extras = tuple(name for name in taken if name not in available)
+
+    def __call__(self, *args, **kwargs):
+        apl = self.apl
+        if not kwargs and len(args) == len(apl.argnames):
+            varout = apl.create_node(dict(zip(apl.argnames, args)))
+        else:
+            varout = apl.create_node(*self._bind(args, kwargs))
+        if len(varout) == 1:
+            (symbol,) = varout.values()
+            return symbol
+        return list(varout.values())
+
+    def _bind(self, args, kwargs):
+        apl = self.apl
+        if len(args) > len(apl.argnames):
+            raise BadArgument(f"{self.__name__} takes {len(apl.argnames)} arguments {apl.argnames}, got {len(args)}")
+        given = dict(zip(apl.argnames, args))
+        places = {}
+        for name, value in kwargs.items():
+            # Sort a keyword argument in
+            if name in given:
+                raise BadArgument(f"{self.__name__} got the argument '{name}' twice, by position and by keyword")
+            if name in apl.argnames:
+                given[name] = value
+            elif name in apl.outnames:
+                places[name] = value
+            else:
+                raise BadArgument(f"{self.__name__} has no argument '{name}'{did_you_mean(name, apl.argnames)}")
+        for name in apl.argnames:
+            # Fill in a default, or complain
+            if name not in given:
+                if name not in apl.defaults:
+                    raise MissingArgument(f"{self.__name__} needs the argument '{name}'; its arguments are {apl.argnames}")
+                given[name] = apl.defaults[name]
+        return given, places
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else InstanceOperator(self, instance)
+
+    def __repr__(self):
+        return f"operator {self.__name__}({', '.join(self.apl.argnames)} -> {', '.join(self.aout)})"
+
+
+class InstanceOperator:
+    """An operator as a method: the instance is passed as the first argument."""
+
+    def __init__(self, base, instance):
+        self.base = base
+        self.instance = instance
+
+    def __call__(self, *args, **kwargs):
+        return self.base(self.instance, *args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.base, name)
+
+
+def apply_to_tangents(node, **kwargs):
+    """The Jacobian-vector product of a linear operator: its application to the tangents."""
+    apl, ain, aout = node.operator.apl, node.operator.ain, node.operator.aout
+    result = apl.impl(node, **{name: kwargs[name + "_" if name in ain else name] for name in apl.argnames})
+    if not isinstance(result, dict):
+        return result
+    return {name + "_" if name in aout else name: value for name, value in result.items()}
+
+
+def operator(prototype):
+    """Declare an operator by a class.
+
+    The class has the attributes
+
+    ain, aout : the differentiable arguments and the results: a name, a sequence of names or of (name, type pattern)
+        pairs, or a mapping from names to patterns;
+
+    and the functions, whose first parameter is the node,
+
+    apl(node, ...) : the application. Parameters that are not in `ain` are hyper-parameters and may have defaults.
+        Returns a dict with every name of `aout`, and further names for the record; for one output the value itself will do;
+    vjp(node, _y, ...) : the vector-Jacobian product. Takes cotangents of results and recorded names, returns a dict
+        of the cotangents of the inputs. Optional;
+    jvp(node, x_, ...) : the Jacobian-vector product. Takes tangents of inputs and recorded names, returns a dict of the
+        tangents of the results. Optional for linear operators;
+    rcd(node, ...) : what to record. Takes all arguments and results of `apl` by name, returns a dict. Optional: by default
+        those names are recorded that `vjp` or `jvp` take.
+    """
+    return Operator(prototype)

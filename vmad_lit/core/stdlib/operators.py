@@ -1,0 +1,222 @@
+"""Arithmetic as operators, right for broadcasting and for complex numbers."""
+
+import builtins
+
+import numpy
+
+from ..operator import ZeroGradient, operator
+
+
+def kind(x):
+    """What a derivative has to know about a value: its shape, and whether it is complex."""
+    try:
+        return x.shape, x.dtype.kind == "c"
+    except AttributeError:
+        return numpy.shape(x), isinstance(x, complex)
+
+
+def fit(g, kind):
+    """Bring the cotangent of a broadcast value to the kind of the value: sum over repetitions, drop an imaginary part."""
+    if g is ZeroGradient:
+        return g
+    shape, is_complex = kind
+    if not is_complex and numpy.iscomplexobj(g):
+        g = numpy.real(g)
+    return g if getattr(g, "shape", ()) == shape else sum_to(g, shape)
+
+
+def sum_to(g, shape):
+    """Sum an array over the axes along which a value of the given shape was repeated."""
+    extra = numpy.ndim(g) - len(shape)
+    if extra < 0:
+        return g
+    repeated = (extra + i for i, n in enumerate(shape) if n == 1 and g.shape[extra + i] != 1)
+    return numpy.sum(g, axis=(*range(extra), *repeated), keepdims=True).reshape(shape)
+
+
+def widen(g, kind1, kind2):
+    """Repeat a tangent as broadcasting two values of these kinds would."""
+    shape = kind1[0] if kind1[0] == kind2[0] else numpy.broadcast_shapes(kind1[0], kind2[0])
+    return g if g is ZeroGradient or getattr(g, "shape", ()) == shape else numpy.broadcast_to(g, shape)
+
+
+def conj(x):
+    """The complex conjugate; a real value as it is, without a copy."""
+    return numpy.conj(x) if kind(x)[1] else x
+
+
+class unary:
+    ain = "x"
+    aout = "y"
+
+
+@operator
+class pos(unary):
+    """`+x`"""
+
+    def apl(node, x):
+        return +x
+
+    def vjp(node, _y):
+        return +_y
+
+
+@operator
+class neg(unary):
+    """`-x`"""
+
+    def apl(node, x):
+        return -x
+
+    def vjp(node, _y):
+        return -_y
+
+
+@operator
+class abs(unary):
+    """`abs(x)`; the derivative at 0 is 0."""
+
+    def apl(node, x):
+        return builtins.abs(x)
+
+    def vjp(node, _y, x):
+        return fit(_y * numpy.sign(x), kind(x))
+
+    def jvp(node, x_, x):
+        return fit(x_ * conj(numpy.sign(x)), ((*kind(x)[0],), False))
+
+
+class binary:
+    ain = "x1", "x2"
+    aout = "y"
+
+
+@operator
+class add(binary):
+    """`x1 + x2`"""
+
+    def apl(node, x1, x2):
+        return x1 + x2
+
+    def rcd(node, x1, x2, y):
+        return dict(kind1=kind(x1), kind2=kind(x2))
+
+    def vjp(node, _y, kind1, kind2):
+        return dict(_x1=fit(_y, kind1), _x2=fit(_y, kind2))
+
+    def jvp(node, x1_, x2_, kind1, kind2):
+        return widen(x1_ + x2_, kind1, kind2)
+
+
+@operator
+class sub(binary):
+    """`x1 - x2`"""
+
+    def apl(node, x1, x2):
+        return x1 - x2
+
+    def rcd(node, x1, x2, y):
+        return dict(kind1=kind(x1), kind2=kind(x2))
+
+    def vjp(node, _y, kind1, kind2):
+        return dict(_x1=fit(_y, kind1), _x2=ZeroGradient if node.is_literal("x2") else fit(-_y, kind2))
+
+    def jvp(node, x1_, x2_, kind1, kind2):
+        return widen(x1_ - x2_, kind1, kind2)
+
+
+@operator
+class mul(binary):
+    """`x1 * x2`"""
+
+    def apl(node, x1, x2):
+        return x1 * x2
+
+    def rcd(node, x1, x2, y):
+        kinds = kind(x1), kind(x2)
+        if node.is_literal("x1"):
+            x2 = ZeroGradient
+        if node.is_literal("x2"):
+            x1 = ZeroGradient
+        return dict(x1=x1, x2=x2, kinds=kinds)
+
+    def vjp(node, _y, x1, x2, kinds):
+        return dict(_x1=times(_y, x2, kinds[0]), _x2=times(_y, x1, kinds[1]))
+
+    def jvp(node, x1_, x2_, x1, x2, kinds):
+        return widen(x1_ * x2 + x1 * x2_, *kinds)
+
+
+def times(_y, slope, kind):
+    """The cotangent of a value, from the derivative of the result with respect to it."""
+    return ZeroGradient if slope is ZeroGradient else fit(_y * conj(slope), kind)
+
+
+@operator
+class div(binary):
+    """`x1 / x2`"""
+
+    def apl(node, x1, x2):
+        return x1 / x2
+
+    def rcd(node, x1, x2, y):
+        return dict(x2=x2, y=ZeroGradient if node.is_literal("x2") else y, kind1=kind(x1))
+
+    def vjp(node, _y, x2, y, kind1):
+        _x1 = _y / conj(x2)
+        return dict(_x1=fit(_x1, kind1), _x2=-times(_x1, y, kind(x2)))
+
+    def jvp(node, x1_, x2_, x2, y, kind1):
+        return widen((x1_ - y * x2_) / x2, kind1, kind(x2))
+
+
+@operator
+class mod(binary):
+    """`x1 % x2` of real numbers, differentiable between its jumps."""
+
+    def apl(node, x1, x2):
+        return x1 % x2
+
+    def rcd(node, x1, x2, y):
+        return dict(n=ZeroGradient if node.is_literal("x2") else x1 // x2, kind1=kind(x1), kind2=kind(x2))
+
+    def vjp(node, _y, n, kind1, kind2):
+        return dict(_x1=fit(_y, kind1), _x2=-times(_y, n, kind2))
+
+    def jvp(node, x1_, x2_, n, kind1, kind2):
+        return widen(x1_ - n * x2_, kind1, kind2)
+
+
+@operator
+class pow(binary):
+    """`x1 ** x2`"""
+
+    def apl(node, x1, x2):
+        return x1**x2
+
+    def rcd(node, x1, x2, y):
+        return dict(
+            slope1=ZeroGradient if node.is_literal("x1") else slope_of_base(x1, x2),
+            slope2=ZeroGradient if node.is_literal("x2") else slope_of_exponent(x1, y),
+            kinds=(kind(x1), kind(x2)),
+        )
+
+    def vjp(node, _y, slope1, slope2, kinds):
+        return dict(_x1=times(_y, slope1, kinds[0]), _x2=times(_y, slope2, kinds[1]))
+
+    def jvp(node, x1_, x2_, slope1, slope2, kinds):
+        return widen(x1_ * slope1 + x2_ * slope2, *kinds)
+
+
+def slope_of_base(x1, x2):
+    """d(x1**x2)/dx1, and 0 where x2 is 0."""
+    if numpy.ndim(x2) == 0 and x2 == 2:
+        return x1 * 2
+    if numpy.ndim(x2) == 0:
+        return x2 * (x1 * 1.0) ** (x2 - 1) if x2 != 0 else x1 * 0
+    return x2 * (x1 * 1.0) ** numpy.where(x2 == 0, 0, x2 - 1)
+
+
+def slope_of_exponent(x1, y):
+    """d(x1**x2)/dx2, and 0 where x1 is 0."""
+    return y * numpy.log(numpy.where(x1 == 0, 1, x1))

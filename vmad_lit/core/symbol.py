@@ -1,0 +1,174 @@
+"""Symbols: names for values that do not exist yet."""
+
+from .error import ModelError, UnpackError
+
+
+class BaseSymbol:
+    """Anything that may stand for a value while a model is built."""
+
+    __slots__ = ()
+
+    # NumPy leaves `array + symbol` to the symbol instead of looking for an array in it.
+    __array_ufunc__ = None
+
+
+class Symbol(BaseSymbol):
+    """A name for one value in a model.
+
+    Parameters
+    ----------
+    name : str
+    model : Graph, optional
+        The model that it belongs to; without one the symbol joins the first model that it meets.
+    """
+
+    __slots__ = ("_label", "_graph")
+
+    def __init__(self, name, model=None):
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a symbol is a str, got {type(name).__name__}")
+        self._label = name
+        self._graph = None
+        if model is not None:
+            model.anchor(self)
+
+    @property
+    def _name(self):
+        label = self._label
+        if type(label) is tuple:
+            make, *ingredients = label
+            label = self._label = make(*ingredients)
+        return label
+
+    @property
+    def _model(self):
+        """The model (or fragment of one) that the symbol belongs to, or None."""
+        return None if self._graph is None else self._graph()
+
+    @property
+    def _vjp_name(self):
+        return "_" + self._name
+
+    @property
+    def _jvp_name(self):
+        return self._name + "_"
+
+    def __repr__(self):
+        return self._name
+
+    def __iter__(self):
+        raise UnpackError(
+            f"the symbol '{self._name}' stands for one value and cannot be unpacked; an operator returns a list "
+            "of symbols for a list output only if told its length: name=ListPlaceholder(n)"
+        )
+
+    def __bool__(self):
+        raise ModelError(
+            f"the symbol '{self._name}' has no truth value while the model is built; "
+            "decide at run time inside an operator, for example with x.eval(function)"
+        )
+
+
+class Literal(BaseSymbol):
+    """A constant. It takes part in execution, and not in differentiation."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value):
+        self._value = value
+
+    def __repr__(self):
+        text = repr(self._value)
+        return text if len(text) <= 40 and "\n" not in text else f"<{type(self._value).__name__}>"
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return AttrSymbol(self, name)
+
+
+class AttrSymbol(Literal):
+    """An attribute of a literal, looked up when the model runs."""
+
+    __slots__ = ("_parent", "_attrname")
+
+    def __init__(self, parent, attrname):
+        super().__init__(None)
+        self._parent = parent
+        self._attrname = attrname
+
+    def __repr__(self):
+        return f"{self._parent!r}.{self._attrname}"
+
+
+class List(BaseSymbol):
+    """A list of symbols, which stands for the list of their values."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items):
+        self._items = [assymbol(item) for item in items]
+
+    def __len__(self):
+        return len(self._items)
+
+    def __getitem__(self, i):
+        return self._items[i]
+
+    def __iter__(self):
+        return iter(self._items)
+
+    def __repr__(self):
+        return repr(self._items)
+
+
+class ListPlaceholder(List):
+    """A list of `n` symbols to be, given for an output to tell that it is a list and how long."""
+
+    __slots__ = ()
+
+    def __init__(self, n):
+        super().__init__([Symbol(f"item-{i}") for i in range(n)])
+
+
+def assymbol(value):
+    """Make a symbol out of any Python object: itself, a List, or a Literal."""
+    if isinstance(value, BaseSymbol):
+        return value
+    if type(value) is list or type(value) is tuple:
+        return List(value)
+    return Literal(value)
+
+
+class Recorded(BaseSymbol):
+    """In a derived model: what a node of the original model recorded under a name."""
+
+    __slots__ = ("_node", "_key")
+
+    def __init__(self, node, key):
+        self._node = node
+        self._key = key
+
+    def __repr__(self):
+        return f"tape[{self._node.name}].{self._key}"
+
+
+class IgnoredSymbol(BaseSymbol):
+    """In place of a result that nobody wants."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        return "ignored"
+
+
+Ignored = IgnoredSymbol()
+
+
+def leaves(symbol):
+    """Iterate over the symbols in `symbol`, in order: itself, or the items of a (nested) List."""
+    if isinstance(symbol, List):
+        for item in symbol:
+            yield from leaves(item)
+    else:
+        yield symbol
