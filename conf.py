@@ -22,7 +22,7 @@ author = "the vmad_lit authors"
 copyright = "the vmad_lit authors"
 version = release = "0.1.0"
 
-from tools.sphinx_tangle import linkcode_resolve  # noqa: E402, F401  ([source] leads to the chapter)
+from tools.sphinx_tangle import book, linkcode_resolve  # noqa: E402, F401  ([source] leads to the chapter)
 
 extensions = [
     "myst_nb",
@@ -58,9 +58,8 @@ math_eqref_format = "({number})"
 def package_digest() -> str:
     """A name for the state of everything that a cell may import."""
     digest = hashlib.sha256()
-    for folder in ("vmad_lit", "providers", "tools"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in [*sorted(ROOT / file for file in book().files.values()), ROOT / "tools" / "mpirun.py"]:
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + (path.read_bytes() if path.exists() else b"") + b"\0")
     return digest.hexdigest()[:16]
 
 

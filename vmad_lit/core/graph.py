@@ -39,9 +39,9 @@ class Node:
 
     def __getitem__(self, argname):
         """The symbol that was given for an argument."""
-        if argname in self.varin or self.forward is None:
-            return self.varin[argname]
-        return self.forward[argname]
+        if self.forward is not None and argname in self.forward.varin:
+            return self.forward[argname]  # not the recorded value that stands for it here
+        return self.varin[argname]
 
     def is_literal(self, argname):
         """Whether a constant was given for the argument, so that nobody wants its derivative."""
