@@ -341,9 +341,31 @@ def test_operators_agree_with_the_classes():
     assert P[-1] == 0
 
 
-def test_constant_parameters_cost_no_derivative():
+def test_constant_parameters_cost_no_derivative(monkeypatch):
+    from vmad_lit.lib import cosmology
+
+    steps = []
+    push = cosmology._push_forward
+    monkeypatch.setattr(cosmology, '_push_forward', lambda *args: steps.append(1) or push(*args))
     with Builder() as m:
         sigma8 = m.input('sigma8')
         m.output(P=linear_power(0.31, 0.68, 0.965, sigma8, 0.049, k=WAVENUMBERS))
     P, [slope] = m.compute_with_vjp(init=dict(sigma8=0.8), v={'_P': np.ones_like(WAVENUMBERS)})
     assert slope == pytest.approx(2 * np.sum(P[0]) / 0.8, rel=1e-12)  # P goes with the square of sigma8
+    assert len(steps) == 1
+
+
+def test_wavenumbers_may_be_distributed():
+    """Each rank has its own wavenumbers; the gradient on every rank is that of the sum over all of them."""
+    MPI = pytest.importorskip('mpi4py.MPI')
+    mpi = pytest.importorskip('vmad_lit.lib.mpi')
+    comm = MPI.COMM_WORLD
+    mine = WAVENUMBERS[comm.rank::comm.size]
+
+    def gradient(k, spread):
+        with Builder() as m:
+            m.output(P=linear_power(*[spread(p) for p in m.input(*PARAMETERS)], k=k))
+        return m.compute_with_vjp(init=PARAMETERS, v={'_P': 1e-3 * k})[1]
+
+    ours = gradient(mine, lambda p: mpi.allbcast(p, comm))
+    np.testing.assert_allclose(ours, gradient(WAVENUMBERS, lambda p: p), rtol=1e-11)
