@@ -7,9 +7,11 @@ from hypothesis import given, settings, strategies as st
 from scipy.integrate import quad, solve_ivp
 from scipy.special import hyp2f1
 
+from vmad_lit import Builder
 from vmad_lit.lib.cosmology import (
     HUBBLE_DISTANCE, Cosmology, LinearPower, MatterDominated, Planck15, Planck18,
-    eisenstein_hu, eisenstein_hu_nowiggle, linear_growth, second_order_growth)
+    comoving_distance, eisenstein_hu, eisenstein_hu_nowiggle, expansion_rate, growth, linear_growth, linear_power,
+    second_order_growth)
 
 A = np.linspace(0.05, 1.0, 20)
 UNIVERSES = [dict(Omega0_m=1.0), dict(Omega0_m=0.3), dict(Omega0_m=0.3, Omega0_k=0.7),
@@ -252,3 +254,118 @@ def test_camb_agrees_with_the_fit():
     pytest.importorskip('camb')
     k = np.geomspace(1e-3, 10, 50)
     np.testing.assert_allclose(LinearPower.from_camb(Planck15)(k), LinearPower(Planck15)(k), rtol=0.05)
+
+
+# -- operators ---------------------------------------------------------------------------------------------
+
+WAVENUMBERS = np.geomspace(1e-3, 2, 30)
+PARAMETERS = dict(Om0=0.31, h=0.68, n_s=0.965, sigma8=0.82, Ob0=0.049)
+
+
+def growth_model(**hyper):
+    with Builder() as m:
+        D1, f1, D2, f2 = growth(m.input('Om0'), a=A, **hyper)
+        m.output(D1=D1, f1=f1, D2=D2, f2=f2)
+    return m, dict(Om0=0.31)
+
+
+def one_parameter_model(op, **hyper):
+    with Builder() as m:
+        m.output(y=op(m.input('Om0'), **hyper))
+    return m, dict(Om0=0.31)
+
+
+def power_model(**hyper):
+    with Builder() as m:
+        m.output(y=linear_power(*m.input(*PARAMETERS), k=np.append(WAVENUMBERS, 0.0), **hyper))
+    return m, PARAMETERS
+
+
+MODELS = {
+    'growth': lambda: growth_model(),
+    'growth, curved': lambda: growth_model(Ok0=0.1),
+    'expansion_rate': lambda: one_parameter_model(expansion_rate, a=A),
+    'expansion_rate, curved': lambda: one_parameter_model(expansion_rate, a=0.4, Ok0=-0.02),
+    'comoving_distance': lambda: one_parameter_model(comoving_distance, z=np.array([[0.1, 1.0, 1100.0]])),
+    'comoving_distance, curved': lambda: one_parameter_model(comoving_distance, z=2.0, Ok0=0.1),
+    'linear_power': lambda: power_model(),
+    'linear_power, redshift': lambda: power_model(z=2.0, Ok0=-0.05),
+    'linear_power, no wiggles': lambda: power_model(z=1.0, transfer='NoWiggle', T_cmb=2.728),
+    'linear_power, function': lambda: power_model(z=0.5, transfer=lambda k: 1 / (1 + (20 * k) ** 2)),
+}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_operators_have_derivatives(name):
+    """Forward mode against central differences with their rate; reverse mode against forward mode."""
+    m, point = MODELS[name]()
+    outputs = ['D1', 'f1', 'D2', 'f2'] if name.startswith('growth') else ['y']
+    rng = np.random.default_rng(7)
+    direction = {n: 0.1 * x * rng.uniform(0.5, 1) for n, x in point.items()}
+
+    y, y_ = m.compute_with_jvp(outputs, init=point, v={n + '_': t for n, t in direction.items()})
+
+    def at(step):
+        return m.compute(outputs, init={n: x + step * direction[n] for n, x in point.items()})
+
+    def error(step):
+        return sum(np.sum(np.abs((np.asarray(p) - q) / (2 * step) - t)) for p, q, t in zip(at(step), at(-step), y_))
+
+    scale = sum(np.sum(np.abs(t)) for t in y_)
+    assert error(1e-3) < 1e-5 * scale
+    if error(1e-1) > 1e-8 * scale:  # else the model is linear in its parameters
+        assert error(1e-1) / error(5e-2) == pytest.approx(4, rel=0.1)
+
+    w = [rng.normal(size=np.shape(x)) / np.max(np.abs(x)) for x in y]
+    _, pulled = m.compute_with_vjp(init=point, v={'_' + n: x for n, x in zip(outputs, w)})
+    left = sum(np.sum(a * b) for a, b in zip(w, y_))
+    right = sum(direction[n] * g for n, g in zip(point, pulled))
+    assert left == pytest.approx(right, rel=1e-11)
+    assert all(np.shape(g) == () and np.isrealobj(g) for g in pulled)
+
+
+def test_operators_agree_with_the_classes():
+    m, point = growth_model(Ok0=0.1)
+    D1, f1, D2, f2 = m.compute(['D1', 'f1', 'D2', 'f2'], init=point)
+    pt = MatterDominated(0.31, Omega0_k=0.1)
+    for ours, theirs in zip((D1, f1, D2, f2), (pt.D1(A), pt.f1(A), pt.D2(A), pt.f2(A))):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-13)
+    m, point = one_parameter_model(expansion_rate, a=A, Ok0=0.1)
+    np.testing.assert_allclose(m.compute('y', init=point), pt.E(A), rtol=1e-14)
+    cosmology = Cosmology(**PARAMETERS, Ok0=0.1)
+    m, point = one_parameter_model(comoving_distance, z=2.0, Ok0=0.1)
+    assert m.compute('y', init=point) == pytest.approx(cosmology.comoving_distance(2.0), rel=1e-14)
+    m, point = power_model(z=2.0, Ok0=0.1)
+    P = m.compute('y', init=point)
+    np.testing.assert_allclose(P[:-1], LinearPower(cosmology, z=2.0)(WAVENUMBERS), rtol=1e-13)
+    assert P[-1] == 0
+
+
+def test_constant_parameters_cost_no_derivative(monkeypatch):
+    from vmad_lit.lib import cosmology
+
+    steps = []
+    push = cosmology._push_forward
+    monkeypatch.setattr(cosmology, '_push_forward', lambda *args: steps.append(1) or push(*args))
+    with Builder() as m:
+        sigma8 = m.input('sigma8')
+        m.output(P=linear_power(0.31, 0.68, 0.965, sigma8, 0.049, k=WAVENUMBERS))
+    P, [slope] = m.compute_with_vjp(init=dict(sigma8=0.8), v={'_P': np.ones_like(WAVENUMBERS)})
+    assert slope == pytest.approx(2 * np.sum(P[0]) / 0.8, rel=1e-12)  # P goes with the square of sigma8
+    assert len(steps) == 1
+
+
+def test_wavenumbers_may_be_distributed():
+    """Each rank has its own wavenumbers; the gradient on every rank is that of the sum over all of them."""
+    MPI = pytest.importorskip('mpi4py.MPI')
+    mpi = pytest.importorskip('vmad_lit.lib.mpi')
+    comm = MPI.COMM_WORLD
+    mine = WAVENUMBERS[comm.rank::comm.size]
+
+    def gradient(k, spread):
+        with Builder() as m:
+            m.output(P=linear_power(*[spread(p) for p in m.input(*PARAMETERS)], k=k))
+        return m.compute_with_vjp(init=PARAMETERS, v={'_P': 1e-3 * k})[1]
+
+    ours = gradient(mine, lambda p: mpi.allbcast(p, comm))
+    np.testing.assert_allclose(ours, gradient(WAVENUMBERS, lambda p: p), rtol=1e-11)

@@ -19,12 +19,14 @@ from vmad_lit.contrib.optimize import (
     Backtracking,
     GradientDescent,
     Line,
+    Point,
     Preconditioner,
     Problem,
     State,
     StrongWolfe,
     TrustRegionCG,
     autosave,
+    cubic_minimum,
     scipy_minimize,
 )
 from vmad_lit.contrib.vectorspace import FieldSpace, ProductSpace, VectorSpace, real_inner_product
@@ -252,7 +254,72 @@ def test_float32_stays_float32():
     assert_allclose(state.x, target, atol=1e-4)
 
 
+def test_memory_is_limited_and_has_only_pairs_of_positive_curvature():
+    optimizer = LBFGS(m=3, maxiter=8)
+    state = optimizer.minimize(Problem(rosen, rosen_der), np.tile([-1.2, 1.0], 3))
+    S, R = state.vectors['S'], state.vectors['R']
+    assert len(S) == len(R) == len(state.numbers['rho']) == 3
+    assert all(s @ r > 0 for s, r in zip(S, R, strict=True))
+    assert_allclose(state.numbers['rho'], [1 / (s @ r) for s, r in zip(S, R, strict=True)])
+    # a step along which the gradient falls short
+    problem = Problem(lambda x: -float(x @ x), lambda x: -2 * x)
+    optimizer.remember(problem.vs, state, Point(problem, Px=state.Px + 1))
+    assert np.all(state.vectors['S'][-1] == S[-1])
+
+
+def test_two_loops_apply_the_bfgs_matrix():
+    optimizer = LBFGS(m=4, maxiter=9)
+    state = optimizer.minimize(Problem(rosen, rosen_der), np.tile([-1.2, 1.0], 3))
+    B = state.numbers['gamma'] * np.eye(6)
+    for s, r in zip(state.vectors['S'], state.vectors['R'], strict=True):
+        V = np.eye(6) - np.outer(r, s) / (r @ s)
+        B = V.T @ B @ V + np.outer(s, s) / (r @ s)
+    assert_allclose(optimizer.direction(VectorSpace(), state), -B @ state.g, rtol=1e-9)
+    assert_allclose(B @ state.vectors['R'][-1], state.vectors['S'][-1], rtol=1e-9)
+
+
+def test_trust_region_grows_and_shrinks():
+    c = np.array([1.0, 3.0])
+    problem = Problem(lambda x: 0.5 * float(x @ (c * x)), lambda x: c * x, lambda x, v: c * v)
+    state = TrustRegionCG(radius=1e-2, maxiter=5).minimize(problem, np.array([10.0, 1.0]))
+    assert_allclose(state.numbers['radius'], 1e-2 * 2 ** 5)
+    state = TrustRegionCG(radius=1e-2, maxradius=0.05, maxiter=5).minimize(problem, np.array([10.0, 1.0]))
+    assert_allclose(state.numbers['radius'], 0.05)
+    wrong = Problem(rosen, rosen_der, lambda x, v: 1e-3 * v)
+    state = TrustRegionCG(radius=10.0, maxiter=1).minimize(wrong, np.array([-1.2, 1.0]))
+    assert state.step == 0 and state.numbers['radius'] < 10 and state.y == state.history['y'][0]
+
+
+def test_a_wrong_hessian_ends_in_a_small_region():
+    problem = Problem(rosen, lambda x: -rosen_der(x), rosen_hess_prod)
+    state = TrustRegionCG().minimize(problem, np.array([-1.2, 1.0]))
+    assert not state.converged and ('gradient' in state.message or 'maxiter' in state.message)
+    assert np.all(state.x == [-1.2, 1.0])
+
+
+def test_gradient_descent_may_climb_within_its_window_only():
+    c = np.logspace(0, 3, 20)
+    problem = Problem(lambda x: 0.5 * float(x @ (c * x)), lambda x: c * x)
+    free = GradientDescent().minimize(problem, np.ones(20)).history['y']
+    monotonic = GradientDescent(window=1).minimize(problem, np.ones(20)).history['y']
+    plain = GradientDescent(barzilai_borwein=False).minimize(problem, np.ones(20)).history['y']
+    assert np.any(np.diff(free) > 0) and len(free) < len(plain)
+    assert all(free[i] < free[max(0, i - 10):i].max() for i in range(1, len(free)))
+    assert np.all(np.diff(monotonic) < 0)
+
+
 # line searches
+
+@quick
+@given(st.floats(-3, 3), st.floats(-3, 3), st.floats(-3, 3), st.floats(-3, 3))
+def test_cubic_minimum(a, b, c, d):
+    """The minimum of a t^3 + b t^2 + c t + d from its values and slopes at 0 and 1."""
+    found = cubic_minimum(d, c, a + b + c + d, 3 * a + 2 * b + c)
+    square = b * b - 3 * a * c
+    if abs(a) > 1e-3 and square > 1e-3:
+        exact = (-b + math.sqrt(square)) / (3 * a)
+        assert math.isclose(found, exact, rel_tol=1e-6, abs_tol=1e-6)
+
 
 @quick
 @given(seed=st.integers(0, 10 ** 6), c2=st.sampled_from([0.1, 0.5, 0.9]), t=st.floats(1e-4, 1e4),

@@ -18,6 +18,7 @@ sys.path.insert(0, str(REPOSITORY))
 from tools import tangle as module  # noqa: E402
 from tools.tangle import Book, Problem, TangleError, Tracer, WriteError, main, slug  # noqa: E402
 
+pytestmark = pytest.mark.serial  # a tool, not a computation
 PROGRAM = REPOSITORY / "tools" / "tangle.py"
 
 

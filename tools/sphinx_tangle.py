@@ -176,7 +176,8 @@ def resolve_name(app: Sphinx, env: Any, node: addnodes.pending_xref, content: no
     if node.get("refdomain") != "py":
         return None
     known = env.get_domain("py").objects
-    found = [name for name in known if name.endswith("." + node["reftarget"].lstrip("."))]
+    found = [name for name, entry in known.items()
+             if name.endswith("." + node["reftarget"].lstrip(".")) and entry.objtype != "module"]
     page = f"{node['refdoc']}.md"
     here = {module_of(file) for file, ident in book().roots.items()
             if any(block.chapter == page for block in book().chunks[ident])}
@@ -238,7 +239,7 @@ def definition(module: str, fullname: str) -> ast.AST | None:
 
 def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
     """The address of the block that defines an object, for the API reference's *[source]*."""
-    if domain != "py" or not info.get("module", "").startswith(("vmad_lit", "pfft")):
+    if domain != "py" or info.get("module") not in map(module_of, book().roots):
         return None
     try:
         node = definition(info["module"], info["fullname"])
@@ -422,8 +423,6 @@ def markdown(doc: str | None) -> list[str]:
 
 def check_tangled(app: Sphinx) -> None:
     """The page must show the program that is run: stop if the package is not what the chapters say."""
-    for remembered in (book, anchors, chunk_titles, page_title, module_tree):
-        remembered.cache_clear()
     try:
         drift = book().check()
     except TangleError as error:

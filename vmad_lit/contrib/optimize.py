@@ -811,8 +811,8 @@ class TrustRegionCG(Optimizer):
     -------------------------------------------
     radius : float
         the first radius of the region; by default from the curvature along the gradient.
-    maxradius, minradius : float
-        limits of the radius; the minimisation ends below the lower one.
+    maxradius : float
+        the largest radius.
     eta : float
         a step is taken if the objective falls by more than this fraction of the prediction.
     cg_rtol : float
@@ -824,7 +824,6 @@ class TrustRegionCG(Optimizer):
 
     radius: float | None = None
     maxradius: float = math.inf
-    minradius: float = 0.0
     eta: float = 0.1
     cg_rtol: float = 0.5
     cg_maxiter: int = 50
@@ -855,7 +854,11 @@ class TrustRegionCG(Optimizer):
         p, r, surface = self.solve(vs, hvp, state.Pg, radius, rtol)
         length, promised = vs.norm(p), -0.5 * (vs.dot(p, state.Pg) + vs.dot(p, r))
         if not promised > 0 or lost_in_rounding(promised, state.y):
-            return self.give_up(state, True, "converged: to the rounding of the objective")
+            # End where nothing can be gained
+            if not surface:
+                return self.give_up(state, True, "converged: to the rounding of the objective")
+            return self.give_up(state, False, f"the trust region has shrunk to {radius:.3g}: "
+                                              "are the gradient and the Hessian-vector product right?")
         point = Point(problem, Px=vs.addmul(state.Px, p, 1.0))
         ratio = (state.y - point.y) / promised if math.isfinite(point.y) else -math.inf
         if ratio > self.eta and not math.isfinite(vs.norm(point.Pg)):
@@ -866,9 +869,6 @@ class TrustRegionCG(Optimizer):
         elif ratio > 0.75 and surface:
             radius = min(2 * radius, self.maxradius)
         state.numbers.update(radius=radius, ratio=ratio)
-        if radius <= max(self.minradius, 0.1 * EPS * vs.norm(state.Px)):
-            return self.give_up(state, False, f"the trust region has shrunk to {radius:.3g}: "
-                                              "are the gradient and the Hessian-vector product right?")
         return (point, length) if ratio > self.eta else (None, 0.0)
 
     def first_radius(self, vs, hvp, state) -> float:

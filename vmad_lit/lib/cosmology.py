@@ -12,8 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..core.operator import ZeroGradient, operator
+
 __all__ = ['linear_growth', 'second_order_growth', 'MatterDominated', 'Cosmology', 'Planck15', 'Planck18',
-           'eisenstein_hu', 'eisenstein_hu_nowiggle', 'LinearPower']
+           'eisenstein_hu', 'eisenstein_hu_nowiggle', 'LinearPower', 'growth', 'expansion_rate',
+           'comoving_distance', 'linear_power']
 
 SPEED_OF_LIGHT = 299792.458  # km/s
 HUBBLE_DISTANCE = SPEED_OF_LIGHT / 100.0  # c / H0 in Mpc/h
@@ -260,7 +263,8 @@ class Cosmology:
 
     def efunc(self, z):
         """H(z) / H0 at redshift z."""
-        return self.background().efunc(1 / (1 + _redshift(z)))
+        a = 1 / (1 + _redshift(z))
+        return np.sqrt(_expansion(a, self.Om0, self.Ode0, self.Ok0) / a ** 3)
 
     # Distances
     def comoving_distance(self, z):
@@ -503,3 +507,131 @@ class _TabulatedTransfer:
         logk = np.log(np.where(k == 0, _NO_WAVENUMBER, k))
         beyond = np.maximum(logk - high, 0)
         return np.exp(self._spline(np.clip(logk, low, high)) + beyond * self._spline(high, 1))
+
+
+_STEP = 1e-40
+
+
+def _push_forward(function, parameters, tangents):
+    """Tangents of the results of an analytic function, a tuple of arrays, by one complex step."""
+    shifted = [p + 1j * _STEP * float(t) for p, t in zip(parameters, tangents)]
+    return [np.imag(y) / _STEP for y in function(*shifted)]
+
+
+def _pull_back(node, function, parameters, cotangents):
+    """Cotangents of numbers, given by name, from those of the results of an analytic function."""
+    names, values = list(parameters), list(parameters.values())
+    pulled = {}
+    for i, name in enumerate(names):
+        if node.is_literal(name):
+            pulled['_' + name] = ZeroGradient
+            continue
+        slopes = _push_forward(function, values, [float(j == i) for j in range(len(names))])
+        pulled['_' + name] = sum(np.sum(_y * dy) for _y, dy in zip(cotangents, slopes)
+                                 if _y is not ZeroGradient)
+    return pulled
+
+
+def _growth_today(Om0, a, Ok0):
+    """D1, f1, D2 and f2 at scale factors a, normalised to one today."""
+    a = _scale_factor(a)
+    densities = Om0, 1 - Om0 - Ok0, Ok0
+    today = np.ones(())
+    D1, F1, _ = linear_growth(a, *densities)
+    D2, F2, _ = second_order_growth(a, *densities)
+    return (D1 / linear_growth(today, *densities)[0], F1 / D1,
+            D2 / second_order_growth(today, *densities)[0], F2 / D2)
+
+
+@operator
+class growth:
+    """Growth factors D1, D2 (one today) and rates f1, f2 at scale factors a, as functions of Om0.
+
+    growth(Om0, a, Ok0=0) gives the symbols [D1, f1, D2, f2]; each has the shape of `a`.
+    """
+
+    ain = 'Om0'
+    aout = 'D1', 'f1', 'D2', 'f2'
+
+    def apl(node, Om0, a, Ok0=0.0):
+        D1, f1, D2, f2 = _growth_today(Om0, a, Ok0)
+        return dict(D1=D1, f1=f1, D2=D2, f2=f2)
+
+    def vjp(node, _D1, _f1, _D2, _f2, Om0, a, Ok0):
+        return _pull_back(node, lambda Om0: _growth_today(Om0, a, Ok0), dict(Om0=Om0), (_D1, _f1, _D2, _f2))
+
+    def jvp(node, Om0_, Om0, a, Ok0):
+        D1, f1, D2, f2 = _push_forward(lambda Om0: _growth_today(Om0, a, Ok0), [Om0], [Om0_])
+        return dict(D1_=D1, f1_=f1, D2_=D2, f2_=f2)
+
+
+def _expansion_rate(Om0, a, Ok0):
+    a = _scale_factor(a)
+    return (np.sqrt(_expansion(a, Om0, 1 - Om0 - Ok0, Ok0) / a ** 3),)
+
+
+@operator
+class expansion_rate:
+    """E(a) = H(a) / H0 as a function of Om0: expansion_rate(Om0, a, Ok0=0)."""
+
+    ain = 'Om0'
+    aout = 'E'
+
+    def apl(node, Om0, a, Ok0=0.0):
+        return dict(E=_expansion_rate(Om0, a, Ok0)[0])
+
+    def vjp(node, _E, Om0, a, Ok0):
+        return _pull_back(node, lambda Om0: _expansion_rate(Om0, a, Ok0), dict(Om0=Om0), (_E,))
+
+    def jvp(node, Om0_, Om0, a, Ok0):
+        return dict(E_=_push_forward(lambda Om0: _expansion_rate(Om0, a, Ok0), [Om0], [Om0_])[0])
+
+
+@operator
+class comoving_distance:
+    """Line-of-sight comoving distance in Mpc/h as a function of Om0: comoving_distance(Om0, z, Ok0=0)."""
+
+    ain = 'Om0'
+    aout = 'chi'
+
+    def apl(node, Om0, z, Ok0=0.0):
+        return dict(chi=_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0))
+
+    def vjp(node, _chi, Om0, z, Ok0):
+        return _pull_back(node, lambda Om0: (_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0),),
+                          dict(Om0=Om0), (_chi,))
+
+    def jvp(node, Om0_, Om0, z, Ok0):
+        return dict(chi_=_push_forward(lambda Om0: (_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0),),
+                                       [Om0], [Om0_])[0])
+
+
+def _power(parameters, k, z, T_cmb, Ok0, transfer):
+    """The linear power for (Om0, h, n_s, sigma8, Ob0), which may be complex."""
+    Om0, h, n_s, sigma8, Ob0 = parameters
+    T = _transfer_function(transfer, Om0, h, Ob0, T_cmb)
+    amplitude = _amplitude(T, n_s, sigma8) * _relative_growth(z, Om0, Ok0) ** 2
+    return _power_law_times(T, k, n_s, amplitude)
+
+
+@operator
+class linear_power:
+    """Linear power at wavenumbers k as a function of the parameters; :class:`LinearPower` as an operator.
+
+    linear_power(Om0, h, n_s, sigma8, Ob0, k, z=0, T_cmb=2.7255, Ok0=0, transfer='EisensteinHu'), in (Mpc/h)^3
+    and in the shape of `k`, h/Mpc. A transfer function given as a function of k is held fixed in derivatives.
+    """
+
+    ain = 'Om0', 'h', 'n_s', 'sigma8', 'Ob0'
+    aout = 'P'
+
+    def apl(node, Om0, h, n_s, sigma8, Ob0, k, z=0.0, T_cmb=2.7255, Ok0=0.0, transfer='EisensteinHu'):
+        return dict(P=_power((Om0, h, n_s, sigma8, Ob0), k, z, T_cmb, Ok0, transfer))
+
+    def vjp(node, _P, Om0, h, n_s, sigma8, Ob0, k, z, T_cmb, Ok0, transfer):
+        return _pull_back(node, lambda *p: (_power(p, k, z, T_cmb, Ok0, transfer),),
+                          dict(Om0=Om0, h=h, n_s=n_s, sigma8=sigma8, Ob0=Ob0), (_P,))
+
+    def jvp(node, Om0_, h_, n_s_, sigma8_, Ob0_, Om0, h, n_s, sigma8, Ob0, k, z, T_cmb, Ok0, transfer):
+        return dict(P_=_push_forward(lambda *p: (_power(p, k, z, T_cmb, Ok0, transfer),),
+                                     (Om0, h, n_s, sigma8, Ob0), (Om0_, h_, n_s_, sigma8_, Ob0_))[0])
