@@ -353,3 +353,19 @@ def test_constant_parameters_cost_no_derivative(monkeypatch):
     P, [slope] = m.compute_with_vjp(init=dict(sigma8=0.8), v={'_P': np.ones_like(WAVENUMBERS)})
     assert slope == pytest.approx(2 * np.sum(P[0]) / 0.8, rel=1e-12)  # P goes with the square of sigma8
     assert len(steps) == 1
+
+
+def test_wavenumbers_may_be_distributed():
+    """Each rank has its own wavenumbers; the gradient on every rank is that of the sum over all of them."""
+    MPI = pytest.importorskip('mpi4py.MPI')
+    mpi = pytest.importorskip('vmad_lit.lib.mpi')
+    comm = MPI.COMM_WORLD
+    mine = WAVENUMBERS[comm.rank::comm.size]
+
+    def gradient(k, spread):
+        with Builder() as m:
+            m.output(P=linear_power(*[spread(p) for p in m.input(*PARAMETERS)], k=k))
+        return m.compute_with_vjp(init=PARAMETERS, v={'_P': 1e-3 * k})[1]
+
+    ours = gradient(mine, lambda p: mpi.allbcast(p, comm))
+    np.testing.assert_allclose(ours, gradient(WAVENUMBERS, lambda p: p), rtol=1e-11)
