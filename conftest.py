@@ -47,11 +47,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    ranks = config.pluginmanager.get_plugin("ranks")
-    if ranks is not None:
-        for item in items:
-            if item.get_closest_marker("serial"):
-                item.add_marker(pytest.mark.skip(reason="runs on one rank only"))
+    if config.pluginmanager.has_plugin("ranks"):
+        serial = [item for item in items if item.get_closest_marker("serial")]
+        config.hook.pytest_deselected(items=serial)
+        items[:] = [item for item in items if item not in serial]
 
 
 # -- Chapters -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The two sweeps, written down as models."""
 
 from .error import BrokenPrimitive
+from .execution import undisturbed
 from .graph import Node, caller
 from .operator import ZeroGradient, operator
 from .symbol import Ignored, List, Literal, Recorded, Symbol, leaves
@@ -178,6 +179,7 @@ def derive(plan, graph, kind):
         model = type(graph)()
         model._base = plan
         sweep = ReverseSweep if kind == "vjp" else ForwardSweep
-        sweep(plan, graph, model).run()
+        with undisturbed():
+            sweep(plan, graph, model).run()
         plan.derived[kind] = model
     return model

@@ -1,11 +1,13 @@
 """Plans: how a model is run."""
 
+import gc
 from collections.abc import Mapping
+from contextlib import contextmanager
 from operator import itemgetter
 
 from .error import BrokenPrimitive, ExecutionError, ResolveError, did_you_mean
 from .operator import ZeroGradient
-from .symbol import AttrSymbol, List, Literal, Recorded, Symbol, leaves
+from .symbol import AttrSymbol, List, Literal, Recorded, leaves
 
 
 def needed_nodes(graph, vout):
@@ -81,21 +83,24 @@ class Plan:
         self.derived = {}
         self.steps = []
         self.nodes_of_steps = []
-        # Prepare the slots
-        self.offset = base.size if base else 0
-        self.template = []
-        self._slots = {}
-        self._free = [] if reuse else None
-        self._last_use = self._find_last_uses(graph)
-        # Plan all nodes
-        self.inputs = {
-            name: self._give_slot(symbol) for name, symbol in graph._inputs.items() if symbol in self._last_use
-        }
-        for position, node in enumerate(self.nodes):
-            self._plan_node(position, node)
-        self.outputs = [self._target(graph._outputs[name]) for name in self.vout]
-        self.size = self.offset + len(self.template)
-        del self._last_use, self._free
+        with undisturbed():
+            # Prepare the slots
+            self.offset = base.size if base else 0
+            self.template = []
+            self._slots = {}
+            self._constants = {}
+            self._free = [] if reuse else None
+            self._recorded = self._find_recorded()
+            self._last_use = self._find_last_uses(graph)
+            # Plan all nodes
+            self.inputs = {
+                name: self._give_slot(symbol) for name, symbol in graph._inputs.items() if symbol in self._last_use
+            }
+            for position, node in enumerate(self.nodes):
+                self._plan_node(position, node)
+            self.outputs = [self._target(graph._outputs[name]) for name in self.vout]
+            self.size = self.offset + len(self.template)
+            del self._last_use, self._recorded, self._free
 
     def _new_slot(self, value=None):
         self.template.append(value)
@@ -114,21 +119,19 @@ class Plan:
         never = len(self.nodes)
         for name in self.vout:
             last_use.update(dict.fromkeys(leaves(graph._outputs[name]), never))
-        if self.record:
-            for node in self.nodes:
-                last_use.update(dict.fromkeys(flatten(self._recorded(node)), never))
+        for symbols in self._recorded.values():
+            last_use.update(dict.fromkeys(flatten(symbols), never))
         return last_use
 
-    def _records(self, node):
-        return self.record and not self.active.isdisjoint(flatten(node.varout))
-
-    def _recorded(self, node):
-        """The arguments and results of a node that its derivatives read, by name."""
-        operator = node.operator
-        if operator.rcd is not None or not self._records(node):
-            return {}
-        symbols = {**node.varout, **node.varin}
-        return {name: symbols[name] for name in operator.recorded if name in symbols}
+    def _find_recorded(self):
+        """For each node that records: its arguments and results that derivatives read, by name."""
+        recorded = {}
+        for node in self.nodes if self.record else ():
+            if not self.active.isdisjoint(flatten(node.varout)):
+                operator = node.operator
+                symbols = {} if operator.rcd else {**node.varout, **node.varin}
+                recorded[node] = {name: symbols[name] for name in operator.recorded if name in symbols}
+        return recorded
 
     def _target(self, symbol):
         """The slot of a symbol; for a List, the list of the slots of its items."""
@@ -138,7 +141,9 @@ class Plan:
         if slot is None:
             # Find a slot for a symbol that is no result
             if type(symbol) is Literal:
-                slot = self._slots[symbol] = self._new_slot(symbol._value)
+                slot = self._constants.get(symbol)
+                if slot is None:
+                    slot = self._constants[symbol] = self._new_slot(symbol._value)
             elif isinstance(symbol, AttrSymbol):
                 slot = self._add_step(get_attribute, self._target(symbol._parent), symbol._attrname)
             elif isinstance(symbol, Recorded):
@@ -171,30 +176,32 @@ class Plan:
         return target if type(target) is int else self._add_step(pack, target)
 
     def _plan_node(self, position, node):
-        primitive = node.primitive
-        # Find the slots of the arguments
-        ins = []
-        for name in primitive.argnames:
+        primitive, slots, last_use = node.primitive, self._slots, self._last_use
+        # Find the slots of the arguments, and those that die here
+        ins, dead, clear = [], [], []
+        record = self.base.records.get(node.forward) if self.base else None
+        shortcut = type(record) is int and recorded_last(primitive)
+        for name in primitive.ain if shortcut else primitive.argnames:
             symbol = node.varin.get(name)
-            if symbol is None:
-                ins.append(self._new_slot(primitive.defaults[name]))
-            else:
-                slot = self._slots.get(symbol)
-                ins.append(self._slot(symbol) if slot is None else slot)
-        # See which values die here
-        dead = [
-            self._slots[symbol]
-            for symbol in dict.fromkeys(flatten(node.varin))
-            if self._last_use[symbol] == position and isinstance(symbol, Symbol)
-        ]
-        recorded = self._recorded(node)
-        clear = [
-            slot
-            for name, slot in zip(primitive.argnames, ins)
-            if isinstance(node.varin.get(name), List) and name not in recorded
-        ]
+            slot = slots.get(symbol)
+            if slot is None:
+                # Find the slot of an argument that is not a result
+                if symbol is None:
+                    slot = self._new_slot(primitive.defaults[name])
+                else:
+                    slot = self._slot(symbol)
+                    if isinstance(symbol, List):
+                        leaf_slots = {slots[leaf] for leaf in leaves(symbol) if last_use[leaf] == position and leaf in slots}
+                        dead += sorted(leaf_slots.difference(dead))
+                        if name not in self._recorded.get(node, ()):
+                            clear.append(slot)
+            elif last_use[symbol] == position and slot not in dead:
+                dead.append(slot)
+            ins.append(slot)
+        gather = record_gatherer(ins, record, node.forward, primitive.argnames[len(ins) :]) if shortcut else gatherer(ins)
         # Give slots to the results
-        rcd = node.operator.rcd if self._records(node) else None
+        recorded = self._recorded.get(node)
+        rcd = node.operator.rcd if recorded is not None else None
         if self._free is not None and rcd is None:
             self._free += dead
         outs = [(name, self._result_target(symbol)) for name, symbol in node.varout.items()]
@@ -208,14 +215,14 @@ class Plan:
         extras, kept = [], None
         if rcd is not None:
             kept = self.records[node] = self._new_slot()
-        elif self._records(node):
+        elif recorded is not None:
             extras = [(name, self._new_slot()) for name in node.operator.extras]
             of_arguments = dict(zip(primitive.argnames, ins))
             self.records[node] = {
                 name: of_arguments[name] if name in of_arguments else self._target(symbol) for name, symbol in recorded.items()
             }
             self.records[node].update(extras)
-        self._append(make_step(self, node, ins, outs, extras, kept, clear), node)
+        self._append(make_step(self, node, ins, gather, outs, extras, kept, clear), node)
 
     def _result_target(self, symbol):
         if isinstance(symbol, List):
@@ -311,24 +318,52 @@ def scatter(s, target, value):
 
 
 # The steps of nodes
-def make_step(plan, node, ins, outs, extras, kept, clear):
+@contextmanager
+def undisturbed():
+    """Suspend the cyclic garbage collector, for code that makes many objects that stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+def recorded_last(primitive):
+    """Whether the arguments of a derivative are tangents or cotangents, followed by recorded names."""
+    n = len(primitive.ain)
+    return primitive.positional and len(primitive.argnames) > n and all(x in primitive.ain for x in primitive.argnames[:n])
+
+
+def record_gatherer(slots, record, node, names):
+    """A function that returns the values in some slots, and those of some names in the dict in the slot `record`."""
+    first, items = gatherer(slots), itemgetter(*names) if len(names) > 1 else lambda r: (r[names[0]],)
+
+    def gather(s):
+        try:
+            return *first(s), *items(s[record])
+        except KeyError:
+            return *first(s), *(find_extra(node, name, s[record]) for name in names)
+
+    return gather
+
+def make_step(plan, node, ins, gather, outs, extras, kept, clear):
     """The step that executes a node: a function of the list of slots."""
     primitive = node.primitive
     impl = primitive.recording_impl if plan.record else primitive.impl
     if not primitive.positional:
         impl = by_keyword(impl, primitive.argnames)
     linear = None
-    if primitive.kind != "apl":
+    if primitive.kind != "apl" and not primitive.operator.collective:
         linear = [slot for name, slot in zip(primitive.argnames, ins) if name in primitive.ain]
     # Choose a simple step if possible
     if len(outs) == 1 and type(outs[0][1]) is int and not extras and kept is None and not clear:
         key, out = outs[0]
         if linear is None:
-            return simple_step(impl, node, ins, key, out)
+            return simple_step(impl, node, ins, gather, key, out)
         if len(linear) == 1 and not isinstance(node.varin[next(iter(primitive.ain))], List):
-            return simple_linear_step(impl, node, ins, key, out, linear[0])
+            return simple_linear_step(impl, node, gather, key, out, linear[0])
     # Make the general step
-    gather = gatherer(ins)
     wanted = [(name, target) for name, target in outs if target is not None]
     rcd = node.operator.rcd if kept is not None else None
 
@@ -373,7 +408,7 @@ def by_keyword(impl, names):
 
     return call
 
-def simple_step(impl, node, ins, key, out):
+def simple_step(impl, node, ins, gather, key, out):
     if len(ins) == 2:
         i, j = ins
 
@@ -381,7 +416,6 @@ def simple_step(impl, node, ins, key, out):
             r = impl(node, s[i], s[j])
             s[out] = the_only(r, key, node) if type(r) is dict else r
     else:
-        gather = gatherer(ins)
 
         def step(s):
             r = impl(node, *gather(s))
@@ -390,9 +424,8 @@ def simple_step(impl, node, ins, key, out):
     return step
 
 
-def simple_linear_step(impl, node, ins, key, out, linear):
+def simple_linear_step(impl, node, gather, key, out, linear):
     zero = ZeroGradient
-    gather = gatherer(ins)
 
     def step(s):
         r = s[linear]
@@ -459,7 +492,7 @@ class Context(Mapping):
     """The values of a run, by the names of their symbols; for monitors. A value that died is None."""
 
     def __init__(self, plan, slots):
-        self._slots = {symbol._name: slot for symbol, slot in plan._slots.items() if isinstance(symbol, Symbol)}
+        self._slots = {symbol._name: slot for symbol, slot in plan._slots.items()}
         self._values = slots
 
     def __getitem__(self, name):

@@ -6,7 +6,7 @@ import sys
 import weakref
 
 from .error import BadArgument, DuplicatedOutput, InferError
-from .symbol import List, Literal, Recorded, Symbol, assymbol, leaves
+from .symbol import Ignored, List, Literal, Recorded, Symbol, assymbol, leaves
 
 
 class Node:
@@ -39,13 +39,17 @@ class Node:
 
     def __getitem__(self, argname):
         """The symbol that was given for an argument."""
-        if argname in self.varin or self.forward is None:
-            return self.varin[argname]
-        return self.forward[argname]
+        if self.forward is not None and argname in self.forward.varin:
+            return self.forward[argname]  # not the recorded value that stands for it here
+        return self.varin[argname]
 
     def is_literal(self, argname):
         """Whether a constant was given for the argument, so that nobody wants its derivative."""
         return isinstance(self[argname], Literal)
+
+    def wants(self, argname):
+        """In a vjp: whether anybody wants the cotangent of the argument."""
+        return self.varout["_" + argname] is not Ignored
 
     @property
     def operator(self):

@@ -83,7 +83,7 @@ class abs(unary):
         return fit(_y * numpy.sign(x), kind(x))
 
     def jvp(node, x_, x):
-        return fit(x_ * conj(numpy.sign(x)), ((*kind(x)[0],), False))
+        return fit(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
 
 
 class binary:
@@ -102,7 +102,10 @@ class add(binary):
         return dict(kind1=kind(x1), kind2=kind(x2))
 
     def vjp(node, _y, kind1, kind2):
-        return dict(_x1=fit(_y, kind1), _x2=fit(_y, kind2))
+        return dict(
+            _x1=fit(_y, kind1) if node.wants("x1") else ZeroGradient,
+            _x2=fit(_y, kind2) if node.wants("x2") else ZeroGradient,
+        )
 
     def jvp(node, x1_, x2_, kind1, kind2):
         return widen(x1_ + x2_, kind1, kind2)
@@ -119,7 +122,10 @@ class sub(binary):
         return dict(kind1=kind(x1), kind2=kind(x2))
 
     def vjp(node, _y, kind1, kind2):
-        return dict(_x1=fit(_y, kind1), _x2=ZeroGradient if node.is_literal("x2") else fit(-_y, kind2))
+        return dict(
+            _x1=fit(_y, kind1) if node.wants("x1") else ZeroGradient,
+            _x2=fit(-_y, kind2) if node.wants("x2") else ZeroGradient,
+        )
 
     def jvp(node, x1_, x2_, kind1, kind2):
         return widen(x1_ - x2_, kind1, kind2)
