@@ -40,7 +40,7 @@ def _scale_factor(a):
     """`a` as an array of floats, after a check that all of them are positive."""
     a = np.asarray(a, dtype='f8')
     if not np.all(a > 0):
-        raise ValueError("scale factors must be positive, the smallest here is %g" % np.min(a))
+        raise ValueError(f"scale factors must be positive, the smallest here is {np.min(a):g}")
     return a
 
 
@@ -100,7 +100,7 @@ def second_order_growth(a, Om0, Ode0, Ok0=0.0, block=256):
     flat = a.ravel()
     parts = [_second_order_block(part, Om0, Ode0, Ok0)
              for part in np.split(flat, range(block, flat.size, block))]
-    return tuple(np.concatenate(x).reshape(a.shape) for x in zip(*parts))
+    return tuple(np.concatenate(x).reshape(a.shape) for x in zip(*parts, strict=True))
 
 
 class MatterDominated:
@@ -287,7 +287,7 @@ class Cosmology:
 def _redshift(z):
     z = np.asarray(z, dtype='f8')
     if not np.all(z > -1):
-        raise ValueError("redshifts must be above -1, the smallest here is %g" % np.min(z))
+        raise ValueError(f"redshifts must be above -1, the smallest here is {np.min(z):g}")
     return z
 
 
@@ -488,7 +488,7 @@ def _power_law_times(T, k, n_s, amplitude):
     """amplitude k^n_s T^2, and zero at k = 0."""
     k = np.asarray(k, dtype='f8')
     if np.any(k < 0):
-        raise ValueError("wavenumbers must not be negative, the smallest here is %g" % np.min(k))
+        raise ValueError(f"wavenumbers must not be negative, the smallest here is {np.min(k):g}")
     positive = np.where(k > 0, k, 1.0)
     return np.where(k > 0, amplitude * positive ** n_s * T(positive) ** 2, 0.0)[()]
 
@@ -514,7 +514,7 @@ _STEP = 1e-40
 
 def _push_forward(function, parameters, tangents):
     """Tangents of the results of an analytic function, a tuple of arrays, by one complex step."""
-    shifted = [p + 1j * _STEP * float(t) for p, t in zip(parameters, tangents)]
+    shifted = [p + 1j * _STEP * float(t) for p, t in zip(parameters, tangents, strict=True)]
     return [np.imag(y) / _STEP for y in function(*shifted)]
 
 
@@ -527,7 +527,7 @@ def _pull_back(node, function, parameters, cotangents):
             pulled['_' + name] = ZeroGradient
             continue
         slopes = _push_forward(function, values, [float(j == i) for j in range(len(names))])
-        pulled['_' + name] = sum(np.sum(_y * dy) for _y, dy in zip(cotangents, slopes)
+        pulled['_' + name] = sum(np.sum(_y * dy) for _y, dy in zip(cotangents, slopes, strict=True)
                                  if _y is not ZeroGradient)
     return pulled
 
