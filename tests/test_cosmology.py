@@ -18,10 +18,12 @@ from vmad_lit.lib.cosmology import (
     Planck15,
     Planck18,
     comoving_distance,
+    drift_factor,
     eisenstein_hu,
     eisenstein_hu_nowiggle,
     expansion_rate,
     growth,
+    kick_factor,
     linear_growth,
     linear_power,
     second_order_growth,
@@ -304,6 +306,10 @@ MODELS = {
     'expansion_rate, curved': lambda: one_parameter_model(expansion_rate, a=0.4, Ok0=-0.02),
     'comoving_distance': lambda: one_parameter_model(comoving_distance, z=np.array([[0.1, 1.0, 1100.0]])),
     'comoving_distance, curved': lambda: one_parameter_model(comoving_distance, z=2.0, Ok0=0.1),
+    'kick_factor': lambda: one_parameter_model(kick_factor, ai=A[:-1], ac=A[:-1], af=A[1:]),
+    'kick_factor, curved': lambda: one_parameter_model(kick_factor, ai=0.2, ac=0.4, af=0.4, Ok0=0.1),
+    'drift_factor': lambda: one_parameter_model(drift_factor, ai=A[:-1], ac=A[:-1] + 0.02, af=A[1:]),
+    'drift_factor, curved': lambda: one_parameter_model(drift_factor, ai=0.2, ac=0.3, af=0.4, Ok0=-0.1),
     'linear_power': lambda: power_model(),
     'linear_power, redshift': lambda: power_model(z=2.0, Ok0=-0.05),
     'linear_power, no wiggles': lambda: power_model(z=1.0, transfer='NoWiggle', T_cmb=2.728),
@@ -349,6 +355,13 @@ def test_operators_agree_with_the_classes():
         np.testing.assert_allclose(ours, theirs, rtol=1e-13)
     m, point = one_parameter_model(expansion_rate, a=A, Ok0=0.1)
     np.testing.assert_allclose(m.compute('y', init=point), pt.E(A), rtol=1e-14)
+    ai, ac, af = np.array([[0.1, 0.2, 0.4], [0.5, 0.6, 0.6]]).T
+    m, point = one_parameter_model(kick_factor, ai=ai, ac=ac, af=af, Ok0=0.1)
+    kick = (pt.Gf(af) - pt.Gf(ai)) / (ac ** 2 * pt.E(ac) * pt.gf(ac))
+    np.testing.assert_allclose(m.compute('y', init=point), kick, rtol=1e-12)
+    m, point = one_parameter_model(drift_factor, ai=ai, ac=ac, af=af, Ok0=0.1)
+    drift = (pt.Gp(af) - pt.Gp(ai)) / (ac ** 3 * pt.E(ac) * pt.gp(ac))
+    np.testing.assert_allclose(m.compute('y', init=point), drift, rtol=1e-12)
     cosmology = Cosmology(**PARAMETERS, Ok0=0.1)
     m, point = one_parameter_model(comoving_distance, z=2.0, Ok0=0.1)
     assert m.compute('y', init=point) == pytest.approx(cosmology.comoving_distance(2.0), rel=1e-14)
