@@ -626,10 +626,10 @@ def _drift_factor(Om0, ai, ac, af, Ok0):
 
 @operator
 class kick_factor:
-    """FastPM's kick from ai to af by the force at ac as a function of Om0: kick_factor(Om0, ai, ac, af, Ok0=0).
+    """FastPM's kick from ai to af by the force at ac, a function of Om0: kick_factor(Om0, ai, ac, af, Ok0=0).
 
-    It multiplies the force, gradient and inverse Laplacian of 1.5 Om0 delta. Scale factors may be arrays, with
-    one entry for each step.
+    It multiplies the force, gradient and inverse Laplacian of 1.5 Om0 delta. Scale factors may be arrays, an
+    entry for each step.
     """
 
     ain = 'Om0'
