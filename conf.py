@@ -5,12 +5,17 @@
 is tangled from them.  ``include_patterns`` keeps Sphinx from reading its own output as source.
 """
 
+import atexit
 import hashlib
 import importlib.util
 import os
 import shutil
 import sys
+import tempfile
+import uuid
 from pathlib import Path
+
+import jupyter_client
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
@@ -58,7 +63,8 @@ math_eqref_format = "({number})"
 def package_digest() -> str:
     """A name for the state of everything that a cell may import."""
     digest = hashlib.sha256()
-    for path in [*sorted(ROOT / file for file in book().files.values()), ROOT / "tools" / "mpirun.py"]:
+    tools = [ROOT / "tools" / name for name in ("mpirun.py", "tangle.py")]
+    for path in [*sorted(ROOT / file for file in book().files.values()), *tools]:
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + (path.read_bytes() if path.exists() else b"") + b"\0")
     return digest.hexdigest()[:16]
 
@@ -74,6 +80,23 @@ nb_merge_streams = True
 nb_number_source_lines = False
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"
+
+# Kernels talk through sockets in a folder of ours: a TCP port that is free now may be taken when the kernel starts.
+_sockets = tempfile.mkdtemp(prefix="book-")
+atexit.register(shutil.rmtree, _sockets, ignore_errors=True)
+
+
+class SocketKernelManager(jupyter_client.AsyncKernelManager):
+    """A kernel manager that hands out sockets, where there are any and their path is not too long."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        if os.name == "posix" and len(_sockets) < 60:
+            self.transport = "ipc"
+            self.ip = f"{_sockets}/{uuid.uuid4().hex}"
+
+
+jupyter_client.AsyncKernelManager = SocketKernelManager  # where nbclient looks for it
 
 for _old in _caches.glob("*"):  # results of other states of the package are of no use
     if _old.name != Path(nb_execution_cache_path).name:

@@ -21,6 +21,8 @@ class AutoOperator(Operator):
         The hyper-parameters that `bind` has fixed.
     """
 
+    collective = True  # there may be collective operators inside
+
     def __init__(self, prototype, main, argnames, defaults):
         self._main = main
         self._defaults = defaults

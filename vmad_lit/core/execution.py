@@ -354,7 +354,7 @@ def make_step(plan, node, ins, gather, outs, extras, kept, clear):
     if not primitive.positional:
         impl = by_keyword(impl, primitive.argnames)
     linear = None
-    if primitive.kind != "apl":
+    if primitive.kind != "apl" and not primitive.operator.collective:
         linear = [slot for name, slot in zip(primitive.argnames, ins) if name in primitive.ain]
     # Choose a simple step if possible
     if len(outs) == 1 and type(outs[0][1]) is int and not extras and kept is None and not clear:

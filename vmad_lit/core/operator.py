@@ -177,7 +177,12 @@ class Operator:
         The functions; `vjp` is None if the declaration has none.
     prototype : type
         The class of the declaration. Its static methods are attributes of the operator as well.
+    collective : bool
+        Whether the functions talk to other ranks, so that all ranks must call them together, even if all that goes in is zero.
+        Set it to True in the class of the declaration. Such functions get `ZeroGradient` too, and return a dict.
     """
+
+    collective = False
 
     def __init__(self, prototype):
         for cls in reversed(prototype.__mro__):
@@ -185,6 +190,7 @@ class Operator:
                 if isinstance(value, staticmethod):
                     setattr(self, name, getattr(prototype, name))
         self.prototype = prototype
+        self.collective = getattr(prototype, "collective", self.collective)
         self.__name__ = prototype.__name__
         self.__qualname__ = prototype.__qualname__
         self.__module__ = prototype.__module__

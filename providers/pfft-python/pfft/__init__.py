@@ -1,6 +1,7 @@
 """Distributed Fourier transforms behind the interface of pfft-python.
 
-Local transforms are those of ducc0, redistribution is one Alltoallw of mpi4py. Transforms are unnormalised.
+The local transforms are those of ducc0; the redistribution is an Alltoallv of mpi4py. Transforms are not
+normalised. ``OMP_NUM_THREADS`` or :func:`set_num_threads` sets the number of threads of a rank.
 """
 from .partition import Direction, Flags, LocalBuffer, Partition, ProcMesh, Type, split_size_2d
 from .plan import Plan, get_num_threads, set_num_threads

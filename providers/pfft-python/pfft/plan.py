@@ -8,8 +8,8 @@ from mpi4py import MPI
 from .partition import Direction, Flags, LocalBuffer, Type, end_layouts, level_layout, working_mesh
 
 
-def _default_threads():
-    """OMP_NUM_THREADS if set; else all cores for a program of one rank and one thread otherwise."""
+def default_threads():
+    """Threads of a rank: OMP_NUM_THREADS if set, else all cores for one rank, and one for each of several."""
     setting = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if setting.isdigit() and int(setting) > 0:
         return int(setting)
@@ -18,7 +18,7 @@ def _default_threads():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_threads = _default_threads()
+_threads = default_threads()
 
 
 def get_num_threads():
@@ -35,83 +35,143 @@ def set_num_threads(number):
 
 
 class LocalTransform:
-    """Fourier transforms along axes that are whole on every rank."""
+    """Fourier transforms along axes that are whole, from one layout to another of the same box.
+
+    Parameters
+    ----------
+    kind : str, ``'c2c'``, ``'r2c'`` or ``'c2r'`` (the real one along the last of the axes)
+    axes : sequence of int
+    forward : bool, the sign of the exponent
+    source, target : Layout
+    """
 
     def __init__(self, kind, axes, forward, source, target):
-        self.kind, self.axes, self.forward = kind, tuple(axes), forward
-        self.source, self.target = source, target
-        self.length = target.shape[axes[-1]]
+        self.kind, self.axes, self.source, self.target = kind, tuple(axes), source, target
+        self.nbytes, self.function = target.nbytes, getattr(fft, kind)
+        self.options = dict(axes=self.axes, forward=forward)
+        if kind == "c2r":
+            self.options["lastsize"] = target.shape[axes[-1]]
         self.in_place = kind == "c2c" and (source.strides == target.strides).all()
 
     def __call__(self, source, target):
         """Transform the array in the bytes `source` into the bytes `target`."""
         a, b = self.source.view(source), self.target.view(target)
-        if a.size == 0:
-            return
-        options = dict(axes=self.axes, forward=self.forward, out=b, nthreads=_threads)
-        if self.kind == "r2c":
-            fft.r2c(a, **options)
-        elif self.kind == "c2r":
-            fft.c2r(a, lastsize=self.length, **options)
-        else:
-            fft.c2c(a, **options)
+        if a.size:
+            self.function(a, out=b, nthreads=_threads, **self.options)
 
     def __repr__(self):
-        return f"{self.kind}{self.axes}"
+        return f"{self.kind}{list(self.axes)}"
 
 
-_MPI_TYPES = {"f4": MPI.FLOAT, "f8": MPI.DOUBLE, "c8": MPI.C_FLOAT_COMPLEX, "c16": MPI.C_DOUBLE_COMPLEX}
-
-
-class Exchange:
-    """Move an array from one layout to another, in one Alltoallw.
+class Pieces:
+    """The parts of a rank's box in one layout that lie in the boxes of other ranks in another layout.
 
     Parameters
     ----------
-    comm : MPI.Comm
-        The ranks that exchange pieces.
-    source, target : Layout
-    ranks : sequence of int
-        For each rank of `comm` its number in the communicator of the layouts' process meshes.
+    layout : Layout
+    others : list of arrays of two rows
+        The boxes, one for each rank of a line; the own box is cut by all of them.
+
+    Attributes
+    ----------
+    cuts : list of tuples of slices into :meth:`array`
+    shapes : list of tuples, the shapes of the pieces
+    edges : integer array; in a row of all pieces, piece `r` is ``row[edges[r]:edges[r + 1]]``
     """
+
+    def __init__(self, layout, others):
+        self.layout, self.cuts, self.shapes = layout, [], []
+        for low, high in others:
+            low = numpy.maximum(low - layout.start, 0)
+            high = numpy.maximum(numpy.minimum(high - layout.start, layout.local), low)
+            self.cuts.append(tuple(slice(int(low[axis]), int(high[axis])) for axis in layout.order))
+            self.shapes.append(tuple(int(high[axis] - low[axis]) for axis in layout.order))
+        self.edges = numpy.cumsum([0] + [numpy.prod(shape, dtype="intp") for shape in self.shapes])
+        self.nbytes = int(self.edges[-1]) * layout.dtype.itemsize
+
+    def array(self, memory):
+        """The local part of the array with its axes in the order of the memory."""
+        return self.layout.view(memory).transpose(self.layout.order)
+
+    def row(self, memory):
+        """For each piece an array of its shape, one behind the other in memory."""
+        row = memory[:self.nbytes].view(self.layout.dtype)
+        return [row[a:b].reshape(shape) for a, b, shape in zip(self.edges, self.edges[1:], self.shapes)]
+
+    def in_a_row(self):
+        """Tell whether the pieces lie one behind the other where they are."""
+        memory = numpy.empty(max(self.nbytes, self.layout.nbytes), dtype="u1")
+        array = self.array(memory)
+        pairs = [(array[cut], piece) for cut, piece in zip(self.cuts, self.row(memory)) if piece.size]
+        return all(there.flags.c_contiguous and there.ctypes.data == piece.ctypes.data for there, piece in pairs)
+
+
+class Pack:
+    """Copy the pieces of an array into a row."""
 
     in_place = False
 
-    def __init__(self, comm, source, target, ranks):
-        self.comm, self.source, self.target = comm, source, target
-        sources = [source.box(source.mesh.coords(rank)) for rank in ranks]
-        targets = [target.box(target.mesh.coords(rank)) for rank in ranks]
-        self.send = self._pieces(source, sources[comm.rank], targets)
-        self.receive = self._pieces(target, targets[comm.rank], sources)
-
-    @staticmethod
-    def _pieces(layout, mine, others):
-        """Counts, displacements and MPI types of what of my box lies in the boxes of the others."""
-        base = _MPI_TYPES[layout.dtype.str[1:]]
-        order = list(layout.order)
-        counts, types = [], []
-        for low, high in others:
-            start, stop = numpy.maximum(low, mine[0]), numpy.minimum(high, mine[1])
-            counts.append(int((stop > start).all()))
-            types.append(base)
-            if counts[-1]:
-                types[-1] = base.Create_subarray(layout.stored[order].tolist(), (stop - start)[order].tolist(),
-                                                 (start - mine[0])[order].tolist()).Commit()
-        return (counts, [0] * len(counts)), types
+    def __init__(self, pieces):
+        self.pieces, self.nbytes = pieces, pieces.nbytes
 
     def __call__(self, source, target):
-        """Move from the bytes `source` to the bytes `target`."""
-        self.comm.Alltoallw([source, *self.send], [target, *self.receive])
-
-    def __del__(self):
-        if not MPI.Is_finalized():
-            for _, types in (getattr(self, "send", ((), ())), getattr(self, "receive", ((), ()))):
-                for datatype in types:
-                    if not datatype.is_predefined:
-                        datatype.Free()
+        """Copy from the array in the bytes `source` to a row in the bytes `target`."""
+        array = self.pieces.array(source)
+        for cut, piece in zip(self.pieces.cuts, self.pieces.row(target)):
+            piece[...] = array[cut]
 
     def __repr__(self):
-        return f"exchange{self.source.owners}->{self.target.owners}"
+        return "pack"
+
+
+class Unpack:
+    """Copy the pieces of an array out of a row."""
+
+    in_place = False
+
+    def __init__(self, pieces):
+        self.pieces, self.nbytes = pieces, pieces.layout.nbytes
+
+    def __call__(self, source, target):
+        """Copy from a row in the bytes `source` to the array in the bytes `target`."""
+        array = self.pieces.array(target)
+        for cut, piece in zip(self.pieces.cuts, self.pieces.row(source)):
+            array[cut] = piece
+
+    def __repr__(self):
+        return "unpack"
+
+
+MPI_TYPES = {"f4": MPI.FLOAT, "f8": MPI.DOUBLE, "c8": MPI.C_FLOAT_COMPLEX, "c16": MPI.C_DOUBLE_COMPLEX}
+
+
+class Alltoall:
+    """Send each rank of a communicator its piece of a row, and get a row of what they send."""
+
+    in_place = False
+
+    def __init__(self, comm, send, receive):
+        self.comm, self.nbytes, dtype = comm, receive.nbytes, send.layout.dtype
+        self.sides = [[numpy.diff(pieces.edges).tolist(), pieces.edges[:-1].tolist(),
+                       MPI_TYPES[f"{dtype.kind}{dtype.itemsize}"]] for pieces in (send, receive)]
+
+    def __call__(self, source, target):
+        """Send the row in the bytes `source`, receive the row in the bytes `target`."""
+        self.comm.Alltoallv([source, *self.sides[0]], [target, *self.sides[1]])
+
+    def __repr__(self):
+        return f"alltoall({self.comm.size})"
+
+
+def exchange(comm, source, target, ranks):
+    """The steps that move an array from one layout to another of the same order in memory.
+
+    `ranks` are, for each rank of `comm`, its number in the communicator of the layouts' process meshes.
+    """
+    send = Pieces(source, [target.box(target.mesh.coords(rank)) for rank in ranks])
+    receive = Pieces(target, [source.box(source.mesh.coords(rank)) for rank in ranks])
+    return ([] if send.in_a_row() else [Pack(send)]) + [Alltoall(comm, send, receive)] + (
+        [] if receive.in_a_row() else [Unpack(receive)])
 
 
 def itinerary(kind, ndim, np, start, stop):
@@ -122,12 +182,12 @@ def itinerary(kind, ndim, np, start, stop):
     kind : str, ``'c2c'``, ``'r2c'`` or ``'c2r'``
     ndim : int, the number of axes
     np : sequence of int, shape of the process mesh, with fewer than `ndim` directions
-    start, stop : int, the levels at the two ends: ``len(np)`` for the plain and 0 for the transposed layout
+    start, stop : int, the levels at the two ends, ``len(np)`` for the plain and 0 for the transposed layout
 
     Returns
     -------
-    list of ``('transform', axes)`` and ``('exchange', dim, level)``: an exchange along the direction `dim` of the mesh
-    makes axis `level` whole. Directions of one rank need none.
+    list of ``('transform', axes)`` and ``('exchange', direction, level)``; an exchange along a direction of
+    the process mesh makes the axis `level` whole
     """
     m = len(np)
     visits = [(m, range(m, ndim))] + [(level, [level]) for level in reversed(range(m))]
@@ -147,53 +207,51 @@ def itinerary(kind, ndim, np, start, stop):
     return steps
 
 
-def compile_steps(kind, n, procmesh, flags, inplace, forward):
-    """Turn a transform into a list of callables, each from one layout to the next.
+def compile_steps(kind, direction, n, procmesh, flags, inplace):
+    """The steps of a transform as a list of callables.
 
-    Returns a list of `LocalTransform` and `Exchange`; the first reads the input's layout and the last writes the
-    output's.
+    The first reads the layout of the input, the last writes that of the output. Arguments as for
+    :class:`Plan`; `n` is a tuple.
     """
-    forms = dict(real=(n, kind.dtypes()[0]), complex=(n[:-1] + (n[-1] // 2 + 1,), kind.dtypes()[1]))
-    if kind.kind == "c2c":
-        forms["complex"] = n, kind.dtypes()[1]
-    # List the steps with the form and the level that each leaves
     mesh, ndim = working_mesh(procmesh, len(n)), len(n)
-    ends = [0 if flags & flag else mesh.ndim for flag in (Flags.TRANSPOSED_IN, Flags.TRANSPOSED_OUT)]
+    real_axis = ndim - 1 if kind.kind != "c2c" else None
+    # List the steps
+    start, stop = [0 if flags & end else mesh.ndim for end in (Flags.TRANSPOSED_IN, Flags.TRANSPOSED_OUT)]
     folded = mesh is not procmesh and mesh.comm.size > 1
     if folded:
-        ends = {"r2c": (mesh.ndim, 0), "c2r": (0, mesh.ndim)}.get(kind.kind, (mesh.ndim, 0))
-    steps = itinerary(kind.kind, ndim, mesh.np, *ends)
+        start, stop = (0, mesh.ndim) if kind.kind == "c2r" else (mesh.ndim, 0)
+    steps = itinerary(kind.kind, ndim, mesh.np, start, stop)
     if folded:
-        steps = [("exchange", None, ends[0]), *steps, ("exchange", None, ends[1])]
-
-    real_axis = ndim - 1 if kind.kind != "c2c" else None
-    for index, step in enumerate(steps):
-        if step[0] == "transform" and real_axis in step[1] and len(step[1]) > 1 and (inplace or kind.kind == "c2r"):
-            apart = [("transform", [real_axis]), ("transform", step[1][:-1])]
-            steps[index:index + 1] = apart if kind.kind == "r2c" else apart[::-1]
-            break
+        steps = [("exchange", None, start), *steps, ("exchange", None, stop)]
+    # Set the real transform apart
+    if inplace or kind.kind == "c2r":
+        for index, (what, axes, *_) in enumerate(steps):
+            if what == "transform" and real_axis in axes and len(axes) > 1:
+                apart = [("transform", [real_axis]), ("transform", axes[:-1])]
+                steps[index:index + 1] = apart if kind.kind == "r2c" else reversed(apart)
     # Choose the layouts between the steps
     source, target = end_layouts(kind, n, procmesh, flags)
-    where = [index for index, step in enumerate(steps) if step[0] == "transform"]
-    layouts, level, form = [source], ends[0], "real" if kind.kind == "r2c" else "complex"
+    local = [index for index, step in enumerate(steps) if step[0] == "transform"]
+    (shape, after_shape), (dtype, after_dtype) = kind.shapes(n), kind.dtypes()
+    layouts, level = [source], start
     for index, step in enumerate(steps[:-1]):
         if step[0] == "exchange":
             level = step[2]
         elif real_axis in step[1]:
-            form = "complex" if kind.kind == "r2c" else "real"
-        order = source.order if index < where[0] else target.order if index >= where[-1] else None
-        layouts.append(level_layout(mesh, *forms[form], level, order))
+            shape, dtype = after_shape, after_dtype
+        order = source.order if index < local[0] else target.order if index >= local[-1] else None
+        layouts.append(level_layout(mesh, shape, dtype, level, order))
     layouts.append(target)
-    # Make the callables
+    # Make the objects
     chain = []
-    for step, before, after in zip(steps, layouts, layouts[1:]):
-        if step[0] == "exchange":
-            line = mesh.comm if step[1] is None else mesh.line(step[1])
-            ranks = range(mesh.comm.size) if step[1] is None else mesh.ranks(step[1])
-            chain.append(Exchange(line, before, after, ranks))
+    for (what, where, *_), before, after in zip(steps, layouts, layouts[1:]):
+        if what == "transform":
+            this = kind.kind if real_axis in where else "c2c"
+            chain.append(LocalTransform(this, where, direction == Direction.FORWARD, before, after))
+        elif where is None:
+            chain += exchange(mesh.comm, before, after, range(mesh.comm.size))
         else:
-            this = kind.kind if real_axis in step[1] else "c2c"
-            chain.append(LocalTransform(this, step[1], forward, before, after))
+            chain += exchange(mesh.line(where), before, after, mesh.ranks(where))
     return chain
 
 
@@ -207,64 +265,64 @@ class Plan:
     direction : Direction
     i, o : LocalBuffer
         The input and the output; without `o`, or with `o` in the memory of `i`, the plan is in place.
+        They are not touched.
     type : Type, optional
         Defaults to the partition's type forward and to its inverse backward.
     flags : Flags, optional
-        Default to the partition's, with TRANSPOSED_IN and TRANSPOSED_OUT exchanged backward.
+        Default to the partition's; backward with TRANSPOSED_IN and TRANSPOSED_OUT exchanged.
 
     Attributes
     ----------
-    direction, type, flags, inplace : as given
+    partition, direction, type, flags : as given
+    inplace : bool
     """
 
     def __init__(self, partition, direction, i, o=None, type=None, flags=None):
         self.partition, self.direction = partition, Direction(direction)
         backward = self.direction == Direction.BACKWARD
-        if type is None:
-            type = partition.type.inverse if backward else partition.type
-        self.type = Type(type)
-        if self.type.dtypes() != partition.type.dtypes():
-            raise TypeError(f"a plan of type {self.type.name} does not fit a partition of type {partition.type.name}")
-        if flags is None:
-            flags = partition.flags
-            if backward and self.type.is_inverse_of(partition.type):
-                flags = _swap_ends(flags)
-        self.flags = Flags(flags)
+        self.type = Type(type) if type is not None else partition.type.inverse if backward else partition.type
+        if self.type.numbers != partition.type.numbers:
+            raise TypeError(f"a plan of type {self.type.name} does not fit a partition of type "
+                            f"{partition.type.name}: the precisions differ")
+        self.flags = Flags(partition.flags if flags is None else flags)
+        if flags is None and backward and self.type.is_inverse_of(partition.type):
+            self.flags = turn_round(self.flags)
         o = i if o is None else o
         self._check(i, o)
         self.inplace = i.address == o.address
-        self._steps = compile_steps(self.type, tuple(partition.n.tolist()), partition.procmesh, self.flags,
-                                    self.inplace, self.direction == Direction.FORWARD)
-        self._scratch = max([step.target.nbytes for step in self._steps[:-1]], default=0)
+        self._steps = compile_steps(self.type, self.direction, tuple(partition.n.tolist()),
+                                    partition.procmesh, self.flags, self.inplace)
+        self._scratch = max([step.nbytes for step in self._steps[:-1]], default=0)
 
     def _check(self, *buffers):
-        """Refuse what is not a buffer of this plan's partition."""
+        """Refuse what is not a buffer for this plan's mesh."""
         for buffer in buffers:
             if not isinstance(buffer, LocalBuffer):
                 raise TypeError(f"expected a LocalBuffer, not {type(buffer).__name__}")
             if buffer.partition._key != self.partition._key:
-                raise ValueError(f"the buffer belongs to {buffer.partition!r}, the plan to {self.partition!r}")
+                raise ValueError(f"the buffer is for {buffer.partition!r}, the plan for {self.partition!r}")
 
     def execute(self, i, o=None):
-        """Transform the buffer `i` into `o` (or in place). Collective; the result is not normalised.
+        """Transform the buffer `i` into the buffer `o`, or `i` in place; collective.
 
-        The input is left as it is unless the plan is in place. Raises ValueError if the plan was made in place
-        and the buffers are not in the same memory, or the other way round.
+        The result is not normalised. The input is left as it is unless the plan is in place. Raises
+        ValueError if the plan was made in place and the buffers are not one memory, or the other way round.
         """
         o = i if o is None else o
         self._check(i, o)
         if (i.address == o.address) != self.inplace:
-            raise ValueError(f"the plan was made {'in' if self.inplace else 'out of'} place, the buffers are not")
+            made = "in" if self.inplace else "out of"
+            raise ValueError(f"the plan was made for a transform {made} place, the buffers are not")
         # Run the steps between two memories
         source, last = i._memory, len(self._steps) - 1
         scratch = numpy.empty(self._scratch, dtype="u1")
         for index, step in enumerate(self._steps):
             target = scratch if (last - index) % 2 else o._memory
-            if target is source and not step.in_place:
-                target = numpy.empty(step.target.nbytes, dtype="u1")
+            if index == 0 and target is source and not step.in_place:
+                target = numpy.empty(step.nbytes, dtype="u1")
             step(source, target)
             source = target
-        if source is not o._memory:
+        if source is not o._memory:  # a single step, in place
             step.target.view(o._memory)[...] = step.target.view(source)
 
     def __repr__(self):
@@ -272,11 +330,8 @@ class Plan:
                 f"inplace={self.inplace}, steps={self._steps!r})")
 
 
-def _swap_ends(flags):
-    """The flags of the way back: what was the output is the input."""
-    swapped = flags & ~(Flags.TRANSPOSED_IN | Flags.TRANSPOSED_OUT)
-    if flags & Flags.TRANSPOSED_IN:
-        swapped |= Flags.TRANSPOSED_OUT
-    if flags & Flags.TRANSPOSED_OUT:
-        swapped |= Flags.TRANSPOSED_IN
-    return swapped
+def turn_round(flags):
+    """The flags of the way back: what was the layout of the output is that of the input."""
+    turned = flags & ~(Flags.TRANSPOSED_IN | Flags.TRANSPOSED_OUT)
+    turned |= Flags.TRANSPOSED_OUT if flags & Flags.TRANSPOSED_IN else 0
+    return turned | (Flags.TRANSPOSED_IN if flags & Flags.TRANSPOSED_OUT else 0)
