@@ -18,7 +18,7 @@ from pathlib import Path
 import jupyter_client
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "providers" / "pfft-python")]
 # The cells of the chapters must see this tree's package, wherever the build was started.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
@@ -63,7 +63,8 @@ math_eqref_format = "({number})"
 def package_digest() -> str:
     """A name for the state of everything that a cell may import."""
     digest = hashlib.sha256()
-    for path in [*sorted(ROOT / file for file in book().files.values()), ROOT / "tools" / "mpirun.py"]:
+    tools = [ROOT / "tools" / name for name in ("mpirun.py", "tangle.py")]
+    for path in [*sorted(ROOT / file for file in book().files.values()), *tools]:
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + (path.read_bytes() if path.exists() else b"") + b"\0")
     return digest.hexdigest()[:16]
 
