@@ -17,13 +17,14 @@ def main(argv=None):
     for name in args.names:
         if name not in ALL:
             parser.error(f"there is no benchmark {name!r}; there are {', '.join(ALL)}")
+    first_rank = os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0"
     for name in args.names or ALL:
         if importlib.util.find_spec(f"benchmarks.{name}") is None:
             continue
-        print(f"== {name} ==", flush=True)
+        if first_rank:
+            print(f"\n== {name} ==", flush=True)
         target = ["--json", os.path.join(args.json, name + ".json")] if args.json else []
         importlib.import_module(f"benchmarks.{name}").main([*options, *target])
-        print(flush=True)
 
 
 if __name__ == "__main__":
