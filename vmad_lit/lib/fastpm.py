@@ -378,7 +378,8 @@ def _touched_domains(x, pm, support):
         wide = widths[widths > 0].min() >= support - 1
         planes = numpy.array([0, support - 1]) if wide else numpy.arange(support)
         touched = owner[(first[:, None] + planes) % len(owner)]
-        domains = (domains[:, :, None] + touched[:, None, :]).reshape(len(x), -1)
+        width = domains.shape[1] * len(planes)
+        domains = (domains[:, :, None] + touched[:, None, :]).reshape(len(x), width)
     return domains
 
 
