@@ -859,3 +859,113 @@ class force:
         potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
         f_ = w.readout_jvp(force.meshes(potk, order), local_x, x_, force.meshes(potk_, order))
         return dict(f_=_as_given(_gather(layout, f_), x), potk_=potk_)
+
+
+@autooperator('wnk -> c')
+def induce_correlation(wnk, powerspectrum, pm):
+    """Modes of a Gaussian field from those of white noise.
+
+    Parameters
+    ----------
+    wnk : complex field, white noise of unit variance
+    powerspectrum : function of the wave number, an array of any shape. It must depend on that alone:
+        its values on the mesh are kept. If it is not finite at k = 0 the mean of the field is set to zero
+    pm : ParticleMesh
+
+    Returns
+    -------
+    c : complex field, `wnk` times sqrt(P(k) / V)
+    """
+    volume = float(numpy.prod(pm.BoxSize))
+
+    @fixed_transfer
+    def amplitude(k):
+        k = k.normp(2) ** 0.5
+        with numpy.errstate(divide='ignore', invalid='ignore'):
+            factor = (powerspectrum(k) / volume) ** 0.5
+        return numpy.where((k == 0) & ~numpy.isfinite(factor), 0, factor)
+
+    return apply_transfer(wnk, amplitude)
+
+
+@autooperator('rhok -> dx1')
+def lpt1(rhok, q, pm, layout=None):
+    """First-order (Zel'dovich) displacement for a linear density contrast.
+
+    Parameters
+    ----------
+    rhok : complex field, the density contrast
+    q : (N, ndim) where the displacement is wanted
+    pm : ParticleMesh, of any dimension
+    layout : of `q`, if it is known already
+
+    Returns
+    -------
+    dx1 : (N, ndim), the displacement for D1 = 1
+    """
+    potential = apply_transfer(rhok, fourier_space_laplace)
+    if layout is None:
+        layout = decompose(q, pm)
+    components = [apply_transfer(potential, fourier_space_neg_gradient(d, pm, order=1)) for d in range(pm.ndim)]
+    return readout_all([c2r(component) for component in components], q, layout)
+
+
+def fourier_space_second_derivative(i, j, pm):
+    """The transfer function of the second derivative by axes i and j, the four-point difference twice."""
+    first, second = (fourier_space_neg_gradient(d, pm, order=1) for d in (i, j))
+
+    def make():
+        return fixed_transfer(lambda k: (first(k) * second(k)).real)
+
+    return _keep(pm, ('second_derivative', i, j), make)
+
+
+@autooperator('rhok -> rho_lpt2')
+def lpt2src(rhok, pm):
+    """The density contrast whose first-order displacement is the displacement of second order.
+
+    Bouchet et al. (1995), in the normalisation in which D2 is 1 today. In two dimensions there is one pair of
+    axes, in one dimension none, and the source is zero.
+
+    Parameters
+    ----------
+    rhok : complex field, the linear density contrast
+    pm : ParticleMesh
+
+    Returns
+    -------
+    rho_lpt2 : real field
+    """
+    potential = apply_transfer(rhok, fourier_space_laplace)
+
+    def second(i, j):
+        return c2r(apply_transfer(potential, fourier_space_second_derivative(i, j, pm)))
+
+    diagonal = [second(d, d) for d in range(pm.ndim)]
+    pairs = [(i, j) for j in range(pm.ndim) for i in range(j)]
+    if not pairs:
+        return diagonal[0] * 0.0
+    source = sum(diagonal[i] * diagonal[j] - second(i, j) ** 2 for i, j in pairs)
+    return source * (3.0 / 7)
+
+
+@autooperator('rhok -> dx1, dx2')
+def lpt(rhok, q, pm):
+    """Displacements of first and second order.
+
+    The position at scale factor a is q + D1(a) dx1 + D2(a) dx2, with growth factors that are 1 today.
+
+    Parameters
+    ----------
+    rhok : complex field, the linear density contrast today
+    q : (N, ndim) lattice
+    pm : ParticleMesh
+
+    Returns
+    -------
+    dx1, dx2 : (N, ndim)
+    """
+    layout = decompose(q, pm)
+    dx1 = lpt1(rhok, q, pm, layout)
+    dx2 = lpt1(r2c(lpt2src(rhok, pm)), q, pm, layout)
+    return dx1, dx2
