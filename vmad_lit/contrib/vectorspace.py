@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-CACHED = 2 ** 15  # numbers in a part of an array that stays in the cache
+CACHED = 2 ** 13  # numbers in a part of an array that stays in the cache
 
 
 def slabs(array):
