@@ -6,6 +6,7 @@ its conjugate is not stored. Positions are arrays (N, ndim), in the units of the
 import weakref
 
 import numpy
+from mpi4py import MPI
 from pmesh.domain import Layout
 from pmesh.pm import BaseComplexField, ComplexField, ParticleMesh, RealField, xslab
 from pmesh.window import FindResampler
@@ -364,33 +365,85 @@ class apply_digitized:
 
 
 def _touched_domains(x, pm, support):
-    """For each particle the domains of its window's cells, with repetitions: (N, n)."""
-    domains = numpy.zeros((len(x), 1), dtype='i8')
+    """The domains of the cells of each particle's window, with repetitions: (n, N)."""
+    domains = numpy.zeros((1, len(x)), dtype='i4')
     shift, left = 0.5 * (support % 2), (support - 1) // 2
     for d, edges in enumerate(pm.domain.edges):
         domains = domains * pm.domain.shape[d]
         if pm.domain.shape[d] == 1:
             continue
         first = numpy.floor(x[:, d] * pm.affine.scale[d] + shift).astype('i8') - left
-        owner = numpy.repeat(numpy.arange(len(edges) - 1), numpy.diff(edges))
+        first %= edges[-1]
+        owner = numpy.repeat(numpy.arange(len(edges) - 1, dtype='i4'), numpy.diff(edges))
         # Pick the planes that tell all domains
         widths = numpy.diff(edges)
         wide = widths[widths > 0].min() >= support - 1
-        planes = numpy.array([0, support - 1]) if wide else numpy.arange(support)
-        touched = owner[(first[:, None] + planes) % len(owner)]
-        width = domains.shape[1] * len(planes)
-        domains = (domains[:, :, None] + touched[:, None, :]).reshape(len(x), width)
+        planes = sorted({0, support - 1}) if wide else range(support)
+        touched = [owner.take(first + plane, mode='wrap') for plane in planes]
+        domains = numpy.concatenate([domains + column for column in touched])
     return domains
 
 
 def _make_layout(x, pm, support):
     """A layout that sends each particle to exactly the ranks that hold cells of its window."""
-    ranks = numpy.sort(pm.domain.DomainAssign[_touched_domains(x, pm, support)], axis=1)
-    new = numpy.ones(ranks.shape, dtype='?')
-    new[:, 1:] = ranks[:, 1:] != ranks[:, :-1]
-    rows, ranks = numpy.nonzero(new)[0], ranks[new]
-    counts = numpy.bincount(ranks, minlength=pm.comm.size)
-    return Layout(pm.comm, len(x), counts.astype('i4'), rows[numpy.argsort(ranks, kind='stable')])
+    ranks = pm.domain.DomainAssign[_touched_domains(x, pm, support)]
+    counts = numpy.zeros(pm.comm.size, dtype='i4')
+    rows = [numpy.empty(0, dtype='i8')]
+    for rank in numpy.flatnonzero(numpy.bincount(ranks.ravel(), minlength=pm.comm.size)):
+        rows.append(numpy.flatnonzero((ranks == rank).any(axis=0)))
+        counts[rank] = len(rows[-1])
+    return GhostLayout(pm.comm, len(x), counts, numpy.concatenate(rows))
+
+
+class GhostLayout(Layout):
+    """A layout of pmesh, given by the rows to send to each rank, that sends with a single collective call."""
+
+    def exchange(self, *args, pack=True):
+        """Rows for the particles needed on this rank, ghosts included; one result for each argument."""
+        sent = tuple(self._send(data) for data in args)
+        return sent[0] if len(sent) == 1 else sent or None
+
+    def gather(self, data, mode='sum', out=None):
+        """Rows for our own particles, from those of all their copies: the sum, or what pmesh calls `mode`."""
+        if not isinstance(mode, str) or mode != 'sum':
+            return super().gather(data, mode=mode, out=out)
+        # Return the rows to where they came from, and add them up
+        data = numpy.asarray(data)
+        if len(data) != self.recvlength:
+            raise ValueError(f"the layout has {self.recvlength} particles on this rank, ghosts included, "
+                             f"but the data is for {len(data)}")
+        rows = self._deliver(data, self.recvcounts, self.sendcounts)
+        total = numpy.zeros((self.sendlength,) + rows.shape[1:], dtype=rows.dtype)
+        for start, count in zip(_starts(self.sendcounts), self.sendcounts):
+            total[self.indices[start:start + count]] += rows[start:start + count]
+        if out is None:
+            return total
+        out[...] = total
+        return out
+
+    def _send(self, data):
+        data = numpy.asarray(data)
+        if len(data) != self.sendlength:
+            raise ValueError(f"the layout was made for {self.sendlength} particles, "
+                             f"but the data is for {len(data)}")
+        return self._deliver(data.take(self.indices, axis=0), self.sendcounts, self.recvcounts)
+
+    def _deliver(self, rows, sendcounts, recvcounts):
+        """One `Alltoallv` of rows."""
+        rows = numpy.ascontiguousarray(rows)
+        received = numpy.empty((recvcounts.sum(),) + rows.shape[1:], dtype=rows.dtype)
+        row = MPI.BYTE.Create_contiguous(rows.dtype.itemsize * int(numpy.prod(rows.shape[1:])))
+        row.Commit()
+        try:
+            self.comm.Alltoallv([rows, (sendcounts, _starts(sendcounts)), row],
+                                [received, (recvcounts, _starts(recvcounts)), row])
+        finally:
+            row.Free()
+        return received
+
+
+def _starts(counts):
+    return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype(counts.dtype)
 
 
 class IdentityLayout:
@@ -431,7 +484,7 @@ def _exchange(layout, data):
 def _gather(layout, data):
     if layout is None or isinstance(layout, IdentityLayout):
         return data if layout is None else layout.gather(data)
-    if numpy.iscomplexobj(data):
+    if numpy.iscomplexobj(data) and not isinstance(layout, GhostLayout):
         pairs = numpy.ascontiguousarray(data).view(data.real.dtype).reshape(data.shape + (2,))
         pairs = numpy.ascontiguousarray(layout.gather(pairs))
         return pairs.view(data.dtype)[..., 0]
@@ -457,7 +510,7 @@ def _positions(x, pm):
 class decompose:
     """The layout that brings particles to the ranks whose part of the mesh they touch.
 
-    `smoothing` is the window that will be used, by default that of `pm`; or how far particles reach, in cells.
+    `smoothing` is the window that will be used, by default that of `pm`; or a distance in cells.
     """
 
     ain = {'x': 'ndarray'}
@@ -470,7 +523,8 @@ class decompose:
         if smoothing is None or not numpy.isscalar(smoothing) or isinstance(smoothing, str):
             resampler = FindResampler(pm.resampler if smoothing is None else smoothing)
             return dict(layout=_make_layout(x, pm, _support(resampler)))
-        return dict(layout=pm.decompose(x, smoothing=smoothing))
+        layout = pm.decompose(x, smoothing=smoothing)
+        return dict(layout=GhostLayout(pm.comm, len(x), layout.sendcounts, layout.indices, layout.recvcounts))
 
     def vjp(node, _layout):
         return dict(_x=ZeroGradient)
