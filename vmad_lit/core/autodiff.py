@@ -30,9 +30,10 @@ class Sweep:
 
     def get(self, symbol):
         """The derivative of a symbol, as a symbol of the derived model."""
-        if isinstance(symbol, List):
-            return List([self.get(item) for item in symbol])
-        return self.derivative.get(symbol, ZERO)
+        derivative = self.derivative.get(symbol)
+        if derivative is None:
+            return List([self.get(item) for item in symbol]) if isinstance(symbol, List) else ZERO
+        return derivative
 
     def arrives(self, symbols):
         """Whether the derivative of any of the symbols in a dict is not zero."""
@@ -100,7 +101,7 @@ class ReverseSweep(Sweep):
             self.model.output(**{"_" + name: self.get(symbol)})
 
     def pull_back(self, node):
-        operator = node.operator
+        operator = node.primitive.operator
         if not self.arrives(node.varout):
             return
         varout = {"_" + name: self.place(node.varin[name], node) for name in operator.ain}
@@ -118,11 +119,9 @@ class ReverseSweep(Sweep):
                     self.add(node.varin[name], partial, node)
 
     def place(self, symbol, node):
-        if isinstance(symbol, List):
-            return List([self.place(item, node) for item in symbol])
-        if symbol not in self.plan.active:
-            return Ignored
-        return self.fresh("_{}@{.name}", symbol, node) if node else self.fresh("_{}@output", symbol)
+        if symbol in self.plan.active:
+            return self.fresh("_{}@{.name}", symbol, node) if node else self.fresh("_{}@output", symbol)
+        return List([self.place(item, node) for item in symbol]) if isinstance(symbol, List) else Ignored
 
     def add(self, symbol, partial, node):
         """Add a partial cotangent to what is known of the cotangent of a symbol."""

@@ -163,7 +163,7 @@ class Plan:
     def _plan_node(self, node):
         primitive, slots, last_use = node.primitive, self._slots, self._last_use
         # Find the slots of the arguments, and those that die here
-        ins, dead, clear = [], [], []
+        ins, dead, clear, lists = [], [], [], False
         varin, names, record = node.varin, primitive.argnames, None
         if primitive.from_record and type(self.base.records[node.forward]) is int:
             names, record = primitive.ain, (taker(primitive.from_record), self.base.records[node.forward])
@@ -174,26 +174,30 @@ class Plan:
                 # Find the slot of an argument that is not a result
                 if symbol is None:
                     slot = self._find_on_tape(node, name)
+                elif not isinstance(symbol, List):
+                    slot = self._target(symbol)
                 else:
+                    lists = True
                     slot = self._slot(self._target(symbol))
-                    if isinstance(symbol, List):
-                        leaf_slots = {slots[leaf] for leaf in leaves(symbol) if leaf in slots and last_use[leaf] is node}
-                        dead += sorted(leaf_slots.difference(dead))
-                        if name not in self._recorded.get(node, ()):
-                            clear.append(slot)
+                    leaf_slots = {slots[leaf] for leaf in leaves(symbol) if leaf in slots and last_use[leaf] is node}
+                    dead += sorted(leaf_slots.difference(dead))
+                    if name not in self._recorded.get(node, ()):
+                        clear.append(slot)
             elif last_use[symbol] is node and slot not in dead:
                 dead.append(slot)
             ins.append(slot)
         # Give slots to the results
-        free = self._free
-        if free is None:
-            outs = [(name, self._result_target(symbol)) for name, symbol in node.varout.items()]
-            clear += dead
-        else:
-            free += dead
-            before = len(free)
-            outs = [(name, self._result_target(symbol)) for name, symbol in node.varout.items()]
-            clear += dead[: max(0, len(dead) + len(free) - before)]
+        free = self._free if self._free is not None else []
+        others = len(free)
+        free += dead
+        outs = []
+        for name, symbol in node.varout.items():
+            if symbol in last_use:
+                outs.append((name, self._give_slot(symbol)))
+            elif isinstance(symbol, List):
+                lists = True
+                outs.append((name, self._give_slots(symbol)))
+        clear += free[others:]
         # Arrange for the record
         recorded = self._recorded.get(node)
         extras, kept = (), None
@@ -210,7 +214,7 @@ class Plan:
                 self.records[node].update(extras)
         # Choose the step
         function = primitive.recording_call if self.record else primitive.call
-        single = len(outs) == 1 and type(outs[0][1]) is int and not extras
+        single = len(outs) == len(node.varout) == 1 and not lists and not extras
         linear = None
         if primitive.kind != "apl" and not primitive.operator.collective:
             # Find the cotangents or tangents
@@ -221,19 +225,19 @@ class Plan:
             ]
         if single and kept is None and linear is None and record is None and not clear:
             step = call, node, function, gatherer(ins), *outs[0]
-        elif single and kept is not None:
+        elif single and kept is not None and linear is None:
             step = call_and_record, node, function, gatherer(ins), *outs[0], kept, clear
-        elif linear is not None and len(linear) == 1 and not clear and not any_list(varin) and not any_list(node.varout):
-            outs = [(name, target) for name, target in outs if target is not None]
+        elif linear is not None and len(linear) == 1 and not clear and not lists:
             step = differentiate, node, function, gatherer(ins), record, linear[0], outs
         else:
             step = execute, node, function, gatherer(ins), record, linear, outs, extras, kept, clear
         self.steps.append(step)
 
-    def _result_target(self, symbol):
-        if symbol in self._last_use:
-            return self._give_slot(symbol)
-        return [self._result_target(item) for item in symbol] if isinstance(symbol, List) else None
+    def _give_slots(self, symbol):
+        """Slots for a result that is used, or for the items of a List; None if it is not used."""
+        if isinstance(symbol, List):
+            return [self._give_slots(item) for item in symbol]
+        return self._give_slot(symbol) if symbol in self._last_use else None
 
     def run(self, init, tape=None, monitor=None):
         """Run the plan.
@@ -372,7 +376,7 @@ def differentiate(s, step):
     _, node, function, gather, record, linear, outs = step
     zero = ZeroGradient
     if s[linear] is zero:
-        for _, out in outs:
+        for name, out in outs:
             s[out] = zero
         return
     if record is None:
@@ -399,11 +403,6 @@ def taker(names):
 
     return take
 
-
-def any_list(symbols):
-    """Whether a dict of arguments or results has a List in it."""
-    return any(isinstance(symbol, List) for symbol in symbols.values())
-
 def execute(s, step):
     """Call any function."""
     _, node, function, gather, record, linear, outs, extras, kept, clear = step
@@ -420,11 +419,10 @@ def execute(s, step):
         s[kept] = operator.rcd(node, **{**r, **dict(zip(operator.apl.argnames, args))})
     # Store the results
     for name, target in outs:
-        if target is not None:
-            value = the_only(r, name, node)
-            if linear is not None and value.__class__ is int and value == 0:
-                value = ZeroGradient
-            scatter(s, target, value)
+        value = the_only(r, name, node)
+        if linear is not None and value.__class__ is int and value == 0:
+            value = ZeroGradient
+        scatter(s, target, value)
     for name, slot in extras:
         s[slot] = find_extra(node, name, r)
     del args
