@@ -91,9 +91,12 @@ _engine = os.path.dirname(__file__)
 _is_engine = {}
 
 
-def caller():
-    """The place in the program that called into the engine: a code object and an instruction in it."""
-    frame = sys._getframe(1)
+def caller(depth=1):
+    """The place in the program that called into the engine: a code object and an instruction in it.
+
+    The nearest `depth` callers are known to belong to the engine.
+    """
+    frame = sys._getframe(depth)
     while True:
         filename = frame.f_code.co_filename
         inside = _is_engine.get(filename)
@@ -243,6 +246,8 @@ def find_graph(arguments):
     """
     refs = []
     for argument in arguments:
+        if type(argument) is Literal:
+            continue
         if isinstance(argument, Symbol):
             ref = argument._graph
             if ref is not None and ref not in refs:

@@ -135,11 +135,10 @@ class Primitive:
         dict
             The symbols of the results, by name.
         """
-        varin = {}
-        for name in self.argnames:
-            if name in given:
-                value = given[name]
-                varin[name] = value if isinstance(value, BaseSymbol) else assymbol(value)
+        varin = {name: given[name] for name in self.argnames if name in given}
+        for name, value in varin.items():
+            if not isinstance(value, BaseSymbol):
+                varin[name] = assymbol(value)
         graph = find_graph(varin.values())
         varout = {}
         for name in self.outnames:
@@ -150,7 +149,7 @@ class Primitive:
                 symbol = varout[name] = Symbol.__new__(Symbol)
                 symbol._label = (NAME_OF_RESULT, self.name, len(graph), name)
                 symbol._graph = graph._ref
-        graph.append(Node(self, varin, varout, origin or caller(), forward))
+        graph.append(Node(self, varin, varout, origin or caller(3), forward))
         return varout
 
 
