@@ -63,7 +63,8 @@ math_eqref_format = "({number})"
 def package_digest() -> str:
     """A name for the state of everything that a cell may import."""
     digest = hashlib.sha256()
-    for path in [*sorted(ROOT / file for file in book().files.values()), ROOT / "tools" / "mpirun.py"]:
+    tools = [ROOT / "tools" / name for name in ("mpirun.py", "tangle.py")]
+    for path in [*sorted(ROOT / file for file in book().files.values()), *tools]:
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + (path.read_bytes() if path.exists() else b"") + b"\0")
     return digest.hexdigest()[:16]
 

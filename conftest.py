@@ -225,8 +225,10 @@ class Ranks:
         self.MPI = MPI
         self.comm = world.Dup()
         self.rank, self.size, self.grace = world.rank, world.size, grace
-        self.reports: list[str] = []
         self.config = None
+        self.last: dict | None = None  # what this rank told last
+        self.answers: dict[int, dict] = {}  # what the others told, while rank 0 gathers
+        self.failures: list[str] = []  # reports that would be lost if the job had to be ended
 
     @classmethod
     def join(cls, grace: float) -> Ranks | None:
@@ -240,12 +242,12 @@ class Ranks:
 
     # .. exchange ..
 
-    def wait(self, ready, missing):
+    def wait(self, ready, missing=lambda: "rank 0", patience=1.0):
         """Poll until ``ready()``; after the grace period end the job, telling who is ``missing()``."""
         start, pause = time.monotonic(), 0.0
         while not ready():
-            if time.monotonic() - start > self.grace:
-                self.abort(f"no answer from {missing()} for {self.grace:g} s")
+            if time.monotonic() - start > patience * self.grace:
+                self.abort(f"no answer from {missing()} for {patience * self.grace:g} s")
             time.sleep(pause)
             pause = min(pause + 1e-5, 2e-3)
 
@@ -253,7 +255,7 @@ class Ranks:
         """Everybody's ``mine`` on rank 0 (None elsewhere); ends the job if a rank does not come."""
         if self.rank:
             request = self.comm.isend(mine, dest=0, tag=REPORT)
-            self.wait(lambda: request.test()[0], lambda: "rank 0")
+            self.wait(lambda: request.test()[0])
             return None
         answers = {0: mine}
 
@@ -280,17 +282,10 @@ class Ranks:
             for request in [self.comm.isend(verdict, dest=r, tag=VERDICT) for r in range(1, self.size)]:
                 self.wait(lambda request=request: request.test()[0], lambda: "another rank")
             return verdict
-        # Rank 0 may itself be waiting for somebody: let it be the one to tell.
-        start = time.monotonic()
-        pause = 0.0
-        while not self.comm.iprobe(source=0, tag=VERDICT):
-            if time.monotonic() - start > 1.5 * self.grace + 5:
-                self.abort("no answer from rank 0")
-            time.sleep(pause)
-            pause = min(pause + 1e-5, 2e-3)
+        # Rank 0 may itself be waiting for somebody, and knows for whom: who has nothing to tell lets it speak first.
+        failed = self.last is not None and self.last["outcome"] == "failed"
+        self.wait(lambda: self.comm.iprobe(source=0, tag=VERDICT), patience=1.0 if failed else 2.0)
         return self.comm.recv(source=0, tag=VERDICT)
-
-    answers: dict = {}
 
     def abort(self, why: str):
         """End the job on all ranks, after printing what is known."""
@@ -298,16 +293,11 @@ class Ranks:
         if capture:
             capture.suspend_global_capture(in_=True)
         out = [f"\n== rank {self.rank}: {why}; the job is ended =="]
-        for rank, answer in sorted(self.answers.items()):
-            if isinstance(answer, dict) and answer["outcome"] == "failed":
-                out.append(f"-- rank {rank}: {answer['name']} failed --\n{answer['text']}")
-        if self.rank and self.last is not None and self.last["outcome"] == "failed":
-            out.append(f"-- rank {self.rank}: {self.last['name']} failed --\n{self.last['text']}")
-        out += self.reports
-        os.write(2, ("\n".join(out) + "\n").encode())
+        for rank, told in sorted({**self.answers, self.rank: self.last}.items()):
+            if isinstance(told, dict) and told["outcome"] == "failed":
+                out.append(f"-- rank {rank}: {told['name']} failed --\n{told['text']}")
+        os.write(2, "\n".join([*out, *self.failures, ""]).encode())
         self.comm.Abort(1)
-
-    last: dict | None = None
 
     # .. hooks ..
 
@@ -338,24 +328,29 @@ class Ranks:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        mine = {"outcome": report.outcome, "name": f"{item.nodeid} ({report.when})", "wasxfail": getattr(report, "wasxfail", None),
-                "text": report.longreprtext if report.outcome == "failed" else "", "reason": report.longrepr
-                if report.outcome == "skipped" and isinstance(report.longrepr, tuple) else None}
+        mine = {
+            "outcome": report.outcome,
+            "name": f"{item.nodeid} ({report.when})",
+            "text": report.longreprtext if report.failed else "",
+            "reason": report.longrepr if report.skipped and isinstance(report.longrepr, tuple) else None,
+            "wasxfail": getattr(report, "wasxfail", None),
+        }
         self.last = mine
         everybody = self.gather(mine)
         verdict = self.share(merge(everybody) if everybody is not None else None)
-        if verdict is not None:
-            worst, outcome, text, reason, wasxfail = verdict
-            if self.rank == 0 and worst > 0 or report.outcome != outcome:
-                if report.outcome == "failed":
-                    report.sections.append(("other ranks", text))
-                else:
-                    report.outcome = outcome
-                    report.longrepr = text if outcome == "failed" else reason or (str(item.path), 0, text)
-                    if wasxfail is not None:
-                        report.wasxfail = wasxfail
-                    elif hasattr(report, "wasxfail"):
-                        del report.wasxfail
+        if verdict is None:
+            return report
+        if report.failed:
+            if verdict["text"]:
+                report.sections.append(("other ranks", verdict["text"]))
+            self.failures.append(f"-- {mine['name']} had failed before --\n{mine['text']}\n{verdict['text']}")
+        elif report.outcome != verdict["outcome"]:
+            report.outcome = verdict["outcome"]
+            report.longrepr = verdict["text"] if report.failed else verdict["reason"] or (str(item.path), 0, "skipped")
+            if verdict["wasxfail"] is not None:
+                report.wasxfail = verdict["wasxfail"]
+            elif hasattr(report, "wasxfail"):
+                del report.wasxfail
         return report
 
     @pytest.hookimpl(wrapper=True, trylast=True)
@@ -366,12 +361,11 @@ class Ranks:
         return result
 
 
-def merge(everybody: list[dict]):
-    """What the ranks' outcomes make together; None when all agree that nothing is wrong."""
-    outcomes = [answer["outcome"] for answer in everybody]
-    if len(set(outcomes)) == 1 and outcomes[0] != "failed":
+def merge(everybody: list[dict]) -> dict | None:
+    """What the ranks' outcomes make together: the worst; None when all agree and none has failed."""
+    worst = max(everybody, key=lambda answer: SEVERITY[answer["outcome"]])
+    if worst["outcome"] != "failed" and all(answer["outcome"] == worst["outcome"] for answer in everybody):
         return None
-    worst = max(range(len(everybody)), key=lambda r: (SEVERITY[outcomes[r]], -r))
-    text = "\n".join(f"-- rank {r} --\n{answer['text']}" for r, answer in enumerate(everybody)
-                     if answer["outcome"] == "failed" and r > 0 and answer["text"] != everybody[0]["text"])
-    return worst, outcomes[worst], text, everybody[worst]["reason"], everybody[worst]["wasxfail"]
+    others = [f"-- rank {rank} --\n{answer['text']}" for rank, answer in enumerate(everybody)
+              if rank and answer["text"] not in ("", everybody[0]["text"])]
+    return worst | {"text": "\n".join(others)}

@@ -700,6 +700,14 @@ def test_fields(folder):
             loaded = State.load(path, vs, truth)
             assert type(loaded.x) is type(truth)
             assert_array_equal(loaded.x.value, state.x.value)
-    assert_allclose(vs.dot(truth, truth) * 64, vs.dot(truth.c2r(), truth.c2r()) , rtol=1e-12)
+    assert_allclose(vs.dot(truth, truth), truth.cdot(truth).real)
     with pytest.raises(TypeError, match="two pmesh fields of one kind"):
         vs.dot(truth, truth.c2r())
+
+
+@pytest.mark.parametrize('mesh', [[4, 4, 4], [4, 4, 5], [5, 3, 7], [4, 5]])
+def test_the_product_of_complex_fields_is_that_of_the_real_ones(mesh):
+    pm = pytest.importorskip('pmesh.pm').ParticleMesh(Nmesh=mesh, BoxSize=4.0, comm=COMM)
+    vs, (a, b) = FieldSpace(pm.comm), [pm.generate_whitenoise(seed, type='complex') for seed in (3, 4)]
+    real_a, real_b = a.c2r(), b.c2r()
+    assert_allclose(vs.dot(real_a.r2c(), real_b.r2c()) * np.prod(mesh), vs.dot(real_a, real_b), rtol=1e-10)

@@ -21,6 +21,8 @@ from tools.tangle import Book, Problem, TangleError, Tracer, WriteError, main, s
 pytestmark = pytest.mark.serial  # a tool, not a computation
 PROGRAM = REPOSITORY / "tools" / "tangle.py"
 
+pytestmark = pytest.mark.serial                     # the tangler knows nothing of ranks
+
 
 def put(root, **chapters):
     """Write chapters (``c01="text"`` becomes ``book/c01.md``) and return the root."""
@@ -74,7 +76,7 @@ TWO = """\
 ONE_TANGLED = '"""One."""\nimport os\n\n\ndef f(x):\n    # Do the work\n    x += 1\n    return x\n'
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is tangled
 
 
@@ -198,7 +200,7 @@ def test_empty_books_chapters_and_blocks(tmp_path):
     assert Book.load(tmp_path / "none").write().written == []
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a page is made of
 
 
@@ -288,6 +290,13 @@ PAGE = """\
     | a | b |
     |---|---|
     | 1 | 2 |
+
+    A term
+    :   what it means, and
+
+        ```python
+        in_a_definition = 1
+        ```
     """
 
 
@@ -305,6 +314,7 @@ def test_fences_of_all_kinds_are_found(tmp_path):
         (51, 0, "math", "", "", None, None),
         (58, 0, None, "python", "", "m", None),
         (65, 0, None, "python", "", "m", None),
+        (90, 0, None, "python", "", None, None),
     ]
     lines = textwrap.dedent(PAGE).split("\n")
     for block in book.blocks:
@@ -335,7 +345,7 @@ def test_slug_of_a_slug_is_itself(title):
     assert slug(title) == re.sub(r"[\W_]+", "-", title.lower()).strip("-")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Random books, against a small model of what they should become
 
 
@@ -533,7 +543,7 @@ def test_any_page_is_read_or_refused_with_places(tmp_path_factory, tokens):
             assert made.text == "" or (made.text.endswith("\n") and not made.text.endswith("\n\n"))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Errors of the book
 
 
@@ -634,7 +644,7 @@ def test_attributes_that_mean_nothing_to_us_pass(tmp_path):
     assert [block.classes for block in book.blocks] == [(), ("numbered",), ()]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Writing
 
 
@@ -941,7 +951,7 @@ def test_several_tanglers_at_once(tmp_path):
     assert files(tmp_path) == texts(tmp_path) and no_debris(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The way back
 
 
@@ -1066,7 +1076,7 @@ def test_misuse_of_the_command_line(arguments, capsys):
     assert info.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # This repository
 
 

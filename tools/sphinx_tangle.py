@@ -15,8 +15,7 @@ import html
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def chunk_titles() -> dict[str, str]:
     return {use.id: use.title for block in reversed(book().blocks) for use in block.references}
 
 
-@lru_cache(maxsize=None)
+@cache
 def page_title(docname: str) -> str:
     path = ROOT / f"{docname}.md"
     for row in path.read_text(encoding="utf-8").splitlines():
@@ -211,7 +210,7 @@ def link_included_chunks(app: Sphinx, page: str, template: str, context: dict, d
 # -- The reference of the package ---------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def module_tree(module: str) -> tuple[str, ast.Module]:
     file = inspect.getsourcefile(importlib.import_module(module))
     return file, ast.parse(Path(file).read_text(encoding="utf-8"))
@@ -292,7 +291,8 @@ class ApiPackage(SphinxDirective):
                 "From " + ", ".join(f"[](/{chapter})" for chapter in chapters) + ".", ""]
         for member, value in public_members(module):
             rows += entry(name, member, value) + [""]
-        section = nodes.section("", nodes.title("", "", nodes.literal("", name)), ids=[f"api-{slug(name)}"], names=[name])
+        title = nodes.title("", "", nodes.literal("", name))
+        section = nodes.section("", title, ids=[f"api-{slug(name)}"], names=[name])
         section.document = self.state.document
         self.state.nested_parse(StringList(rows, source=file), self.content_offset, section)
         return section
@@ -354,7 +354,7 @@ def method(node: ast.FunctionDef, member: Any) -> list[str]:
                                      "defaults": arguments.defaults[-len(arguments.args) + 1:]
                                      if len(arguments.args) > 1 else []})
     plain_arguments(arguments)
-    kind = "py:staticmethod" if "staticmethod" in decorators else "py:classmethod" if "classmethod" in decorators else "py:method"
+    kind = next((f"py:{kind}" for kind in ("staticmethod", "classmethod") if kind in decorators), "py:method")
     return fence(kind, f"{node.name}({ast.unparse(arguments)})", doc)
 
 

@@ -37,13 +37,15 @@ import selectors
 import stat
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import IO, NamedTuple
 
 from markdown_it import MarkdownIt
 from mdit_py_plugins.colon_fence import colon_fence_plugin
+from mdit_py_plugins.deflist import deflist_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from mdit_py_plugins.front_matter import front_matter_plugin
 from mdit_py_plugins.myst_blocks import myst_block_plugin
@@ -72,7 +74,7 @@ STATE = ".tangle"
 TEMPORARY = ".tangling"
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Errors
 
 
@@ -103,7 +105,7 @@ class WriteError(Exception):
         super().__init__("\n".join(self.messages))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The parts of a book
 
 
@@ -213,7 +215,7 @@ class Drift(NamedTuple):
     diff: str
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading a chapter
 
 
@@ -229,7 +231,7 @@ def slug(title: str) -> str:
 
 def _markdown() -> MarkdownIt:
     md = MarkdownIt("commonmark", {"maxNesting": 1000})
-    for plugin in (front_matter_plugin, colon_fence_plugin, myst_block_plugin):
+    for plugin in (front_matter_plugin, colon_fence_plugin, myst_block_plugin, deflist_plugin):
         md.use(plugin)
     md.use(dollarmath_plugin, allow_labels=True)
     md.enable("table")
@@ -429,7 +431,7 @@ class _Chapter:
                 yield Reference(number, text[:len(text) - len(text.lstrip())], title, slug(title))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Layout of the tangled files
 
 
@@ -456,7 +458,7 @@ def _blank_lines(path: str, before: Sequence[str], after: Sequence[str]) -> int:
     return 2 if _ends_definition(before) or _begins_definition(after) else 1
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The book
 
 
@@ -498,7 +500,7 @@ class Book:
         book.problems.sort()
         return book
 
-    # -- what is in it ----------------------------------------------------------------------------------------------
+    # -- what is in it ---------------------------------------------------------------------------------------
 
     @cached_property
     def chunks(self) -> dict[str, list[Block]]:
@@ -553,7 +555,7 @@ class Book:
         return next((block for block in self.blocks
                      if block.chapter == chapter and block.line <= line <= block.end_line), None)
 
-    # -- whether it holds together ----------------------------------------------------------------------------------
+    # -- whether it holds together ---------------------------------------------------------------------------
 
     def _cross_check(self) -> None:
         def problem(block: Block, message: str, line: int | None = None) -> None:
@@ -589,7 +591,7 @@ class Book:
         for block in self.blocks:
             for reference in block.references:
                 if reference.id not in self.chunks:
-                    close = difflib.get_close_matches(reference.id, set(self.chunks) - set(begun), n=1)
+                    close = difflib.get_close_matches(reference.id, sorted(set(self.chunks) - set(begun)), n=1)
                     hint = f"; did you mean #{close[0]}?" if close else ""
                     problem(block, f"no chunk #{reference.id} for the reference "
                                    f"<<{reference.title}>>{hint}", reference.line)
@@ -619,17 +621,17 @@ class Book:
         for id in begun:
             if id not in state:
                 visit(id, [id])
-        used = set(state)
-        for id, blocks in self.chunks.items():
+        used = set(state)                           # what the files reach
+        for id in self.chunks:
             if id not in state:
                 visit(id, [id])
         for id, blocks in self.chunks.items():
             if id not in used and id not in circular:
-                close = difflib.get_close_matches(id, begun, n=1)
+                close = difflib.get_close_matches(id, sorted(begun), n=1)
                 hint = f"; did you mean to append to #{close[0]}?" if close and not self._users.get(id) else ""
                 problem(blocks[0], f"no file includes the chunk #{id}{hint}")
 
-    # -- tangling ---------------------------------------------------------------------------------------------------
+    # -- tangling --------------------------------------------------------------------------------------------
 
     def tangle(self) -> dict[str, Tangled]:
         """The files that the book makes, by their paths. Raises ``TangleError`` with all problems of the book."""
@@ -671,7 +673,7 @@ class Book:
             lines += [(reference.indent + text if text else "", origin) for text, origin in included]
         return lines
 
-    # -- the map between lines --------------------------------------------------------------------------------------
+    # -- the map between lines -------------------------------------------------------------------------------
 
     def relative(self, path: str | os.PathLike[str]) -> str:
         """A path as the book writes it: relative to the root, with forward slashes."""
@@ -694,7 +696,8 @@ class Book:
         origins = made[path].lines
         if not 1 <= line <= len(origins):
             raise LookupError(f"{path} has no line {line}: it ends with line {len(origins)}")
-        return next(origin for origin in reversed(origins[:line]) if origin is not None)
+        origin = next(origin for origin in reversed(origins[:line]) if origin is not None)
+        return origin.chapter, origin.line
 
     def tangled_at(self, chapter: str | os.PathLike[str], line: int) -> list[tuple[str, int]]:
         """The files and lines into which a chapter line goes: several if its chunk is used more than once."""
@@ -709,7 +712,7 @@ class Book:
                     inverse.setdefault(origin, []).append((path, number))
         return inverse
 
-    # -- beside the files on disk -----------------------------------------------------------------------------------
+    # -- beside the files on disk ----------------------------------------------------------------------------
 
     @property
     def packages(self) -> list[str]:
@@ -807,7 +810,7 @@ def _package_of(path: str) -> str | None:
     return "/".join(parts[:depth])
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Writing
 
 
@@ -953,7 +956,7 @@ class _Writer:
                 for path in folder.glob(f".*{TEMPORARY}"):
                     _discard(path)
 
-    # -- edits by hand ----------------------------------------------------------------------------------------------
+    # -- edits by hand ---------------------------------------------------------------------------------------
 
     def _refuse(self, changed: Sequence[str]) -> None:
         """Raise if a file must not be overwritten."""
@@ -1022,7 +1025,7 @@ class _Writer:
         block = self.book.block_at(chapter, number)
         return f"{chapter}:{number}, in the block #{block.id} that begins at line {block.line}"
 
-    # -- all or nothing ---------------------------------------------------------------------------------------------
+    # -- all or nothing --------------------------------------------------------------------------------------
 
     def _replace(self, changed: Sequence[str]) -> None:
         """Give the changed files their new text: first all temporaries, then all renames."""
@@ -1068,7 +1071,7 @@ class _Writer:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
-    # -- files that the book makes no more --------------------------------------------------------------------------
+    # -- files that the book makes no more -------------------------------------------------------------------
 
     def _obsolete(self) -> tuple[list[str], list[str]]:
         """Files of earlier runs to remove, and remarks on those that nobody makes and that stay."""
@@ -1103,7 +1106,7 @@ class _Writer:
                 self.state.save(known, self.new.values())
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Messages and tracebacks
 
 
@@ -1217,7 +1220,7 @@ def _trace_command(tracer: Tracer, command: Sequence[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line
 
 

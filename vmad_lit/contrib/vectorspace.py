@@ -115,12 +115,23 @@ class VectorSpace:
         return array.item()
 
 
+def local_field_product(a, b) -> float:
+    """This rank's share of the inner product of two pmesh fields of one kind."""
+    if not np.iscomplexobj(a.value):
+        return real_inner_product(a.value, b.value)
+    product = (np.conj(a.value) * b.value).real
+    if a.compressed:
+        i, n = a.i[-1], a.Nmesh[-1]
+        product = product * np.where((i == 0) | (2 * i == n), 1.0, 2.0)
+    return float(np.sum(product, dtype=np.float64))
+
+
 class FieldSpace(VectorSpace):
     """Fields of pmesh, real or half-stored complex, on any number of ranks.
 
-    The inner product of real fields is the sum over all mesh points, that of complex fields the real part of
-    `cdot`. Give the communicator of the mesh, ``FieldSpace(pm.comm)``, so that the ranks can agree on
-    decisions too.
+    The inner product of real fields is the sum over all mesh points, that of complex fields the sum over all
+    modes, also those that are not stored. Give the communicator of the mesh, ``FieldSpace(pm.comm)``, so that
+    the ranks can agree on decisions too.
     """
 
     def __init__(self, comm=None):
@@ -131,9 +142,7 @@ class FieldSpace(VectorSpace):
         if type(a) is not type(b) or not hasattr(a, "pm"):
             raise TypeError("expected two pmesh fields of one kind, "
                             f"got {type(a).__name__} and {type(b).__name__}")
-        if np.iscomplexobj(a.value):
-            return float(a.cdot(b).real)
-        return a.pm.comm.allreduce(real_inner_product(a.value, b.value))
+        return a.pm.comm.allreduce(local_field_product(a, b))
 
     def to_arrays(self, x) -> list:
         """The slab of mesh values that this rank holds."""

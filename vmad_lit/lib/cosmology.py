@@ -16,7 +16,7 @@ from ..core.operator import ZeroGradient, operator
 
 __all__ = ['linear_growth', 'second_order_growth', 'MatterDominated', 'Cosmology', 'Planck15', 'Planck18',
            'eisenstein_hu', 'eisenstein_hu_nowiggle', 'LinearPower', 'growth', 'expansion_rate',
-           'comoving_distance', 'linear_power']
+           'comoving_distance', 'kick_factor', 'drift_factor', 'linear_power']
 
 SPEED_OF_LIGHT = 299792.458  # km/s
 HUBBLE_DISTANCE = SPEED_OF_LIGHT / 100.0  # c / H0 in Mpc/h
@@ -604,6 +604,62 @@ class comoving_distance:
     def jvp(node, Om0_, Om0, z, Ok0):
         return dict(chi_=_push_forward(lambda Om0: (_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0),),
                                        [Om0], [Om0_])[0])
+
+
+def _step_functions(a, Om0, Ok0):
+    """D1 and Gf = a^2 E D1' at scale factors a, with the normalisation of `linear_growth`."""
+    a = _scale_factor(a)
+    densities = Om0, 1 - Om0 - Ok0, Ok0
+    D, F, _ = linear_growth(a, *densities)
+    return D, F * np.sqrt(a * _expansion(a, *densities))
+
+
+def _kick_factor(Om0, ai, ac, af, Ok0):
+    (_, start), (D, _), (_, end) = (_step_functions(a, Om0, Ok0) for a in (ai, ac, af))
+    return ((end - start) / (1.5 * Om0 * D),)
+
+
+def _drift_factor(Om0, ai, ac, af, Ok0):
+    (start, _), (_, Gf), (end, _) = (_step_functions(a, Om0, Ok0) for a in (ai, ac, af))
+    return ((end - start) / Gf,)
+
+
+@operator
+class kick_factor:
+    """FastPM's kick from ai to af by the force at ac, a function of Om0: kick_factor(Om0, ai, ac, af, Ok0=0).
+
+    It multiplies the force, gradient and inverse Laplacian of 1.5 Om0 delta. Scale factors may be arrays, an
+    entry for each step.
+    """
+
+    ain = 'Om0'
+    aout = 'K'
+
+    def apl(node, Om0, ai, ac, af, Ok0=0.0):
+        return dict(K=_kick_factor(Om0, ai, ac, af, Ok0)[0])
+
+    def vjp(node, _K, Om0, ai, ac, af, Ok0):
+        return _pull_back(node, lambda Om0: _kick_factor(Om0, ai, ac, af, Ok0), dict(Om0=Om0), (_K,))
+
+    def jvp(node, Om0_, Om0, ai, ac, af, Ok0):
+        return dict(K_=_push_forward(lambda Om0: _kick_factor(Om0, ai, ac, af, Ok0), [Om0], [Om0_])[0])
+
+
+@operator
+class drift_factor:
+    """FastPM's drift from ai to af with the momentum at ac, as a function of Om0; as `kick_factor`."""
+
+    ain = 'Om0'
+    aout = 'D'
+
+    def apl(node, Om0, ai, ac, af, Ok0=0.0):
+        return dict(D=_drift_factor(Om0, ai, ac, af, Ok0)[0])
+
+    def vjp(node, _D, Om0, ai, ac, af, Ok0):
+        return _pull_back(node, lambda Om0: _drift_factor(Om0, ai, ac, af, Ok0), dict(Om0=Om0), (_D,))
+
+    def jvp(node, Om0_, Om0, ai, ac, af, Ok0):
+        return dict(D_=_push_forward(lambda Om0: _drift_factor(Om0, ai, ac, af, Ok0), [Om0], [Om0_])[0])
 
 
 def _power(parameters, k, z, T_cmb, Ok0, transfer):

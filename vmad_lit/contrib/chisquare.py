@@ -1,0 +1,326 @@
+"""Chi-square problems on any number of ranks, their Gauss-Newton products, and inversions in several epochs.
+
+References: U. Seljak, G. Aslanyan, Y. Feng & C. Modi, JCAP 12 (2017) 009;
+Y. Feng, U. Seljak & M. Zaldarriaga, JCAP 07 (2018) 043.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+from vmad_lit import Builder, autooperator, operator
+from vmad_lit.contrib.optimize import Problem
+from vmad_lit.contrib.vectorspace import FieldSpace, local_field_product, real_inner_product
+from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.lib import mpi
+
+
+def local_product(a, b) -> float:
+    """This rank's share of the inner product of two arrays, or two pmesh fields of one kind."""
+    return local_field_product(a, b) if hasattr(a, "pm") else real_inner_product(a, b)
+
+
+@operator
+class local_squares:
+    """This rank's share of the sum of ``|x|^2``; summed over the ranks it is the whole."""
+
+    ain = "x"
+    aout = "y"
+
+    def apl(node, x):
+        return local_product(x, x)
+
+    def vjp(node, _y, x):
+        return dict(_x=x * (2.0 * float(_y)))
+
+    def jvp(node, x_, x):
+        return dict(y_=2.0 * local_product(x, x_))
+
+
+@autooperator
+class MPIChiSquareOperator:
+    """The sum of ``|x|^2`` over all elements on all ranks of `comm`, the same number on every rank."""
+
+    ain = "x"
+    aout = "y"
+
+    def main(self, x, comm):
+        return dict(y=mpi.allreduce(local_squares(x), comm))
+
+
+class MPIVectorSpace(FieldSpace):
+    """Arrays of which each rank of `comm` holds a part, and pmesh fields.
+
+    Unknowns that every rank knows in full (universal ones) are not of this space: their inner product must
+    not be summed over the ranks. Their space is ``VectorSpace(comm=comm)``.
+    """
+
+    def __init__(self, comm):
+        super().__init__(comm=comm)
+
+    def dot(self, a, b) -> float:
+        """The inner product, summed over all ranks."""
+        if hasattr(a, "pm") or hasattr(b, "pm"):
+            return super().dot(a, b)
+        return self.comm.allreduce(real_inner_product(a, b))
+
+    def to_arrays(self, x) -> list:
+        """The part of x that this rank holds."""
+        return super().to_arrays(x) if hasattr(x, "pm") else [np.asarray(x)]
+
+    def from_arrays(self, arrays, like):
+        """A vector of the kind of `like` with the values given."""
+        if hasattr(like, "pm"):
+            return super().from_arrays(arrays, like)
+        return super(FieldSpace, self).from_arrays(arrays, like)
+
+
+class MPIChiSquareProblem(Problem):
+    """The problem of minimising the sum of ``|R_i(F(s))|^2``.
+
+    Parameters
+    ----------
+    comm :
+        the communicator over which the residuals are spread; that of the forward operator and the residuals.
+    forward_operator :
+        F, an operator of one input. Its outputs are the arguments of the residuals.
+    residuals :
+        list of the operators R_i, each with one output.
+    vectorspace :
+        the space of s; by default :class:`MPIVectorSpace`, for an s that is spread over the ranks.
+    preconditioner :
+        as in :class:`~vmad_lit.contrib.optimize.Problem`.
+
+    Attributes
+    ----------
+    model : Model
+        from input ``x`` to the outputs ``y`` (the objective), ``r0, r1, ...`` and ``chisquare0, ...``.
+    forwards : int
+        how often the model was run forward.
+    """
+
+    def __init__(self, comm, forward_operator, residuals, vectorspace=None, preconditioner=None):
+        residuals = list(residuals)
+        if not residuals:
+            raise ValueError("a chi-square problem needs at least one residual")
+        self.comm, self.forward_operator, self.residuals = comm, forward_operator, residuals
+        # Build the model of the objective
+        with Builder() as m:
+            fs = forward_operator(m.input("x"))
+            fs = fs if isinstance(fs, (list, tuple)) else [fs]
+            r = [residual(*fs) for residual in residuals]
+            chisquare = [MPIChiSquareOperator(ri, comm) for ri in r]
+            outputs = {f"r{i}": ri for i, ri in enumerate(r)}
+            outputs.update((f"chisquare{i}", ci) for i, ci in enumerate(chisquare))
+            m.output(y=sum(chisquare[1:], start=chisquare[0]), **outputs)
+        self.model = m
+        self._tape, self.forwards = None, 0
+        super().__init__(objective=self._forward, gradient=self._pull_back,
+                         hessian_vector_product=self._gauss_newton, preconditioner=preconditioner,
+                         vs=MPIVectorSpace(comm) if vectorspace is None else vectorspace)
+
+    def _visit(self, x):
+        super()._visit(x)
+        if self._tape is not None and self._tape_point is not self._point:
+            self._tape = None
+
+    def _forward(self, x):
+        self._tape_point = self._point
+        y, self._tape = self.model.compute("y", init=dict(x=self._point), return_tape=True)
+        self.forwards += 1
+        return y
+
+    def _tape_at(self, x):
+        """The tape of the forward run at x, which is run if it has not been."""
+        self._visit(x)
+        if self._tape is None:
+            self.objective(x)
+        return self._tape
+
+    def _pull_back(self, x):
+        cotangents = {f"_{name}": ZeroGradient for name in self.model_outputs}
+        cotangents["_y"] = 1.0
+        return self._vector(self._tape_at(x).get_vjp().compute("_x", init=cotangents))
+
+    def _gauss_newton(self, x, v):
+        tape, names = self._tape_at(x), self.residual_names
+        tangents = tape.get_jvp().compute([f"{name}_" for name in names], init=dict(x_=v))
+        cotangents = {f"_{name}": ZeroGradient for name in self.model_outputs}
+        cotangents.update((f"_{name}", tangent) for name, tangent in zip(names, tangents, strict=True))
+        product = self._vector(tape.get_vjp().compute("_x", init=cotangents))
+        return self.vs.scale(2.0, product)
+
+    def _vector(self, cotangent):
+        """A cotangent as a vector: the universal zero becomes the zero vector."""
+        return self.vs.zeros_like(self._point) if cotangent is ZeroGradient else cotangent
+
+    @property
+    def residual_names(self) -> list:
+        """The names of the residuals among the outputs of the model."""
+        return [f"r{i}" for i in range(len(self.residuals))]
+
+    @property
+    def model_outputs(self) -> list:
+        """The names of all outputs of the model."""
+        return ["y", *self.residual_names, *(f"chisquare{i}" for i in range(len(self.residuals)))]
+
+    def chisquares(self, x) -> list:
+        """The sum of squares of each residual at x."""
+        out = self._tape_at(x).out
+        return [float(out[f"chisquare{i}"]) for i in range(len(self.residuals))]
+
+    def residual_values(self, x) -> list:
+        """The residuals at x, this rank's part of them."""
+        out = self._tape_at(x).out
+        return [out[name] for name in self.residual_names]
+
+
+class EpochScheduler(dict):
+    """Parameters that change from epoch to epoch: a dictionary of the changes by epoch.
+
+    ``scheduler('maxiter', [5, 10, 50])`` gives one value an epoch, ``scheduler('scale', {0: 4.0, 2: 0.0})`` a
+    step function, and ``scheduler('gtol', 1e-3)`` a value from the start.
+    """
+
+    def __call__(self, argname, values):
+        """Short for :meth:`schedule`."""
+        self.schedule(argname, values)
+
+    def schedule(self, argname, values):
+        """Set the values of the parameter `argname`: a list, a dictionary by epoch, or one value."""
+        if isinstance(values, (list, tuple)):
+            values = dict(enumerate(values))
+        elif not isinstance(values, dict):
+            values = {0: values}
+        for epoch, value in values.items():
+            if not isinstance(epoch, (int, np.integer)) or epoch < 0:
+                raise ValueError(f"epochs are counted 0, 1, 2, ...; {argname!r} is scheduled for {epoch!r}")
+            self.setdefault(int(epoch), {})[argname] = value
+
+    @property
+    def min_nepochs(self) -> int:
+        """The number of epochs that reaches the last change, at least 1."""
+        return max(self, default=0) + 1
+
+    def get_args(self, epoch) -> dict:
+        """The parameters in an epoch, as if all epochs before had been played."""
+        args = {}
+        for change in sorted(self):
+            if change <= epoch:
+                args.update(self[change])
+        return args
+
+
+class Epoch:
+    """Which epoch of how many: what a monitor of epochs is told."""
+
+    def __init__(self, epoch, nepochs):
+        self.epoch, self.nepochs = epoch, nepochs
+
+    def __repr__(self):
+        return f"Epoch {self.epoch} / {self.nepochs}"
+
+
+class MAPInversion:
+    """Find the most probable signal behind data, in several epochs.
+
+    Subclasses override :meth:`problem_factory`.
+
+    Parameters
+    ----------
+    optimizer :
+        an :class:`~vmad_lit.contrib.optimize.Optimizer`.
+    ForwardOperator :
+        the forward operator, for the use of `problem_factory`.
+
+    Attributes
+    ----------
+    schedule_optimizer : EpochScheduler
+        the options of the optimiser.
+    schedule_problem : EpochScheduler
+        the arguments of `problem_factory` besides the data.
+    states : list of State
+        the final state of each epoch of the last :meth:`apply`.
+    """
+
+    def __init__(self, optimizer, ForwardOperator):
+        self.optimizer = optimizer
+        self.ForwardOperator = ForwardOperator
+        self.schedule_optimizer = EpochScheduler()
+        self.schedule_problem = EpochScheduler()
+        self.states = []
+
+    def problem_factory(self, d, **args):
+        """The problem for the data `d` and the scheduled parameters; to be overridden."""
+        raise NotImplementedError(f"{type(self).__name__} must define problem_factory(self, d, ...), "
+                                  "which returns a problem")
+
+    @property
+    def nepochs(self) -> int:
+        """The number of epochs that both schedules ask for."""
+        return max(self.schedule_optimizer.min_nepochs, self.schedule_problem.min_nepochs)
+
+    def get_problem(self, d, epoch=0):
+        """The problem of one epoch."""
+        return self.problem_factory(d=d, **self.schedule_problem.get_args(epoch))
+
+    def apply(self, d, s0, epochs=None, monitor_epoch=None, monitor_progress=None, progress=False):
+        """Invert the data `d`, starting from the signal `s0`.
+
+        Parameters
+        ----------
+        epochs : list of int
+            the epochs to run; all of them by default.
+        monitor_epoch :
+            called with an :class:`Epoch` at the beginning of each.
+        monitor_progress :
+            called with the state of the optimiser after each iteration.
+        progress : bool
+            show a progress bar for each epoch.
+
+        Returns
+        -------
+        the most probable signal
+        """
+        epochs = list(range(self.nepochs) if epochs is None else epochs)
+        s1, self.states, options = s0, [], dict(vars(self.optimizer))
+        try:
+            for epoch in epochs:
+                if monitor_epoch:
+                    monitor_epoch(Epoch(epoch, max(epochs) + 1))
+                problem = self.get_problem(d, epoch)
+                vars(self.optimizer).update(self._options(epoch))
+                state = self.optimizer.minimize(problem, s1, monitor=monitor_progress,
+                                                **({"progress": True} if progress else {}))
+                self.states.append(state)
+                s1 = state["x"]
+        finally:
+            vars(self.optimizer).clear()
+            vars(self.optimizer).update(options)
+        return s1
+
+    def _options(self, epoch) -> dict:
+        """The options of the optimiser in an epoch, checked."""
+        args = self.schedule_optimizer.get_args(epoch)
+        known = self.optimizer.options() if hasattr(self.optimizer, "options") else args
+        for name in args:
+            if name not in known:
+                raise ValueError(f"the optimiser has no option {name!r} to be scheduled; "
+                                 f"it has {', '.join(known)}")
+        return args
+
+    @classmethod
+    def create_like(cls, other, epochs=None):
+        """A new inversion with the attributes and schedules of `other`, or with only these epochs of them."""
+        self = object.__new__(cls)
+        vars(self).update(vars(other))
+        self.states = []
+        for name in "schedule_optimizer", "schedule_problem":
+            schedule = getattr(other, name)
+            if epochs is None:
+                chosen = {epoch: dict(args) for epoch, args in schedule.items()}
+            else:
+                chosen = {i: schedule.get_args(epoch) for i, epoch in enumerate(epochs)}
+            copy = EpochScheduler()
+            copy.update(chosen)
+            setattr(self, name, copy)
+        return self

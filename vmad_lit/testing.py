@@ -1,0 +1,705 @@
+"""Tests of derivatives, in one line each: the dot-product test, the Taylor test, and a test of independence of the number of ranks.
+
+`check` proves an operator (or a model, or a function that builds one) at given inputs. `BaseScalarTest` and `BaseVectorTest` are bases for test
+classes, which compare with finite differences.
+"""
+
+import inspect
+from collections import namedtuple
+
+import numpy
+
+from .core.error import BadArgument
+from .core.model import Builder
+from .core.graph import Graph
+from .core.operator import InstanceOperator, Operator, ZeroGradient, operator
+from .core.symbol import List
+
+
+def inner(a, b, comm=None):
+    """The real inner product Re sum conj(a) b of two values of a kind, summed in double precision.
+
+    Parameters
+    ----------
+    a, b : numbers, arrays, lists of these, or objects with a method `cdot` (fields); ZeroGradient is orthogonal to all
+    comm : MPI communicator, optional
+        Arrays with axes are distributed over its ranks: sum over them. Numbers are the same on all ranks.
+    """
+    if a is ZeroGradient or b is ZeroGradient:
+        return 0.0
+    if isinstance(a, (list, tuple)) or isinstance(b, (list, tuple)):
+        return sum((inner(p, q, comm) for p, q in zip(a, b, strict=True)), 0.0)
+    if hasattr(a, "cdot"):
+        return float(numpy.real(a.cdot(b)))
+    a, b = numpy.asarray(a), numpy.asarray(b)
+    total = float(numpy.sum(numpy.conj(a) * b, dtype="c16").real)
+    return total if comm is None or a.ndim == b.ndim == 0 else comm.allreduce(total)
+
+
+def random_like(x, rng):
+    """A random direction for a value: normal deviates of the same shape and precision, complex if the value is."""
+    if isinstance(x, (list, tuple)):
+        return [random_like(item, rng) for item in x]
+    if hasattr(x, "cdot"):
+        # Fill a field with white noise
+        real = x.pm.create(type="real")
+        rng = numpy.random.default_rng([*rng.bit_generator.seed_seq.entropy, x.pm.comm.rank])
+        real[...] = random_like(real[...], rng)
+        return real.cast(type=type(x))
+    if isinstance(x, (bool, int, float, complex)):
+        noise = complex(rng.normal(), rng.normal()) if isinstance(x, complex) else float(rng.normal())
+        return noise
+    x = numpy.asarray(x)
+    noise = rng.normal(size=x.shape)
+    if x.dtype.kind == "c":
+        noise = noise + 1j * rng.normal(size=x.shape)
+    return numpy.asarray(noise).astype(x.dtype if x.dtype.kind in "fc" else "f8")
+
+
+def step(x, h, v):
+    """x + h v"""
+    if v is ZeroGradient:
+        return x
+    if isinstance(x, (list, tuple)):
+        return [step(item, h, direction) for item, direction in zip(x, v, strict=True)]
+    return x + v * h
+
+
+def copy_of(x):
+    """A copy of a value that does not change when the value is changed in place."""
+    if isinstance(x, (list, tuple)):
+        return [copy_of(item) for item in x]
+    return x.copy() if hasattr(x, "copy") else x
+
+
+def same(x, y):
+    """Whether two values are equal element by element."""
+    if isinstance(x, (list, tuple)):
+        return len(x) == len(y) and all(map(same, x, y))
+    x, y = getattr(x, "value", x), getattr(y, "value", y)
+    return numpy.array_equal(x, y, equal_nan=numpy.asarray(x).dtype.kind in "fc")
+
+
+def items_of(x):
+    """Iterate over a value, or over the items of a (nested) list of values."""
+    if isinstance(x, (list, tuple)):
+        for item in x:
+            yield from items_of(item)
+    else:
+        yield x
+
+
+def is_differentiable(x):
+    if isinstance(x, (list, tuple)):
+        return len(x) > 0 and all(map(is_differentiable, x))
+    if hasattr(x, "cdot"):
+        return True
+    if isinstance(x, (int, float, complex)):
+        return not isinstance(x, bool)
+    return isinstance(x, (numpy.ndarray, numpy.number)) and x.dtype.kind in "iufc"
+
+
+def precisions(*values):
+    """The set of the machine epsilons of the floating point arrays and fields among the values."""
+    dtypes = (numpy.dtype(item.dtype) for item in items_of(values) if hasattr(item, "dtype"))
+    return {float(numpy.finfo(dtype).eps) for dtype in dtypes if dtype.kind in "fc"}
+
+
+class Trial:
+    """A model that contains the subject, together with values for its inputs.
+
+    Attributes
+    ----------
+    model : Model
+    init : dict
+        The values of the inputs.
+    varied : list of str
+        The names of the inputs with respect to which derivatives are tested.
+    """
+
+    def __init__(self, subject, args, kwargs, comm=None, universal=(), constant=(), seed=20):
+        self.name = getattr(subject, "__name__", None) or repr(subject)
+        self.comm = comm
+        self.universal = {universal} if isinstance(universal, str) else set(universal)
+        self.seed = seed
+        constant = {constant} if isinstance(constant, str) else set(constant)
+        if isinstance(subject, Graph):
+            self.model, self.init = subject, dict(*args, **kwargs)
+        else:
+            self.init = {}
+            self.model = self._build(subject, args, kwargs, constant)
+        self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
+        if not self.varied:
+            raise BadArgument(f"{self.name} has no input that could be varied; given were {list(self.init)}")
+        # Run the model with a tape
+        vout = list(self.model._outputs)
+        self.out, self.tape = self.model.compute(vout, self.init, return_tape=True, return_dict=True)
+        self.results = [name for name in vout if is_differentiable(self.out[name])]
+        known = precisions([self.init[name] for name in self.varied], [self.out[name] for name in self.results])
+        self.eps = max(known, default=float(numpy.finfo("f8").eps))
+        self.uniform = len(known) == 1
+
+    def _build(self, subject, args, kwargs, constant):
+        with Builder() as m:
+            # Replace the arguments that vary by inputs
+            if isinstance(subject, (Operator, InstanceOperator)):
+                if isinstance(subject, InstanceOperator):
+                    args = (subject.instance, *args)
+                    subject = subject.base
+                given, places = subject._bind(args, kwargs)
+                for name in subject.ain:
+                    if is_differentiable(given[name]) and name not in constant:
+                        given[name] = self._symbols(m, name, given[name])
+                result = subject(**given, **places)
+            else:
+                bound = inspect.signature(subject).bind(*args, **kwargs)
+                for name, x in bound.arguments.items():
+                    if is_differentiable(x) and name not in constant:
+                        bound.arguments[name] = self._symbols(m, name, x)
+                result = subject(*bound.args, **bound.kwargs)
+            if isinstance(result, dict):
+                m.output(**result)
+            elif isinstance(result, (tuple, list)):
+                names = getattr(subject, "aout", [f"y{i}" for i in range(len(result))])
+                m.output(**dict(zip(names, result)))
+            else:
+                m.output(**{next(iter(getattr(subject, "aout", "y"))): result})
+        return m
+
+    def _symbols(self, m, name, x):
+        """Inputs of the model `m` in the place of a value: a symbol, or a List of them."""
+        if isinstance(x, (list, tuple)):
+            return List([self._symbols(m, f"{name}[{i}]", item) for i, item in enumerate(x)])
+        self.init[name] = x
+        return m.input(name)
+
+    def _direction(self, name, x):
+        distributed = self.comm is not None and name.strip("_").split("[")[0] not in self.universal
+        entropy = [self.seed, sum(map(ord, name))]
+        rng = numpy.random.default_rng(entropy + [1 + self.comm.rank] if distributed and numpy.ndim(x) else entropy)
+        return random_like(x, rng)
+
+    def inner(self, name, a, b):
+        """The inner product of two derivatives of the variable `name`."""
+        return inner(a, b, None if name.split("[")[0] in self.universal else self.comm)
+
+    def norm(self, values):
+        """The norm of a dict of values by the names of their variables."""
+        return max(sum(self.inner(name, x, x) for name, x in values.items()), 0.0) ** 0.5
+
+    def tangents(self):
+        """A random tangent for each input that varies, of the size of the value but not larger than one."""
+        tangents = {}
+        for name in self.varied:
+            x, v = self.init[name], self._direction(name + "_", self.init[name])
+            ratio = self.norm({name: x}) / (self.norm({name: v}) or 1.0)
+            tangents[name] = step(v, (min(ratio, 1.0) or 1.0) - 1.0, v)
+        return tangents
+
+    def cotangents(self):
+        return {name: self._direction("_" + name, self.out[name]) for name in self.results}
+
+    def value(self, init):
+        return self.model.compute(self.results, init, return_dict=True)
+
+    def jvp(self, tangents):
+        """Tangents of the results, from tangents of some of the inputs."""
+        init = {name + "_": tangents.get(name, ZeroGradient) for name in self.model._inputs}
+        out = self.tape.get_jvp().compute([name + "_" for name in self.results], init, return_dict=True)
+        return {name: out[name + "_"] for name in self.results}
+
+    def vjp(self, cotangents):
+        """Cotangents of the inputs, from cotangents of some of the results."""
+        init = {"_" + name: cotangents.get(name, ZeroGradient) for name in self.model._outputs}
+        out = self.tape.get_vjp().compute(["_" + name for name in self.varied], init, return_dict=True)
+        return {name: out["_" + name] for name in self.varied}
+
+
+def check_dot_product(subject, *args, comm=None, universal=(), constant=(), seed=20, rtol=None, allow_zero=False, **kwargs):
+    """Assert that jvp and vjp multiply with the same Jacobian: <w, J v> = <J^T w, v> for random v and w.
+
+    Parameters
+    ----------
+    subject : operator, function that builds a model out of symbols, or model
+    *args, **kwargs
+        The arguments with which the subject is called, at which it is tested. For a model: a dict of its inputs.
+    comm : MPI communicator, optional
+        Arrays with axes are distributed over its ranks.
+    universal : str or tuple of str
+        Names of array variables that, in spite of `comm`, are the same on all ranks.
+    constant : str or tuple of str
+        Names of inputs that shall not vary.
+    rtol : float, optional
+        The default depends on the precision of the inputs: 4e-10 for double, 7e-5 for single.
+    allow_zero : bool
+        Whether a derivative may vanish altogether, which otherwise means that the test has no power.
+
+    Returns
+    -------
+    tuple of float
+        The two sides, for all inputs and results together.
+    """
+    trial = Trial(subject, args, kwargs, comm, universal, constant, seed)
+    return dot_products(trial, rtol, allow_zero)
+
+
+def dot_products(trial, rtol=None, allow_zero=False):
+    v, w = trial.tangents(), trial.cotangents()
+    rtol = trial.eps**0.6 if rtol is None else rtol
+    pushed = {name: trial.jvp({name: v[name]}) for name in trial.varied}
+    pulled = {name: trial.vjp({name: w[name]}) for name in trial.results}
+    for x in trial.varied:
+        for y in trial.results:
+            # Compare the two sides for one input and one result
+            left = trial.inner(y, w[y], pushed[x][y])
+            right = trial.inner(x, pulled[y][x], v[x])
+            scale = max(
+                trial.norm({y: w[y]}) * trial.norm({y: pushed[x][y]}), trial.norm({x: pulled[y][x]}) * trial.norm({x: v[x]})
+            )
+            if not abs(left - right) <= rtol * scale:
+                raise AssertionError(describe_products(trial.name, x, y, left, right, rtol * scale))
+    Jv, JTw = trial.jvp(v), trial.vjp(w)
+    left = sum(trial.inner(y, w[y], Jv[y]) for y in trial.results)
+    right = sum(trial.inner(x, JTw[x], v[x]) for x in trial.varied)
+    scale = max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
+    if not abs(left - right) <= rtol * scale:
+        raise AssertionError(describe_products(trial.name, "all inputs", "all results", left, right, rtol * scale))
+    if scale == 0 and not allow_zero:
+        raise AssertionError(f"{trial.name}: all derivatives vanish here, so that this test proves nothing")
+    return left, right
+
+
+def describe_products(name, x, y, left, right, allowed):
+    return (
+        f"{name}: jvp and vjp disagree on d({y})/d({x}): <w, J v> = {left:.12g} and <J^T w, v> = {right:.12g}; "
+        f"they differ by {abs(left - right):.3g}, expected at most {allowed:.3g}"
+    )
+
+
+Remainders = namedtuple("Remainders", "steps, zeroth, first, floor")
+Remainders.__doc__ = """Remainders of Taylor's expansion: |f(x + h v) - f(x)| and |f(x + h v) - f(x) - h J v| for steps h, and their rounding errors."""
+
+
+def taylor_remainders(subject, *args, steps=None, comm=None, universal=(), constant=(), seed=20, **kwargs):
+    """Compute the remainders of Taylor's expansion in a random direction, for `check_taylor` and for plotting."""
+    return remainders(Trial(subject, args, kwargs, comm, universal, constant, seed), steps)
+
+
+def remainders(trial, steps=None, only=None):
+    v = {name: v for name, v in trial.tangents().items() if only in (None, name)}
+    return expand(trial, trial.value, trial.out, trial.jvp(v), trial.init, v, steps)
+
+
+def expand(space, function, y, Jv, x, v, steps=None):
+    """Remainders of `function` at the dict of values `x` in the direction `v`; `space` knows norms and rounding."""
+    if steps is None:
+        steps = (1e-2 * 0.25 ** numpy.arange(6)) if space.eps < 1e-10 else 0.1 * 0.5 ** numpy.arange(5)
+    sensitivity = space.norm(Jv) * max(1.0, space.norm({name: x[name] for name in v}) / (space.norm(v) or 1.0))
+    zeroth, first, floor = [], [], []
+    for h in map(float, steps):
+        shifted = function({**x, **{name: step(x[name], h, direction) for name, direction in v.items()}})
+        change = {name: step(shifted[name], -1.0, y[name]) for name in Jv}
+        rest = {name: step(change[name], -h, Jv[name]) for name in Jv}
+        zeroth.append(space.norm(change))
+        first.append(space.norm(rest))
+        floor.append(32 * space.eps * (space.norm(shifted) + sensitivity))
+    return Remainders(numpy.asarray(steps), numpy.array(zeroth), numpy.array(first), numpy.array(floor))
+
+
+def rates_of(r, which="first"):
+    """The slopes between successive steps; infinite where the remainder is mere rounding."""
+    R = getattr(r, which)
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        rates = numpy.log(R[:-1] / R[1:]) / numpy.log(r.steps[:-1] / r.steps[1:])
+    return numpy.where(R[1:] <= r.floor[1:], numpy.inf, rates)
+
+
+def check_taylor(
+    subject, *args, steps=None, comm=None, universal=(), constant=(), seed=20, order=2, allow_zero=False, **kwargs
+):
+    """Assert that the tangent is the derivative: |f(x + h v) - f(x) - h J v| falls as h squared.
+
+    Parameters are those of `check_dot_product`, and
+
+    steps : sequence of float, optional
+        Decreasing step sizes, relative to a direction that is about as large as the inputs, but not larger than one.
+    order : float
+        The slope that is expected.
+
+    Returns
+    -------
+    array
+        The slopes between successive steps; infinite where the remainder is mere rounding.
+    """
+    trial = Trial(subject, args, kwargs, comm, universal, constant, seed)
+    return taylor_rates(trial, steps, order, allow_zero)
+
+
+def taylor_rates(trial, steps=None, order=2, allow_zero=False):
+    r = remainders(trial, steps)
+    if not converges(r, order):
+        # Find the inputs whose tangents are wrong
+        wrong = [name for name in trial.varied if not converges(remainders(trial, steps, only=name), order)]
+        raise AssertionError(
+            f"{trial.name}: the jvp is not the derivative with respect to {', '.join(wrong or trial.varied)}; " + describe_slopes(r, order)
+        )
+    if not allow_zero and trial.norm(trial.jvp(trial.tangents())) == 0:
+        raise AssertionError(f"{trial.name}: all derivatives vanish here, so that this test proves nothing")
+    return rates_of(r)
+
+
+def converges(r, order):
+    """Whether the remainder falls at the rate `order`, as far as it is more than rounding."""
+    if not numpy.isfinite(r.first).all():
+        return False
+    informative = rates_of(r)[r.first[1:] > r.floor[1:]]
+    return len(informative) == 0 or bool(informative[-1] > order - 0.25) or bool(numpy.median(informative) > order - 0.1)
+
+
+def describe_slopes(r, order):
+    rows = ", ".join(f"h={h:.1e}: {R:.3e}" for h, R in zip(r.steps, r.first))
+    slopes = ", ".join(f"{rate:.2f}" for rate in rates_of(r))
+    return f"the remainder |f(x + h v) - f(x) - h J v| falls with slopes {slopes}, expected {order} ({rows})"
+
+
+def check_gradient(
+    objective, *args, gradient=None, steps=None, comm=None, universal=(), constant=(), seed=20, order=2, **kwargs
+):
+    """Assert that a gradient is the derivative of a real scalar objective, by the Taylor test.
+
+    Parameters are those of `check_taylor`, and
+
+    gradient : callable, optional
+        If given, objective and gradient are plain functions of numbers; the gradient takes the same arguments, and returns the
+        cotangent of the only argument, or a sequence of those of all arguments. Otherwise the gradient is the vjp of a model.
+
+    Returns
+    -------
+    array
+        The slopes between successive steps; infinite where the remainder is mere rounding.
+    """
+    if gradient is None:
+        trial = Trial(objective, args, kwargs, comm, universal, constant, seed)
+        (y,) = trial.results
+        function, values, g = trial.value, trial.out, trial.vjp({y: 1.0})
+    else:
+        y = "y"
+        trial = Numeric(objective, args, kwargs, comm, universal, constant, seed)
+        function, values, g = trial.value, trial.out, trial.gradient(gradient)
+    if numpy.ndim(values[y]) != 0 or isinstance(values[y], complex):
+        raise BadArgument(f"the objective is not a real number but {type(values[y]).__name__} of shape {numpy.shape(values[y])}")
+    v = trial.tangents()
+    slope = sum(trial.inner(name, g[name], v[name]) for name in v)
+    r = expand(trial, function, values, {y: slope}, trial.init, v, steps)
+    if not converges(r, order):
+        raise AssertionError(f"{trial.name}: the gradient is not the derivative of the objective; " + describe_slopes(r, order))
+    return rates_of(r)
+
+
+class Numeric(Trial):
+    """A plain function of numbers on trial."""
+
+    def __init__(self, function, args, kwargs, comm=None, universal=(), constant=(), seed=20):
+        self.name = getattr(function, "__name__", None) or repr(function)
+        self.comm, self.universal, self.seed = comm, {universal} if isinstance(universal, str) else set(universal), seed
+        self.function, self.kwargs = function, kwargs
+        self.init = {f"x{i}": x for i, x in enumerate(args)}
+        self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
+        self.out, self.results = self.value(self.init), ["y"]
+        self.eps = max(precisions(list(self.init.values())), default=float(numpy.finfo("f8").eps))
+
+    def value(self, init):
+        return {"y": self.function(*init.values(), **self.kwargs)}
+
+    def gradient(self, gradient):
+        g = gradient(*self.init.values(), **self.kwargs)
+        return dict(zip(self.init, [g] if len(self.init) == 1 else g, strict=True))
+
+
+Report = namedtuple("Report", "value, rates, products")
+Report.__doc__ = """What `check` saw: the value, the slopes of the Taylor test, and the two sides of the dot-product test."""
+
+
+def check(
+    subject, *args, truth=None, comm=None, universal=(), constant=(), seed=20, rtol=None, steps=None, allow_zero=False, **kwargs
+):
+    """Prove an operator, a model, or a function that builds a model, at given inputs.
+
+    The value is compared with the truth, the jvp with the value by the Taylor test, and the vjp with the jvp by the dot-product test; derivatives
+    must fit their values in shape, in being real, and in precision; and inputs must not be changed.
+
+    Parameters are those of `check_dot_product`, and
+
+    truth : callable or value, optional
+        What the value should be: a function that is called with the same arguments, or the value itself (for several results, a sequence).
+    steps : sequence of float, optional
+        Step sizes of the Taylor test.
+
+    A hyper-parameter of the subject whose name is taken here can be given by position.
+
+    Returns
+    -------
+    Report
+    """
+    before = copy_of([*args, *kwargs.values()]) if all(map(is_differentiable, [*args, *kwargs.values()])) else None
+    trial = Trial(subject, args, kwargs, comm, universal, constant, seed)
+    snapshot = copy_of(list(trial.init.values())) if before is None else None
+    if truth is not None:
+        # Compare the value with the truth
+        expected = truth(*args, **kwargs) if callable(truth) else truth
+        names = list(trial.model._outputs)
+        for name, y in zip(names, [expected] if len(names) == 1 else expected, strict=True):
+            check_value(trial, name, trial.out[name], y)
+    v, w = trial.tangents(), trial.cotangents()
+    Jv, JTw = trial.jvp(v), trial.vjp(w)
+    for name in trial.results:
+        check_fits(trial, f"tangent of the result '{name}'", Jv[name], trial.out[name])
+    for name in trial.varied:
+        check_fits(trial, f"cotangent of the input '{name}'", JTw[name], trial.init[name])
+    rates = taylor_rates(trial, steps, allow_zero=allow_zero)
+    products = dot_products(trial, rtol, allow_zero)
+    # Look whether the inputs are what they were
+    now = list(trial.init.values()) if before is None else [*args, *kwargs.values()]
+    if not same(now, snapshot if before is None else before):
+        raise AssertionError(f"{trial.name} changed one of its inputs in place")
+    values = [trial.out[name] for name in trial.model._outputs]
+    return Report(values[0] if len(values) == 1 else values, rates, products)
+
+
+def check_value(trial, name, value, expected):
+    """Assert that a result is what it should be."""
+    if isinstance(expected, (list, tuple)):
+        for i, (item, y) in enumerate(zip(value, expected, strict=True)):
+            check_value(trial, f"{name}[{i}]", item, y)
+        return
+    value, expected = (getattr(x, "value", x) for x in (value, expected))
+    if numpy.shape(value) != numpy.shape(expected):
+        raise AssertionError(f"{trial.name}: '{name}' has shape {numpy.shape(value)}, expected {numpy.shape(expected)}")
+    numpy.testing.assert_allclose(value, expected, rtol=trial.eps**0.8, atol=trial.eps**0.8, err_msg=f"{trial.name}: the value of '{name}'")
+
+
+def check_fits(trial, what, derivative, value):
+    """Assert that a tangent or cotangent has the shape of its value, is real if it is, and has the same precision."""
+    if derivative is ZeroGradient:
+        return
+    if isinstance(value, (list, tuple)):
+        if len(derivative) != len(value):
+            raise AssertionError(f"{trial.name}: the {what} is a list of {len(derivative)}, expected {len(value)}")
+        for item, x in zip(derivative, value):
+            check_fits(trial, what, item, x)
+        return
+    if hasattr(value, "cdot"):
+        if not hasattr(derivative, "cdot"):
+            raise AssertionError(f"{trial.name}: the {what} is a {type(derivative).__name__}, expected a {type(value).__name__}")
+        return
+    if numpy.shape(derivative) != numpy.shape(value):
+        raise AssertionError(f"{trial.name}: the {what} has shape {numpy.shape(derivative)}, expected {numpy.shape(value)}")
+    if numpy.iscomplexobj(derivative) and not numpy.iscomplexobj(value):
+        raise AssertionError(f"{trial.name}: the {what} is complex, and the value is real")
+    if trial.uniform and hasattr(value, "dtype") and value.dtype.kind in "fc":
+        if precisions(derivative) != precisions(value):
+            got = getattr(derivative, "dtype", type(derivative).__name__)
+            raise AssertionError(f"{trial.name}: the {what} has dtype {got}, and the value {value.dtype}")
+
+
+def check_rank_invariance(function, comm=None, rtol=1e-9):
+    """Assert that `function(comm)` does not depend on the number of ranks.
+
+    Parameters
+    ----------
+    function : callable
+        Takes a communicator; returns a number, an array that is the same on all ranks, a field, or a list, tuple or dict of these. It is
+        called with `comm`, and by each rank with COMM_SELF.
+    comm : MPI communicator
+        The default is COMM_WORLD.
+    rtol : float
+        What is allowed of a difference, relative to the largest element.
+
+    Returns
+    -------
+    float
+        The largest relative difference, on any rank.
+    """
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD if comm is None else comm
+    together = collected(function(comm))
+    alone = collected(function(MPI.COMM_SELF))
+    worst = max(comm.allgather(difference(together, alone)))
+    if not worst <= rtol:
+        raise AssertionError(
+            f"{getattr(function, '__name__', function)}: the result on {comm.size} ranks differs from that on one, relatively by {worst:.3g}, "
+            f"expected at most {rtol:.3g}"
+        )
+    return worst
+
+
+def collected(x):
+    """A result as a flat list of arrays; a field is gathered from all ranks."""
+    if isinstance(x, dict):
+        x = [x[key] for key in x]
+    if isinstance(x, (list, tuple)):
+        return [array for item in x for array in collected(item)]
+    return [numpy.asarray(x.preview() if hasattr(x, "preview") else x)]
+
+
+def difference(a, b):
+    """The largest difference between two lists of arrays, relative to the largest element of each array."""
+    worst = 0.0
+    if len(a) != len(b):
+        return numpy.inf
+    for p, q in zip(a, b):
+        if p.shape != q.shape:
+            return numpy.inf
+        if p.size:
+            gap = numpy.abs(p - q).max() / (max(numpy.abs(p).max(), numpy.abs(q).max()) or 1.0)
+            worst = max(worst, float(gap) if numpy.isfinite(gap) else numpy.inf)
+    return worst
+
+
+class FiniteDifferenceTest:
+    """What `BaseScalarTest` and `BaseVectorTest` have in common."""
+
+    x = numpy.arange(10)
+    rtol = 1e-6
+    atol = 1e-10
+
+    def inner(self, a, b):
+        """The inner product of a cotangent and a tangent; override it for values that are not real arrays."""
+        return numpy.sum(a * b)
+
+    def model(self, x):
+        """Build the model: from the symbol `x` to the symbol of the result. Override it."""
+        return x
+
+    def setup_method(self, method=None):
+        self.setup()
+
+    def _differences(self, directions):
+        """Central finite differences along the directions."""
+        differences = []
+        for x_ in directions:
+            left = self.m.compute("y", dict(x=self.x - x_ * (self.epsilon * 0.5)))
+            right = self.m.compute("y", dict(x=self.x + x_ * (self.epsilon * 0.5)))
+            differences.append((right - left) / self.epsilon)
+        if numpy.allclose(differences, 0):
+            raise AssertionError("this test has no power, since all derivatives vanish at this point")
+        return differences
+
+    def _assert_close(self, what, got, expected):
+        if numpy.shape(got) != numpy.shape(expected):
+            raise AssertionError(f"{what} has shape {numpy.shape(got)}, expected {numpy.shape(expected)}")
+        numpy.testing.assert_allclose(got, expected, rtol=self.rtol, atol=self.atol, err_msg=what)
+
+
+class BaseVectorTest(FiniteDifferenceTest):
+    """Compare value, jvp and vjp of a model from an array `x` to an array `y` with finite differences.
+
+    Attributes
+    ----------
+    x : array
+    y : array, or callable
+        The expected result, or a function of `x` that gives it.
+    x_bases, y_bases : lists of arrays, optional
+        Tangents and cotangents to be tested; by default all unit vectors.
+    epsilon : float
+        The step of the finite differences.
+    """
+
+    y = FiniteDifferenceTest.x
+    x_bases = None
+    y_bases = None
+    epsilon = 1e-7
+
+    def setup(self):
+        if callable(self.y):
+            self.y = self.y(self.x)
+        with Builder() as self.m:
+            self.m.output(y=self.model(self.m.input("x")))
+        self.x_bases = unit_vectors(self.x) if self.x_bases is None else self.x_bases
+        self.y_bases = unit_vectors(self.y) if self.y_bases is None else self.y_bases
+        self.finite_jvp = self._differences(self.x_bases)
+        self._evaluated_y, self.tape = self.m.compute("y", dict(x=self.x), return_tape=True)
+
+    def test_opr(self):
+        numpy.testing.assert_allclose(self._evaluated_y, self.y, rtol=self.rtol, atol=self.atol)
+
+    def test_jvp_finite(self):
+        jvp = self.tape.get_jvp()
+        for i, (x_, y_) in enumerate(zip(self.x_bases, self.finite_jvp)):
+            self._assert_close(f"the jvp along direction {i}", jvp.compute("y_", dict(x_=x_)), y_)
+
+    def test_vjp_finite(self):
+        vjp = self.tape.get_vjp()
+        for j, _y in enumerate(self.y_bases):
+            _x = vjp.compute("_x", dict(_y=_y))
+            for i, (x_, y_) in enumerate(zip(self.x_bases, self.finite_jvp)):
+                what = f"the vjp of cotangent {j} along direction {i}"
+                self._assert_close(what, self.inner(_x, x_), self.inner(_y, y_))
+
+
+def unit_vectors(x):
+    """All arrays of the shape of `x` with one element 1 and the others 0."""
+    x = numpy.asarray(x)
+    return [row.reshape(x.shape).copy() for row in numpy.eye(x.size)]
+
+
+@operator
+class squared_norm:
+    """The sum of the squares of the moduli of the elements of an array."""
+
+    ain = "x"
+    aout = "y"
+
+    def apl(node, x):
+        return numpy.sum(numpy.real(x * numpy.conj(x)))
+
+    def vjp(node, _y, x):
+        return 2 * _y * x
+
+    def jvp(node, x_, x):
+        return 2 * numpy.sum(numpy.real(numpy.conj(x) * x_))
+
+
+class BaseScalarTest(FiniteDifferenceTest):
+    """Compare value, jvp and vjp of the squared norm of a model with finite differences.
+
+    Attributes
+    ----------
+    x : value of any kind
+    x_ : list of values
+        Directions.
+    y : number
+        The expected squared norm; NotImplemented if it is not known.
+    to_scalar : operator
+        The squared norm of the result.
+    epsilon : float
+        The step of the finite differences.
+    """
+
+    y = sum(FiniteDifferenceTest.x**2)
+    x_ = numpy.eye(10)
+    to_scalar = squared_norm
+    epsilon = 1e-3
+
+    def setup(self):
+        with Builder() as self.m:
+            result = self.model(self.m.input("x"))
+            self.m.output(y=type(self).to_scalar(result))
+        self.y_ = self._differences(self.x_)
+        _, self.tape = self.m.compute("y", dict(x=self.x), return_tape=True)
+
+    def test_opr(self):
+        y = self.m.compute("y", dict(x=self.x))
+        if self.y is not NotImplemented:
+            numpy.testing.assert_allclose(y, self.y, rtol=self.rtol, atol=self.atol)
+
+    def test_jvp_finite(self):
+        jvp = self.tape.get_jvp()
+        for i, (x_, y_) in enumerate(zip(self.x_, self.y_)):
+            self._assert_close(f"the jvp along direction {i}", jvp.compute("y_", dict(x_=x_)), y_)
+
+    def test_vjp_finite(self):
+        _x = self.tape.get_vjp().compute("_x", dict(_y=1.0))
+        for i, (x_, y_) in enumerate(zip(self.x_, self.y_)):
+            self._assert_close(f"the vjp along direction {i}", self.inner(_x, x_), y_)
