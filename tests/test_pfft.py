@@ -117,7 +117,8 @@ def test_any_ends_of_any_kind(shape, flags):
 def test_the_blocks_tile_the_mesh(shape, data):
     np = data.draw(st.sampled_from(meshes(len(shape))))
     flags = data.draw(st.sampled_from([0, Flags.TRANSPOSED_OUT, Flags.TRANSPOSED_IN]))
-    p = Partition(data.draw(st.sampled_from([Type.R2C, Type.C2R, Type.C2C])), shape, ProcMesh(np, WORLD), flags)
+    kind = data.draw(st.sampled_from([Type.R2C, Type.C2R, Type.C2C]))
+    p = Partition(kind, shape, ProcMesh(np, WORLD), flags)
     for whole, cut, start, edges in [(p.ni, p.local_i_slice, p.local_i_start, p.i_edges),
                                      (p.no, p.local_o_slice, p.local_o_start, p.o_edges)]:
         count = numpy.zeros(whole, dtype="i8")

@@ -12,17 +12,17 @@ The chapters under ``book/`` are the source of this project. A fence whose info 
 Commands (from the root of the repository)::
 
     python tools/tangle.py                    write the files that changed, and say which
-    python tools/tangle.py --check            write nothing; a diff and exit status 1 if package and book differ
+    python tools/tangle.py --check            write nothing; diff and exit status 1 if package and book differ
     python tools/tangle.py --force            write also over files that were edited by hand
-    python tools/tangle.py where FILE:LINE    the chapter line a package line comes from (and the other way round)
+    python tools/tangle.py where FILE:LINE    the chapter line of a package line, or the reverse
     python tools/tangle.py trace -- COMMAND   run a command; its messages and tracebacks name chapter lines
     python tools/tangle.py list               the files, and the chapters they come from
 
-Exit status: 0 all is well; 1 the package and the book differ (``--check``); 2 the book has errors, or a file cannot
-be written, or was edited by hand. ``trace`` passes on the status of the command.
+Exit status: 0 all is well; 1 the package and the book differ (``--check``); 2 the book has errors, or a file
+cannot be written, or was edited by hand. ``trace`` passes on the status of the command.
 
-The same things are there for programs: ``Book.load(root)`` reads the chapters once; its blocks, its files and the map
-between lines of the package and lines of the chapters serve Sphinx, pytest and coverage alike.
+The same things are there for programs: ``Book.load(root)`` reads the chapters once; its blocks, its files and
+the map between lines of the package and lines of the chapters serve Sphinx, pytest and coverage alike.
 """
 from __future__ import annotations
 
@@ -50,12 +50,14 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 from mdit_py_plugins.front_matter import front_matter_plugin
 from mdit_py_plugins.myst_blocks import myst_block_plugin
 
-__all__ = ["Block", "Book", "Drift", "Problem", "Reference", "TangleError", "Tangled", "WriteError", "main", "slug"]
+__all__ = ["Block", "Book", "Drift", "Problem", "Reference", "TangleError", "Tangled", "Tracer",
+           "WriteError", "Written", "main", "slug"]
 
 #: Directives whose content is text, not Markdown; every other directive is searched for fences of its own.
 VERBATIM = frozenset("""
-    code code-block code-cell sourcecode doctest testcode testoutput testsetup parsed-literal prompt literalinclude
-    math raw eval-rst mermaid graphviz digraph csv-table bibliography toctree autosummary automodule
+    code code-block code-cell sourcecode doctest testcode testoutput testsetup parsed-literal prompt
+    literalinclude math raw eval-rst mermaid graphviz digraph csv-table bibliography toctree
+    autosummary automodule
     """.split())
 
 #: Of these, the ones whose argument names a programming language.
@@ -98,7 +100,7 @@ class TangleError(Exception):
 
 
 class WriteError(Exception):
-    """The book is sound, but its files were not written: edited by hand, or unwritable. ``messages`` says why."""
+    """The book is sound, but its files were not written: edited by hand, or unwritable; see ``messages``."""
 
     def __init__(self, messages: Iterable[str]):
         self.messages = list(messages)
@@ -132,8 +134,8 @@ class Reference(NamedTuple):
 class Block:
     """A fence of a chapter: canonical code, illustration, tested example or executed cell.
 
-    ``line`` is the line of the opening fence and ``body_line`` that of the first line of the body, both counted
-    from 1; ``body`` ends its lines with ``\\n`` whatever the chapter does.
+    ``line`` is the line of the opening fence and ``body_line`` that of the first line of the body, both
+    counted from 1; ``body`` ends its lines with ``\\n`` whatever the chapter does.
     """
 
     chapter: str
@@ -193,7 +195,8 @@ class Block:
         return self.body_line + self._option_lines
 
     def __repr__(self) -> str:
-        what = f"#{self.id}" if self.id else f"{{{self.directive}}}" if self.directive else self.language or "text"
+        kind = f"{{{self.directive}}}" if self.directive else self.language or "text"
+        what = f"#{self.id}" if self.id else kind
         return f"<Block {what} at {self.chapter}:{self.line}>"
 
 
@@ -357,13 +360,14 @@ class _Chapter:
             line = first_line + token.map[0]
             height = token.map[1] - token.map[0] - token.content.count("\n")
             if height < 2:                          # the parser closes what the author left open
-                hint = "; an outer fence must be longer than those within it" if depth or ":" in token.markup else ""
+                nested = depth or token.type == "colon_fence"
+                hint = "; an outer fence must be longer than those within it" if nested else ""
                 self._problem(line, f"the fence {token.markup} is not closed{hint}")
             info = token.info.strip()
             directive, arguments = self._directive(info)
             if token.type == "colon_fence" and directive not in VERBATIM:
                 if "{#" in info:
-                    self._problem(line, "canonical code stands between backticks or tildes, not in a colon fence")
+                    self._problem(line, "canonical code stands between backticks, not between colons")
                 self._search(token.content, line + 1, depth + 1)
             elif directive is not None and directive not in VERBATIM:
                 self._search(token.content, line + 1, depth + 1)
@@ -390,7 +394,8 @@ class _Chapter:
             brace = ""
         attributes = _Attributes("{" + rest) if brace else None
         if attributes is None:
-            self.blocks.append(Block(self.name, line, body, language, arguments=" ".join(words[1:]), depth=depth))
+            self.blocks.append(Block(self.name, line, body, language, depth=depth,
+                                     arguments=" ".join(words[1:])))
             return
         if len(words) > 1:
             attributes.errors.append(f"unexpected {' '.join(words[1:])!r} between language and attributes")
@@ -405,11 +410,13 @@ class _Chapter:
         if id is not None and slug(id) != id:
             good = slug(id)
             hint = f": write #{good}" if good else ""
-            self._problem(line, f"bad id {id!r}: lower-case letters and digits, joined by single hyphens{hint}")
+            self._problem(line, f"bad id {id!r}: lower-case letters and digits, "
+                                f"joined by single hyphens{hint}")
             id = good or id
         if file is not None:
             if id is None and not attributes.errors:
-                self._problem(line, f"the block that begins {file!r} has no id: write {{#name file=\"{file}\"}}")
+                self._problem(line, f"the block that begins {file!r} has no id: "
+                                    f'write {{#name file="{file}"}}')
             error = _path_error(file)
             if error:
                 self._problem(line, error)
@@ -426,7 +433,8 @@ class _Chapter:
             if not stripped.startswith("# <<") or not stripped.endswith(">>"):
                 self._problem(number, f"{stripped!r} is not a reference: write '# <<Title of the chunk>>'")
             elif not slug(title):
-                self._problem(number, f"the reference {stripped!r} names no chunk: its title has no letter or digit")
+                self._problem(number, f"the reference {stripped!r} names no chunk: "
+                                      "its title has no letter or digit")
             else:
                 yield Reference(number, text[:len(text) - len(text.lstrip())], title, slug(title))
 
@@ -591,7 +599,8 @@ class Book:
         for block in self.blocks:
             for reference in block.references:
                 if reference.id not in self.chunks:
-                    close = difflib.get_close_matches(reference.id, sorted(set(self.chunks) - set(begun)), n=1)
+                    names = sorted(set(self.chunks) - set(begun))
+                    close = difflib.get_close_matches(reference.id, names, n=1)
                     hint = f"; did you mean #{close[0]}?" if close else ""
                     problem(block, f"no chunk #{reference.id} for the reference "
                                    f"<<{reference.title}>>{hint}", reference.line)
@@ -628,13 +637,14 @@ class Book:
         for id, blocks in self.chunks.items():
             if id not in used and id not in circular:
                 close = difflib.get_close_matches(id, sorted(begun), n=1)
-                hint = f"; did you mean to append to #{close[0]}?" if close and not self._users.get(id) else ""
+                wanted = self._users.get(id)
+                hint = f"; did you mean to append to #{close[0]}?" if close and not wanted else ""
                 problem(blocks[0], f"no file includes the chunk #{id}{hint}")
 
     # -- tangling --------------------------------------------------------------------------------------------
 
     def tangle(self) -> dict[str, Tangled]:
-        """The files that the book makes, by their paths. Raises ``TangleError`` with all problems of the book."""
+        """The files that the book makes, by their paths. Raises ``TangleError`` with all its problems."""
         if self.problems:
             raise TangleError(self.problems)
         return self._tangled
@@ -686,8 +696,8 @@ class Book:
     def where(self, file: str | os.PathLike[str], line: int) -> tuple[str, int]:
         """The chapter and the line there from which a line of a tangled file comes.
 
-        A blank line that separates two blocks counts to the one before it. ``LookupError`` if the book does not
-        make the file, or the file has no such line.
+        A blank line that separates two blocks counts to the one before it. ``LookupError`` if the book does
+        not make the file, or the file has no such line.
         """
         path = self.relative(file)
         made = self.tangle()
@@ -756,7 +766,8 @@ class Book:
         """A unified diff from the file on disk to the book, each hunk headed by its chapter line."""
         tangled = self.tangle()[path]
         out = []
-        diff = difflib.unified_diff(_lines(text), _lines(tangled.text), name or path, f"{path} (book)", lineterm="")
+        diff = difflib.unified_diff(_lines(text), _lines(tangled.text), name or path, f"{path} (book)",
+                                    lineterm="")
         for line in diff:
             if line.startswith("@@"):
                 start = int(line.split("+")[1].split(" ")[0].split(",")[0])
@@ -769,9 +780,9 @@ class Book:
     def write(self, force: bool = False) -> Written:
         """Write the files that changed, all of them or none.
 
-        A file that was edited by hand since it was written is not touched: ``WriteError`` then says which of its
-        lines differ and from which blocks they come; ``force`` overwrites it. Files that an earlier run wrote and
-        that no chapter makes any more are removed, if they are as they were written.
+        A file that was edited by hand since it was written is not touched: ``WriteError`` then says which of
+        its lines differ and from which blocks they come; ``force`` overwrites it. Files that an earlier run
+        wrote and that no chapter makes any more are removed, if they are as they were written.
         """
         return _Writer(self, force).run()
 
@@ -825,8 +836,8 @@ class Written(NamedTuple):
 class _State:
     """What was written, kept in ``.tangle/`` so that edits by hand are told from the tangler's own text.
 
-    ``state.json`` lists for each file the hashes of the texts that a run wrote or was about to write when it was
-    cut short; the texts themselves lie beside it under their hashes.
+    ``state.json`` lists for each file the hashes of the texts that a run wrote or was about to write when it
+    was cut short; the texts themselves lie beside it under their hashes.
     """
 
     def __init__(self, root: Path):
@@ -858,7 +869,8 @@ class _State:
             target = self.texts / self.name(data)
             if not target.exists():
                 _replace_with(target, data)
-        _replace_with(self.folder / "state.json", (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())
+        state = json.dumps(known, indent=1, sort_keys=True) + "\n"
+        _replace_with(self.folder / "state.json", state.encode())
         self.known = dict(known)
         wanted = {name for names in known.values() for name in names}
         for path in self.texts.iterdir():
@@ -929,7 +941,7 @@ class _Writer:
             import fcntl
             (self.root / STATE).mkdir(exist_ok=True)
             stream = open(self.root / STATE / "lock", "w")
-        except (ImportError, OSError):              # another system, or a tree that is read-only and up to date
+        except (ImportError, OSError):              # another system, or a read-only tree that is up to date
             yield
             return
         with stream:
@@ -999,7 +1011,8 @@ class _Writer:
             base = self.new[path]
         before, now = _lines(_decode(base)), _lines(_decode(self.old[path]))
         out = [f"{path} was edited by hand, and tangling would overwrite that:"]
-        for kind, first, last, start, stop in difflib.SequenceMatcher(a=before, b=now, autojunk=False).get_opcodes():
+        matcher = difflib.SequenceMatcher(a=before, b=now, autojunk=False)
+        for kind, first, last, start, stop in matcher.get_opcodes():
             if kind == "equal":
                 continue
             lines = f"line {start + 1}" if stop - start <= 1 else f"lines {start + 1} to {stop}"
@@ -1113,9 +1126,9 @@ class _Writer:
 class Tracer:
     """Rewrites places in the package, as tools print them, to places in the chapters.
 
-    Known forms: ``File "…/vmad_lit/x.py", line 12``, ``vmad_lit/x.py:12`` (with a column too), ``x.py(12)f()`` of the
-    debugger, ``vmad_lit/x.py, line 12`` and ``vmad_lit/x.py line 12``; absolute paths, paths into an installed copy
-    and coloured output included.
+    Known forms: ``File "…/vmad_lit/x.py", line 12``, ``vmad_lit/x.py:12`` (with a column too), the debugger's
+    ``x.py(12)f()``, ``vmad_lit/x.py, line 12`` and ``vmad_lit/x.py line 12``; absolute paths, paths into an
+    installed copy and coloured output included.
     """
 
     def __init__(self, book: Book):
@@ -1225,8 +1238,9 @@ def _trace_command(tracer: Tracer, command: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tangle", description="Make the package out of the book.",
-                                     epilog="Exit status: 0 well, 1 drift (--check), 2 errors or edits by hand.")
+    parser = argparse.ArgumentParser(
+        prog="tangle", description="Make the package out of the book.",
+        epilog="Exit status: 0 all is well, 1 drift (--check), 2 errors or edits by hand.")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, metavar="DIR",
                         help="root of the repository (default: the folder above this program)")
     parser.add_argument("--check", action="store_true", help="write nothing; diff and status 1 on drift")
@@ -1234,7 +1248,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="where | trace | list")
     where = commands.add_parser("where", help="the chapter line of a package line, or the reverse")
     where.add_argument("place", nargs="+", metavar="FILE:LINE")
-    trace = commands.add_parser("trace", help="rewrite messages to chapter lines: a filter, or trace -- COMMAND")
+    trace = commands.add_parser("trace", help="rewrite places to chapter lines (a filter, or a command)")
     trace.add_argument("run", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     commands.add_parser("list", help="the files, and the chapters they come from")
     return parser
@@ -1298,8 +1312,8 @@ def _trace(book: Book, run: Sequence[str]) -> int:
     else:
         stale = [drift.path for drift in book.check() if drift.path in tracer.made]
         if stale:
-            print(f"trace: not what the book makes now: {', '.join(stale)}; run 'python tools/tangle.py' first",
-                  file=sys.stderr)
+            print(f"trace: not what the book makes now: {', '.join(stale)}; "
+                  "run 'python tools/tangle.py' first", file=sys.stderr)
     command = run[1:] if run[:1] == ["--"] else run
     if command:
         return _trace_command(tracer, command)

@@ -1,6 +1,6 @@
 """Distributed Fourier transforms behind the interface of pfft-python.
 
-The local transforms are those of ducc0; the redistribution is one Alltoallw of mpi4py. Transforms are not
+The local transforms are those of ducc0; the redistribution is an Alltoallv of mpi4py. Transforms are not
 normalised. ``OMP_NUM_THREADS`` or :func:`set_num_threads` sets the number of threads of a rank.
 """
 from .partition import Direction, Flags, LocalBuffer, Partition, ProcMesh, Type, split_size_2d

@@ -278,8 +278,8 @@ def end_layouts(kind, n, mesh, flags):
     for shape, dtype, (real, transposed, pad) in zip(kind.shapes(n), kind.dtypes(), ends):
         padded = 2 * (n[-1] // 2 + 1) if kind.kind == real and flags & pad else 0
         if padded and (flags & transposed or mesh.ndim == len(n)):
-            raise NotImplementedError("real arrays are padded in the plain layout only, and on a process mesh "
-                                      f"with fewer directions than axes; leave {pad.name} out of {flags!r}")
+            raise NotImplementedError("real arrays are padded in the plain layout and on a process mesh "
+                                      f"of fewer directions than axes; leave {pad.name} out of {flags!r}")
         layouts.append(end_layout(mesh, shape, dtype, flags & transposed, padded))
     return layouts
 

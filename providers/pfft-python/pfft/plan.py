@@ -47,7 +47,7 @@ class LocalTransform:
 
     def __init__(self, kind, axes, forward, source, target):
         self.kind, self.axes, self.source, self.target = kind, tuple(axes), source, target
-        self.function = getattr(fft, kind)
+        self.nbytes, self.function = target.nbytes, getattr(fft, kind)
         self.options = dict(axes=self.axes, forward=forward)
         if kind == "c2r":
             self.options["lastsize"] = target.shape[axes[-1]]
@@ -63,56 +63,115 @@ class LocalTransform:
         return f"{self.kind}{list(self.axes)}"
 
 
-MPI_TYPES = {"f4": MPI.FLOAT, "f8": MPI.DOUBLE, "c8": MPI.C_FLOAT_COMPLEX, "c16": MPI.C_DOUBLE_COMPLEX}
-
-
-class Exchange:
-    """Move an array from one layout to another of the same order in memory, in one ``Alltoallw``.
+class Pieces:
+    """The parts of a rank's box in one layout that lie in the boxes of other ranks in another layout.
 
     Parameters
     ----------
-    comm : MPI.Comm
-        The ranks that exchange pieces.
-    source, target : Layout
-    ranks : sequence of int
-        For each rank of `comm` its number in the communicator of the process mesh of each layout.
+    layout : Layout
+    others : list of arrays of two rows
+        The boxes, one for each rank of a line; the own box is cut by all of them.
+
+    Attributes
+    ----------
+    cuts : list of tuples of slices into :meth:`array`
+    shapes : list of tuples, the shapes of the pieces
+    edges : integer array; in a row of all pieces, piece `r` is ``row[edges[r]:edges[r + 1]]``
     """
+
+    def __init__(self, layout, others):
+        self.layout, self.cuts, self.shapes = layout, [], []
+        for low, high in others:
+            low = numpy.maximum(low - layout.start, 0)
+            high = numpy.maximum(numpy.minimum(high - layout.start, layout.local), low)
+            self.cuts.append(tuple(slice(int(low[axis]), int(high[axis])) for axis in layout.order))
+            self.shapes.append(tuple(int(high[axis] - low[axis]) for axis in layout.order))
+        self.edges = numpy.cumsum([0] + [numpy.prod(shape, dtype="intp") for shape in self.shapes])
+        self.nbytes = int(self.edges[-1]) * layout.dtype.itemsize
+
+    def array(self, memory):
+        """The local part of the array with its axes in the order of the memory."""
+        return self.layout.view(memory).transpose(self.layout.order)
+
+    def row(self, memory):
+        """For each piece an array of its shape, one behind the other in memory."""
+        row = memory[:self.nbytes].view(self.layout.dtype)
+        return [row[a:b].reshape(shape) for a, b, shape in zip(self.edges, self.edges[1:], self.shapes)]
+
+    def in_a_row(self):
+        """Tell whether the pieces lie one behind the other where they are."""
+        memory = numpy.empty(max(self.nbytes, self.layout.nbytes), dtype="u1")
+        array = self.array(memory)
+        pairs = [(array[cut], piece) for cut, piece in zip(self.cuts, self.row(memory)) if piece.size]
+        return all(there.flags.c_contiguous and there.ctypes.data == piece.ctypes.data for there, piece in pairs)
+
+
+class Pack:
+    """Copy the pieces of an array into a row."""
 
     in_place = False
 
-    def __init__(self, comm, source, target, ranks):
-        self.comm, self.source, self.target = comm, source, target
-        before = [source.box(source.mesh.coords(rank)) for rank in ranks]
-        after = [target.box(target.mesh.coords(rank)) for rank in ranks]
-        self.send = self.pieces(source, before[comm.rank], after)
-        self.receive = self.pieces(target, after[comm.rank], before)
-
-    @staticmethod
-    def pieces(layout, mine, others):
-        """Counts, displacements and types of the parts of my box that lie in each of the other boxes."""
-        item, order = MPI_TYPES[f"{layout.dtype.kind}{layout.dtype.itemsize}"], list(layout.order)
-        types, counts = [item] * len(others), [0] * len(others)
-        for rank, (low, high) in enumerate(others):
-            low, high = numpy.maximum(low, mine[0]), numpy.minimum(high, mine[1])
-            if (low < high).all():
-                counts[rank] = 1
-                shape, part, first = (a[order].tolist() for a in (layout.stored, high - low, low - mine[0]))
-                types[rank] = item.Create_subarray(shape, part, first).Commit()
-        return (counts, [0] * len(others)), types
+    def __init__(self, pieces):
+        self.pieces, self.nbytes = pieces, pieces.nbytes
 
     def __call__(self, source, target):
-        """Move from the bytes `source` to the bytes `target`."""
-        self.comm.Alltoallw([source, *self.send], [target, *self.receive])
-
-    def __del__(self):
-        if not MPI.Is_finalized():  # to free a type is a local call
-            for _, types in [getattr(self, side) for side in ("send", "receive") if hasattr(self, side)]:
-                for datatype in types:
-                    if not datatype.is_predefined:
-                        datatype.Free()
+        """Copy from the array in the bytes `source` to a row in the bytes `target`."""
+        array = self.pieces.array(source)
+        for cut, piece in zip(self.pieces.cuts, self.pieces.row(target)):
+            piece[...] = array[cut]
 
     def __repr__(self):
-        return f"exchange{list(self.source.owners)}->{list(self.target.owners)}"
+        return "pack"
+
+
+class Unpack:
+    """Copy the pieces of an array out of a row."""
+
+    in_place = False
+
+    def __init__(self, pieces):
+        self.pieces, self.nbytes = pieces, pieces.layout.nbytes
+
+    def __call__(self, source, target):
+        """Copy from a row in the bytes `source` to the array in the bytes `target`."""
+        array = self.pieces.array(target)
+        for cut, piece in zip(self.pieces.cuts, self.pieces.row(source)):
+            array[cut] = piece
+
+    def __repr__(self):
+        return "unpack"
+
+
+MPI_TYPES = {"f4": MPI.FLOAT, "f8": MPI.DOUBLE, "c8": MPI.C_FLOAT_COMPLEX, "c16": MPI.C_DOUBLE_COMPLEX}
+
+
+class Alltoall:
+    """Send each rank of a communicator its piece of a row, and get a row of what they send."""
+
+    in_place = False
+
+    def __init__(self, comm, send, receive):
+        self.comm, self.nbytes, dtype = comm, receive.nbytes, send.layout.dtype
+        self.sides = [[numpy.diff(pieces.edges).tolist(), pieces.edges[:-1].tolist(),
+                       MPI_TYPES[f"{dtype.kind}{dtype.itemsize}"]] for pieces in (send, receive)]
+
+    def __call__(self, source, target):
+        """Send the row in the bytes `source`, receive the row in the bytes `target`."""
+        self.comm.Alltoallv([source, *self.sides[0]], [target, *self.sides[1]])
+
+    def __repr__(self):
+        return f"alltoall({self.comm.size})"
+
+
+def exchange(comm, source, target, ranks):
+    """The steps that move an array from one layout to another of the same order in memory.
+
+    `ranks` are, for each rank of `comm`, its number in the communicator of the layouts' process meshes.
+    """
+    send = Pieces(source, [target.box(target.mesh.coords(rank)) for rank in ranks])
+    receive = Pieces(target, [source.box(source.mesh.coords(rank)) for rank in ranks])
+    return ([] if send.in_a_row() else [Pack(send)]) + [Alltoall(comm, send, receive)] + (
+        [] if receive.in_a_row() else [Unpack(receive)])
 
 
 def itinerary(kind, ndim, np, start, stop):
@@ -149,7 +208,7 @@ def itinerary(kind, ndim, np, start, stop):
 
 
 def compile_steps(kind, direction, n, procmesh, flags, inplace):
-    """The steps of a transform as `LocalTransform` and `Exchange` objects.
+    """The steps of a transform as a list of callables.
 
     The first reads the layout of the input, the last writes that of the output. Arguments as for
     :class:`Plan`; `n` is a tuple.
@@ -190,9 +249,9 @@ def compile_steps(kind, direction, n, procmesh, flags, inplace):
             this = kind.kind if real_axis in where else "c2c"
             chain.append(LocalTransform(this, where, direction == Direction.FORWARD, before, after))
         elif where is None:
-            chain.append(Exchange(mesh.comm, before, after, range(mesh.comm.size)))
+            chain += exchange(mesh.comm, before, after, range(mesh.comm.size))
         else:
-            chain.append(Exchange(mesh.line(where), before, after, mesh.ranks(where)))
+            chain += exchange(mesh.line(where), before, after, mesh.ranks(where))
     return chain
 
 
@@ -233,7 +292,7 @@ class Plan:
         self.inplace = i.address == o.address
         self._steps = compile_steps(self.type, self.direction, tuple(partition.n.tolist()),
                                     partition.procmesh, self.flags, self.inplace)
-        self._scratch = max([step.target.nbytes for step in self._steps[:-1]], default=0)
+        self._scratch = max([step.nbytes for step in self._steps[:-1]], default=0)
 
     def _check(self, *buffers):
         """Refuse what is not a buffer for this plan's mesh."""
@@ -260,7 +319,7 @@ class Plan:
         for index, step in enumerate(self._steps):
             target = scratch if (last - index) % 2 else o._memory
             if index == 0 and target is source and not step.in_place:
-                target = numpy.empty(step.target.nbytes, dtype="u1")
+                target = numpy.empty(step.nbytes, dtype="u1")
             step(source, target)
             source = target
         if source is not o._memory:  # a single step, in place

@@ -1,0 +1,481 @@
+"""The operators of the particle mesh: derivatives, rank invariance and pmesh's behaviours, on 1 to 4 ranks."""
+import gc
+import weakref
+
+import numpy
+import pytest
+from mpi4py import MPI
+from numpy.testing import assert_allclose
+from pmesh.pm import BaseComplexField, Field, RealField
+
+from vmad_lit import Builder, ListPlaceholder
+from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.lib import fastpm
+from vmad_lit.lib.fastpm import ParticleMesh
+
+COMM = MPI.COMM_WORLD
+
+BOX = [8.0, 6.0, 10.0]
+
+# uneven, prime, with empty ranks on 3 or 4 ranks, odd and even last axes
+MESHES = [[4, 3, 5], [2, 4, 4], [5, 8, 4], [7, 6], [8, 4]]
+SERIAL = [[6], [7]]
+
+
+def make(nmesh, comm=COMM, dtype='f8', resampler='cic'):
+    return ParticleMesh(nmesh, BoxSize=BOX[:len(nmesh)], comm=comm, dtype=dtype, resampler=resampler)
+
+
+def meshes():
+    return MESHES + SERIAL if COMM.size == 1 else MESHES[:4]
+
+
+def global_rng(seed):
+    """The same numbers on all ranks."""
+    return numpy.random.default_rng(seed)
+
+
+def real(pm, seed=1):
+    """A real field that does not depend on the number of ranks."""
+    field = pm.create('real')
+    field.value[...] = global_rng(seed).normal(size=pm.Nmesh)[field.slices]
+    return field
+
+
+def modes(pm, seed=1):
+    """The transform of a real field."""
+    return real(pm, seed).r2c()
+
+
+def particles(pm, seed=2, n=40):
+    """This rank's share of particles, unevenly: the last rank has none if there are three or more."""
+    rng = global_rng(seed)
+    pos = rng.uniform(-0.5, 1.5, size=(n, pm.ndim)) * pm.BoxSize
+    return share(pos)
+
+
+def share(data):
+    owner = numpy.arange(len(data)) % max(COMM.size - (COMM.size > 2), 1)
+    return data[owner == COMM.rank]
+
+
+def per_particle(seed, *shape, n=40):
+    return share(global_rng(seed).normal(size=(n,) + shape))
+
+
+UNIVERSAL = object()
+
+
+def dot(a, b, universal=False):
+    """The inner product of two values; arrays are distributed unless said otherwise."""
+    if isinstance(a, (list, tuple)):
+        return sum(dot(x, y) for x, y in zip(a, b))
+    if isinstance(a, BaseComplexField):
+        i = a.i[-1]
+        w = numpy.where((i == (-i) % a.Nmesh[-1]), 1, 2) if a.compressed else 1
+        return COMM.allreduce(float((w * (a.value * b.value.conj()).real).sum()))
+    if isinstance(a, RealField):
+        return COMM.allreduce(float((a.value * getattr(b, 'value', b)).sum()))
+    local = float(numpy.sum((numpy.asarray(a) * numpy.conj(b)).real))
+    return local if universal or numpy.ndim(a) == 0 else COMM.allreduce(local)
+
+
+def plus(x, t, v):
+    if isinstance(x, list):
+        return [plus(a, t, b) for a, b in zip(x, v)]
+    return x + v * t
+
+
+def norm(x):
+    return dot(x, x) ** 0.5
+
+
+def check(function, inputs, tangents, universal=(), eps=1e-5, rtol=1e-6, outputs=('y',)):
+    """Dot-product and Taylor test of a model with all its inputs, together and one by one."""
+    def build(names):
+        with Builder() as m:
+            symbols = {}
+            for name, value in inputs.items():
+                if name not in names:
+                    symbols[name] = value
+                elif isinstance(value, list):
+                    symbols[name] = [m.input(f'{name}{i}') for i in range(len(value))]
+                else:
+                    symbols[name] = m.input(name)
+            result = function(**symbols)
+            m.output(**dict(zip(outputs, result if len(outputs) > 1 else [result])))
+        return m
+
+    def flat(values, names, tag=''):
+        d = {}
+        for name in names:
+            if isinstance(inputs[name], list):
+                d.update({f'{name}{i}{tag}': v for i, v in enumerate(values[name])})
+            else:
+                d[name + tag] = values[name]
+        return d
+
+    for names in [list(inputs)] + [[name] for name in inputs] * (len(inputs) > 1):
+        m = build(names)
+        run = lambda t: m.compute(list(outputs), init=flat(
+            {name: plus(inputs[name], t, tangents[name]) for name in names}, names))
+        y, y_ = m.compute_with_jvp(list(outputs), init=flat(inputs, names), v=flat(tangents, names, '_'))
+        # Taylor: the remainder of the central difference is of second order in eps
+        there, back = run(eps), run(-eps)
+        for a, b, t in zip(there, back, y_):
+            difference = (a - b) * (0.5 / eps)
+            scale = max(norm(difference), 1e-3)
+            assert norm(difference - t) < rtol * scale, (names, norm(difference - t), scale)
+        # dot product
+        cotangents = [cotangent(v, 50 + i) for i, v in enumerate(y)]
+        y2, xbar = m.compute_with_vjp(init=flat(inputs, names),
+                                      v={'_' + k: c for k, c in zip(outputs, cotangents)})
+        left = sum(dot(t, c) for t, c in zip(y_, cotangents))
+        flat_tangents = flat(tangents, names)
+        right = sum(dot(flat_tangents[name], g, name in universal)
+                    for name, g in zip(flat(inputs, names), xbar) if g is not ZeroGradient)
+        scale = sum(norm(t) * norm(c) for t, c in zip(y_, cotangents))
+        assert abs(left - right) < 1e-9 * max(scale, 1e-3), (names, left, right)
+
+
+def cotangent(value, seed):
+    if isinstance(value, RealField):
+        return real(value.pm, seed)
+    if isinstance(value, BaseComplexField):
+        return real(value.pm, seed).cast(type=type(value))
+    if numpy.ndim(value) == 0:
+        return global_rng(seed).normal()
+    rng = numpy.random.default_rng([seed, COMM.rank])
+    return rng.normal(size=numpy.shape(value))
+
+
+@pytest.mark.parametrize('nmesh', meshes(), ids=str)
+class TestFields:
+    def test_to_scalar(self, nmesh):
+        pm = make(nmesh)
+        check(lambda x: fastpm.to_scalar(x), dict(x=real(pm)), dict(x=real(pm, 2)))
+        check(lambda x: fastpm.to_scalar(x), dict(x=modes(pm)), dict(x=modes(pm, 2)))
+
+    def test_cdot(self, nmesh):
+        pm = make(nmesh)
+        for kind in real, modes:
+            check(lambda x1, x2: fastpm.cdot(x1, x2), dict(x1=kind(pm), x2=kind(pm, 2)),
+                  dict(x1=kind(pm, 3), x2=kind(pm, 4)))
+
+    def test_parseval(self, nmesh):
+        pm = make(nmesh)
+        x = real(pm)
+        with Builder() as m:
+            s = m.input('s')
+            m.output(a=fastpm.to_scalar(s), b=fastpm.to_scalar(fastpm.r2c(s)))
+        a, b = m.compute(['a', 'b'], init=dict(s=x))
+        assert_allclose(a, b * pm.Nmesh.prod())
+
+    def test_transforms(self, nmesh):
+        pm = make(nmesh)
+        check(lambda x: fastpm.r2c(x), dict(x=real(pm)), dict(x=real(pm, 2)))
+        check(lambda x: fastpm.c2r(x), dict(x=modes(pm)), dict(x=modes(pm, 2)))
+        check(lambda x: fastpm.c2r(fastpm.r2c(x)), dict(x=real(pm)), dict(x=real(pm, 2)))
+
+    def test_c2r_of_modes_that_are_not_hermitian(self, nmesh):
+        pm = make(nmesh)
+        rng = numpy.random.default_rng([7, COMM.rank])
+        x = [pm.create('complex') for i in range(2)]
+        for field in x:
+            field.value[...] = rng.normal(size=field.shape) + 1j * rng.normal(size=field.shape)
+        check(lambda x: fastpm.c2r(x), dict(x=x[0]), dict(x=x[1]))
+
+    def test_untransposed_modes(self, nmesh):
+        pm = make(nmesh)
+        x, v = (real(pm, i).cast(type='untransposedcomplex') for i in (1, 2))
+        check(lambda x: fastpm.c2r(x), dict(x=x), dict(x=v))
+        check(lambda x: fastpm.apply_transfer(x, fastpm.fourier_space_laplace), dict(x=x), dict(x=v))
+
+    def test_as_complex_field(self, nmesh):
+        pm = make(nmesh)
+        rng = numpy.random.default_rng([8, COMM.rank])
+        shape = pm.create('complex').shape + (2,)
+        x, v = rng.normal(size=shape), rng.normal(size=shape)
+        check(lambda x: fastpm.as_complex_field(x, pm=pm), dict(x=x), dict(x=v))
+        check(lambda x: fastpm.c2r(fastpm.as_complex_field(x, pm=pm)), dict(x=x), dict(x=v))
+
+    @pytest.mark.parametrize('kind', ['wavenumber', 'circular', 'index'])
+    def test_apply_transfer(self, nmesh, kind):
+        pm = make(nmesh)
+        x = modes(pm)
+
+        def tf(k):
+            return numpy.exp(-sum(abs(ki) for ki in k) / 4) + 1j * k[0] * sum(ki ** 2 for ki in k)
+        check(lambda x: fastpm.apply_transfer(x, tf, kind), dict(x=x), dict(x=modes(pm, 2)))
+        with Builder() as m:
+            m.output(y=fastpm.apply_transfer(m.input('x'), tf, kind=kind))
+        y = m.compute('y', init=dict(x=x))
+        if pm.ndim > 1:  # pmesh cannot do it in one dimension
+            want = x.apply(lambda k, v: tf(k) * v, kind=kind)
+            assert_allclose(y.value, want.value, atol=1e-12)
+
+    def test_kernels_of_gravity(self, nmesh):
+        pm = make(nmesh)
+        for order in 0, 1:
+            for d in range(pm.ndim):
+                tf = fastpm.fourier_space_neg_gradient(d, pm, order)
+                assert tf is fastpm.fourier_space_neg_gradient(d, pm, order)
+                laplace = fastpm.fourier_space_laplace
+                check(lambda x: fastpm.apply_transfer(fastpm.apply_transfer(x, tf), laplace),
+                      dict(x=modes(pm)), dict(x=modes(pm, 2)))
+
+    @pytest.mark.parametrize('mode', ['amplitude', 'phase'])
+    @pytest.mark.parametrize('fixed', [True, False])
+    def test_apply_digitized(self, nmesh, mode, fixed):
+        pm = make(nmesh)
+        edges = numpy.linspace(0.1, 2.5, 5)
+        tf, tf_ = global_rng(3).normal(size=(2, 4))
+        digitizer = fastpm.apply_digitized.isotropic_wavenumber(edges)
+        if not fixed:
+            inner = digitizer
+
+            def digitizer(k):
+                ind, conj = inner(k)
+                return ind, (k[0] < 0) | conj
+        model = lambda x, tf: fastpm.apply_digitized(x, tf, digitizer, 'wavenumber', mode)
+        check(model, dict(x=modes(pm), tf=tf), dict(x=modes(pm, 2), tf=tf_), universal=['tf'])
+        if mode == 'amplitude':
+            check(model, dict(x=modes(pm), tf=tf + 1j * tf_[::-1]), dict(x=modes(pm, 2), tf=tf_ - 1j * tf),
+                  universal=['tf'])
+
+
+WINDOWS = ['nnb', 'cic', 'tsc', 'pcs', 'lanczos2', 'linear'] if COMM.size == 1 else ['cic', 'pcs', 'lanczos2']
+
+
+@pytest.mark.parametrize('resampler', WINDOWS)
+@pytest.mark.parametrize('nmesh', meshes(), ids=str)
+class TestParticles:
+    tol = dict(eps=1e-6, rtol=1e-5)
+
+    def setup(self, nmesh, resampler):
+        # pmesh's tables of the Lanczos window and of its derivative agree to some digits only
+        self.tol = dict(eps=1e-6, rtol=2e-3 if resampler == 'lanczos2' else 1e-5)
+        pm = make(nmesh, resampler=resampler)
+        if resampler in ('lanczos2', 'pcs') and COMM.size > 1:
+            pm = make([2 * n for n in nmesh], resampler=resampler)  # pmesh's layouts want meshes wider than windows
+        return pm, particles(pm)
+
+    def test_paint(self, nmesh, resampler):
+        pm, x = self.setup(nmesh, resampler)
+        layout = fastpm.decompose.apl.impl(None, x=x, pm=pm)['layout']
+        mass = 1 + per_particle(4) ** 2
+        check(lambda x, mass: fastpm.paint(x, mass, layout, pm), dict(x=x, mass=mass),
+              dict(x=per_particle(5, pm.ndim), mass=per_particle(6)), **self.tol)
+        check(lambda x, mass: fastpm.paint(x, mass, fastpm.decompose(x, pm), pm), dict(x=x, mass=0.7),
+              dict(x=per_particle(5, pm.ndim), mass=0.3), **self.tol)
+
+    def test_readout(self, nmesh, resampler):
+        pm, x = self.setup(nmesh, resampler)
+        check(lambda mesh, x: fastpm.readout(mesh, x, fastpm.decompose(x, pm)), dict(mesh=real(pm), x=x),
+              dict(mesh=real(pm, 2), x=per_particle(5, pm.ndim)), **self.tol)
+
+    def test_readout_all(self, nmesh, resampler):
+        pm, x = self.setup(nmesh, resampler)
+        check(lambda meshes, x: fastpm.readout_all(meshes, x, fastpm.decompose(x, pm)),
+              dict(meshes=[real(pm, i) for i in range(4)], x=x),
+              dict(meshes=[real(pm, i + 9) for i in range(4)], x=per_particle(5, pm.ndim)), **self.tol)
+
+    def test_force(self, nmesh, resampler):
+        pm, x = self.setup(nmesh, resampler)
+        for outputs, pick in ((['f', 'p'], slice(0, 2)), (['f'], 0), (['p'], 1)):
+            check(lambda x: fastpm.force(x, fastpm.decompose(x, pm), pm)[pick], dict(x=x),
+                  dict(x=per_particle(5, pm.ndim)), outputs=outputs, **self.tol)
+
+    def test_force_is_the_chain_of_operators(self, nmesh, resampler):
+        pm, x = self.setup(nmesh, resampler)
+        with Builder() as m:
+            s = m.input('x')
+            layout = fastpm.decompose(s, pm)
+            f, potk = fastpm.force(s, layout, pm)
+            xl = fastpm.exchange(s, layout)
+            rho = fastpm.paint(xl, 1.0, None, pm) * (pm.Nmesh.prod() / 40)
+            p = fastpm.apply_transfer(fastpm.r2c(rho), fastpm.fourier_space_laplace)
+            F = [fastpm.c2r(fastpm.apply_transfer(p, fastpm.fourier_space_neg_gradient(d, pm)))
+                 for d in range(pm.ndim)]
+            m.output(f=f, g=fastpm.gather(fastpm.readout_all(F, xl, None), layout), potk=potk, p=p)
+        f, g, potk, p = m.compute(['f', 'g', 'potk', 'p'], init=dict(x=x))
+        assert_allclose(f, g, atol=1e-10)
+        assert_allclose(potk.value, p.value, atol=1e-12)
+
+    def test_the_result_does_not_depend_on_the_ranks(self, nmesh, resampler):
+        pm, x = self.setup(nmesh, resampler)
+        one = make(pm.Nmesh, MPI.COMM_SELF, resampler=resampler)
+        everything = [numpy.concatenate(COMM.allgather(a)) for a in (x, 1 + per_particle(4) ** 2)]
+        results = []
+        for mesh, (pos, mass) in ((pm, (x, 1 + per_particle(4) ** 2)), (one, everything)):
+            with Builder() as m:
+                s, w = m.input('x', 'mass')
+                layout = fastpm.decompose(s, mesh)
+                f, potk = fastpm.force(s, layout, mesh)
+                m.output(rho=fastpm.paint(s, w, layout, mesh), f=f)
+            rho, f = m.compute(['rho', 'f'], init=dict(x=pos, mass=mass))
+            (rho, f), (_x, _m) = m.compute_with_vjp(init=dict(x=pos, mass=mass), v=dict(_rho=rho, _f=f))
+            results.append((rho, f, _x, _m))
+        mine, full = results
+        assert_allclose(mine[0].value, full[0].value[mine[0].slices], atol=1e-10)
+        for a, b in zip(mine[1:], full[1:]):
+            assert_allclose(numpy.concatenate(COMM.allgather(a)), b, atol=1e-8)
+
+
+@pytest.mark.parametrize('nmesh', meshes(), ids=str)
+def test_exchange_and_gather(nmesh):
+    pm = make(nmesh)
+    x = particles(pm)
+    layout = fastpm.decompose.apl.impl(None, x=x, pm=pm)['layout']
+    for shape in (), (pm.ndim,), (2, 2):
+        data, v = per_particle(4, *shape), per_particle(5, *shape)
+        check(lambda x: fastpm.exchange(x, layout), dict(x=data), dict(x=v))
+        check(lambda x: fastpm.gather(fastpm.exchange(x, layout), layout), dict(x=data), dict(x=v))
+        check(lambda x: fastpm.exchange(x, layout), dict(x=data + 1j * v), dict(x=v - 1j * data))
+        rng = numpy.random.default_rng([3, COMM.rank])
+        ghosts, v = rng.normal(size=(2, layout.recvlength) + shape)
+        check(lambda x: fastpm.gather(x, layout), dict(x=ghosts), dict(x=v))
+        check(lambda x: fastpm.gather(x, layout), dict(x=ghosts + 1j * v), dict(x=v - 1j * ghosts))
+
+
+@pytest.mark.parametrize('resampler', ['cic', 'lanczos2'])
+def test_single_precision(resampler):
+    pm = make([4, 6, 8], dtype='f4', resampler=resampler)
+    double = make([4, 6, 8], resampler=resampler)
+    x = particles(pm)
+    results = []
+    for mesh, pos in ((pm, x.astype('f4')), (double, x)):
+        with Builder() as m:
+            s = m.input('x')
+            layout = fastpm.decompose(s, mesh)
+            f, potk = fastpm.force(s, layout, mesh)
+            rho = fastpm.paint(s, 1.0, layout, mesh)
+            v = fastpm.readout(fastpm.c2r(fastpm.r2c(rho)), s, layout)
+            m.output(f=f, v=v, rho=rho)
+        f, v, rho = m.compute(['f', 'v', 'rho'], init=dict(x=pos))
+        _, (_x,) = m.compute_with_vjp(init=dict(x=pos), v=dict(_f=f, _v=v, _rho=rho))
+        results.append((f, v, rho.value, _x))
+    assert rho.dtype == 'f8' and results[0][2].dtype == 'f4'
+    assert results[0][3].dtype == 'f4' and results[0][0].dtype == 'f4'
+    for a, b in zip(*results):
+        assert_allclose(a, b, atol=2e-4 * max(abs(b).max(initial=0), 1))
+
+
+def test_complex_meshes():
+    """Meshes of complex numbers are transformed too; particles see their real part."""
+    pm = ParticleMesh([4, 6, 8], BoxSize=BOX, comm=COMM, dtype='c16')
+    x, v = (modes(pm, i) for i in (1, 2))
+    assert not x.compressed
+    check(lambda x: fastpm.to_scalar(x), dict(x=x), dict(x=v))
+    pos = particles(pm)
+    with Builder() as m:
+        s = m.input('x')
+        layout = fastpm.decompose(s, pm)
+        m.output(y=fastpm.paint(s, 1.0, layout, pm))
+    y = m.compute('y', init=dict(x=pos))
+    assert_allclose(y.csum(), 40)
+
+
+def test_integers_are_converted():
+    pm = make([8, 6, 10])
+    integers = particles(pm).astype('i8')
+    def run(x, mass):
+        with Builder() as m:
+            s = m.input('x')
+            m.output(y=fastpm.paint(s, mass, fastpm.decompose(s, pm), pm))
+        return m.compute('y', init=dict(x=x)).value
+    assert_allclose(run(integers, 2), run(integers.astype('f8'), 2.0))
+    assert_allclose(run(integers, numpy.full(len(integers), 2)), run(integers.astype('f8'), 2.0))
+
+
+def test_errors_name_what_was_expected():
+    pm = make([4, 6, 8])
+    def run(operator, *args, **kwargs):
+        return operator.apl.impl(None, *args, **kwargs)
+    for x in (numpy.zeros((5, 2)), numpy.zeros(15), numpy.zeros((5, 4))):
+        with pytest.raises(ValueError, match=r'\(N, 3\)'):
+            run(fastpm.decompose, x, pm)
+        with pytest.raises(ValueError, match=r'\(N, 3\)'):
+            run(fastpm.paint, x, 1.0, None, pm)
+        with pytest.raises(ValueError, match=r'\(N, 3\)'):
+            run(fastpm.readout, real(pm), x, None)
+    with pytest.raises(TypeError, match='real'):
+        run(fastpm.decompose, numpy.zeros((5, 3), 'c16'), pm)
+    with pytest.raises(TypeError, match='masses'):
+        run(fastpm.paint, numpy.zeros((5, 3)), 'a', None, pm)
+    with pytest.raises(ValueError, match='order'):
+        fastpm.fourier_space_neg_gradient(0, pm, 2)
+    with pytest.raises(ValueError, match='axis'):
+        fastpm.fourier_space_neg_gradient(3, pm)
+    with pytest.raises(ValueError, match='kind'):
+        run(fastpm.apply_transfer, modes(pm), fastpm.fourier_space_laplace, 'wavelength')
+    with pytest.raises(ValueError, match='mode'):
+        digitizer = fastpm.apply_digitized.isotropic_wavenumber([0, 1])
+        run(fastpm.apply_digitized, modes(pm), numpy.ones(1), digitizer, mode='angle')
+    with pytest.raises(TypeError, match='one kind'):
+        run(fastpm.cdot, real(pm), modes(pm))
+    with pytest.raises(ValueError, match='shape'):
+        run(fastpm.as_complex_field, numpy.zeros((2, 2)), pm)
+
+
+def test_one_rank_needs_no_exchange():
+    pm = make([4, 6, 8], MPI.COMM_SELF)
+    x = numpy.zeros((5, 3))
+    layout = fastpm.decompose.apl.impl(None, x=x, pm=pm)['layout']
+    assert layout.exchange(x) is x and layout.gather(x) is x
+    a, b = layout.exchange(x, x[:, 0])
+    assert a is x
+    assert_allclose(pm.paint(x, layout=layout).value, pm.paint(x).value)
+    assert_allclose(pm.create('real', value=2).readout(x, layout=layout), 2)
+    with pytest.raises(ValueError, match='5 particles'):
+        layout.exchange(x[:2])
+
+
+def test_a_function_that_changes_is_not_kept():
+    pm = make([4, 6, 8])
+    strength = [1.0]
+    with Builder() as m:
+        m.output(y=fastpm.apply_transfer(m.input('x'), lambda k: strength[0] + 0 * k[0]))
+    x = modes(pm)
+    m.compute('y', init=dict(x=x))
+    strength[0] = 3.0
+    assert_allclose(m.compute('y', init=dict(x=x)).value, 3 * x.value)
+
+
+def test_what_is_kept_goes_with_the_mesh():
+    pm = make([4, 6, 8])
+    fastpm.apply_transfer.apl.impl(None, modes(pm), fastpm.fourier_space_neg_gradient(0, pm))
+    fastpm.apply_transfer.apl.impl(None, modes(pm), fastpm.fourier_space_laplace)
+    ref = weakref.ref(pm)
+    del pm
+    gc.collect()
+    assert ref() is None
+
+
+def test_pmesh_serves_where_numba_is_missing(monkeypatch):
+    pm = make([8, 12, 8], resampler='pcs')
+    x = particles(pm)
+    def run():
+        with Builder() as m:
+            s = m.input('x')
+            layout = fastpm.decompose(s, pm)
+            f, potk = fastpm.force(s, layout, pm)
+            m.output(f=f, rho=fastpm.paint(s, 2.0, layout, pm))
+        (f, rho), (_x,) = m.compute_with_vjp(init=dict(x=x), v=dict(_f=per_particle(3, 3), _rho=real(pm)))
+        (f, rho), (f_, rho_) = m.compute_with_jvp(['f', 'rho'], init=dict(x=x), v=dict(x_=per_particle(4, 3)))
+        return f, rho.value, _x, f_, rho_.value
+    compiled = run()
+    monkeypatch.setattr(fastpm, 'window', None)
+    for a, b in zip(compiled, run()):
+        assert_allclose(a, b, atol=1e-9)
+
+
+def test_readout_at_constant_positions_keeps_no_mesh():
+    pm = make([4, 6, 8])
+    q = particles(pm)
+    layout = fastpm.decompose.apl.impl(None, x=q, pm=pm)['layout']
+    with Builder() as m:
+        m.output(y=fastpm.readout(m.input('x'), q, layout))
+    y, tape = m.compute('y', init=dict(x=real(pm)), return_tape=True)
+    for record in tape:
+        assert not any(isinstance(v, Field) for v in record.impl_kwargs.values())

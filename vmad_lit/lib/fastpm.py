@@ -1,0 +1,758 @@
+"""Particles and meshes: operators on the fields, layouts and windows of pmesh, and the FastPM scheme.
+
+Cotangents of half-stored complex fields refer to the inner product in which a mode counts twice if
+its conjugate is not stored. Positions are arrays (N, ndim), in the units of the box.
+"""
+import weakref
+
+import numpy
+from pmesh.pm import BaseComplexField, ComplexField, ParticleMesh, RealField, xslab
+from pmesh.window import FindResampler
+
+from vmad_lit import autooperator, operator
+from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.lib.cosmology import MatterDominated
+
+try:
+    from vmad_lit.lib import window
+except ImportError:  # no numba: pmesh's own windows serve
+    window = None
+
+_is_zero = type(ZeroGradient).is_zero
+
+_kept = weakref.WeakKeyDictionary()
+
+
+def _keep(pm, key, make):
+    """The value of `make()`, made once for the mesh `pm` and this key."""
+    values = _kept.setdefault(pm, {})
+    if key not in values:
+        values[key] = make()
+    return values[key]
+
+
+def mode_weights(x):
+    """How many modes each stored number of a complex field speaks for: 1 or 2, as a broadcastable array."""
+    def make():
+        i = numpy.asarray(x.i[-1])
+        alone = (i == (-i) % x.Nmesh[-1]) if x.compressed else numpy.ones_like(i, dtype='?')
+        return numpy.where(alone, 1, 2).astype(x.real.dtype)
+    return _keep(x.pm, ('mode_weights', type(x)), make)
+
+
+def _inner(x, y):
+    """The real inner product of two fields of one kind, on all ranks."""
+    if isinstance(x, BaseComplexField):
+        local = (mode_weights(x) * (x.real * y.real + x.imag * y.imag)).sum(dtype='f8')
+    else:
+        local = numpy.real(numpy.conj(x.value) * y.value).sum(dtype='f8')
+    return x.pm.comm.allreduce(float(local))
+
+
+def _like(x, value):
+    """A value (array, number or field) as a field like `x`, without a copy if it is one."""
+    if type(value) is type(x) and value.pm is x.pm:
+        return value
+    return x.pm.create(type=type(x), value=getattr(value, 'value', value))
+
+
+@operator
+class to_scalar:
+    """Squared norm of a field, on all ranks: sum of squares, with the weights of half-stored modes."""
+
+    ain = {'x': '*Field'}
+    aout = {'y': '*'}
+
+    def apl(node, x):
+        return dict(y=_inner(x, x))
+
+    def vjp(node, _y, x):
+        return dict(_x=x * (2 * _y))
+
+    def jvp(node, x_, x):
+        return dict(y_=2 * _inner(x, _like(x, x_)))
+
+
+@operator
+class cdot:
+    """Real inner product of two fields of one kind, on all ranks."""
+
+    ain = {'x1': '*Field', 'x2': '*Field'}
+    aout = {'y': '*'}
+
+    def apl(node, x1, x2):
+        if type(x1) is not type(x2):
+            raise TypeError(f"cdot needs two fields of one kind, not a {type(x1).__name__} "
+                            f"and a {type(x2).__name__}")
+        return dict(y=_inner(x1, x2))
+
+    def vjp(node, _y, x1, x2):
+        return dict(_x1=ZeroGradient if node.is_literal('x1') else x2 * _y,
+                    _x2=ZeroGradient if node.is_literal('x2') else x1 * _y)
+
+    def jvp(node, x1_, x2_, x1, x2):
+        y_ = 0.0
+        if not _is_zero(x1_):
+            y_ = y_ + _inner(_like(x1, x1_), x2)
+        if not _is_zero(x2_):
+            y_ = y_ + _inner(x1, _like(x2, x2_))
+        return dict(y_=y_)
+
+
+@operator
+class as_complex_field:
+    """Numbers (..., 2), real and imaginary parts of this rank's stored modes, as a complex field on `pm`."""
+
+    ain = {'x': '*'}
+    aout = {'y': '*ComplexField'}
+
+    def apl(node, x, pm):
+        y = pm.create(type=ComplexField)
+        x = numpy.asarray(x)
+        if x.shape != y.shape + (2,):
+            raise ValueError(f"this rank's modes must have the shape {y.shape + (2,)}, not {x.shape}")
+        y.value.real = x[..., 0]
+        y.value.imag = x[..., 1]
+        return dict(y=y)
+
+    def vjp(node, _y, pm):
+        _y = _y if isinstance(_y, BaseComplexField) else pm.create(type=ComplexField, value=_y)
+        weights = mode_weights(_y)
+        return dict(_x=numpy.stack([_y.real * weights, _y.imag * weights], axis=-1))
+
+
+@operator
+class r2c:
+    """Fourier transform of a real field, with the factor 1/N."""
+
+    ain = {'x': 'RealField'}
+    aout = {'y': '*ComplexField'}
+
+    def apl(node, x):
+        return dict(y=x.r2c(), pm=x.pm)
+
+    def vjp(node, _y, pm):
+        _y = _y if isinstance(_y, BaseComplexField) else pm.create(type=ComplexField, value=_y)
+        return dict(_x=_y.r2c_vjp())
+
+    def jvp(node, x_, pm):
+        return dict(y_=_real(pm, x_).r2c())
+
+
+@operator
+class c2r:
+    """Inverse Fourier transform of a complex field, without a factor."""
+
+    ain = {'x': '*ComplexField'}
+    aout = {'y': 'RealField'}
+
+    def apl(node, x):
+        return dict(y=x.c2r(), pm=x.pm, kind=type(x))
+
+    def vjp(node, _y, pm, kind):
+        return dict(_x=_real(pm, _y).c2r_vjp(out=pm.create(type=kind)))
+
+    def jvp(node, x_, pm, kind):
+        x_ = x_ if isinstance(x_, BaseComplexField) else pm.create(type=kind, value=x_)
+        return dict(y_=x_.c2r())
+
+
+def _real(pm, value):
+    """A real field on `pm` with these values, without a copy if it is one."""
+    return value if isinstance(value, RealField) else pm.create(type=RealField, value=value)
+
+
+def _coordinates(x, kind):
+    """Labels of a field's modes, as a list of broadcastable arrays with pmesh's `normp`."""
+    if kind == 'index':
+        labels = [i.copy() for i in x.i]
+    elif kind == 'wavenumber':
+        labels = [k.copy() for k in x.x]
+    elif kind == 'circular':
+        labels = [k * (L / N).astype(k.dtype) for k, L, N in zip(x.x, x.BoxSize, x.Nmesh)]
+    else:
+        raise ValueError(f"kind must be 'wavenumber', 'circular' or 'index', not {kind!r}")
+    labels = xslab(labels)
+    labels.BoxSize, labels.Nmesh = x.BoxSize, x.Nmesh
+    return labels
+
+
+def fixed_transfer(tf):
+    """Declare that a function of the mode labels depends on them alone, so that results may be kept.
+
+    For transfer functions and for digitizers. Do not use it on a function that reads variables that change.
+    """
+    tf.fixed_transfer = True
+    return tf
+
+
+def _evaluate(x, f, kind):
+    """`f` of the labels of the modes of `x`; kept, if `f` is declared to be fixed."""
+    if not getattr(f, 'fixed_transfer', False):
+        return f(_coordinates(x, kind))
+    kept = _keep(x.pm, 'fixed_transfer', weakref.WeakKeyDictionary).setdefault(f, {})
+    if (kind, type(x)) not in kept:
+        kept[kind, type(x)] = f(_coordinates(x, kind))
+    return kept[kind, type(x)]
+
+
+def _times(x, factor):
+    """A field times an array that broadcasts to it, in the field's precision."""
+    y = x.pm.create(type=type(x))
+    numpy.multiply(x.value, factor, out=y.value, casting='same_kind')
+    return y
+
+
+@operator
+class apply_transfer:
+    """Multiply the modes of a field by `tf(k)`.
+
+    `kind` says what `k` is: 'wavenumber', 'circular' (-pi to pi) or 'index' (0 to N). The result
+    represents a real field if `tf(-k)` is the conjugate of `tf(k)`.
+    """
+
+    ain = {'x': '*ComplexField'}
+    aout = {'y': '*ComplexField'}
+
+    def apl(node, x, tf, kind='wavenumber'):
+        return dict(y=_times(x, _evaluate(x, tf, kind)), like=(x.pm, type(x)))
+
+    def vjp(node, _y, tf, kind, like):
+        _y = _field(like, _y)
+        return dict(_x=_times(_y, numpy.conj(_evaluate(_y, tf, kind))))
+
+    def jvp(node, x_, tf, kind, like):
+        x_ = _field(like, x_)
+        return dict(y_=_times(x_, _evaluate(x_, tf, kind)))
+
+
+def _field(like, value):
+    """A value as a field of the mesh and type `like`, without a copy if it is one."""
+    pm, kind = like
+    return value if isinstance(value, kind) else pm.create(type=kind, value=value)
+
+
+@fixed_transfer
+def fourier_space_laplace(k):
+    """The inverse Laplacian in Fourier space, -1 / k^2, and 0 for the mean."""
+    k2 = k.normp(2)
+    zero = k2 == 0
+    return numpy.where(zero, 0, -1 / numpy.where(zero, 1, k2))
+
+
+def fourier_space_neg_gradient(dir, pm, order=1):
+    """The transfer function of minus the derivative along the axis `dir`.
+
+    `order` 0 is exact, without the Nyquist mode; 1 is the four-point central difference
+    of :cite:`Feng2016`. Each function is made once for a mesh.
+    """
+    if order not in (0, 1):
+        raise ValueError(f"order must be 0 (exact) or 1 (four-point difference), not {order}")
+    if not 0 <= dir < pm.ndim:
+        raise ValueError(f"a mesh with {pm.ndim} axes has no derivative along axis {dir}")
+    cell = float(pm.BoxSize[dir] / pm.Nmesh[dir])
+    nyquist = float(numpy.pi / pm.BoxSize[dir] * (pm.Nmesh[dir] - 0.01))
+
+    def make():
+        if order == 0:
+            return fixed_transfer(lambda k: -1j * k[dir] * (abs(k[dir]) < nyquist))
+        # Make the four-point difference
+        def difference(k):
+            w = k[dir] * cell
+            return -1j / (6 * cell) * (8 * numpy.sin(w) - numpy.sin(2 * w))
+        return fixed_transfer(difference)
+
+    return _keep(pm, ('neg_gradient', dir, order), make)
+
+
+def _spread(bins, ind, conj, default):
+    """The number of each mode's bin, conjugated where asked for, `default` outside of all bins."""
+    outside = (ind < 0) | (ind >= len(bins))
+    found = bins[numpy.where(outside, 0, ind)]
+    if numpy.iscomplexobj(found):
+        found = numpy.where(conj, found.conj(), found)
+    return numpy.where(outside, default, found)
+
+
+def _sum_bins(values, ind, nbin):
+    """The sum of the values in each bin."""
+    ind = numpy.where((ind < 0) | (ind >= nbin), nbin, ind).ravel()
+    real, imag = (numpy.bincount(ind, part.ravel(), minlength=nbin + 1)[:nbin]
+                  for part in (values.real, values.imag))
+    return real + 1j * imag
+
+
+@operator
+class apply_digitized:
+    """Multiply the modes of a field by the numbers of a table, one for each bin of modes.
+
+    Parameters
+    ----------
+    x : complex field
+    tf : (nbin,) factors, real or complex, or with ``mode='phase'`` phases in radians; the same on all ranks
+    digitizer : function of the mode labels that returns the bin of each mode and whether to conjugate
+        its factor. Modes in no bin (index below 0 or from nbin on) are not changed.
+    kind : 'wavenumber', 'circular' or 'index', what the digitizer is given
+    mode : 'amplitude' or 'phase'
+    """
+
+    ain = {'x': '*ComplexField', 'tf': '*'}
+    aout = {'y': '*ComplexField'}
+
+    @staticmethod
+    def isotropic_wavenumber(kedges):
+        """A digitizer of the modulus of k by bin edges; bin i is kedges[i] <= |k| < kedges[i + 1]."""
+        kedges = numpy.array(kedges, dtype='f8')
+
+        @fixed_transfer
+        def digitizer(k):
+            ind = numpy.digitize(k.normp(2) ** 0.5, kedges) - 1
+            return ind, numpy.zeros_like(ind, dtype='?')
+        return digitizer
+
+    # The table applied, and its derivatives
+    @staticmethod
+    def factors(tf, mode):
+        """The factors of the bins, and their derivatives by the numbers of the table."""
+        tf = numpy.asarray(tf)
+        if tf.ndim != 1:
+            raise ValueError(f"the table must have one axis, not the shape {tf.shape}")
+        if mode == 'amplitude':
+            return tf, numpy.ones(1)
+        if mode == 'phase':
+            factors = numpy.exp(1j * tf)
+            return factors, 1j * factors
+        raise ValueError(f"mode must be 'amplitude' or 'phase', not {mode!r}")
+
+    def apl(node, x, tf, digitizer, kind='wavenumber', mode='amplitude'):
+        ind, conj = _evaluate(x, digitizer, kind)
+        factors, _ = apply_digitized.factors(tf, mode)
+        return dict(y=_times(x, _spread(factors, ind, conj, 1)), bins=(ind, conj))
+
+    def vjp(node, _y, x, tf, bins, mode):
+        _y = _like(x, _y)
+        factors, derivative = apply_digitized.factors(tf, mode)
+        _x = _tf = ZeroGradient
+        if not node.is_literal('x'):
+            _x = _times(_y, numpy.conj(_spread(factors, *bins, 1)))
+        if not node.is_literal('tf'):
+            # Sum the cross power of each bin
+            ind, conj = bins
+            power = mode_weights(x) * _y.value * numpy.conj(x.value)
+            ind = numpy.broadcast_to(ind, power.shape)
+            _tf = _sum_bins(numpy.where(conj, power.conj(), power), ind, len(factors))
+            _tf = x.pm.comm.allreduce(_tf) * numpy.conj(derivative)
+            if not numpy.iscomplexobj(tf):
+                _tf = _tf.real
+        return dict(_x=_x, _tf=_tf)
+
+    def jvp(node, x_, tf_, x, tf, bins, mode):
+        factors, derivative = apply_digitized.factors(tf, mode)
+        y_ = ZeroGradient
+        if not _is_zero(x_):
+            y_ = _times(_like(x, x_), _spread(factors, *bins, 1))
+        if not _is_zero(tf_):
+            y_ = y_ + _times(x, _spread(derivative * tf_, *bins, 0))
+        return dict(y_=y_)
+
+
+class IdentityLayout:
+    """The layout of particles that all stay where they are, on a single rank."""
+
+    def __init__(self, comm, length):
+        self.comm = comm
+        self.sendlength = self.recvlength = length
+
+    def exchange(self, *args, pack=True):
+        """The arguments, unchanged."""
+        for data in args:
+            self._check(data)
+        return args[0] if len(args) == 1 else args or None
+
+    def gather(self, data, mode='sum', out=None):
+        """`data`, unchanged (or copied to `out`): there are no ghosts."""
+        self._check(data)
+        if out is None:
+            return data
+        out[...] = data
+        return out
+
+    def get_exchange_cost(self):
+        """Nothing travels."""
+        return numpy.zeros(1, dtype='i8')
+
+    def _check(self, data):
+        if len(data) != self.sendlength:
+            raise ValueError(f"the layout was made for {self.sendlength} particles, "
+                             f"but the data is for {len(data)}")
+
+
+def _exchange(layout, data):
+    return data if layout is None or numpy.ndim(data) == 0 else layout.exchange(data)
+
+
+def _gather(layout, data):
+    if layout is None or isinstance(layout, IdentityLayout):
+        return data if layout is None else layout.gather(data)
+    if numpy.iscomplexobj(data):
+        pairs = numpy.ascontiguousarray(data).view(data.real.dtype).reshape(data.shape + (2,))
+        pairs = numpy.ascontiguousarray(layout.gather(pairs))
+        return pairs.view(data.dtype)[..., 0]
+    return layout.gather(data)
+
+
+def _positions(x, pm):
+    """Positions as a floating point array (N, ndim), or an error that says so."""
+    x = numpy.asarray(x)
+    if x.ndim != 2 or x.shape[1] != pm.ndim:
+        raise ValueError(f"positions must have the shape (N, {pm.ndim}), a row for each particle, "
+                         f"but their shape is {x.shape}")
+    if x.dtype.kind not in 'fiub':
+        raise TypeError(f"positions must be real numbers, but their type is {x.dtype}")
+    return x if x.dtype in ('f4', 'f8') and x.dtype.isnative else x.astype('f8')
+
+
+@operator
+class decompose:
+    """The layout that brings particles to the ranks whose part of the mesh they touch.
+
+    `smoothing` is how far a particle reaches, in cells, or a window; by default the window of `pm`.
+    """
+
+    ain = {'x': 'ndarray'}
+    aout = {'layout': '*Layout'}
+
+    def apl(node, x, pm, smoothing=None):
+        x = _positions(x, pm)
+        if pm.comm.size == 1:
+            return dict(layout=IdentityLayout(pm.comm, len(x)))
+        return dict(layout=pm.decompose(x, smoothing=smoothing))
+
+    def vjp(node, _layout):
+        return dict(_x=ZeroGradient)
+
+    def jvp(node, x_):
+        return dict(layout_=ZeroGradient)
+
+
+@operator
+class exchange:
+    """Send rows to the ranks where their particles are needed; ghosts are copies."""
+
+    ain = {'x': '*', 'layout': '*Layout'}
+    aout = {'y': '*'}
+
+    def apl(node, x, layout):
+        return dict(y=_exchange(layout, x))
+
+    def vjp(node, _y, layout):
+        return dict(_x=_gather(layout, _y), _layout=ZeroGradient)
+
+    def jvp(node, x_, layout):
+        return dict(y_=ZeroGradient if _is_zero(x_) else _exchange(layout, x_))
+
+
+@operator
+class gather:
+    """Bring rows back to the particles they belong to; what ghosts contribute is summed."""
+
+    ain = {'x': '*', 'layout': '*Layout'}
+    aout = {'y': '*'}
+
+    def apl(node, x, layout):
+        return dict(y=_gather(layout, x))
+
+    def vjp(node, _y, layout):
+        return dict(_x=_exchange(layout, _y), _layout=ZeroGradient)
+
+    def jvp(node, x_, layout):
+        return dict(y_=ZeroGradient if _is_zero(x_) else _gather(layout, x_))
+
+
+class _Window:
+    """Painting and reading out on a rank's part of a mesh, by the compiled loops or by pmesh."""
+
+    def __init__(self, pm, resampler=None):
+        self.pm = pm
+        self.resampler = FindResampler(pm.resampler if resampler is None else resampler)
+        self.compiled = window is not None and window.support(self.resampler) is not None
+        self.args = dict(window=self.resampler, transform=pm.affine)
+
+    @property
+    def differentiable(self):
+        """pmesh's resampler for derivatives; those of its tuned pcs are in cells, of its cubic in lengths."""
+        return FindResampler('cubic') if self.resampler.kind == 'tunedpcs' else self.resampler
+
+    # Paint and read out
+    def empty(self):
+        """A mesh of zeros."""
+        return self.pm.create(type=RealField, value=0)
+
+    def paint(self, x, mass):
+        """The mesh painted with particles."""
+        mesh = self.empty()
+        if self.compiled:
+            return window.paint(mesh, x, mass, **self.args)
+        mass = numpy.asarray(mass, dtype='f8')
+        return self.pm.paint(x, mass=mass, resampler=self.resampler, out=mesh, hold=True)
+
+    def readout(self, meshes, x):
+        """The values (N, n) of n meshes."""
+        if self.compiled:
+            return window.readout(meshes, x, **self.args)
+        return numpy.stack([mesh.readout(x, resampler=self.resampler) for mesh in meshes], axis=-1)
+
+    # Derivatives of painting and reading out
+    def gradient(self, mesh, x):
+        """The derivatives (N, ndim) of the value of a mesh by the position."""
+        if self.compiled:
+            return window.gradient(mesh, x, **self.args)
+        return numpy.stack([mesh.readout(x, resampler=self.differentiable, gradient=d)
+                            for d in range(self.pm.ndim)], axis=-1)
+
+    def paint_vjp(self, mesh, x, mass, need_x=True, need_mass=True):
+        """Cotangents of positions and masses from that of the mesh."""
+        if self.compiled:
+            return window.paint_vjp(mesh, x, mass, need_pos=need_x, need_mass=need_mass, **self.args)
+        return (self.gradient(mesh, x) * numpy.reshape(mass, (-1, 1)) if need_x else None,
+                mesh.readout(x, resampler=self.resampler) if need_mass else None)
+
+    def paint_jvp(self, x, mass, x_=None, mass_=None):
+        """Tangent of the mesh."""
+        mesh = self.empty()
+        if self.compiled:
+            return window.paint_jvp(mesh, x, mass, x_, mass_, **self.args)
+        if x_ is not None:
+            speed = numpy.asarray(x_) * numpy.reshape(mass, (-1, 1))
+            for d in range(self.pm.ndim):
+                self.pm.paint(x, mass=speed[:, d], resampler=self.differentiable, gradient=d, out=mesh,
+                              hold=True)
+        if mass_ is not None:
+            self.pm.paint(x, mass=numpy.asarray(mass_, 'f8'), resampler=self.resampler, out=mesh, hold=True)
+        return mesh
+
+    def readout_vjp(self, meshes, x, value, need_x=True, need_meshes=True):
+        """Cotangents of positions and meshes from that of the values (N, n)."""
+        count = value.shape[1]
+        if self.compiled:
+            out = [self.empty() for c in range(count)] if need_meshes else None
+            meshes = meshes if meshes is not None else [None] * count
+            return window.readout_vjp(meshes, x, value, out=out, need_pos=need_x, **self.args), out
+        _x = _meshes = None
+        if need_x:
+            _x = sum(self.gradient(mesh, x) * value[:, c, None] for c, mesh in enumerate(meshes))
+        if need_meshes:
+            _meshes = [self.paint(x, value[:, c]) for c in range(count)]
+        return _x, _meshes
+
+    def readout_jvp(self, meshes, x, x_=None, meshes_=None):
+        """Tangent of the values (N, n); None is zero."""
+        if self.compiled:
+            return window.readout_jvp(meshes, x, x_, meshes_, **self.args)
+        value_ = 0
+        if x_ is not None:
+            value_ = numpy.stack([(self.gradient(mesh, x) * x_).sum(axis=-1) for mesh in meshes], axis=-1)
+        return value_ if meshes_ is None else value_ + self.readout(meshes_, x)
+
+
+def _masses(mass):
+    mass = numpy.asarray(mass)
+    if mass.dtype.kind not in 'fiub':
+        raise TypeError(f"masses must be real numbers, but their type is {mass.dtype}")
+    return mass if mass.dtype.kind == 'f' else mass.astype('f8')
+
+
+@operator
+class paint:
+    """Particles painted to a real field: the sum of the masses, each spread by the window of `pm`.
+
+    Parameters
+    ----------
+    x : (N, ndim) positions, in units of the box; may lie outside of it
+    mass : one number, or (N,)
+    layout : from `decompose`, or None if the particles have been exchanged already
+    pm : ParticleMesh
+    resampler : window, by default that of `pm`
+    """
+
+    ain = {'x': 'ndarray', 'mass': '*', 'layout': '*Layout'}
+    aout = {'mesh': 'RealField'}
+
+    def apl(node, x, mass, layout, pm, resampler=None):
+        x, mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
+        return dict(mesh=_Window(pm, resampler).paint(x, mass))
+
+    def vjp(node, _mesh, x, mass, layout, pm, resampler):
+        # Pull the cotangent of a mesh back to its particles
+        need_x, need_mass = not node.is_literal('x'), not node.is_literal('mass')
+        local_x, local_mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
+        _x, _mass = _Window(pm, resampler).paint_vjp(_real(pm, _mesh), local_x, local_mass, need_x, need_mass)
+        if need_mass:
+            _mass = pm.comm.allreduce(float(_mass.sum())) if numpy.ndim(mass) == 0 else _gather(layout, _mass)
+        return dict(_x=_as_given(_gather(layout, _x), x) if need_x else ZeroGradient,
+                    _mass=_mass if need_mass else ZeroGradient,
+                    _layout=ZeroGradient)
+
+    def jvp(node, x_, mass_, x, mass, layout, pm, resampler):
+        scalar = numpy.ndim(mass_) == 0 and not _is_zero(mass_)
+        if scalar:
+            mass_ = numpy.full(len(x), mass_, dtype='f8')
+        x_ = None if _is_zero(x_) else _exchange(layout, numpy.asarray(x_))
+        mass_ = None if _is_zero(mass_) else _exchange(layout, _masses(mass_))
+        x, mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
+        return dict(mesh_=_Window(pm, resampler).paint_jvp(x, mass, x_, mass_))
+
+
+def _as_given(_x, x):
+    """A cotangent in the precision of its value, if that is a floating point array."""
+    return _x.astype(x.dtype, copy=False) if getattr(x, 'dtype', None) in ('f4', 'f8') else _x
+
+
+@operator
+class readout_all:
+    """The values of several real fields at the same positions: (N, n) for a list of n fields.
+
+    Parameters
+    ----------
+    meshes : list of real fields on one ParticleMesh
+    x : (N, ndim) positions
+    layout : from `decompose`, or None if the particles have been exchanged already
+    resampler : window, by default that of the fields' ParticleMesh
+    """
+
+    ain = {'meshes': '*', 'x': 'ndarray', 'layout': '*Layout'}
+    aout = {'value': 'ndarray'}
+
+    def apl(node, meshes, x, layout, resampler=None):
+        return dict(value=_read(list(meshes), x, layout, resampler), pm=meshes[0].pm)
+
+    def rcd(node, meshes, x, layout, resampler, pm, **others):
+        return dict(x=x, layout=layout, resampler=resampler, pm=pm, count=len(meshes),
+                    meshes=None if node.is_literal('x') else list(meshes))
+
+    def vjp(node, _value, meshes, x, layout, resampler, pm, count):
+        _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, 'meshes')
+        return dict(_meshes=_meshes if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
+
+    def jvp(node, meshes_, x_, meshes, x, layout, resampler, pm, count):
+        zero = _is_zero(meshes_) or all(_is_zero(mesh_) for mesh_ in meshes_)
+        meshes_ = None if zero else [_real(pm, 0 if _is_zero(mesh_) else mesh_) for mesh_ in meshes_]
+        return dict(value_=_read_jvp(meshes, meshes_, x_, x, layout, resampler, pm))
+
+
+@operator
+class readout:
+    """The value of a real field at each position: (N,). See `readout_all` for the arguments."""
+
+    ain = {'mesh': 'RealField', 'x': 'ndarray', 'layout': '*Layout'}
+    aout = {'value': 'ndarray'}
+
+    def apl(node, mesh, x, layout, resampler=None):
+        return dict(value=_read([mesh], x, layout, resampler)[:, 0], pm=mesh.pm)
+
+    def rcd(node, mesh, x, layout, resampler, pm, **others):
+        return dict(x=x, layout=layout, resampler=resampler, pm=pm,
+                    mesh=None if node.is_literal('x') else mesh)
+
+    def vjp(node, _value, mesh, x, layout, resampler, pm):
+        _value = numpy.asarray(_value).reshape(-1, 1)
+        _x, _meshes = _read_vjp(node, _value, [mesh], x, layout, resampler, pm, 'mesh')
+        return dict(_mesh=_meshes[0] if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
+
+    def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
+        meshes_ = None if _is_zero(mesh_) else [_real(pm, mesh_)]
+        return dict(value_=_read_jvp([mesh], meshes_, x_, x, layout, resampler, pm)[:, 0])
+
+
+def _read(meshes, x, layout, resampler):
+    pm = meshes[0].pm
+    return _gather(layout, _Window(pm, resampler).readout(meshes, _exchange(layout, _positions(x, pm))))
+
+
+def _read_vjp(node, _value, meshes, x, layout, resampler, pm, name):
+    need_x, need_meshes = not node.is_literal('x'), not node.is_literal(name)
+    local_x, _value = _exchange(layout, _positions(x, pm)), _exchange(layout, numpy.asarray(_value))
+    _x, _meshes = _Window(pm, resampler).readout_vjp(meshes, local_x, _value, need_x, need_meshes)
+    return _as_given(_gather(layout, _x), x) if need_x else ZeroGradient, _meshes
+
+
+def _read_jvp(meshes, meshes_, x_, x, layout, resampler, pm):
+    x_ = None if _is_zero(x_) else _exchange(layout, numpy.asarray(x_))
+    meshes = meshes if x_ is not None else None
+    local_x = _exchange(layout, _positions(x, pm))
+    return _gather(layout, _Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
+
+
+@operator
+class force:
+    """Gravity of equal particles at themselves: the force, minus the gradient of the potential.
+
+    Parameters
+    ----------
+    x : (N, ndim) positions
+    layout : from `decompose`
+    pm : ParticleMesh
+    order : of `fourier_space_neg_gradient`
+
+    Returns
+    -------
+    f : (N, ndim), the negative gradient of the potential whose Laplacian is the density contrast
+    potk : the modes of the potential
+    """
+
+    ain = {'x': 'ndarray', 'layout': '*Layout'}
+    aout = {'f': 'ndarray', 'potk': '*ComplexField'}
+
+    # The steps of the force
+    @staticmethod
+    def potential(rho, factor):
+        """The modes of the potential of a density times `factor`."""
+        rhok = rho.r2c()
+        rhok.value *= factor * _evaluate(rhok, fourier_space_laplace, 'wavenumber')
+        return rhok
+
+    @staticmethod
+    def meshes(potk, order):
+        """The components of the force on the mesh."""
+        pm = potk.pm
+        return [_times(potk, _evaluate(potk, fourier_space_neg_gradient(d, pm, order), 'wavenumber')).c2r()
+                for d in range(pm.ndim)]
+
+    @staticmethod
+    def pull_meshes(_meshes, order):
+        """Cotangent of the potential from those of the components: the adjoint of `meshes`."""
+        _potk = 0
+        for d, _mesh in enumerate(_meshes):
+            _k = _mesh.r2c()
+            tf = _evaluate(_k, fourier_space_neg_gradient(d, _k.pm, order), 'wavenumber')
+            _potk = _potk + _times(_k, numpy.conj(tf) * _k.dtype.type(_k.Nmesh.prod()))
+        return _potk
+
+    # The force and its derivatives
+    def apl(node, x, layout, pm, order=1):
+        w = _Window(pm)
+        local_x = _exchange(layout, _positions(x, pm))
+        factor = float(pm.Nmesh.prod()) / max(pm.comm.allreduce(len(x)), 1)
+        potk = force.potential(w.paint(local_x, 1.0), factor)
+        f = _gather(layout, w.readout(force.meshes(potk, order), local_x))
+        return dict(f=_as_given(f, x), potk=potk, factor=factor)
+
+    def vjp(node, _f, _potk, x, layout, pm, order, potk, factor):
+        w = _Window(pm)
+        local_x = _exchange(layout, _positions(x, pm))
+        _x, _p = 0, 0 if _is_zero(_potk) else _like(potk, _potk)
+        if not _is_zero(_f):
+            _f = _exchange(layout, numpy.asarray(_f))
+            _x, _meshes = w.readout_vjp(force.meshes(potk, order), local_x, _f)
+            _p = _p + force.pull_meshes(_meshes, order)
+        _rhok = _times(_p, _evaluate(potk, fourier_space_laplace, 'wavenumber'))
+        _rhok.value *= factor / float(pm.Nmesh.prod())
+        _x = _x + w.paint_vjp(_rhok.c2r(), local_x, 1.0, need_mass=False)[0]
+        return dict(_x=_as_given(_gather(layout, _x), x), _layout=ZeroGradient)
+
+    def jvp(node, x_, x, layout, pm, order, potk, factor):
+        w = _Window(pm)
+        local_x, x_ = _exchange(layout, _positions(x, pm)), _exchange(layout, numpy.asarray(x_))
+        potk_ = force.potential(w.paint_jvp(local_x, 1.0, x_), factor)
+        f_ = w.readout_jvp(force.meshes(potk, order), local_x, x_, force.meshes(potk_, order))
+        return dict(f_=_as_given(_gather(layout, f_), x), potk_=potk_)
