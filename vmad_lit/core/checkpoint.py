@@ -142,8 +142,9 @@ class Walk:
                 self.tapes[i] = tape
 
     def restore(self, action, keep):
-        kept = self.states[action.n] if keep else self.states.pop(action.n)
-        self.state = kept.get()
+        if action.n in self.states:  # otherwise it is about a tape, which we have at hand
+            kept = self.states[action.n] if keep else self.states.pop(action.n)
+            self.state = kept.get()
 
 
 class InMemory:
@@ -175,6 +176,15 @@ class OnDisk:
         return pickle.load(self._file)
 
 
+def actions_of(chain):
+    """The actions of the schedule of a chain, one after the other."""
+    schedule = chain.schedule(chain.n)
+    for action in schedule:
+        yield action
+        if schedule.max_n is None and getattr(action, "n1", 0) >= chain.n:
+            schedule.finalize(chain.n)
+
+
 class History:
     """What a chain records: the kept states and tapes at the end of the forward run, and how to run steps."""
 
@@ -189,7 +199,7 @@ def run_chain_and_record(node, **arguments):
     chain = node.operator
     start = tuple(arguments[name] for name in chain.state_names)
     walk = Walk(find_steps(node, arguments), start)
-    for action in chain.schedule(chain.n):
+    for action in actions_of(chain):
         if isinstance(action, EndForward):
             break
         walk.forward(action)
@@ -203,7 +213,7 @@ def pull_back_chain(node, **arguments):
     cotangents = [arguments["_" + name] for name in chain.aout]
     of_parameters = dict.fromkeys(chain.parameter_names, ZeroGradient)
     walk = Walk(history.steps, None, history.states, history.tapes)
-    actions = iter(chain.schedule(chain.n))
+    actions = actions_of(chain)
     while not isinstance(next(actions), EndForward):
         pass
     for action in actions:
