@@ -18,7 +18,7 @@ from pathlib import Path
 import jupyter_client
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "providers" / "pfft-python")]
 # The cells of the chapters must see this tree's package, wherever the build was started.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 

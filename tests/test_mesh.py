@@ -256,8 +256,6 @@ class TestParticles:
         # pmesh's tables of the Lanczos window and of its derivative agree to some digits only
         self.tol = dict(eps=1e-6, rtol=2e-3 if resampler == 'lanczos2' else 1e-5)
         pm = make(nmesh, resampler=resampler)
-        if resampler in ('lanczos2', 'pcs') and COMM.size > 1:
-            pm = make([2 * n for n in nmesh], resampler=resampler)  # pmesh's layouts want meshes wider than windows
         return pm, particles(pm)
 
     def test_paint(self, nmesh, resampler):

@@ -98,6 +98,40 @@ def test_addmul_follows_the_reference():
     assert a[0] == 1
 
 
+@pytest.mark.parametrize('shape', [(7,), (3, 5), (200, 300), (2, 100, 500), (0, 3), (70000,)])
+@pytest.mark.parametrize('dtype', ['f8', 'f4', 'c16'])
+def test_long_and_strided_arrays_go_through_in_slabs(shape, dtype):
+    rng = np.random.default_rng(1)
+    factor = 1 - 2j if dtype == 'c16' else 1
+    wide = [(rng.normal(size=shape[:-1] + (shape[-1] + 2,)) * factor).astype(dtype) for _ in range(2)]
+    a, b = (w[..., 1:-1] for w in wide)
+    vs = VectorSpace()
+    rtol = 1e-5 if dtype == 'f4' else 1e-12
+    assert_allclose(vs.dot(a, b), np.sum((a.conj() * b).real, dtype='f8'), rtol=rtol, atol=rtol * a.size)
+    before = a.copy()
+    assert_allclose(vs.addmul(a, b, -0.3), a - np.asarray(0.3, dtype) * b, rtol=rtol, atol=rtol)
+    assert_array_equal(a, before)
+    assert vs.accumulate(a, b, 2.0) is a
+    assert_allclose(a, before + 2 * b, rtol=rtol, atol=rtol)
+    whole = vs.accumulate(np.ones(3), np.ones(3) * 1j, 2.0)  # not of one type: the result is a new array
+    assert_array_equal(whole, 1 + 2j)
+
+
+def test_an_addmul_of_one_s_own_is_used_everywhere():
+    def wrapped(a, b, c, p=1):
+        return (a + b * c ** p) % 1.0
+
+    class Circle(VectorSpace):
+        def addmul(self, a, b, c, p=1):
+            return wrapped(a, b, c, p)
+
+    x = np.full(3, 0.75)
+    for vs in (VectorSpace(addmul=wrapped), Circle()):
+        assert_array_equal(vs.accumulate(x, x, 1.0), 0.5)
+        assert_array_equal(vs.axpy(1.0, x, x), 0.5)
+    assert_array_equal(x, 0.75)
+
+
 def test_inner_product_is_real_wide_and_checked():
     z = np.array([1 + 2j, 3 - 1j])
     assert VectorSpace().dot(z, z * 1j) == 0

@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
 from pfft.partition import ALL_FLAGS, block_edges  # noqa: E402
+from pfft.plan import itinerary  # noqa: E402
 from pfft import Direction, Flags, LocalBuffer, Partition, Plan, ProcMesh, Type  # noqa: E402
 
 WORLD = MPI.COMM_WORLD
@@ -57,11 +58,12 @@ def tolerance(kind):
 
 
 SHAPES = [(5,), (8,), (7, 5), (2, 8), (8, 6), (7, 5, 3), (2, 2, 2), (1, 3, 4), (8, 4, 6), (3, 2, 4, 5)]
+CASES = [(kind, shape) for kind in (Type.R2C, Type.C2C) for shape in SHAPES]
+CASES += [(kind, shape) for kind in (Type.R2CF, Type.C2CF) for shape in SHAPES[::3]]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", [Type.R2C, Type.C2C, Type.R2CF, Type.C2CF], ids=lambda t: t.name)
-def test_there_and_back(shape, kind):
+@pytest.mark.parametrize("kind, shape", CASES, ids=lambda value: getattr(value, "name", str(value)))
+def test_there_and_back(kind, shape):
     if len(shape) == 1 and P > 1:
         pytest.skip("one-dimensional transforms run on one rank")
     for np, transposed, padded, inplace in itertools.product(meshes(len(shape)), (0, 1), (0, 1), (0, 1)):
@@ -110,6 +112,9 @@ def test_any_ends_of_any_kind(shape, flags):
         a.view_input()[...] = x[partition.local_i_slice]
         plan.execute(a, b)
         everywhere(numpy.allclose(b.view_output(), truth[partition.local_o_slice]), np, plan)
+        largest = max(step.nbytes for step in plan._steps)
+        room = partition.alloc_local * partition.type.numbers[1].itemsize
+        everywhere(largest <= room, "a stage does not fit the buffers", np, plan)
 
 
 @settings(max_examples=25)
@@ -211,6 +216,24 @@ def test_a_backward_plan_turns_round():
     plan = Plan(partition, Direction.BACKWARD, b, a)
     assert plan.type == Type.C2R and plan.flags == Flags.ESTIMATE | Flags.TRANSPOSED_IN and not plan.inplace
     assert Plan(partition, Direction.FORWARD, a).inplace
+    turned = Partition(Type.C2C, [4, 4], ProcMesh([P], WORLD), Flags.TRANSPOSED_IN)
+    c = LocalBuffer(turned)
+    assert Plan(turned, Direction.FORWARD, c).flags == Flags.TRANSPOSED_IN
+    assert Plan(turned, Direction.BACKWARD, c).flags == Flags.TRANSPOSED_OUT
+
+
+@pytest.mark.parametrize("kind", ["r2c", "c2r", "c2c"])
+@pytest.mark.parametrize("np", [[2], [2, 3]])
+def test_no_detours(kind, np):
+    """A transform from one end to the other needs one exchange a direction, one that comes back needs two."""
+    m = len(np)
+    ways = {"r2c": [(m, 0)], "c2r": [(0, m)], "c2c": [(m, 0), (0, m)]}[kind]
+    for start, stop in itertools.product((0, m), repeat=2):
+        steps = itinerary(kind, 3, np, start, stop)
+        least = m if (start, stop) in ways else 3 * m if kind != "c2c" and start != stop else 2 * m
+        assert [step[0] for step in steps].count("exchange") == least
+        axes = [axis for step in steps if step[0] == "transform" for axis in step[1]]
+        assert sorted(axes) == [0, 1, 2]
 
 
 def test_threads():

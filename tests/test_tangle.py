@@ -1268,7 +1268,7 @@ def run(*arguments, **options):
 def test_trace_runs_a_command(tmp_path):
     put(tmp_path, c=TWO.replace("x += 1", "x += None"))
     assert run("--root", tmp_path).returncode == 0
-    code = "import sys; print('pkg/one.py:7', flush=True); sys.path.insert(0, '.'); from pkg.one import f; f(1)"
+    code = "import sys; print('pkg/one.py:7', flush=True); sys.path[:0] = '.'; from pkg.one import f; f(1)"
     done = run("--root", tmp_path, "trace", "--", sys.executable, "-c", code, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout == b"book/c.md:19\n"

@@ -9,14 +9,14 @@ import numpy as np
 
 from vmad_lit import Builder, autooperator, operator
 from vmad_lit.contrib.optimize import Problem
-from vmad_lit.contrib.vectorspace import FieldSpace, local_field_product, real_inner_product
+from vmad_lit.contrib.vectorspace import FieldSpace, is_field, local_field_product, real_inner_product
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import mpi
 
 
 def local_product(a, b) -> float:
     """This rank's share of the inner product of two arrays, or two pmesh fields of one kind."""
-    return local_field_product(a, b) if hasattr(a, "pm") else real_inner_product(a, b)
+    return local_field_product(a, b) if is_field(a) else real_inner_product(a, b)
 
 
 @operator
@@ -59,19 +59,9 @@ class MPIVectorSpace(FieldSpace):
 
     def dot(self, a, b) -> float:
         """The inner product, summed over all ranks."""
-        if hasattr(a, "pm") or hasattr(b, "pm"):
+        if is_field(a) or is_field(b):
             return super().dot(a, b)
         return self.comm.allreduce(real_inner_product(a, b))
-
-    def to_arrays(self, x) -> list:
-        """The part of x that this rank holds."""
-        return super().to_arrays(x) if hasattr(x, "pm") else [np.asarray(x)]
-
-    def from_arrays(self, arrays, like):
-        """A vector of the kind of `like` with the values given."""
-        if hasattr(like, "pm"):
-            return super().from_arrays(arrays, like)
-        return super(FieldSpace, self).from_arrays(arrays, like)
 
 
 class MPIChiSquareProblem(Problem):

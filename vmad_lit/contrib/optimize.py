@@ -739,14 +739,14 @@ class LBFGS(Optimizer):
     def direction(self, vs, state):
         """``-B g`` by the two-loop recursion (NW algorithm 7.4)."""
         S, R, rho = state.vectors["S"], state.vectors["R"], state.numbers["rho"]
-        q, alpha = state.Pg, [0.0] * len(S)
+        q, alpha = vs.scale(-1.0, state.Pg), [0.0] * len(S)
         for i in reversed(range(len(S))):
             alpha[i] = rho[i] * vs.dot(S[i], q)
-            q = vs.addmul(q, R[i], -alpha[i])
-        q = vs.scale(-state.numbers["gamma"], q)
+            q = vs.accumulate(q, R[i], -alpha[i])
+        q = vs.scale(state.numbers["gamma"], q)
         for i in range(len(S)):
             beta = rho[i] * vs.dot(R[i], q)
-            q = vs.addmul(q, S[i], -alpha[i] - beta)
+            q = vs.accumulate(q, S[i], alpha[i] - beta)
         return q
 
     def iterate(self, problem, state):
@@ -830,7 +830,7 @@ class TrustRegionCG(Optimizer):
 
     def solve(self, vs, hvp, g, radius, rtol):
         """Minimise the model within the radius: p, the residual g + H p, and whether p is on the surface."""
-        p, r, d = vs.zeros_like(g), g, vs.scale(-1.0, g)
+        p, r, d = vs.zeros_like(g), vs.copy(g), vs.scale(-1.0, g)
         rr = target = vs.dot(r, r)
         for _ in range(self.cg_maxiter):
             Hd = hvp(d)
@@ -838,8 +838,8 @@ class TrustRegionCG(Optimizer):
             step = rr / curvature if curvature > 0 else math.inf
             edge = to_the_surface(vs, p, d, radius)
             if step >= edge:
-                return vs.addmul(p, d, edge), vs.addmul(r, Hd, edge), True
-            p, r = vs.addmul(p, d, step), vs.addmul(r, Hd, step)
+                return vs.accumulate(p, d, edge), vs.accumulate(r, Hd, edge), True
+            p, r = vs.accumulate(p, d, step), vs.accumulate(r, Hd, step)
             rr, last = vs.dot(r, r), rr
             if rr <= rtol ** 2 * target:
                 break

@@ -8,14 +8,30 @@ from __future__ import annotations
 
 import numpy as np
 
+CACHED = 2 ** 13  # numbers in a part of an array that stays in the cache
+
+
+def slabs(array):
+    """Slices along the first axis of parts of `array` that fit into the cache."""
+    rows = max(1, CACHED * len(array) // max(1, array.size))
+    return [slice(i, i + rows) for i in range(0, len(array), rows)]
+
 
 def real_inner_product(a, b) -> float:
     """``Re sum conj(a) b`` of two arrays of equal shape, accumulated in double precision at least."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
         raise ValueError(f"the inner product needs two arrays of one shape, got {a.shape} and {b.shape}")
-    wide = np.result_type(a, b, np.float64)
-    return float(np.vdot(a.astype(wide, copy=False), b.astype(wide, copy=False)).real)
+    a, b, wide = np.atleast_1d(a), np.atleast_1d(b), np.result_type(a, b, np.float64)
+    return float(sum(np.vdot(a[i].astype(wide, copy=False), b[i].astype(wide, copy=False)).real
+                     for i in slabs(a)))
+
+
+def multiply_add(out, a, b, c):
+    """``out[...] = a + b * c`` for arrays of one shape; `out` may be `a`. Returns `out`."""
+    for i in slabs(out):
+        np.add(a[i], b[i] * c, out=out[i])
+    return out
 
 
 class VectorSpace:
@@ -34,7 +50,7 @@ class VectorSpace:
 
     def __init__(self, addmul=None, dot=None, comm=None):
         if addmul is not None:
-            self.addmul = addmul
+            self.addmul, self.accumulate = addmul, addmul
         if dot is not None:
             self.dot = dot
         if comm is not None:
@@ -42,14 +58,24 @@ class VectorSpace:
 
     def addmul(self, a, b, c, p=1):
         """``a + b * c ** p``, of the type of `b`; `a` may be 0."""
-        if isinstance(c, np.generic):
-            c = c.item()  # a NumPy scalar would widen a float32 vector
-        scaled = b * (c if p == 1 else c ** p)
-        return scaled if isinstance(a, (int, float)) and a == 0 else a + scaled
+        c = scalar(c, p)
+        if is_zero(a):
+            return b * c
+        return multiply_add(np.empty_like(b), a, b, c) if alike(a, b, c) else a + b * c
 
     def dot(self, a, b) -> float:
         """The inner product, a real number that is the same on all ranks."""
         return real_inner_product(a, b)
+
+    def accumulate(self, a, b, c):
+        """``a + b * c`` for an `a` that the caller gives up: its memory may be used for the result."""
+        c = scalar(c)
+        return multiply_add(a, a, b, c) if alike(a, b, c) else self.addmul(a, b, c)
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "addmul" in vars(cls) and "accumulate" not in vars(cls):
+            cls.accumulate = cls.addmul
 
     def norm(self, a) -> float:
         """The length ``sqrt(dot(a, a))``."""
@@ -73,7 +99,9 @@ class VectorSpace:
 
     def same(self, a, b) -> bool:
         """Whether `a` and `b` are the same vector, to the last bit; all ranks get the same answer."""
-        if self.any(type(a) is not type(b) or np.shape(a) != np.shape(b)):
+        if isinstance(a, np.ndarray):
+            return not self.any(not isinstance(b, np.ndarray) or a.dtype != b.dtype or not np.array_equal(a, b))
+        if self.any(type(a) is not type(b)):
             return False
         difference = self.addmul(a, b, -1)
         return self.dot(difference, difference) == 0.0
@@ -99,7 +127,7 @@ class VectorSpace:
     def any(self, flag) -> bool:
         """Whether `flag` is true on any rank."""
         alone = self.comm is None or self.comm.size == 1
-        return bool(flag) if alone else any(self.comm.allgather(bool(flag)))
+        return bool(flag) if alone else self.comm.allreduce(int(bool(flag))) > 0
 
     def to_arrays(self, x) -> list:
         """The part of `x` that this rank holds, as a list of arrays."""
@@ -115,15 +143,38 @@ class VectorSpace:
         return array.item()
 
 
+def scalar(c, p=1):
+    """``c ** p``, as a plain Python number if it is a number."""
+    c = c.item() if isinstance(c, np.generic) else c
+    return c if p == 1 else c ** p
+
+
+def is_zero(a) -> bool:
+    """Whether `a` is the plain number 0, which stands for the zero vector."""
+    return isinstance(a, (int, float)) and a == 0
+
+
+def alike(a, b, c) -> bool:
+    """Whether a and b are arrays of one shape and floating-point type, and c is a number that keeps the type."""
+    return (type(a) is type(b) is np.ndarray and a.shape == b.shape and a.dtype == b.dtype and a.ndim > 0
+            and a.dtype.kind in "fc" and isinstance(c, (int, float)))
+
+
 def local_field_product(a, b) -> float:
     """This rank's share of the inner product of two pmesh fields of one kind."""
     if not np.iscomplexobj(a.value):
         return real_inner_product(a.value, b.value)
-    product = (np.conj(a.value) * b.value).real
-    if a.compressed:
-        i, n = a.i[-1], a.Nmesh[-1]
-        product = product * np.where((i == 0) | (2 * i == n), 1.0, 2.0)
-    return float(np.sum(product, dtype=np.float64))
+    stored = real_inner_product(a.value, b.value)
+    if not a.compressed:
+        return stored
+    i, n = np.ravel(a.i[-1]), a.Nmesh[-1]
+    own = (i == 0) | (2 * i == n)
+    return 2 * stored - real_inner_product(a.value[..., own], b.value[..., own])
+
+
+def is_field(x) -> bool:
+    """Whether x is a pmesh field: it knows its mesh."""
+    return hasattr(x, "pm") and hasattr(x, "value")
 
 
 class FieldSpace(VectorSpace):
@@ -139,17 +190,55 @@ class FieldSpace(VectorSpace):
 
     def dot(self, a, b) -> float:
         """The inner product over the whole mesh."""
-        if type(a) is not type(b) or not hasattr(a, "pm"):
+        if type(a) is not type(b) or not is_field(a):
             raise TypeError("expected two pmesh fields of one kind, "
                             f"got {type(a).__name__} and {type(b).__name__}")
         return a.pm.comm.allreduce(local_field_product(a, b))
 
+    def addmul(self, a, b, c, p=1):
+        """``a + b * c ** p``, a field like `b`."""
+        number = scalar(c, p)
+        if not (is_field(b) and isinstance(number, (int, float))):
+            return super().addmul(a, b, c, p)
+        out = b.pm.create(type=type(b))
+        if is_zero(a):
+            np.multiply(b.value, number, out=out.value)
+        elif type(a) is type(b) and alike(a.value, b.value, number):
+            multiply_add(out.value, a.value, b.value, number)
+        else:
+            return a + b * number
+        return out
+
+    def accumulate(self, a, b, c):
+        """``a + b * c`` in the memory of the field `a`."""
+        if not is_field(b) or type(a) is not type(b) or not alike(a.value, b.value, scalar(c)):
+            return super().accumulate(a, b, c)
+        multiply_add(a.value, a.value, b.value, scalar(c))
+        return a
+
+    def zeros_like(self, x):
+        """The zero field of the kind of `x`."""
+        if not is_field(x):
+            return super().zeros_like(x)
+        zero = x.pm.create(type=type(x))
+        zero.value[...] = 0
+        return zero
+
+    def same(self, a, b) -> bool:
+        """Whether the fields have the same values everywhere; all ranks get the same answer."""
+        if not is_field(a):
+            return super().same(a, b)
+        equal = type(a) is type(b) and np.array_equal(a.value, b.value)
+        return a.pm.comm.allreduce(int(not equal)) == 0
+
     def to_arrays(self, x) -> list:
         """The slab of mesh values that this rank holds."""
-        return [np.array(x.value)]
+        return [np.array(x.value)] if is_field(x) else super().to_arrays(x)
 
     def from_arrays(self, arrays, like):
         """A field on the mesh of `like` with the values given."""
+        if not is_field(like):
+            return super().from_arrays(arrays, like)
         array, = arrays
         if array.shape != like.shape:
             raise ValueError(f"expected the values of a {type(like).__name__} of local shape {like.shape}, "
@@ -174,7 +263,7 @@ class ProductSpace(VectorSpace):
     def _zip(self, a, b):
         """Triples (space, component of a, component of b); the number 0 as `a` is 0 in each component."""
         keys = [key for key, _ in _items(b)]
-        zero = isinstance(a, (int, float)) and a == 0
+        zero = is_zero(a)
         if not zero and [key for key, _ in _items(a)] != keys and set(dict(_items(a))) != set(keys):
             raise ValueError(f"two vectors of a product space differ in their components: "
                              f"{[key for key, _ in _items(a)]} and {keys}")
@@ -196,6 +285,10 @@ class ProductSpace(VectorSpace):
     def dot(self, a, b) -> float:
         """The sum of the inner products of the components."""
         return float(sum(space.dot(x, y) for space, x, y in self._zip(a, b)))
+
+    def accumulate(self, a, b, c):
+        """``a + b * c`` in the memory of `a` where that is possible."""
+        return _like(b, [space.accumulate(x, y, c) for space, x, y in self._zip(a, b)])
 
     def zeros_like(self, x):
         """The zero vector of the kind of `x`."""

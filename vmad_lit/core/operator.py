@@ -11,6 +11,7 @@ class ZeroGradientType(int):
     """The type of `ZeroGradient`, the zero cotangent or tangent of a value of any type."""
 
     __slots__ = ()
+    dtype = "?"  # asked by pmesh: its fields take what a ufunc returns for values of a field unless its dtype is this one
 
     def __repr__(self):
         return "ZeroGradient"

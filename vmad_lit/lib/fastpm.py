@@ -6,6 +6,7 @@ its conjugate is not stored. Positions are arrays (N, ndim), in the units of the
 import weakref
 
 import numpy
+from pmesh.domain import Layout
 from pmesh.pm import BaseComplexField, ComplexField, ParticleMesh, RealField, xslab
 from pmesh.window import FindResampler
 
@@ -192,7 +193,13 @@ def _evaluate(x, f, kind):
         return f(_coordinates(x, kind))
     kept = _keep(x.pm, 'fixed_transfer', weakref.WeakKeyDictionary).setdefault(f, {})
     if (kind, type(x)) not in kept:
-        kept[kind, type(x)] = f(_coordinates(x, kind))
+        # Evaluate, and arrange the result in memory like the field
+        result = f(_coordinates(x, kind))
+        if numpy.shape(result) == x.shape:
+            arranged = numpy.empty_like(x.value, result.dtype)
+            arranged[...] = result
+            result = arranged
+        kept[kind, type(x)] = result
     return kept[kind, type(x)]
 
 
@@ -244,7 +251,7 @@ def fourier_space_neg_gradient(dir, pm, order=1):
     """The transfer function of minus the derivative along the axis `dir`.
 
     `order` 0 is exact, without the Nyquist mode; 1 is the four-point central difference
-    of :cite:`Feng2016`. Each function is made once for a mesh.
+    of FastPM (Feng et al. 2016). Each function is made once for a mesh.
     """
     if order not in (0, 1):
         raise ValueError(f"order must be 0 (exact) or 1 (four-point difference), not {order}")
@@ -356,6 +363,36 @@ class apply_digitized:
         return dict(y_=y_)
 
 
+def _touched_domains(x, pm, support):
+    """For each particle the domains of its window's cells, with repetitions: (N, n)."""
+    domains = numpy.zeros((len(x), 1), dtype='i8')
+    shift, left = 0.5 * (support % 2), (support - 1) // 2
+    for d, edges in enumerate(pm.domain.edges):
+        domains = domains * pm.domain.shape[d]
+        if pm.domain.shape[d] == 1:
+            continue
+        first = numpy.floor(x[:, d] * pm.affine.scale[d] + shift).astype('i8') - left
+        owner = numpy.repeat(numpy.arange(len(edges) - 1), numpy.diff(edges))
+        # Pick the planes that tell all domains
+        widths = numpy.diff(edges)
+        wide = widths[widths > 0].min() >= support - 1
+        planes = numpy.array([0, support - 1]) if wide else numpy.arange(support)
+        touched = owner[(first[:, None] + planes) % len(owner)]
+        width = domains.shape[1] * len(planes)
+        domains = (domains[:, :, None] + touched[:, None, :]).reshape(len(x), width)
+    return domains
+
+
+def _make_layout(x, pm, support):
+    """A layout that sends each particle to exactly the ranks that hold cells of its window."""
+    ranks = numpy.sort(pm.domain.DomainAssign[_touched_domains(x, pm, support)], axis=1)
+    new = numpy.ones(ranks.shape, dtype='?')
+    new[:, 1:] = ranks[:, 1:] != ranks[:, :-1]
+    rows, ranks = numpy.nonzero(new)[0], ranks[new]
+    counts = numpy.bincount(ranks, minlength=pm.comm.size)
+    return Layout(pm.comm, len(x), counts.astype('i4'), rows[numpy.argsort(ranks, kind='stable')])
+
+
 class IdentityLayout:
     """The layout of particles that all stay where they are, on a single rank."""
 
@@ -401,6 +438,10 @@ def _gather(layout, data):
     return layout.gather(data)
 
 
+def _support(resampler):
+    return resampler.support if resampler.support > 0 else resampler.nativesupport
+
+
 def _positions(x, pm):
     """Positions as a floating point array (N, ndim), or an error that says so."""
     x = numpy.asarray(x)
@@ -416,7 +457,7 @@ def _positions(x, pm):
 class decompose:
     """The layout that brings particles to the ranks whose part of the mesh they touch.
 
-    `smoothing` is how far a particle reaches, in cells, or a window; by default the window of `pm`.
+    `smoothing` is the window that will be used, by default that of `pm`; or how far particles reach, in cells.
     """
 
     ain = {'x': 'ndarray'}
@@ -426,6 +467,9 @@ class decompose:
         x = _positions(x, pm)
         if pm.comm.size == 1:
             return dict(layout=IdentityLayout(pm.comm, len(x)))
+        if smoothing is None or not numpy.isscalar(smoothing) or isinstance(smoothing, str):
+            resampler = FindResampler(pm.resampler if smoothing is None else smoothing)
+            return dict(layout=_make_layout(x, pm, _support(resampler)))
         return dict(layout=pm.decompose(x, smoothing=smoothing))
 
     def vjp(node, _layout):
@@ -705,10 +749,10 @@ class force:
 
     # The steps of the force
     @staticmethod
-    def potential(rho, factor):
-        """The modes of the potential of a density times `factor`."""
+    def potential(rho):
+        """The modes of the potential of a density."""
         rhok = rho.r2c()
-        rhok.value *= factor * _evaluate(rhok, fourier_space_laplace, 'wavenumber')
+        rhok.value *= _evaluate(rhok, fourier_space_laplace, 'wavenumber')
         return rhok
 
     @staticmethod
@@ -721,11 +765,15 @@ class force:
     @staticmethod
     def pull_meshes(_meshes, order):
         """Cotangent of the potential from those of the components: the adjoint of `meshes`."""
-        _potk = 0
+        _potk = None
         for d, _mesh in enumerate(_meshes):
             _k = _mesh.r2c()
             tf = _evaluate(_k, fourier_space_neg_gradient(d, _k.pm, order), 'wavenumber')
-            _potk = _potk + _times(_k, numpy.conj(tf) * _k.dtype.type(_k.Nmesh.prod()))
+            _k.value *= numpy.conj(tf) * float(_k.Nmesh.prod())
+            if _potk is None:
+                _potk = _k
+            else:
+                _potk.value += _k.value
         return _potk
 
     # The force and its derivatives
@@ -733,26 +781,27 @@ class force:
         w = _Window(pm)
         local_x = _exchange(layout, _positions(x, pm))
         factor = float(pm.Nmesh.prod()) / max(pm.comm.allreduce(len(x)), 1)
-        potk = force.potential(w.paint(local_x, 1.0), factor)
+        potk = force.potential(w.paint(local_x, factor))
         f = _gather(layout, w.readout(force.meshes(potk, order), local_x))
         return dict(f=_as_given(f, x), potk=potk, factor=factor)
 
     def vjp(node, _f, _potk, x, layout, pm, order, potk, factor):
         w = _Window(pm)
         local_x = _exchange(layout, _positions(x, pm))
-        _x, _p = 0, 0 if _is_zero(_potk) else _like(potk, _potk)
+        _x, _p = 0, None if _is_zero(_potk) else _like(potk, _potk)
         if not _is_zero(_f):
             _f = _exchange(layout, numpy.asarray(_f))
             _x, _meshes = w.readout_vjp(force.meshes(potk, order), local_x, _f)
-            _p = _p + force.pull_meshes(_meshes, order)
-        _rhok = _times(_p, _evaluate(potk, fourier_space_laplace, 'wavenumber'))
-        _rhok.value *= factor / float(pm.Nmesh.prod())
-        _x = _x + w.paint_vjp(_rhok.c2r(), local_x, 1.0, need_mass=False)[0]
+            _from_f = force.pull_meshes(_meshes, order)
+            _p = _from_f if _p is None else _p + _from_f
+        _rho = _times(_p, _evaluate(potk, fourier_space_laplace, 'wavenumber')).c2r()
+        mass = factor / float(pm.Nmesh.prod())
+        _x = _x + w.paint_vjp(_rho, local_x, mass, need_mass=False)[0]
         return dict(_x=_as_given(_gather(layout, _x), x), _layout=ZeroGradient)
 
     def jvp(node, x_, x, layout, pm, order, potk, factor):
         w = _Window(pm)
         local_x, x_ = _exchange(layout, _positions(x, pm)), _exchange(layout, numpy.asarray(x_))
-        potk_ = force.potential(w.paint_jvp(local_x, 1.0, x_), factor)
+        potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
         f_ = w.readout_jvp(force.meshes(potk, order), local_x, x_, force.meshes(potk_, order))
         return dict(f_=_as_given(_gather(layout, f_), x), potk_=potk_)

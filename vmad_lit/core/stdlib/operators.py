@@ -9,10 +9,11 @@ from ..operator import ZeroGradient, operator
 
 def kind(x):
     """What a derivative has to know about a value: its shape, and whether it is complex."""
-    try:
+    if type(x) is numpy.ndarray:
         return x.shape, x.dtype.kind == "c"
-    except AttributeError:
-        return numpy.shape(x), isinstance(x, complex)
+    if hasattr(x, "pm"):
+        return ShapeOfField(x), x.dtype.kind == "c"
+    return numpy.shape(x), numpy.iscomplexobj(x)
 
 
 def fit(g, kind):
@@ -20,6 +21,8 @@ def fit(g, kind):
     if g is ZeroGradient:
         return g
     shape, is_complex = kind
+    if type(g) is not numpy.ndarray and hasattr(g, "pm"):
+        return fit_field(g, shape, is_complex)
     if not is_complex and numpy.iscomplexobj(g):
         g = numpy.real(g)
     return g if getattr(g, "shape", ()) == shape else sum_to(g, shape)
@@ -36,13 +39,50 @@ def sum_to(g, shape):
 
 def widen(g, kind1, kind2):
     """Repeat a tangent as broadcasting two values of these kinds would."""
-    shape = kind1[0] if kind1[0] == kind2[0] else numpy.broadcast_shapes(kind1[0], kind2[0])
-    return g if g is ZeroGradient or getattr(g, "shape", ()) == shape else numpy.broadcast_to(g, shape)
+    shape1, shape2 = kind1[0], kind2[0]
+    if g is ZeroGradient:
+        return g
+    if type(shape1) is ShapeOfField or type(shape2) is ShapeOfField:
+        return widen_to_field(g, shape1, shape2)
+    shape = shape1 if shape1 == shape2 else numpy.broadcast_shapes(shape1, shape2)
+    return g if getattr(g, "shape", ()) == shape else numpy.broadcast_to(g, shape)
 
 
 def conj(x):
     """The complex conjugate; a real value as it is, without a copy."""
     return numpy.conj(x) if kind(x)[1] else x
+
+
+class ShapeOfField(tuple):
+    """The local shape of a field, which remembers of which mesh and of which type the field is."""
+
+    def __new__(cls, x):
+        self = super().__new__(cls, x.shape)
+        self.pm, self.type = x.pm, type(x)
+        return self
+
+    def field(self, value):
+        """A field of this kind, with the given values."""
+        return self.pm.create(type=self.type, value=numpy.broadcast_to(value, self))
+
+
+def widen_to_field(g, shape1, shape2):
+    """Make a field of a tangent that is not one."""
+    if hasattr(g, "pm"):
+        return g
+    return (shape1 if type(shape1) is ShapeOfField else shape2).field(g)
+
+
+def fit_field(g, shape, is_complex):
+    """Make of a field the cotangent of an operand: the field itself, or a sum over the mesh for a number."""
+    if shape == ():
+        total = ShapeOfField(g).field(1.0).cdot(g)
+        return total if is_complex else numpy.real(total)
+    if g.shape != shape:
+        raise ValueError(f"only fields of the same mesh and numbers go together, not {type(g).__name__} {g.shape} and an array {shape}")
+    if not is_complex and g.dtype.kind == "c":
+        g = ShapeOfField(g).field(g.value.real)
+    return g if type(shape) is ShapeOfField else g.value
 
 
 class unary:
@@ -225,4 +265,6 @@ def slope_of_base(x1, x2):
 
 def slope_of_exponent(x1, y):
     """d(x1**x2)/dx2, and 0 where x1 is 0."""
+    if isinstance(x1, (int, float, complex)):
+        return y * numpy.log(x1 or 1).item()
     return y * numpy.log(numpy.where(x1 == 0, 1, x1))

@@ -1,0 +1,182 @@
+"""Element-wise functions of two arguments, which broadcast.
+
+A new one is declared by its value and its two derivatives, as static methods `f`, `fprime1` and `fprime2`.
+"""
+
+import numpy
+
+from ..core import stdlib
+from ..core.operator import ZeroGradient, operator
+from ..core.stdlib.operators import conj, fit, kind, slope_of_base, slope_of_exponent, widen
+from .unary import scaled, slope
+
+
+class binary_ufunc:
+    """A base for element-wise operators. Derived classes have the static methods `f`, `fprime1` and `fprime2` of (x1, x2)."""
+
+    ain = "x1", "x2"
+    aout = "y"
+
+    @staticmethod
+    def f(x1, x2):
+        return x1
+
+    @staticmethod
+    def fprime1(x1, x2):
+        return 1
+
+    @staticmethod
+    def fprime2(x1, x2):
+        return 0
+
+    def apl(node, x1, x2):
+        return node.prototype.f(x1, x2)
+
+    def vjp(node, _y, x1, x2):
+        # Pull the cotangent back to each operand that varies
+        def pull(name, x, fprime):
+            if node.is_literal(name):
+                return ZeroGradient
+            return fit(scaled(_y, conj(slope(fprime, x1, x2))), kind(x))
+        return dict(_x1=pull("x1", x1, node.prototype.fprime1), _x2=pull("x2", x2, node.prototype.fprime2))
+
+    def jvp(node, x1_, x2_, x1, x2):
+        # Push the tangent of each operand that has one
+        def push(x_, fprime):
+            return x_ if x_ is ZeroGradient else scaled(x_, slope(fprime, x1, x2))
+        return widen(push(x1_, node.prototype.fprime1) + push(x2_, node.prototype.fprime2), kind(x1), kind(x2))
+
+
+def share(x1, x2):
+    """1 where x1 > x2, 0 where x1 < x2, and 1/2 where they are equal; in the precision of the operands."""
+    dtype = numpy.result_type(*(getattr(x, "dtype", x) for x in (x1, x2)))
+    dtype = numpy.finfo(dtype).dtype if dtype.kind in "fc" else "f8"
+    return (numpy.greater(x1, x2).astype(dtype) + numpy.greater_equal(x1, x2).astype(dtype)) * 0.5
+
+
+@operator
+class maximum(binary_ufunc):
+    """The larger of two; where they are equal, each has the derivative 1/2."""
+
+    f = staticmethod(numpy.maximum)
+    fprime1 = staticmethod(lambda x1, x2: share(x1, x2))
+    fprime2 = staticmethod(lambda x1, x2: share(x2, x1))
+
+
+@operator
+class minimum(binary_ufunc):
+    """The smaller of two; where they are equal, each has the derivative 1/2."""
+
+    f = staticmethod(numpy.minimum)
+    fprime1 = staticmethod(lambda x1, x2: share(x2, x1))
+    fprime2 = staticmethod(lambda x1, x2: share(x1, x2))
+
+
+@operator
+class fmax(binary_ufunc):
+    """The larger of two, or the one that is a number; where they are equal, each has the derivative 1/2."""
+
+    f = staticmethod(numpy.fmax)
+    fprime1 = staticmethod(lambda x1, x2: numpy.where(numpy.not_equal(x2, x2), 1.0, share(x1, x2)))
+    fprime2 = staticmethod(lambda x1, x2: 1 - fmax.fprime1(x1, x2))
+
+
+@operator
+class fmin(binary_ufunc):
+    """The smaller of two, or the one that is a number; where they are equal, each has the derivative 1/2."""
+
+    f = staticmethod(numpy.fmin)
+    fprime1 = staticmethod(lambda x1, x2: numpy.where(numpy.not_equal(x2, x2), 1.0, share(x2, x1)))
+    fprime2 = staticmethod(lambda x1, x2: 1 - fmin.fprime1(x1, x2))
+
+
+def radius(x1, x2):
+    """The distance from the origin, but 1 at the origin itself."""
+    r = numpy.hypot(x1, x2)
+    return r + (r == 0)
+
+
+@operator
+class hypot(binary_ufunc):
+    """`sqrt(x1**2 + x2**2)` without overflow; its derivative at the origin is 0."""
+
+    f = staticmethod(numpy.hypot)
+    fprime1 = staticmethod(lambda x1, x2: x1 / radius(x1, x2))
+    fprime2 = staticmethod(lambda x1, x2: x2 / radius(x1, x2))
+
+
+@operator
+class arctan2(binary_ufunc):
+    """The angle of the point with the abscissa x2 and the ordinate x1."""
+
+    f = staticmethod(numpy.arctan2)
+    fprime1 = staticmethod(lambda x1, x2: x2 / radius(x1, x2) / radius(x1, x2))
+    fprime2 = staticmethod(lambda x1, x2: -x1 / radius(x1, x2) / radius(x1, x2))
+
+
+def weight(x1, x2):
+    """The share of exp(x1) in exp(x1) + exp(x2)."""
+    share = 1 / (1 + numpy.exp(x2 - x1))
+    if numpy.any(numpy.isinf(x1)):
+        share = numpy.where(numpy.equal(x1, x2), 0.5, share)
+    return share
+
+
+@operator
+class logaddexp(binary_ufunc):
+    """`log(exp(x1) + exp(x2))` without overflow."""
+
+    f = staticmethod(numpy.logaddexp)
+    fprime1 = staticmethod(lambda x1, x2: weight(x1, x2))
+    fprime2 = staticmethod(lambda x1, x2: weight(x2, x1))
+
+
+@operator
+class add(stdlib.add.prototype):
+    """`x1 + x2`"""
+
+    f = staticmethod(numpy.add)
+    fprime1 = staticmethod(lambda x1, x2: 1)
+    fprime2 = staticmethod(lambda x1, x2: 1)
+
+
+@operator
+class subtract(stdlib.sub.prototype):
+    """`x1 - x2`"""
+
+    f = staticmethod(numpy.subtract)
+    fprime1 = staticmethod(lambda x1, x2: 1)
+    fprime2 = staticmethod(lambda x1, x2: -1)
+
+
+@operator
+class multiply(stdlib.mul.prototype):
+    """`x1 * x2`"""
+
+    f = staticmethod(numpy.multiply)
+    fprime1 = staticmethod(lambda x1, x2: x2)
+    fprime2 = staticmethod(lambda x1, x2: x1)
+
+
+@operator
+class divide(stdlib.div.prototype):
+    """`x1 / x2`"""
+
+    f = staticmethod(numpy.divide)
+    fprime1 = staticmethod(lambda x1, x2: 1 / x2)
+    fprime2 = staticmethod(lambda x1, x2: -x1 / x2**2)
+
+
+@operator
+class power(stdlib.pow.prototype):
+    """`x1 ** x2`"""
+
+    f = staticmethod(numpy.power)
+    fprime1 = staticmethod(slope_of_base)
+    fprime2 = staticmethod(lambda x1, x2: slope_of_exponent(x1, x1**x2))
+
+
+__all__ = [
+    *("binary_ufunc", "maximum", "minimum", "fmax", "fmin", "hypot", "arctan2", "logaddexp"),
+    *("add", "subtract", "multiply", "divide", "power"),
+]

@@ -1,0 +1,281 @@
+"""Element-wise functions of one argument.
+
+A new one is declared by its value and its derivative::
+
+    @operator
+    class softplus(unary_ufunc):
+        f = staticmethod(lambda x: numpy.log1p(numpy.exp(x)))
+        fprime = staticmethod(lambda x: 1 / (1 + numpy.exp(-x)))
+"""
+
+import math
+
+import numpy
+
+from ..core.operator import ZeroGradient, operator
+from ..core.stdlib.operators import conj, fit, kind
+
+
+def scaled(g, slope):
+    """The product of a cotangent or tangent with a slope, zero where the former is zero even if the latter is infinite."""
+    if g is ZeroGradient:
+        return g
+    with numpy.errstate(invalid="ignore"):
+        product = g * slope
+        if isinstance(product, (numpy.ndarray, numpy.generic)) and numpy.isnan(numpy.sum(product)):
+            product = numpy.where(numpy.equal(g, 0), numpy.zeros((), product.dtype), product)
+    return product
+
+
+class unary_ufunc:
+    """A base for element-wise operators. Derived classes have the static methods `f(x)` and `fprime(x)`."""
+
+    ain = "x"
+    aout = "y"
+
+    @staticmethod
+    def f(x):
+        return x
+
+    @staticmethod
+    def fprime(x):
+        return 1
+
+    def apl(node, x):
+        return node.prototype.f(x)
+
+    def vjp(node, _y, x):
+        return fit(scaled(_y, conj(slope(node.prototype.fprime, x))), kind(x))
+
+    def jvp(node, x_, x):
+        return scaled(x_, slope(node.prototype.fprime, x))
+
+
+def slope(fprime, *x):
+    """A derivative, without the warnings about its poles."""
+    with numpy.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return fprime(*x)
+
+
+class result_ufunc(unary_ufunc):
+    """A base for element-wise operators that have the derivative `slope(y)` in terms of the result as well."""
+
+    @staticmethod
+    def slope(y):
+        return 1
+
+    def vjp(node, _y, y):
+        return fit(scaled(_y, conj(slope(node.prototype.slope, y))), kind(y))
+
+    def jvp(node, x_, y):
+        return scaled(x_, slope(node.prototype.slope, y))
+
+
+@operator
+class sin(unary_ufunc):
+    f = staticmethod(numpy.sin)
+    fprime = staticmethod(numpy.cos)
+
+
+@operator
+class cos(unary_ufunc):
+    f = staticmethod(numpy.cos)
+    fprime = staticmethod(lambda x: -numpy.sin(x))
+
+
+@operator
+class tan(result_ufunc):
+    f = staticmethod(numpy.tan)
+    fprime = staticmethod(lambda x: 1 + numpy.tan(x) ** 2)
+    slope = staticmethod(lambda y: 1 + y * y)
+
+
+@operator
+class arcsin(unary_ufunc):
+    f = staticmethod(numpy.arcsin)
+    fprime = staticmethod(lambda x: 1 / (numpy.sqrt(1 - x) * numpy.sqrt(1 + x)))
+
+
+@operator
+class arccos(unary_ufunc):
+    f = staticmethod(numpy.arccos)
+    fprime = staticmethod(lambda x: -1 / (numpy.sqrt(1 - x) * numpy.sqrt(1 + x)))
+
+
+@operator
+class arctan(unary_ufunc):
+    f = staticmethod(numpy.arctan)
+    fprime = staticmethod(lambda x: 1 / (1 + x * x))
+
+
+@operator
+class sinh(unary_ufunc):
+    f = staticmethod(numpy.sinh)
+    fprime = staticmethod(numpy.cosh)
+
+
+@operator
+class cosh(unary_ufunc):
+    f = staticmethod(numpy.cosh)
+    fprime = staticmethod(numpy.sinh)
+
+
+@operator
+class tanh(unary_ufunc):
+    f = staticmethod(numpy.tanh)
+    fprime = staticmethod(lambda x: (1 / numpy.cosh(x)) ** 2)
+
+
+@operator
+class arcsinh(unary_ufunc):
+    f = staticmethod(numpy.arcsinh)
+    fprime = staticmethod(lambda x: 1 / numpy.sqrt(1 + x * x))
+
+
+@operator
+class arccosh(unary_ufunc):
+    f = staticmethod(numpy.arccosh)
+    fprime = staticmethod(lambda x: 1 / (numpy.sqrt(x - 1) * numpy.sqrt(x + 1)))
+
+
+@operator
+class arctanh(unary_ufunc):
+    f = staticmethod(numpy.arctanh)
+    fprime = staticmethod(lambda x: 1 / ((1 - x) * (1 + x)))
+
+
+@operator
+class exp(result_ufunc):
+    f = staticmethod(numpy.exp)
+    fprime = staticmethod(numpy.exp)
+    slope = staticmethod(lambda y: y)
+
+
+@operator
+class exp2(result_ufunc):
+    f = staticmethod(numpy.exp2)
+    fprime = staticmethod(lambda x: numpy.exp2(x) * math.log(2))
+    slope = staticmethod(lambda y: y * math.log(2))
+
+
+@operator
+class expm1(unary_ufunc):
+    """`exp(x) - 1`, precise also where it is small."""
+
+    f = staticmethod(numpy.expm1)
+    fprime = staticmethod(numpy.exp)
+
+
+@operator
+class log(unary_ufunc):
+    f = staticmethod(numpy.log)
+    fprime = staticmethod(lambda x: 1.0 / x)
+
+
+@operator
+class log10(unary_ufunc):
+    f = staticmethod(numpy.log10)
+    fprime = staticmethod(lambda x: 1 / math.log(10) / x)
+
+
+@operator
+class log2(unary_ufunc):
+    f = staticmethod(numpy.log2)
+    fprime = staticmethod(lambda x: 1 / math.log(2) / x)
+
+
+@operator
+class log1p(unary_ufunc):
+    """`log(1 + x)`, precise also where it is small."""
+
+    f = staticmethod(numpy.log1p)
+    fprime = staticmethod(lambda x: 1.0 / (1 + x))
+
+
+@operator
+class sqrt(result_ufunc):
+    f = staticmethod(numpy.sqrt)
+    fprime = staticmethod(lambda x: 0.5 / numpy.sqrt(x))
+    slope = staticmethod(lambda y: 0.5 / y)
+
+
+@operator
+class cbrt(result_ufunc):
+    f = staticmethod(numpy.cbrt)
+    fprime = staticmethod(lambda x: 1 / (3 * numpy.cbrt(x) ** 2))
+    slope = staticmethod(lambda y: 1 / (3 * y * y))
+
+
+@operator
+class square(unary_ufunc):
+    f = staticmethod(numpy.square)
+    fprime = staticmethod(lambda x: 2 * x)
+
+
+@operator
+class reciprocal(result_ufunc):
+    f = staticmethod(numpy.reciprocal)
+    fprime = staticmethod(lambda x: -((1.0 / x) ** 2))
+    slope = staticmethod(lambda y: -y * y)
+
+
+@operator
+class deg2rad(unary_ufunc):
+    f = staticmethod(numpy.deg2rad)
+    fprime = staticmethod(lambda x: math.pi / 180)
+
+
+@operator
+class rad2deg(unary_ufunc):
+    f = staticmethod(numpy.rad2deg)
+    fprime = staticmethod(lambda x: 180 / math.pi)
+
+
+def sinc_slope(x):
+    u = math.pi * x
+    near = numpy.abs(u) < 0.5
+    small, large = u * near, u + near
+    # Sum the series near the origin
+    series, square_of_u = 0.0, small * small
+    for k in range(7, 0, -1):
+        series = series * square_of_u + (-1) ** k * 2 * k / math.factorial(2 * k + 1)
+    series = series * small
+    direct = (large * numpy.cos(large) - numpy.sin(large)) / (large * large)
+    return (series + direct * ~near) * math.pi
+
+
+@operator
+class sinc(unary_ufunc):
+    """`sin(pi x) / (pi x)`"""
+
+    fprime = staticmethod(sinc_slope)
+
+    @staticmethod
+    def f(x):
+        if type(x) is not numpy.ndarray and hasattr(x, "__array_ufunc__"):
+            u = math.pi * x + (x == 0) * 1e-20
+            return numpy.sin(u) / u
+        return numpy.sinc(x)
+
+
+@operator
+class absolute(unary_ufunc):
+    """The modulus; its derivative at 0 is 0."""
+
+    f = staticmethod(numpy.absolute)
+    fprime = staticmethod(numpy.sign)
+
+    def vjp(node, _y, x):
+        return fit(_y * numpy.sign(x), kind(x))
+
+    def jvp(node, x_, x):
+        return fit(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
+
+
+fabs = absolute
+
+__all__ = [
+    *("unary_ufunc", "result_ufunc", "sin", "cos", "tan", "arcsin", "arccos", "arctan", "sinc", "sinh", "cosh", "tanh"),
+    *("arcsinh", "arccosh", "arctanh", "exp", "exp2", "expm1", "log", "log10", "log2", "log1p", "sqrt", "cbrt"),
+    *("square", "reciprocal", "deg2rad", "rad2deg", "absolute", "fabs"),
+]
