@@ -109,11 +109,11 @@ def test_the_peak_follows_the_schedule():
         peak = len(alive)
         before = peak
         _, [_x] = m.compute_with_vjp(dict(x=Value(1.0)), dict(_y=Value(1.0)))
-        assert _x.number == 1.5**n
+        assert _x.number == pytest.approx(1.5**n)
         return peak - before
 
     peaks = {n: peak_of(n, 4) for n in (10, 40, 160)}
-    assert peaks[160] <= peaks[10] + 2, peaks
+    assert peaks[160] <= peaks[40] + 1, peaks
     assert peak_of(160, 20) > peaks[160]
 
 

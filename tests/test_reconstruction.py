@@ -82,9 +82,9 @@ def test_gradient_by_taylor(stages):
     slope = _x.cdot(v)
     fs, fs_ = model.compute_with_jvp("fs", dict(x=x), dict(x_=v))
     np.testing.assert_allclose(fs_.cdot(w), slope, rtol=1e-8)
-    eps = 1e-4
+    eps = 1e-6  # small, since windows have kinks where particles cross between cells
     up, down = (model.compute("fs", dict(x=x + v * e)).cdot(w) for e in (eps, -eps))
-    np.testing.assert_allclose((up - down) / (2 * eps), slope, rtol=1e-3)
+    np.testing.assert_allclose((up - down) / (2 * eps), slope, rtol=1e-4)
 
 
 def test_residuals_agree_with_their_formulas():

@@ -123,7 +123,7 @@ def main(argv=None):
         from mpi4py import MPI
 
         from vmad_lit.contrib import cosmo4d
-        from vmad_lit.contrib.optimize import LBFGS
+        from vmad_lit.contrib.optimize import LBFGS, autosave
         from vmad_lit.lib.cosmology import LinearPower, Planck15
         from vmad_lit.lib.fastpm import ParticleMesh
     except ImportError as error:

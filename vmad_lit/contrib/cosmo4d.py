@@ -8,7 +8,7 @@ import numpy
 from vmad_lit import autooperator
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
 from vmad_lit.contrib.optimize import Preconditioner
-from vmad_lit.lib import fastpm, linalg
+from vmad_lit.lib import fastpm, unary
 
 
 @autooperator("x -> s, fs")
@@ -95,7 +95,7 @@ def gaussian(scale):
 def LNResidualOperator(s, fs, d, invN, floor=0.1):
     """The residual of the logarithm of the density, log(floor + fs) - log(floor + d), with negative data taken as 0."""
     target = numpy.log(floor + numpy.maximum(numpy.asarray(getattr(d, "value", d)), 0.0))
-    return (linalg.log(fs + floor) - target) * invN**0.5
+    return (unary.log(fs + floor) - target) * invN**0.5
 
 
 @autooperator("s, fs -> y")
