@@ -23,6 +23,7 @@ book: .venv/ready                       ## the rendered book, in _build/html
 test: serial ranks                      ## everything, on one rank and on several
 
 serial: .venv/ready
+	python tools/tangle.py --check
 	timeout -k 10 1200 $(PYTEST)
 
 ranks: .venv/ready

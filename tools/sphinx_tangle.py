@@ -11,6 +11,7 @@ Everything that is known about blocks comes from :class:`tools.tangle.Book`; not
 from __future__ import annotations
 
 import ast
+import enum
 import html
 import importlib
 import inspect
@@ -170,19 +171,26 @@ def resolve_link(app: Sphinx, env: Any, node: addnodes.pending_xref, content: no
     return make_refnode(app.builder, node["refdoc"], page, anchor, content)
 
 
+#: Names of others, whose documentation is elsewhere: no link, and no complaint.
+OTHERS = {"numpy", "scipy", "mpi4py", "pmesh", "numba", "ducc0", "matplotlib", "checkpoint_schedules", "pytest"}
+
+
 def resolve_name(app: Sphinx, env: Any, node: addnodes.pending_xref, content: nodes.Node) -> nodes.Node | None:
     """Let ``{py:func}`paint``` find its entry without the module, first among those that the page's chapter makes."""
     if node.get("refdomain") != "py":
         return None
+    target = node["reftarget"].lstrip(".")
+    if target.split(".")[0] in OTHERS:
+        return content
     known = env.get_domain("py").objects
-    found = [name for name, entry in known.items()
-             if name.endswith("." + node["reftarget"].lstrip(".")) and entry.objtype != "module"]
+    found = [name for name, entry in known.items() if name.endswith("." + target) and entry.objtype != "module"]
     page = f"{node['refdoc']}.md"
-    here = {module_of(file) for file, ident in book().roots.items()
-            if any(block.chapter == page for block in book().chunks[ident])}
-    near = [name for name in found if any(name.startswith(module + ".") for module in here)]
-    chosen = near or found
-    if len(chosen) != 1:
+    here = tuple(module_of(file) + "." for file, ident in book().roots.items()
+                 if any(block.chapter == page for block in book().chunks[ident]))
+    near = [name for name in found if name.startswith(here)] or found
+    depth = min((name.count(".") for name in near), default=0)
+    chosen = [name for name in near if name.count(".") == depth]
+    if len(chosen) != 1:  # unknown, or could be several: ask the author for the module
         return None
     entry = known[chosen[0]]
     return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, content, chosen[0])
@@ -277,14 +285,14 @@ class ApiPackage(SphinxDirective):
         for file in sorted(book().files.values(), key=lambda file: list(book().chunks).index(book().roots[file])):
             module = module_of(file)
             if module.split(".")[0] == package and module.split(".")[-1] != "__main__":
-                sections.append(self.section(module, file))
+                try:
+                    sections.append(self.section(module, file))
+                except ImportError as error:
+                    sections.append(self.state_machine.reporter.error(f"cannot import {module}: {error}", line=self.lineno))
         return sections
 
     def section(self, name: str, file: str) -> nodes.Node:
-        try:
-            module = importlib.import_module(name)
-        except ImportError as error:
-            raise self.error(f"cannot import {name}: {error}") from error
+        module = importlib.import_module(name)
         self.env.note_dependency(str(ROOT / file))
         chapters = dict.fromkeys(block.chapter for block in book().chunks[book().roots[file]])
         rows = [f"```{{py:module}} {name}", "```", "", *markdown(inspect.getdoc(module)), "",
@@ -339,7 +347,8 @@ def entry(module: str, name: str, value: Any) -> list[str]:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 member = inspect.getattr_static(value, node.name, None)
                 inner += [""] + method(node, member)
-        return fence(kind, name + signature(value), markdown(doc) + inner)
+        parameters = "" if issubclass(value, enum.Enum) else signature(value)
+        return fence(kind, name + parameters, markdown(doc) + inner)
     return fence("py:function", name + signature(value), markdown(doc))
 
 
@@ -393,10 +402,13 @@ def markdown(doc: str | None) -> list[str]:
     """A docstring as Markdown: underlined headings become bold words, their entries definitions, examples fences."""
     rows: list[str] = []
     section = example = False
-    for line in ROLE.sub(r"`\1`", (doc or "").expandtabs()).splitlines():
-        if UNDERLINE.match(line) and rows and rows[-1].strip():
-            rows[-1:] = [f"**{rows[-1].strip()}**", ""]
+    lines = ROLE.sub(r"`\1`", (doc or "").expandtabs()).splitlines()
+    for line, following in zip(lines, [*lines[1:], ""]):
+        if line.strip() and UNDERLINE.match(following):
+            rows += ["", f"**{line.strip()}**", ""]
             section = True
+            continue
+        if UNDERLINE.match(line):
             continue
         if line.lstrip().startswith(">>>") and not example:
             example = True

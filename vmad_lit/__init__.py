@@ -11,3 +11,5 @@ from .core.symbol import ListPlaceholder
 
 __all__ = ["Builder", "ListPlaceholder", "autooperator", "operator", "stdlib"]
 __version__ = "0.1.0"
+
+from .lib import linalg  # noqa: E402, F401  (symbols gain indexing and the matrix product)

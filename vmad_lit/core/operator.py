@@ -209,7 +209,7 @@ class Operator:
             self.jvp = Primitive(self, "jvp", prototype.jvp)
         else:
             names = [name + "_" if name in self.ain else name for name in self.apl.argnames]
-            self.jvp = Primitive(self, "jvp", apply_to_tangents, argnames=names)
+            self.jvp = Primitive(self, "jvp", self._apply_to_tangents, argnames=names)
         self.rcd = getattr(prototype, "rcd", None)
         self._find_recorded()
 
@@ -219,6 +219,13 @@ class Operator:
         available = {*self.apl.argnames, *self.aout}
         self.recorded = tuple(taken)
         self.extras = tuple(name for name in taken if name not in available)
+
+    def _apply_to_tangents(self, node, **kwargs):
+        given = {name: kwargs[name + "_" if name in self.ain else name] for name in self.apl.argnames}
+        result = self.apl.impl(node, **given)
+        if not isinstance(result, dict):
+            return result
+        return {name + "_" if name in self.aout else name: value for name, value in result.items()}
 
     def __call__(self, *args, **kwargs):
         apl = self.apl
@@ -274,15 +281,6 @@ class InstanceOperator:
 
     def __getattr__(self, name):
         return getattr(self.base, name)
-
-
-def apply_to_tangents(node, **kwargs):
-    """The Jacobian-vector product of a linear operator: its application to the tangents."""
-    apl, ain, aout = node.operator.apl, node.operator.ain, node.operator.aout
-    result = apl.impl(node, **{name: kwargs[name + "_" if name in ain else name] for name in apl.argnames})
-    if not isinstance(result, dict):
-        return result
-    return {name + "_" if name in aout else name: value for name, value in result.items()}
 
 
 def operator(prototype):

@@ -6,6 +6,7 @@ its conjugate is not stored. Positions are arrays (N, ndim), in the units of the
 import weakref
 
 import numpy
+from mpi4py import MPI
 from pmesh.domain import Layout
 from pmesh.pm import BaseComplexField, ComplexField, ParticleMesh, RealField, xslab
 from pmesh.window import FindResampler
@@ -364,33 +365,85 @@ class apply_digitized:
 
 
 def _touched_domains(x, pm, support):
-    """For each particle the domains of its window's cells, with repetitions: (N, n)."""
-    domains = numpy.zeros((len(x), 1), dtype='i8')
+    """The domains of the cells of each particle's window, with repetitions: (n, N)."""
+    domains = numpy.zeros((1, len(x)), dtype='i4')
     shift, left = 0.5 * (support % 2), (support - 1) // 2
     for d, edges in enumerate(pm.domain.edges):
         domains = domains * pm.domain.shape[d]
         if pm.domain.shape[d] == 1:
             continue
         first = numpy.floor(x[:, d] * pm.affine.scale[d] + shift).astype('i8') - left
-        owner = numpy.repeat(numpy.arange(len(edges) - 1), numpy.diff(edges))
+        first %= edges[-1]
+        owner = numpy.repeat(numpy.arange(len(edges) - 1, dtype='i4'), numpy.diff(edges))
         # Pick the planes that tell all domains
         widths = numpy.diff(edges)
         wide = widths[widths > 0].min() >= support - 1
-        planes = numpy.array([0, support - 1]) if wide else numpy.arange(support)
-        touched = owner[(first[:, None] + planes) % len(owner)]
-        width = domains.shape[1] * len(planes)
-        domains = (domains[:, :, None] + touched[:, None, :]).reshape(len(x), width)
+        planes = sorted({0, support - 1}) if wide else range(support)
+        touched = [owner.take(first + plane, mode='wrap') for plane in planes]
+        domains = numpy.concatenate([domains + column for column in touched])
     return domains
 
 
 def _make_layout(x, pm, support):
     """A layout that sends each particle to exactly the ranks that hold cells of its window."""
-    ranks = numpy.sort(pm.domain.DomainAssign[_touched_domains(x, pm, support)], axis=1)
-    new = numpy.ones(ranks.shape, dtype='?')
-    new[:, 1:] = ranks[:, 1:] != ranks[:, :-1]
-    rows, ranks = numpy.nonzero(new)[0], ranks[new]
-    counts = numpy.bincount(ranks, minlength=pm.comm.size)
-    return Layout(pm.comm, len(x), counts.astype('i4'), rows[numpy.argsort(ranks, kind='stable')])
+    ranks = pm.domain.DomainAssign[_touched_domains(x, pm, support)]
+    counts = numpy.zeros(pm.comm.size, dtype='i4')
+    rows = [numpy.empty(0, dtype='i8')]
+    for rank in numpy.flatnonzero(numpy.bincount(ranks.ravel(), minlength=pm.comm.size)):
+        rows.append(numpy.flatnonzero((ranks == rank).any(axis=0)))
+        counts[rank] = len(rows[-1])
+    return GhostLayout(pm.comm, len(x), counts, numpy.concatenate(rows))
+
+
+class GhostLayout(Layout):
+    """A layout of pmesh, given by the rows to send to each rank, that sends with a single collective call."""
+
+    def exchange(self, *args, pack=True):
+        """Rows for the particles needed on this rank, ghosts included; one result for each argument."""
+        sent = tuple(self._send(data) for data in args)
+        return sent[0] if len(sent) == 1 else sent or None
+
+    def gather(self, data, mode='sum', out=None):
+        """Rows for our own particles, from those of all their copies: the sum, or what pmesh calls `mode`."""
+        if not isinstance(mode, str) or mode != 'sum':
+            return super().gather(data, mode=mode, out=out)
+        # Return the rows to where they came from, and add them up
+        data = numpy.asarray(data)
+        if len(data) != self.recvlength:
+            raise ValueError(f"the layout has {self.recvlength} particles on this rank, ghosts included, "
+                             f"but the data is for {len(data)}")
+        rows = self._deliver(data, self.recvcounts, self.sendcounts)
+        total = numpy.zeros((self.sendlength,) + rows.shape[1:], dtype=rows.dtype)
+        for start, count in zip(_starts(self.sendcounts), self.sendcounts):
+            total[self.indices[start:start + count]] += rows[start:start + count]
+        if out is None:
+            return total
+        out[...] = total
+        return out
+
+    def _send(self, data):
+        data = numpy.asarray(data)
+        if len(data) != self.sendlength:
+            raise ValueError(f"the layout was made for {self.sendlength} particles, "
+                             f"but the data is for {len(data)}")
+        return self._deliver(data.take(self.indices, axis=0), self.sendcounts, self.recvcounts)
+
+    def _deliver(self, rows, sendcounts, recvcounts):
+        """One `Alltoallv` of rows."""
+        rows = numpy.ascontiguousarray(rows)
+        received = numpy.empty((recvcounts.sum(),) + rows.shape[1:], dtype=rows.dtype)
+        row = MPI.BYTE.Create_contiguous(rows.dtype.itemsize * int(numpy.prod(rows.shape[1:])))
+        row.Commit()
+        try:
+            self.comm.Alltoallv([rows, (sendcounts, _starts(sendcounts)), row],
+                                [received, (recvcounts, _starts(recvcounts)), row])
+        finally:
+            row.Free()
+        return received
+
+
+def _starts(counts):
+    return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype(counts.dtype)
 
 
 class IdentityLayout:
@@ -431,7 +484,7 @@ def _exchange(layout, data):
 def _gather(layout, data):
     if layout is None or isinstance(layout, IdentityLayout):
         return data if layout is None else layout.gather(data)
-    if numpy.iscomplexobj(data):
+    if numpy.iscomplexobj(data) and not isinstance(layout, GhostLayout):
         pairs = numpy.ascontiguousarray(data).view(data.real.dtype).reshape(data.shape + (2,))
         pairs = numpy.ascontiguousarray(layout.gather(pairs))
         return pairs.view(data.dtype)[..., 0]
@@ -457,7 +510,7 @@ def _positions(x, pm):
 class decompose:
     """The layout that brings particles to the ranks whose part of the mesh they touch.
 
-    `smoothing` is the window that will be used, by default that of `pm`; or how far particles reach, in cells.
+    `smoothing` is the window that will be used, by default that of `pm`; or a distance in cells.
     """
 
     ain = {'x': 'ndarray'}
@@ -470,7 +523,8 @@ class decompose:
         if smoothing is None or not numpy.isscalar(smoothing) or isinstance(smoothing, str):
             resampler = FindResampler(pm.resampler if smoothing is None else smoothing)
             return dict(layout=_make_layout(x, pm, _support(resampler)))
-        return dict(layout=pm.decompose(x, smoothing=smoothing))
+        layout = pm.decompose(x, smoothing=smoothing)
+        return dict(layout=GhostLayout(pm.comm, len(x), layout.sendcounts, layout.indices, layout.recvcounts))
 
     def vjp(node, _layout):
         return dict(_x=ZeroGradient)
@@ -805,3 +859,329 @@ class force:
         potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
         f_ = w.readout_jvp(force.meshes(potk, order), local_x, x_, force.meshes(potk_, order))
         return dict(f_=_as_given(_gather(layout, f_), x), potk_=potk_)
+
+
+@autooperator('wnk -> c')
+def induce_correlation(wnk, powerspectrum, pm):
+    """Modes of a Gaussian field from those of white noise.
+
+    Parameters
+    ----------
+    wnk : complex field, white noise of unit variance
+    powerspectrum : function of the wave number, an array of any shape. It must depend on that alone:
+        its values on the mesh are kept. If it is not finite at k = 0 the mean of the field is set to zero
+    pm : ParticleMesh
+
+    Returns
+    -------
+    c : complex field, `wnk` times sqrt(P(k) / V)
+    """
+    volume = float(numpy.prod(pm.BoxSize))
+
+    @fixed_transfer
+    def amplitude(k):
+        k = k.normp(2) ** 0.5
+        with numpy.errstate(divide='ignore', invalid='ignore'):
+            factor = (powerspectrum(k) / volume) ** 0.5
+        return numpy.where((k == 0) & ~numpy.isfinite(factor), 0, factor)
+
+    return apply_transfer(wnk, amplitude)
+
+
+@autooperator('rhok -> dx1')
+def lpt1(rhok, q, pm, layout=None):
+    """First-order (Zel'dovich) displacement for a linear density contrast.
+
+    Parameters
+    ----------
+    rhok : complex field, the density contrast
+    q : (N, ndim) where the displacement is wanted
+    pm : ParticleMesh, of any dimension
+    layout : of `q`, if it is known already
+
+    Returns
+    -------
+    dx1 : (N, ndim), the displacement for D1 = 1
+    """
+    potential = apply_transfer(rhok, fourier_space_laplace)
+    if layout is None:
+        layout = decompose(q, pm)
+    components = [apply_transfer(potential, fourier_space_neg_gradient(d, pm, order=1)) for d in range(pm.ndim)]
+    return readout_all([c2r(component) for component in components], q, layout)
+
+
+def fourier_space_second_derivative(i, j, pm):
+    """The transfer function of the second derivative by axes i and j, the four-point difference twice."""
+    first, second = (fourier_space_neg_gradient(d, pm, order=1) for d in (i, j))
+
+    def make():
+        return fixed_transfer(lambda k: (first(k) * second(k)).real)
+
+    return _keep(pm, ('second_derivative', i, j), make)
+
+
+@autooperator('rhok -> rho_lpt2')
+def lpt2src(rhok, pm):
+    """The density contrast whose first-order displacement is the displacement of second order.
+
+    Bouchet et al. (1995), in the normalisation in which D2 is 1 today. In two dimensions there is one pair of
+    axes, in one dimension none, and the source is zero.
+
+    Parameters
+    ----------
+    rhok : complex field, the linear density contrast
+    pm : ParticleMesh
+
+    Returns
+    -------
+    rho_lpt2 : real field
+    """
+    potential = apply_transfer(rhok, fourier_space_laplace)
+
+    def second(i, j):
+        return c2r(apply_transfer(potential, fourier_space_second_derivative(i, j, pm)))
+
+    diagonal = [second(d, d) for d in range(pm.ndim)]
+    pairs = [(i, j) for j in range(pm.ndim) for i in range(j)]
+    if not pairs:
+        return diagonal[0] * 0.0
+    source = sum(diagonal[i] * diagonal[j] - second(i, j) ** 2 for i, j in pairs)
+    return source * (3.0 / 7)
+
+
+@autooperator('rhok -> dx1, dx2')
+def lpt(rhok, q, pm):
+    """Displacements of first and second order.
+
+    The position at scale factor a is q + D1(a) dx1 + D2(a) dx2, with growth factors that are 1 today.
+
+    Parameters
+    ----------
+    rhok : complex field, the linear density contrast today
+    q : (N, ndim) lattice
+    pm : ParticleMesh
+
+    Returns
+    -------
+    dx1, dx2 : (N, ndim)
+    """
+    layout = decompose(q, pm)
+    dx1 = lpt1(rhok, q, pm, layout)
+    dx2 = lpt1(r2c(lpt2src(rhok, pm)), q, pm, layout)
+    return dx1, dx2
+
+
+@autooperator('dx -> f, potk')
+def gravity(dx, q, pm):
+    """The force on particles at q + dx.
+
+    Parameters
+    ----------
+    dx : (N, ndim) displacements
+    q : (N, ndim) lattice
+    pm : ParticleMesh on which the force is computed
+
+    Returns
+    -------
+    f : (N, ndim), minus the gradient of the potential whose Laplacian is the density contrast
+    potk : complex field, the modes of the potential. It costs nothing if it is not used
+    """
+    x = q + dx
+    return force(x, decompose(x, pm), pm)
+
+
+def KickFactor(pt, ai, ac, af):
+    """FastPM's coefficient of a kick from ai to af by a force at ac (Feng et al. 2016).
+
+    `pt` is the background, such as `MatterDominated`. The momentum changes by 1.5 * Om0 * KickFactor * f.
+    """
+    return 1 / (ac**2 * pt.E(ac)) * (pt.Gf(af) - pt.Gf(ai)) / pt.gf(ac)
+
+
+def DriftFactor(pt, ai, ac, af):
+    """FastPM's coefficient of a drift from ai to af with the momentum at ac (Feng et al. 2016)."""
+    return 1 / (ac**3 * pt.E(ac)) * (pt.Gp(af) - pt.Gp(ai)) / pt.gp(ac)
+
+
+@operator
+class advance:
+    """x + c * v, for arrays of the same shape and a number c."""
+
+    ain = {'x': 'ndarray', 'v': 'ndarray'}
+    aout = {'y': 'ndarray'}
+
+    def apl(node, x, v, c):
+        y = v * c
+        return dict(y=numpy.add(x, y, out=y) if x.dtype == y.dtype else x + y)
+
+    def vjp(node, _y, c):
+        return dict(_x=_y, _v=_y * c)
+
+    def jvp(node, x_, v_, c):
+        return dict(y_=x_ + v_ * c)
+
+
+@autooperator('dx_i, p_i, f_i -> dx, p, f')
+def leapfrog_step(dx_i, p_i, f_i, q, ai, af, pt, pm):
+    """A kick-drift-kick step from scale factor ai to af.
+
+    Parameters
+    ----------
+    dx_i, p_i, f_i : (N, ndim) displacements, momenta and the force of `gravity` at ai
+    q : (N, ndim) lattice
+    pt : background
+    pm : ParticleMesh on which the force is computed
+
+    Returns
+    -------
+    dx, p, f : the same at af
+    """
+    ac = (ai * af) ** 0.5
+    half = advance(p_i, f_i, float(KickFactor(pt, ai, ai, ac) * 1.5 * pt.Om0))
+    dx = advance(dx_i, half, float(DriftFactor(pt, ai, ac, af)))
+    f, potk = gravity(dx, q, pm)
+    p = advance(half, f, float(KickFactor(pt, ac, af, af) * 1.5 * pt.Om0))
+    return dx, p, f
+
+
+@autooperator('dx_i, p_i -> dx, p, f')
+def leapfrog(dx_i, p_i, q, stages, pt, pm):
+    """Evolve particles through kick-drift-kick steps between the given scale factors.
+
+    Parameters
+    ----------
+    dx_i, p_i : (N, ndim) displacements and momenta at stages[0]
+    q : (N, ndim) lattice
+    stages : sequence of scale factors
+    pt : background, such as `MatterDominated`
+    pm : ParticleMesh on which the force is computed
+
+    Returns
+    -------
+    dx, p : displacements and momenta at stages[-1]
+    f : the force there, times 1.5 * Om0
+    """
+    stages = check_stages(stages)
+    dx, p = dx_i, p_i
+    f, potk = gravity(dx, q, pm)
+    for ai, af in zip(stages[:-1], stages[1:]):
+        dx, p, f = leapfrog_step(dx, p, f, q, ai, af, pt, pm)
+    return dx, p, f * (1.5 * pt.Om0)
+
+
+def check_stages(stages):
+    """The scale factors of a simulation as a list of floats."""
+    stages = numpy.atleast_1d(numpy.asarray(stages, dtype='f8'))
+    if stages.ndim != 1 or len(stages) == 0 or not (stages > 0).all():
+        raise ValueError(f"stages must be a sequence of positive scale factors, not {stages}")
+    return stages.tolist()
+
+
+@autooperator('rhok -> dx, p')
+def firststep(rhok, q, a, pt, pm):
+    """Displacements and momenta at scale factor a by second-order perturbation theory.
+
+    Parameters
+    ----------
+    rhok : complex field, the linear density contrast today
+    q : (N, ndim) lattice
+    a : scale factor
+    pt : background
+    pm : ParticleMesh
+
+    Returns
+    -------
+    dx, p : (N, ndim)
+    """
+    dx1, dx2 = lpt(rhok, q, pm)
+    D1, D2 = float(pt.D1(a)), float(pt.D2(a))
+    rate1, rate2 = (float(a**2 * f(a) * pt.E(a)) for f in (pt.f1, pt.f2))
+    dx = advance(dx1 * D1, dx2, D2)
+    p = advance(dx1 * (D1 * rate1), dx2, D2 * rate2)
+    return dx, p
+
+
+def find_background(cosmology, stages):
+    """The background of a cosmology, for steps between the given scale factors."""
+    if isinstance(cosmology, MatterDominated):
+        return cosmology
+    stages = numpy.array(check_stages(stages))
+    support = numpy.sort(numpy.concatenate([(stages[1:] * stages[:-1]) ** 0.5, stages]))
+    if hasattr(cosmology, 'background'):
+        return cosmology.background(a=support)
+    return MatterDominated(cosmology.Om0, a=support)
+
+
+@autooperator('rhok -> dx, p, f')
+def nbody(rhok, q, stages, cosmology, pm):
+    """A FastPM simulation, with forces on the mesh of the initial conditions.
+
+    Parameters
+    ----------
+    rhok : complex field, the linear density contrast today
+    q : (N, ndim) lattice
+    stages : sequence of scale factors, beginning with that of the initial conditions
+    cosmology : has an attribute `Om0`; or a `Cosmology`, or a background
+    pm : ParticleMesh
+
+    Returns
+    -------
+    dx, p, f : (N, ndim) displacements, momenta, and force times 1.5 * Om0, at stages[-1]
+    """
+    stages = check_stages(stages)
+    pt = find_background(cosmology, stages)
+    dx, p = firststep(rhok, q, stages[0], pt, pm)
+    return leapfrog(dx, p, q, stages, pt, pm)
+
+
+class FastPMSimulation:
+    """A FastPM simulation of particles from a lattice.
+
+    Parameters
+    ----------
+    stages : sequence of scale factors, beginning with that of the initial conditions
+    cosmology : has an attribute `Om0`; or a `Cosmology`, or a background
+    pm : ParticleMesh of the initial conditions
+    B : the mesh of the force has B times as many points along each axis
+    q : (N, ndim) lattice; by default a particle in the middle of each cell of `pm`
+
+    Attributes
+    ----------
+    stages, pm, q : as given
+    pt : the background
+    fpm : ParticleMesh of the force
+    """
+
+    def __init__(self, stages, cosmology, pm, B=1, q=None):
+        self.stages = numpy.array(check_stages(stages))
+        self.pt = find_background(cosmology, stages)
+        self.pm = pm
+        # Make the mesh of the force
+        if not B > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
+            raise ValueError(f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}")
+        self.fpm = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int))
+        self.q = pm.generate_uniform_particle_grid(shift=0.5) if q is None else q
+
+    def KickFactor(self, ai, ac, af):
+        """See the function `KickFactor`."""
+        return KickFactor(self.pt, ai, ac, af)
+
+    def DriftFactor(self, ai, ac, af):
+        """See the function `DriftFactor`."""
+        return DriftFactor(self.pt, ai, ac, af)
+
+    @autooperator('rhok -> dx, p')
+    def firststep(self, rhok):
+        """Displacements and momenta at the first stage."""
+        return firststep(rhok, self.q, float(self.stages[0]), self.pt, self.pm)
+
+    @autooperator('dx -> f, potk')
+    def gravity(self, dx):
+        """The force on particles at q + dx, on the mesh of the force, and the potential."""
+        return gravity(dx, self.q, self.fpm)
+
+    @autooperator('rhok -> dx, p, f')
+    def run(self, rhok):
+        """The simulation: displacements, momenta and force times 1.5 * Om0 at the last stage."""
+        dx, p = self.firststep(rhok)
+        return leapfrog(dx, p, self.q, self.stages, self.pt, self.fpm)

@@ -1,0 +1,31 @@
+"""Run the benchmarks: `python -m benchmarks [--json FOLDER] [engine fft kernels nbody] [options of the benchmark]`."""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+
+ALL = "engine", "fft", "kernels", "nbody"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"which of {', '.join(ALL)}; all if none is given")
+    parser.add_argument("--json", metavar="FOLDER", help="write the numbers of each to FOLDER/name.json")
+    args, options = parser.parse_known_args(argv)
+    for name in args.names:
+        if name not in ALL:
+            parser.error(f"there is no benchmark {name!r}; there are {', '.join(ALL)}")
+    first_rank = os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0"
+    for name in args.names or ALL:
+        if importlib.util.find_spec(f"benchmarks.{name}") is None:
+            continue
+        if first_rank:
+            print(f"\n== {name} ==", flush=True)
+        target = ["--json", os.path.join(args.json, name + ".json")] if args.json else []
+        importlib.import_module(f"benchmarks.{name}").main([*options, *target])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Operators that share a name, and the choice among them by the types of their operands."""
+
+import re
+from collections import namedtuple
+from fnmatch import fnmatchcase
+
+from .error import BadArgument, BrokenPrimitive
+from .operator import Operator, Primitive
+
+WILDCARD = re.compile(r"\[[^]]+\]|[*?]")
+
+
+def specificity(pattern, x):
+    """How far a pattern is from the type of `x`, as (wildcards, characters that they match, steps to a base class); None if it does not fit."""
+    bases = type(x).__mro__[:-1] or (object,)
+    if isinstance(pattern, type):
+        if not isinstance(x, pattern):
+            return None
+        return 0, 0, bases.index(pattern) if pattern in bases else len(bases)
+    wildcards = len(WILDCARD.findall(pattern))
+    literal = len(WILDCARD.sub("", pattern))
+    for steps, cls in enumerate(bases):
+        if fnmatchcase(cls.__name__, pattern):
+            return wildcards, len(cls.__name__) - literal if wildcards else 0, steps
+    return None
+
+
+class Entry(namedtuple("Entry", "operator, patterns")):
+    """An operator, and the patterns of the operands that it can work on."""
+
+    def score(self, operands):
+        """How well the operands fit, as a tuple, the smaller the better; None if they do not."""
+        total = (0, 0, 0)
+        for name, pattern in self.patterns.items():
+            fit = specificity(pattern, operands[name]) if name in operands else None
+            if fit is None:
+                return None
+            total = tuple(a + b for a, b in zip(total, fit))
+        return (len(operands) - len(self.patterns), *total)
+
+
+class Registry:
+    """Operators by name, each with patterns for its operands."""
+
+    def __init__(self):
+        self._entries = {}
+
+    def register(self, operator, patterns=None, name=None):
+        """Add an operator.
+
+        Parameters
+        ----------
+        operator : Operator, or any object
+        patterns : dict, optional
+            From names of operands to patterns: a type, or a str that is matched with the name of a type or of a base of it, with the wildcards of
+            `fnmatch`. The default is the declaration `ain` of the operator.
+        name : str, optional
+            The name under which it is found; the default is that of the operator.
+        """
+        patterns = dict(operator.ain if patterns is None else patterns)
+        self._entries.setdefault(name_of(operator, name), []).append(Entry(operator, patterns))
+
+    def match_all(self, operator, operands, name=None):
+        """All entries of a name whose patterns fit the operands, a dict from names to values; the best first, of equals the latest."""
+        entries = reversed(self._entries.get(name_of(operator, name), []))
+        scored = [(score, entry) for entry in entries if (score := entry.score(operands)) is not None]
+        return [entry for _, entry in sorted(scored, key=lambda pair: pair[0])]
+
+    def match(self, operator, operands, name=None):
+        """The operator of a name that fits the operands best; KeyError if there is none."""
+        found = self.match_all(operator, operands, name)
+        if not found:
+            # Complain that no operator fits
+            key = name_of(operator, name)
+            types = ", ".join(f"{arg}: {type(x).__name__}" for arg, x in operands.items())
+            known = "; ".join(str(entry.patterns) for entry in self._entries.get(key, [])) or "none"
+            raise KeyError(f"no operator '{key}' is registered for ({types}); known patterns are {known}")
+        return found[0].operator
+
+
+def name_of(operator, name=None):
+    """The name of an operator, which may be given itself."""
+    if name is not None:
+        return name
+    return operator if isinstance(operator, str) else operator.__name__
+
+
+RECORD = "record of the choice"
+
+
+class OverloadedOperator(Operator):
+    """An operator that leaves its work to one of several, by the types of its inputs at run time.
+
+    Attributes
+    ----------
+    default : Operator
+        The one that is chosen if no registered operator fits.
+    registry : Registry
+    """
+
+    def __init__(self, prototype):
+        self.default = Operator(prototype)
+        self.registry = Registry()
+        self._choices = {}
+        super().__init__(prototype)
+
+    def _make_primitives(self):
+        apl = self.default.apl
+        self.apl = Primitive(self, "apl", apply, apl.argnames, apply_and_record)
+        self.apl.defaults = apl.defaults
+        self.vjp = Primitive(self, "vjp", pull_back, [RECORD, *("_" + name for name in self.aout)])
+        self.jvp = Primitive(self, "jvp", push_forward, [RECORD, *(name + "_" for name in self.ain)])
+        self.rcd = None
+        self._find_recorded()
+
+    def register(self, operator=None, /, **patterns):
+        """Add an operator for some types of inputs.
+
+        Parameters
+        ----------
+        operator : Operator
+            It has the same inputs and outputs as this one. Its other arguments are among those of this one.
+        **patterns
+            Patterns for the inputs, as in `Registry.register`; the default is the declaration `ain` of the operator.
+
+        Without an operator it is a decorator.
+        """
+        if operator is None:
+            return lambda operator: self.register(operator, **patterns)
+        # Check that the operator can stand in for this one
+        if list(operator.ain) != list(self.ain) or list(operator.aout) != list(self.aout):
+            raise BadArgument(f"{operator!r} cannot stand in for {self!r}: inputs and outputs differ")
+        extra = [name for name in operator.apl.argnames if name not in self.apl.argnames]
+        if extra:
+            raise BadArgument(f"{operator!r} cannot stand in for {self!r}, which has no argument {extra}")
+        self.registry.register(operator, patterns or None, name=self.__name__)
+        self._choices.clear()
+        return operator
+
+    def choose(self, arguments):
+        """The operator for a dict of values of all arguments."""
+        types = tuple(type(arguments[name]) for name in self.ain)
+        choice = self._choices.get(types)
+        if choice is None:
+            found = self.registry.match_all(self.__name__, {name: arguments[name] for name in self.ain})
+            choice = self._choices[types] = found[0].operator if found else self.default
+        return choice
+
+    def _split(self, arguments):
+        """The choice, and those of the arguments that it takes; complain about others unless they have their default value."""
+        choice = self.choose(arguments)
+        known = choice.apl.argnames
+        if len(known) < len(self.apl.argnames):
+            for name, value in arguments.items():
+                if name not in known and value is not self.apl.defaults.get(name):
+                    types = ", ".join(type(arguments[name]).__name__ for name in self.ain)
+                    raise BadArgument(f"{self.__name__} of a {types} takes no argument '{name}'; given was {value!r}")
+            arguments = {name: arguments[name] for name in known}
+        return choice, arguments
+
+
+def overloaded(prototype):
+    """Declare an operator, as by `operator`, to which others can be added for other types, by its method `register`."""
+    return OverloadedOperator(prototype)
+
+
+def apply(node, **arguments):
+    choice, arguments = node.operator._split(arguments)
+    return choice.apl.impl(node, **arguments)
+
+
+def apply_and_record(node, **arguments):
+    choice, arguments = node.operator._split(arguments)
+    result = choice.apl.impl(node, **arguments)
+    if not isinstance(result, dict):
+        result = dict.fromkeys(choice.aout, result)
+    everything = {**result, **arguments}
+    if choice.rcd is not None:
+        kept = choice.rcd(node, **everything)
+    else:
+        kept = {name: everything[name] for name in choice.recorded if name in everything}
+    return {**result, RECORD: (choice, kept)}
+
+
+def pull_back(node, **arguments):
+    choice, kept = arguments.pop(RECORD)
+    if choice.vjp is None:
+        raise BrokenPrimitive(f"{choice!r} has no vjp, and a gradient is wanted through {node!r}")
+    return call(choice.vjp, node, {**kept, **arguments})
+
+
+def push_forward(node, **arguments):
+    choice, kept = arguments.pop(RECORD)
+    return call(choice.jvp, node, {**kept, **arguments})
+
+
+def call(primitive, node, available):
+    return primitive.impl(node, **{name: available[name] for name in primitive.argnames if name in available})

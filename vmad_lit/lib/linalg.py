@@ -1,0 +1,718 @@
+"""Operators of linear algebra, with the names, the order of arguments and the conventions of NumPy.
+
+Whatever is said here about lists holds for tuples as well. `to_scalar`, `sum`, `mean`, `dot`, `norm` and `copy` also work for mesh fields, on any number of ranks.
+"""
+
+import math
+from string import ascii_letters
+
+import numpy
+
+from ..core import stdlib
+from ..core.error import UnpackError
+from ..core.operator import ZeroGradient, operator
+from ..core.registry import overloaded
+from ..core.stdlib import abs, add, div, mod, mul, pow, sub
+from ..core.stdlib.operators import ShapeOfField, conj as conjugate, fit, kind, times, widen
+from ..core.symbol import BaseSymbol, List, Literal
+from . import binary, unary
+from .binary import arctan2, divide, fmax, fmin, hypot, logaddexp, maximum, minimum, multiply, power, subtract
+from .unary import *  # noqa: F403
+
+
+class linear:
+    """A base for operators of one argument."""
+
+    ain = "x"
+    aout = "y"
+
+
+def whole(_y, shape):
+    """A cotangent in its full shape."""
+    return _y if numpy.shape(_y) == tuple(shape) else numpy.broadcast_to(_y, shape)
+
+
+def filled(items, kinds):
+    """A list of tangents with arrays of zeros for ZeroGradient."""
+    dtype = numpy.result_type(*(item for item in items if item is not ZeroGradient))
+    zero = numpy.zeros((), dtype)
+    return [numpy.broadcast_to(zero, k[0]) if item is ZeroGradient else whole(item, k[0]) for item, k in zip(items, kinds)]
+
+
+@operator
+class broadcast_to(linear):
+    """`x` repeated to a shape."""
+
+    def apl(node, x, shape):
+        return numpy.broadcast_to(x, shape)
+
+    def rcd(node, x, shape, y):
+        return dict(kind=kind(x), yshape=y.shape, shape=shape)
+
+    def vjp(node, _y, kind, yshape):
+        return fit(whole(_y, yshape), kind)
+
+
+@operator
+class reshape(linear):
+    """The elements of `x`, in the same order, in another shape."""
+
+    def apl(node, x, shape):
+        return numpy.reshape(x, shape)
+
+    def rcd(node, x, shape, y):
+        return dict(xshape=numpy.shape(x), yshape=y.shape, shape=shape)
+
+    def vjp(node, _y, xshape, yshape):
+        return numpy.reshape(whole(_y, yshape), xshape)
+
+
+@operator
+class transpose(linear):
+    """`x` with its axes in another order; reversed if no `axes` are given."""
+
+    def apl(node, x, axes=None):
+        return numpy.transpose(x, axes)
+
+    def rcd(node, x, axes, y):
+        return dict(axes=axes, yshape=y.shape)
+
+    def vjp(node, _y, axes, yshape):
+        if axes is not None:
+            axes = numpy.argsort([axis % len(axes) for axis in axes])
+        return numpy.transpose(whole(_y, yshape), axes)
+
+
+@overloaded
+class copy(linear):
+    """A copy."""
+
+    def apl(node, x):
+        return numpy.copy(x)
+
+    def vjp(node, _y):
+        return _y
+
+
+@operator
+class take(linear):
+    """The elements of `x` with the indices `i` along an axis; of the flattened array if the axis is None."""
+
+    def apl(node, x, i, axis=None):
+        return numpy.take(x, whole_numbers(i), axis=axis)
+
+    def rcd(node, x, i, axis, y):
+        return dict(kind=kind(x), i=whole_numbers(i), axis=axis, yshape=y.shape)
+
+    def vjp(node, _y, kind, i, axis, yshape):
+        shape = kind[0] if axis is not None else (math.prod(kind[0]),)
+        axis = 0 if axis is None else axis % len(shape)
+        _x = numpy.zeros(shape, numpy.result_type(_y))
+        # Bring the axes that index to the front
+        _y = numpy.moveaxis(whole(_y, yshape), range(axis, axis + i.ndim), range(i.ndim))
+        target = numpy.moveaxis(_x, axis, 0)
+        if i.ndim == 0:
+            target[i] = _y
+        else:
+            numpy.add.at(target, i, _y)
+        return _x.reshape(kind[0])
+
+
+def whole_numbers(i):
+    """Indices as an array of integers."""
+    i = numpy.asarray(i)
+    if i.size and i.dtype.kind not in "iub":
+        raise TypeError(f"indices are integers, got an array of {i.dtype}")
+    return i.astype("intp")
+
+
+@operator
+class item_of(linear):
+    """`x[key]`, for an array or a list."""
+
+    def apl(node, x, key):
+        key = tuple(key) if isinstance(key, list) else key
+        return x[key]
+
+    def rcd(node, x, key, y):
+        key = tuple(key) if isinstance(key, list) else key
+        return dict(key=key, like=len(x) if isinstance(x, (list, tuple)) else kind(x)[0])
+
+    def vjp(node, _y, key, like):
+        if isinstance(like, int):
+            return dict(_x=put_into_list(_y, key, like))
+        _x = numpy.zeros(like, numpy.result_type(_y))
+        keys = key if isinstance(key, tuple) else (key,)
+        if any(numpy.ndim(k) > 0 and numpy.asarray(k).dtype.kind != "b" for k in keys if not isinstance(k, slice)):
+            numpy.add.at(_x, key, _y)
+        else:
+            _x[key] = _y
+        return like.field(_x) if isinstance(like, ShapeOfField) else _x
+
+    def jvp(node, x_, key):
+        return x_[key]
+
+
+def put_into_list(_y, key, n):
+    _x = [ZeroGradient] * n
+    _x[key] = list(_y) if isinstance(key, slice) else _y
+    return _x
+
+
+def getitem(x, key):
+    """`x[key]` as a node: NumPy's indexing of an array, or an item or slice of a list. Symbols may be part of the key."""
+
+    def as_key(k):
+        return numpy.asarray(k, dtype=None if len(k) else "intp") if isinstance(k, list) else k
+
+    if isinstance(key, tuple):
+        key = tuple(map(as_key, key))
+        if not any(isinstance(k, BaseSymbol) for k in key):
+            key = Literal(key)
+    return item_of(x, as_key(key))
+
+
+@operator
+class stack(linear):
+    """Join a list of arrays of the same shape along a new axis."""
+
+    def apl(node, x, axis=0):
+        return numpy.stack(x, axis=axis)
+
+    def rcd(node, x, axis, y):
+        return dict(kinds=[kind(item) for item in x], axis=axis, yshape=y.shape)
+
+    def vjp(node, _y, kinds, axis, yshape):
+        return dict(_x=[fit(piece, k) for piece, k in zip(numpy.moveaxis(whole(_y, yshape), axis, 0), kinds)])
+
+    def jvp(node, x_, kinds, axis):
+        return numpy.stack(filled(x_, kinds), axis=axis)
+
+
+@operator
+class concatenate(linear):
+    """Join a list of arrays along an axis that they have; flattened ones if the axis is None."""
+
+    def apl(node, x, axis=0):
+        return numpy.concatenate(x, axis=axis)
+
+    def rcd(node, x, axis, y):
+        return dict(kinds=[kind(item) for item in x], axis=axis, yshape=y.shape)
+
+    def vjp(node, _y, kinds, axis, yshape):
+        sizes = [math.prod(k[0]) if axis is None else k[0][axis] for k in kinds]
+        pieces = numpy.split(whole(_y, yshape), numpy.cumsum(sizes)[:-1], axis=axis or 0)
+        return dict(_x=[fit(piece.reshape(k[0]), k) for piece, k in zip(pieces, kinds)])
+
+    def jvp(node, x_, kinds, axis):
+        return numpy.concatenate(filled(x_, kinds), axis=axis)
+
+
+@operator
+class where:
+    """`x1` where a condition is true, and `x2` where it is not. The condition has no derivative."""
+
+    ain = "x1", "x2"
+    aout = "y"
+
+    def apl(node, condition, x1, x2):
+        return numpy.where(condition, x1, x2)
+
+    def rcd(node, condition, x1, x2, y):
+        return dict(condition=condition, kind1=kind(x1), kind2=kind(x2), yshape=y.shape)
+
+    def vjp(node, _y, condition, kind1, kind2, yshape):
+        zero = numpy.zeros((), numpy.result_type(_y))
+        _y = whole(_y, yshape)
+        return dict(_x1=fit(numpy.where(condition, _y, zero), kind1), _x2=fit(numpy.where(condition, zero, _y), kind2))
+
+    def jvp(node, x1_, x2_, condition, yshape):
+        zero = numpy.zeros((), numpy.result_type(*(x for x in (x1_, x2_) if x is not ZeroGradient)))
+        x1_, x2_ = (zero if x is ZeroGradient else x for x in (x1_, x2_))
+        return whole(numpy.where(condition, x1_, x2_), yshape)
+
+
+def clip(x, min=None, max=None):
+    """`x`, but at least `min` and at most `max`, which may be None. Where `x` is on a limit, each has the derivative 1/2."""
+    if min is not None:
+        x = maximum(x, min)
+    return x if max is None else minimum(x, max)
+
+
+def add_up(x, axis, keepdims, dtype):
+    x = numpy.asarray(x)
+    wide = dict(f="f8", c="c16").get(x.dtype.kind) if x.dtype.itemsize < numpy.result_type("f8", x.dtype).itemsize else None
+    y = numpy.sum(x, axis=axis, keepdims=keepdims, dtype=dtype or wide)
+    return y if dtype or not wide else y.astype(x.dtype)
+
+
+@overloaded
+class sum(linear):
+    """The sum over one axis, several, or all; in the dtype of `x` unless a `dtype` is given."""
+
+    def apl(node, x, axis=None, keepdims=False, dtype=None):
+        return add_up(x, axis if axis is None or isinstance(axis, int) else tuple(axis), keepdims, dtype)
+
+    def rcd(node, x, axis, keepdims, dtype, y):
+        shape, is_complex = kind(x)
+        return dict(shape=shape, xdtype=getattr(x, "dtype", None), axis=axis, keepdims=keepdims, dtype=dtype)
+
+    def vjp(node, _y, shape, xdtype, axis, keepdims):
+        return spread(_y, shape, xdtype, axis, keepdims)
+
+
+def spread(_y, shape, dtype, axis, keepdims):
+    """The transpose of a sum: repeat along the axes that were summed over, in the precision of what was summed."""
+    if dtype is not None and dtype.kind in "fc" and numpy.result_type(_y).kind in "fc":
+        _y = numpy.asarray(_y).astype(dtype, copy=False)
+    if axis is not None and not keepdims and numpy.ndim(_y):
+        _y = numpy.expand_dims(_y, axis if isinstance(axis, int) else tuple(axis))
+    return numpy.broadcast_to(_y, shape)
+
+
+@overloaded
+class mean(linear):
+    """The mean over one axis, several, or all; in the dtype of `x` unless a `dtype` is given."""
+
+    def apl(node, x, axis=None, keepdims=False, dtype=None):
+        y = add_up(x, axis if axis is None or isinstance(axis, int) else tuple(axis), keepdims, dtype)
+        return y / count(numpy.shape(x), axis)
+
+    def rcd(node, x, axis, keepdims, dtype, y):
+        shape, is_complex = kind(x)
+        return dict(shape=shape, xdtype=getattr(x, "dtype", None), axis=axis, keepdims=keepdims, dtype=dtype)
+
+    def vjp(node, _y, shape, xdtype, axis, keepdims):
+        return spread(_y / count(shape, axis), shape, xdtype, axis, keepdims)
+
+
+def count(shape, axis):
+    """How many elements are added up along an axis, several, or all (None); NaN for none, as 0/0."""
+    axes = range(len(shape)) if axis is None else [axis] if isinstance(axis, int) else axis
+    return math.prod(shape[i] for i in axes) or math.nan
+
+
+@operator
+class cumsum(linear):
+    """The partial sums along an axis; of the flattened array if the axis is None."""
+
+    def apl(node, x, axis=None):
+        return numpy.cumsum(x, axis=axis)
+
+    def rcd(node, x, axis, y):
+        return dict(kind=kind(x), axis=axis, yshape=y.shape)
+
+    def vjp(node, _y, kind, axis, yshape):
+        axis = axis or 0
+        _x = numpy.flip(numpy.cumsum(numpy.flip(whole(_y, yshape), axis), axis=axis), axis)
+        return _x.reshape(kind[0])
+
+
+@operator
+class sumat(linear):
+    """The sums of the segments of `x` that begin at the ascending indices `at` along an axis, as `numpy.add.reduceat`."""
+
+    def apl(node, x, at, axis=0):
+        at = whole_numbers(at)
+        if (numpy.diff(at) < 0).any():
+            raise ValueError(f"the starts of the segments must be ascending, got {at}")
+        x = numpy.asarray(x)
+        wide = dict(f="f8", c="c16").get(x.dtype.kind) if x.dtype.itemsize < 8 else None
+        return numpy.add.reduceat(x, at, axis=axis, dtype=wide).astype(x.dtype, copy=False)
+
+    def rcd(node, x, at, axis, y):
+        return dict(kind=kind(x), at=whole_numbers(at), axis=axis, yshape=y.shape)
+
+    def vjp(node, _y, kind, at, axis, yshape):
+        _x = numpy.zeros(kind[0], numpy.result_type(_y))
+        lengths = numpy.maximum(numpy.diff(at, append=kind[0][axis]), 1)
+        repeated = numpy.repeat(numpy.moveaxis(whole(_y, yshape), axis, 0), lengths, axis=0)
+        within = numpy.arange(len(repeated)) - numpy.repeat(numpy.cumsum(lengths) - lengths, lengths)
+        numpy.add.at(numpy.moveaxis(_x, axis, 0), numpy.repeat(at, lengths) + within, repeated)
+        return _x
+
+
+@operator
+class unpack_complex:
+    """The real and the imaginary part."""
+
+    ain = "x"
+    aout = "real", "imag"
+
+    def apl(node, x):
+        return dict(real=numpy.real(x), imag=numpy.imag(x))
+
+    def rcd(node, x, real, imag):
+        return dict(kind=kind(x))
+
+    def vjp(node, _real, _imag, kind):
+        return fit(_real + _imag * 1j, kind)
+
+
+@operator
+class pack_complex:
+    """`real + 1j * imag`"""
+
+    ain = "real", "imag"
+    aout = "y"
+
+    def apl(node, real, imag):
+        return real + imag * 1j
+
+    def rcd(node, real, imag, y):
+        return dict(kind1=kind(real), kind2=kind(imag))
+
+    def vjp(node, _y, kind1, kind2):
+        return dict(_real=fit(_y, kind1), _imag=fit(_y * -1j, kind2))
+
+    def jvp(node, real_, imag_, kind1, kind2):
+        return widen(real_ + imag_ * 1j, kind1, kind2)
+
+
+@operator
+class conj(linear):
+    """The complex conjugate."""
+
+    def apl(node, x):
+        return numpy.conj(x)
+
+    def vjp(node, _y):
+        return numpy.conj(_y)
+
+
+@overloaded
+class to_scalar(linear):
+    """The squared norm, the sum of the squared moduli of all elements; a real number."""
+
+    def apl(node, x):
+        return add_up(squared_modulus(x), None, False, None)
+
+    def vjp(node, _y, x):
+        return 2 * _y * x
+
+    def jvp(node, x_, x):
+        return 2 * add_up(numpy.real(conjugate(x) * x_), None, False, None)
+
+
+def squared_modulus(x):
+    x = numpy.asarray(x)
+    return x.real * x.real + x.imag * x.imag if x.dtype.kind == "c" else x * x
+
+
+@overloaded
+class norm(linear):
+    """The norm of an array, or of vectors along an axis, as `numpy.linalg.norm`.
+
+    `ord` is None for the square root of the sum of squares (over one axis, several, or all), or, for vectors, a number from 1 to infinity. The
+    derivative at the origin is 0.
+    """
+
+    def apl(node, x, ord=None, axis=None, keepdims=False):
+        if ord is not None and not (isinstance(ord, (int, float)) and ord >= 1 and (isinstance(axis, int) or numpy.ndim(x) == 1)):
+            raise ValueError(f"only norms of vectors with 1 <= ord <= inf, or ord=None, have derivatives here, got ord={ord!r}")
+        axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
+        if ord is None and not isinstance(axes, int):
+            return add_up(squared_modulus(x), axes, keepdims, None) ** 0.5
+        return numpy.linalg.norm(x, ord, axes, keepdims)
+
+    def rcd(node, x, ord, axis, keepdims, y):
+        xdtype = getattr(x, "dtype", None)
+        return dict(x=x, y=y, ord=ord, shape=numpy.shape(x), xdtype=xdtype, axis=axis, keepdims=keepdims)
+
+    def vjp(node, _y, x, y, ord, shape, xdtype, axis, keepdims):
+        real = None if xdtype is None else numpy.empty(0, xdtype).real.dtype
+        return spread(_y, shape, real, axis, keepdims) * slope_of_norm(x, spread(y, shape, real, axis, keepdims), ord, axis)
+
+    def jvp(node, x_, x, y, ord, shape, xdtype, axis, keepdims):
+        slope = slope_of_norm(x, spread(y, shape, None, axis, keepdims), ord, axis)
+        return add_up(numpy.real(conjugate(slope) * x_), axis if axis is None or isinstance(axis, int) else tuple(axis), keepdims, None)
+
+
+def slope_of_norm(x, y, ord, axis):
+    """The direction of steepest ascent of a norm `y`, repeated to the shape of `x`."""
+    nonzero = y + (y == 0)
+    if ord is None or ord == 2:
+        return x / nonzero
+    if ord == math.inf:
+        largest = numpy.equal(numpy.absolute(x), y)
+        return numpy.sign(x) * (largest / numpy.sum(largest, axis=axis, keepdims=True)).astype(nonzero.dtype)
+    return numpy.sign(x) * (numpy.absolute(x) / nonzero) ** (ord - 1)
+
+
+def read_subscripts(subscripts, ndims):
+    """The indices of each operand and of the result of an einsum, with letters for ellipses."""
+    inputs, arrow, output = subscripts.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    unused = [c for c in ascii_letters if c not in subscripts]
+    extra = [n - len(term.replace("...", "")) if "..." in term else 0 for term, n in zip(terms, ndims)]
+    dots = "".join(unused[: max(extra)])
+    if not arrow:
+        letters = inputs.replace(",", "").replace("...", "")
+        output = "..." + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    terms = [term.replace("...", dots[len(dots) - n :]) for term, n in zip(terms, extra)]
+    return terms, output.replace("...", dots)
+
+
+def contract(terms, output, operands):
+    """An einsum; for large operands with an optimal order of the products, and by matrix multiplication."""
+    large = len(operands) > 1 and max(numpy.size(x) for x in operands) > 1000
+    return numpy.einsum(",".join(terms) + "->" + output, *operands, optimize=large)
+
+
+@operator
+class einsum(linear):
+    """The sum of products of a list of arrays that the subscripts describe, as `numpy.einsum(subscripts, *x)`."""
+
+    def apl(node, subscripts, x):
+        operands = x if isinstance(x, (list, tuple)) else [x]
+        large = len(operands) > 1 and max(numpy.size(item) for item in operands) > 1000
+        return numpy.einsum(subscripts, *operands, optimize=large)
+
+    def rcd(node, subscripts, x, y):
+        operands = x if isinstance(x, (list, tuple)) else [x]
+        terms, output = read_subscripts(subscripts, [numpy.ndim(item) for item in operands])
+        return dict(x=x, terms=terms, output=output, yshape=numpy.shape(y))
+
+    def vjp(node, _y, x, terms, output, yshape):
+        _y = whole(_y, yshape)
+        if not isinstance(x, (list, tuple)):
+            return cotangent_of_factor(0, _y, [x], terms, output)
+        given = node["x"]
+        constant = [isinstance(given, List) and isinstance(given[i], Literal) for i in range(len(x))]
+        return dict(
+            _x=[ZeroGradient if constant[i] else cotangent_of_factor(i, _y, x, terms, output) for i in range(len(x))]
+        )
+
+    def jvp(node, x_, x, terms, output):
+        if not isinstance(x, (list, tuple)):
+            return contract(terms, output, [x_])
+        y_ = ZeroGradient
+        for i, tangent in enumerate(x_):
+            if tangent is not ZeroGradient:
+                y_ = y_ + contract(terms, output, [*x[:i], tangent, *x[i + 1 :]])
+        return y_
+
+
+def cotangent_of_factor(i, _y, x, terms, output):
+    """The cotangent of the factor `x[i]` of an einsum."""
+    others = [*terms[:i], *terms[i + 1 :], output]
+    indices = "".join(dict.fromkeys(terms[i]))
+    known = "".join(c for c in indices if any(c in term for term in others))
+    g = contract(others, known, [*(conjugate(item) for item in [*x[:i], *x[i + 1 :]]), _y])
+    shape, is_complex = kind(x[i])
+    # Repeat along the indices that were only summed over
+    g = numpy.reshape(g, [g.shape[known.index(c)] if c in known else 1 for c in indices])
+    unique = tuple(shape[terms[i].index(c)] for c in indices)
+    g = fit(g, (tuple(1 if n == 1 else m for n, m in zip(unique, g.shape)), is_complex))
+    g = numpy.broadcast_to(g, unique)
+    if len(indices) == len(terms[i]):
+        return g
+    # Put a diagonal into its place
+    _x = numpy.zeros(shape, g.dtype)
+    numpy.einsum(terms[i] + "->" + indices, _x)[...] = g
+    return _x
+
+
+def matmul(x, A):
+    """The products of the vectors `x[i]` with the matrices `A[i]`: rows y[i] = A[i] x[i]."""
+    return einsum("ik,ijk->ij", [x, A])
+
+
+class product:
+    ain = "x1", "x2"
+    aout = "y"
+
+
+@operator
+class matrix_product(product):
+    """`x1 @ x2`"""
+
+    def apl(node, x1, x2):
+        return x1 @ x2
+
+    def vjp(node, _y, x1, x2):
+        a = x1[None, :] if x1.ndim == 1 else x1
+        b = x2[:, None] if x2.ndim == 1 else x2
+        _y = numpy.reshape(whole(_y, (x1 @ x2).shape) if numpy.ndim(_y) == 0 else _y, shape_of_product(a, b))
+        _x1 = _x2 = ZeroGradient
+        if not node.is_literal("x1"):
+            _x1 = fit(_y @ conjugate(b).swapaxes(-1, -2), kind(a)).reshape(x1.shape)
+        if not node.is_literal("x2"):
+            _x2 = fit(conjugate(a).swapaxes(-1, -2) @ _y, kind(b)).reshape(x2.shape)
+        return dict(_x1=_x1, _x2=_x2)
+
+    def jvp(node, x1_, x2_, x1, x2):
+        return x1_ @ x2 + x1 @ x2_
+
+
+def shape_of_product(a, b):
+    """The shape of the product of two (stacks of) matrices."""
+    return (*numpy.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+
+
+@overloaded
+class dot(product):
+    """`numpy.dot`: the sum of products over the last axis of `x1` and the last but one of `x2`. Nothing is conjugated."""
+
+    def apl(node, x1, x2):
+        return numpy.dot(x1, x2)
+
+    def vjp(node, _y, x1, x2):
+        if numpy.ndim(x1) == 0 or numpy.ndim(x2) == 0:
+            return dict(_x1=times(_y, x2, kind(x1)), _x2=times(_y, x1, kind(x2)))
+        n1, n2 = numpy.ndim(x1) - 1, numpy.ndim(x2) - 1
+        front = numpy.moveaxis(x2, -2, 0) if n2 else x2
+        _y = whole(_y, numpy.shape(x1)[:-1] + front.shape[1:])
+        _x1 = numpy.tensordot(_y, conjugate(front), (range(n1, n1 + n2), range(1, n2 + 1)))
+        _x2 = numpy.tensordot(conjugate(x1), _y, (range(n1), range(n1)))
+        return dict(_x1=fit(_x1, kind(x1)), _x2=fit(numpy.moveaxis(_x2, 0, -2) if n2 else _x2, kind(x2)))
+
+    def jvp(node, x1_, x2_, x1, x2):
+        first = x1_ if x1_ is ZeroGradient else numpy.dot(x1_, x2)
+        return first + (x2_ if x2_ is ZeroGradient else numpy.dot(x1, x2_))
+
+
+@operator
+class solve:
+    """The solution y of A y = b, as `numpy.linalg.solve`: `b` is one vector, or a (stack of) matrices."""
+
+    ain = "A", "b"
+    aout = "y"
+
+    def apl(node, A, b):
+        return numpy.linalg.solve(A, b)
+
+    def vjp(node, _y, A, b, y):
+        kind_b, vector = kind(b), numpy.ndim(b) == 1
+        _y = whole(_y, y.shape)
+        adjoint = conjugate(A).swapaxes(-1, -2)
+        _b = numpy.linalg.solve(adjoint, _y[..., None])[..., 0] if vector else numpy.linalg.solve(adjoint, _y)
+        _A = ZeroGradient
+        if not node.is_literal("A"):
+            outer = _b[..., :, None] * conjugate(y)[..., None, :] if vector else _b @ conjugate(y).swapaxes(-1, -2)
+            _A = fit(-outer, kind(A))
+        return dict(_A=_A, _b=fit(_b, kind_b))
+
+    def jvp(node, A_, b_, A, b, y):
+        vector = numpy.ndim(b) == 1
+        columns = y[..., None] if vector else y
+        right = whole(b_, numpy.shape(b)) if b_ is not ZeroGradient else b_
+        if right is not ZeroGradient and vector:
+            right = right[:, None]
+        y_ = numpy.linalg.solve(A, right - A_ @ columns)
+        return y_[..., 0] if vector else y_
+
+
+@to_scalar.register
+@operator
+class squared_norm_of_field:
+    """The sum of the squared moduli of a field, over all ranks and all modes."""
+
+    ain = {"x": "Field"}
+    aout = "y"
+
+    def apl(node, x):
+        return numpy.real(x.cdot(x))
+
+    def vjp(node, _y, x):
+        return x * (2 * _y)
+
+    def jvp(node, x_, x):
+        return 2 * numpy.real(x.cdot(x_))
+
+
+@norm.register
+@operator
+class norm_of_field(squared_norm_of_field.prototype):
+    """The square root of that; its derivative at the origin is 0."""
+
+    def apl(node, x):
+        return numpy.real(x.cdot(x)) ** 0.5
+
+    def vjp(node, _y, x, y):
+        return x * (_y / y if y != 0 else 0.0)
+
+    def jvp(node, x_, x, y):
+        return numpy.real(x.cdot(x_)) / y if y != 0 else ZeroGradient
+
+
+@copy.register
+@operator
+class copy_of_field:
+    ain = {"x": "Field"}
+    aout = "y"
+
+    def apl(node, x):
+        return x.copy()
+
+    def vjp(node, _y):
+        return _y
+
+
+@sum.register
+@operator
+class sum_of_field:
+    """The sum over all cells of a real field, on all ranks."""
+
+    ain = {"x": "RealField"}
+    aout = "y"
+
+    def apl(node, x):
+        return x.csum()
+
+    def rcd(node, x, y):
+        return dict(shape=ShapeOfField(x))
+
+    def vjp(node, _y, shape):
+        return shape.field(_y)
+
+
+@mean.register
+@operator
+class mean_of_field(sum_of_field.prototype):
+    """The mean over all cells of a real field, on all ranks."""
+
+    def apl(node, x):
+        return x.csum() / x.csize
+
+    def rcd(node, x, y):
+        return dict(shape=ShapeOfField(x), n=x.csize)
+
+    def vjp(node, _y, shape, n):
+        return shape.field(_y / n)
+
+
+@dot.register
+@operator
+class inner_product_of_fields:
+    """The real inner product of two fields of the same mesh and type, over all ranks and all modes."""
+
+    ain = {"x1": "Field", "x2": "Field"}
+    aout = "y"
+
+    def apl(node, x1, x2):
+        return numpy.real(x1.cdot(x2))
+
+    def vjp(node, _y, x1, x2):
+        return dict(_x1=x2 * _y, _x2=x1 * _y)
+
+    def jvp(node, x1_, x2_, x1, x2):
+        first = 0.0 if x1_ is ZeroGradient else numpy.real(x1_.cdot(x2))
+        return first + (0.0 if x2_ is ZeroGradient else numpy.real(x1.cdot(x2_)))
+
+
+def _no_iteration(self):
+    raise UnpackError(f"{self!r} stands for one value and cannot be unpacked while the model is built")
+
+
+BaseSymbol.__getitem__ = lambda self, key: getitem(self, key)
+BaseSymbol.__iter__ = _no_iteration
+BaseSymbol.__matmul__ = lambda self, other: matrix_product(self, other)
+BaseSymbol.__rmatmul__ = lambda self, other: matrix_product(other, self)
+
+__all__ = [
+    *("abs", "add", "div", "mod", "mul", "pow", "sub", *unary.__all__, *(name for name in binary.__all__ if name != "add")),
+    *("broadcast_to", "clip", "concatenate", "conj", "copy", "cumsum", "dot", "einsum", "getitem", "matmul", "matrix_product"),
+    *("mean", "norm", "pack_complex", "reshape", "solve", "stack", "sum", "sumat", "take", "to_scalar", "transpose"),
+    *("unpack_complex", "where"),
+]
