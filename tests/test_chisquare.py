@@ -336,6 +336,8 @@ def test_inversion_runs_its_epochs():
     assert_allclose(s1, (4 * d + 1) / 5, atol=1e-8)
     assert epochs == ["Epoch 0 / 3", "Epoch 1 / 3", "Epoch 2 / 3"] and made.nepochs == 3
     assert set(iterations) == {20, 50}
+    for before, after, epoch in zip(made.states, made.states[1:], (1, 2), strict=False):
+        assert_allclose(after.history["y"][0], made.get_problem(d, epoch).objective(before.x))
     assert_allclose(made.states[0].x, 1 + 0 * d, atol=1e-8)
     assert_allclose(made.states[1].x, (d + 1) / 2, atol=1e-8)
     assert made.optimizer.maxiter == LBFGS.maxiter and made.optimizer.m == 5  # as it was before

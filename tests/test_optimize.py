@@ -2,6 +2,8 @@
 import math
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 import numpy as np
@@ -745,3 +747,32 @@ def test_the_product_of_complex_fields_is_that_of_the_real_ones(mesh):
     vs, (a, b) = FieldSpace(pm.comm), [pm.generate_whitenoise(seed, type='complex') for seed in (3, 4)]
     real_a, real_b = a.c2r(), b.c2r()
     assert_allclose(vs.dot(real_a.r2c(), real_b.r2c()) * np.prod(mesh), vs.dot(real_a, real_b), rtol=1e-10)
+
+
+@pytest.mark.serial
+def test_a_job_that_is_killed_goes_on_where_it_was(folder):
+    script = """
+import os, signal, sys
+import numpy as np
+from scipy.optimize import rosen, rosen_der
+from vmad_lit.contrib.optimize import LBFGS, Problem, State, autosave
+path, last = sys.argv[1], int(sys.argv[2])
+def kill(state):
+    if state.nit == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+problem, x0 = Problem(rosen, rosen_der), np.tile([-1.2, 1.0], 5)
+state = LBFGS().minimize(problem, x0, state=State.resume(path, problem.vs, x0), monitor=[autosave(path, 1), kill])
+print(state.nit, state.fev, state.x.tobytes().hex())
+"""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]))
+
+    def run(name, last):
+        return subprocess.run([sys.executable, '-c', script, os.path.join(folder, name), str(last)],
+                              env=environment, capture_output=True, text=True, timeout=120)
+
+    whole = run('whole.npz', -1)
+    assert whole.returncode == 0, whole.stderr
+    assert run('killed.npz', 7).returncode == -9
+    assert run('killed.npz', 23).returncode == -9
+    assert run('killed.npz', -1).stdout == whole.stdout
