@@ -588,7 +588,7 @@ class FiniteDifferenceTest:
         return differences
 
     def _assert_close(self, what, got, expected):
-        if numpy.shape(got) != numpy.shape(expected):
+        if numpy.size(got) != numpy.size(expected):
             raise AssertionError(f"{what} has shape {numpy.shape(got)}, expected {numpy.shape(expected)}")
         numpy.testing.assert_allclose(got, expected, rtol=self.rtol, atol=self.atol, err_msg=what)
 
