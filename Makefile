@@ -38,7 +38,8 @@ tangle: .venv/ready                     ## the package, from the chapters
 
 check: .venv/ready                      ## is the package what the chapters say? does it lint?
 	python tools/tangle.py --check
-	python -m pip install -q -c constraints.txt -e '.[lint]' && ruff check .
+	python -m pip install -q -c constraints.txt -e '.[lint]'
+	python tools/tangle.py trace -- ruff check .
 
 clean:
 	rm -rf _build .venv

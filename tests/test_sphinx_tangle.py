@@ -200,6 +200,7 @@ def test_a_failing_cell_fails_the_build_every_time(site):
         done = site.build()
         assert done.returncode != 0
         assert "ZeroDivisionError" in done.text and "01-first" in done.text
+        assert "\x1b" not in done.text  # readable in a log, too
 
 
 def test_a_broken_chapter_is_named_with_its_line(site):

@@ -15,6 +15,7 @@ import enum
 import html
 import importlib
 import inspect
+import logging as python_logging
 import re
 from functools import cache, lru_cache
 from pathlib import Path
@@ -469,6 +470,13 @@ def forget_failures(app: Sphinx, error: Exception | None) -> None:
         (Path(app.doctreedir) / "environment.pickle").unlink(missing_ok=True)
 
 
+def without_colours(record: Any) -> bool:
+    """Keep the colours of a cell's traceback out of the log, where they are but codes."""
+    if isinstance(record.msg, str):
+        record.msg = re.sub(r"\x1b\[[0-9;]*m", "", record.msg)
+    return True
+
+
 def set_fences(app: Sphinx, config: Any) -> None:
     for language in canonical_languages():
         app.add_directive(language, CanonicalBlock, override=True)
@@ -476,6 +484,8 @@ def set_fences(app: Sphinx, config: Any) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
+    for handler in python_logging.getLogger("sphinx").handlers:
+        handler.addFilter(without_colours)
     app.add_directive("api-package", ApiPackage)
     app.add_directive("note", TitledNote, override=True)
     app.connect("config-inited", set_fences, priority=100)

@@ -236,7 +236,7 @@ class Operator:
         if len(varout) == 1:
             (symbol,) = varout.values()
             return symbol
-        return list(varout.values())
+        return list(varout.values()) or None
 
     def _bind(self, args, kwargs):
         apl = self.apl

@@ -891,6 +891,26 @@ def induce_correlation(wnk, powerspectrum, pm):
     return apply_transfer(wnk, amplitude)
 
 
+@operator
+class in_precision:
+    """An array in the precision of another dtype."""
+
+    ain = {'x': 'ndarray'}
+    aout = {'y': 'ndarray'}
+
+    def apl(node, x, dtype):
+        return dict(y=x.astype(dtype, copy=False))
+
+    def rcd(node, x, dtype, y):
+        return dict(dtype=x.dtype, dtype_y=dtype)
+
+    def vjp(node, _y, dtype):
+        return dict(_x=_y.astype(dtype, copy=False))
+
+    def jvp(node, x_, dtype_y):
+        return dict(y_=x_.astype(dtype_y, copy=False))
+
+
 @autooperator('rhok -> dx1')
 def lpt1(rhok, q, pm, layout=None):
     """First-order (Zel'dovich) displacement for a linear density contrast.
@@ -904,13 +924,14 @@ def lpt1(rhok, q, pm, layout=None):
 
     Returns
     -------
-    dx1 : (N, ndim), the displacement for D1 = 1
+    dx1 : (N, ndim), the displacement for D1 = 1, in the precision of q
     """
     potential = apply_transfer(rhok, fourier_space_laplace)
     if layout is None:
         layout = decompose(q, pm)
     components = [apply_transfer(potential, fourier_space_neg_gradient(d, pm, order=1)) for d in range(pm.ndim)]
-    return readout_all([c2r(component) for component in components], q, layout)
+    dx1 = readout_all([c2r(component) for component in components], q, layout)
+    return in_precision(dx1, q.dtype) if q.dtype == 'f4' else dx1
 
 
 def fourier_space_second_derivative(i, j, pm):
@@ -972,3 +993,219 @@ def lpt(rhok, q, pm):
     dx1 = lpt1(rhok, q, pm, layout)
     dx2 = lpt1(r2c(lpt2src(rhok, pm)), q, pm, layout)
     return dx1, dx2
+
+
+@autooperator('dx -> f, potk')
+def gravity(dx, q, pm):
+    """The force on particles at q + dx.
+
+    Parameters
+    ----------
+    dx : (N, ndim) displacements
+    q : (N, ndim) lattice
+    pm : ParticleMesh on which the force is computed
+
+    Returns
+    -------
+    f : (N, ndim), minus the gradient of the potential whose Laplacian is the density contrast
+    potk : complex field, the modes of the potential. It costs nothing if it is not used
+    """
+    x = q + dx
+    return force(x, decompose(x, pm), pm)
+
+
+def KickFactor(pt, ai, ac, af):
+    """FastPM's coefficient of a kick from ai to af by a force at ac (Feng et al. 2016).
+
+    `pt` is the background, such as `MatterDominated`. The momentum changes by 1.5 * Om0 * KickFactor * f.
+    """
+    return 1 / (ac**2 * pt.E(ac)) * (pt.Gf(af) - pt.Gf(ai)) / pt.gf(ac)
+
+
+def DriftFactor(pt, ai, ac, af):
+    """FastPM's coefficient of a drift from ai to af with the momentum at ac (Feng et al. 2016)."""
+    return 1 / (ac**3 * pt.E(ac)) * (pt.Gp(af) - pt.Gp(ai)) / pt.gp(ac)
+
+
+@operator
+class advance:
+    """x + c * v, for arrays of the same shape and a number c."""
+
+    ain = {'x': 'ndarray', 'v': 'ndarray'}
+    aout = {'y': 'ndarray'}
+
+    def apl(node, x, v, c):
+        y = v * c
+        return dict(y=numpy.add(x, y, out=y) if x.dtype == y.dtype else x + y)
+
+    def vjp(node, _y, c):
+        return dict(_x=_y, _v=_y * c)
+
+    def jvp(node, x_, v_, c):
+        return dict(y_=x_ + v_ * c)
+
+
+@autooperator('dx_i, p_i, f_i -> dx, p, f')
+def leapfrog_step(dx_i, p_i, f_i, q, ai, af, pt, pm):
+    """A kick-drift-kick step from scale factor ai to af.
+
+    Parameters
+    ----------
+    dx_i, p_i, f_i : (N, ndim) displacements, momenta and the force of `gravity` at ai
+    q : (N, ndim) lattice
+    pt : background
+    pm : ParticleMesh on which the force is computed
+
+    Returns
+    -------
+    dx, p, f : the same at af
+    """
+    ac = (ai * af) ** 0.5
+    half = advance(p_i, f_i, float(KickFactor(pt, ai, ai, ac) * 1.5 * pt.Om0))
+    dx = advance(dx_i, half, float(DriftFactor(pt, ai, ac, af)))
+    f, potk = gravity(dx, q, pm)
+    p = advance(half, f, float(KickFactor(pt, ac, af, af) * 1.5 * pt.Om0))
+    return dx, p, f
+
+
+@autooperator('dx_i, p_i -> dx, p, f')
+def leapfrog(dx_i, p_i, q, stages, pt, pm):
+    """Evolve particles through kick-drift-kick steps between the given scale factors.
+
+    Parameters
+    ----------
+    dx_i, p_i : (N, ndim) displacements and momenta at stages[0]
+    q : (N, ndim) lattice
+    stages : sequence of scale factors
+    pt : background, such as `MatterDominated`
+    pm : ParticleMesh on which the force is computed
+
+    Returns
+    -------
+    dx, p : displacements and momenta at stages[-1]
+    f : the force there, times 1.5 * Om0
+    """
+    stages = check_stages(stages)
+    dx, p = dx_i, p_i
+    f, potk = gravity(dx, q, pm)
+    for ai, af in zip(stages[:-1], stages[1:]):
+        dx, p, f = leapfrog_step(dx, p, f, q, ai, af, pt, pm)
+    return dx, p, f * (1.5 * pt.Om0)
+
+
+def check_stages(stages):
+    """The scale factors of a simulation as a list of floats."""
+    stages = numpy.atleast_1d(numpy.asarray(stages, dtype='f8'))
+    if stages.ndim != 1 or len(stages) == 0 or not (stages > 0).all():
+        raise ValueError(f"stages must be a sequence of positive scale factors, not {stages}")
+    return stages.tolist()
+
+
+@autooperator('rhok -> dx, p')
+def firststep(rhok, q, a, pt, pm):
+    """Displacements and momenta at scale factor a by second-order perturbation theory.
+
+    Parameters
+    ----------
+    rhok : complex field, the linear density contrast today
+    q : (N, ndim) lattice
+    a : scale factor
+    pt : background
+    pm : ParticleMesh
+
+    Returns
+    -------
+    dx, p : (N, ndim)
+    """
+    dx1, dx2 = lpt(rhok, q, pm)
+    D1, D2 = float(pt.D1(a)), float(pt.D2(a))
+    rate1, rate2 = (float(a**2 * f(a) * pt.E(a)) for f in (pt.f1, pt.f2))
+    dx = advance(dx1 * D1, dx2, D2)
+    p = advance(dx1 * (D1 * rate1), dx2, D2 * rate2)
+    return dx, p
+
+
+def find_background(cosmology, stages):
+    """The background of a cosmology, for steps between the given scale factors."""
+    if isinstance(cosmology, MatterDominated):
+        return cosmology
+    stages = numpy.array(check_stages(stages))
+    support = numpy.sort(numpy.concatenate([(stages[1:] * stages[:-1]) ** 0.5, stages]))
+    if hasattr(cosmology, 'background'):
+        return cosmology.background(a=support)
+    return MatterDominated(cosmology.Om0, a=support)
+
+
+@autooperator('rhok -> dx, p, f')
+def nbody(rhok, q, stages, cosmology, pm):
+    """A FastPM simulation, with forces on the mesh of the initial conditions.
+
+    Parameters
+    ----------
+    rhok : complex field, the linear density contrast today
+    q : (N, ndim) lattice
+    stages : sequence of scale factors, beginning with that of the initial conditions
+    cosmology : has an attribute `Om0`; or a `Cosmology`, or a background
+    pm : ParticleMesh
+
+    Returns
+    -------
+    dx, p, f : (N, ndim) displacements, momenta, and force times 1.5 * Om0, at stages[-1]
+    """
+    stages = check_stages(stages)
+    pt = find_background(cosmology, stages)
+    dx, p = firststep(rhok, q, stages[0], pt, pm)
+    return leapfrog(dx, p, q, stages, pt, pm)
+
+
+class FastPMSimulation:
+    """A FastPM simulation of particles from a lattice.
+
+    Parameters
+    ----------
+    stages : sequence of scale factors, beginning with that of the initial conditions
+    cosmology : has an attribute `Om0`; or a `Cosmology`, or a background
+    pm : ParticleMesh of the initial conditions
+    B : the mesh of the force has B times as many points along each axis
+    q : (N, ndim) lattice; by default a particle in the middle of each cell of `pm`
+
+    Attributes
+    ----------
+    stages, pm, q : as given
+    pt : the background
+    fpm : ParticleMesh of the force
+    """
+
+    def __init__(self, stages, cosmology, pm, B=1, q=None):
+        self.stages = numpy.array(check_stages(stages))
+        self.pt = find_background(cosmology, stages)
+        self.pm = pm
+        # Make the mesh of the force
+        if not B > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
+            raise ValueError(f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}")
+        self.fpm = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int))
+        self.q = pm.generate_uniform_particle_grid(shift=0.5) if q is None else q
+
+    def KickFactor(self, ai, ac, af):
+        """See the function `KickFactor`."""
+        return KickFactor(self.pt, ai, ac, af)
+
+    def DriftFactor(self, ai, ac, af):
+        """See the function `DriftFactor`."""
+        return DriftFactor(self.pt, ai, ac, af)
+
+    @autooperator('rhok -> dx, p')
+    def firststep(self, rhok):
+        """Displacements and momenta at the first stage."""
+        return firststep(rhok, self.q, float(self.stages[0]), self.pt, self.pm)
+
+    @autooperator('dx -> f, potk')
+    def gravity(self, dx):
+        """The force on particles at q + dx, on the mesh of the force, and the potential."""
+        return gravity(dx, self.q, self.fpm)
+
+    @autooperator('rhok -> dx, p, f')
+    def run(self, rhok):
+        """The simulation: displacements, momenta and force times 1.5 * Om0 at the last stage."""
+        dx, p = self.firststep(rhok)
+        return leapfrog(dx, p, self.q, self.stages, self.pt, self.fpm)

@@ -45,7 +45,7 @@ def widen(g, kind1, kind2):
     if type(shape1) is ShapeOfField or type(shape2) is ShapeOfField:
         return widen_to_field(g, shape1, shape2)
     shape = shape1 if shape1 == shape2 else numpy.broadcast_shapes(shape1, shape2)
-    return g if getattr(g, "shape", ()) == shape else numpy.broadcast_to(g, shape)
+    return g if getattr(g, "shape", ()) == shape or numpy.ndim(g) > len(shape) else numpy.broadcast_to(g, shape)
 
 
 def conj(x):

@@ -1,0 +1,99 @@
+"""Arithmetic, element-wise functions and overloaded operators on the fields of a mesh, on any number of ranks."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pmesh")
+
+from mpi4py import MPI  # noqa: E402
+from pmesh.pm import ParticleMesh  # noqa: E402
+
+from vmad_lit import Builder  # noqa: E402
+from vmad_lit.core import stdlib  # noqa: E402
+from vmad_lit.core.error import BadArgument  # noqa: E402
+from vmad_lit.lib import binary, linalg, unary  # noqa: E402
+from vmad_lit.testing import check, check_rank_invariance  # noqa: E402
+
+
+def fields(dtype="f8", comm=MPI.COMM_WORLD):
+    """A real field with values between 0.2 and 0.8, and a complex one."""
+    pm = ParticleMesh(Nmesh=[4, 6, 4], BoxSize=1.0, dtype=dtype, comm=comm)
+    real = pm.generate_whitenoise(3, type="real")
+    real[...] = 0.5 + 0.3 * np.tanh(real[...])
+    return real, pm.generate_whitenoise(4, type="complex", mean=1.0)
+
+
+def names(module):
+    return [name for name in module.__all__ if not isinstance(getattr(module, name), type)]
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f4"])
+@pytest.mark.parametrize("op", [stdlib.add, stdlib.sub, stdlib.mul, stdlib.div, stdlib.pow], ids=lambda op: op.__name__)
+def test_arithmetic_of_fields_and_numbers(op, dtype):
+    r, c = fields(dtype)
+    for pair in (r, r * 1.1), (r, 2.0), (2.0, r), (r, np.array(2.0, dtype)):
+        check(op, *pair)
+    if op is not stdlib.pow:
+        for pair in (c + 20, c + 20.0), (c + 20, 2.0), (2.0, c + 20):
+            check(op, *pair)
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f4"])
+@pytest.mark.parametrize("name", names(unary))
+def test_unary(name, dtype):
+    r, _ = fields(dtype)
+    r = r + 1.1 if name == "arccosh" else r
+    value = check(getattr(unary, name), r).value
+    assert type(value) is type(r)
+    np.testing.assert_allclose(value.value, getattr(np, name)(r.value), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", names(binary))
+def test_binary(name):
+    r, _ = fields()
+    op = getattr(binary, name)
+    check(op, r, r * 1.1)
+    check(op, r, 0.5)
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f4"])
+def test_overloaded(dtype):
+    r, c = fields(dtype)
+    for op in linalg.to_scalar, linalg.norm, linalg.copy:
+        check(op, r)
+        check(op, c)
+    check(linalg.sum, r, truth=lambda x: x.csum())
+    check(linalg.mean, r, truth=lambda x: x.cmean())
+    check(linalg.dot, r, r * 2.0)
+    check(linalg.dot, c, c * 2.0 + 1.0)
+    check(lambda r, b: linalg.to_scalar(linalg.exp(r * b) - 1.0 / b), r, 0.7)
+
+
+def test_an_axis_of_a_field_is_refused():
+    r, _ = fields()
+    with Builder() as m:
+        m.output(y=linalg.sum(m.input("x"), axis=0))
+    with pytest.raises(BadArgument, match="RealField takes no argument 'axis'"):
+        m.compute("y", dict(x=r))
+
+
+def test_rank_invariance():
+    def gradient(comm):
+        r, c = fields(comm=comm)
+        with Builder() as m:
+            b, x, k = m.input("b", "x", "k")
+            m.output(y=linalg.sum(linalg.exp(b * x)) + linalg.norm(k * b + 1.0) + linalg.mean(x / b))
+        (y,), (_b, _x, _k) = m.compute_with_vjp(dict(b=0.7, x=r, k=c), dict(_y=1.0))
+        return [y, _b, _x, _k]
+
+    check_rank_invariance(gradient)
+
+
+def test_the_cotangent_of_a_number_is_summed_over_all_ranks():
+    r, _ = fields()
+    with Builder() as m:
+        b, x = m.input("b", "x")
+        m.output(y=b * x)
+    _, (_b, _x) = m.compute_with_vjp(dict(b=2.0, x=r), dict(_y=r))
+    assert np.ndim(_b) == 0
+    np.testing.assert_allclose(float(_b), r.cnorm())

@@ -1,0 +1,341 @@
+"""Reconstruction of the initial conditions of the universe: forward operators, residuals, data and statistics."""
+
+import json
+import os
+
+import numpy
+
+from vmad_lit import autooperator
+from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
+from vmad_lit.contrib.optimize import Preconditioner
+from vmad_lit.lib import fastpm, unary
+
+
+@autooperator("x -> s, fs")
+def FastPMOperator(x, q, stages, cosmology, pm):
+    """From linear modes to the density today.
+
+    Parameters
+    ----------
+    x : ComplexField
+        The linear modes today, delta_k.
+    q : array (N, ndim)
+        Positions of the particles before they move, this rank's part.
+    stages : sequence of float
+        Scale factors: none for linear theory, one for second-order LPT, several for N-body steps.
+    cosmology : object with `Om0`
+    pm : ParticleMesh
+
+    Returns
+    -------
+    s : ComplexField
+        `x` itself.
+    fs : RealField
+        The density in units of its mean, 1 + delta.
+    """
+    if len(stages) == 0:
+        fs = fastpm.c2r(x) + 1.0
+    else:
+        dx, p, f = fastpm.nbody(x, q, stages, cosmology, pm)
+        fs = paint_density(dx, q, pm)
+    return dict(s=x, fs=fs)
+
+
+@autooperator("dx -> rho")
+def paint_density(dx, q, pm):
+    """The density 1 + delta of particles at q + dx."""
+    x = q + dx
+    layout = fastpm.decompose(x, pm)
+    per_cell = pm.comm.allreduce(len(q)) / pm.Nmesh.prod()
+    return fastpm.paint(x, 1.0, layout, pm) * (1.0 / per_cell)
+
+
+@autooperator("x -> s, fs")
+def WhiteNoiseOperator(x, power, q, stages, cosmology, pm):
+    """From white noise, a RealField of unit variance, to the density today.
+
+    `power` is the linear power spectrum today, a function of k in h/Mpc; for the rest see `FastPMOperator`. Here `s` is the
+    white noise.
+    """
+    modes = linear_modes(x, power, pm)
+    _, fs = FastPMOperator(modes, q, stages, cosmology, pm)
+    return dict(s=x, fs=fs)
+
+
+@autooperator("x -> modes")
+def linear_modes(x, power, pm):
+    """The linear modes delta_k = sqrt(P(k) / V) w_k of white noise x of unit variance."""
+    unit_modes = fastpm.r2c(x) * float(pm.Nmesh.prod()) ** 0.5
+    return fastpm.induce_correlation(unit_modes, power, pm)
+
+
+@autooperator("s, fs -> y")
+def NLResidualOperator(s, fs, d, invN):
+    """The residual of the density: (fs - d) invN**(1/2), with the inverse variance per cell (a number or a field)."""
+    return (fs - d) * invN**0.5
+
+
+@autooperator("s, fs -> y")
+def SmoothedNLResidualOperator(s, fs, d, invN, scale):
+    """The residual of the density, smoothed with a Gaussian of a given scale (Mpc/h)."""
+    residual = fastpm.apply_transfer(fastpm.r2c(fs - d), gaussian(scale))
+    return fastpm.c2r(residual) * invN**0.5
+
+
+def gaussian(scale):
+    """The transfer function of a Gaussian window."""
+
+    def transfer(k):
+        return numpy.exp(-0.5 * scale**2 * sum(ki**2 for ki in k))
+
+    return transfer
+
+
+@autooperator("s, fs -> y")
+def LNResidualOperator(s, fs, d, invN, floor=0.1):
+    """The residual of the logarithm of the density, log(floor + fs) - log(floor + d), with negative data taken as 0."""
+    target = numpy.log(floor + numpy.maximum(numpy.asarray(getattr(d, "value", d)), 0.0))
+    return (unary.log(fs + floor) - target) * invN**0.5
+
+
+@autooperator("s, fs -> y")
+def WhitePriorOperator(s, fs):
+    """The prior of white noise: y = s, so that the sum of squares is |s|^2."""
+    return s * 1.0
+
+
+@autooperator("s, fs -> y")
+def PriorOperator(s, fs, power, pm):
+    """The prior of linear modes with the power spectrum `power`: the sum of squares of y is sum_k V |s_k|^2 / P(k)."""
+    volume, cells = float(pm.BoxSize.prod()), float(pm.Nmesh.prod())
+
+    def transfer(k):
+        P = numpy.asarray(power(sum(ki**2 for ki in k) ** 0.5), dtype=float)
+        return numpy.where(P > 0, (volume / cells / numpy.where(P > 0, P, 1.0)) ** 0.5, 0.0)
+
+    return fastpm.c2r(fastpm.apply_transfer(s, transfer))
+
+
+class FastPMVectorSpace(MPIVectorSpace):
+    """Vectors that are pmesh fields, or distributed arrays."""
+
+
+class ChiSquareProblem(MPIChiSquareProblem):
+    """A chi-square problem whose parameters are a field.
+
+    Parameters
+    ----------
+    comm : MPI communicator
+    forward_operator : autooperator
+        From `x` to `s, fs`, with its hyper-parameters bound.
+    residuals : list of autooperators
+        From `s, fs` to `y`, with their hyper-parameters bound.
+    """
+
+    def __init__(self, comm, forward_operator, residuals):
+        super().__init__(comm, forward_operator, residuals, FastPMVectorSpace(comm))
+
+    def set_preconditioner(self, kind):
+        """In which variables to optimise modes: 'complex', the modes themselves, or 'real', the field in configuration space."""
+        if kind not in ("complex", "real"):
+            raise ValueError(f"expected 'complex' or 'real', got {kind!r}")
+        self.preconditioner = Preconditioner(Pvp=to_real, vPp=to_modes) if kind == "real" else None
+
+
+def to_real(v, direction=1):
+    return v.c2r() * float(v.Nmesh.prod()) ** -0.5
+
+
+def to_modes(v, direction=1):
+    return v.r2c() * float(v.Nmesh.prod()) ** 0.5
+
+
+class Data:
+    """A density that was observed, or made up.
+
+    Attributes
+    ----------
+    d : RealField
+        The density 1 + delta.
+    sigma : float
+        The standard deviation of the noise in a cell.
+    truth : RealField or None
+        The white noise that the data were made from, if known.
+    clean : RealField or None
+        The density without noise, if known.
+    """
+
+    def __init__(self, d, sigma, truth=None, clean=None):
+        self.d, self.sigma, self.truth, self.clean = d, sigma, truth, clean
+
+    @classmethod
+    def synthetic(cls, pm, forward, sigma, seed):
+        """Draw white noise, run `forward` (a `WhiteNoiseOperator` with bound hyper-parameters), and add noise."""
+        truth = white_noise(pm, seed)
+        clean = forward.build().compute("fs", init=dict(x=truth))
+        return cls(clean + white_noise(pm, seed + 1) * sigma, sigma, truth, clean)
+
+    # Save and load data
+    def save(self, folder):
+        """Write the data into a folder. Collective."""
+        pm = self.d.pm
+        on_root(pm.comm, lambda: os.makedirs(folder, exist_ok=True))
+        for name in "d", "truth", "clean":
+            if getattr(self, name) is not None:
+                save_field(os.path.join(folder, f"{name}.npy"), getattr(self, name))
+        header = dict(Nmesh=[int(n) for n in pm.Nmesh], BoxSize=[float(b) for b in pm.BoxSize], sigma=self.sigma)
+
+        def write_header():
+            with open(os.path.join(folder, "data.json.partial"), "w") as file:
+                json.dump(header, file)
+            os.replace(file.name, os.path.join(folder, "data.json"))
+
+        on_root(pm.comm, write_header)
+
+    @classmethod
+    def load(cls, folder, comm, **options):
+        """Read what `save` wrote, on any number of ranks; `options` go to `ParticleMesh`. Collective."""
+
+        def read_header():
+            with open(os.path.join(folder, "data.json")) as file:
+                return json.load(file), set(os.listdir(folder))
+
+        header, files = on_root(comm, read_header)
+        pm = fastpm.ParticleMesh(Nmesh=header["Nmesh"], BoxSize=header["BoxSize"], comm=comm, **options)
+        fields = {
+            name: load_field(os.path.join(folder, f"{name}.npy"), pm) if f"{name}.npy" in files else None
+            for name in ("d", "truth", "clean")
+        }
+        return cls(sigma=header["sigma"], **fields)
+
+
+def white_noise(pm, seed):
+    """A RealField of independent normal numbers of unit variance; the same on any number of ranks."""
+    return pm.generate_whitenoise(seed, type="real", unitary=False) * float(pm.Nmesh.prod()) ** -0.5
+
+
+def save_field(path, field):
+    """Write a field to a `.npy` file of the shape of the whole mesh. Collective."""
+    comm, partial = field.pm.comm, f"{path}.partial"
+    shape, dtype = tuple(map(int, field.Nmesh)), field.value.dtype
+
+    def make_file():
+        numpy.lib.format.open_memmap(partial, "w+", dtype, shape).flush()
+
+    on_root(comm, make_file)
+    if field.value.size:
+        numpy.lib.format.open_memmap(partial, "r+")[field.slices] = field.value
+    comm.Barrier()
+    on_root(comm, lambda: os.replace(partial, path))
+
+
+def load_field(path, pm):
+    """Read a RealField from a `.npy` file; each rank reads its own slab. Collective."""
+    shape = on_root(pm.comm, lambda: numpy.load(path, mmap_mode="r").shape)
+    if shape != tuple(pm.Nmesh):
+        raise ValueError(f"{path} holds an array of shape {shape}, expected the mesh {tuple(pm.Nmesh)}")
+    field = pm.create(type="real")
+    field[...] = numpy.load(path, mmap_mode="r")[field.slices]
+    return field
+
+
+def on_root(comm, function):
+    """Call a function on rank 0 and return its result, or raise its exception, on all ranks."""
+    result, error = None, None
+    if comm.rank == 0:
+        try:
+            result = function()
+        except Exception as exception:
+            error = exception
+    result, error = comm.bcast((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+class Shells:
+    """Averages over shells in k, of the modes of fields on a mesh.
+
+    Parameters
+    ----------
+    pm : ParticleMesh
+    edges : array, optional
+        Edges of the shells in h/Mpc; by default one fundamental mode wide, up to the Nyquist frequency.
+
+    Attributes
+    ----------
+    k, counts : arrays
+        The mean wavenumber and the number of modes of each shell. Shells without modes are left out.
+    """
+
+    def __init__(self, pm, edges=None):
+        self.pm = pm
+        if edges is None:
+            fundamental = 2 * numpy.pi / pm.BoxSize.min()
+            nyquist = numpy.pi * (pm.Nmesh / pm.BoxSize).min()
+            edges = fundamental * numpy.arange(0.5, nyquist / fundamental + 0.5)
+        modes = pm.create(type="complex")
+        # Weigh the modes and sort them into shells
+        k = numpy.broadcast_to(sum(numpy.asarray(ki, float) ** 2 for ki in modes.x) ** 0.5, modes.value.shape)
+        last, n = numpy.asarray(modes.i[-1]), int(pm.Nmesh[-1])
+        self._weight = numpy.broadcast_to(numpy.where((last == 0) | (2 * last == n), 1.0, 2.0), modes.value.shape)
+        self._n = len(edges) - 1
+        self._index = numpy.digitize(k, edges).ravel()
+        self.volume = float(pm.BoxSize.prod())
+        counts = self._sum(numpy.ones_like(k))
+        self._filled = counts > 0
+        self.counts = counts[self._filled]
+        self.k = self._sum(k)[self._filled] / self.counts
+
+    def _sum(self, values):
+        weighted = numpy.bincount(self._index, weights=(values * self._weight).ravel(), minlength=self._n + 2)
+        return self.pm.comm.allreduce(weighted)[1:-1]
+
+    def power(self, a, b=None):
+        """The (cross) power spectrum of real or complex fields, in (Mpc/h)^ndim, for each shell."""
+        a = numpy.asarray(as_modes(a).value)
+        b = a if b is None else numpy.asarray(as_modes(b).value)
+        return self._sum((a * b.conj()).real)[self._filled] / self.counts * self.volume
+
+    def compare(self, a, b):
+        """The cross-correlation r and the transfer function t of `a` with respect to `b`, for each shell."""
+        aa, bb, ab = self.power(a), self.power(b), self.power(a, b)
+        with numpy.errstate(divide="ignore", invalid="ignore"):
+            return ab / (aa * bb) ** 0.5, (aa / bb) ** 0.5
+
+
+def as_modes(field):
+    return field if numpy.iscomplexobj(field.value) else field.r2c()
+
+
+def reconstruct(forward, data, optimizer, start=None, smoothing=0.0, monitor=None, state=None, progress=False):
+    """Find the white noise that explains a density.
+
+    Parameters
+    ----------
+    forward : WhiteNoiseOperator
+        With its hyper-parameters bound.
+    data : Data
+    optimizer : Optimizer
+        For example `LBFGS(maxiter=100)`.
+    start : RealField, optional
+        Where to begin; by default at zero, the most probable field before any data were seen.
+    smoothing : float
+        Compare densities smoothed at this scale, in Mpc/h.
+    monitor, state, progress
+        Passed to the optimiser.
+
+    Returns
+    -------
+    State
+        With the white noise in `x`, chi-square in `y`, and the table of iterations in `history`.
+    """
+    d, invN = data.d, data.sigma**-2.0
+    if smoothing:
+        likelihood = SmoothedNLResidualOperator.bind(d=d, invN=invN, scale=smoothing)
+    else:
+        likelihood = NLResidualOperator.bind(d=d, invN=invN)
+    problem = ChiSquareProblem(d.pm.comm, forward, [likelihood, WhitePriorOperator])
+    if start is None and state is None:
+        start = d.pm.create(type="real", value=0)
+    return optimizer.minimize(problem, start, monitor=monitor, state=state, progress=progress)

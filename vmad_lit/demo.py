@@ -1,0 +1,265 @@
+"""Reconstruct the initial conditions of the universe: python -m vmad_lit.demo --help"""
+
+import argparse
+import os
+import sys
+
+import numpy
+
+
+def parse(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vmad_lit.demo",
+        description="Draw a universe, let it evolve, add noise, and find its initial conditions from the result. "
+        "Runs on one core, or under mpirun on many.",
+    )
+    add = parser.add_argument
+    add("--nmesh", type=int, default=64, metavar="N", help="mesh cells and particles per side (default 64)")
+    add("--boxsize", type=float, default=None, metavar="L", help="side of the box in Mpc/h (default 4 per cell)")
+    add("--steps", type=int, default=4, help="N-body steps from a = 0.1 to 1; 0: LPT; -1: linear theory (default 4)")
+    add("--noise", type=float, default=None, metavar="SIGMA", help="standard deviation of the noise of 1 + delta in a cell (default 0.5; from counts if particles are given)")
+    add("--maxiter", type=int, default=100, help="iterations of L-BFGS (default 100)")
+    add("--smoothing", type=float, default=0.0, metavar="R", help="compare densities smoothed at R Mpc/h (default 0: not smoothed)")
+    add("--seed", type=int, default=42, help="seed of the true field; the noise has the next one (default 42)")
+    add("--from", dest="source", metavar="FILE", help="use a density (N, N, N) or particle positions (n, 3) from a .npy or .npz file instead")
+    add("--output", default="reconstruction.png", metavar="PNG", help="the picture (default reconstruction.png)")
+    add("--save", metavar="FOLDER", help="write data and reconstructed fields to .npy files")
+    add("--state", metavar="NPZ", help="keep the state of the minimisation here, and go on from it if it exists")
+    args = parser.parse_args(argv)
+    # Check the options
+    for name, smallest in dict(nmesh=4, steps=-1, maxiter=1, smoothing=0.0, seed=0).items():
+        if getattr(args, name) < smallest:
+            parser.error(f"--{name} must be at least {smallest}, got {getattr(args, name)}")
+    for name in "noise", "boxsize":
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name} must be positive, got {getattr(args, name)}")
+    return args
+
+
+def read(path, boxsize):
+    """Open a file with a density or positions; returns (kind, array, boxsize), the array memory-mapped if possible.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        With what was expected.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no file {path}")
+    # Open the file
+    try:
+        file = numpy.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as a NumPy .npy or .npz file ({error})") from None
+    if isinstance(file, numpy.ndarray):
+        array = file
+    else:
+        names = [name for name in ("density", "positions") if name in file.files]
+        if len(names) != 1:
+            raise ValueError(f"{path}: expected one array named 'density' or 'positions', found {file.files}")
+        array = file[names[0]]
+        if boxsize is None and "BoxSize" in file.files:
+            boxsize = float(numpy.ravel(file["BoxSize"])[0])
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: expected real numbers, got the type {array.dtype}")
+    if array.ndim == 3 and min(array.shape) >= 4:
+        kind = "density"
+    elif array.ndim == 2 and array.shape[1] == 3 and len(array):
+        kind = "positions"
+    else:
+        raise ValueError(f"{path}: expected a density of shape (N, N, N), N >= 4, or positions of shape (n, 3), got the shape {array.shape}")
+    # Look for numbers that make no sense
+    bad = numpy.argwhere(~numpy.isfinite(array))
+    if len(bad):
+        raise ValueError(f"{path}: {len(bad)} values are not finite, the first at index {tuple(map(int, bad[0]))}")
+    if boxsize is None:
+        raise ValueError(f"{path}: the size of the box is not known; give --boxsize in Mpc/h, or an array 'BoxSize' in a .npz file")
+    if kind == "positions":
+        outside = numpy.flatnonzero((array < 0).any(axis=1) | (array > boxsize).any(axis=1))
+        if len(outside):
+            i = int(outside[0])
+            raise ValueError(f"{path}: {len(outside)} particles are outside the box [0, {boxsize}], the first is number {i} at {array[i].tolist()}")
+    elif not array.mean() > 1e-3 * array.std():
+        raise ValueError(f"{path}: expected a density with a positive mean, got the mean {array.mean():.3g}; if this is delta, add 1")
+    return kind, array, boxsize
+
+
+def observe(args, comm):
+    """The data in the user's file, as `Data` in units of the mean density."""
+    from vmad_lit.contrib import cosmo4d
+    from vmad_lit.lib.fastpm import ParticleMesh
+
+    kind, shape, boxsize = cosmo4d.on_root(comm, lambda: summary(*read(args.source, args.boxsize)))
+    nmesh = shape if kind == "density" else [args.nmesh] * 3
+    pm = ParticleMesh(Nmesh=nmesh, BoxSize=boxsize, comm=comm, dtype="f8")
+    array = open_array(args.source)
+    if kind == "density":
+        d = pm.create(type="real")
+        d[...] = array[d.slices]
+    else:
+        # Paint this rank's part of the particles
+        begin, end = (comm.rank * shape[0] // comm.size, (comm.rank + 1) * shape[0] // comm.size)
+        positions = numpy.array(array[begin:end], dtype="f8")
+        d = pm.paint(positions, layout=pm.decompose(positions))
+    d = d * (1.0 / (d.csum() / pm.Nmesh.prod()))
+    sigma = args.noise or (0.5 if kind == "density" else (pm.Nmesh.prod() / shape[0]) ** 0.5)
+    return cosmo4d.Data(d, float(sigma))
+
+
+def summary(kind, array, boxsize):
+    return kind, array.shape, boxsize
+
+
+def open_array(path):
+    file = numpy.load(path, mmap_mode="r")
+    return file if isinstance(file, numpy.ndarray) else file["density" if "density" in file.files else "positions"]
+
+
+def main(argv=None):
+    """Run the demonstration; returns the exit status."""
+    args = parse(argv)
+    try:
+        from mpi4py import MPI
+
+        from vmad_lit.contrib import cosmo4d
+        from vmad_lit.contrib.optimize import LBFGS, autosave
+        from vmad_lit.lib.cosmology import LinearPower, Planck15
+        from vmad_lit.lib.fastpm import ParticleMesh
+    except ImportError as error:
+        print(f"this demonstration needs the package {error.name}: {error}", file=sys.stderr)
+        return 1
+    comm = MPI.COMM_WORLD
+
+    def say(*words):
+        if comm.rank == 0:
+            print(*words, flush=True)
+
+    # Make or read the data
+    def model(pm):
+        stages = [] if args.steps < 0 else [1.0] if args.steps == 0 else numpy.linspace(0.1, 1.0, args.steps + 1)
+        q = pm.generate_uniform_particle_grid(shift=0.5)
+        return cosmo4d.WhiteNoiseOperator.bind(power=LinearPower(Planck15), q=q, stages=stages, cosmology=Planck15, pm=pm)
+
+    if args.source:
+        try:
+            data = observe(args, comm)
+        except (OSError, ValueError) as error:
+            say(f"error: {error}")
+            return 2
+        pm, forward = data.d.pm, model(data.d.pm)
+        say(f"data from {args.source}: mesh {tuple(map(int, pm.Nmesh))}, box {pm.BoxSize[0]:g} Mpc/h, noise {data.sigma:.3g} per cell")
+    else:
+        pm = ParticleMesh(Nmesh=[args.nmesh] * 3, BoxSize=args.boxsize or 4.0 * args.nmesh, comm=comm, dtype="f8")
+        forward = model(pm)
+        say(f"a universe of {args.nmesh}^3 particles in a box of {pm.BoxSize[0]:g} Mpc/h, on {comm.size} rank{'s' * (comm.size > 1)}")
+        data = cosmo4d.Data.synthetic(pm, forward, args.noise or 0.5, args.seed)
+    # Minimise
+    optimizer = LBFGS(maxiter=args.maxiter)
+    state, monitor = None, None
+    if args.state:
+        state = load_state(args.state, pm)
+        if state is not None:
+            say(f"going on from iteration {state.nit} in {args.state}")
+        monitor = autosave(args.state)
+    state = cosmo4d.reconstruct(
+        forward, data, optimizer, smoothing=args.smoothing, monitor=monitor, state=state, progress=sys.stderr.isatty()
+    )
+    if args.state:
+        state.save(args.state)
+    say(state.history)
+    say(state.message)
+    # Report
+    final = forward.build().compute("fs", dict(x=state.x))
+    shells = cosmo4d.Shells(pm)
+    curves = {}
+    if data.truth is not None:
+        curves["initial modes, against the truth"] = shells.compare(state.x, data.truth)
+        curves["final density, against the truth"] = shells.compare(final, data.clean)
+    else:
+        curves["final density, against the data"] = shells.compare(final, data.d)
+    for title, (r, t) in curves.items():
+        say(f"\n{title}\n{'k [h/Mpc]':>10} {'r(k)':>8} {'t(k)':>8}")
+        for i in spread(len(shells.k), 12):
+            say(f"{shells.k[i]:10.4f} {r[i]:8.4f} {t[i]:8.4f}")
+    if args.save:
+        cosmo4d.Data(data.d, data.sigma, data.truth, data.clean).save(args.save)
+        cosmo4d.save_field(os.path.join(args.save, "white_noise.npy"), state.x)
+        cosmo4d.save_field(os.path.join(args.save, "final.npy"), final)
+        say(f"\nfields are in {args.save}")
+    draw(args.output, pm, data, state.x, final, shells, curves, say)
+    return 0
+
+
+def load_state(path, pm):
+    """The saved state of a minimisation, or None if there is no file."""
+    from vmad_lit.contrib import cosmo4d
+    from vmad_lit.contrib.optimize import State
+
+    if not cosmo4d.on_root(pm.comm, lambda: os.path.exists(path)):
+        return None
+    return State.load(path, cosmo4d.FastPMVectorSpace(pm.comm), pm.create(type="real", value=0))
+
+
+def spread(n, most):
+    """At most so many indices out of n, evenly spread, with the first and the last."""
+    return sorted({round(i) for i in numpy.linspace(0, n - 1, min(n, most))})
+
+
+def slab(field, thickness):
+    """The mean of a field over a few planes of its last axis, as an array (N, N) on all ranks. Collective."""
+    begin, end = field.slices[-1].start, field.slices[-1].stop
+    image = numpy.zeros(tuple(map(int, field.pm.Nmesh[:2])))
+    planes = numpy.asarray(field.value)[:, :, : max(0, min(thickness, end) - begin)]
+    image[field.slices[:2]] = planes.sum(axis=2)
+    return field.pm.comm.allreduce(image) / thickness
+
+
+def draw(path, pm, data, x, final, shells, curves, say):
+    """Make the picture. Collective; rank 0 writes."""
+    from vmad_lit.contrib import cosmo4d
+    from vmad_lit.lib.cosmology import LinearPower, Planck15
+
+    def modes(noise):
+        return cosmo4d.linear_modes.build(power=LinearPower(Planck15), pm=pm).compute("modes", dict(x=noise)).c2r()
+
+    thickness = max(1, int(pm.Nmesh[2]) // 8)
+    fields = {
+        "final density: truth": data.clean,
+        "data": data.d,
+        "reconstruction": final,
+        "linear modes: truth": data.truth and modes(data.truth),
+        "linear modes: reconstruction": modes(x),
+    }
+    images = {title: slab(field, thickness) for title, field in fields.items() if field is not None}
+    if pm.comm.rank == 0:
+        # Draw the images and the curves
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(2, 3, figsize=(11, 7.2), layout="constrained")
+        for ax, (title, image) in zip(axes.flat, images.items()):
+            centre = 0.0 if "linear" in title else 1.0
+            width = 2.5 * max(numpy.std(images["reconstruction"]) if centre else numpy.std(images["linear modes: reconstruction"]), 1e-12)
+            extent = [0, pm.BoxSize[1], 0, pm.BoxSize[0]]
+            ax.imshow(image, origin="lower", extent=extent, vmin=centre - width, vmax=centre + width, cmap="magma" if centre else "RdBu_r")
+            ax.set(title=title, xticks=[], yticks=[])
+        ax = axes.flat[-1]
+        for (title, (r, t)), colour in zip(curves.items(), ("C0", "C1")):
+            ax.plot(shells.k, r, colour, label=f"r(k), {title.partition(',')[0]}")
+            ax.plot(shells.k, t, colour, linestyle="--", label=f"t(k), {title.partition(',')[0]}")
+        ax.set(xscale="log", xlabel="k [h/Mpc]", ylim=(0, 1.2), title="cross-correlation, transfer function")
+        ax.legend(fontsize="small")
+        for ax in axes.flat[len(images) : -1]:
+            ax.axis("off")
+        partial = path + ".partial"
+        figure.savefig(partial, dpi=110, format=os.path.splitext(path)[1][1:] or "png")
+        os.replace(partial, path)
+        pyplot.close(figure)
+    say(f"\nthe picture is {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
