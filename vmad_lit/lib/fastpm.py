@@ -166,6 +166,9 @@ def _real(pm, value):
 
 def _coordinates(x, kind):
     """Labels of a field's modes, as a list of broadcastable arrays with pmesh's `normp`."""
+    if not isinstance(x, BaseComplexField):
+        raise TypeError(f"a transfer function applies to a complex field, not to a {type(x).__name__}; "
+                        f"use r2c first")
     if kind == 'index':
         labels = [i.copy() for i in x.i]
     elif kind == 'wavenumber':
@@ -888,6 +891,26 @@ def induce_correlation(wnk, powerspectrum, pm):
     return apply_transfer(wnk, amplitude)
 
 
+@operator
+class in_precision:
+    """An array in the precision of another dtype."""
+
+    ain = {'x': 'ndarray'}
+    aout = {'y': 'ndarray'}
+
+    def apl(node, x, dtype):
+        return dict(y=x.astype(dtype, copy=False))
+
+    def rcd(node, x, dtype, y):
+        return dict(dtype=x.dtype, dtype_y=dtype)
+
+    def vjp(node, _y, dtype):
+        return dict(_x=_y.astype(dtype, copy=False))
+
+    def jvp(node, x_, dtype_y):
+        return dict(y_=x_.astype(dtype_y, copy=False))
+
+
 @autooperator('rhok -> dx1')
 def lpt1(rhok, q, pm, layout=None):
     """First-order (Zel'dovich) displacement for a linear density contrast.
@@ -901,13 +924,14 @@ def lpt1(rhok, q, pm, layout=None):
 
     Returns
     -------
-    dx1 : (N, ndim), the displacement for D1 = 1
+    dx1 : (N, ndim), the displacement for D1 = 1, in the precision of q
     """
     potential = apply_transfer(rhok, fourier_space_laplace)
     if layout is None:
         layout = decompose(q, pm)
     components = [apply_transfer(potential, fourier_space_neg_gradient(d, pm, order=1)) for d in range(pm.ndim)]
-    return readout_all([c2r(component) for component in components], q, layout)
+    dx1 = readout_all([c2r(component) for component in components], q, layout)
+    return in_precision(dx1, q.dtype) if q.dtype == 'f4' else dx1
 
 
 def fourier_space_second_derivative(i, j, pm):

@@ -1,0 +1,237 @@
+"""Perturbation theory and FastPM: oracles, conservation laws, derivatives, and independence of the number of ranks."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mpi4py")
+pytest.importorskip("pmesh")
+
+from mpi4py import MPI
+
+from vmad_lit import Builder
+from vmad_lit.lib import fastpm
+from vmad_lit.lib.cosmology import Cosmology, MatterDominated
+from vmad_lit.lib.fastpm import FastPMSimulation, ParticleMesh
+
+COMM = MPI.COMM_WORLD
+PT = MatterDominated(0.3)
+STAGES = [0.1, 0.4, 1.0]
+
+
+def power(k):
+    return 30.0 / (0.1 + k**2)
+
+
+def noise(pm, seed=1):
+    if pm.ndim == 1:  # pmesh makes none
+        values = np.random.default_rng(seed).normal(size=pm.Nmesh)
+        return pm.create("real", value=values).r2c() * pm.Nmesh.prod() ** 0.5
+    return pm.generate_whitenoise(seed=seed, unitary=False, type="complex")
+
+
+def total(a, b):
+    return COMM.allreduce(float(np.sum(a * b)))
+
+
+def inner(a, b):
+    """The inner product of fields; pmesh's own miscounts modes if the last axis is odd."""
+    return fastpm.cdot.apl.impl(None, a, b)["y"]
+
+
+def build(pm, B=1, stages=STAGES, q=None):
+    """A simulation as a model: from white noise to displacements, momenta, forces, the density and a number."""
+    sim = FastPMSimulation(stages, PT, pm, B=B, q=q)
+    with Builder() as m:
+        wnk = m.input("wnk")
+        dx, p, f = sim.run(fastpm.induce_correlation(wnk, power, pm))
+        x = sim.q + dx
+        rho = fastpm.paint(x, 1.0, fastpm.decompose(x, pm), pm)
+        m.output(dx=dx, p=p, f=f, rho=rho, chi2=fastpm.to_scalar(rho - 1.0))
+    return sim, m
+
+
+CASES = {
+    "cube": dict(Nmesh=[8, 8, 8], BoxSize=16.0),
+    "uneven": dict(Nmesh=[6, 10, 7], BoxSize=[12.0, 20.0, 14.0]),
+    "tsc": dict(Nmesh=[8, 8, 8], BoxSize=16.0, resampler="tsc"),
+    "plane": dict(Nmesh=[12, 10], BoxSize=[24.0, 20.0]),
+    "fine force": dict(Nmesh=[6, 6, 6], BoxSize=12.0, B=2),
+    "line": dict(Nmesh=[16], BoxSize=32.0),
+}
+
+
+def make(case, comm=COMM, dtype="f8"):
+    options = dict(CASES[case])
+    B = options.pop("B", 1)
+    if len(options["Nmesh"]) == 1 and comm.size > 1:
+        pytest.skip("pmesh does not divide a mesh of one dimension")
+    return ParticleMesh(comm=comm, dtype=dtype, **options), B
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dot_product(case):
+    pm, B = make(case)
+    sim, m = build(pm, B)
+    v = noise(pm, 2)
+    w = {name: np.sin((i + 1) * sim.q) for i, name in enumerate(["dx", "p", "f"])}
+    outs, tangents = m.compute_with_jvp(["dx", "p", "f"], dict(wnk=noise(pm)), dict(wnk_=v))
+    _, [_wnk] = m.compute_with_vjp(dict(wnk=noise(pm)), {"_" + name: value for name, value in w.items()})
+    left = sum(total(w[name], tangent) for name, tangent in zip(["dx", "p", "f"], tangents))
+    assert left == pytest.approx(inner(_wnk, v), rel=1e-9)
+    assert abs(left) > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_taylor(case):
+    pm, B = make(case)
+    sim, m = build(pm, B)
+    x, v = noise(pm), noise(pm, 2)
+    [chi2], [gradient] = m.compute_with_vjp(dict(wnk=x), dict(_chi2=1.0))
+    slope = inner(gradient, v)
+    h = 1e-3
+    plus, minus = (m.compute("chi2", dict(wnk=x + v * s)) for s in (h, -h))
+    assert (plus - minus) / (2 * h) == pytest.approx(slope, rel=2e-3, abs=1e-2 * abs(chi2))
+    assert abs(slope) > 1e-3 * abs(chi2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_number_of_ranks(case):
+    """The particles of this rank move as they do in a run on a single rank, and so does the gradient."""
+    pm, B = make(case)
+    alone, _ = make(case, MPI.COMM_SELF)
+    sim, m = build(pm, B)
+    serial, reference = build(alone, B, q=np.concatenate(COMM.allgather(sim.q)))
+    names = ["dx", "p", "f"]
+    results = m.compute(names, dict(wnk=noise(pm)))
+    expected = reference.compute(names, dict(wnk=noise(alone)))
+    start = sum(COMM.allgather(len(sim.q))[: COMM.rank])
+    mine = slice(start, start + len(sim.q))
+    for name, a, b in zip(names, results, expected):
+        np.testing.assert_allclose(a, b[mine], atol=1e-10 * abs(b).max(), err_msg=name)
+    _, [gradient] = m.compute_with_vjp(dict(wnk=noise(pm)), dict(_chi2=1.0))
+    _, [expected] = reference.compute_with_vjp(dict(wnk=noise(alone)), dict(_chi2=1.0))
+    gradient, expected = gradient.c2r(), expected.c2r()
+    np.testing.assert_allclose(gradient.value, expected.value[pm.create("real").slices], atol=1e-9 * abs(expected.value).max())
+
+
+def test_conservation():
+    pm, _ = make("uneven")
+    sim, m = build(pm)
+    p, f, rho = m.compute(["p", "f", "rho"], dict(wnk=noise(pm)))
+    for vector in p, f:
+        size = COMM.allreduce(np.abs(vector).sum(axis=0))
+        assert (abs(COMM.allreduce(vector.sum(axis=0))) < 1e-12 * size).all()
+    assert rho.csum() == pytest.approx(6 * 10 * 7)
+
+
+def test_single_precision():
+    pm, _ = make("cube", dtype="f4")
+    double, _ = make("cube")
+    q = double.generate_uniform_particle_grid(shift=0.5)
+    _, m = build(pm, q=q.astype("f4"))
+    _, reference = build(double, q=q)
+    modes = noise(double)
+    single = pm.create("complex", value=modes.value.astype("c8"))
+    a = m.compute(["dx", "p", "f"], dict(wnk=single))
+    b = reference.compute(["dx", "p", "f"], dict(wnk=modes))
+    for x, y in zip(a, b):
+        assert x.dtype == np.float32
+        np.testing.assert_allclose(x, y, atol=2e-5 * abs(y).max())
+    _, [gradient] = m.compute_with_vjp(dict(wnk=single), dict(_chi2=1.0))
+    _, [expected] = reference.compute_with_vjp(dict(wnk=modes), dict(_chi2=1.0))
+    assert gradient.value.dtype == np.complex64
+    np.testing.assert_allclose(gradient.value, expected.value, atol=2e-3 * abs(expected.value).max())
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_long_waves_grow_as_in_linear_theory(steps):
+    """Also in one step, since FastPM's factors hold the Zel'dovich motion exactly."""
+    pm = ParticleMesh([32] * 3, BoxSize=1000.0, comm=COMM)
+    stages = np.linspace(0.1, 1.0, steps + 1)
+    sim = FastPMSimulation(stages, PT, pm, B=2)
+    with Builder() as m:
+        rhok = m.input("rhok")
+        modes = []
+        for dx in sim.firststep(rhok)[0], sim.run(rhok)[0]:
+            x = sim.q + dx
+            modes.append(fastpm.r2c(fastpm.paint(x, 1.0, fastpm.decompose(x, pm), pm)))
+        m.output(first=modes[0], final=modes[1])
+    small = noise(pm) * 1e-3
+    first, final = m.compute(["first", "final"], dict(rhok=small))
+    k2 = sum(k**2 for k in first.x)
+    long = (k2 > 0) & (k2 < (1.1 * 2 * np.pi / 1000.0) ** 2)
+    above, below = total((final.value * first.value.conj()).real, long), total(abs(first.value) ** 2, long)
+    assert above / below == pytest.approx(PT.D1(1.0) / PT.D1(0.1), rel=0.01)
+
+
+def test_nbody_and_the_class_agree():
+    pm, _ = make("uneven")
+    sim, m = build(pm)
+    rhok = noise(pm) * 0.5
+    one = sim.run.build().compute(["dx", "p", "f"], dict(rhok=rhok))
+    two = fastpm.nbody.build(q=sim.q, stages=STAGES, cosmology=PT, pm=pm).compute(["dx", "p", "f"], dict(rhok=rhok))
+    for a, b in zip(one, two):
+        assert np.array_equal(a, b)
+    f, potk = sim.gravity.build().compute(["f", "potk"], dict(dx=one[0]))
+    np.testing.assert_allclose(f * 1.5 * PT.Om0, one[2], atol=1e-13 * abs(one[2]).max())
+    expected = potk.apply(lambda k, v: v * fastpm.fourier_space_neg_gradient(1, pm, order=1)(k)).c2r()
+    x = sim.q + one[0]
+    np.testing.assert_allclose(expected.readout(x, layout=pm.decompose(x)), f[:, 1], atol=1e-11 * max(abs(f).max(), 1))
+
+
+def test_potential_is_differentiable():
+    pm, _ = make("uneven")
+    sim = FastPMSimulation(STAGES, PT, pm)
+    model = sim.gravity.build()
+    dx, v = np.sin(sim.q), np.cos(2 * sim.q)
+    w = noise(pm, 3)
+    _, [potk_] = model.compute_with_jvp(["potk"], dict(dx=dx), dict(dx_=v))
+    _, [_dx] = model.compute_with_vjp(dict(dx=dx), dict(_potk=w))
+    assert total(_dx, v) == pytest.approx(inner(w, potk_), rel=1e-9)
+
+
+def test_backgrounds():
+    cosmology = Cosmology(Om0=0.3)
+    pm, _ = make("cube")
+    assert FastPMSimulation(STAGES, PT, pm).pt is PT
+    for given in (cosmology, type("Astropy", (), dict(Om0=0.3))):
+        pt = FastPMSimulation(STAGES, given, pm).pt
+        assert pt.D1(0.5) == pytest.approx(PT.D1(0.5), rel=1e-12)
+    assert FastPMSimulation([1.0], PT, pm).run.build().compute("dx", dict(rhok=noise(pm))).shape[1] == 3
+
+
+def test_bad_input():
+    pm, _ = make("cube")
+    with pytest.raises(ValueError, match="positive scale factors"):
+        FastPMSimulation([0.0, 1.0], PT, pm)
+    with pytest.raises(ValueError, match="positive scale factors"):
+        FastPMSimulation([[0.1, 1.0]], PT, pm)
+    with pytest.raises(ValueError, match="whole numbers"):
+        FastPMSimulation(STAGES, PT, pm, B=1.2)
+    with pytest.raises(ValueError, match="whole numbers"):
+        FastPMSimulation(STAGES, PT, pm, B=0)
+
+
+def test_zero_power_at_k0():
+    """A spectrum that diverges at k = 0 leaves the mean zero and everything else finite."""
+    pm, _ = make("cube")
+    c = fastpm.induce_correlation.build(powerspectrum=lambda k: k**-2.0, pm=pm).compute("c", dict(wnk=noise(pm)))
+    assert np.isfinite(c.value).all() and abs(c.cmean() if hasattr(c, "cmean") else 0) < 1e-12
+
+
+def test_second_order_on_a_line_is_zero():
+    pm = ParticleMesh([16], BoxSize=8.0, comm=MPI.COMM_SELF)
+    source = fastpm.lpt2src.build(pm=pm).compute("rho_lpt2", dict(rhok=noise(pm)))
+    assert not source.value.any()
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_lpt_is_a_quadratic_function(dtype):
+    """Doubling the density doubles the first order and quadruples the second."""
+    pm, _ = make("uneven", dtype=dtype)
+    model = fastpm.lpt.build(q=pm.generate_uniform_particle_grid(shift=0.5).astype(dtype), pm=pm)
+    x = noise(pm)
+    one, two = (model.compute(["dx1", "dx2"], dict(rhok=x * c)) for c in (1.0, 2.0))
+    rtol = 1e-4 if dtype == "f4" else 1e-10
+    for order in (0, 1):
+        np.testing.assert_allclose(two[order], one[order] * 2.0 ** (order + 1), atol=rtol * abs(two[order]).max())
