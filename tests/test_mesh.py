@@ -1,4 +1,4 @@
-"""The operators of the particle mesh: derivatives, rank invariance and pmesh's behaviours, on 1 to 4 ranks."""
+"""The operators of the particle mesh: derivatives and rank invariance on 1 to 4 ranks."""
 import gc
 import weakref
 
@@ -405,6 +405,8 @@ def test_errors_name_what_was_expected():
         fastpm.fourier_space_neg_gradient(0, pm, 2)
     with pytest.raises(ValueError, match='axis'):
         fastpm.fourier_space_neg_gradient(3, pm)
+    with pytest.raises(TypeError, match='RealField; use r2c'):
+        run(fastpm.apply_transfer, real(pm), fastpm.fourier_space_laplace)
     with pytest.raises(ValueError, match='kind'):
         run(fastpm.apply_transfer, modes(pm), fastpm.fourier_space_laplace, 'wavelength')
     with pytest.raises(ValueError, match='mode'):

@@ -166,6 +166,9 @@ def _real(pm, value):
 
 def _coordinates(x, kind):
     """Labels of a field's modes, as a list of broadcastable arrays with pmesh's `normp`."""
+    if not isinstance(x, BaseComplexField):
+        raise TypeError(f"a transfer function applies to a complex field, not to a {type(x).__name__}; "
+                        f"use r2c first")
     if kind == 'index':
         labels = [i.copy() for i in x.i]
     elif kind == 'wavenumber':
