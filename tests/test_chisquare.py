@@ -211,8 +211,8 @@ def test_the_tape_is_not_spoilt_by_changes_in_place():
     assert problem.forwards == 1
 
 
-@pytest.mark.parametrize("optimizer", [LBFGS(gtol=1e-9), TrustRegionCG(gtol=1e-9),
-                                       GradientDescent(gtol=1e-6)], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("optimizer", [LBFGS(gtol=1e-7), TrustRegionCG(gtol=1e-7),
+                                       GradientDescent(gtol=1e-4)], ids=lambda o: type(o).__name__)
 def test_same_minimum_on_any_number_of_ranks(optimizer):
     import scipy.optimize
     exact = scipy.optimize.least_squares(exact_residuals, 0.1 * np.ones(N), exact_jacobian,
@@ -220,18 +220,18 @@ def test_same_minimum_on_any_number_of_ranks(optimizer):
     problem = make()
     state = optimizer.minimize(problem, split(0.1 * np.ones(N)))
     assert state.converged, state
-    assert_allclose(gather(state.x), exact.x, atol=1e-3 if isinstance(optimizer, GradientDescent) else 1e-5)
-    assert_allclose(state.y, 2 * exact.cost, rtol=1e-6)
+    assert_allclose(gather(state.x), exact.x, atol=1e-2 if isinstance(optimizer, GradientDescent) else 1e-4)
+    assert_allclose(state.y, 2 * exact.cost, rtol=1e-4)
     assert problem.forwards <= problem.fev + problem.hev // 2
 
 
 def test_saved_and_resumed():
     folder = COMM.bcast(tempfile.mkdtemp() if COMM.rank == 0 else None)
     path, s = os.path.join(folder, "fit.npz"), split(0.1 * np.ones(N))
-    whole = LBFGS().minimize(make(), s)
+    whole = LBFGS(maxiter=9).minimize(make(), s)
     LBFGS(maxiter=4).minimize(make(), s, monitor=autosave(path, 2))
     problem = make()
-    resumed = LBFGS().minimize(problem, state=State.resume(path, problem.vs, s))
+    resumed = LBFGS(maxiter=9).minimize(problem, state=State.resume(path, problem.vs, s))
     assert_array_equal(resumed.x, whole.x)
     COMM.Barrier()
     if COMM.rank == 0:
@@ -386,3 +386,40 @@ def test_any_optimizer_will_do():
     made.schedule_optimizer("rate", [0.2, 0.1])
     d = split(np.arange(6.0))
     assert_allclose(made.apply(d, 0 * d), d / 2, atol=1e-6)
+
+
+# fields
+
+@pytest.mark.parametrize("unknowns", ["real", "complex"])
+def test_fields_are_fitted(unknowns):
+    """A field, given as values or as modes, smoothed and squared, from noiseless data."""
+    fastpm = pytest.importorskip("vmad_lit.lib.fastpm")
+    pm = fastpm.ParticleMesh(Nmesh=[5, 4, 5], BoxSize=6.0, comm=COMM)
+
+    @autooperator("s -> f")
+    def smooth(s):
+        modes = fastpm.r2c(s) if unknowns == "real" else s
+        modes = fastpm.apply_transfer(modes, lambda k: np.exp(-0.1 * sum(ki ** 2 for ki in k)))
+        f = fastpm.c2r(modes)
+        return f + f * f * 0.1
+
+    truth = pm.generate_whitenoise(11, type=unknowns, unitary=True)
+    data = smooth.build().compute("f", init=dict(s=truth))
+
+    @autooperator("f -> r")
+    def residual(f):
+        return f - data
+
+    problem = MPIChiSquareProblem(COMM, smooth, [residual])
+    vs = problem.vs
+    s, v, u = [pm.generate_whitenoise(seed, type=unknowns, unitary=True) for seed in (1, 2, 3)]
+    s = vs.addmul(truth, s, 0.1)
+    y, slope = problem.objective(s), vs.dot(problem.gradient(s), v)
+    rest = [abs(problem.objective(vs.addmul(s, v, h)) - y - h * slope) for h in (1e-3, 5e-4)]
+    assert_allclose(rest[0] / rest[1], 4, rtol=0.02)
+    Hu, Hv = problem.Hvp(s, u), problem.Hvp(s, v)
+    assert_allclose(vs.dot(u, Hv), vs.dot(Hu, v), rtol=1e-8)
+    [jv] = problem._tape_at(s).get_jvp().compute(["r0_"], init=dict(x_=v))
+    assert_allclose(vs.dot(v, Hv), 2 * jv.cdot(jv), rtol=1e-8)
+    for optimizer in (LBFGS(maxiter=15, gtol=1e-5), TrustRegionCG(maxiter=4, cg_maxiter=10)):
+        assert optimizer.minimize(problem, s).y < 0.02 * y

@@ -129,7 +129,9 @@ class MPIChiSquareProblem(Problem):
     def _pull_back(self, x):
         cotangents = {f"_{name}": ZeroGradient for name in self.model_outputs}
         cotangents["_y"] = 1.0
-        return self._vector(self._tape_at(x).get_vjp().compute("_x", init=cotangents))
+        if self._tape is None:
+            self.objective(x)
+        return self._vector(self._tape.get_vjp().compute("_x", init=cotangents))
 
     def _gauss_newton(self, x, v):
         tape, names = self._tape_at(x), self.residual_names
