@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m benchmarks [--json FOLDER] [engine fft kernels nbody] [options of the benchmark]`."""
+"""Run the benchmarks: `python -m benchmarks [--json PATH] [engine fft kernels nbody] [options of the benchmark]`."""
 
 import argparse
 import importlib
@@ -9,10 +9,20 @@ import sys
 ALL = "engine", "fft", "kernels", "nbody"
 
 
+def place(path, name, alone):
+    """The file for the numbers of a benchmark."""
+    stem, extension = os.path.splitext(path)
+    if extension != ".json":
+        return os.path.join(path, name + ".json")
+    return path if alone else f"{stem}-{name}.json"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=f"which of {', '.join(ALL)}; all if none is given")
-    parser.add_argument("--json", metavar="FOLDER", help="write the numbers of each to FOLDER/name.json")
+    parser.add_argument(
+        "--json", metavar="PATH", help="write the numbers to PATH if it ends in .json (several: beside it, by name), else to PATH/name.json"
+    )
     args, options = parser.parse_known_args(argv)
     for name in args.names:
         if name not in ALL:
@@ -23,7 +33,7 @@ def main(argv=None):
             continue
         if first_rank:
             print(f"\n== {name} ==", flush=True)
-        target = ["--json", os.path.join(args.json, name + ".json")] if args.json else []
+        target = ["--json", place(args.json, name, len(args.names) == 1)] if args.json else []
         importlib.import_module(f"benchmarks.{name}").main([*options, *target])
 
 

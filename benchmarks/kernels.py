@@ -5,6 +5,7 @@ a force evaluation and its derivative need are three at once.
 """
 
 import argparse
+import time
 
 import numpy as np
 from mpi4py import MPI
@@ -64,7 +65,8 @@ def study(sizes=(32, 64), windows=("cic", "tsc"), repeat=5, budget=6.0):
             functions = {(name, i): f for name, pair in pairs.items() for i, f in enumerate(pair) if f is not None}
             for function in functions.values():  # also compiles
                 function()
-            least = best(functions, repeat, budget)
+            timer = time.process_time if get_threads() == 1 else time.perf_counter
+            least = best(functions, repeat, budget, timer)
             for name in pairs:
                 ours, theirs = (1e3 * least[name, i] if (name, i) in least else None for i in (0, 1))
                 results.append(dict(window=window, n=n, what=name, ours=ours, pmesh=theirs, threads=get_threads()))

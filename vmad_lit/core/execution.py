@@ -224,7 +224,7 @@ class Plan:
                 if name in primitive.ain and not (type(varin[name]) is Literal and varin[name]._value is ZeroGradient)
             ]
         if single and kept is None and linear is None and record is None and not clear:
-            step = call, node, function, gatherer(ins), *outs[0]
+            step = (call_two, node, function, *ins, *outs[0]) if len(ins) == 2 else (call, node, function, gatherer(ins), *outs[0])
         elif single and kept is not None and linear is None:
             step = call_and_record, node, function, gatherer(ins), *outs[0], kept, clear
         elif linear is not None and len(linear) == 1 and not clear and not lists:
@@ -338,6 +338,13 @@ def call(s, step):
     """Call a function that has one result."""
     _, node, function, gather, name, out = step
     r = function(node, *gather(s))
+    s[out] = r if type(r) is not dict else the_only(r, name, node)
+
+
+def call_two(s, step):
+    """Call a function of two arguments that has one result."""
+    _, node, function, i, j, name, out = step
+    r = function(node, s[i], s[j])
     s[out] = r if type(r) is not dict else the_only(r, name, node)
 
 

@@ -1,0 +1,73 @@
+"""The benchmarks run, and what they compare computes the same."""
+
+import json
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from benchmarks import common, engine, fft, kernels
+from benchmarks.__main__ import place
+
+
+@pytest.mark.parametrize("name", engine.CASES)
+def test_engine_computes_what_arrays_do(name):
+    case, n = engine.CASES[name], 100
+    ours = engine.Ours(case, n)
+    y = ours.run()
+    np.testing.assert_allclose(y, case(ours.x, n))
+    _, [_x] = ours.gradient()
+    _, y_ = ours.jvp()
+    eps = 1e-6
+    slope = (case(ours.x + eps, n) - case(ours.x - eps, n)) / (2 * eps)
+    np.testing.assert_allclose(y_, slope, rtol=1e-6)
+    np.testing.assert_allclose(_x, slope, rtol=1e-6)  # element-wise: the Jacobian is diagonal
+    _, [gnp] = ours.gnp()
+    np.testing.assert_allclose(gnp, slope**2, rtol=1e-6)
+
+
+def test_peers_compute_the_same():
+    for name, function in engine.peers(engine.chain, 10, ()).items():
+        value, gradient = function()
+        if name == "autograd":
+            np.testing.assert_allclose(value, engine.chain(engine.Ours.x, 10).sum())
+        np.testing.assert_allclose(np.asarray(gradient).ravel(), engine.Ours(engine.chain, 10).gradient()[1][0])
+
+
+def test_study_and_report(capsys):
+    results = engine.study(["chain"], [10, 20], repeat=1, budget=0.1)
+    assert [row["n"] for row in results] == [10, 20]
+    assert all(row[name] > 0 for row in results for name in ("build", "run", "gradient", "jvp", "gnp", "NumPy"))
+    engine.report(results)
+    assert "n^p" in capsys.readouterr().out
+
+
+def test_exponents():
+    powers = engine.exponents(dict(n=10, run=1.0, build=3.0), dict(n=100, run=1.0, build=30.0))
+    assert powers == pytest.approx(dict(run=1.0, build=2.0))
+
+
+def test_fourier_transforms():
+    [row, single] = fft.study([8], repeat=1)
+    assert row["pfft"]["forward"] > 0 and single["dtype"] == "f4"
+
+
+@pytest.mark.serial
+def test_kernels_compute_what_pmesh_does():
+    for name, (ours, theirs) in kernels.cases(8, "cic").items():
+        if ours is None:
+            continue
+        a, b = np.asarray(ours()), theirs()
+        b = np.asarray(b.value if hasattr(b, "value") else b)
+        np.testing.assert_allclose(a if a.shape == b.shape else a.T, b, atol=1e-12, err_msg=name)
+
+
+def test_files(tmp_path):
+    path = str(tmp_path / f"rank-{MPI.COMM_WORLD.rank}" / "numbers.json")
+    common.save(path, common.machine(), results=[1.5])
+    with open(path) as file:
+        content = json.load(file)
+    assert content["results"] == [1.5] and content["machine"]["cores"] >= 1
+    assert place("a/b.json", "fft", True) == "a/b.json"
+    assert place("a/b.json", "fft", False) == "a/b-fft.json"
+    assert place("a", "fft", False).endswith("fft.json")
