@@ -1,4 +1,4 @@
-"""The operators of the particle mesh: derivatives, rank invariance and pmesh's behaviours, on 1 to 4 ranks."""
+"""The operators of the particle mesh: derivatives and rank invariance on 1 to 4 ranks."""
 import gc
 import weakref
 
@@ -10,7 +10,7 @@ from pmesh.pm import BaseComplexField, Field, RealField
 
 from vmad_lit import Builder, ListPlaceholder
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.lib import fastpm
+from vmad_lit.lib import fastpm, linalg
 from vmad_lit.lib.fastpm import ParticleMesh
 
 COMM = MPI.COMM_WORLD
@@ -170,6 +170,22 @@ class TestFields:
             m.output(a=fastpm.to_scalar(s), b=fastpm.to_scalar(fastpm.r2c(s)))
         a, b = m.compute(['a', 'b'], init=dict(s=x))
         assert_allclose(a, b * pm.Nmesh.prod())
+
+    def test_methods_of_pmesh_count_all_modes(self, nmesh):
+        pm = make(nmesh)
+        x, y = real(pm, 1), real(pm, 2)
+        N = pm.Nmesh.prod()
+        assert_allclose(x.r2c().cdot(y.r2c()).real * N, x.cdot(y), atol=1e-10)
+        assert_allclose(x.r2c().cnorm() * N, x.cdot(x))
+        assert_allclose(x.r2c().cnorm(metric=lambda k: 2 + 0 * k) * N, 2 * x.cdot(x))
+        with pytest.raises(TypeError, match='one kind'):
+            x.r2c().cdot(y)
+        with Builder() as m:
+            s, t = m.input('s', 't')
+            m.output(a=linalg.to_scalar(s), c=fastpm.c2r(s * t))
+        (a, c), (_s, _t) = m.compute_with_vjp(init=dict(s=x.r2c(), t=2.0), v=dict(_a=0, _c=y))
+        assert_allclose(a * N, x.cdot(x))
+        assert_allclose(_t, x.cdot(y), atol=1e-10)
 
     def test_transforms(self, nmesh):
         pm = make(nmesh)
@@ -405,6 +421,8 @@ def test_errors_name_what_was_expected():
         fastpm.fourier_space_neg_gradient(0, pm, 2)
     with pytest.raises(ValueError, match='axis'):
         fastpm.fourier_space_neg_gradient(3, pm)
+    with pytest.raises(TypeError, match='RealField; use r2c'):
+        run(fastpm.apply_transfer, real(pm), fastpm.fourier_space_laplace)
     with pytest.raises(ValueError, match='kind'):
         run(fastpm.apply_transfer, modes(pm), fastpm.fourier_space_laplace, 'wavelength')
     with pytest.raises(ValueError, match='mode'):

@@ -494,6 +494,18 @@ def test_combined_evaluation_is_shared():
     assert len(calls) == state.fev == state.gev == problem.fev
 
 
+def test_a_gradient_in_a_reused_buffer():
+    buffer = np.empty(4)
+
+    def gradient(x):
+        buffer[...] = rosen_der(x)
+        return buffer
+
+    x0 = np.tile([-1.2, 1.0], 2)
+    assert_array_equal(LBFGS().minimize(Problem(rosen, gradient), x0).x,
+                       LBFGS().minimize(Problem(rosen, rosen_der), x0).x)
+
+
 def test_wrong_preconditioners_are_found():
     root = np.array([[2.0, 1.0], [0.0, 1.0]])
     inverse = np.linalg.inv(root)
@@ -643,6 +655,25 @@ def test_a_crash_while_saving_leaves_the_old_state(folder, monkeypatch):
     assert_array_equal(loaded.x, later.x)
     COMM.Barrier()
     assert sorted(os.listdir(folder))[0] == 'state.npz' and len(os.listdir(folder)) == COMM.size
+
+
+def test_files_that_are_not_a_state(folder):
+    vs, path = distributed(), os.path.join(folder, 'state.npz')
+    state = LBFGS(maxiter=2).minimize(Problem(rosen, rosen_der, vs=VectorSpace(comm=COMM)), np.zeros(2))
+    state.save(path)
+    if COMM.size > 1:
+        if COMM.rank == COMM.size - 1:
+            name, = [n for n in os.listdir(folder) if f'.rank{COMM.rank}.' in n]
+            os.remove(os.path.join(folder, name))
+        COMM.Barrier()
+        with pytest.raises(OSError):
+            State.load(path, vs, np.zeros(2))
+    COMM.Barrier()
+    if COMM.rank == 0:
+        np.savez(path, density=np.zeros(3))
+    COMM.Barrier()
+    with pytest.raises(ValueError, match="holds no state of a minimisation, but density"):
+        State.load(path, vs, np.zeros(2))
 
 
 def test_state_of_another_rank_count(folder):

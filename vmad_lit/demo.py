@@ -220,15 +220,18 @@ def draw(path, pm, data, x, final, shells, curves, say):
     from vmad_lit.contrib import cosmo4d
     from vmad_lit.lib.cosmology import LinearPower, Planck15
 
+    smooth = cosmo4d.gaussian(2 * (pm.BoxSize / pm.Nmesh).max())
+
     def modes(noise):
-        return cosmo4d.linear_modes.build(power=LinearPower(Planck15), pm=pm).compute("modes", dict(x=noise)).c2r()
+        delta = cosmo4d.linear_modes.build(power=LinearPower(Planck15), pm=pm).compute("modes", dict(x=noise))
+        return delta.apply(lambda k, v: v * smooth(k)).c2r()
 
     thickness = max(1, int(pm.Nmesh[2]) // 8)
     fields = {
         "final density: truth": data.clean,
         "data": data.d,
         "reconstruction": final,
-        "linear modes: truth": data.truth and modes(data.truth),
+        "linear modes: truth": None if data.truth is None else modes(data.truth),
         "linear modes: reconstruction": modes(x),
     }
     images = {title: slab(field, thickness) for title, field in fields.items() if field is not None}
@@ -250,7 +253,7 @@ def draw(path, pm, data, x, final, shells, curves, say):
         for (title, (r, t)), colour in zip(curves.items(), ("C0", "C1")):
             ax.plot(shells.k, r, colour, label=f"r(k), {title.partition(',')[0]}")
             ax.plot(shells.k, t, colour, linestyle="--", label=f"t(k), {title.partition(',')[0]}")
-        ax.set(xscale="log", xlabel="k [h/Mpc]", ylim=(0, 1.2), title="cross-correlation, transfer function")
+        ax.set(xlabel="k [h/Mpc]", xlim=(0, None), ylim=(0, 1.1), title="cross-correlation, transfer function")
         ax.legend(fontsize="small")
         for ax in axes.flat[len(images) : -1]:
             ax.axis("off")

@@ -128,7 +128,7 @@ class Problem:
         if self._slope is None:
             if self._gradient is not None:
                 self.gev += 1
-                self._slope = self._gradient(x)
+                self._slope = self.vs.copy(self._gradient(x))
             elif self._both is not None:
                 self._evaluate_both(x)
             else:
@@ -160,8 +160,8 @@ class Problem:
     def _evaluate_both(self, x):
         self.fev += 1
         self.gev += 1
-        value, self._slope = self._both(x)
-        self._value = self.vs.agree(value)
+        value, slope = self._both(x)
+        self._value, self._slope = self.vs.agree(value), self.vs.copy(slope)
 
 
 class Point:
@@ -466,13 +466,21 @@ class State:
         path = os.fspath(path)
         size, rank = (1, 0) if vs.comm is None else (vs.comm.size, vs.comm.rank)
         with np.load(path, allow_pickle=False) as file:
+            if "state" not in file:
+                raise ValueError(f"{path!r} holds no state of a minimisation, but {', '.join(file)}")
             header = json.loads(file["state"].item())
             arrays = dict(file) if rank == 0 else {}
         if header["ranks"] != size:
             raise ValueError(f"{path!r} was saved on {header['ranks']} ranks, this job has {size}")
-        if rank:
-            with np.load(shard_name(path, rank, header["generation"]), allow_pickle=False) as file:
-                arrays = dict(file)
+        error = None
+        try:
+            if rank:
+                with np.load(shard_name(path, rank, header["generation"]), allow_pickle=False) as file:
+                    arrays = dict(file)
+        except OSError as exception:
+            error = exception
+        if vs.any(error):
+            raise error or OSError(f"another rank cannot read its part of {path!r}")
         # Make the state again
         def vector(name):
             count = sum(key.rpartition(":")[0] == name for key in arrays)

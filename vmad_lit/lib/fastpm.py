@@ -42,6 +42,29 @@ def mode_weights(x):
     return _keep(x.pm, ('mode_weights', type(x)), make)
 
 
+def _cdot(self, other, metric=None):
+    """Inner product of two complex fields over all modes, also those not stored; `metric(k)` weighs modes."""
+    if not isinstance(other, type(self)) and hasattr(other, 'pm'):
+        raise TypeError(f"the inner product is of two fields of one kind, not {type(self).__name__} "
+                        f"and {type(other).__name__}")
+    product = mode_weights(self) * self.value * numpy.conj(getattr(other, 'value', other))
+    return _sum_modes(self, product, metric)
+
+
+def _cnorm(self, metric=None, norm=lambda x: x.real ** 2 + x.imag ** 2):
+    """Sum of `norm` over all modes, also those not stored; `metric(k)` weighs modes."""
+    return _sum_modes(self, mode_weights(self) * norm(self.value), metric)
+
+
+def _sum_modes(x, values, metric):
+    if metric is not None:
+        values = values * metric(_coordinates(x, 'wavenumber').normp(2) ** 0.5)
+    return x.pm.comm.allreduce(values.sum())
+
+
+BaseComplexField.cdot, BaseComplexField.cnorm = _cdot, _cnorm
+
+
 def _inner(x, y):
     """The real inner product of two fields of one kind, on all ranks."""
     if isinstance(x, BaseComplexField):
@@ -166,6 +189,9 @@ def _real(pm, value):
 
 def _coordinates(x, kind):
     """Labels of a field's modes, as a list of broadcastable arrays with pmesh's `normp`."""
+    if not isinstance(x, BaseComplexField):
+        raise TypeError(f"a transfer function applies to a complex field, not to a {type(x).__name__}; "
+                        f"use r2c first")
     if kind == 'index':
         labels = [i.copy() for i in x.i]
     elif kind == 'wavenumber':

@@ -91,10 +91,28 @@ def _loops(ndim, support):
     def scatter(n, meshes, box, low, high, owner, mask, block, pos, step, mass, mass_step, speed, moving):
         shape, stride, scale, translate, origin, period = box
         npart = len(pos) // step
+        listed = numpy.empty(block, dtype='i8')
         for b in range(len(mask)):
             if not (mask[b] >> owner) & uint64(1):
                 continue
-            for p in range(b * block, min(npart, (b + 1) * block)):
+            start = b * block
+            count = min(npart, start + block) - start
+            shared = mask[b] != uint64(1) << owner
+            if shared:
+                # List the particles of the block that are near
+                near = 0
+                reach = support + 1
+                for k in range(count):
+                    x = pos[(start + k) * step] * scale[0] + translate[0]
+                    i = floor(x + 0.5 * (support % 2)) - (support - 1) // 2 - 1 + origin[0]
+                    if period[0] > 0 and (i < 0 or i >= period[0]):
+                        i = i % period[0]
+                    listed[near] = start + k
+                    folded = (period[0] > 0) & (i + reach - period[0] >= low)
+                    near += ((i < high) & (i + reach >= low)) | folded
+                count = near
+            for k in range(count):
+                p = listed[k] if shared else start + k
                 # Locate the particle on each axis
                 x = pos[p * step] * scale[0] + translate[0]
                 i, wx, dx = _spline(support, x)
@@ -242,21 +260,28 @@ def _loops(ndim, support):
 
 @njit(**_compiled)
 def _census(support, scale, translate, origin, period, owners, start, end, mask, block, pos, step):
-    """For blocks `start` to `end`, set in `mask` the bits of the owners whose planes are touched."""
+    """For blocks `start` to `end`, set in `mask` the bits of the owners whose planes may be touched."""
     npart = len(pos) // step
     nplane = len(owners)
-    shift = 0.5 * (support % 2)
-    left = (support - 1) // 2
+    everyone = uint64(0)
+    for bit in owners:
+        everyone |= bit
     for b in range(start, end):
-        bits = uint64(0)
+        low = high = pos[b * block * step] * scale
         for p in range(b * block, min(npart, (b + 1) * block)):
-            i = floor(pos[p * step] * scale + translate + shift) - left + origin
-            first = _offset(i, period, 0, nplane, 1)
-            last = _offset(i + support - 1, period, 0, nplane, 1)
-            if first >= 0:
-                bits |= owners[uintp(first)]
-            if last >= 0:
-                bits |= owners[uintp(last)]
+            x = pos[p * step] * scale
+            low = min(low, x)
+            high = max(high, x)
+        # Mark the owners of the planes between
+        bits = everyone
+        if 0 <= high - low < nplane - support - 2:
+            bits = uint64(0)
+            first = floor(low + translate) - support + origin
+            last = floor(high + translate) + support + origin
+            for i in range(first, last + 1):
+                plane = _offset(i, period, 0, nplane, 1)
+                if plane >= 0:
+                    bits |= owners[uintp(plane)]
         mask[b] = bits
 
 
@@ -458,7 +483,7 @@ def _owners(cells, box, pos, step):
     """Edges of the planes owned by each thread, and for each block of particles the owners it touches."""
     nplane = box[0][0]
     nblock = -(-(len(pos) // step) // BLOCK)
-    edges = _shares(nplane, cells)
+    edges = _shares(nplane, cells + 2)
     if len(edges) == 2 or nblock < 2 * (len(edges) - 1):
         return [0, nplane], numpy.ones(nblock, dtype='u8')
     mask = numpy.zeros(nblock, dtype='u8')
