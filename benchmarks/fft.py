@@ -23,7 +23,7 @@ def provider(field, dtype):
 
     procmesh = pfft.ProcMesh(pfft.split_size_2d(world.size), world)
     flags = pfft.Flags.PFFT_TRANSPOSED_OUT | pfft.Flags.PFFT_PADDED_R2C | pfft.Flags.PFFT_PADDED_C2R
-    kind = pfft.Type.PFFT_R2CF if np.dtype(dtype).itemsize == 4 else pfft.Type.PFFT_R2C
+    kind = pfft.Type.PFFTF_R2C if np.dtype(dtype).itemsize == 4 else pfft.Type.PFFT_R2C
     partition = pfft.Partition(kind, field.shape, procmesh, flags)
     real, modes = pfft.LocalBuffer(partition), pfft.LocalBuffer(partition)
     forward = pfft.Plan(partition, pfft.Direction.PFFT_FORWARD, real, modes)

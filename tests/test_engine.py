@@ -251,6 +251,15 @@ class grow_and_record(grow.prototype):
 
 
 @operator
+class grow_with_rcd(grow.prototype):
+    def rcd(node, x, y):
+        return dict(nothing=None)
+
+    def vjp(node, _y, nothing):
+        return Value(_y.x)
+
+
+@operator
 class join:
     ain = "x"
     aout = "y"
@@ -288,6 +297,21 @@ def test_values_die_after_their_last_use(counting, listed):
     assert Value.most <= 5
     assert len(Value.alive) == 1
     assert listed or y.x == 100
+
+
+def test_values_die_while_somebody_watches(counting):
+    seen = []
+    m = chain(grow, 50)
+    m.compute("y", dict(x=Value(0)), monitor=lambda node, ins, outs, context: seen.append(context[ins["x"]._name]))
+    assert Value.most <= 4
+    assert seen == [None] * 50
+
+
+def test_values_die_while_a_record_is_made(counting):
+    m = chain(grow_with_rcd, 100)
+    y, tape = m.compute("y", dict(x=Value(0)), return_tape=True)
+    assert Value.most <= 4
+    assert tape.get_vjp().compute("_x", dict(_y=Value(1))).x == 1
 
 
 def test_a_tape_holds_what_was_recorded_and_nothing_else(counting):

@@ -1,10 +1,10 @@
 """The two sweeps, written down as models."""
 
 from .error import BrokenPrimitive
-from .execution import undisturbed
+from .execution import flatten, undisturbed
 from .graph import Node, caller
 from .operator import ZeroGradient, operator
-from .symbol import Ignored, List, Literal, Recorded, Symbol, leaves
+from .symbol import Ignored, List, Literal, Symbol, leaves
 
 ZERO = Literal(ZeroGradient)
 
@@ -30,22 +30,23 @@ class Sweep:
 
     def get(self, symbol):
         """The derivative of a symbol, as a symbol of the derived model."""
-        if isinstance(symbol, List):
-            return List([self.get(item) for item in symbol])
-        return self.derivative.get(symbol, ZERO)
+        derivative = self.derivative.get(symbol)
+        if derivative is None:
+            return List([self.get(item) for item in symbol]) if isinstance(symbol, List) else ZERO
+        return derivative
+
+    def arrives(self, symbols):
+        """Whether the derivative of any of the symbols in a dict is not zero."""
+        return not self.derivative.keys().isdisjoint(flatten(symbols))
 
     def add_node(self, primitive, node, derivatives, varout):
         """Append a call of a derivative of a node, unless all that goes in is zero. Returns whether it was appended."""
         varin = {name: derivatives[name] for name in primitive.ain}
-        if all(leaf is ZERO for symbol in varin.values() for leaf in leaves(symbol)):
-            return False
-        # Add what the node recorded
-        records = self.plan.records[node]
-        for name in primitive.argnames:
-            if name not in primitive.ain and (type(records) is int or name in records):
-                varin[name] = Recorded(node, name)
-        self.model.append(Node(primitive, varin, varout, None, node))
-        return True
+        for symbol in flatten(varin):
+            if symbol is not ZERO:
+                self.model.append(Node(primitive, varin, varout, None, node))
+                return True
+        return False
 
     def fresh(self, *label):
         """A new symbol in the derived model, with the ingredients of its name."""
@@ -53,18 +54,6 @@ class Sweep:
         symbol._label = label
         symbol._graph = self.model._ref
         return symbol
-
-
-def cotangent_name(symbol):
-    return "_" + symbol._name
-
-
-def partial_name(symbol, node):
-    return f"_{symbol._name}@{node.name if node else 'output'}"
-
-
-def tangent_name(symbol):
-    return symbol._name + "_"
 
 
 class ForwardSweep(Sweep):
@@ -79,19 +68,18 @@ class ForwardSweep(Sweep):
             self.model.output(**{name + "_": self.get(self.graph._outputs[name])})
 
     def push_forward(self, node):
-        if self.plan.active.isdisjoint(leaf for symbol in node.varout.values() for leaf in leaves(symbol)):
-            return
         operator = node.operator
+        if not self.arrives(node.varin) or self.plan.active.isdisjoint(flatten(node.varout)):
+            return
         tangents = {name + "_": self.get(node.varin[name]) for name in operator.ain}
         varout = {name + "_": self.place(symbol) for name, symbol in node.varout.items()}
         if self.add_node(operator.jvp, node, tangents, varout):
-            for name, symbol in node.varout.items():
-                self.derivative.update(zip(leaves(symbol), leaves(varout[name + "_"])))
+            self.derivative.update(zip(flatten(node.varout), flatten(varout)))
 
     def place(self, symbol):
         if isinstance(symbol, List):
             return List([self.place(item) for item in symbol])
-        return self.fresh(tangent_name, symbol)
+        return self.fresh("{}_", symbol)
 
 
 class ReverseSweep(Sweep):
@@ -113,25 +101,27 @@ class ReverseSweep(Sweep):
             self.model.output(**{"_" + name: self.get(symbol)})
 
     def pull_back(self, node):
-        operator = node.operator
-        wanted = [name for name in operator.ain if not self.plan.active.isdisjoint(leaves(node.varin[name]))]
-        cotangents = {"_" + name: self.get(symbol) for name, symbol in node.varout.items()}
-        if not wanted or all(leaf is ZERO for symbol in cotangents.values() for leaf in leaves(symbol)):
+        operator = node.primitive.operator
+        if not self.arrives(node.varout):
+            return
+        varout = {"_" + name: self.place(node.varin[name], node) for name in operator.ain}
+        if all(symbol is Ignored for symbol in flatten(varout)):
             return
         # Complain if there is no vjp
         if operator.vjp is None:
             raise BrokenPrimitive(
                 f"operator {operator.__name__} has no vjp, and a gradient is wanted through the node {node!r}"
             )
-        varout = {"_" + name: self.place(node.varin[name], node) for name in operator.ain}
+        cotangents = {"_" + name: self.get(symbol) for name, symbol in node.varout.items()}
         if self.add_node(operator.vjp, node, cotangents, varout):
-            for name in wanted:
-                self.add(node.varin[name], varout["_" + name], node)
+            for name, partial in zip(operator.ain, varout.values()):
+                if partial is not Ignored:
+                    self.add(node.varin[name], partial, node)
 
     def place(self, symbol, node):
-        if isinstance(symbol, List):
-            return List([self.place(item, node) for item in symbol])
-        return self.fresh(partial_name, symbol, node) if symbol in self.plan.active else Ignored
+        if symbol in self.plan.active:
+            return self.fresh("_{}@{.name}", symbol, node) if node else self.fresh("_{}@output", symbol)
+        return List([self.place(item, node) for item in symbol]) if isinstance(symbol, List) else Ignored
 
     def add(self, symbol, partial, node):
         """Add a partial cotangent to what is known of the cotangent of a symbol."""
@@ -141,7 +131,7 @@ class ReverseSweep(Sweep):
         elif partial is not Ignored:
             so_far = self.derivative.get(symbol)
             if so_far is not None:
-                total = self.fresh(cotangent_name, symbol)
+                total = self.fresh("_{}", symbol)
                 origin = None if node else caller()
                 self.model.append(Node(accumulate.apl, dict(a=so_far, b=partial), dict(y=total), origin, node))
                 partial = total

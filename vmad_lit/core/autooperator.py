@@ -1,6 +1,7 @@
 """Autooperators: operators that are made of a model."""
 
 import inspect
+from weakref import WeakValueDictionary
 
 from .error import BadArgument, ModelError, did_you_mean
 from .model import Builder
@@ -29,6 +30,7 @@ class AutoOperator(Operator):
         self._keeps_tape = True
         self.argnames = tuple(argnames)
         self.hyperargs = {}
+        self._models = WeakValueDictionary()
         self.__bound_model__ = None
         self.__bound_tape__ = None
         super().__init__(prototype)
@@ -138,8 +140,18 @@ def find_model(node, arguments):
     hyperargs = {name: arguments[name] for name in operator.argnames if name not in operator.ain}
     home = node.forward or node
     if home.cache is None or not all(is_same(home.cache[0][name], value) for name, value in hyperargs.items()):
-        home.cache = hyperargs, operator._build(hyperargs)
+        home.cache = hyperargs, share_model(operator, hyperargs)
     return home.cache[1], inputs
+
+
+def share_model(operator, hyperargs):
+    """The model for some hyper-parameters: one that another node uses already, or a new one."""
+    key = tuple((type(value), value) if type(value) in (int, float, str) else id(value) for value in hyperargs.values())
+    model = operator._models.get(key)
+    if model is None:
+        model = operator._models[key] = operator._build(hyperargs)
+        model._hyperargs = hyperargs  # as long as the model is there, no other object has one of these ids
+    return model
 
 
 def is_same(a, b):

@@ -3,46 +3,51 @@
 import gc
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from operator import itemgetter
 
 from .error import BrokenPrimitive, ExecutionError, ResolveError, did_you_mean
 from .operator import ZeroGradient
-from .symbol import AttrSymbol, List, Literal, Recorded, leaves
+from .symbol import AttrSymbol, List, Literal, leaves
 
 
-def needed_nodes(graph, vout):
-    """The nodes that have to run to compute the outputs named in `vout`, in order."""
-    wanted = {leaf for name in vout for leaf in leaves(graph._outputs[name])}
+def find_needed(graph, vout):
+    """The nodes that have to run to compute the outputs named in `vout`, in order, and when values are used last.
+
+    The latter is a dict from each symbol that is used to the node that uses it last; for an output that is None.
+    """
+    last_use = {leaf: None for name in vout for leaf in leaves(graph._outputs[name])}
+    used = last_use.keys()
     needed = []
     for node in reversed(graph):
-        if not node.varout or not wanted.isdisjoint(flatten(node.varout)):
+        if not node.varout or not used.isdisjoint(flatten(node.varout)):
             needed.append(node)
-            wanted.update(flatten(node.varin))
+            for symbol in flatten(node.varin):
+                last_use.setdefault(symbol, node)
     needed.reverse()
-    return needed
+    return needed, last_use
 
 
 def flatten(symbols):
     """The symbols in a dict of arguments or results, those in lists one by one."""
-    flat = []
-    for symbol in symbols.values():
+    flat = list(symbols.values())
+    for symbol in flat:
         if isinstance(symbol, List):
-            flat.extend(leaves(symbol))
-        else:
-            flat.append(symbol)
+            return [leaf for symbol in flat for leaf in leaves(symbol)]
     return flat
 
 
-def active_symbols(graph, nodes):
-    """The symbols whose values depend differentiably on the inputs of the graph."""
-    active = set(graph._inputs.values())
+def find_active(graph, nodes):
+    """The symbols whose values depend differentiably on the inputs of the graph, and the nodes that compute them."""
+    active, active_nodes = set(graph._inputs.values()), []
     for node in nodes:
         for name in node.primitive.ain:
             symbol = node.varin[name]
             if symbol in active or isinstance(symbol, List) and not active.isdisjoint(leaves(symbol)):
                 active.update(flatten(node.varout))
+                active_nodes.append(node)
                 break
-    return active
+    return active, active_nodes
 
 
 class Plan:
@@ -64,6 +69,8 @@ class Plan:
     ----------
     nodes : list of Node
         Those that run.
+    steps : list of tuple
+        What is done, see `call`.
     active : set of Symbol
         If recording: the values that have derivatives.
     records : dict
@@ -77,27 +84,33 @@ class Plan:
         self.vout = tuple(vout)
         self.record = record
         self.base = base
-        self.nodes = needed_nodes(graph, self.vout)
-        self.active = active_symbols(graph, self.nodes) if record else frozenset()
         self.records = {}
         self.derived = {}
         self.steps = []
-        self.nodes_of_steps = []
         with undisturbed():
+            self.nodes, self._last_use = find_needed(graph, self.vout)
+            # Find out what is recorded
+            self.active, recording = find_active(graph, self.nodes) if record else (frozenset(), ())
+            self._recorded = {}
+            for node in recording:
+                self._recorded[node] = symbols = {}
+                operator = node.primitive.operator
+                if operator.rcd is None:
+                    of_node = {**node.varout, **node.varin}
+                    symbols.update((name, of_node[name]) for name in operator.recorded if name in of_node)
+                    self._last_use.update(dict.fromkeys(flatten(symbols)))
             # Prepare the slots
             self.offset = base.size if base else 0
             self.template = []
             self._slots = {}
             self._constants = {}
             self._free = [] if reuse else None
-            self._recorded = self._find_recorded()
-            self._last_use = self._find_last_uses(graph)
             # Plan all nodes
             self.inputs = {
                 name: self._give_slot(symbol) for name, symbol in graph._inputs.items() if symbol in self._last_use
             }
-            for position, node in enumerate(self.nodes):
-                self._plan_node(position, node)
+            for node in self.nodes:
+                self._plan_node(node)
             self.outputs = [self._target(graph._outputs[name]) for name in self.vout]
             self.size = self.offset + len(self.template)
             del self._last_use, self._recorded, self._free
@@ -110,33 +123,8 @@ class Plan:
         slot = self._slots[symbol] = self._free.pop() if self._free else self._new_slot()
         return slot
 
-    def _find_last_uses(self, graph):
-        """From each symbol that is used to the position of the last node that uses it."""
-        last_use = {}
-        for position, node in enumerate(self.nodes):
-            for symbol in flatten(node.varin):
-                last_use[symbol] = position
-        never = len(self.nodes)
-        for name in self.vout:
-            last_use.update(dict.fromkeys(leaves(graph._outputs[name]), never))
-        for symbols in self._recorded.values():
-            last_use.update(dict.fromkeys(flatten(symbols), never))
-        return last_use
-
-    def _find_recorded(self):
-        """For each node that records: its arguments and results that derivatives read, by name."""
-        recorded = {}
-        for node in self.nodes if self.record else ():
-            if not self.active.isdisjoint(flatten(node.varout)):
-                operator = node.operator
-                symbols = {} if operator.rcd else {**node.varout, **node.varin}
-                recorded[node] = {name: symbols[name] for name in operator.recorded if name in symbols}
-        return recorded
-
     def _target(self, symbol):
         """The slot of a symbol; for a List, the list of the slots of its items."""
-        if isinstance(symbol, List):
-            return [self._target(item) for item in symbol]
         slot = self._slots.get(symbol)
         if slot is None:
             # Find a slot for a symbol that is no result
@@ -144,89 +132,111 @@ class Plan:
                 slot = self._constants.get(symbol)
                 if slot is None:
                     slot = self._constants[symbol] = self._new_slot(symbol._value)
+            elif isinstance(symbol, List):
+                slot = [self._target(item) for item in symbol]
             elif isinstance(symbol, AttrSymbol):
                 slot = self._add_step(get_attribute, self._target(symbol._parent), symbol._attrname)
-            elif isinstance(symbol, Recorded):
-                slot = self._find_record(symbol._node, symbol._key)
             else:
                 raise ResolveError(
                     f"the symbol '{symbol!r}' has no value: it is not an input, and no node before its use computes it"
                 )
         return slot
 
-    def _slot(self, symbol):
-        """One slot for the value of an argument, also for a List."""
-        target = self._target(symbol)
+    def _slot(self, target):
+        """One slot for the value of an argument, also for a list of slots."""
         return target if type(target) is int else self._add_step(pack, target)
 
-    def _add_step(self, make, *args):
+    def _add_step(self, function, *operands):
         slot = self._new_slot()
-        self._append(make(slot, *args), None)
+        self.steps.append((function, None, slot, *operands))
         return slot
 
-    def _append(self, step, node):
-        self.steps.append(step)
-        self.nodes_of_steps.append(node)
-
-    def _find_record(self, node, key):
-        record = self.base.records[node]
+    def _find_on_tape(self, node, name):
+        """A slot for an argument of a derived node that comes from the record of the original node."""
+        record = self.base.records[node.forward] if self.base and node.forward else {}
         if type(record) is int:
-            return self._add_step(get_recorded, record, key, node)
-        target = record[key]
-        return target if type(target) is int else self._add_step(pack, target)
+            return self._add_step(get_recorded, record, name, node.forward)
+        if name in record:
+            return self._slot(record[name])
+        return self._new_slot(node.primitive.defaults[name])
 
-    def _plan_node(self, position, node):
+    def _plan_node(self, node):
         primitive, slots, last_use = node.primitive, self._slots, self._last_use
         # Find the slots of the arguments, and those that die here
-        ins, dead, clear = [], [], []
-        record = self.base.records.get(node.forward) if self.base else None
-        shortcut = type(record) is int and recorded_last(primitive)
-        for name in primitive.ain if shortcut else primitive.argnames:
-            symbol = node.varin.get(name)
+        ins, dead, clear, lists = [], [], [], False
+        varin, names, record = node.varin, primitive.argnames, None
+        if primitive.from_record and type(self.base.records[node.forward]) is int:
+            names, record = primitive.ain, (taker(primitive.from_record), self.base.records[node.forward])
+        for name in names:
+            symbol = varin.get(name)
             slot = slots.get(symbol)
             if slot is None:
                 # Find the slot of an argument that is not a result
                 if symbol is None:
-                    slot = self._new_slot(primitive.defaults[name])
+                    slot = self._find_on_tape(node, name)
+                elif not isinstance(symbol, List):
+                    slot = self._target(symbol)
                 else:
-                    slot = self._slot(symbol)
-                    if isinstance(symbol, List):
-                        leaf_slots = {slots[leaf] for leaf in leaves(symbol) if last_use[leaf] == position and leaf in slots}
-                        dead += sorted(leaf_slots.difference(dead))
-                        if name not in self._recorded.get(node, ()):
-                            clear.append(slot)
-            elif last_use[symbol] == position and slot not in dead:
+                    lists = True
+                    slot = self._slot(self._target(symbol))
+                    leaf_slots = {slots[leaf] for leaf in leaves(symbol) if leaf in slots and last_use[leaf] is node}
+                    dead += sorted(leaf_slots.difference(dead))
+                    if name not in self._recorded.get(node, ()):
+                        clear.append(slot)
+            elif last_use[symbol] is node and slot not in dead:
                 dead.append(slot)
             ins.append(slot)
-        gather = record_gatherer(ins, record, node.forward, primitive.argnames[len(ins) :]) if shortcut else gatherer(ins)
         # Give slots to the results
-        recorded = self._recorded.get(node)
-        rcd = node.operator.rcd if recorded is not None else None
-        if self._free is not None and rcd is None:
-            self._free += dead
-        outs = [(name, self._result_target(symbol)) for name, symbol in node.varout.items()]
-        if self._free is not None and rcd is None:
-            clear += [slot for slot in dead if slot in self._free[-len(dead):]]
-        else:
-            clear += dead
-            if self._free is not None:
-                self._free += dead
+        free = self._free if self._free is not None else []
+        others = len(free)
+        free += dead
+        outs = []
+        for name, symbol in node.varout.items():
+            if symbol in last_use:
+                outs.append((name, self._give_slot(symbol)))
+            elif isinstance(symbol, List):
+                lists = True
+                outs.append((name, self._give_slots(symbol)))
+        clear += free[others:]
         # Arrange for the record
-        extras, kept = [], None
-        if rcd is not None:
-            kept = self.records[node] = self._new_slot()
-        elif recorded is not None:
-            extras = [(name, self._new_slot()) for name in node.operator.extras]
-            of_arguments = dict(zip(primitive.argnames, ins))
-            self.records[node] = {
-                name: of_arguments[name] if name in of_arguments else self._target(symbol) for name, symbol in recorded.items()
-            }
-            self.records[node].update(extras)
-        self._append(make_step(self, node, ins, gather, outs, extras, kept, clear), node)
+        recorded = self._recorded.get(node)
+        extras, kept = (), None
+        if recorded is not None:
+            operator = primitive.operator
+            if operator.rcd is not None:
+                kept = self.records[node] = self._new_slot()
+            else:
+                extras = [(name, self._new_slot()) for name in operator.extras]
+                of_arguments = dict(zip(names, ins))
+                self.records[node] = {
+                    name: of_arguments[name] if name in of_arguments else self._target(symbol) for name, symbol in recorded.items()
+                }
+                self.records[node].update(extras)
+        # Choose the step
+        function = primitive.recording_call if self.record else primitive.call
+        single = len(outs) == len(node.varout) == 1 and not lists and not extras
+        linear = None
+        if primitive.kind != "apl" and not primitive.operator.collective:
+            # Find the cotangents or tangents
+            linear = [
+                slot
+                for name, slot in zip(names, ins)
+                if name in primitive.ain and not (type(varin[name]) is Literal and varin[name]._value is ZeroGradient)
+            ]
+        if single and kept is None and linear is None and record is None and not clear:
+            step = call, node, function, gatherer(ins), *outs[0]
+        elif single and kept is not None and linear is None:
+            step = call_and_record, node, function, gatherer(ins), *outs[0], kept, clear
+        elif linear is not None and len(linear) == 1 and not clear and not lists:
+            step = differentiate, node, function, gatherer(ins), record, linear[0], outs
+        else:
+            step = execute, node, function, gatherer(ins), record, linear, outs, extras, kept, clear
+        self.steps.append(step)
 
-    def _result_target(self, symbol):
+    def _give_slots(self, symbol):
+        """Slots for a result that is used, or for the items of a List; None if it is not used."""
         if isinstance(symbol, List):
-            return [self._result_target(item) for item in symbol]
+            return [self._give_slots(item) for item in symbol]
         return self._give_slot(symbol) if symbol in self._last_use else None
 
     def run(self, init, tape=None, monitor=None):
@@ -259,22 +269,23 @@ class Plan:
             # Go through the steps
             if monitor is None:
                 for step in steps:
-                    step(slots)
+                    step[0](slots, step)
             else:
                 context = Context(self, slots)
-                for step, node in zip(steps, self.nodes_of_steps):
-                    step(slots)
+                for step in steps:
+                    function, node, *_ = step
+                    function(slots, step)
                     if node is not None:
                         monitor(node, node.varin, node.varout, context)
         except Exception as error:
             # Tell in which node it happened
-            node = self.nodes_of_steps[len(self.steps) - steps.__length_hint__() - 1]
+            node = self.steps[len(self.steps) - steps.__length_hint__() - 1][1]
             if node is not None:
                 filename, line = node.place
                 arguments = ", ".join(
                     f"{name}: {describe(collect(slots, self._target(symbol)))}"
                     for name, symbol in node.varin.items()
-                    if not isinstance(symbol, (Recorded, AttrSymbol))
+                    if not isinstance(symbol, AttrSymbol)
                 )
                 error.add_note(f"in {node.name}({arguments}), built at {filename}:{line}")
             raise
@@ -282,25 +293,19 @@ class Plan:
 
 
 # Small steps
-def get_attribute(slot, parent, name):
-    def step(s):
-        s[slot] = getattr(s[parent], name)
-
-    return step
+def get_attribute(s, step):
+    _, _, slot, parent, name = step
+    s[slot] = getattr(s[parent], name)
 
 
-def get_recorded(slot, parent, key, node):
-    def step(s):
-        s[slot] = find_extra(node, key, s[parent])
-
-    return step
+def get_recorded(s, step):
+    _, _, slot, record, name, node = step
+    s[slot] = find_extra(node, name, s[record])
 
 
-def pack(slot, target):
-    def step(s):
-        s[slot] = collect(s, target)
-
-    return step
+def pack(s, step):
+    _, _, slot, target = step
+    s[slot] = collect(s, target)
 
 
 def collect(s, target):
@@ -329,132 +334,114 @@ def undisturbed():
         if was_enabled:
             gc.enable()
 
-def recorded_last(primitive):
-    """Whether the arguments of a derivative are tangents or cotangents, followed by recorded names."""
-    n = len(primitive.ain)
-    return primitive.positional and len(primitive.argnames) > n and all(x in primitive.ain for x in primitive.argnames[:n])
+def call(s, step):
+    """Call a function that has one result."""
+    _, node, function, gather, name, out = step
+    r = function(node, *gather(s))
+    s[out] = r if type(r) is not dict else the_only(r, name, node)
 
 
-def record_gatherer(slots, record, node, names):
-    """A function that returns the values in some slots, and those of some names in the dict in the slot `record`."""
-    first, items = gatherer(slots), itemgetter(*names) if len(names) > 1 else lambda r: (r[names[0]],)
-
-    def gather(s):
-        try:
-            return *first(s), *items(s[record])
-        except KeyError:
-            return *first(s), *(find_extra(node, name, s[record]) for name in names)
-
-    return gather
-
-def make_step(plan, node, ins, gather, outs, extras, kept, clear):
-    """The step that executes a node: a function of the list of slots."""
-    primitive = node.primitive
-    impl = primitive.recording_impl if plan.record else primitive.impl
-    if not primitive.positional:
-        impl = by_keyword(impl, primitive.argnames)
-    linear = None
-    if primitive.kind != "apl" and not primitive.operator.collective:
-        linear = [slot for name, slot in zip(primitive.argnames, ins) if name in primitive.ain]
-    # Choose a simple step if possible
-    if len(outs) == 1 and type(outs[0][1]) is int and not extras and kept is None and not clear:
-        key, out = outs[0]
-        if linear is None:
-            return simple_step(impl, node, ins, gather, key, out)
-        if len(linear) == 1 and not isinstance(node.varin[next(iter(primitive.ain))], List):
-            return simple_linear_step(impl, node, gather, key, out, linear[0])
-    # Make the general step
-    wanted = [(name, target) for name, target in outs if target is not None]
-    rcd = node.operator.rcd if kept is not None else None
-
-    def step(s):
-        args = gather(s)
-        if linear is not None and all(is_zero(s[slot]) for slot in linear):
-            r = ZeroGradient
-        else:
-            r = impl(node, *args)
-        # Bring the result into the form of a dict
-        if type(r) is not dict:
-            if linear is not None and r is ZeroGradient:
-                r = dict.fromkeys(primitive.outnames, r)
-            elif len(primitive.outnames) == 1:
-                r = {primitive.outnames[0]: r}
-            elif not primitive.outnames and r is None:
-                r = {}
-            else:
-                raise broken(node, r)
-        # Store the wanted results
-        for key, target in wanted:
-            if key not in r:
-                raise broken(node, r)
-            value = r[key]
-            if linear is not None and value.__class__ is int and value == 0:
-                value = ZeroGradient
-            scatter(s, target, value)
-        for key, slot in extras:
-            s[slot] = find_extra(node, key, r)
-        if rcd is not None:
-            s[kept] = rcd(node, **{**r, **dict(zip(primitive.argnames, args))})
-        del args
-        for slot in clear:
-            s[slot] = None
-
-    return step
-
-
-def by_keyword(impl, names):
-    def call(node, *args):
-        return impl(node, **dict(zip(names, args)))
-
-    return call
-
-def simple_step(impl, node, ins, gather, key, out):
-    if len(ins) == 2:
-        i, j = ins
-
-        def step(s):
-            r = impl(node, s[i], s[j])
-            s[out] = the_only(r, key, node) if type(r) is dict else r
-    else:
-
-        def step(s):
-            r = impl(node, *gather(s))
-            s[out] = the_only(r, key, node) if type(r) is dict else r
-
-    return step
-
-
-def simple_linear_step(impl, node, gather, key, out, linear):
-    zero = ZeroGradient
-
-    def step(s):
-        r = s[linear]
-        if r is not zero:
-            r = impl(node, *gather(s))
-            if type(r) is dict:
-                r = the_only(r, key, node)
-            if r.__class__ is int and r == 0:
-                r = zero
-        s[out] = r
-
-    return step
-
-
-def the_only(r, key, node):
+def the_only(r, name, node):
     try:
-        return r[key]
+        return r[name]
     except KeyError:
         raise broken(node, r) from None
 
 
 def gatherer(slots):
-    """A function that returns the values in some slots as a tuple."""
+    """A function that returns the values in some slots in a row."""
     if len(slots) > 1:
         return itemgetter(*slots)
-    if slots:
-        (slot,) = slots
-        return lambda s: (s[slot],)
-    return lambda s: ()
+    return itemgetter(slice(slots[0], slots[0] + 1) if slots else slice(0))
+
+def call_and_record(s, step):
+    """Call a function that has one result, and record what its `rcd` wants to."""
+    _, node, function, gather, name, out, kept, clear = step
+    args = gather(s)
+    r = function(node, *args)
+    operator = node.primitive.operator
+    if type(r) is dict:
+        s[kept] = operator.rcd(node, **{**r, **dict(zip(operator.apl.argnames, args))})
+        r = the_only(r, name, node)
+    elif operator.rcd_in_order:
+        s[kept] = operator.rcd(node, *args, r)
+    else:
+        s[kept] = operator.rcd(node, **{name: r, **dict(zip(operator.apl.argnames, args))})
+    s[out] = r
+    for slot in clear:
+        s[slot] = None
+
+def differentiate(s, step):
+    """Call a derivative of which only one argument can be something else than zero."""
+    _, node, function, gather, record, linear, outs = step
+    zero = ZeroGradient
+    if s[linear] is zero:
+        for name, out in outs:
+            s[out] = zero
+        return
+    if record is None:
+        r = function(node, *gather(s))
+    else:
+        take, kept = record
+        r = function(node, *gather(s), *take(s[kept], node))
+    if type(r) is not dict:
+        r = as_dict(r, node)
+    for name, out in outs:
+        value = the_only(r, name, node)
+        s[out] = value if value.__class__ is not int or value else zero
+
+@lru_cache(None)
+def taker(names):
+    """A function that takes values by name, in a row, from what the original of a derived node recorded."""
+    take_all = itemgetter(*names) if len(names) > 1 else lambda record: (record[names[0]],)
+
+    def take(record, node):
+        try:
+            return take_all(record)
+        except KeyError:
+            return [find_extra(node.forward, name, record) for name in names]
+
+    return take
+
+def execute(s, step):
+    """Call any function."""
+    _, node, function, gather, record, linear, outs, extras, kept, clear = step
+    args = gather(s)
+    if linear is not None and all(is_zero(s[slot]) for slot in linear):
+        r = ZeroGradient
+    elif record is None:
+        r = function(node, *args)
+    else:
+        r = function(node, *args, *record[0](s[record[1]], node))
+    r = as_dict(r, node)
+    if kept is not None:
+        operator = node.primitive.operator
+        s[kept] = operator.rcd(node, **{**r, **dict(zip(operator.apl.argnames, args))})
+    # Store the results
+    for name, target in outs:
+        value = the_only(r, name, node)
+        if linear is not None and value.__class__ is int and value == 0:
+            value = ZeroGradient
+        scatter(s, target, value)
+    for name, slot in extras:
+        s[slot] = find_extra(node, name, r)
+    del args
+    for slot in clear:
+        s[slot] = None
+
+def as_dict(r, node):
+    """What a function returned, as a dict."""
+    names = node.primitive.outnames
+    if type(r) is dict:
+        return r
+    if r is ZeroGradient and node.primitive.kind != "apl":
+        return dict.fromkeys(names, r)
+    if len(names) == 1:
+        return {names[0]: r}
+    if not names and r is None:
+        return {}
+    raise broken(node, r)
+
 
 def is_zero(value):
     """Whether a tangent or cotangent is ZeroGradient, or a list of nothing else."""

@@ -39,13 +39,13 @@ class Node:
 
     def __getitem__(self, argname):
         """The symbol that was given for an argument."""
-        if self.forward is not None and argname in self.forward.varin:
-            return self.forward[argname]  # not the recorded value that stands for it here
-        return self.varin[argname]
+        varin = self.varin if argname in self.varin or self.forward is None else self.forward.varin
+        return varin[argname]
 
     def is_literal(self, argname):
         """Whether a constant was given for the argument, so that nobody wants its derivative."""
-        return isinstance(self[argname], Literal)
+        varin = self.varin if self.forward is None else self.forward.varin
+        return isinstance(varin[argname], Literal)
 
     def wants(self, argname):
         """In a vjp: whether anybody wants the cotangent of the argument."""
@@ -72,8 +72,16 @@ class Node:
         position = list(code.co_positions())[instruction // 2] if instruction >= 0 else (None,)
         return code.co_filename, position[0] or code.co_firstlineno
 
+    @property
+    def arguments(self):
+        """All arguments by name; in a derived model with those that are found on the tape."""
+        if self.forward is None:
+            return self.varin
+        varin, forward = self.varin, self.forward
+        return {name: varin[name] if name in varin else Recorded(forward, name) for name in self.primitive.argnames}
+
     def __repr__(self):
-        ins = ", ".join(repr(symbol) for symbol in self.varin.values())
+        ins = ", ".join(repr(symbol) for symbol in self.arguments.values())
         outs = ", ".join(repr(symbol) for symbol in self.varout.values())
         filename, line = self.place
         return f"{self.name}({ins}) -> {outs or '()'} at {os.path.basename(filename)}:{line}"
@@ -83,9 +91,12 @@ _engine = os.path.dirname(__file__)
 _is_engine = {}
 
 
-def caller():
-    """The place in the program that called into the engine: a code object and an instruction in it."""
-    frame = sys._getframe(1)
+def caller(depth=1):
+    """The place in the program that called into the engine: a code object and an instruction in it.
+
+    The nearest `depth` callers are known to belong to the engine.
+    """
+    frame = sys._getframe(depth)
     while True:
         filename = frame.f_code.co_filename
         inside = _is_engine.get(filename)
@@ -139,7 +150,7 @@ class Graph(list):
     def append(self, node):
         """Add a node at the end; from now on its results belong to this graph."""
         node.number = len(self)
-        super().append(node)
+        list.append(self, node)
 
     def anchor(self, symbol):
         """Tie a symbol to this graph; if it belongs to a fragment, the whole fragment comes along."""
@@ -162,7 +173,7 @@ class Graph(list):
                 for leaf in leaves(symbol):
                     leaf._graph = self._ref
                     if type(leaf._label) is tuple:
-                        leaf._label = (name_of_result, node.primitive.name, node.number, key)
+                        leaf._label = (NAME_OF_RESULT, node.primitive.name, node.number, key)
         fragment._ref = None
 
     # How a graph shows itself
@@ -177,7 +188,7 @@ class Graph(list):
         rows = []
         for node in self:
             filename, line = node.place
-            ins = ", ".join(f"{html.escape(key)}={cell(symbol)}" for key, symbol in node.varin.items())
+            ins = ", ".join(f"{html.escape(key)}={cell(symbol)}" for key, symbol in node.arguments.items())
             outs = ", ".join(cell(symbol) for symbol in node.varout.values())
             place = html.escape(f"{os.path.basename(filename)}:{line}")
             rows.append(f"<tr><td>{html.escape(node.name)}</td><td>{ins}</td><td>{outs}</td><td>{place}</td></tr>")
@@ -208,7 +219,7 @@ class Graph(list):
             lines.append(f"  {made_by[id(symbol)]} [label={quote(name)}, style=rounded];")
         for node in self:
             lines.append(f"  {quote(node.name)};")
-            for symbol in node.varin.values():
+            for symbol in node.arguments.values():
                 arrows(symbol, quote(node.name))
             made_by.update((id(leaf), quote(node.name)) for symbol in node.varout.values() for leaf in leaves(symbol))
         for name, symbol in self._outputs.items():
@@ -225,9 +236,7 @@ class Fragment(Graph):
         self._ref = lambda: self
 
 
-def name_of_result(operator, number, key):
-    """The name of a symbol that nobody named."""
-    return f"{operator}-{number}.{key}"
+NAME_OF_RESULT = "{}-{}.{}"  # of a symbol that nobody named: operator, number, name of the result
 
 
 def find_graph(arguments):
@@ -237,6 +246,8 @@ def find_graph(arguments):
     """
     refs = []
     for argument in arguments:
+        if type(argument) is Literal:
+            continue
         if isinstance(argument, Symbol):
             ref = argument._graph
             if ref is not None and ref not in refs:

@@ -3,7 +3,7 @@
 import inspect
 
 from .error import BadArgument, MissingArgument, OverwritePrecaution, did_you_mean
-from .graph import Node, caller, find_graph, name_of_result
+from .graph import NAME_OF_RESULT, Node, caller, find_graph
 from .symbol import BaseSymbol, List, ListPlaceholder, Symbol, assymbol, leaves
 
 
@@ -79,6 +79,10 @@ class Primitive:
         Those of them that are differentiable (for a derivative: the cotangents or tangents), with their type patterns.
     defaults : dict
         Default values of hyper-parameters.
+    call, recording_call : callable
+        What the engine calls, with the node and the arguments in order; the latter if what is computed is also recorded.
+    from_record : tuple of str
+        The arguments of a derivative that come from the record, if they are the last ones.
     """
 
     def __init__(self, operator, kind, impl, argnames=None, recording_impl=None):
@@ -86,13 +90,12 @@ class Primitive:
         self.kind = kind
         self.name = operator.__name__ if kind == "apl" else f"{operator.__name__}-{kind}"
         self.impl = impl
-        self.recording_impl = recording_impl or impl
         # Read the signature
         parameters = list(inspect.signature(impl).parameters.values())[1:]
         named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         self.argnames = tuple(p.name for p in named) if argnames is None else tuple(argnames)
         self.defaults = {p.name: p.default for p in named if p.default is not p.empty}
-        self.positional = argnames is None and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in named)
+        positional = argnames is None and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in named)
         # Tell the differentiable arguments from the others
         ain, aout = operator.ain, operator.aout
         if kind == "vjp":
@@ -103,6 +106,15 @@ class Primitive:
             self.aout = {name + "_": p for name, p in aout.items()}
         else:
             self.ain, self.aout = ain, aout
+        # Prepare to be called
+        self.call, self.recording_call = impl, recording_impl or impl
+        if not positional:
+            self.call, self.recording_call = (by_keyword(f, self.argnames) for f in (self.call, self.recording_call))
+        first, last = self.argnames[: len(self.ain)], self.argnames[len(self.ain) :]
+        in_order = kind != "apl" and positional and set(first) == set(self.ain)
+        self.from_record = last if in_order else ()
+        if in_order:  # the order of the arguments is the one that counts
+            self.ain = {name: self.ain[name] for name in first}
         self.outnames = tuple(self.aout)
 
     def __repr__(self):
@@ -123,22 +135,21 @@ class Primitive:
         dict
             The symbols of the results, by name.
         """
-        varin = {}
-        for name in self.argnames:
-            if name in given:
-                value = given[name]
-                varin[name] = value if isinstance(value, BaseSymbol) else assymbol(value)
+        varin = {name: given[name] for name in self.argnames if name in given}
+        for name, value in varin.items():
+            if not isinstance(value, BaseSymbol):
+                varin[name] = assymbol(value)
         graph = find_graph(varin.values())
         varout = {}
         for name in self.outnames:
             # Make a symbol for the result
             if places and name in places:
-                varout[name] = claim(places[name], graph, (name_of_result, self.name, len(graph), name))
+                varout[name] = claim(places[name], graph, (NAME_OF_RESULT, self.name, len(graph), name))
             else:
                 symbol = varout[name] = Symbol.__new__(Symbol)
-                symbol._label = (name_of_result, self.name, len(graph), name)
+                symbol._label = (NAME_OF_RESULT, self.name, len(graph), name)
                 symbol._graph = graph._ref
-        graph.append(Node(self, varin, varout, origin or caller(), forward))
+        graph.append(Node(self, varin, varout, origin or caller(3), forward))
         return varout
 
 
@@ -156,6 +167,15 @@ def claim(place, graph, label):
         if isinstance(place, ListPlaceholder):
             leaf._label = (*label[:-1], f"{label[-1]}[{i}]")
     return place
+
+
+def by_keyword(function, names):
+    """A function that takes arguments in order and passes them on by name."""
+
+    def call(node, *args):
+        return function(node, **dict(zip(names, args)))
+
+    return call
 
 
 def declare(spec):
@@ -211,6 +231,8 @@ class Operator:
             names = [name + "_" if name in self.ain else name for name in self.apl.argnames]
             self.jvp = Primitive(self, "jvp", self._apply_to_tangents, argnames=names)
         self.rcd = getattr(prototype, "rcd", None)
+        if self.rcd is not None:
+            self.rcd_in_order = list(inspect.signature(self.rcd).parameters)[1:] == [*self.apl.argnames, *self.aout]
         self._find_recorded()
 
     def _find_recorded(self):

@@ -36,8 +36,8 @@ class Symbol(BaseSymbol):
     def _name(self):
         label = self._label
         if type(label) is tuple:
-            make, *ingredients = label
-            label = self._label = make(*ingredients)
+            form, *ingredients = label
+            label = self._label = form.format(*ingredients)
         return label
 
     @property
@@ -141,7 +141,7 @@ def assymbol(value):
 
 
 class Recorded(BaseSymbol):
-    """In a derived model: what a node of the original model recorded under a name."""
+    """In a derived model, for the eye: what a node of the original model recorded under a name."""
 
     __slots__ = ("_node", "_key")
 

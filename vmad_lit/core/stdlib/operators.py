@@ -9,11 +9,17 @@ from ..operator import ZeroGradient, operator
 
 def kind(x):
     """What a derivative has to know about a value: its shape, and whether it is complex."""
-    if type(x) is numpy.ndarray:
+    cls = type(x)
+    if cls is numpy.ndarray:
         return x.shape, x.dtype.kind == "c"
+    if cls is float or cls is int:
+        return NUMBER
     if hasattr(x, "pm"):
         return ShapeOfField(x), x.dtype.kind == "c"
     return numpy.shape(x), numpy.iscomplexobj(x)
+
+
+NUMBER = (), False  # the kind of most constants
 
 
 def fit(g, kind):
@@ -21,7 +27,10 @@ def fit(g, kind):
     if g is ZeroGradient:
         return g
     shape, is_complex = kind
-    if type(g) is not numpy.ndarray and hasattr(g, "pm"):
+    if type(g) is numpy.ndarray:
+        if g.shape == shape and (is_complex or g.dtype.kind != "c"):
+            return g
+    elif hasattr(g, "pm"):
         return fit_field(g, shape, is_complex)
     if not is_complex and numpy.iscomplexobj(g):
         g = numpy.real(g)
