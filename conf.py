@@ -64,7 +64,8 @@ def package_digest() -> str:
     """A name for the state of everything that a cell may import."""
     digest = hashlib.sha256()
     tools = [ROOT / "tools" / name for name in ("mpirun.py", "tangle.py")]
-    for path in [*sorted(ROOT / file for file in book().files.values()), *tools]:
+    benchmarks = sorted((ROOT / "benchmarks").glob("*.py")) + sorted((ROOT / "benchmarks").glob("results/*.json"))
+    for path in [*sorted(ROOT / file for file in book().files.values()), *tools, *benchmarks]:
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + (path.read_bytes() if path.exists() else b"") + b"\0")
     return digest.hexdigest()[:16]
 

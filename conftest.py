@@ -59,31 +59,48 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collect_file(file_path, parent):
     if file_path.suffix == ".md" and file_path.parent.name == "chapters":
         return Chapter.from_parent(parent, path=file_path)
+    if file_path == parent.config.rootpath / "README.md":
+        return Page.from_parent(parent, path=file_path)
     return None
 
 
-class Chapter(pytest.Module):
-    """A chapter of the book: its examples and its cells."""
+class Page(pytest.Module):
+    """A page in Markdown outside of the book: its examples, in ``pycon`` fences."""
 
     obj = None  # there is no module to import
 
     def collect(self):
+        from markdown_it import MarkdownIt
+
+        text = self.path.read_text(encoding="utf-8-sig")
+        fences = [token for token in MarkdownIt().parse(text) if token.type == "fence" and token.info == "pycon"]
+        yield from self.examples(blank(text, [range(token.map[0] + 2, token.map[1]) for token in fences]))
+
+    def examples(self, text):
+        """The examples in a text as one test, if there are any."""
         import doctest
 
         from _pytest.doctest import DoctestItem, _get_runner
         from pytest_doctestplus.plugin import OutputChecker, get_optionflags
 
+        test = doctest.DocTestParser().get_doctest(text, {"__name__": "__main__"}, "examples", str(self.path), 0)
+        if test.examples:  # the runner stops at the first failure, so that all ranks stop at the same place
+            runner = _get_runner(checker=OutputChecker(), verbose=False, continue_on_failure=False,
+                                 optionflags=get_optionflags(self) | doctest.REPORT_UDIFF)
+            yield DoctestItem.from_parent(self, name="examples", runner=runner, dtest=test)
+
+
+class Chapter(Page):
+    """A chapter of the book: its examples and its cells."""
+
+    def collect(self):
         name = self.path.relative_to(self.config.rootpath).as_posix()
         blocks = [block for block in the_book(self.config.rootpath).blocks if block.chapter == name]
         text = self.path.read_text(encoding="utf-8-sig")
         serial = re.search(r"\A---\n(.*\n)*?tests: *serial *\n(.*\n)*?---\n", text)
 
-        examples = only(text, [block for block in blocks if block.language == "pycon"])
-        test = doctest.DocTestParser().get_doctest(examples, {"__name__": "__main__"}, "examples", str(self.path), 0)
-        if test.examples:  # the runner stops at the first failure, so that all ranks stop at the same place
-            runner = _get_runner(checker=OutputChecker(), verbose=False, continue_on_failure=False,
-                                 optionflags=get_optionflags(self) | doctest.REPORT_UDIFF)
-            yield DoctestItem.from_parent(self, name="examples", runner=runner, dtest=test)
+        examples = [range(block.body_line, block.end_line) for block in blocks if block.language == "pycon"]
+        yield from self.examples(blank(text, examples))
 
         cells = [Cell(block) for block in blocks if block.directive == "code-cell"]
         if cells:
@@ -101,11 +118,9 @@ def the_book(root: Path):
     return Book.load(root)
 
 
-def only(text: str, blocks) -> str:
-    """The text with everything blanked but the bodies of the blocks, so that line numbers stay."""
-    keep = set()
-    for block in blocks:
-        keep.update(range(block.body_line, block.end_line))
+def blank(text: str, keep) -> str:
+    """The text with all lines blanked but those whose numbers are in the ranges `keep`, so that line numbers stay."""
+    keep = {number for numbers in keep for number in numbers}
     rows = text.split("\n")
     return "\n".join(row if number in keep else "" for number, row in enumerate(rows, start=1)) + "\n"
 
