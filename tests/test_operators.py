@@ -599,3 +599,9 @@ def test_one_number_as_the_cotangent_of_an_array():
         _, [one] = m.compute_with_vjp(dict(x=np.ones(2)), {"_" + name: 1.0})
         _, [ones] = m.compute_with_vjp(dict(x=np.ones(2)), {"_" + name: np.ones_like(y)})
         np.testing.assert_array_equal(one, ones)
+
+
+def test_public_names_exist():
+    for module in MODULES.values():
+        assert [name for name in module.__all__ if not hasattr(module, name)] == []
+        assert len(set(module.__all__)) == len(module.__all__)
