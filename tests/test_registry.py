@@ -119,3 +119,33 @@ def test_no_vjp():
 def test_the_bare_functions_work_without_a_node():
     assert scale.apl.impl(None, x=2.0, factor=3.0) == 6.0
     assert scale.vjp.impl(None, _y=2.0, factor=3.0) == 6.0
+
+
+def test_a_collective_choice_is_called_also_for_zeros():
+    called = []
+
+    @overloaded
+    class f:
+        ain, aout = "x", "y"
+
+        def apl(node, x):
+            return x
+
+        def vjp(node, _y):
+            called.append("default")
+            return _y
+
+    @f.register(x=float)
+    @operator
+    class g(f.prototype):
+        collective = True
+
+        def vjp(node, _y):
+            called.append("collective")
+            return _y
+
+    with Builder() as m:
+        m.output(y=f(m.input("x")))
+    for x in np.ones(2), 1.0:
+        m.compute_with_vjp(dict(x=x), dict(_y=0))
+    assert called == ["collective"]

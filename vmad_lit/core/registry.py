@@ -5,8 +5,9 @@ from collections import namedtuple
 from fnmatch import fnmatchcase
 
 from .error import BadArgument, BrokenPrimitive
+from .execution import is_zero
 from .graph import Node
-from .operator import Operator, Primitive
+from .operator import Operator, Primitive, ZeroGradient
 
 WILDCARD = re.compile(r"\[[^]]+\]|[*?]")
 
@@ -135,6 +136,7 @@ class OverloadedOperator(Operator):
         if extra:
             raise BadArgument(f"{operator!r} cannot stand in for {self!r}, which has no argument {extra}")
         self.registry.register(operator, patterns or None, name=self.__name__)
+        self.collective = self.collective or operator.collective
         self._choices.clear()
         return operator
 
@@ -193,6 +195,9 @@ def overloaded(prototype):
 
 
 def call(primitive, node, available):
+    """Call a derivative of the chosen operator, unless it is known to be zero; a collective one is called in any case."""
+    if not primitive.operator.collective and all(is_zero(available[name]) for name in primitive.ain if name in available):
+        return ZeroGradient
     given = {name: available[name] for name in primitive.argnames if name in available}
     return primitive.impl(twin_of(node, primitive), **given)
 
