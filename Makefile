@@ -1,6 +1,6 @@
 # Two commands on a fresh machine:   make book    make test
 #
-# Everything is installed into .venv/ (Python 3.10 or later, a C compiler and a package index are needed, nothing else).
+# Everything is installed into .venv/ (Python 3.11 or later, a C compiler and a package index are needed, nothing else).
 # PYTHON=python3.12 chooses another Python; MPI= takes the MPI library of the site instead of the package index's.
 
 PYTHON ?= python3

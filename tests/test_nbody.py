@@ -164,6 +164,23 @@ def test_long_waves_grow_as_in_linear_theory(steps):
     assert above / below == pytest.approx(PT.D1(1.0) / PT.D1(0.1), rel=0.01)
 
 
+@pytest.mark.parametrize("ram", [1, 2])
+def test_few_states_give_the_same_gradient(ram):
+    pm, _ = make("uneven")
+    stages = np.linspace(0.1, 1.0, 6)
+    w = None
+    results = []
+    for kept in None, ram:
+        sim = FastPMSimulation(stages, PT, pm, ram=kept)
+        w = np.sin(sim.q)
+        model = sim.run.build()
+        outs, [_rhok] = model.compute_with_vjp(dict(rhok=noise(pm)), dict(_dx=w, _p=w, _f=w))
+        _, tangents = model.compute_with_jvp(["dx", "p", "f"], dict(rhok=noise(pm)), dict(rhok_=noise(pm, 2)))
+        results.append([*outs, *tangents, _rhok.value])
+    for a, b in zip(*results):
+        np.testing.assert_allclose(a, b, atol=1e-12 * abs(a).max())
+
+
 def test_nbody_and_the_class_agree():
     pm, _ = make("uneven")
     sim, m = build(pm)

@@ -528,3 +528,80 @@ def test_no_negative_starts_of_segments():
         m.output(y=linalg.sumat(m.input("x"), at=[2, 1]))
     with pytest.raises(ValueError, match="ascending"):
         m.compute("y", dict(x=np.ones(4)))
+
+
+# Real beside complex, constants in lists, and indices that are symbols
+
+_rng = np.random.default_rng(0)
+
+
+def real(*shape):
+    return _rng.uniform(0.5, 1.5, shape)
+
+
+def cplx(*shape):
+    return real(*shape) + 1j * real(*shape)
+
+
+@pytest.mark.parametrize("op", [stdlib.add, stdlib.sub, stdlib.mul, stdlib.div, stdlib.pow], ids=lambda op: op.__name__)
+def test_arithmetic_of_real_and_complex(op):
+    for pair in (real(3, 1), cplx(4)), (cplx(3, 1), real(4)), (real(3), 1j), (2.0, cplx(3)):
+        check(op, *pair)
+    check(op, real(3, 1).astype("f4"), cplx(4).astype("c8"))
+
+
+@pytest.mark.parametrize(
+    "subject, args",
+    [
+        (linalg.pack_complex, (cplx(3), real(3))),
+        (linalg.einsum, ("ij,j->i", [real(2, 3), cplx(3)])),
+        (linalg.einsum, ("ij,j->i", [cplx(2, 3), real(3)])),
+        (linalg.einsum, ("ij,jk->ik", [real(40, 40), cplx(40, 40)])),
+        (linalg.einsum, ("abc,cd,d->ab", [real(12, 9, 8), real(8, 7), real(7)])),
+        (linalg.einsum, ("ii", real(3, 3))),
+        (linalg.stack, ([real(3), cplx(3)],)),
+        (linalg.concatenate, ([real(3), cplx(2)],)),
+        (linalg.matrix_product, (real(2, 3), cplx(3))),
+        (linalg.dot, (cplx(2, 3), real(3))),
+        (linalg.where, (np.array([True, False, True]), real(3), cplx(3))),
+        (linalg.solve, (real(3, 3) + 2 * np.eye(3), cplx(3))),
+        (linalg.solve, (cplx(3, 3) + 2 * np.eye(3), real(3, 2))),
+        (linalg.norm, (np.array([3.0, -2.0, 1.0]), np.inf)),
+        (lambda x: linalg.einsum("ij,j->i", [np.ones((2, 3)), x]), (real(3),)),
+        (lambda x: linalg.stack([x, np.ones(3), 2 * x]), (real(3),)),
+        (lambda x: linalg.concatenate([np.zeros(1), x, x]), (cplx(3),)),
+        (lambda x: x[x.eval(np.argmax)], (real(5),)),
+        (lambda x: x[x.eval(np.argmax) * 0, 1:], (real(1, 5),)),
+        (lambda x: np.ones((2, 5)) @ x @ np.ones(2), (real(5, 2),)),
+        (lambda x: x @ x, (real(5),)),
+    ],
+)
+def test_mixtures(subject, args):
+    check(subject, *args)
+
+
+def test_one_number_as_the_cotangent_of_an_array():
+    with Builder() as m:
+        x = m.input("x")
+        m.output(
+            reshape=linalg.reshape(linalg.transpose(linalg.broadcast_to(x, (3, 2)), (1, 0)), (6,)),
+            cumsum=linalg.cumsum(x),
+            concatenate=linalg.concatenate([x, x]),
+            stack=linalg.stack([x, x]),
+            take=linalg.take(x, [0, 0], axis=0),
+            einsum=linalg.einsum("i,j->ij", [x, x]),
+            product=x @ np.ones((2, 2)),
+            dot=linalg.dot(x, np.ones((2, 2))),
+            where=linalg.where(np.array([[True], [False]]), x, 0.0),
+        )
+    for name in m._outputs:
+        y = m.compute(name, dict(x=np.ones(2)))
+        _, [one] = m.compute_with_vjp(dict(x=np.ones(2)), {"_" + name: 1.0})
+        _, [ones] = m.compute_with_vjp(dict(x=np.ones(2)), {"_" + name: np.ones_like(y)})
+        np.testing.assert_array_equal(one, ones)
+
+
+def test_public_names_exist():
+    for module in MODULES.values():
+        assert [name for name in module.__all__ if not hasattr(module, name)] == []
+        assert len(set(module.__all__)) == len(module.__all__)

@@ -153,7 +153,7 @@ def run_demo(folder, *args):
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        status = demo.main([*map(str, args), "--output", os.path.join(folder, "picture.png")])
+        status = demo.main([*map(str, args), "--quiet", "--output", os.path.join(folder, "picture.png")])
     return status, comm.bcast(out.getvalue())
 
 
@@ -239,6 +239,20 @@ def test_demo_explains_what_is_wrong_with_files(folder):
     comm.Barrier()
     status, text = run_demo(folder, "--from", path, *SMALL)
     assert status == 2 and "cannot be read" in text
+
+
+def test_demo_refuses_the_state_of_another_mesh(folder):
+    state = os.path.join(folder, "state.npz")
+    run_demo(folder, *SMALL, "--maxiter", 2, "--state", state)
+    status, text = run_demo(folder, "--nmesh", 10, "--steps", 1, "--state", state)
+    assert status == 2 and "the state cannot be used" in text
+
+
+@pytest.mark.parametrize("bad", ["/nowhere/at/all.png", "picture.txt"])
+def test_demo_looks_for_its_folders_first(bad, capsys):
+    with pytest.raises(SystemExit):
+        demo.parse(["--output", bad])
+    assert "--output" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(comm.size > 1, reason="starts processes of its own")

@@ -26,6 +26,7 @@ def parse(argv=None):
     add("--output", default="reconstruction.png", metavar="PNG", help="the picture (default reconstruction.png)")
     add("--save", metavar="FOLDER", help="write data and reconstructed fields to .npy files")
     add("--state", metavar="NPZ", help="keep the state of the minimisation here, and go on from it if it exists")
+    add("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     # Check the options
     for name, smallest in dict(nmesh=4, steps=-1, maxiter=1, smoothing=0.0, seed=0).items():
@@ -34,6 +35,12 @@ def parse(argv=None):
     for name in "noise", "boxsize":
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name} must be positive, got {getattr(args, name)}")
+    for name in "output", "state":
+        folder = os.path.dirname(os.path.abspath(getattr(args, name) or ""))
+        if not os.access(folder, os.W_OK):
+            parser.error(f"--{name} {getattr(args, name)}: cannot write to the folder {folder}")
+    if os.path.splitext(args.output)[1] not in (".png", ".pdf", ".svg"):
+        parser.error(f"--output must end with .png, .pdf or .svg, got {args.output}")
     return args
 
 
@@ -120,6 +127,7 @@ def main(argv=None):
     """Run the demonstration; returns the exit status."""
     args = parse(argv)
     try:
+        import matplotlib  # noqa: F401  (needed at the end, and better missed now)
         from mpi4py import MPI
 
         from vmad_lit.contrib import cosmo4d
@@ -158,12 +166,16 @@ def main(argv=None):
     optimizer = LBFGS(maxiter=args.maxiter)
     state, monitor = None, None
     if args.state:
-        state = load_state(args.state, pm)
+        try:
+            state = load_state(args.state, pm)
+        except (OSError, ValueError) as error:
+            say(f"error: the state cannot be used: {error}")
+            return 2
         if state is not None:
             say(f"going on from iteration {state.nit} in {args.state}")
         monitor = autosave(args.state)
     state = cosmo4d.reconstruct(
-        forward, data, optimizer, smoothing=args.smoothing, monitor=monitor, state=state, progress=sys.stderr.isatty()
+        forward, data, optimizer, smoothing=args.smoothing, monitor=monitor, state=state, progress=not args.quiet
     )
     if args.state:
         state.save(args.state)

@@ -62,6 +62,8 @@ def optimal(ram, disk):
 class Chain(Operator):
     """A chain of steps as an operator; made by `checkpoint`."""
 
+    collective = True  # there may be collective operators in the steps
+
     def __init__(self, step, n, schedule, folder):
         self.step, self.n, self.schedule, self.folder = step, n, schedule, folder
         self.state_names = list(step.ain)[: len(step.aout)]

@@ -5,13 +5,15 @@ from collections import namedtuple
 from fnmatch import fnmatchcase
 
 from .error import BadArgument, BrokenPrimitive
-from .operator import Operator, Primitive
+from .execution import is_zero
+from .graph import Node
+from .operator import Operator, Primitive, ZeroGradient
 
 WILDCARD = re.compile(r"\[[^]]+\]|[*?]")
 
 
 def specificity(pattern, x):
-    """How far a pattern is from the type of `x`, as (wildcards, characters that they match, steps to a base class); None if it does not fit."""
+    """How far a pattern is from the type of `x`, as (characters that wildcards match, wildcards, steps to a base class); None if not."""
     bases = type(x).__mro__[:-1] or (object,)
     if isinstance(pattern, type):
         if not isinstance(x, pattern):
@@ -21,7 +23,7 @@ def specificity(pattern, x):
     literal = len(WILDCARD.sub("", pattern))
     for steps, cls in enumerate(bases):
         if fnmatchcase(cls.__name__, pattern):
-            return wildcards, len(cls.__name__) - literal if wildcards else 0, steps
+            return len(cls.__name__) - literal if wildcards else 0, wildcards, steps
     return None
 
 
@@ -106,10 +108,10 @@ class OverloadedOperator(Operator):
 
     def _make_primitives(self):
         apl = self.default.apl
-        self.apl = Primitive(self, "apl", apply, apl.argnames, apply_and_record)
+        self.apl = Primitive(self, "apl", self._apply, apl.argnames, self._apply_and_record)
         self.apl.defaults = apl.defaults
-        self.vjp = Primitive(self, "vjp", pull_back, [RECORD, *("_" + name for name in self.aout)])
-        self.jvp = Primitive(self, "jvp", push_forward, [RECORD, *(name + "_" for name in self.ain)])
+        self.vjp = Primitive(self, "vjp", self._pull_back, [RECORD, *("_" + name for name in self.aout)])
+        self.jvp = Primitive(self, "jvp", self._push_forward, [RECORD, *(name + "_" for name in self.ain)])
         self.rcd = None
         self._find_recorded()
 
@@ -134,6 +136,7 @@ class OverloadedOperator(Operator):
         if extra:
             raise BadArgument(f"{operator!r} cannot stand in for {self!r}, which has no argument {extra}")
         self.registry.register(operator, patterns or None, name=self.__name__)
+        self.collective = self.collective or operator.collective
         self._choices.clear()
         return operator
 
@@ -158,41 +161,57 @@ class OverloadedOperator(Operator):
             arguments = {name: arguments[name] for name in known}
         return choice, arguments
 
+    def _apply(self, node, **arguments):
+        choice, arguments = self._split(arguments)
+        return choice.apl.impl(twin_of(node, choice.apl), **arguments)
+
+    def _apply_and_record(self, node, **arguments):
+        choice, arguments = self._split(arguments)
+        twin = twin_of(node, choice.apl)
+        result = choice.apl.recording_call(twin, *(arguments[name] for name in choice.apl.argnames))
+        if not isinstance(result, dict):
+            result = dict.fromkeys(choice.aout, result)
+        everything = {**result, **arguments}
+        if choice.rcd is not None:
+            kept = choice.rcd(twin, **everything)
+        else:
+            kept = {name: everything[name] for name in choice.recorded if name in everything}
+        return {**result, RECORD: (choice, kept)}
+
+    def _pull_back(self, node, **arguments):
+        choice, kept = arguments.pop(RECORD, (self.default, {}))
+        if choice.vjp is None:
+            raise BrokenPrimitive(f"{choice!r} has no vjp, and a gradient is wanted through {node!r}")
+        return call(choice.vjp, node, {**kept, **arguments})
+
+    def _push_forward(self, node, **arguments):
+        choice, kept = arguments.pop(RECORD, (self.default, {}))
+        return call(choice.jvp, node, {**kept, **arguments})
+
 
 def overloaded(prototype):
     """Declare an operator, as by `operator`, to which others can be added for other types, by its method `register`."""
     return OverloadedOperator(prototype)
 
 
-def apply(node, **arguments):
-    choice, arguments = node.operator._split(arguments)
-    return choice.apl.impl(node, **arguments)
-
-
-def apply_and_record(node, **arguments):
-    choice, arguments = node.operator._split(arguments)
-    result = choice.apl.impl(node, **arguments)
-    if not isinstance(result, dict):
-        result = dict.fromkeys(choice.aout, result)
-    everything = {**result, **arguments}
-    if choice.rcd is not None:
-        kept = choice.rcd(node, **everything)
-    else:
-        kept = {name: everything[name] for name in choice.recorded if name in everything}
-    return {**result, RECORD: (choice, kept)}
-
-
-def pull_back(node, **arguments):
-    choice, kept = arguments.pop(RECORD)
-    if choice.vjp is None:
-        raise BrokenPrimitive(f"{choice!r} has no vjp, and a gradient is wanted through {node!r}")
-    return call(choice.vjp, node, {**kept, **arguments})
-
-
-def push_forward(node, **arguments):
-    choice, kept = arguments.pop(RECORD)
-    return call(choice.jvp, node, {**kept, **arguments})
-
-
 def call(primitive, node, available):
-    return primitive.impl(node, **{name: available[name] for name in primitive.argnames if name in available})
+    """Call a derivative of the chosen operator, unless it is known to be zero; a collective one is called in any case."""
+    if not primitive.operator.collective and all(is_zero(available[name]) for name in primitive.ain if name in available):
+        return ZeroGradient
+    given = {name: available[name] for name in primitive.argnames if name in available}
+    return primitive.impl(twin_of(node, primitive), **given)
+
+
+def twin_of(node, primitive):
+    """A node like the given one, of a primitive of the chosen operator."""
+    if node is None:
+        return None
+    original = node.forward or node
+    if original.cache is None:
+        original.cache = {}
+    twin = original.cache.get(primitive.operator)
+    if twin is None:
+        twin = Node(primitive.operator.apl, original.varin, original.varout, original._origin)
+        twin.number = original.number
+        original.cache[primitive.operator] = twin
+    return twin if primitive.kind == "apl" else Node(primitive, node.varin, node.varout, None, twin)

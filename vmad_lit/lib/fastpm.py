@@ -12,6 +12,7 @@ from pmesh.pm import BaseComplexField, ComplexField, ParticleMesh, RealField, xs
 from pmesh.window import FindResampler
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.checkpoint import checkpoint
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib.cosmology import MatterDominated
 
@@ -1092,7 +1093,7 @@ def leapfrog_step(dx_i, p_i, f_i, q, ai, af, pt, pm):
 
 
 @autooperator('dx_i, p_i -> dx, p, f')
-def leapfrog(dx_i, p_i, q, stages, pt, pm):
+def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None):
     """Evolve particles through kick-drift-kick steps between the given scale factors.
 
     Parameters
@@ -1102,6 +1103,7 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm):
     stages : sequence of scale factors
     pt : background, such as `MatterDominated`
     pm : ParticleMesh on which the force is computed
+    ram : how many states to keep for the derivatives, recomputing the steps between them; if None, keep all steps
 
     Returns
     -------
@@ -1111,8 +1113,13 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm):
     stages = check_stages(stages)
     dx, p = dx_i, p_i
     f, potk = gravity(dx, q, pm)
-    for ai, af in zip(stages[:-1], stages[1:]):
-        dx, p, f = leapfrog_step(dx, p, f, q, ai, af, pt, pm)
+    if ram is None or len(stages) == 1:
+        for ai, af in zip(stages[:-1], stages[1:]):
+            dx, p, f = leapfrog_step(dx, p, f, q, ai, af, pt, pm)
+    else:
+        # Evolve with checkpoints
+        chain = checkpoint(numbered_step, n=len(stages) - 1, ram=ram)
+        dx, p, f = chain(dx, p, f, q=q, stages=stages, pt=pt, pm=pm)
     return dx, p, f * (1.5 * pt.Om0)
 
 
@@ -1122,6 +1129,12 @@ def check_stages(stages):
     if stages.ndim != 1 or len(stages) == 0 or not (stages > 0).all():
         raise ValueError(f"stages must be a sequence of positive scale factors, not {stages}")
     return stages.tolist()
+
+
+@autooperator('dx_i, p_i, f_i -> dx, p, f')
+def numbered_step(dx_i, p_i, f_i, q, stages, pt, pm, i):
+    """The step from stages[i] to stages[i + 1], see `leapfrog_step`."""
+    return leapfrog_step(dx_i, p_i, f_i, q, stages[i], stages[i + 1], pt, pm)
 
 
 @autooperator('rhok -> dx, p')
@@ -1191,18 +1204,19 @@ class FastPMSimulation:
     pm : ParticleMesh of the initial conditions
     B : the mesh of the force has B times as many points along each axis
     q : (N, ndim) lattice; by default a particle in the middle of each cell of `pm`
+    ram : how many states to keep for the derivatives, see `leapfrog`
 
     Attributes
     ----------
-    stages, pm, q : as given
+    stages, pm, q, ram : as given
     pt : the background
     fpm : ParticleMesh of the force
     """
 
-    def __init__(self, stages, cosmology, pm, B=1, q=None):
+    def __init__(self, stages, cosmology, pm, B=1, q=None, ram=None):
         self.stages = numpy.array(check_stages(stages))
         self.pt = find_background(cosmology, stages)
-        self.pm = pm
+        self.pm, self.ram = pm, ram
         # Make the mesh of the force
         if not B > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
             raise ValueError(f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}")
@@ -1231,4 +1245,4 @@ class FastPMSimulation:
     def run(self, rhok):
         """The simulation: displacements, momenta and force times 1.5 * Om0 at the last stage."""
         dx, p = self.firststep(rhok)
-        return leapfrog(dx, p, self.q, self.stages, self.pt, self.fpm)
+        return leapfrog(dx, p, self.q, self.stages, self.pt, self.fpm, self.ram)

@@ -16,7 +16,7 @@ from ..core.stdlib import abs, add, div, mod, mul, pow, sub
 from ..core.stdlib.operators import ShapeOfField, conj as conjugate, fit, kind, times, widen
 from ..core.symbol import BaseSymbol, List, Literal
 from . import binary, unary
-from .binary import arctan2, divide, fmax, fmin, hypot, logaddexp, maximum, minimum, multiply, power, subtract
+from .binary import arctan2, binary_ufunc, divide, fmax, fmin, hypot, logaddexp, maximum, minimum, multiply, power, subtract
 from .unary import *  # noqa: F403
 
 

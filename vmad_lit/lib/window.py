@@ -81,8 +81,8 @@ def _offsets(support, i, period, low, high, stride):
 
 
 @lru_cache(maxsize=None)
-def _loops(ndim, support):
-    """The compiled loops ``scatter, gather`` for one dimension and window."""
+def _loops(ndim, support, slopes=False):
+    """The compiled loops ``scatter, gather`` of a dimension and window; `slopes`: with derivatives."""
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
 
@@ -235,7 +235,7 @@ def _loops(ndim, support):
                         ty += ry * wx[ia]
                         tz += rz * wx[ia]
                 # Hand out value and slopes
-                if moving:
+                if slopes and moving:
                     s = speed[p * ndim] * scale[0] * tx
                     if ndim > 1:
                         s += speed[p * ndim + 1] * scale[1] * ty
@@ -243,12 +243,12 @@ def _loops(ndim, support):
                         s += speed[p * ndim + 2] * scale[2] * tz
                 if out_step >= 0:
                     out[p * out_step + c] = s
-                if coef_step >= 0:
+                if slopes and coef_step >= 0:
                     m = coef[p * coef_step + c]
                     gx += m * tx
                     gy += m * ty
                     gz += m * tz
-            if coef_step >= 0:
+            if slopes and coef_step >= 0:
                 slope[p * ndim] += gx * scale[0]
                 if ndim > 1:
                     slope[p * ndim + 1] += gy * scale[1]
@@ -500,7 +500,7 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
     """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is given."""
     cells = _find_support(window)
     ndim = meshes[0].ndim
-    _, gather = _loops(ndim, cells)
+    _, gather = _loops(ndim, cells, coef is not None or speed is not None)
     pos = check_positions(pos, ndim)
     npart, step = pos.shape
     slope = numpy.zeros((npart if coef is not None else 0, ndim))
