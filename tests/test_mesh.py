@@ -1,6 +1,7 @@
 """The operators of the particle mesh: derivatives and rank invariance on 1 to 4 ranks."""
 import gc
 import weakref
+from itertools import combinations
 
 import numpy
 import pytest
@@ -8,7 +9,7 @@ from mpi4py import MPI
 from numpy.testing import assert_allclose
 from pmesh.pm import BaseComplexField, Field, RealField
 
-from vmad_lit import Builder, ListPlaceholder
+from vmad_lit import Builder, operator
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import fastpm, linalg
 from vmad_lit.lib.fastpm import ParticleMesh
@@ -495,3 +496,123 @@ def test_readout_at_constant_positions_keeps_no_mesh():
     y, tape = m.compute('y', init=dict(x=real(pm)), return_tape=True)
     for record in tape:
         assert not any(isinstance(v, Field) for v in record.impl_kwargs.values())
+
+
+# The treacherous zero: derivatives that some ranks know to be zero, at run time, and others do not.
+
+ZEROS = {'universal': lambda v: ZeroGradient, 'dense': lambda v: v * 0}
+
+
+@operator
+class capricious:
+    """The identity, of which the ranks `silent` find at run time that one of its derivatives, `sweep`, is zero."""
+
+    ain = {'x': '*'}
+    aout = {'y': '*'}
+
+    def apl(node, x, sweep, silent, zero):
+        return dict(y=x)
+
+    def vjp(node, _y, sweep, silent, zero):
+        return dict(_x=ZEROS[zero](_y) if sweep == 'vjp' and COMM.rank in silent else _y)
+
+    def jvp(node, x_, sweep, silent, zero):
+        return dict(y_=ZEROS[zero](x_) if sweep == 'jvp' and COMM.rank in silent else x_)
+
+
+def communicating():
+    """Operators whose derivatives communicate, and neighbours of theirs: (function, inputs, tangents) by name."""
+    pm = make([5, 8, 4])
+    x, x_, mass, mass_ = particles(pm), per_particle(5, 3), 1 + per_particle(4) ** 2, per_particle(6)
+    layout = fastpm.decompose.apl.impl(None, x=x, pm=pm)['layout']
+    ghosts, ghosts_ = numpy.random.default_rng([3, COMM.rank]).normal(size=(2, layout.recvlength, 2))
+    fields = [real(pm, i) for i in range(1, 7)]
+    numbers, numbers_ = (numpy.stack([k.real, k.imag], axis=-1) for k in (modes(pm, 1), modes(pm, 2)))
+    tf, tf_ = global_rng(3).normal(size=(2, 4))
+    digitizer = fastpm.apply_digitized.isotropic_wavenumber(numpy.linspace(0.1, 2.5, 5))
+    two = dict(x1=fields[0], x2=fields[1]), dict(x1=fields[2], x2=fields[3])
+    return {
+        'to_scalar': (fastpm.to_scalar, dict(x=fields[0]), dict(x=fields[1])),
+        'to_scalar of modes': (fastpm.to_scalar, dict(x=modes(pm)), dict(x=modes(pm, 2))),
+        'cdot': (fastpm.cdot, *two),
+        'as_complex_field': (lambda x: fastpm.as_complex_field(x, pm=pm), dict(x=numbers), dict(x=numbers_)),
+        'r2c': (fastpm.r2c, dict(x=fields[0]), dict(x=fields[1])),
+        'c2r': (fastpm.c2r, dict(x=modes(pm)), dict(x=modes(pm, 2))),
+        'apply_transfer': (lambda x: fastpm.apply_transfer(x, fastpm.fourier_space_laplace),
+                           dict(x=modes(pm)), dict(x=modes(pm, 2))),
+        'apply_digitized': (lambda x, tf: fastpm.apply_digitized(x, tf, digitizer),
+                            dict(x=modes(pm), tf=tf), dict(x=modes(pm, 2), tf=tf_)),
+        'decompose': (lambda x: fastpm.exchange(x, fastpm.decompose(x, pm)), dict(x=x), dict(x=x_)),
+        'exchange': (lambda x: fastpm.exchange(x, layout), dict(x=x), dict(x=x_)),
+        'exchange of complex numbers': (lambda x: fastpm.exchange(x, layout),
+                                        dict(x=x + 1j * x_), dict(x=x_ - 2j * x)),
+        'gather': (lambda x: fastpm.gather(x, layout), dict(x=ghosts), dict(x=ghosts_)),
+        'paint': (lambda x, mass: fastpm.paint(x, mass, layout, pm),
+                  dict(x=x, mass=mass), dict(x=x_, mass=mass_)),
+        'paint one mass': (lambda x, mass: fastpm.paint(x, mass, layout, pm),
+                           dict(x=x, mass=2.0), dict(x=x_, mass=0.5)),
+        'paint without a layout': (lambda x, mass: fastpm.paint(x, mass, None, pm),
+                                   dict(x=x, mass=2.0), dict(x=x_, mass=0.5)),
+        'readout': (lambda mesh, x: fastpm.readout(mesh, x, layout),
+                    dict(mesh=fields[0], x=x), dict(mesh=fields[1], x=x_)),
+        'readout_all': (lambda a, b, x: fastpm.readout_all([a, b], x, layout),
+                        dict(a=fields[0], b=fields[1], x=x), dict(a=fields[2], b=fields[3], x=x_)),
+        'force': (lambda x: fastpm.force(x, layout, pm), dict(x=x), dict(x=x_)),
+        'force in single precision': (lambda x: fastpm.force(x, layout, pm),
+                                      dict(x=x.astype('f4')), dict(x=x_.astype('f4'))),
+    }
+
+
+def some_of(names):
+    """All subsets of names but the empty one."""
+    return [subset for n in range(1, len(names) + 1) for subset in combinations(names, n)]
+
+
+SILENT = {'rank 0': {0}, 'the others': set(range(1, COMM.size)), 'all': set(range(COMM.size))}
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize('silent', SILENT.values(), ids=list(SILENT))
+@pytest.mark.parametrize('name', communicating())
+class TestZerosOfSomeRanks:
+    """The sweeps go through, and give what they give for zeros that all ranks spell out."""
+
+    def sweep(self, sweep, name, silent, zero, chosen):
+        function, inputs, tangents = communicating()[name]
+        with Builder() as m:
+            def pass_on(symbol, label):
+                return capricious(symbol, sweep, silent, zero) if label in chosen else symbol
+            symbols = {label: pass_on(m.input(label), label) for label in inputs}
+            results = function(**symbols)
+            labels = ['y0', 'y1'] if isinstance(results, list) else ['y0']
+            results = results if isinstance(results, list) else [results]
+            m.output(**{label: pass_on(result, label) for label, result in zip(labels, results)})
+        values = m.compute(labels, init=inputs)
+        if sweep == 'jvp':
+            return m.compute_with_jvp(labels, init=inputs, v={k + '_': v for k, v in tangents.items()})[1]
+        v = {'_' + label: cotangent(value, 50 + i) for i, (label, value) in enumerate(zip(labels, values))}
+        return m.compute_with_vjp(init=inputs, v=v)[1]
+
+    def compare(self, sweep, name, silent, chosen):
+        mine, want = (self.sweep(sweep, name, silent, zero, chosen) for zero in ZEROS)
+        for a, b in zip(mine, want):
+            difference = numpy.asarray(getattr(a, 'value', a)) - numpy.asarray(getattr(b, 'value', b))
+            assert_allclose(difference, 0, atol=1e-5 if 'single' in name else 1e-12)
+        # What the other ranks have to say arrives somewhere
+        heard = COMM.allreduce(sum(float(abs(numpy.asarray(getattr(a, 'value', a))).sum()) for a in mine))
+        assert heard > 0 or len(silent) == COMM.size
+        return mine
+
+    def test_tangents(self, name, silent):
+        inputs = communicating()[name][1]
+        for chosen in some_of(list(inputs)):
+            results = self.compare('jvp', name, silent, chosen)
+            if len(chosen) == len(inputs) and len(silent) == COMM.size:
+                assert all(fastpm._is_zero(result) for result in results)
+
+    def test_cotangents(self, name, silent):
+        outputs = ['y0', 'y1'] if name.startswith('force') else ['y0']
+        for chosen in some_of(outputs):
+            results = self.compare('vjp', name, silent, chosen)
+            if len(chosen) == len(outputs) and len(silent) == COMM.size:
+                assert all(fastpm._is_zero(result) for result in results)

@@ -66,13 +66,20 @@ def _sum_modes(x, values, metric):
 BaseComplexField.cdot, BaseComplexField.cnorm = _cdot, _cnorm
 
 
-def _inner(x, y):
-    """The real inner product of two fields of one kind, on all ranks."""
+def _inner(*pairs):
+    """The real inner product of two fields of one kind, on all ranks; for several pairs the sum."""
+    x, _ = pairs[0]
+    return x.pm.comm.allreduce(sum(_local_inner(x, y) for x, y in pairs))
+
+
+def _local_inner(x, y):
+    """This rank's part of an inner product; the second factor may be a zero, or whatever makes a field."""
+    if _is_zero(y):
+        return 0.0
+    y = _like(x, y)
     if isinstance(x, BaseComplexField):
-        local = (mode_weights(x) * (x.real * y.real + x.imag * y.imag)).sum(dtype='f8')
-    else:
-        local = numpy.real(numpy.conj(x.value) * y.value).sum(dtype='f8')
-    return x.pm.comm.allreduce(float(local))
+        return float((mode_weights(x) * (x.real * y.real + x.imag * y.imag)).sum(dtype='f8'))
+    return float(numpy.real(numpy.conj(x.value) * y.value).sum(dtype='f8'))
 
 
 def _like(x, value):
@@ -88,15 +95,16 @@ class to_scalar:
 
     ain = {'x': '*Field'}
     aout = {'y': '*'}
+    collective = True
 
     def apl(node, x):
-        return dict(y=_inner(x, x))
+        return dict(y=_inner((x, x)))
 
     def vjp(node, _y, x):
-        return dict(_x=x * (2 * _y))
+        return dict(_x=ZeroGradient if _is_zero(_y) else x * (2 * _y))
 
     def jvp(node, x_, x):
-        return dict(y_=2 * _inner(x, _like(x, x_)))
+        return dict(y_=2 * _inner((x, x_)))
 
 
 @operator
@@ -105,24 +113,20 @@ class cdot:
 
     ain = {'x1': '*Field', 'x2': '*Field'}
     aout = {'y': '*'}
+    collective = True
 
     def apl(node, x1, x2):
         if type(x1) is not type(x2):
             raise TypeError(f"cdot needs two fields of one kind, not a {type(x1).__name__} "
                             f"and a {type(x2).__name__}")
-        return dict(y=_inner(x1, x2))
+        return dict(y=_inner((x1, x2)))
 
     def vjp(node, _y, x1, x2):
-        return dict(_x1=ZeroGradient if node.is_literal('x1') else x2 * _y,
-                    _x2=ZeroGradient if node.is_literal('x2') else x1 * _y)
+        return dict(_x1=ZeroGradient if _is_zero(_y) or node.is_literal('x1') else x2 * _y,
+                    _x2=ZeroGradient if _is_zero(_y) or node.is_literal('x2') else x1 * _y)
 
     def jvp(node, x1_, x2_, x1, x2):
-        y_ = 0.0
-        if not _is_zero(x1_):
-            y_ = y_ + _inner(_like(x1, x1_), x2)
-        if not _is_zero(x2_):
-            y_ = y_ + _inner(x1, _like(x2, x2_))
-        return dict(y_=y_)
+        return dict(y_=_inner((x2, x1_), (x1, x2_)))
 
 
 @operator
@@ -147,22 +151,48 @@ class as_complex_field:
         return dict(_x=numpy.stack([_y.real * weights, _y.imag * weights], axis=-1))
 
 
+def _agree(comm, *derivatives):
+    """The common dtype of each tangent or cotangent on all ranks; None for what is zero on all of them.
+
+    All ranks must call it. It tells them alike what has to be computed, and where a zero has to be spelled out.
+    """
+    dtypes = [None if _is_zero(x_) else numpy.result_type(getattr(x_, 'dtype', x_)) for x_ in derivatives]
+    if comm.size == 1:
+        return dtypes
+    # Ask all ranks
+    letters = numpy.array([0 if dtype is None else ord(dtype.char) for dtype in dtypes], dtype='u1')
+    everybody = numpy.empty((comm.size, len(dtypes)), dtype='u1')
+    comm.Allgather(letters, everybody)
+    return [numpy.result_type(*map(chr, column[column > 0])) if column.any() else None
+            for column in everybody.T]
+
+
+def _rows(x_, shape, dtype):
+    """A tangent or cotangent as an array that can be sent; a zero, or another number, is spelled out."""
+    return numpy.full(shape, x_, dtype) if numpy.ndim(x_) == 0 else numpy.asarray(x_, dtype)
+
+
 @operator
 class r2c:
     """Fourier transform of a real field, with the factor 1/N."""
 
     ain = {'x': 'RealField'}
     aout = {'y': '*ComplexField'}
+    collective = True
 
     def apl(node, x):
         return dict(y=x.r2c(), pm=x.pm)
 
     def vjp(node, _y, pm):
+        dtype, = _agree(pm.comm, _y)
+        if dtype is None:
+            return dict(_x=ZeroGradient)
         _y = _y if isinstance(_y, BaseComplexField) else pm.create(type=ComplexField, value=_y)
         return dict(_x=_y.r2c_vjp())
 
     def jvp(node, x_, pm):
-        return dict(y_=_real(pm, x_).r2c())
+        dtype, = _agree(pm.comm, x_)
+        return dict(y_=ZeroGradient if dtype is None else _real(pm, x_).r2c())
 
 
 @operator
@@ -171,14 +201,21 @@ class c2r:
 
     ain = {'x': '*ComplexField'}
     aout = {'y': 'RealField'}
+    collective = True
 
     def apl(node, x):
         return dict(y=x.c2r(), pm=x.pm, kind=type(x))
 
     def vjp(node, _y, pm, kind):
+        dtype, = _agree(pm.comm, _y)
+        if dtype is None:
+            return dict(_x=ZeroGradient)
         return dict(_x=_real(pm, _y).c2r_vjp(out=pm.create(type=kind)))
 
     def jvp(node, x_, pm, kind):
+        dtype, = _agree(pm.comm, x_)
+        if dtype is None:
+            return dict(y_=ZeroGradient)
         x_ = x_ if isinstance(x_, BaseComplexField) else pm.create(type=kind, value=x_)
         return dict(y_=x_.c2r())
 
@@ -333,6 +370,7 @@ class apply_digitized:
 
     ain = {'x': '*ComplexField', 'tf': '*'}
     aout = {'y': '*ComplexField'}
+    collective = True
 
     @staticmethod
     def isotropic_wavenumber(kedges):
@@ -365,6 +403,9 @@ class apply_digitized:
         return dict(y=_times(x, _spread(factors, ind, conj, 1)), bins=(ind, conj))
 
     def vjp(node, _y, x, tf, bins, mode):
+        dtype, = _agree(x.pm.comm, _y)
+        if dtype is None:
+            return dict(_x=ZeroGradient, _tf=ZeroGradient)
         _y = _like(x, _y)
         factors, derivative = apply_digitized.factors(tf, mode)
         _x = _tf = ZeroGradient
@@ -566,15 +607,17 @@ class exchange:
 
     ain = {'x': '*', 'layout': '*Layout'}
     aout = {'y': '*'}
+    collective = True
 
     def apl(node, x, layout):
-        return dict(y=_exchange(layout, x))
+        y = _exchange(layout, x)
+        return dict(y=y, shapes=(numpy.shape(x), numpy.shape(y)))
 
-    def vjp(node, _y, layout):
-        return dict(_x=_gather(layout, _y), _layout=ZeroGradient)
+    def vjp(node, _y, layout, shapes):
+        return dict(_x=_carry(_gather, layout, _y, shapes[1]), _layout=ZeroGradient)
 
-    def jvp(node, x_, layout):
-        return dict(y_=ZeroGradient if _is_zero(x_) else _exchange(layout, x_))
+    def jvp(node, x_, layout, shapes):
+        return dict(y_=_carry(_exchange, layout, x_, shapes[0]))
 
 
 @operator
@@ -583,15 +626,25 @@ class gather:
 
     ain = {'x': '*', 'layout': '*Layout'}
     aout = {'y': '*'}
+    collective = True
 
     def apl(node, x, layout):
-        return dict(y=_gather(layout, x))
+        y = _gather(layout, x)
+        return dict(y=y, shapes=(numpy.shape(x), numpy.shape(y)))
 
-    def vjp(node, _y, layout):
-        return dict(_x=_exchange(layout, _y), _layout=ZeroGradient)
+    def vjp(node, _y, layout, shapes):
+        return dict(_x=_carry(_exchange, layout, _y, shapes[1]), _layout=ZeroGradient)
 
-    def jvp(node, x_, layout):
-        return dict(y_=ZeroGradient if _is_zero(x_) else _gather(layout, x_))
+    def jvp(node, x_, layout, shapes):
+        return dict(y_=_carry(_gather, layout, x_, shapes[0]))
+
+
+def _carry(function, layout, x_, shape):
+    """A tangent or cotangent, of a value of this shape, through `_exchange` or `_gather`."""
+    if layout is None or shape == ():
+        return ZeroGradient if _is_zero(x_) else x_
+    dtype, = _agree(layout.comm, x_)
+    return ZeroGradient if dtype is None else function(layout, _rows(x_, shape, dtype))
 
 
 class _Window:
@@ -702,6 +755,7 @@ class paint:
 
     ain = {'x': 'ndarray', 'mass': '*', 'layout': '*Layout'}
     aout = {'mesh': 'RealField'}
+    collective = True
 
     def apl(node, x, mass, layout, pm, resampler=None):
         x, mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
@@ -709,6 +763,9 @@ class paint:
 
     def vjp(node, _mesh, x, mass, layout, pm, resampler):
         # Pull the cotangent of a mesh back to its particles
+        dtype, = _agree(pm.comm, _mesh)
+        if dtype is None:
+            return dict(_x=ZeroGradient, _mass=ZeroGradient, _layout=ZeroGradient)
         need_x, need_mass = not node.is_literal('x'), not node.is_literal('mass')
         local_x, local_mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
         _x, _mass = _Window(pm, resampler).paint_vjp(_real(pm, _mesh), local_x, local_mass, need_x, need_mass)
@@ -719,11 +776,11 @@ class paint:
                     _layout=ZeroGradient)
 
     def jvp(node, x_, mass_, x, mass, layout, pm, resampler):
-        scalar = numpy.ndim(mass_) == 0 and not _is_zero(mass_)
-        if scalar:
-            mass_ = numpy.full(len(x), mass_, dtype='f8')
-        x_ = None if _is_zero(x_) else _exchange(layout, numpy.asarray(x_))
-        mass_ = None if _is_zero(mass_) else _exchange(layout, _masses(mass_))
+        of_x, of_mass = _agree(pm.comm, x_, mass_)
+        if of_x is None and of_mass is None:
+            return dict(mesh_=ZeroGradient)
+        x_ = None if of_x is None else _exchange(layout, _rows(x_, numpy.shape(x), of_x))
+        mass_ = None if of_mass is None else _exchange(layout, _masses(_rows(mass_, len(x), of_mass)))
         x, mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
         return dict(mesh_=_Window(pm, resampler).paint_jvp(x, mass, x_, mass_))
 
@@ -747,6 +804,7 @@ class readout_all:
 
     ain = {'meshes': '*', 'x': 'ndarray', 'layout': '*Layout'}
     aout = {'value': 'ndarray'}
+    collective = True
 
     def apl(node, meshes, x, layout, resampler=None):
         return dict(value=_read(list(meshes), x, layout, resampler), pm=meshes[0].pm)
@@ -756,12 +814,11 @@ class readout_all:
                     meshes=None if node.is_literal('x') else list(meshes))
 
     def vjp(node, _value, meshes, x, layout, resampler, pm, count):
-        _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, 'meshes')
+        _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, 'meshes', count)
         return dict(_meshes=_meshes if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
 
     def jvp(node, meshes_, x_, meshes, x, layout, resampler, pm, count):
-        zero = _is_zero(meshes_) or all(_is_zero(mesh_) for mesh_ in meshes_)
-        meshes_ = None if zero else [_real(pm, 0 if _is_zero(mesh_) else mesh_) for mesh_ in meshes_]
+        meshes_ = [ZeroGradient] * count if _is_zero(meshes_) else meshes_
         return dict(value_=_read_jvp(meshes, meshes_, x_, x, layout, resampler, pm))
 
 
@@ -771,6 +828,7 @@ class readout:
 
     ain = {'mesh': 'RealField', 'x': 'ndarray', 'layout': '*Layout'}
     aout = {'value': 'ndarray'}
+    collective = True
 
     def apl(node, mesh, x, layout, resampler=None):
         return dict(value=_read([mesh], x, layout, resampler)[:, 0], pm=mesh.pm)
@@ -780,13 +838,12 @@ class readout:
                     mesh=None if node.is_literal('x') else mesh)
 
     def vjp(node, _value, mesh, x, layout, resampler, pm):
-        _value = numpy.asarray(_value).reshape(-1, 1)
-        _x, _meshes = _read_vjp(node, _value, [mesh], x, layout, resampler, pm, 'mesh')
+        _value = _value if _is_zero(_value) else numpy.reshape(_value, (-1, 1))
+        _x, _meshes = _read_vjp(node, _value, [mesh], x, layout, resampler, pm, 'mesh', 1)
         return dict(_mesh=_meshes[0] if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
 
     def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
-        meshes_ = None if _is_zero(mesh_) else [_real(pm, mesh_)]
-        return dict(value_=_read_jvp([mesh], meshes_, x_, x, layout, resampler, pm)[:, 0])
+        return dict(value_=_read_jvp([mesh], [mesh_], x_, x, layout, resampler, pm)[:, 0])
 
 
 def _read(meshes, x, layout, resampler):
@@ -794,16 +851,24 @@ def _read(meshes, x, layout, resampler):
     return _gather(layout, _Window(pm, resampler).readout(meshes, _exchange(layout, _positions(x, pm))))
 
 
-def _read_vjp(node, _value, meshes, x, layout, resampler, pm, name):
+def _read_vjp(node, _value, meshes, x, layout, resampler, pm, name, count):
+    dtype, = _agree(pm.comm, _value)
+    if dtype is None:
+        return ZeroGradient, None
     need_x, need_meshes = not node.is_literal('x'), not node.is_literal(name)
-    local_x, _value = _exchange(layout, _positions(x, pm)), _exchange(layout, numpy.asarray(_value))
+    _value = _exchange(layout, _rows(_value, (len(x), count), dtype))
+    local_x = _exchange(layout, _positions(x, pm))
     _x, _meshes = _Window(pm, resampler).readout_vjp(meshes, local_x, _value, need_x, need_meshes)
     return _as_given(_gather(layout, _x), x) if need_x else ZeroGradient, _meshes
 
 
 def _read_jvp(meshes, meshes_, x_, x, layout, resampler, pm):
-    x_ = None if _is_zero(x_) else _exchange(layout, numpy.asarray(x_))
+    of_x, *of_meshes = _agree(pm.comm, x_, *meshes_)
+    if of_x is None and not any(of_meshes):
+        return ZeroGradient
+    x_ = None if of_x is None else _exchange(layout, _rows(x_, numpy.shape(x), of_x))
     meshes = meshes if x_ is not None else None
+    meshes_ = [_real(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
     local_x = _exchange(layout, _positions(x, pm))
     return _gather(layout, _Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
 
@@ -827,6 +892,7 @@ class force:
 
     ain = {'x': 'ndarray', 'layout': '*Layout'}
     aout = {'f': 'ndarray', 'potk': '*ComplexField'}
+    collective = True
 
     # The steps of the force
     @staticmethod
@@ -867,11 +933,14 @@ class force:
         return dict(f=_as_given(f, x), potk=potk, factor=factor)
 
     def vjp(node, _f, _potk, x, layout, pm, order, potk, factor):
+        of_f, of_potk = _agree(pm.comm, _f, _potk)
+        if of_f is None and of_potk is None:
+            return dict(_x=ZeroGradient, _layout=ZeroGradient)
         w = _Window(pm)
         local_x = _exchange(layout, _positions(x, pm))
-        _x, _p = 0, None if _is_zero(_potk) else _like(potk, _potk)
-        if not _is_zero(_f):
-            _f = _exchange(layout, numpy.asarray(_f))
+        _x, _p = 0, None if of_potk is None else _like(potk, _potk)
+        if of_f is not None:
+            _f = _exchange(layout, _rows(_f, numpy.shape(x), of_f))
             _x, _meshes = w.readout_vjp(force.meshes(potk, order), local_x, _f)
             _from_f = force.pull_meshes(_meshes, order)
             _p = _from_f if _p is None else _p + _from_f
@@ -881,8 +950,11 @@ class force:
         return dict(_x=_as_given(_gather(layout, _x), x), _layout=ZeroGradient)
 
     def jvp(node, x_, x, layout, pm, order, potk, factor):
+        dtype, = _agree(pm.comm, x_)
+        if dtype is None:
+            return dict(f_=ZeroGradient, potk_=ZeroGradient)
         w = _Window(pm)
-        local_x, x_ = _exchange(layout, _positions(x, pm)), _exchange(layout, numpy.asarray(x_))
+        local_x, x_ = _exchange(layout, _positions(x, pm)), _exchange(layout, _rows(x_, numpy.shape(x), dtype))
         potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
         f_ = w.readout_jvp(force.meshes(potk, order), local_x, x_, force.meshes(potk_, order))
         return dict(f_=_as_given(_gather(layout, f_), x), potk_=potk_)
