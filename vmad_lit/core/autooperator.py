@@ -37,7 +37,9 @@ class AutoOperator(Operator):
 
     def _make_primitives(self):
         known = (TAPE,) if self._keeps_tape else self.argnames
-        self.apl = Primitive(self, "apl", compute, self.argnames, compute_and_record if self._keeps_tape else None)
+        self.apl = Primitive(
+            self, "apl", compute, self.argnames, compute_and_record if self._keeps_tape else None
+        )
         self.apl.defaults = self._defaults
         self.vjp = Primitive(self, "vjp", pull_back, [*known, *("_" + name for name in self.aout)])
         self.jvp = Primitive(self, "jvp", push_forward, [*known, *(name + "_" for name in self.ain)])
@@ -49,7 +51,8 @@ class AutoOperator(Operator):
         for name in hyperargs:
             if name in self.ain:
                 raise ModelError(
-                    f"'{name}' is an input of {self.__name__}, not a hyper-parameter; its value is given when the model is computed"
+                    f"'{name}' is an input of {self.__name__}, not a hyper-parameter; its value is "
+                    "given when the model is computed"
                 )
         return self._build(hyperargs)
 
@@ -72,7 +75,8 @@ class AutoOperator(Operator):
             for name in self.aout:
                 if name not in results:
                     raise ModelError(
-                        f"{self.__name__} declares the output '{name}', but its function produced {', '.join(results) or 'nothing'}"
+                        f"{self.__name__} declares the output '{name}', but its function produced "
+                        f"{', '.join(results) or 'nothing'}"
                     )
             m.output(**results)
         return m
@@ -94,12 +98,15 @@ class AutoOperator(Operator):
         )
 
     def precompute(self, /, **arguments):
-        """A variant that was computed already, for given inputs and hyper-parameters, and replays its tape from now on."""
+        """A variant that was computed already, for given inputs and hyper-parameters, and replays its
+        tape from now on."""
         inputs = {name: value for name, value in arguments.items() if name in self.ain}
         hyperargs = {name: value for name, value in arguments.items() if name not in self.ain}
         model = self._build(hyperargs)
         _, tape = model.compute(list(self.aout), inputs, return_tape=True)
-        return self._vary(__bound_model__=model, __bound_tape__=tape, _defaults={**self._defaults, **hyperargs})
+        return self._vary(
+            __bound_model__=model, __bound_tape__=tape, _defaults={**self._defaults, **hyperargs}
+        )
 
     @property
     def forgetful(self):
@@ -139,14 +146,19 @@ def find_model(node, arguments):
         return operator.__bound_model__, inputs
     hyperargs = {name: arguments[name] for name in operator.argnames if name not in operator.ain}
     home = node.forward or node
-    if home.cache is None or not all(is_same(home.cache[0][name], value) for name, value in hyperargs.items()):
+    if home.cache is None or not all(
+        is_same(home.cache[0][name], value) for name, value in hyperargs.items()
+    ):
         home.cache = hyperargs, share_model(operator, hyperargs)
     return home.cache[1], inputs
 
 
 def share_model(operator, hyperargs):
     """The model for some hyper-parameters: one that another node uses already, or a new one."""
-    key = tuple((type(value), value) if type(value) in (int, float, str) else id(value) for value in hyperargs.values())
+    key = tuple(
+        (type(value), value) if type(value) in (int, float, str) else id(value)
+        for value in hyperargs.values()
+    )
     model = operator._models.get(key)
     if model is None:
         model = operator._models[key] = operator._build(hyperargs)
@@ -197,12 +209,13 @@ def autooperator(*spec):
 
     The forms are
 
-    - `@autooperator('x, y -> z')`, also `@autooperator('x', 'y', '->', 'z')`, for a function of x, y and hyper-parameters;
+    - `@autooperator('x, y -> z')`, also `@autooperator('x', 'y', '->', 'z')`, for a function of x, y
+      and hyper-parameters;
     - `@autooperator` for a function with annotations `def f(x: '*', y: '*', n) -> 'z'`;
     - `@autooperator` for a class with `ain`, `aout` and `main(self, x, y, n)`, where `self` is the model.
 
-    The function returns the output, a tuple of the outputs in order, or a dict of them by name. Parameters that are not inputs are
-    hyper-parameters and may have defaults.
+    The function returns the output, a tuple of the outputs in order, or a dict of them by name.
+    Parameters that are not inputs are hyper-parameters and may have defaults.
     """
     if len(spec) == 1 and inspect.isclass(spec[0]):
         return from_class(spec[0])
@@ -219,16 +232,21 @@ def autooperator(*spec):
 def from_annotations(function):
     ain = dict(getattr(function, "__annotations__", {}))
     if "return" not in ain:
-        raise BadArgument(f"the outputs of {function.__name__} are not declared; write def f(x: '*') -> 'y', or give 'x -> y'")
+        raise BadArgument(
+            f"the outputs of {function.__name__} are not declared; "
+            "write def f(x: '*') -> 'y', or give 'x -> y'"
+        )
     aout = ain.pop("return")
     return from_function(function, ain, aout)
 
 
 def from_function(function, ain, aout):
     names = "__doc__", "__module__", "__qualname__"
-    attributes = dict(ain=ain, aout=aout, main=staticmethod(function), **{name: getattr(function, name) for name in names})
+    attributes = {name: getattr(function, name) for name in names}
+    attributes |= dict(ain=ain, aout=aout, main=staticmethod(function))
     prototype = type(function.__name__, (), attributes)
-    return make(prototype, inspect.signature(function).parameters.values(), lambda m, arguments: function(**arguments))
+    parameters = inspect.signature(function).parameters.values()
+    return make(prototype, parameters, lambda m, arguments: function(**arguments))
 
 
 def from_class(prototype):
