@@ -1,7 +1,6 @@
 """Autooperators: operators that are made of a model."""
 
 import inspect
-from weakref import WeakValueDictionary
 
 from .error import BadArgument, ModelError, did_you_mean
 from .model import Builder
@@ -30,7 +29,6 @@ class AutoOperator(Operator):
         self._keeps_tape = True
         self.argnames = tuple(argnames)
         self.hyperargs = {}
-        self._models = WeakValueDictionary()
         self.__bound_model__ = None
         self.__bound_tape__ = None
         super().__init__(prototype)
@@ -149,21 +147,22 @@ def find_model(node, arguments):
     if home.cache is None or not all(
         is_same(home.cache[0][name], value) for name, value in hyperargs.items()
     ):
-        home.cache = hyperargs, share_model(operator, hyperargs)
+        home.cache = hyperargs, share_model(home, hyperargs)
     return home.cache[1], inputs
 
 
-def share_model(operator, hyperargs):
-    """The model for some hyper-parameters: one that another node uses already, or a new one."""
-    key = tuple(
+def share_model(node, hyperargs):
+    """The model for some hyper-parameters: that of another node of the same graph, or a new one."""
+    operator, graph = node.operator, node.graph
+    if graph is None or not all(node.is_literal(name) for name in hyperargs):
+        return operator._build(hyperargs)
+    key = operator, *(
         (type(value), value) if type(value) in (int, float, str) else id(value)
         for value in hyperargs.values()
     )
-    model = operator._models.get(key)
-    if model is None:
-        model = operator._models[key] = operator._build(hyperargs)
-        model._hyperargs = hyperargs  # as long as the model is there, no other object has one of these ids
-    return model
+    if key not in graph.shared:
+        graph.shared[key] = operator._build(hyperargs)
+    return graph.shared[key]
 
 
 def is_same(a, b):

@@ -56,6 +56,15 @@ class Node:
         return self.primitive.operator
 
     @property
+    def graph(self):
+        """The graph that the node belongs to, or None for a node without results."""
+        for symbol in self.varout.values():
+            for leaf in leaves(symbol):
+                if isinstance(leaf, Symbol):
+                    return leaf._model
+        return None
+
+    @property
     def prototype(self):
         return self.primitive.operator.prototype
 
@@ -117,6 +126,7 @@ class Graph(list):
         super().__init__()
         self._inputs = {}
         self._outputs = {}
+        self.shared = {}
         self._ref = weakref.ref(self)
 
     # A list compares by content; a model is itself and no other.
