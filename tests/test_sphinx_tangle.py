@@ -135,7 +135,7 @@ class Site:
         return self.call("-m", "sphinx", "-n", "-W", "--keep-going", "-b", "html", ".", "_build/html")
 
     def call(self, *arguments):
-        env = os.environ | {"PYTHONPATH": str(self.root)}
+        env = os.environ | {"PYTHONPATH": str(self.root), "NO_COLOR": "1"}
         done = subprocess.run([sys.executable, *arguments], cwd=self.root, env=env, capture_output=True, text=True)
         done.text = done.stdout + done.stderr
         return done

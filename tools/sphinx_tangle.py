@@ -378,8 +378,10 @@ def plain_arguments(arguments: ast.arguments) -> None:
 def signature(value: Any) -> str:
     """The parameters of a function, class or operator, without annotations."""
     apl = getattr(value, "apl", None)
-    if not isinstance(value, type) and not inspect.isroutine(value):
-        value = getattr(apl, "impl", None) or getattr(value, "main", None) or value
+    if not isinstance(value, type) and hasattr(apl, "argnames"):  # an operator: its primitive knows
+        defaults = {**apl.defaults, **(getattr(value, "_defaults", None) or {})}
+        texts = [f"{name}={defaults[name]!r}" if name in defaults else name for name in apl.argnames]
+        return re.sub(r"<([^<>]*?) at 0x[0-9a-f]+>", r"\1", f"({', '.join(texts)})")
     try:
         found = inspect.signature(value)
     except (TypeError, ValueError):

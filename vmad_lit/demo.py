@@ -16,16 +16,41 @@ def parse(argv=None):
     )
     add = parser.add_argument
     add("--nmesh", type=int, default=64, metavar="N", help="mesh cells and particles per side (default 64)")
-    add("--boxsize", type=float, default=None, metavar="L", help="side of the box in Mpc/h (default 4 per cell)")
-    add("--steps", type=int, default=4, help="N-body steps from a = 0.1 to 1; 0: LPT; -1: linear theory (default 4)")
-    add("--noise", type=float, default=None, metavar="SIGMA", help="standard deviation of the noise of 1 + delta in a cell (default 0.5; from counts if particles are given)")
+    add(
+        "--boxsize", type=float, default=None, metavar="L",
+        help="side of the box in Mpc/h (default 4 per cell)"
+    )
+    add(
+        "--steps", type=int, default=4,
+        help="N-body steps from a = 0.1 to 1; 0: LPT; -1: linear theory (default 4)"
+    )
+    add(
+        "--noise", type=float, default=None, metavar="SIGMA",
+        help="standard deviation of the noise of 1 + delta in a cell "
+        "(default 0.5; from counts if particles are given)"
+    )
     add("--maxiter", type=int, default=100, help="iterations of L-BFGS (default 100)")
-    add("--smoothing", type=float, default=0.0, metavar="R", help="compare densities smoothed at R Mpc/h (default 0: not smoothed)")
-    add("--seed", type=int, default=42, help="seed of the true field; the noise has the next one (default 42)")
-    add("--from", dest="source", metavar="FILE", help="use a density (N, N, N) or particle positions (n, 3) from a .npy or .npz file instead")
-    add("--output", default="reconstruction.png", metavar="PNG", help="the picture (default reconstruction.png)")
+    add(
+        "--smoothing", type=float, default=0.0, metavar="R",
+        help="compare densities smoothed at R Mpc/h (default 0: not smoothed)"
+    )
+    add(
+        "--seed", type=int, default=42,
+        help="seed of the true field; the noise has the next one (default 42)"
+    )
+    add(
+        "--from", dest="source", metavar="FILE",
+        help="use a density (N, N, N) or particle positions (n, 3) from a .npy or .npz file instead"
+    )
+    add(
+        "--output", default="reconstruction.png", metavar="PNG",
+        help="the picture (default reconstruction.png)"
+    )
     add("--save", metavar="FOLDER", help="write data and reconstructed fields to .npy files")
-    add("--state", metavar="NPZ", help="keep the state of the minimisation here, and go on from it if it exists")
+    add(
+        "--state", metavar="NPZ",
+        help="keep the state of the minimisation here, and go on from it if it exists"
+    )
     add("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     # Check the options
@@ -45,7 +70,8 @@ def parse(argv=None):
 
 
 def read(path, boxsize):
-    """Open a file with a density or positions; returns (kind, array, boxsize), the array memory-mapped if possible.
+    """Open a file with a density or positions; returns (kind, array, boxsize), the array
+    memory-mapped if possible.
 
     Raises
     ------
@@ -75,20 +101,34 @@ def read(path, boxsize):
     elif array.ndim == 2 and array.shape[1] == 3 and len(array):
         kind = "positions"
     else:
-        raise ValueError(f"{path}: expected a density of shape (N, N, N), N >= 4, or positions of shape (n, 3), got the shape {array.shape}")
+        raise ValueError(
+            f"{path}: expected a density of shape (N, N, N), N >= 4, or positions of shape (n, 3), "
+            f"got the shape {array.shape}"
+        )
     # Look for numbers that make no sense
     bad = numpy.argwhere(~numpy.isfinite(array))
     if len(bad):
-        raise ValueError(f"{path}: {len(bad)} values are not finite, the first at index {tuple(map(int, bad[0]))}")
+        raise ValueError(
+            f"{path}: {len(bad)} values are not finite, the first at index {tuple(map(int, bad[0]))}"
+        )
     if boxsize is None:
-        raise ValueError(f"{path}: the size of the box is not known; give --boxsize in Mpc/h, or an array 'BoxSize' in a .npz file")
+        raise ValueError(
+            f"{path}: the size of the box is not known; "
+            "give --boxsize in Mpc/h, or an array 'BoxSize' in a .npz file"
+        )
     if kind == "positions":
         outside = numpy.flatnonzero((array < 0).any(axis=1) | (array > boxsize).any(axis=1))
         if len(outside):
             i = int(outside[0])
-            raise ValueError(f"{path}: {len(outside)} particles are outside the box [0, {boxsize}], the first is number {i} at {array[i].tolist()}")
+            raise ValueError(
+                f"{path}: {len(outside)} particles are outside the box [0, {boxsize}], "
+                f"the first is number {i} at {array[i].tolist()}"
+            )
     elif not array.mean() > 1e-3 * array.std():
-        raise ValueError(f"{path}: expected a density with a positive mean, got the mean {array.mean():.3g}; if this is delta, add 1")
+        raise ValueError(
+            f"{path}: expected a density with a positive mean, "
+            f"got the mean {array.mean():.3g}; if this is delta, add 1"
+        )
     return kind, array, boxsize
 
 
@@ -120,7 +160,9 @@ def summary(kind, array, boxsize):
 
 def open_array(path):
     file = numpy.load(path, mmap_mode="r")
-    return file if isinstance(file, numpy.ndarray) else file["density" if "density" in file.files else "positions"]
+    if isinstance(file, numpy.ndarray):
+        return file
+    return file["density" if "density" in file.files else "positions"]
 
 
 def main(argv=None):
@@ -147,7 +189,9 @@ def main(argv=None):
     def model(pm):
         stages = [] if args.steps < 0 else [1.0] if args.steps == 0 else numpy.linspace(0.1, 1.0, args.steps + 1)
         q = pm.generate_uniform_particle_grid(shift=0.5)
-        return cosmo4d.WhiteNoiseOperator.bind(power=LinearPower(Planck15), q=q, stages=stages, cosmology=Planck15, pm=pm)
+        return cosmo4d.WhiteNoiseOperator.bind(
+            power=LinearPower(Planck15), q=q, stages=stages, cosmology=Planck15, pm=pm
+        )
 
     if args.source:
         try:
@@ -156,11 +200,17 @@ def main(argv=None):
             say(f"error: {error}")
             return 2
         pm, forward = data.d.pm, model(data.d.pm)
-        say(f"data from {args.source}: mesh {tuple(map(int, pm.Nmesh))}, box {pm.BoxSize[0]:g} Mpc/h, noise {data.sigma:.3g} per cell")
+        say(
+            f"data from {args.source}: mesh {tuple(map(int, pm.Nmesh))}, "
+            f"box {pm.BoxSize[0]:g} Mpc/h, noise {data.sigma:.3g} per cell"
+        )
     else:
         pm = ParticleMesh(Nmesh=[args.nmesh] * 3, BoxSize=args.boxsize or 4.0 * args.nmesh, comm=comm, dtype="f8")
         forward = model(pm)
-        say(f"a universe of {args.nmesh}^3 particles in a box of {pm.BoxSize[0]:g} Mpc/h, on {comm.size} rank{'s' * (comm.size > 1)}")
+        say(
+            f"a universe of {args.nmesh}^3 particles in a box of {pm.BoxSize[0]:g} Mpc/h, "
+            f"on {comm.size} rank{'s' * (comm.size > 1)}"
+        )
         data = cosmo4d.Data.synthetic(pm, forward, args.noise or 0.5, args.seed)
     # Minimise
     optimizer = LBFGS(maxiter=args.maxiter)
@@ -257,9 +307,13 @@ def draw(path, pm, data, x, final, shells, curves, say):
         figure, axes = pyplot.subplots(2, 3, figsize=(11, 7.2), layout="constrained")
         for ax, (title, image) in zip(axes.flat, images.items()):
             centre = 0.0 if "linear" in title else 1.0
-            width = 2.5 * max(numpy.std(images["reconstruction"]) if centre else numpy.std(images["linear modes: reconstruction"]), 1e-12)
+            reference = images["reconstruction" if centre else "linear modes: reconstruction"]
+            width = 2.5 * max(numpy.std(reference), 1e-12)
             extent = [0, pm.BoxSize[1], 0, pm.BoxSize[0]]
-            ax.imshow(image, origin="lower", extent=extent, vmin=centre - width, vmax=centre + width, cmap="magma" if centre else "RdBu_r")
+            ax.imshow(
+                image, origin="lower", extent=extent, vmin=centre - width, vmax=centre + width,
+                cmap="magma" if centre else "RdBu_r"
+            )
             ax.set(title=title, xticks=[], yticks=[])
         ax = axes.flat[-1]
         for (title, (r, t)), colour in zip(curves.items(), ("C0", "C1")):

@@ -1,7 +1,9 @@
-"""Tests of derivatives, in one line each: the dot-product test, the Taylor test, and a test of independence of the number of ranks.
+"""Tests of derivatives, in one line each: the dot-product test, the Taylor test, and a test of
+independence of the number of ranks.
 
-`check` proves an operator (or a model, or a function that builds one) at given inputs. `BaseScalarTest` and `BaseVectorTest` are bases for test
-classes, which compare with finite differences.
+`check` proves an operator (or a model, or a function that builds one) at given inputs.
+`BaseScalarTest` and `BaseVectorTest` are bases for test classes, which compare with finite
+differences.
 """
 
 import inspect
@@ -21,7 +23,8 @@ def inner(a, b, comm=None):
 
     Parameters
     ----------
-    a, b : numbers, arrays, lists of these, or objects with a method `cdot` (fields); ZeroGradient is orthogonal to all
+    a, b : numbers, arrays, lists of these, or objects with a method `cdot` (fields); ZeroGradient is
+        orthogonal to all
     comm : MPI communicator, optional
         Arrays with axes are distributed over its ranks: sum over them. Numbers are the same on all ranks.
     """
@@ -37,7 +40,8 @@ def inner(a, b, comm=None):
 
 
 def random_like(x, rng):
-    """A random direction for a value: normal deviates of the same shape and precision, complex if the value is."""
+    """A random direction for a value: normal deviates of the same shape and precision, complex if the
+    value is."""
     if isinstance(x, (list, tuple)):
         return [random_like(item, rng) for item in x]
     if hasattr(x, "cdot"):
@@ -176,7 +180,9 @@ class Trial:
     def _direction(self, name, x):
         distributed = self.comm is not None and name.strip("_").split("[")[0] not in self.universal
         entropy = [self.seed, sum(map(ord, name))]
-        rng = numpy.random.default_rng(entropy + [1 + self.comm.rank] if distributed and numpy.ndim(x) else entropy)
+        rng = numpy.random.default_rng(
+            entropy + [1 + self.comm.rank] if distributed and numpy.ndim(x) else entropy
+        )
         return random_like(x, rng)
 
     def inner(self, name, a, b):
@@ -215,14 +221,17 @@ class Trial:
         return {name: out["_" + name] for name in self.varied}
 
 
-def check_dot_product(subject, *args, comm=None, universal=(), constant=(), seed=20, rtol=None, allow_zero=False, **kwargs):
+def check_dot_product(
+    subject, *args, comm=None, universal=(), constant=(), seed=20, rtol=None, allow_zero=False, **kwargs
+):
     """Assert that jvp and vjp multiply with the same Jacobian: <w, J v> = <J^T w, v> for random v and w.
 
     Parameters
     ----------
     subject : operator, function that builds a model out of symbols, or model
     *args, **kwargs
-        The arguments with which the subject is called, at which it is tested. For a model: a dict of its inputs.
+        The arguments with which the subject is called, at which it is tested. For a model: a dict of
+        its inputs.
     comm : MPI communicator, optional
         Arrays with axes are distributed over its ranks.
     universal : str or tuple of str
@@ -254,7 +263,8 @@ def dot_products(trial, rtol=None, allow_zero=False):
             left = trial.inner(y, w[y], pushed[x][y])
             right = trial.inner(x, pulled[y][x], v[x])
             scale = max(
-                trial.norm({y: w[y]}) * trial.norm({y: pushed[x][y]}), trial.norm({x: pulled[y][x]}) * trial.norm({x: v[x]})
+                trial.norm({y: w[y]}) * trial.norm({y: pushed[x][y]}),
+                trial.norm({x: pulled[y][x]}) * trial.norm({x: v[x]}),
             )
             if not abs(left - right) <= rtol * scale:
                 raise AssertionError(describe_products(trial.name, x, y, left, right, rtol * scale))
@@ -263,7 +273,9 @@ def dot_products(trial, rtol=None, allow_zero=False):
     right = sum(trial.inner(x, JTw[x], v[x]) for x in trial.varied)
     scale = max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
     if not abs(left - right) <= rtol * scale:
-        raise AssertionError(describe_products(trial.name, "all inputs", "all results", left, right, rtol * scale))
+        raise AssertionError(
+            describe_products(trial.name, "all inputs", "all results", left, right, rtol * scale)
+        )
     if scale == 0 and not allow_zero:
         raise AssertionError(f"{trial.name}: all derivatives vanish here, so that this test proves nothing")
     return left, right
@@ -271,17 +283,20 @@ def dot_products(trial, rtol=None, allow_zero=False):
 
 def describe_products(name, x, y, left, right, allowed):
     return (
-        f"{name}: jvp and vjp disagree on d({y})/d({x}): <w, J v> = {left:.12g} and <J^T w, v> = {right:.12g}; "
+        f"{name}: jvp and vjp disagree on d({y})/d({x}): "
+        f"<w, J v> = {left:.12g} and <J^T w, v> = {right:.12g}; "
         f"they differ by {abs(left - right):.3g}, expected at most {allowed:.3g}"
     )
 
 
 Remainders = namedtuple("Remainders", "steps, zeroth, first, floor")
-Remainders.__doc__ = """Remainders of Taylor's expansion: |f(x + h v) - f(x)| and |f(x + h v) - f(x) - h J v| for steps h, and their rounding errors."""
+Remainders.__doc__ = """Remainders of Taylor's expansion, |f(x + h v) - f(x)| and
+|f(x + h v) - f(x) - h J v| for steps h, and their rounding errors."""
 
 
 def taylor_remainders(subject, *args, steps=None, comm=None, universal=(), constant=(), seed=20, **kwargs):
-    """Compute the remainders of Taylor's expansion in a random direction, for `check_taylor` and for plotting."""
+    """Compute the remainders of Taylor's expansion in a random direction, for `check_taylor` and for
+    plotting."""
     return remainders(Trial(subject, args, kwargs, comm, universal, constant, seed), steps)
 
 
@@ -291,10 +306,12 @@ def remainders(trial, steps=None, only=None):
 
 
 def expand(space, function, y, Jv, x, v, steps=None):
-    """Remainders of `function` at the dict of values `x` in the direction `v`; `space` knows norms and rounding."""
+    """Remainders of `function` at the dict of values `x` in the direction `v`; `space` knows norms
+    and rounding."""
     if steps is None:
         steps = (1e-2 * 0.25 ** numpy.arange(6)) if space.eps < 1e-10 else 0.1 * 0.5 ** numpy.arange(5)
-    sensitivity = space.norm(Jv) * max(1.0, space.norm({name: x[name] for name in v}) / (space.norm(v) or 1.0))
+    relative = space.norm({name: x[name] for name in v}) / (space.norm(v) or 1.0)
+    sensitivity = space.norm(Jv) * max(1.0, relative)
     zeroth, first, floor = [], [], []
     for h in map(float, steps):
         shifted = function({**x, **{name: step(x[name], h, direction) for name, direction in v.items()}})
@@ -315,14 +332,16 @@ def rates_of(r, which="first"):
 
 
 def check_taylor(
-    subject, *args, steps=None, comm=None, universal=(), constant=(), seed=20, order=2, allow_zero=False, **kwargs
+    subject, *args, steps=None, comm=None, universal=(), constant=(), seed=20, order=2,
+    allow_zero=False, **kwargs
 ):
     """Assert that the tangent is the derivative: |f(x + h v) - f(x) - h J v| falls as h squared.
 
     Parameters are those of `check_dot_product`, and
 
     steps : sequence of float, optional
-        Decreasing step sizes, relative to a direction that is about as large as the inputs, but not larger than one.
+        Decreasing step sizes, relative to a direction that is about as large as the inputs, but not
+        larger than one.
     order : float
         The slope that is expected.
 
@@ -341,7 +360,8 @@ def taylor_rates(trial, steps=None, order=2, allow_zero=False):
         # Find the inputs whose tangents are wrong
         wrong = [name for name in trial.varied if not converges(remainders(trial, steps, only=name), order)]
         raise AssertionError(
-            f"{trial.name}: the jvp is not the derivative with respect to {', '.join(wrong or trial.varied)}; " + describe_slopes(r, order)
+            f"{trial.name}: the jvp is not the derivative with respect to {', '.join(wrong or trial.varied)}; "
+            + describe_slopes(r, order)
         )
     if not allow_zero and trial.norm(trial.jvp(trial.tangents())) == 0:
         raise AssertionError(f"{trial.name}: all derivatives vanish here, so that this test proves nothing")
@@ -365,15 +385,17 @@ def describe_slopes(r, order):
 
 
 def check_gradient(
-    objective, *args, gradient=None, steps=None, comm=None, universal=(), constant=(), seed=20, order=2, **kwargs
+    objective, *args, gradient=None, steps=None, comm=None, universal=(), constant=(), seed=20,
+    order=2, **kwargs
 ):
     """Assert that a gradient is the derivative of a real scalar objective, by the Taylor test.
 
     Parameters are those of `check_taylor`, and
 
     gradient : callable, optional
-        If given, objective and gradient are plain functions of numbers; the gradient takes the same arguments, and returns the
-        cotangent of the only argument, or a sequence of those of all arguments. Otherwise the gradient is the vjp of a model.
+        If given, objective and gradient are plain functions of numbers; the gradient takes the same
+        arguments, and returns the cotangent of the only argument, or a sequence of those of all
+        arguments. Otherwise the gradient is the vjp of a model.
 
     Returns
     -------
@@ -389,12 +411,18 @@ def check_gradient(
         trial = Numeric(objective, args, kwargs, comm, universal, constant, seed)
         function, values, g = trial.value, trial.out, trial.gradient(gradient)
     if numpy.ndim(values[y]) != 0 or isinstance(values[y], complex):
-        raise BadArgument(f"the objective is not a real number but {type(values[y]).__name__} of shape {numpy.shape(values[y])}")
+        raise BadArgument(
+            f"the objective is not a real number but {type(values[y]).__name__} "
+            f"of shape {numpy.shape(values[y])}"
+        )
     v = trial.tangents()
     slope = sum(trial.inner(name, g[name], v[name]) for name in v)
     r = expand(trial, function, values, {y: slope}, trial.init, v, steps)
     if not converges(r, order):
-        raise AssertionError(f"{trial.name}: the gradient is not the derivative of the objective; " + describe_slopes(r, order))
+        raise AssertionError(
+            f"{trial.name}: the gradient is not the derivative of the objective; "
+            + describe_slopes(r, order)
+        )
     return rates_of(r)
 
 
@@ -403,7 +431,8 @@ class Numeric(Trial):
 
     def __init__(self, function, args, kwargs, comm=None, universal=(), constant=(), seed=20):
         self.name = getattr(function, "__name__", None) or repr(function)
-        self.comm, self.universal, self.seed = comm, {universal} if isinstance(universal, str) else set(universal), seed
+        self.comm, self.seed = comm, seed
+        self.universal = {universal} if isinstance(universal, str) else set(universal)
         self.function, self.kwargs = function, kwargs
         self.init = {f"x{i}": x for i, x in enumerate(args)}
         self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
@@ -419,21 +448,25 @@ class Numeric(Trial):
 
 
 Report = namedtuple("Report", "value, rates, products")
-Report.__doc__ = """What `check` saw: the value, the slopes of the Taylor test, and the two sides of the dot-product test."""
+Report.__doc__ = """What `check` saw: the value, the slopes of the Taylor test, and the two sides of
+the dot-product test."""
 
 
 def check(
-    subject, *args, truth=None, comm=None, universal=(), constant=(), seed=20, rtol=None, steps=None, allow_zero=False, **kwargs
+    subject, *args, truth=None, comm=None, universal=(), constant=(), seed=20, rtol=None, steps=None,
+    allow_zero=False, **kwargs
 ):
     """Prove an operator, a model, or a function that builds a model, at given inputs.
 
-    The value is compared with the truth, the jvp with the value by the Taylor test, and the vjp with the jvp by the dot-product test; derivatives
-    must fit their values in shape, in being real, and in precision; and inputs must not be changed.
+    The value is compared with the truth, the jvp with the value by the Taylor test, and the vjp with
+    the jvp by the dot-product test; derivatives must fit their values in shape, in being real, and in
+    precision; and inputs must not be changed.
 
     Parameters are those of `check_dot_product`, and
 
     truth : callable or value, optional
-        What the value should be: a function that is called with the same arguments, or the value itself (for several results, a sequence).
+        What the value should be: a function that is called with the same arguments, or the value
+        itself (for several results, a sequence).
     steps : sequence of float, optional
         Step sizes of the Taylor test.
 
@@ -443,7 +476,8 @@ def check(
     -------
     Report
     """
-    before = copy_of([*args, *kwargs.values()]) if all(map(is_differentiable, [*args, *kwargs.values()])) else None
+    given = [*args, *kwargs.values()]
+    before = copy_of(given) if all(map(is_differentiable, given)) else None
     trial = Trial(subject, args, kwargs, comm, universal, constant, seed)
     snapshot = copy_of(list(trial.init.values())) if before is None else None
     if truth is not None:
@@ -476,31 +510,47 @@ def check_value(trial, name, value, expected):
         return
     value, expected = (getattr(x, "value", x) for x in (value, expected))
     if numpy.shape(value) != numpy.shape(expected):
-        raise AssertionError(f"{trial.name}: '{name}' has shape {numpy.shape(value)}, expected {numpy.shape(expected)}")
-    numpy.testing.assert_allclose(value, expected, rtol=trial.eps**0.8, atol=trial.eps**0.8, err_msg=f"{trial.name}: the value of '{name}'")
+        raise AssertionError(
+            f"{trial.name}: '{name}' has shape {numpy.shape(value)}, expected {numpy.shape(expected)}"
+        )
+    numpy.testing.assert_allclose(
+        value, expected, rtol=trial.eps**0.8, atol=trial.eps**0.8,
+        err_msg=f"{trial.name}: the value of '{name}'"
+    )
 
 
 def check_fits(trial, what, derivative, value):
-    """Assert that a tangent or cotangent has the shape of its value, is real if it is, and has the same precision."""
+    """Assert that a tangent or cotangent has the shape of its value, is real if it is, and has the
+    same precision."""
     if derivative is ZeroGradient:
         return
     if isinstance(value, (list, tuple)):
         if len(derivative) != len(value):
-            raise AssertionError(f"{trial.name}: the {what} is a list of {len(derivative)}, expected {len(value)}")
+            raise AssertionError(
+                f"{trial.name}: the {what} is a list of {len(derivative)}, expected {len(value)}"
+            )
         for item, x in zip(derivative, value):
             check_fits(trial, what, item, x)
         return
     if hasattr(value, "cdot"):
         if not hasattr(derivative, "cdot"):
-            raise AssertionError(f"{trial.name}: the {what} is a {type(derivative).__name__}, expected a {type(value).__name__}")
+            raise AssertionError(
+                f"{trial.name}: the {what} is a {type(derivative).__name__}, "
+                f"expected a {type(value).__name__}"
+            )
         return
     if numpy.shape(derivative) != numpy.shape(value):
-        raise AssertionError(f"{trial.name}: the {what} has shape {numpy.shape(derivative)}, expected {numpy.shape(value)}")
+        raise AssertionError(
+            f"{trial.name}: the {what} has shape {numpy.shape(derivative)}, expected {numpy.shape(value)}"
+        )
     if numpy.iscomplexobj(derivative) and not numpy.iscomplexobj(value):
         raise AssertionError(f"{trial.name}: the {what} is complex, and the value is real")
-    if trial.uniform and hasattr(value, "dtype") and value.dtype.kind in "fc" and hasattr(derivative, "dtype"):
+    has_dtypes = hasattr(value, "dtype") and hasattr(derivative, "dtype")
+    if trial.uniform and has_dtypes and value.dtype.kind in "fc":
         if precisions(derivative) != precisions(value):
-            raise AssertionError(f"{trial.name}: the {what} has dtype {derivative.dtype}, and the value {value.dtype}")
+            raise AssertionError(
+                f"{trial.name}: the {what} has dtype {derivative.dtype}, and the value {value.dtype}"
+            )
 
 
 def check_rank_invariance(function, comm=None, rtol=1e-9):
@@ -509,8 +559,8 @@ def check_rank_invariance(function, comm=None, rtol=1e-9):
     Parameters
     ----------
     function : callable
-        Takes a communicator; returns a number, an array that is the same on all ranks, a field, or a list, tuple or dict of these. It is
-        called with `comm`, and by each rank with COMM_SELF.
+        Takes a communicator; returns a number, an array that is the same on all ranks, a field, or a
+        list, tuple or dict of these. It is called with `comm`, and by each rank with COMM_SELF.
     comm : MPI communicator
         The default is COMM_WORLD.
     rtol : float
@@ -529,7 +579,8 @@ def check_rank_invariance(function, comm=None, rtol=1e-9):
     worst = max(comm.allgather(difference(together, alone)))
     if not worst <= rtol:
         raise AssertionError(
-            f"{getattr(function, '__name__', function)}: the result on {comm.size} ranks differs from that on one, relatively by {worst:.3g}, "
+            f"{getattr(function, '__name__', function)}: the result on {comm.size} ranks differs "
+            f"from that on one, relatively by {worst:.3g}, "
             f"expected at most {rtol:.3g}"
         )
     return worst

@@ -1,4 +1,5 @@
-"""Reconstruction of the initial conditions of the universe: forward operators, residuals, data and statistics."""
+"""Reconstruction of the initial conditions of the universe: forward operators, residuals, data and
+statistics."""
 
 import json
 import os
@@ -54,8 +55,8 @@ def paint_density(dx, q, pm):
 def WhiteNoiseOperator(x, power, q, stages, cosmology, pm):
     """From white noise, a RealField of unit variance, to the density today.
 
-    `power` is the linear power spectrum today, a function of k in h/Mpc; for the rest see `FastPMOperator`. Here `s` is the
-    white noise.
+    `power` is the linear power spectrum today, a function of k in h/Mpc; for the rest see
+    `FastPMOperator`. Here `s` is the white noise.
     """
     modes = linear_modes(x, power, pm)
     _, fs = FastPMOperator(modes, q, stages, cosmology, pm)
@@ -71,7 +72,8 @@ def linear_modes(x, power, pm):
 
 @autooperator("s, fs -> y")
 def NLResidualOperator(s, fs, d, invN):
-    """The residual of the density: (fs - d) invN**(1/2), with the inverse variance per cell (a number or a field)."""
+    """The residual of the density: (fs - d) invN**(1/2), with the inverse variance per cell (a number
+    or a field)."""
     return (fs - d) * invN**0.5
 
 
@@ -93,7 +95,8 @@ def gaussian(scale):
 
 @autooperator("s, fs -> y")
 def LNResidualOperator(s, fs, d, invN, floor=0.1):
-    """The residual of the logarithm of the density, log(floor + fs) - log(floor + d), with negative data taken as 0."""
+    """The residual of the logarithm of the density, log(floor + fs) - log(floor + d), with negative
+    data taken as 0."""
     target = numpy.log(floor + numpy.maximum(numpy.asarray(getattr(d, "value", d)), 0.0))
     return (unary.log(fs + floor) - target) * invN**0.5
 
@@ -106,7 +109,8 @@ def WhitePriorOperator(s, fs):
 
 @autooperator("s, fs -> y")
 def PriorOperator(s, fs, power, pm):
-    """The prior of linear modes with the power spectrum `power`: the sum of squares of y is sum_k V |s_k|^2 / P(k)."""
+    """The prior of linear modes with the power spectrum `power`: the sum of squares of y is sum_k V
+    |s_k|^2 / P(k)."""
     volume, cells = float(pm.BoxSize.prod()), float(pm.Nmesh.prod())
 
     def transfer(k):
@@ -136,7 +140,8 @@ class ChiSquareProblem(MPIChiSquareProblem):
         super().__init__(comm, forward_operator, residuals, FastPMVectorSpace(comm))
 
     def set_preconditioner(self, kind):
-        """In which variables to optimise modes: 'complex', the modes themselves, or 'real', the field in configuration space."""
+        """In which variables to optimise modes: 'complex', the modes themselves, or 'real', the field
+        in configuration space."""
         if kind not in ("complex", "real"):
             raise ValueError(f"expected 'complex' or 'real', got {kind!r}")
         self.preconditioner = Preconditioner(Pvp=to_real, vPp=to_modes) if kind == "real" else None
@@ -170,7 +175,8 @@ class Data:
 
     @classmethod
     def synthetic(cls, pm, forward, sigma, seed):
-        """Draw white noise, run `forward` (a `WhiteNoiseOperator` with bound hyper-parameters), and add noise."""
+        """Draw white noise, run `forward` (a `WhiteNoiseOperator` with bound hyper-parameters), and
+        add noise."""
         truth = white_noise(pm, seed)
         clean = forward.build().compute("fs", init=dict(x=truth))
         return cls(clean + white_noise(pm, seed + 1) * sigma, sigma, truth, clean)
@@ -308,7 +314,9 @@ def as_modes(field):
     return field if numpy.iscomplexobj(field.value) else field.r2c()
 
 
-def reconstruct(forward, data, optimizer, start=None, smoothing=0.0, monitor=None, state=None, progress=False):
+def reconstruct(
+    forward, data, optimizer, start=None, smoothing=0.0, monitor=None, state=None, progress=False
+):
     """Find the white noise that explains a density.
 
     Parameters

@@ -40,7 +40,8 @@ class Sweep:
         return not self.derivative.keys().isdisjoint(flatten(symbols))
 
     def add_node(self, primitive, node, derivatives, varout):
-        """Append a call of a derivative of a node, unless all that goes in is zero. Returns whether it was appended."""
+        """Append a call of a derivative of a node, unless all that goes in is zero. Returns whether
+        it was appended."""
         varin = {name: derivatives[name] for name in primitive.ain}
         for symbol in flatten(varin):
             if symbol is not ZERO:
@@ -133,7 +134,9 @@ class ReverseSweep(Sweep):
             if so_far is not None:
                 total = self.fresh("_{}", symbol)
                 origin = None if node else caller()
-                self.model.append(Node(accumulate.apl, dict(a=so_far, b=partial), dict(y=total), origin, node))
+                self.model.append(
+                    Node(accumulate.apl, dict(a=so_far, b=partial), dict(y=total), origin, node)
+                )
                 partial = total
             self.derivative[symbol] = partial
 

@@ -1,7 +1,6 @@
 """Autooperators: operators that are made of a model."""
 
 import inspect
-from weakref import WeakValueDictionary
 
 from .error import BadArgument, ModelError, did_you_mean
 from .model import Builder
@@ -30,14 +29,15 @@ class AutoOperator(Operator):
         self._keeps_tape = True
         self.argnames = tuple(argnames)
         self.hyperargs = {}
-        self._models = WeakValueDictionary()
         self.__bound_model__ = None
         self.__bound_tape__ = None
         super().__init__(prototype)
 
     def _make_primitives(self):
         known = (TAPE,) if self._keeps_tape else self.argnames
-        self.apl = Primitive(self, "apl", compute, self.argnames, compute_and_record if self._keeps_tape else None)
+        self.apl = Primitive(
+            self, "apl", compute, self.argnames, compute_and_record if self._keeps_tape else None
+        )
         self.apl.defaults = self._defaults
         self.vjp = Primitive(self, "vjp", pull_back, [*known, *("_" + name for name in self.aout)])
         self.jvp = Primitive(self, "jvp", push_forward, [*known, *(name + "_" for name in self.ain)])
@@ -49,7 +49,8 @@ class AutoOperator(Operator):
         for name in hyperargs:
             if name in self.ain:
                 raise ModelError(
-                    f"'{name}' is an input of {self.__name__}, not a hyper-parameter; its value is given when the model is computed"
+                    f"'{name}' is an input of {self.__name__}, not a hyper-parameter; its value is "
+                    "given when the model is computed"
                 )
         return self._build(hyperargs)
 
@@ -72,7 +73,8 @@ class AutoOperator(Operator):
             for name in self.aout:
                 if name not in results:
                     raise ModelError(
-                        f"{self.__name__} declares the output '{name}', but its function produced {', '.join(results) or 'nothing'}"
+                        f"{self.__name__} declares the output '{name}', but its function produced "
+                        f"{', '.join(results) or 'nothing'}"
                     )
             m.output(**results)
         return m
@@ -94,12 +96,15 @@ class AutoOperator(Operator):
         )
 
     def precompute(self, /, **arguments):
-        """A variant that was computed already, for given inputs and hyper-parameters, and replays its tape from now on."""
+        """A variant that was computed already, for given inputs and hyper-parameters, and replays its
+        tape from now on."""
         inputs = {name: value for name, value in arguments.items() if name in self.ain}
         hyperargs = {name: value for name, value in arguments.items() if name not in self.ain}
         model = self._build(hyperargs)
         _, tape = model.compute(list(self.aout), inputs, return_tape=True)
-        return self._vary(__bound_model__=model, __bound_tape__=tape, _defaults={**self._defaults, **hyperargs})
+        return self._vary(
+            __bound_model__=model, __bound_tape__=tape, _defaults={**self._defaults, **hyperargs}
+        )
 
     @property
     def forgetful(self):
@@ -139,19 +144,25 @@ def find_model(node, arguments):
         return operator.__bound_model__, inputs
     hyperargs = {name: arguments[name] for name in operator.argnames if name not in operator.ain}
     home = node.forward or node
-    if home.cache is None or not all(is_same(home.cache[0][name], value) for name, value in hyperargs.items()):
-        home.cache = hyperargs, share_model(operator, hyperargs)
+    if home.cache is None or not all(
+        is_same(home.cache[0][name], value) for name, value in hyperargs.items()
+    ):
+        home.cache = hyperargs, share_model(home, hyperargs)
     return home.cache[1], inputs
 
 
-def share_model(operator, hyperargs):
-    """The model for some hyper-parameters: one that another node uses already, or a new one."""
-    key = tuple((type(value), value) if type(value) in (int, float, str) else id(value) for value in hyperargs.values())
-    model = operator._models.get(key)
-    if model is None:
-        model = operator._models[key] = operator._build(hyperargs)
-        model._hyperargs = hyperargs  # as long as the model is there, no other object has one of these ids
-    return model
+def share_model(node, hyperargs):
+    """The model for some hyper-parameters: that of another node of the same graph, or a new one."""
+    operator, graph = node.operator, node.graph
+    if graph is None or not all(node.is_literal(name) for name in hyperargs):
+        return operator._build(hyperargs)
+    key = operator, *(
+        (type(value), value) if type(value) in (int, float, str) else id(value)
+        for value in hyperargs.values()
+    )
+    if key not in graph.shared:
+        graph.shared[key] = operator._build(hyperargs)
+    return graph.shared[key]
 
 
 def is_same(a, b):
@@ -197,12 +208,13 @@ def autooperator(*spec):
 
     The forms are
 
-    - `@autooperator('x, y -> z')`, also `@autooperator('x', 'y', '->', 'z')`, for a function of x, y and hyper-parameters;
+    - `@autooperator('x, y -> z')`, also `@autooperator('x', 'y', '->', 'z')`, for a function of x, y
+      and hyper-parameters;
     - `@autooperator` for a function with annotations `def f(x: '*', y: '*', n) -> 'z'`;
     - `@autooperator` for a class with `ain`, `aout` and `main(self, x, y, n)`, where `self` is the model.
 
-    The function returns the output, a tuple of the outputs in order, or a dict of them by name. Parameters that are not inputs are
-    hyper-parameters and may have defaults.
+    The function returns the output, a tuple of the outputs in order, or a dict of them by name.
+    Parameters that are not inputs are hyper-parameters and may have defaults.
     """
     if len(spec) == 1 and inspect.isclass(spec[0]):
         return from_class(spec[0])
@@ -219,16 +231,21 @@ def autooperator(*spec):
 def from_annotations(function):
     ain = dict(getattr(function, "__annotations__", {}))
     if "return" not in ain:
-        raise BadArgument(f"the outputs of {function.__name__} are not declared; write def f(x: '*') -> 'y', or give 'x -> y'")
+        raise BadArgument(
+            f"the outputs of {function.__name__} are not declared; "
+            "write def f(x: '*') -> 'y', or give 'x -> y'"
+        )
     aout = ain.pop("return")
     return from_function(function, ain, aout)
 
 
 def from_function(function, ain, aout):
     names = "__doc__", "__module__", "__qualname__"
-    attributes = dict(ain=ain, aout=aout, main=staticmethod(function), **{name: getattr(function, name) for name in names})
+    attributes = {name: getattr(function, name) for name in names}
+    attributes |= dict(ain=ain, aout=aout, main=staticmethod(function))
     prototype = type(function.__name__, (), attributes)
-    return make(prototype, inspect.signature(function).parameters.values(), lambda m, arguments: function(**arguments))
+    parameters = inspect.signature(function).parameters.values()
+    return make(prototype, parameters, lambda m, arguments: function(**arguments))
 
 
 def from_class(prototype):

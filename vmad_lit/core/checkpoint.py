@@ -17,17 +17,19 @@ def checkpoint(step, n, ram=None, disk=0, folder=None, schedule=None):
     Parameters
     ----------
     step : autooperator
-        From a state to the next. Its first inputs are the state, as many as it has outputs and in the same order; further inputs are
-        parameters. A hyper-parameter `i`, if it has one, receives the number of the step, beginning with 0.
+        From a state to the next. Its first inputs are the state, as many as it has outputs and in the
+        same order; further inputs are parameters. A hyper-parameter `i`, if it has one, receives the
+        number of the step, beginning with 0.
     n : int
         The number of steps.
     ram, disk : int
         How many states may be kept in memory (by default all) and on disk. At least one in all.
     folder : str, optional
-        Where to put the states on disk; by default where temporary files go. The files have no names and vanish with the process,
-        even if it is killed.
+        Where to put the states on disk; by default where temporary files go. The files have no names
+        and vanish with the process, even if it is killed.
     schedule : callable, optional
-        From `n` to a schedule of the library `checkpoint_schedules`, instead of the optimal one for `ram` and `disk`.
+        From `n` to a schedule of the library `checkpoint_schedules`, instead of the optimal one for
+        `ram` and `disk`.
 
     Returns
     -------
@@ -38,7 +40,10 @@ def checkpoint(step, n, ram=None, disk=0, folder=None, schedule=None):
     if not isinstance(step, AutoOperator):
         raise BadArgument(f"the step of a chain is an autooperator, got {step!r}")
     if len(step.aout) > len(step.ain):
-        raise BadArgument(f"the outputs {list(step.aout)} of a step are its next state, but it has only the inputs {list(step.ain)}")
+        raise BadArgument(
+            f"the outputs {list(step.aout)} of a step are its next state, "
+            f"but it has only the inputs {list(step.ain)}"
+        )
     if n < 1:
         raise BadArgument(f"a chain has at least one step, got n = {n}")
     if schedule is None and ram is not None and ram + disk < 1:
@@ -137,7 +142,8 @@ class Walk:
 
         if action.write_ics:
             on_disk = action.storage is StorageType.DISK
-            self.states[action.n0] = OnDisk(self.state, self.steps.chain.folder) if on_disk else InMemory(self.state)
+            folder = self.steps.chain.folder
+            self.states[action.n0] = OnDisk(self.state, folder) if on_disk else InMemory(self.state)
         for i in range(action.n0, min(action.n1, self.steps.chain.n)):
             self.state, tape = self.steps.run(i, self.state, action.write_adj_deps)
             if tape is not None:
@@ -169,9 +175,14 @@ class OnDisk:
             self._file.flush()
         except OSError as error:
             where = folder or tempfile.gettempdir()
-            raise OSError(error.errno, f"a state of a chain could not be written to {where}: {error.strerror}") from error
+            raise OSError(
+                error.errno, f"a state of a chain could not be written to {where}: {error.strerror}"
+            ) from error
         except (TypeError, pickle.PicklingError, AttributeError) as error:
-            raise TypeError(f"a state of a chain cannot be kept on disk, since it cannot be pickled ({error}); keep it in memory") from error
+            raise TypeError(
+                "a state of a chain cannot be kept on disk, since it cannot be pickled "
+                f"({error}); keep it in memory"
+            ) from error
 
     def get(self):
         self._file.seek(0)
@@ -235,7 +246,9 @@ def pull_back_chain(node, **arguments):
             walk.restore(action, keep=isinstance(action, Copy))
         elif isinstance(action, EndReverse):
             break
-    return {"_" + name: value for name, value in [*zip(chain.state_names, cotangents), *of_parameters.items()]}
+    return {
+        "_" + name: value for name, value in [*zip(chain.state_names, cotangents), *of_parameters.items()]
+    }
 
 
 def push_forward_chain(node, **arguments):

@@ -12,9 +12,11 @@ from .symbol import AttrSymbol, List, Literal, leaves
 
 
 def find_needed(graph, vout):
-    """The nodes that have to run to compute the outputs named in `vout`, in order, and when values are used last.
+    """The nodes that have to run to compute the outputs named in `vout`, in order, and when values
+    are used last.
 
-    The latter is a dict from each symbol that is used to the node that uses it last; for an output that is None.
+    The latter is a dict from each symbol that is used to the node that uses it last; for an output
+    that is None.
     """
     last_use = {leaf: None for name in vout for leaf in leaves(graph._outputs[name])}
     used = last_use.keys()
@@ -38,7 +40,8 @@ def flatten(symbols):
 
 
 def find_active(graph, nodes):
-    """The symbols whose values depend differentiably on the inputs of the graph, and the nodes that compute them."""
+    """The symbols whose values depend differentiably on the inputs of the graph, and the nodes that
+    compute them."""
     active, active_nodes = set(graph._inputs.values()), []
     for node in nodes:
         for name in node.primitive.ain:
@@ -74,8 +77,8 @@ class Plan:
     active : set of Symbol
         If recording: the values that have derivatives.
     records : dict
-        If recording: for each node where to find what it recorded. Either the slot of the dict that its `rcd` returned, or
-        a dict from names to slots.
+        If recording: for each node where to find what it recorded. Either the slot of the dict that
+        its `rcd` returned, or a dict from names to slots.
     derived : dict
         The models derived from this plan, so that they are made only once.
     """
@@ -209,7 +212,8 @@ class Plan:
                 extras = [(name, self._new_slot()) for name in operator.extras]
                 of_arguments = dict(zip(names, ins))
                 self.records[node] = {
-                    name: of_arguments[name] if name in of_arguments else self._target(symbol) for name, symbol in recorded.items()
+                    name: of_arguments[name] if name in of_arguments else self._target(symbol)
+                    for name, symbol in recorded.items()
                 }
                 self.records[node].update(extras)
         # Choose the step
@@ -224,7 +228,10 @@ class Plan:
                 if name in primitive.ain and not (type(varin[name]) is Literal and varin[name]._value is ZeroGradient)
             ]
         if single and kept is None and linear is None and record is None and not clear:
-            step = (call_two, node, function, *ins, *outs[0]) if len(ins) == 2 else (call, node, function, gatherer(ins), *outs[0])
+            if len(ins) == 2:
+                step = call_two, node, function, *ins, *outs[0]
+            else:
+                step = call, node, function, gatherer(ins), *outs[0]
         elif single and kept is not None and linear is None:
             step = call_and_record, node, function, gatherer(ins), *outs[0], kept, clear
         elif linear is not None and len(linear) == 1 and not clear and not lists:
@@ -249,8 +256,8 @@ class Plan:
         tape : list, optional
             For a derived graph: the slots that a run of `base` left behind.
         monitor : callable, optional
-            `monitor(node, inputs, outputs, context)` is called after each node with the symbols of the node by name, and a mapping from
-            the names of symbols to values.
+            `monitor(node, inputs, outputs, context)` is called after each node with the symbols of
+            the node by name, and a mapping from the names of symbols to values.
 
         Returns
         -------
@@ -262,7 +269,9 @@ class Plan:
         slots = self.template.copy() if tape is None else tape + self.template
         for name, slot in self.inputs.items():
             if name not in init:
-                raise ResolveError(f"the input '{name}' is needed and was not given" + did_you_mean(name, list(init)))
+                raise ResolveError(
+                    f"the input '{name}' is needed and was not given" + did_you_mean(name, list(init))
+                )
             slots[slot] = init[name]
         steps = iter(self.steps)
         try:
@@ -323,17 +332,6 @@ def scatter(s, target, value):
 
 
 # The steps of nodes
-@contextmanager
-def undisturbed():
-    """Suspend the cyclic garbage collector, for code that makes many objects that stay."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
 def call(s, step):
     """Call a function that has one result."""
     _, node, function, gather, name, out = step
@@ -469,7 +467,8 @@ def find_extra(node, key, r):
         if primitive is not None and key in primitive.defaults:
             return primitive.defaults[key]
     raise BrokenPrimitive(
-        f"a derivative of operator {node.operator.__name__} takes '{key}', which has not been recorded; recorded are {list(r)}"
+        f"a derivative of operator {node.operator.__name__} takes '{key}', which has not been "
+        f"recorded; recorded are {list(r)}"
     )
 
 def describe(value):
@@ -480,6 +479,19 @@ def describe(value):
         return f"{type(value).__name__} of {len(value)}"
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     return type(value).__name__ + (f" {dtype}{list(shape)}" if isinstance(shape, tuple) else "")
+
+
+# Pause of the garbage collector
+@contextmanager
+def undisturbed():
+    """Suspend the cyclic garbage collector, for code that makes many objects that stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Context(Mapping):

@@ -56,6 +56,15 @@ class Node:
         return self.primitive.operator
 
     @property
+    def graph(self):
+        """The graph that the node belongs to, or None for a node without results."""
+        for symbol in self.varout.values():
+            for leaf in leaves(symbol):
+                if isinstance(leaf, Symbol):
+                    return leaf._model
+        return None
+
+    @property
     def prototype(self):
         return self.primitive.operator.prototype
 
@@ -78,7 +87,10 @@ class Node:
         if self.forward is None:
             return self.varin
         varin, forward = self.varin, self.forward
-        return {name: varin[name] if name in varin else Recorded(forward, name) for name in self.primitive.argnames}
+        return {
+            name: varin[name] if name in varin else Recorded(forward, name)
+            for name in self.primitive.argnames
+        }
 
     def __repr__(self):
         ins = ", ".join(repr(symbol) for symbol in self.arguments.values())
@@ -114,6 +126,7 @@ class Graph(list):
         super().__init__()
         self._inputs = {}
         self._outputs = {}
+        self.shared = {}
         self._ref = weakref.ref(self)
 
     # A list compares by content; a model is itself and no other.
@@ -137,7 +150,8 @@ class Graph(list):
         return symbols[0] if len(symbols) == 1 else symbols
 
     def output(self, **values):
-        """Name the results of the model: `m.output(y=y)`; a value may be any symbol, a constant or a list of these."""
+        """Name the results of the model: `m.output(y=y)`; a value may be any symbol, a constant or a
+        list of these."""
         for name, value in values.items():
             if name in self._outputs:
                 raise DuplicatedOutput(f"the model already has an output '{name}'")
@@ -191,10 +205,13 @@ class Graph(list):
             ins = ", ".join(f"{html.escape(key)}={cell(symbol)}" for key, symbol in node.arguments.items())
             outs = ", ".join(cell(symbol) for symbol in node.varout.values())
             place = html.escape(f"{os.path.basename(filename)}:{line}")
-            rows.append(f"<tr><td>{html.escape(node.name)}</td><td>{ins}</td><td>{outs}</td><td>{place}</td></tr>")
+            rows.append(
+                f"<tr><td>{html.escape(node.name)}</td><td>{ins}</td><td>{outs}</td><td>{place}</td></tr>"
+            )
         return (
             f"<details><summary>{html.escape(repr(self))}</summary><table>"
-            "<tr><th>node</th><th>inputs</th><th>results</th><th>built at</th></tr>" + "".join(rows) + "</table></details>"
+            "<tr><th>node</th><th>inputs</th><th>results</th><th>built at</th></tr>"
+            + "".join(rows) + "</table></details>"
         )
 
     def to_dot(self):
@@ -259,7 +276,9 @@ def find_graph(arguments):
     if len(refs) == 1:
         graph = refs[0]()
         if graph is None:
-            raise InferError("the model of these symbols no longer exists; keep a reference to it while building")
+            raise InferError(
+                "the model of these symbols no longer exists; keep a reference to it while building"
+            )
         return graph
     # Join several graphs into one
     if not refs:
@@ -267,7 +286,9 @@ def find_graph(arguments):
     graphs = [ref() for ref in refs]
     models = [graph for graph in graphs if not isinstance(graph, Fragment)]
     if len(models) > 1:
-        raise InferError("symbols of different models cannot be joined by an operator: " + ", ".join(map(repr, models)))
+        raise InferError(
+            "symbols of different models cannot be joined by an operator: " + ", ".join(map(repr, models))
+        )
     target = models[0] if models else graphs[0]
     for graph in graphs:
         if graph is not target:

@@ -90,7 +90,8 @@ class Model(Graph):
         Returns
         -------
         out, vjp : lists
-            The outputs in the order of `v`, and the cotangents of the inputs in the order of `init`. Dicts if `return_dict`.
+            The outputs in the order of `v`, and the cotangents of the inputs in the order of `init`.
+            Dicts if `return_dict`.
         """
         init, v = dict(init), dict(v)
         vout = [without(name, "_", None) for name in v]
@@ -114,11 +115,14 @@ class Model(Graph):
         Returns
         -------
         out, jvp
-            The outputs and their tangents, each a value if `vout` is a str, else a list. Dicts if `return_dict`.
+            The outputs and their tangents, each a value if `vout` is a str, else a list. Dicts if
+            `return_dict`.
         """
         out, tape = self._run(names_of(vout), dict(init), True, monitor)
         tangents = self._tangents(dict(init), dict(v))
-        pushed = tape.get_jvp().compute([name + "_" for name in names_of(vout)], tangents, return_dict=return_dict, monitor=monitor)
+        pushed = tape.get_jvp().compute(
+            [name + "_" for name in names_of(vout)], tangents, return_dict=return_dict, monitor=monitor
+        )
         if not return_dict and isinstance(vout, str):
             pushed = pushed[0]
         return select(out, vout, return_dict), pushed
@@ -126,21 +130,25 @@ class Model(Graph):
     def compute_with_gnDp(self, vout, init, v, return_dict=False, monitor=None):
         """Compute outputs and a Gauss-Newton product J^T J v.
 
-        Parameters are those of `compute_with_jvp`. The second result is in the order of `init`, as in `compute_with_vjp`.
+        Parameters are those of `compute_with_jvp`. The second result is in the order of `init`, as in
+        `compute_with_vjp`.
         """
         names = names_of(vout)
         out, tape = self._run(names, dict(init), True, monitor)
         tangents = self._tangents(dict(init), dict(v))
         pushed = tape.get_jvp().compute([name + "_" for name in names], tangents, monitor=monitor)
         cotangents = {"_" + name: tangent for name, tangent in zip(names, pushed)}
-        pulled = tape.get_vjp().compute(tape.get_vjp_vout(), cotangents, return_dict=return_dict, monitor=monitor)
+        pulled = tape.get_vjp().compute(
+            tape.get_vjp_vout(), cotangents, return_dict=return_dict, monitor=monitor
+        )
         return select(out, vout, return_dict), pulled
 
     def _tangents(self, init, v):
         for name, tangent in v.items():
             if without(name, None, "_") not in self._inputs:
                 raise BadArgument(
-                    f"'{name}' is no tangent of an input" + did_you_mean(name, [name + "_" for name in self._inputs])
+                    f"'{name}' is no tangent of an input"
+                    + did_you_mean(name, [name + "_" for name in self._inputs])
                 )
             check_fits(name, tangent, init.get(name[:-1]))
         return {name + "_": v.get(name + "_", ZeroGradient) for name in self._inputs}
@@ -177,11 +185,15 @@ def check_fits(name, derivative, value):
     """Raise BadArgument if a tangent or cotangent has another shape than the value it belongs to."""
     shape, expected = getattr(derivative, "shape", None), getattr(value, "shape", None)
     if isinstance(shape, tuple) and isinstance(expected, tuple) and shape not in ((), expected):
-        raise BadArgument(f"'{name}' is {describe(derivative)}, and belongs to a value that is {describe(value)}")
+        raise BadArgument(
+            f"'{name}' is {describe(derivative)}, and belongs to a value that is {describe(value)}"
+        )
 
 
 def without(name, prefix, suffix):
     """The name of a variable, from that of its cotangent (prefix) or tangent (suffix)."""
     if prefix and not name.startswith(prefix) or suffix and not name.endswith(suffix):
-        raise BadArgument(f"the name of a {'cotangent starts' if prefix else 'tangent ends'} with '_', got '{name}'")
+        raise BadArgument(
+            f"the name of a {'cotangent starts' if prefix else 'tangent ends'} with '_', got '{name}'"
+        )
     return name[1:] if prefix else name[:-1]

@@ -11,7 +11,8 @@ class ZeroGradientType(int):
     """The type of `ZeroGradient`, the zero cotangent or tangent of a value of any type."""
 
     __slots__ = ()
-    dtype = "?"  # asked by pmesh: its fields take what a ufunc returns for values of a field unless its dtype is this one
+    # Asked by pmesh, whose fields take what a ufunc returns for values of a field unless its dtype is this one.
+    dtype = "?"
 
     def __repr__(self):
         return "ZeroGradient"
@@ -21,7 +22,8 @@ class ZeroGradientType(int):
 
     @staticmethod
     def is_zero(value):
-        """Whether a cotangent or tangent is known to be zero: ZeroGradient or the number 0, not an array of zeros."""
+        """Whether a cotangent or tangent is known to be zero: ZeroGradient or the number 0, not an
+        array of zeros."""
         return type(value) is ZeroGradientType or (type(value) in (int, float) and value == 0)
 
     def _zero(self, *others):
@@ -76,11 +78,13 @@ class Primitive:
     argnames, outnames : tuple of str
         All arguments, in the order of `impl`, and all results.
     ain, aout : dict
-        Those of them that are differentiable (for a derivative: the cotangents or tangents), with their type patterns.
+        Those of them that are differentiable (for a derivative: the cotangents or tangents), with
+        their type patterns.
     defaults : dict
         Default values of hyper-parameters.
     call, recording_call : callable
-        What the engine calls, with the node and the arguments in order; the latter if what is computed is also recorded.
+        What the engine calls, with the node and the arguments in order; the latter if what is
+        computed is also recorded.
     from_record : tuple of str
         The arguments of a derivative that come from the record, if they are the last ones.
     """
@@ -161,7 +165,8 @@ def claim(place, graph, label):
             raise BadArgument(f"a result can only be stored in a symbol, not in {leaf!r}")
         if leaf._graph is not None:
             raise OverwritePrecaution(
-                f"the symbol '{leaf._name}' has a value already; overwriting it would break the derivatives of those who use it"
+                f"the symbol '{leaf._name}' has a value already; overwriting it would break the "
+                "derivatives of those who use it"
             )
         leaf._graph = graph._ref
         if isinstance(place, ListPlaceholder):
@@ -199,8 +204,9 @@ class Operator:
     prototype : type
         The class of the declaration. Its static methods are attributes of the operator as well.
     collective : bool
-        Whether the functions talk to other ranks, so that all ranks must call them together, even if all that goes in is zero.
-        Set it to True in the class of the declaration. Such functions get `ZeroGradient` too, and return a dict.
+        Whether the functions talk to other ranks, so that all ranks must call them together, even if
+        all that goes in is zero. Set it to True in the class of the declaration. Such functions get
+        `ZeroGradient` too, and return a dict.
     """
 
     collective = False
@@ -232,7 +238,8 @@ class Operator:
             self.jvp = Primitive(self, "jvp", self._apply_to_tangents, argnames=names)
         self.rcd = getattr(prototype, "rcd", None)
         if self.rcd is not None:
-            self.rcd_in_order = list(inspect.signature(self.rcd).parameters)[1:] == [*self.apl.argnames, *self.aout]
+            names = list(inspect.signature(self.rcd).parameters)[1:]
+            self.rcd_in_order = names == [*self.apl.argnames, *self.aout]
         self._find_recorded()
 
     def _find_recorded(self):
@@ -263,7 +270,9 @@ class Operator:
     def _bind(self, args, kwargs):
         apl = self.apl
         if len(args) > len(apl.argnames):
-            raise BadArgument(f"{self.__name__} takes {len(apl.argnames)} arguments {apl.argnames}, got {len(args)}")
+            raise BadArgument(
+                f"{self.__name__} takes {len(apl.argnames)} arguments {apl.argnames}, got {len(args)}"
+            )
         given = dict(zip(apl.argnames, args))
         places = {}
         for name, value in kwargs.items():
@@ -280,7 +289,9 @@ class Operator:
             # Fill in a default, or complain
             if name not in given:
                 if name not in apl.defaults:
-                    raise MissingArgument(f"{self.__name__} needs the argument '{name}'; its arguments are {apl.argnames}")
+                    raise MissingArgument(
+                        f"{self.__name__} needs the argument '{name}'; its arguments are {apl.argnames}"
+                    )
                 given[name] = apl.defaults[name]
         return given, places
 
@@ -310,18 +321,19 @@ def operator(prototype):
 
     The class has the attributes
 
-    ain, aout : the differentiable arguments and the results: a name, a sequence of names or of (name, type pattern)
-        pairs, or a mapping from names to patterns;
+    ain, aout : the differentiable arguments and the results: a name, a sequence of names or of (name,
+        type pattern) pairs, or a mapping from names to patterns;
 
     and the functions, whose first parameter is the node,
 
-    apl(node, ...) : the application. Parameters that are not in `ain` are hyper-parameters and may have defaults.
-        Returns a dict with every name of `aout`, and further names for the record; for one output the value itself will do;
-    vjp(node, _y, ...) : the vector-Jacobian product. Takes cotangents of results and recorded names, returns a dict
-        of the cotangents of the inputs. Optional;
-    jvp(node, x_, ...) : the Jacobian-vector product. Takes tangents of inputs and recorded names, returns a dict of the
-        tangents of the results. Optional for linear operators;
-    rcd(node, ...) : what to record. Takes all arguments and results of `apl` by name, returns a dict. Optional: by default
-        those names are recorded that `vjp` or `jvp` take.
+    apl(node, ...) : the application. Parameters that are not in `ain` are hyper-parameters and may
+        have defaults. Returns a dict with every name of `aout`, and further names for the record; for
+        one output the value itself will do;
+    vjp(node, _y, ...) : the vector-Jacobian product. Takes cotangents of results and recorded names,
+        returns a dict of the cotangents of the inputs. Optional;
+    jvp(node, x_, ...) : the Jacobian-vector product. Takes tangents of inputs and recorded names,
+        returns a dict of the tangents of the results. Optional for linear operators;
+    rcd(node, ...) : what to record. Takes all arguments and results of `apl` by name, returns a dict.
+        Optional: by default those names are recorded that `vjp` or `jvp` take.
     """
     return Operator(prototype)

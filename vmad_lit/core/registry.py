@@ -13,7 +13,8 @@ WILDCARD = re.compile(r"\[[^]]+\]|[*?]")
 
 
 def specificity(pattern, x):
-    """How far a pattern is from the type of `x`, as (characters that wildcards match, wildcards, steps to a base class); None if not."""
+    """How far a pattern is from the type of `x`, as (characters that wildcards match, wildcards,
+    steps to a base class); None if not."""
     bases = type(x).__mro__[:-1] or (object,)
     if isinstance(pattern, type):
         if not isinstance(x, pattern):
@@ -54,8 +55,9 @@ class Registry:
         ----------
         operator : Operator, or any object
         patterns : dict, optional
-            From names of operands to patterns: a type, or a str that is matched with the name of a type or of a base of it, with the wildcards of
-            `fnmatch`. The default is the declaration `ain` of the operator.
+            From names of operands to patterns: a type, or a str that is matched with the name of a
+            type or of a base of it, with the wildcards of `fnmatch`. The default is the declaration
+            `ain` of the operator.
         name : str, optional
             The name under which it is found; the default is that of the operator.
         """
@@ -63,7 +65,8 @@ class Registry:
         self._entries.setdefault(name_of(operator, name), []).append(Entry(operator, patterns))
 
     def match_all(self, operator, operands, name=None):
-        """All entries of a name whose patterns fit the operands, a dict from names to values; the best first, of equals the latest."""
+        """All entries of a name whose patterns fit the operands, a dict from names to values; the
+        best first, of equals the latest."""
         entries = reversed(self._entries.get(name_of(operator, name), []))
         scored = [(score, entry) for entry in entries if (score := entry.score(operands)) is not None]
         return [entry for _, entry in sorted(scored, key=lambda pair: pair[0])]
@@ -123,7 +126,8 @@ class OverloadedOperator(Operator):
         operator : Operator
             It has the same inputs and outputs as this one. Its other arguments are among those of this one.
         **patterns
-            Patterns for the inputs, as in `Registry.register`; the default is the declaration `ain` of the operator.
+            Patterns for the inputs, as in `Registry.register`; the default is the declaration `ain`
+            of the operator.
 
         Without an operator it is a decorator.
         """
@@ -150,14 +154,17 @@ class OverloadedOperator(Operator):
         return choice
 
     def _split(self, arguments):
-        """The choice, and those of the arguments that it takes; complain about others unless they have their default value."""
+        """The choice, and those of the arguments that it takes; complain about others unless they
+        have their default value."""
         choice = self.choose(arguments)
         known = choice.apl.argnames
         if len(known) < len(self.apl.argnames):
             for name, value in arguments.items():
                 if name not in known and value is not self.apl.defaults.get(name):
                     types = ", ".join(type(arguments[name]).__name__ for name in self.ain)
-                    raise BadArgument(f"{self.__name__} of a {types} takes no argument '{name}'; given was {value!r}")
+                    raise BadArgument(
+                        f"{self.__name__} of a {types} takes no argument '{name}'; given was {value!r}"
+                    )
             arguments = {name: arguments[name] for name in known}
         return choice, arguments
 
@@ -190,13 +197,17 @@ class OverloadedOperator(Operator):
 
 
 def overloaded(prototype):
-    """Declare an operator, as by `operator`, to which others can be added for other types, by its method `register`."""
+    """Declare an operator, as by `operator`, to which others can be added for other types, by its
+    method `register`."""
     return OverloadedOperator(prototype)
 
 
 def call(primitive, node, available):
-    """Call a derivative of the chosen operator, unless it is known to be zero; a collective one is called in any case."""
-    if not primitive.operator.collective and all(is_zero(available[name]) for name in primitive.ain if name in available):
+    """Call a derivative of the chosen operator, unless it is known to be zero; a collective one is
+    called in any case."""
+    if not primitive.operator.collective and all(
+        is_zero(available[name]) for name in primitive.ain if name in available
+    ):
         return ZeroGradient
     given = {name: available[name] for name in primitive.argnames if name in available}
     return primitive.impl(twin_of(node, primitive), **given)

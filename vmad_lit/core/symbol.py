@@ -58,8 +58,9 @@ class Symbol(BaseSymbol):
 
     def __iter__(self):
         raise UnpackError(
-            f"the symbol '{self._name}' stands for one value and cannot be unpacked; an operator returns a list "
-            "of symbols for a list output only if told its length: name=ListPlaceholder(n)"
+            f"the symbol '{self._name}' stands for one value and cannot be unpacked; "
+            "an operator returns a list of symbols for a list output only if told its length: "
+            "name=ListPlaceholder(n)"
         )
 
     def __bool__(self):

@@ -66,7 +66,8 @@ class Tape(Sequence):
         return [name + "_" for name in self.out]
 
     def compute_jvjp(self, vout, aout, init):
-        """The product J^T J v: push the tangents `init` of inputs forward to the outputs `aout`, and pull them back to `vout`.
+        """The product J^T J v: push the tangents `init` of inputs forward to the outputs `aout`, and
+        pull them back to `vout`.
 
         Parameters
         ----------

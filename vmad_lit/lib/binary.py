@@ -12,7 +12,8 @@ from .unary import scaled, slope
 
 
 class binary_ufunc:
-    """A base for element-wise operators. Derived classes have the static methods `f`, `fprime1` and `fprime2` of (x1, x2)."""
+    """A base for element-wise operators. Derived classes have the static methods `f`, `fprime1` and
+    `fprime2` of (x1, x2)."""
 
     ain = "x1", "x2"
     aout = "y"
@@ -44,7 +45,9 @@ class binary_ufunc:
         # Push the tangent of each operand that has one
         def push(x_, fprime):
             return x_ if x_ is ZeroGradient else scaled(x_, slope(fprime, x1, x2))
-        return widen(push(x1_, node.prototype.fprime1) + push(x2_, node.prototype.fprime2), kind(x1), kind(x2))
+        return widen(
+            push(x1_, node.prototype.fprime1) + push(x2_, node.prototype.fprime2), kind(x1), kind(x2)
+        )
 
 
 def share(x1, x2):

@@ -1,6 +1,7 @@
 """Operators of linear algebra, with the names, the order of arguments and the conventions of NumPy.
 
-Whatever is said here about lists holds for tuples as well. `to_scalar`, `sum`, `mean`, `dot`, `norm` and `copy` also work for mesh fields, on any number of ranks.
+Whatever is said here about lists holds for tuples as well. `to_scalar`, `sum`, `mean`, `dot`, `norm`
+and `copy` also work for mesh fields, on any number of ranks.
 """
 
 import math
@@ -16,7 +17,8 @@ from ..core.stdlib import abs, add, div, mod, mul, pow, sub
 from ..core.stdlib.operators import ShapeOfField, conj as conjugate, fit, kind, times, widen
 from ..core.symbol import BaseSymbol, List, Literal
 from . import binary, unary
-from .binary import arctan2, binary_ufunc, divide, fmax, fmin, hypot, logaddexp, maximum, minimum, multiply, power, subtract
+from .binary import arctan2, binary_ufunc, divide, fmax, fmin, hypot, logaddexp
+from .binary import maximum, minimum, multiply, power, subtract
 from .unary import *  # noqa: F403
 
 
@@ -36,7 +38,10 @@ def filled(items, kinds):
     """A list of tangents with arrays of zeros for ZeroGradient."""
     dtype = numpy.result_type(*(item for item in items if item is not ZeroGradient))
     zero = numpy.zeros((), dtype)
-    return [numpy.broadcast_to(zero, k[0]) if item is ZeroGradient else whole(item, k[0]) for item, k in zip(items, kinds)]
+    return [
+        numpy.broadcast_to(zero, k[0]) if item is ZeroGradient else whole(item, k[0])
+        for item, k in zip(items, kinds)
+    ]
 
 
 @operator
@@ -143,7 +148,8 @@ class item_of(linear):
             return dict(_x=put_into_list(_y, key, like))
         _x = numpy.zeros(like, numpy.result_type(_y))
         keys = key if isinstance(key, tuple) else (key,)
-        if any(numpy.ndim(k) > 0 and numpy.asarray(k).dtype.kind != "b" for k in keys if not isinstance(k, slice)):
+        arrays = [numpy.asarray(k) for k in keys if not isinstance(k, slice)]
+        if any(k.ndim > 0 and k.dtype.kind != "b" for k in arrays):
             numpy.add.at(_x, key, _y)
         else:
             _x[key] = _y
@@ -160,7 +166,8 @@ def put_into_list(_y, key, n):
 
 
 def getitem(x, key):
-    """`x[key]` as a node: NumPy's indexing of an array, or an item or slice of a list. Symbols may be part of the key."""
+    """`x[key]` as a node: NumPy's indexing of an array, or an item or slice of a list. Symbols may be
+    part of the key."""
 
     def as_key(k):
         return numpy.asarray(k, dtype=None if len(k) else "intp") if isinstance(k, list) else k
@@ -224,7 +231,10 @@ class where:
     def vjp(node, _y, condition, kind1, kind2, yshape):
         zero = numpy.zeros((), numpy.result_type(_y))
         _y = whole(_y, yshape)
-        return dict(_x1=fit(numpy.where(condition, _y, zero), kind1), _x2=fit(numpy.where(condition, zero, _y), kind2))
+        return dict(
+            _x1=fit(numpy.where(condition, _y, zero), kind1),
+            _x2=fit(numpy.where(condition, zero, _y), kind2)
+        )
 
     def jvp(node, x1_, x2_, condition, yshape):
         zero = numpy.zeros((), numpy.result_type(*(x for x in (x1_, x2_) if x is not ZeroGradient)))
@@ -233,7 +243,8 @@ class where:
 
 
 def clip(x, min=None, max=None):
-    """`x`, but at least `min` and at most `max`, which may be None. Where `x` is on a limit, each has the derivative 1/2."""
+    """`x`, but at least `min` and at most `max`, which may be None. Where `x` is on a limit, each has
+    the derivative 1/2."""
     if min is not None:
         x = maximum(x, min)
     return x if max is None else minimum(x, max)
@@ -241,7 +252,8 @@ def clip(x, min=None, max=None):
 
 def add_up(x, axis, keepdims, dtype):
     x = numpy.asarray(x)
-    wide = dict(f="f8", c="c16").get(x.dtype.kind) if x.dtype.itemsize < numpy.result_type("f8", x.dtype).itemsize else None
+    narrow = x.dtype.itemsize < numpy.result_type("f8", x.dtype).itemsize
+    wide = dict(f="f8", c="c16").get(x.dtype.kind) if narrow else None
     y = numpy.sum(x, axis=axis, keepdims=keepdims, dtype=dtype or wide)
     return y if dtype or not wide else y.astype(x.dtype)
 
@@ -262,7 +274,8 @@ class sum(linear):
 
 
 def spread(_y, shape, dtype, axis, keepdims):
-    """The transpose of a sum: repeat along the axes that were summed over, in the precision of what was summed."""
+    """The transpose of a sum: repeat along the axes that were summed over, in the precision of what
+    was summed."""
     if dtype is not None and dtype.kind in "fc" and numpy.result_type(_y).kind in "fc":
         _y = numpy.asarray(_y).astype(dtype, copy=False)
     if axis is not None and not keepdims and numpy.ndim(_y):
@@ -310,7 +323,8 @@ class cumsum(linear):
 
 @operator
 class sumat(linear):
-    """The sums of the segments of `x` that begin at the ascending indices `at` along an axis, as `numpy.add.reduceat`."""
+    """The sums of the segments of `x` that begin at the ascending indices `at` along an axis, as
+    `numpy.add.reduceat`."""
 
     def apl(node, x, at, axis=0):
         at = whole_numbers(at)
@@ -403,13 +417,18 @@ def squared_modulus(x):
 class norm(linear):
     """The norm of an array, or of vectors along an axis, as `numpy.linalg.norm`.
 
-    `ord` is None for the square root of the sum of squares (over one axis, several, or all), or, for vectors, a number from 1 to infinity. The
-    derivative at the origin is 0.
+    `ord` is None for the square root of the sum of squares (over one axis, several, or all), or, for
+    vectors, a number from 1 to infinity. The derivative at the origin is 0.
     """
 
     def apl(node, x, ord=None, axis=None, keepdims=False):
-        if ord is not None and not (isinstance(ord, (int, float)) and ord >= 1 and (isinstance(axis, int) or numpy.ndim(x) == 1)):
-            raise ValueError(f"only norms of vectors with 1 <= ord <= inf, or ord=None, have derivatives here, got ord={ord!r}")
+        if ord is not None and not (
+            isinstance(ord, (int, float)) and ord >= 1 and (isinstance(axis, int) or numpy.ndim(x) == 1)
+        ):
+            raise ValueError(
+                "only norms of vectors with 1 <= ord <= inf, or ord=None, have derivatives here, "
+                f"got ord={ord!r}"
+            )
         axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
         if ord is None and not isinstance(axes, int):
             return add_up(squared_modulus(x), axes, keepdims, None) ** 0.5
@@ -421,11 +440,14 @@ class norm(linear):
 
     def vjp(node, _y, x, y, ord, shape, xdtype, axis, keepdims):
         real = None if xdtype is None else numpy.empty(0, xdtype).real.dtype
-        return spread(_y, shape, real, axis, keepdims) * slope_of_norm(x, spread(y, shape, real, axis, keepdims), ord, axis)
+        return spread(_y, shape, real, axis, keepdims) * slope_of_norm(
+            x, spread(y, shape, real, axis, keepdims), ord, axis
+        )
 
     def jvp(node, x_, x, y, ord, shape, xdtype, axis, keepdims):
         slope = slope_of_norm(x, spread(y, shape, None, axis, keepdims), ord, axis)
-        return add_up(numpy.real(conjugate(slope) * x_), axis if axis is None or isinstance(axis, int) else tuple(axis), keepdims, None)
+        axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
+        return add_up(numpy.real(conjugate(slope) * x_), axes, keepdims, None)
 
 
 def slope_of_norm(x, y, ord, axis):
@@ -461,7 +483,8 @@ def contract(terms, output, operands):
 
 @operator
 class einsum(linear):
-    """The sum of products of a list of arrays that the subscripts describe, as `numpy.einsum(subscripts, *x)`."""
+    """The sum of products of a list of arrays that the subscripts describe, as
+    `numpy.einsum(subscripts, *x)`."""
 
     def apl(node, subscripts, x):
         operands = x if isinstance(x, (list, tuple)) else [x]
@@ -480,7 +503,10 @@ class einsum(linear):
         given = node["x"]
         constant = [isinstance(given, List) and isinstance(given[i], Literal) for i in range(len(x))]
         return dict(
-            _x=[ZeroGradient if constant[i] else cotangent_of_factor(i, _y, x, terms, output) for i in range(len(x))]
+            _x=[
+                ZeroGradient if constant[i] else cotangent_of_factor(i, _y, x, terms, output)
+                for i in range(len(x))
+            ]
         )
 
     def jvp(node, x_, x, terms, output):
@@ -552,7 +578,8 @@ def shape_of_product(a, b):
 
 @overloaded
 class dot(product):
-    """`numpy.dot`: the sum of products over the last axis of `x1` and the last but one of `x2`. Nothing is conjugated."""
+    """`numpy.dot`: the sum of products over the last axis of `x1` and the last but one of `x2`.
+    Nothing is conjugated."""
 
     def apl(node, x1, x2):
         return numpy.dot(x1, x2)
@@ -589,7 +616,10 @@ class solve:
         _b = numpy.linalg.solve(adjoint, _y[..., None])[..., 0] if vector else numpy.linalg.solve(adjoint, _y)
         _A = ZeroGradient
         if not node.is_literal("A"):
-            outer = _b[..., :, None] * conjugate(y)[..., None, :] if vector else _b @ conjugate(y).swapaxes(-1, -2)
+            if vector:
+                outer = _b[..., :, None] * conjugate(y)[..., None, :]
+            else:
+                outer = _b @ conjugate(y).swapaxes(-1, -2)
             _A = fit(-outer, kind(A))
         return dict(_A=_A, _b=fit(_b, kind_b))
 
@@ -711,8 +741,15 @@ BaseSymbol.__matmul__ = lambda self, other: matrix_product(self, other)
 BaseSymbol.__rmatmul__ = lambda self, other: matrix_product(other, self)
 
 __all__ = [
-    *("abs", "add", "div", "mod", "mul", "pow", "sub", *unary.__all__, *(name for name in binary.__all__ if name != "add")),
-    *("broadcast_to", "clip", "concatenate", "conj", "copy", "cumsum", "dot", "einsum", "getitem", "matmul", "matrix_product"),
-    *("mean", "norm", "pack_complex", "reshape", "solve", "stack", "sum", "sumat", "take", "to_scalar", "transpose"),
+    *("abs", "add", "div", "mod", "mul", "pow", "sub", *unary.__all__),
+    *(name for name in binary.__all__ if name != "add"),
+    *(
+        "broadcast_to", "clip", "concatenate", "conj", "copy", "cumsum", "dot", "einsum", "getitem",
+        "matmul", "matrix_product"
+    ),
+    *(
+        "mean", "norm", "pack_complex", "reshape", "solve", "stack", "sum", "sumat", "take", "to_scalar",
+        "transpose"
+    ),
     *("unpack_complex", "where"),
 ]

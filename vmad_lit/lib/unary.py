@@ -17,7 +17,8 @@ from ..core.stdlib.operators import conj, fit, kind
 
 
 def scaled(g, slope):
-    """The product of a cotangent or tangent with a slope, zero where the former is zero even if the latter is infinite."""
+    """The product of a cotangent or tangent with a slope, zero where the former is zero even if the
+    latter is infinite."""
     if g is ZeroGradient:
         return g
     with numpy.errstate(invalid="ignore"):
@@ -58,7 +59,8 @@ def slope(fprime, *x):
 
 
 class result_ufunc(unary_ufunc):
-    """A base for element-wise operators that have the derivative `slope(y)` in terms of the result as well."""
+    """A base for element-wise operators that have the derivative `slope(y)` in terms of the result as
+    well."""
 
     @staticmethod
     def slope(y):
@@ -275,7 +277,13 @@ class absolute(unary_ufunc):
 fabs = absolute
 
 __all__ = [
-    *("unary_ufunc", "result_ufunc", "sin", "cos", "tan", "arcsin", "arccos", "arctan", "sinc", "sinh", "cosh", "tanh"),
-    *("arcsinh", "arccosh", "arctanh", "exp", "exp2", "expm1", "log", "log10", "log2", "log1p", "sqrt", "cbrt"),
+    *(
+        "unary_ufunc", "result_ufunc", "sin", "cos", "tan", "arcsin", "arccos", "arctan", "sinc", "sinh",
+        "cosh", "tanh"
+    ),
+    *(
+        "arcsinh", "arccosh", "arctanh", "exp", "exp2", "expm1", "log", "log10", "log2", "log1p", "sqrt",
+        "cbrt"
+    ),
     *("square", "reciprocal", "deg2rad", "rad2deg", "absolute", "fabs"),
 ]

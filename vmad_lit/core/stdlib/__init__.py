@@ -37,7 +37,9 @@ def _power(self, other, modulo=None):
 
 
 def _no_floor_division(self, other):
-    raise TypeError("// on symbols is refused, since its derivative is zero; use x.eval(function) if that is meant")
+    raise TypeError(
+        "// on symbols is refused, since its derivative is zero; use x.eval(function) if that is meant"
+    )
 
 
 BaseSymbol.__pow__ = _power

@@ -23,7 +23,8 @@ NUMBER = (), False  # the kind of most constants
 
 
 def fit(g, kind):
-    """Bring the cotangent of a broadcast value to the kind of the value: sum over repetitions, drop an imaginary part."""
+    """Bring the cotangent of a broadcast value to the kind of the value: sum over repetitions, drop
+    an imaginary part."""
     if g is ZeroGradient:
         return g
     shape, is_complex = kind
@@ -54,7 +55,8 @@ def widen(g, kind1, kind2):
     if type(shape1) is ShapeOfField or type(shape2) is ShapeOfField:
         return widen_to_field(g, shape1, shape2)
     shape = shape1 if shape1 == shape2 else numpy.broadcast_shapes(shape1, shape2)
-    return g if getattr(g, "shape", ()) == shape or numpy.ndim(g) > len(shape) else numpy.broadcast_to(g, shape)
+    fits = getattr(g, "shape", ()) == shape or numpy.ndim(g) > len(shape)
+    return g if fits else numpy.broadcast_to(g, shape)
 
 
 def conj(x):
@@ -95,7 +97,10 @@ def fit_field(g, shape, is_complex):
         total = ShapeOfField(g).field(1.0).cdot(g)
         return total if is_complex else numpy.real(total)
     if g.shape != shape:
-        raise ValueError(f"only fields of the same mesh and numbers go together, not {type(g).__name__} {g.shape} and an array {shape}")
+        raise ValueError(
+            "only fields of the same mesh and numbers go together, "
+            f"not {type(g).__name__} {g.shape} and an array {shape}"
+        )
     if not is_complex and g.dtype.kind == "c":
         g = ShapeOfField(g).field(g.value.real)
     return g if type(shape) is ShapeOfField else g.value

@@ -20,7 +20,8 @@ class looking:
 
 @operator
 class eval(looking):
-    """Apply a function, or a string expression in the name `x`, to a value (or a list of values) at run time."""
+    """Apply a function, or a string expression in the name `x`, to a value (or a list of values) at
+    run time."""
 
     aout = "y"
 
