@@ -69,31 +69,16 @@ def parse(argv=None):
     return args
 
 
-def read(path, boxsize):
-    """Open a file with a density or positions; returns (kind, array, boxsize), the array
-    memory-mapped if possible.
+def examine(path, boxsize):
+    """Look at a file with a density or positions; returns (kind, shape, boxsize), where kind is
+    'density' or 'positions'.
 
     Raises
     ------
     FileNotFoundError, ValueError
         With what was expected.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no file {path}")
-    # Open the file
-    try:
-        file = numpy.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read as a NumPy .npy or .npz file ({error})") from None
-    if isinstance(file, numpy.ndarray):
-        array = file
-    else:
-        names = [name for name in ("density", "positions") if name in file.files]
-        if len(names) != 1:
-            raise ValueError(f"{path}: expected one array named 'density' or 'positions', found {file.files}")
-        array = file[names[0]]
-        if boxsize is None and "BoxSize" in file.files:
-            boxsize = float(numpy.ravel(file["BoxSize"])[0])
+    array, boxsize = open_array(path, boxsize)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{path}: expected real numbers, got the type {array.dtype}")
     if array.ndim == 3 and min(array.shape) >= 4:
@@ -129,7 +114,25 @@ def read(path, boxsize):
             f"{path}: expected a density with a positive mean, "
             f"got the mean {array.mean():.3g}; if this is delta, add 1"
         )
-    return kind, array, boxsize
+    return kind, array.shape, boxsize
+
+
+def open_array(path, boxsize=None):
+    """The array in a file, memory-mapped if possible, and the size of the box, if it is known."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        file = numpy.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as a NumPy .npy or .npz file ({error})") from None
+    if isinstance(file, numpy.ndarray):
+        return file, boxsize
+    names = [name for name in ("density", "positions") if name in file.files]
+    if len(names) != 1:
+        raise ValueError(f"{path}: expected one array named 'density' or 'positions', found {file.files}")
+    if boxsize is None and "BoxSize" in file.files:
+        boxsize = float(numpy.ravel(file["BoxSize"])[0])
+    return file[names[0]], boxsize
 
 
 def observe(args, comm):
@@ -137,10 +140,10 @@ def observe(args, comm):
     from vmad_lit.contrib import cosmo4d
     from vmad_lit.lib.fastpm import ParticleMesh
 
-    kind, shape, boxsize = cosmo4d.on_root(comm, lambda: summary(*read(args.source, args.boxsize)))
+    kind, shape, boxsize = cosmo4d.on_root(comm, lambda: examine(args.source, args.boxsize))
     nmesh = shape if kind == "density" else [args.nmesh] * 3
     pm = ParticleMesh(Nmesh=nmesh, BoxSize=boxsize, comm=comm, dtype="f8")
-    array = open_array(args.source)
+    array, _ = open_array(args.source)
     if kind == "density":
         d = pm.create(type="real")
         d[...] = array[d.slices]
@@ -152,17 +155,6 @@ def observe(args, comm):
     d = d * (1.0 / (d.csum() / pm.Nmesh.prod()))
     sigma = args.noise or (0.5 if kind == "density" else (pm.Nmesh.prod() / shape[0]) ** 0.5)
     return cosmo4d.Data(d, float(sigma))
-
-
-def summary(kind, array, boxsize):
-    return kind, array.shape, boxsize
-
-
-def open_array(path):
-    file = numpy.load(path, mmap_mode="r")
-    if isinstance(file, numpy.ndarray):
-        return file
-    return file["density" if "density" in file.files else "positions"]
 
 
 def main(argv=None):
@@ -245,7 +237,7 @@ def main(argv=None):
         for i in spread(len(shells.k), 12):
             say(f"{shells.k[i]:10.4f} {r[i]:8.4f} {t[i]:8.4f}")
     if args.save:
-        cosmo4d.Data(data.d, data.sigma, data.truth, data.clean).save(args.save)
+        data.save(args.save)
         cosmo4d.save_field(os.path.join(args.save, "white_noise.npy"), state.x)
         cosmo4d.save_field(os.path.join(args.save, "final.npy"), final)
         say(f"\nfields are in {args.save}")

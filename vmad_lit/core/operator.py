@@ -124,7 +124,7 @@ class Primitive:
     def __repr__(self):
         return f"{self.name}({', '.join(self.argnames)})"
 
-    def create_node(self, given, places=None, origin=None, forward=None):
+    def create_node(self, given, places=None):
         """Append a node to the model of the arguments.
 
         Parameters
@@ -153,7 +153,7 @@ class Primitive:
                 symbol = varout[name] = Symbol.__new__(Symbol)
                 symbol._label = (NAME_OF_RESULT, self.name, len(graph), name)
                 symbol._graph = graph._ref
-        graph.append(Node(self, varin, varout, origin or caller(3), forward))
+        graph.append(Node(self, varin, varout, caller(3)))
         return varout
 
 
