@@ -91,7 +91,7 @@ class AutoOperator(Operator):
         return m
 
     def _vary(self, **changes: Any) -> AutoOperator:
-        variant = object.__new__(type(self))
+        variant: AutoOperator = object.__new__(type(self))
         variant.__dict__.update(self.__dict__, **changes)
         variant._make_primitives()
         return variant
@@ -132,10 +132,10 @@ class InstanceAutoOperator(InstanceOperator):
     def _with_instance(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {self.base.argnames[0]: self.instance, **arguments}
 
-    def build(self, **hyperargs: Any) -> Model:
+    def build(self, **hyperargs: Any) -> Any:
         return self.base.build(**self._with_instance(hyperargs))
 
-    def bind(self, **hyperargs: Any) -> AutoOperator:
+    def bind(self, **hyperargs: Any) -> Any:
         return self.base.bind(**self._with_instance(hyperargs))
 
     def precompute(self, **arguments: Any) -> InstanceAutoOperator:
@@ -162,7 +162,7 @@ def find_model(node: Any, arguments: Mapping[str, Any]) -> tuple[Model, dict[str
     return home.cache[1], inputs
 
 
-def share_model(node: Any, hyperargs: Mapping[str, Any]) -> Model:
+def share_model(node: Any, hyperargs: Mapping[str, Any]) -> Any:
     """The model for some hyper-parameters: that of another node of the same graph, or a new one."""
     operator, graph = node.operator, node.graph
     if graph is None or not all(node.is_literal(name) for name in hyperargs):
