@@ -702,3 +702,18 @@ def test_a_list_of_symbols_belongs_to_its_model():
     assert isinstance(List([a, 1.0])[1], Literal)
     with pytest.raises(error.InferError):
         total([a, Builder().input("c")])
+
+
+def test_annotations_of_an_autooperator_in_a_module_that_postpones_them():
+    source = """
+from __future__ import annotations
+from vmad_lit import autooperator
+
+@autooperator
+def f(x: '*', y: '*', n) -> 'z':
+    return x * y * n
+"""
+    namespace = {}
+    exec(compile(source, "<postponed>", "exec"), namespace)
+    assert (list(namespace["f"].ain), list(namespace["f"].aout)) == (["x", "y"], ["z"])
+    assert namespace["f"].build(n=2).compute("z", dict(x=2.0, y=3.0)) == 12.0
