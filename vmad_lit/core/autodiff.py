@@ -183,9 +183,14 @@ class accumulate:
     aout = "y"
 
     def apl(node, a, b):
-        if a is ZeroGradient:
-            return b
-        return a if b is ZeroGradient else a + b
+        return add_up(a, b)
+
+
+def add_up(a, b):
+    """The sum of two cotangents; lists are added item by item."""
+    if a is ZeroGradient or b is ZeroGradient:
+        return b if a is ZeroGradient else a
+    return [add_up(p, q) for p, q in zip(a, b)] if type(a) is list else a + b
 
 
 @operator
