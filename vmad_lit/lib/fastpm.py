@@ -17,9 +17,9 @@ from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib.cosmology import MatterDominated
 
 try:
-    from vmad_lit.lib import window
+    from vmad_lit.lib import loops, window
 except ImportError:  # no numba: pmesh's own windows serve
-    window = None
+    loops = window = None
 
 _is_zero = type(ZeroGradient).is_zero
 
@@ -268,9 +268,9 @@ def _evaluate(x, f, kind):
     return kept[kind, type(x)]
 
 
-def _times(x, factor):
-    """A field times an array that broadcasts to it, in the field's precision."""
-    y = x.pm.create(type=type(x))
+def _times(x, factor, out=None):
+    """A field times an array that broadcasts to it, in the field's precision; in `out`, if given."""
+    y = x.pm.create(type=type(x)) if out is None else out
     numpy.multiply(x.value, factor, out=y.value, casting='same_kind')
     return y
 
@@ -480,7 +480,7 @@ class GhostLayout(Layout):
         if len(data) != self.recvlength:
             raise ValueError(f"the layout has {self.recvlength} particles on this rank, ghosts included, "
                              f"but the data is for {len(data)}")
-        rows = self._deliver(data, self.recvcounts, self.sendcounts)
+        rows = _deliver(self.comm, data, self.recvcounts, self.sendcounts)
         total = numpy.zeros((self.sendlength,) + rows.shape[1:], dtype=rows.dtype)
         for start, count in zip(_starts(self.sendcounts), self.sendcounts):
             total[self.indices[start:start + count]] += rows[start:start + count]
@@ -494,24 +494,25 @@ class GhostLayout(Layout):
         if len(data) != self.sendlength:
             raise ValueError(f"the layout was made for {self.sendlength} particles, "
                              f"but the data is for {len(data)}")
-        return self._deliver(data.take(self.indices, axis=0), self.sendcounts, self.recvcounts)
+        return _deliver(self.comm, data.take(self.indices, axis=0), self.sendcounts, self.recvcounts)
 
-    def _deliver(self, rows, sendcounts, recvcounts):
-        """One `Alltoallv` of rows."""
-        rows = numpy.ascontiguousarray(rows)
-        received = numpy.empty((recvcounts.sum(),) + rows.shape[1:], dtype=rows.dtype)
-        row = MPI.BYTE.Create_contiguous(rows.dtype.itemsize * int(numpy.prod(rows.shape[1:])))
-        row.Commit()
-        try:
-            self.comm.Alltoallv([rows, (sendcounts, _starts(sendcounts)), row],
-                                [received, (recvcounts, _starts(recvcounts)), row])
-        finally:
-            row.Free()
-        return received
+
+def _deliver(comm, rows, sendcounts, recvcounts):
+    """Rows from all ranks, by one `Alltoallv`; the counts are rows to and from each rank."""
+    rows = numpy.ascontiguousarray(rows)
+    received = numpy.empty((sum(recvcounts),) + rows.shape[1:], dtype=rows.dtype)
+    row = MPI.BYTE.Create_contiguous(rows.dtype.itemsize * int(numpy.prod(rows.shape[1:])))
+    row.Commit()
+    try:
+        comm.Alltoallv([rows, (sendcounts, _starts(sendcounts)), row],
+                       [received, (recvcounts, _starts(recvcounts)), row])
+    finally:
+        row.Free()
+    return received
 
 
 def _starts(counts):
-    return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype(counts.dtype)
+    return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype('i4')
 
 
 class IdentityLayout:
@@ -873,6 +874,76 @@ def _read_jvp(meshes, meshes_, x_, x, layout, resampler, pm):
     return _gather(layout, _Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
 
 
+def _halo_plan(mesh, axis):
+    """The planes to send along an axis, those to receive, and how many of each for each rank."""
+    comm, n = mesh.pm.comm, int(mesh.Nmesh[axis])
+    boxes, me = comm.allgather((tuple(map(int, mesh.start)), mesh.shape)), comm.rank
+
+    def wanted(rank):
+        begin, count = (corner[axis] for corner in boxes[rank])
+        around = begin - 2, begin - 1, begin + count, begin + count + 1
+        return [plane % n for plane in around] if min(boxes[rank][1]) else []
+
+    def other_axes(rank):
+        return [box[:axis] + box[axis + 1:] for box in boxes[rank]]
+
+    def held(rank, planes):
+        begin, count = (corner[axis] for corner in boxes[rank])
+        return numpy.flatnonzero((planes >= begin) & (planes < begin + count))
+
+    # Find out who sends what to whom
+    sends, receives = [], []
+    for rank in range(comm.size):
+        aligned = other_axes(rank) == other_axes(me)
+        asked = numpy.array(wanted(rank), dtype='i8')
+        sends.append(asked[held(me, asked)] - boxes[me][0][axis] if aligned else asked[:0])
+        receives.append(held(rank, numpy.array(wanted(me), dtype='i8')) if aligned else asked[:0])
+    return *map(numpy.concatenate, (sends, receives)), *([len(planes) for planes in x] for x in (sends, receives))
+
+
+def _halo(mesh, axis):
+    """Four planes of a field along an axis: two before this rank's first, and two behind its last."""
+    pm, value = mesh.pm, mesh.value
+    n = value.shape[axis]
+    if len(pm.domain.edges[axis]) == 2:
+        return value.take([-2 % n, -1 % n, 0, 1 % n], axis=axis)
+    sends, receives, *counts = _keep(pm, ('halo', axis), lambda: _halo_plan(mesh, axis))
+    planes = _deliver(pm.comm, numpy.moveaxis(value, axis, 0)[sends], *counts)
+    shape = list(mesh.shape)
+    shape[axis] = 4
+    halo = numpy.empty(shape, mesh.dtype)
+    numpy.moveaxis(halo, axis, 0)[receives] = planes
+    return halo
+
+
+def _differences_serve(pm, order):
+    """Whether the gradient is a difference of neighbours that our loops can take."""
+    return (loops is not None and order == 1 and numpy.dtype(pm.dtype).kind == 'f'
+            and len(pm.domain.edges[-1]) == 2)
+
+
+def _difference(mesh, axis, sign, out=None):
+    """`sign` times the derivative of a real field along an axis, as a new field or added to `out`."""
+    result = mesh.pm.create(type=RealField) if out is None else out
+    halo = None if axis == mesh.ndim - 1 else _halo(mesh, axis)
+    cell = mesh.BoxSize[axis] / mesh.Nmesh[axis]
+    loops.difference(result.value, mesh.value, axis, sign / (12 * cell), halo, add=out is not None)
+    return result
+
+
+def _neg_gradient(mesh):
+    """Minus the derivatives of a real field along all axes: a list of fields."""
+    return [_difference(mesh, axis, -1.0) for axis in range(mesh.ndim)]
+
+
+def _divergence(meshes):
+    """The sum of the derivatives of fields, each along its own axis: the adjoint of `_neg_gradient`."""
+    total = None
+    for axis, mesh in enumerate(meshes):
+        total = _difference(mesh, axis, 1.0, out=total)
+    return total
+
+
 @operator
 class force:
     """Gravity of equal particles at themselves: the force, minus the gradient of the potential.
@@ -897,30 +968,37 @@ class force:
     # The steps of the force
     @staticmethod
     def potential(rho):
-        """The modes of the potential of a density."""
-        rhok = rho.r2c()
-        rhok.value *= _evaluate(rhok, fourier_space_laplace, 'wavenumber')
-        return rhok
+        """The modes of the potential of a density, which is overwritten."""
+        rhok = rho.r2c(out=Ellipsis)
+        return _times(rhok, _evaluate(rhok, fourier_space_laplace, 'wavenumber'), out=rhok)
 
     @staticmethod
-    def meshes(potk, order):
+    def kept(potk, order):
+        """What of the potential the meshes of the force are made from: itself on the mesh, or its modes."""
+        return potk.c2r() if _differences_serve(potk.pm, order) else potk
+
+    @staticmethod
+    def meshes(pot, order):
         """The components of the force on the mesh."""
-        pm = potk.pm
-        return [_times(potk, _evaluate(potk, fourier_space_neg_gradient(d, pm, order), 'wavenumber')).c2r()
+        if isinstance(pot, RealField):
+            return _neg_gradient(pot)
+        pm = pot.pm
+        return [_times(pot, _evaluate(pot, fourier_space_neg_gradient(d, pm, order), 'wavenumber')).c2r()
                 for d in range(pm.ndim)]
 
     @staticmethod
     def pull_meshes(_meshes, order):
-        """Cotangent of the potential from those of the components: the adjoint of `meshes`."""
-        _potk = None
+        """Cotangent of the modes of the potential from those of the components."""
+        pm = _meshes[0].pm
+        if _differences_serve(pm, order):
+            _potk = _divergence(_meshes).r2c(out=Ellipsis)
+            return _times(_potk, float(pm.Nmesh.prod()), out=_potk)
+        # Pull the components back through their transforms
+        _potk = 0
         for d, _mesh in enumerate(_meshes):
             _k = _mesh.r2c()
-            tf = _evaluate(_k, fourier_space_neg_gradient(d, _k.pm, order), 'wavenumber')
-            _k.value *= numpy.conj(tf) * float(_k.Nmesh.prod())
-            if _potk is None:
-                _potk = _k
-            else:
-                _potk.value += _k.value
+            tf = _evaluate(_k, fourier_space_neg_gradient(d, pm, order), 'wavenumber')
+            _potk = _times(_k, numpy.conj(tf) * float(pm.Nmesh.prod()), out=_k) + _potk
         return _potk
 
     # The force and its derivatives
@@ -929,35 +1007,39 @@ class force:
         local_x = _exchange(layout, _positions(x, pm))
         factor = float(pm.Nmesh.prod()) / max(pm.comm.allreduce(len(x)), 1)
         potk = force.potential(w.paint(local_x, factor))
-        f = _gather(layout, w.readout(force.meshes(potk, order), local_x))
-        return dict(f=_as_given(f, x), potk=potk, factor=factor)
+        pot = force.kept(potk, order)
+        f = _gather(layout, w.readout(force.meshes(pot, order), local_x))
+        return dict(f=_as_given(f, x), potk=potk, pot=pot, factor=factor)
 
-    def vjp(node, _f, _potk, x, layout, pm, order, potk, factor):
+    def rcd(node, x, layout, pm, order, pot, factor, **others):
+        return dict(x=x, layout=layout, pm=pm, order=order, pot=pot, factor=factor)
+
+    def vjp(node, _f, _potk, x, layout, pm, order, pot, factor):
         of_f, of_potk = _agree(pm.comm, _f, _potk)
         if of_f is None and of_potk is None:
             return dict(_x=ZeroGradient, _layout=ZeroGradient)
         w = _Window(pm)
         local_x = _exchange(layout, _positions(x, pm))
-        _x, _p = 0, None if of_potk is None else _like(potk, _potk)
+        _x, _p = 0, None if of_potk is None else pm.create(type=ComplexField, value=_potk)
         if of_f is not None:
             _f = _exchange(layout, _rows(_f, numpy.shape(x), of_f))
-            _x, _meshes = w.readout_vjp(force.meshes(potk, order), local_x, _f)
+            _x, _meshes = w.readout_vjp(force.meshes(pot, order), local_x, _f)
             _from_f = force.pull_meshes(_meshes, order)
             _p = _from_f if _p is None else _p + _from_f
-        _rho = _times(_p, _evaluate(potk, fourier_space_laplace, 'wavenumber')).c2r()
+        _rho = _times(_p, _evaluate(_p, fourier_space_laplace, 'wavenumber'), out=_p).c2r(out=Ellipsis)
         mass = factor / float(pm.Nmesh.prod())
         _x = _x + w.paint_vjp(_rho, local_x, mass, need_mass=False)[0]
         return dict(_x=_as_given(_gather(layout, _x), x), _layout=ZeroGradient)
 
-    def jvp(node, x_, x, layout, pm, order, potk, factor):
+    def jvp(node, x_, x, layout, pm, order, pot, factor):
         dtype, = _agree(pm.comm, x_)
         if dtype is None:
             return dict(f_=ZeroGradient, potk_=ZeroGradient)
         w = _Window(pm)
         local_x, x_ = _exchange(layout, _positions(x, pm)), _exchange(layout, _rows(x_, numpy.shape(x), dtype))
         potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
-        f_ = w.readout_jvp(force.meshes(potk, order), local_x, x_, force.meshes(potk_, order))
-        return dict(f_=_as_given(_gather(layout, f_), x), potk_=potk_)
+        meshes, meshes_ = (force.meshes(p, order) for p in (pot, force.kept(potk_, order)))
+        return dict(f_=_as_given(_gather(layout, w.readout_jvp(meshes, local_x, x_, meshes_)), x), potk_=potk_)
 
 
 @autooperator('wnk -> c')
