@@ -61,12 +61,15 @@ class ForwardSweep(Sweep):
     """Tangents of all values, from those of the inputs: J v."""
 
     def run(self):
+        self.push_all()
+        for name in self.plan.vout:
+            self.model.output(**{name + "_": self.get(self.graph._outputs[name])})
+
+    def push_all(self):
         for name, symbol in self.graph._inputs.items():
             self.derivative[symbol] = self.model.input(name + "_")
         for node in self.plan.nodes:
             self.push_forward(node)
-        for name in self.plan.vout:
-            self.model.output(**{name + "_": self.get(self.graph._outputs[name])})
 
     def push_forward(self, node):
         operator = node.operator
@@ -86,27 +89,35 @@ class ForwardSweep(Sweep):
 class ReverseSweep(Sweep):
     """Cotangents of all values, from those of the outputs: J^T v."""
 
+    form = "_{}"
+
     def run(self):
+        self.seed()
+        for node in reversed(self.plan.nodes):
+            self.pull_back(node)
+        self.finish()
+
+    def seed(self):
         for name in self.plan.vout:
             # Seed the cotangent of an output
-            symbol, cotangent = self.graph._outputs[name], self.model.input("_" + name)
+            symbol, cotangent = self.graph._outputs[name], self.model.input(self.form.format(name))
             if isinstance(symbol, List):
                 parts = List([self.place(item, None) for item in symbol])
                 self.model.append(Node(items.apl, dict(x=cotangent), dict(y=parts), caller()))
                 self.add(symbol, parts, None)
             elif symbol in self.plan.active:
                 self.add(symbol, cotangent, None)
-        for node in reversed(self.plan.nodes):
-            self.pull_back(node)
+
+    def finish(self):
         for name, symbol in self.graph._inputs.items():
-            self.model.output(**{"_" + name: self.get(symbol)})
+            self.model.output(**{self.form.format(name): self.get(symbol)})
 
     def pull_back(self, node):
         operator = node.primitive.operator
         if not self.arrives(node.varout):
             return
-        varout = {"_" + name: self.place(node.varin[name], node) for name in operator.ain}
-        if all(symbol is Ignored for symbol in flatten(varout)):
+        partials = self.places(node)
+        if not partials:
             return
         # Complain if there is no vjp
         if operator.vjp is None:
@@ -114,15 +125,25 @@ class ReverseSweep(Sweep):
                 f"operator {operator.__name__} has no vjp, and a gradient is wanted through the node {node!r}"
             )
         cotangents = {"_" + name: self.get(symbol) for name, symbol in node.varout.items()}
-        if self.add_node(operator.vjp, node, cotangents, varout):
-            for name, partial in zip(operator.ain, varout.values()):
-                if partial is not Ignored:
-                    self.add(node.varin[name], partial, node)
+        self.hand_out(operator.vjp, node, cotangents, partials)
 
-    def place(self, symbol, node):
+    def hand_out(self, primitive, node, derivatives, partials):
+        """Append a call of a derivative of a node, and add what it returns to the cotangents of the inputs."""
+        if self.add_node(primitive, node, derivatives, dict(zip(primitive.outnames, partials))):
+            for name, partial in zip(primitive.operator.ain, partials):
+                self.add(node.varin[name], partial, node)
+
+    def places(self, node, mark=""):
+        """Symbols for the partial cotangents of the inputs of a node; none if nobody wants any."""
+        symbols = [self.place(node.varin[name], node, mark) for name in node.primitive.operator.ain]
+        return symbols if any(leaf is not Ignored for symbol in symbols for leaf in leaves(symbol)) else []
+
+    def place(self, symbol, node, mark=""):
         if symbol in self.plan.active:
-            return self.fresh("_{}@{.name}", symbol, node) if node else self.fresh("_{}@output", symbol)
-        return List([self.place(item, node) for item in symbol]) if isinstance(symbol, List) else Ignored
+            if node is None:
+                return self.fresh(self.form + "@output", symbol)
+            return self.fresh(self.form + "@{.name}" + mark, symbol, node)
+        return List([self.place(item, node, mark) for item in symbol]) if isinstance(symbol, List) else Ignored
 
     def add(self, symbol, partial, node):
         """Add a partial cotangent to what is known of the cotangent of a symbol."""
@@ -132,7 +153,7 @@ class ReverseSweep(Sweep):
         elif partial is not Ignored:
             so_far = self.derivative.get(symbol)
             if so_far is not None:
-                total = self.fresh("_{}", symbol)
+                total = self.fresh(self.form, symbol)
                 origin = None if node else caller()
                 self.model.append(
                     Node(accumulate.apl, dict(a=so_far, b=partial), dict(y=total), origin, node)
@@ -165,14 +186,60 @@ class items:
         return dict(y=x)
 
 
+SWEEPS = dict(vjp=ReverseSweep, jvp=ForwardSweep)
+
+
 def derive(plan, graph, kind):
-    """The model of the derivative `kind`, 'vjp' or 'jvp', for all runs of a recording plan of a graph."""
+    """The model of the derivative `kind`, one of SWEEPS, for all runs of a recording plan of a graph."""
     model = plan.derived.get(kind)
     if model is None:
         model = type(graph)()
         model._base = plan
-        sweep = ReverseSweep if kind == "vjp" else ForwardSweep
         with undisturbed():
-            sweep(plan, graph, model).run()
+            SWEEPS[kind](plan, graph, model).run()
         plan.derived[kind] = model
     return model
+
+
+def no_second_derivative(operator, node):
+    """The error for an operator that does not tell the derivative of its vjp."""
+    return BrokenPrimitive(
+        f"operator {operator.__name__} has no hvp, and an exact second derivative is wanted through the node "
+        f"{node!r}; declare one, or use the Gauss-Newton product (compute_with_gnDp), which does not need it"
+    )
+
+
+class SecondOrderSweep(ReverseSweep):
+    """Tangents of the cotangents of all values, from tangents of the inputs and cotangents of the outputs: H v."""
+
+    form = "_{}_"
+
+    def run(self):
+        self.tangents = ForwardSweep(self.plan, self.graph, self.model)
+        self.cotangents = ReverseSweep(self.plan, self.graph, self.model)
+        self.tangents.push_all()
+        self.cotangents.seed()
+        self.seed()
+        for node in reversed(self.plan.nodes):
+            self.cotangents.pull_back(node)
+            self.pull_back(node)
+        self.cotangents.finish()
+        self.finish()
+
+    def pull_back(self, node):
+        super().pull_back(node)
+        operator = node.primitive.operator
+        arrives = self.cotangents.arrives(node.varout) and self.tangents.arrives(node.varin)
+        if operator.hvp is ZeroGradient or not arrives:
+            return
+        partials = self.places(node, "-hvp")
+        if not partials:
+            return
+        if operator.hvp is None:
+            raise no_second_derivative(operator, node)
+        derivatives = {"_" + name: self.cotangents.get(symbol) for name, symbol in node.varout.items()}
+        derivatives.update((name + "_", self.tangents.get(node.varin[name])) for name in operator.ain)
+        self.hand_out(operator.hvp, node, derivatives, partials)
+
+
+SWEEPS["hvp"] = SecondOrderSweep

@@ -43,6 +43,8 @@ class AutoOperator(Operator):
         self.apl.defaults = self._defaults
         self.vjp = Primitive(self, "vjp", pull_back, [*known, *("_" + name for name in self.aout)])
         self.jvp = Primitive(self, "jvp", push_forward, [*known, *(name + "_" for name in self.ain)])
+        of_vjp = *("_" + name for name in self.aout), *(name + "_" for name in self.ain)
+        self.hvp = Primitive(self, "hvp", differentiate_vjp, [*known, *of_vjp])
         self.rcd = None
         self._find_recorded()
 
@@ -257,6 +259,12 @@ def pull_back(node, **arguments):
 def push_forward(node, **arguments):
     tangents = {name: arguments[name] for name in node.primitive.ain}
     return find_tape(node, arguments).get_jvp().compute(list(node.varout), tangents, return_dict=True)
+
+
+def differentiate_vjp(node, **arguments):
+    derivatives = {name: arguments[name] for name in node.primitive.ain}
+    wanted = [name for name, symbol in node.varout.items() if symbol is not Ignored]
+    return find_tape(node, arguments).get_hvp().compute(wanted, derivatives, return_dict=True)
 
 
 def autooperator(*spec):

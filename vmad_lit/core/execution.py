@@ -227,6 +227,10 @@ class Plan:
                 for name, slot in zip(names, ins)
                 if name in primitive.ain and not (type(varin[name]) is Literal and varin[name]._value is ZeroGradient)
             ]
+            if primitive.kind == "hvp":
+                of_names = dict(zip(names, ins))
+                factors = ([of_names[name] for name in factor] for factor in primitive.factors)
+                linear = [self._add_step(product, *factors)]
         if single and kept is None and linear is None and record is None and not clear:
             if len(ins) == 2:
                 step = call_two, node, function, *ins, *outs[0]
@@ -329,6 +333,11 @@ def scatter(s, target, value):
     elif target is not None:
         for item, v in zip(target, value):
             scatter(s, item, v)
+
+def product(s, step):
+    """ZeroGradient if the values of all slots of any of some groups are, else None."""
+    _, _, slot, *factors = step
+    s[slot] = ZeroGradient if any(all(is_zero(s[i]) for i in factor) for factor in factors) else None
 
 
 # The steps of nodes
@@ -463,8 +472,8 @@ def find_extra(node, key, r):
     """What `apl` or `rcd` returned under a name that a derivative takes."""
     if key in r:
         return r[key]
-    for primitive in (node.operator.vjp, node.operator.jvp):
-        if primitive is not None and key in primitive.defaults:
+    for primitive in (node.operator.vjp, node.operator.jvp, node.operator.hvp):
+        if primitive and key in primitive.defaults:
             return primitive.defaults[key]
     raise BrokenPrimitive(
         f"a derivative of operator {node.operator.__name__} takes '{key}', which has not been "

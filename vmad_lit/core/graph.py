@@ -48,8 +48,9 @@ class Node:
         return isinstance(varin[argname], Literal)
 
     def wants(self, argname):
-        """In a vjp: whether anybody wants the cotangent of the argument."""
-        return self.varout["_" + argname] is not Ignored
+        """In a vjp or hvp: whether anybody wants the cotangent of the argument, or its tangent."""
+        name = "_" + argname if self.primitive.kind == "vjp" else f"_{argname}_"
+        return self.varout[name] is not Ignored
 
     @property
     def operator(self):

@@ -15,6 +15,7 @@ class Model(Graph):
         self._plans = {}
         self._base = None
         self._tape = None
+        self._optional = {}
 
     def _plan(self, vout, record, reuse):
         key = vout, record, reuse, len(self), len(self._outputs)
@@ -34,7 +35,7 @@ class Model(Graph):
         slots = None
         if self._tape is not None:
             slots = self._tape.slots
-            init = {name: as_zero(value) for name, value in init.items()}
+            init = self._optional | {name: as_zero(value) for name, value in init.items()}
         values, slots = plan.run(init, slots, monitor)
         out = dict(zip(plan.vout, values))
         return out, (Tape(self, plan, slots, init, out) if record else None)
@@ -43,7 +44,7 @@ class Model(Graph):
         """This derived model, joined with a tape of the original."""
         joined = type(self)()
         list.extend(joined, self)
-        for name in "_inputs", "_outputs", "_plans", "_base":
+        for name in "_inputs", "_outputs", "_plans", "_base", "_optional":
             setattr(joined, name, getattr(self, name))
         joined._tape = tape
         return joined
@@ -143,6 +144,52 @@ class Model(Graph):
         )
         return select(out, vout, return_dict), pulled
 
+    # Compute a Hessian-vector product
+    def compute_with_hvp(self, vout, init, v, return_dict=False, monitor=None):
+        """Compute outputs, a gradient, and the product of a Hessian with a vector.
+
+        Parameters
+        ----------
+        vout : str or list of str
+        init : dict, or list of (name, value)
+            Values for the inputs.
+        v : dict, or list of (name, value)
+            The vector: tangents of inputs, by the names `x_`; those that are not named are zero. Also the cotangents
+            of outputs, by the names `_y`; an output that is a real number may be left out and has the cotangent 1.
+
+        Returns
+        -------
+        out, vjp, hvp
+            The outputs in the form of `vout`; the gradient of sum Re(conj(_y) y) over all outputs, and its derivative
+            along the vector, in the order of `init`. Dicts if `return_dict`; in the last the names are `_x_`.
+
+        Raises
+        ------
+        BrokenPrimitive
+            An operator does not offer its `hvp`.
+        BadArgument
+            A cotangent is missing, or a tangent or cotangent does not fit its value.
+        """
+        names, v = names_of(vout), dict(v)
+        out, tape = self._run(names, dict(init), True, monitor)
+        cotangents = {}
+        for name in names:
+            cotangents["_" + name] = cotangent = v.pop("_" + name, None)
+            # Check the cotangent, or find that it is 1
+            if cotangent is not None:
+                check_fits("_" + name, cotangent, out[name])
+            elif is_real_number(out[name]):
+                cotangents["_" + name] = 1.0
+            else:
+                raise BadArgument(
+                    f"the output '{name}' is {describe(out[name])}, not a real number; give its cotangent '_{name}', "
+                    f"and the Hessian is that of the sum of their products"
+                )
+        hvp, gradient, product = tape.get_hvp(), tape.get_vjp_vout(), tape.get_hvp_vout()
+        given = {**cotangents, **self._tangents(dict(init), v)}
+        swept = hvp.compute([*gradient, *product], given, return_dict=True, monitor=monitor)
+        return select(out, vout, return_dict), select(swept, gradient, return_dict), select(swept, product, return_dict)
+
     def _tangents(self, init, v):
         for name, tangent in v.items():
             if without(name, None, "_") not in self._inputs:
@@ -197,3 +244,8 @@ def without(name, prefix, suffix):
             f"the name of a {'cotangent starts' if prefix else 'tangent ends'} with '_', got '{name}'"
         )
     return name[1:] if prefix else name[:-1]
+
+def is_real_number(value):
+    """Whether a value is a real number, or an array without axes that holds one."""
+    kind = getattr(getattr(value, "dtype", None), "kind", None)
+    return isinstance(value, (int, float)) or kind in ("i", "u", "f") and getattr(value, "shape", None) == ()

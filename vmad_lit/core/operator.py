@@ -69,7 +69,7 @@ ZeroGradient = ZeroGradientType()
 
 
 class Primitive:
-    """One function of an operator: its application, or one of its two derivatives.
+    """One function of an operator: its application, or one of its derivatives.
 
     Attributes
     ----------
@@ -80,6 +80,8 @@ class Primitive:
     ain, aout : dict
         Those of them that are differentiable (for a derivative: the cotangents or tangents), with
         their type patterns.
+    factors : tuple of collections of str
+        For a derivative: groups of names in each of which it is linear.
     defaults : dict
         Default values of hyper-parameters.
     call, recording_call : callable
@@ -108,8 +110,14 @@ class Primitive:
         elif kind == "jvp":
             self.ain = {name + "_": p for name, p in ain.items() if name + "_" in self.argnames}
             self.aout = {name + "_": p for name, p in aout.items()}
+        elif kind == "hvp":
+            cotangents = {"_" + name: p for name, p in aout.items() if "_" + name in self.argnames}
+            tangents = {name + "_": p for name, p in ain.items() if name + "_" in self.argnames}
+            self.ain = {**cotangents, **tangents}
+            self.aout = {f"_{name}_": p for name, p in ain.items()}
         else:
             self.ain, self.aout = ain, aout
+        self.factors = (cotangents, tangents) if kind == "hvp" else (self.ain,)
         # Prepare to be called
         self.call, self.recording_call = impl, recording_impl or impl
         if not positional:
@@ -201,6 +209,8 @@ class Operator:
         The differentiable arguments and the results, with their type patterns.
     apl, vjp, jvp : Primitive
         The functions; `vjp` is None if the declaration has none.
+    hvp : Primitive, ZeroGradient or None
+        The derivative of `vjp`; ZeroGradient if it is known to vanish, None if it is not known.
     prototype : type
         The class of the declaration. Its static methods are attributes of the operator as well.
     collective : bool
@@ -210,6 +220,7 @@ class Operator:
     """
 
     collective = False
+    hvp = None
 
     def __init__(self, prototype):
         for cls in reversed(prototype.__mro__):
@@ -236,6 +247,10 @@ class Operator:
         else:
             names = [name + "_" if name in self.ain else name for name in self.apl.argnames]
             self.jvp = Primitive(self, "jvp", self._apply_to_tangents, argnames=names)
+        # Make the derivative of the vjp, if there is one
+        self.hvp = getattr(prototype, "hvp", None if hasattr(prototype, "jvp") else ZeroGradient)
+        if callable(self.hvp):
+            self.hvp = Primitive(self, "hvp", self.hvp)
         self.rcd = getattr(prototype, "rcd", None)
         if self.rcd is not None:
             names = list(inspect.signature(self.rcd).parameters)[1:]
@@ -243,7 +258,7 @@ class Operator:
         self._find_recorded()
 
     def _find_recorded(self):
-        derivatives = [p for p in (self.vjp, self.jvp) if p is not None]
+        derivatives = [p for p in (self.vjp, self.jvp, self.hvp) if isinstance(p, Primitive)]
         taken = dict.fromkeys(name for p in derivatives for name in p.argnames if name not in p.ain)
         available = {*self.apl.argnames, *self.aout}
         self.recorded = tuple(taken)
@@ -333,7 +348,11 @@ def operator(prototype):
         returns a dict of the cotangents of the inputs. Optional;
     jvp(node, x_, ...) : the Jacobian-vector product. Takes tangents of inputs and recorded names,
         returns a dict of the tangents of the results. Optional for linear operators;
+    hvp(node, _y, x_, ...) : the derivative of `vjp` along tangents of the inputs, at the same `_y`. Takes
+        cotangents of results, tangents of inputs and recorded names, returns a dict of the changes `_x_` of
+        the cotangents of the inputs. `hvp = ZeroGradient` for an operator without curvature. Optional:
+        only exact second derivatives need it, and a linear operator without `jvp` has it;
     rcd(node, ...) : what to record. Takes all arguments and results of `apl` by name, returns a dict.
-        Optional: by default those names are recorded that `vjp` or `jvp` take.
+        Optional: by default those names are recorded that the derivatives take.
     """
     return Operator(prototype)

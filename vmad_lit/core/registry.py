@@ -4,6 +4,7 @@ import re
 from collections import namedtuple
 from fnmatch import fnmatchcase
 
+from .autodiff import no_second_derivative
 from .error import BadArgument, BrokenPrimitive
 from .execution import is_zero
 from .graph import Node
@@ -115,6 +116,8 @@ class OverloadedOperator(Operator):
         self.apl.defaults = apl.defaults
         self.vjp = Primitive(self, "vjp", self._pull_back, [RECORD, *("_" + name for name in self.aout)])
         self.jvp = Primitive(self, "jvp", self._push_forward, [RECORD, *(name + "_" for name in self.ain)])
+        of_vjp = *("_" + name for name in self.aout), *(name + "_" for name in self.ain)
+        self.hvp = Primitive(self, "hvp", self._differentiate_vjp, [RECORD, *of_vjp])
         self.rcd = None
         self._find_recorded()
 
@@ -195,6 +198,12 @@ class OverloadedOperator(Operator):
         choice, kept = arguments.pop(RECORD, (self.default, {}))
         return call(choice.jvp, node, {**kept, **arguments})
 
+    def _differentiate_vjp(self, node, **arguments):
+        choice, kept = arguments.pop(RECORD, (self.default, {}))
+        if choice.hvp is None:
+            raise no_second_derivative(choice, node)
+        return call(choice.hvp, node, {**kept, **arguments}) if choice.hvp else ZeroGradient
+
 
 def overloaded(prototype):
     """Declare an operator, as by `operator`, to which others can be added for other types, by its
@@ -205,8 +214,8 @@ def overloaded(prototype):
 def call(primitive, node, available):
     """Call a derivative of the chosen operator, unless it is known to be zero; a collective one is
     called in any case."""
-    if not primitive.operator.collective and all(
-        is_zero(available[name]) for name in primitive.ain if name in available
+    if not primitive.operator.collective and any(
+        all(is_zero(available[name]) for name in factor if name in available) for factor in primitive.factors
     ):
         return ZeroGradient
     given = {name: available[name] for name in primitive.argnames if name in available}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from .autodiff import derive
 from .execution import collect
+from .operator import ZeroGradient
 
 
 class Record:
@@ -80,3 +81,20 @@ class Tape(Sequence):
         """
         tangents = self.get_jvp().compute([name + "_" for name in aout], init)
         return self.get_vjp().compute(vout, {"_" + name: tangent for name, tangent in zip(aout, tangents)})
+
+    def get_hvp(self):
+        """The second-order sweep as a model: from tangents `x_` of the inputs, cotangents `_y` of the outputs and (zero if left
+        out) their tangents `_y_`, to the cotangents `_x` of the inputs and their tangents `_x_`.
+
+        Raises
+        ------
+        BrokenPrimitive
+            An operator does not offer its `hvp`.
+        """
+        model = derive(self.plan, self.model, "hvp").on(self)
+        model._optional = {f"_{name}_": ZeroGradient for name in self.plan.vout}
+        return model
+
+    def get_hvp_vout(self):
+        """The names of the tangents of the cotangents of the inputs, in the order in which their values were given."""
+        return [f"_{name}_" for name in self.init]
