@@ -92,7 +92,8 @@ class AutoOperator(Operator):
                 symbols.update(find_symbols(given[name], name))
         if not symbols:
             return Operator.__call__(self, *args, **kwargs)
-        return Operator.__call__(self._open(tuple(symbols)), **given, **symbols, **places)
+        variant, given = self._open(tuple(symbols)), {**given, **symbols}
+        return Operator.__call__(variant, *(given[name] for name in variant.apl.argnames), **places)
 
     def _open(self, names):
         """The variant with further inputs, which are symbols in hyper-parameters."""
