@@ -391,6 +391,18 @@ def test_a_list_as_one_value():
     assert z == 2.0 and _x == [0, 2.0, 0]
 
 
+def test_cotangents_of_a_list_are_added_item_by_item():
+    @autooperator("xs -> y")
+    def twice(xs):
+        return total(xs) + 2.0 * total(xs)
+
+    with Builder() as m:
+        a, b = m.input("a", "b")
+        m.output(y=twice([a, b * 1.0]))
+    _, gradient = m.compute_with_vjp(dict(a=np.ones(2), b=np.ones(2)), dict(_y=np.array([1.0, 10.0])))
+    np.testing.assert_array_equal(gradient, [[3.0, 30.0], [3.0, 30.0]])
+
+
 def test_unused_items_of_a_list_have_zero_cotangents():
     with Builder() as m:
         x = m.input("x")
@@ -690,3 +702,18 @@ def test_a_list_of_symbols_belongs_to_its_model():
     assert isinstance(List([a, 1.0])[1], Literal)
     with pytest.raises(error.InferError):
         total([a, Builder().input("c")])
+
+
+def test_annotations_of_an_autooperator_in_a_module_that_postpones_them():
+    source = """
+from __future__ import annotations
+from vmad_lit import autooperator
+
+@autooperator
+def f(x: '*', y: '*', n) -> 'z':
+    return x * y * n
+"""
+    namespace = {}
+    exec(compile(source, "<postponed>", "exec"), namespace)
+    assert (list(namespace["f"].ain), list(namespace["f"].aout)) == (["x", "y"], ["z"])
+    assert namespace["f"].build(n=2).compute("z", dict(x=2.0, y=3.0)) == 12.0

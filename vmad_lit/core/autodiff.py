@@ -1,10 +1,17 @@
-"""The two sweeps, written down as models."""
+"""The sweeps, written down as models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from .error import BrokenPrimitive
-from .execution import flatten, undisturbed
-from .graph import Node, caller
-from .operator import ZeroGradient, operator
-from .symbol import Ignored, List, Literal, Symbol, leaves
+from .execution import Plan, flatten, undisturbed
+from .graph import Graph, Node, Symbols, caller
+from .operator import Operator, Primitive, ZeroGradient, operator
+from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
+
+if TYPE_CHECKING:
+    from .model import Model
 
 ZERO = Literal(ZeroGradient)
 
@@ -22,24 +29,28 @@ class Sweep:
         An empty model, to which the derivative is written.
     """
 
-    def __init__(self, plan, graph, model):
+    def __init__(self, plan: Plan, graph: Graph, model: Graph) -> None:
         self.plan = plan
         self.graph = graph
         self.model = model
-        self.derivative = {}
+        self.derivative: dict[BaseSymbol, BaseSymbol] = {}
 
-    def get(self, symbol):
+    def run(self) -> None:
+        """Write the model. The kinds of sweeps differ in how."""
+        raise NotImplementedError
+
+    def get(self, symbol: BaseSymbol) -> BaseSymbol:
         """The derivative of a symbol, as a symbol of the derived model."""
         derivative = self.derivative.get(symbol)
         if derivative is None:
             return List([self.get(item) for item in symbol]) if isinstance(symbol, List) else ZERO
         return derivative
 
-    def arrives(self, symbols):
+    def arrives(self, symbols: Symbols) -> bool:
         """Whether the derivative of any of the symbols in a dict is not zero."""
         return not self.derivative.keys().isdisjoint(flatten(symbols))
 
-    def add_node(self, primitive, node, derivatives, varout):
+    def add_node(self, primitive: Primitive, node: Node, derivatives: Symbols, varout: Symbols) -> bool:
         """Append a call of a derivative of a node, unless all that goes in is zero. Returns whether
         it was appended."""
         varin = {name: derivatives[name] for name in primitive.ain}
@@ -49,7 +60,7 @@ class Sweep:
                 return True
         return False
 
-    def fresh(self, *label):
+    def fresh(self, *label: Any) -> Symbol:
         """A new symbol in the derived model, with the ingredients of its name."""
         symbol = Symbol.__new__(Symbol)
         symbol._label = label
@@ -60,18 +71,18 @@ class Sweep:
 class ForwardSweep(Sweep):
     """Tangents of all values, from those of the inputs: J v."""
 
-    def run(self):
+    def run(self) -> None:
         self.push_all()
         for name in self.plan.vout:
             self.model.output(**{name + "_": self.get(self.graph._outputs[name])})
 
-    def push_all(self):
+    def push_all(self) -> None:
         for name, symbol in self.graph._inputs.items():
             self.derivative[symbol] = self.model.input(name + "_")
         for node in self.plan.nodes:
             self.push_forward(node)
 
-    def push_forward(self, node):
+    def push_forward(self, node: Node) -> None:
         operator = node.operator
         if not self.arrives(node.varin) or self.plan.active.isdisjoint(flatten(node.varout)):
             return
@@ -80,7 +91,7 @@ class ForwardSweep(Sweep):
         if self.add_node(operator.jvp, node, tangents, varout):
             self.derivative.update(zip(flatten(node.varout), flatten(varout)))
 
-    def place(self, symbol):
+    def place(self, symbol: BaseSymbol) -> BaseSymbol:
         if isinstance(symbol, List):
             return List([self.place(item) for item in symbol])
         return self.fresh("{}_", symbol)
@@ -91,13 +102,13 @@ class ReverseSweep(Sweep):
 
     form = "_{}"
 
-    def run(self):
+    def run(self) -> None:
         self.seed()
         for node in reversed(self.plan.nodes):
             self.pull_back(node)
         self.finish()
 
-    def seed(self):
+    def seed(self) -> None:
         for name in self.plan.vout:
             # Seed the cotangent of an output
             symbol, cotangent = self.graph._outputs[name], self.model.input(self.form.format(name))
@@ -108,11 +119,11 @@ class ReverseSweep(Sweep):
             elif symbol in self.plan.active:
                 self.add(symbol, cotangent, None)
 
-    def finish(self):
+    def finish(self) -> None:
         for name, symbol in self.graph._inputs.items():
             self.model.output(**{self.form.format(name): self.get(symbol)})
 
-    def pull_back(self, node):
+    def pull_back(self, node: Node) -> None:
         operator = node.primitive.operator
         if not self.arrives(node.varout):
             return
@@ -127,27 +138,29 @@ class ReverseSweep(Sweep):
         cotangents = {"_" + name: self.get(symbol) for name, symbol in node.varout.items()}
         self.hand_out(operator.vjp, node, cotangents, partials)
 
-    def hand_out(self, primitive, node, derivatives, partials):
+    def hand_out(
+        self, primitive: Primitive, node: Node, derivatives: Symbols, partials: list[BaseSymbol]
+    ) -> None:
         """Append a call of a derivative of a node, and add what it returns to the cotangents of the inputs."""
         if self.add_node(primitive, node, derivatives, dict(zip(primitive.outnames, partials))):
             for name, partial in zip(primitive.operator.ain, partials):
                 self.add(node.varin[name], partial, node)
 
-    def places(self, node, mark=""):
+    def places(self, node: Node, mark: str = "") -> list[BaseSymbol]:
         """Symbols for the partial cotangents of the inputs of a node; none if nobody wants any."""
         symbols = [self.place(node.varin[name], node, mark) for name in node.primitive.operator.ain]
         return symbols if any(leaf is not Ignored for symbol in symbols for leaf in leaves(symbol)) else []
 
-    def place(self, symbol, node, mark=""):
+    def place(self, symbol: BaseSymbol, node: Node | None, mark: str = "") -> BaseSymbol:
         if symbol in self.plan.active:
             if node is None:
                 return self.fresh(self.form + "@output", symbol)
             return self.fresh(self.form + "@{.name}" + mark, symbol, node)
         return List([self.place(item, node, mark) for item in symbol]) if isinstance(symbol, List) else Ignored
 
-    def add(self, symbol, partial, node):
+    def add(self, symbol: BaseSymbol, partial: BaseSymbol, node: Node | None) -> None:
         """Add a partial cotangent to what is known of the cotangent of a symbol."""
-        if isinstance(symbol, List):
+        if isinstance(symbol, List) and isinstance(partial, List):
             for item, part in zip(symbol, partial):
                 self.add(item, part, node)
         elif partial is not Ignored:
@@ -170,9 +183,14 @@ class accumulate:
     aout = "y"
 
     def apl(node, a, b):
-        if a is ZeroGradient:
-            return b
-        return a if b is ZeroGradient else a + b
+        return add_up(a, b)
+
+
+def add_up(a, b):
+    """The sum of two cotangents; lists are added item by item."""
+    if a is ZeroGradient or b is ZeroGradient:
+        return b if a is ZeroGradient else a
+    return [add_up(p, q) for p, q in zip(a, b)] if type(a) is list else a + b
 
 
 @operator
@@ -182,16 +200,16 @@ class items:
     ain = "x"
     aout = "y"
 
-    def apl(node, x):
+    def apl(node: Any, x: Value) -> dict[str, Value]:
         return dict(y=x)
 
 
-SWEEPS = dict(vjp=ReverseSweep, jvp=ForwardSweep)
+SWEEPS: dict[str, type[Sweep]] = dict(vjp=ReverseSweep, jvp=ForwardSweep)
 
 
-def derive(plan, graph, kind):
+def derive(plan: Plan, graph: Model, kind: str) -> Model:
     """The model of the derivative `kind`, one of SWEEPS, for all runs of a recording plan of a graph."""
-    model = plan.derived.get(kind)
+    model: Model | None = plan.derived.get(kind)
     if model is None:
         model = type(graph)()
         model._base = plan
@@ -201,7 +219,7 @@ def derive(plan, graph, kind):
     return model
 
 
-def no_second_derivative(operator, node):
+def no_second_derivative(operator: Operator, node: Node) -> BrokenPrimitive:
     """The error for an operator that does not tell the derivative of its vjp."""
     return BrokenPrimitive(
         f"operator {operator.__name__} has no hvp, and an exact second derivative is wanted through the node "
@@ -214,7 +232,7 @@ class SecondOrderSweep(ReverseSweep):
 
     form = "_{}_"
 
-    def run(self):
+    def run(self) -> None:
         self.tangents = ForwardSweep(self.plan, self.graph, self.model)
         self.cotangents = ReverseSweep(self.plan, self.graph, self.model)
         self.tangents.push_all()
@@ -226,7 +244,7 @@ class SecondOrderSweep(ReverseSweep):
         self.cotangents.finish()
         self.finish()
 
-    def pull_back(self, node):
+    def pull_back(self, node: Node) -> None:
         super().pull_back(node)
         operator = node.primitive.operator
         arrives = self.cotangents.arrives(node.varout) and self.tangents.arrives(node.varin)
@@ -235,7 +253,7 @@ class SecondOrderSweep(ReverseSweep):
         partials = self.places(node, "-hvp")
         if not partials:
             return
-        if operator.hvp is None:
+        if not isinstance(operator.hvp, Primitive):
             raise no_second_derivative(operator, node)
         derivatives = {"_" + name: self.cotangents.get(symbol) for name, symbol in node.varout.items()}
         derivatives.update((name + "_", self.tangents.get(node.varin[name])) for name in operator.ain)

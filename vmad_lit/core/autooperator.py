@@ -1,12 +1,19 @@
 """Autooperators: operators that are made of a model."""
 
+from __future__ import annotations
+
+import ast
 import inspect
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
+from typing import Any
 
 from .error import BadArgument, ModelError, did_you_mean
-from .model import Builder
+from .graph import Node
+from .model import Builder, Model
 from .operator import InstanceOperator, Operator, Primitive, declare
 from .symbol import Ignored, Symbol
+from .tape import Tape
 
 TAPE = "tape of the model"
 
@@ -24,19 +31,21 @@ class AutoOperator(Operator):
 
     collective = True  # there may be collective operators inside
 
-    def __init__(self, prototype, main, argnames, defaults):
+    def __init__(
+        self, prototype: Any, main: Callable[..., Any], argnames: Iterable[str], defaults: Mapping[str, Any]
+    ) -> None:
         self._main = main
-        self._defaults = defaults
+        self._defaults = dict(defaults)
         self._keeps_tape = True
-        self._opened = {}
+        self._opened: dict[tuple[str, ...], AutoOperator] = {}
         self.argnames = tuple(argnames)
-        self.hyperargs = {}
-        self.__bound_model__ = None
-        self.__bound_tape__ = None
+        self.hyperargs: dict[str, Any] = {}
+        self.__bound_model__: Model | None = None
+        self.__bound_tape__: Tape | None = None
         super().__init__(prototype)
 
-    def _make_primitives(self):
-        known = (TAPE,) if self._keeps_tape else self.argnames
+    def _make_primitives(self) -> None:
+        known: tuple[str, ...] = (TAPE,) if self._keeps_tape else self.argnames
         self.apl = Primitive(
             self, "apl", compute, self.argnames, compute_and_record if self._keeps_tape else None
         )
@@ -48,7 +57,7 @@ class AutoOperator(Operator):
         self.rcd = None
         self._find_recorded()
 
-    def build(self, /, **hyperargs):
+    def build(self, /, **hyperargs: Any) -> Model:
         """The model, for given hyper-parameters."""
         for name in hyperargs:
             if name in self.ain:
@@ -58,7 +67,7 @@ class AutoOperator(Operator):
                 )
         return self._build(hyperargs)
 
-    def _build(self, hyperargs):
+    def _build(self, hyperargs: Mapping[str, Any]) -> Model:
         if self.__bound_model__ is not None:
             return self.__bound_model__
         hyperargs = {**self._defaults, **hyperargs}
@@ -84,9 +93,9 @@ class AutoOperator(Operator):
         return m
 
     # Methods for objects that hold symbols
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given, places = self._bind(args, kwargs)
-        symbols = {}
+        symbols: dict[str, Symbol] = {}
         for name in self.apl.argnames:
             if name not in self.ain:
                 symbols.update(find_symbols(given[name], name))
@@ -95,7 +104,7 @@ class AutoOperator(Operator):
         variant, given = self._open(tuple(symbols)), {**given, **symbols}
         return Operator.__call__(variant, *(given[name] for name in variant.apl.argnames), **places)
 
-    def _open(self, names):
+    def _open(self, names: tuple[str, ...]) -> Operator:
         """The variant with further inputs, which are symbols in hyper-parameters."""
         if names not in self._opened:
             self._opened[names] = self._vary(
@@ -103,13 +112,13 @@ class AutoOperator(Operator):
             )
         return self._opened[names]
 
-    def _vary(self, **changes):
-        variant = object.__new__(type(self))
+    def _vary(self, **changes: Any) -> AutoOperator:
+        variant: AutoOperator = object.__new__(type(self))
         variant.__dict__.update(self.__dict__, _opened={}, **changes)
         variant._make_primitives()
         return variant
 
-    def bind(self, /, **hyperargs):
+    def bind(self, /, **hyperargs: Any) -> AutoOperator:
         """A variant with the hyper-parameters fixed, whose model is built once."""
         model = self.build(**hyperargs)
         return self._vary(
@@ -119,7 +128,7 @@ class AutoOperator(Operator):
             _defaults={},
         )
 
-    def precompute(self, /, **arguments):
+    def precompute(self, /, **arguments: Any) -> AutoOperator:
         """A variant that was computed already, for given inputs and hyper-parameters, and replays its
         tape from now on."""
         inputs = {name: value for name, value in arguments.items() if name in self.ain}
@@ -131,38 +140,38 @@ class AutoOperator(Operator):
         )
 
     @property
-    def forgetful(self):
+    def forgetful(self) -> AutoOperator:
         """A variant that keeps no tape, and makes it anew when a derivative is computed."""
         return self._vary(_keeps_tape=False)
 
-    def __get__(self, instance, owner=None):
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else InstanceAutoOperator(self, instance)
 
 
 class InstanceAutoOperator(InstanceOperator):
     """An autooperator as a method: the instance is passed as the first argument."""
 
-    def _with_instance(self, arguments):
+    def _with_instance(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {self.base.argnames[0]: self.instance, **arguments}
 
-    def build(self, **hyperargs):
+    def build(self, **hyperargs: Any) -> Any:
         return self.base.build(**self._with_instance(hyperargs))
 
-    def bind(self, **hyperargs):
+    def bind(self, **hyperargs: Any) -> Any:
         return self.base.bind(**self._with_instance(hyperargs))
 
-    def precompute(self, **arguments):
+    def precompute(self, **arguments: Any) -> InstanceAutoOperator:
         base = self.base.precompute(**self._with_instance(arguments))
         return InstanceAutoOperator(base, self.instance)
 
     @property
-    def forgetful(self):
+    def forgetful(self) -> InstanceAutoOperator:
         return InstanceAutoOperator(self.base.forgetful, self.instance)
 
 
-def find_symbols(value, path):
+def find_symbols(value: object, path: str) -> dict[str, Symbol]:
     """The symbols in an object, as a dict by dotted names that begin with `path`."""
-    found = {}
+    found: dict[str, Symbol] = {}
     for name in getattr(type(value), "__symbols__", ()):
         part, place = getattr(value, name), f"{path}.{name}"
         if isinstance(part, Symbol):
@@ -172,14 +181,14 @@ def find_symbols(value, path):
     return found
 
 
-def fill_in(arguments, symbols):
-    """All arguments of the function that builds a model: symbols for inputs go where they belong, also inside objects."""
+def fill_in(arguments: Mapping[str, Any], symbols: Mapping[str, Symbol]) -> dict[str, Any]:
+    """All arguments of the function that builds a model; symbols go where they belong, also inside objects."""
     inputs = {name: symbol for name, symbol in symbols.items() if "." not in name}
     objects = {name: replace_symbols(value, name, symbols) for name, value in arguments.items()}
     return {**objects, **inputs}
 
 
-def replace_symbols(value, path, symbols):
+def replace_symbols(value: Any, path: str, symbols: Mapping[str, Symbol]) -> Any:
     """The object, or a copy with other symbols in it."""
     changes = {}
     for name in getattr(type(value), "__symbols__", ()):
@@ -195,7 +204,7 @@ def replace_symbols(value, path, symbols):
     return value
 
 
-def find_model(node, arguments):
+def find_model(node: Any, arguments: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The model of an autooperator for the hyper-parameters in `arguments`, and its inputs."""
     operator = node.operator
     inputs = {name: arguments[name] for name in operator.ain}
@@ -210,7 +219,7 @@ def find_model(node, arguments):
     return home.cache[1], inputs
 
 
-def share_model(node, hyperargs):
+def share_model(node: Any, hyperargs: Mapping[str, Any]) -> Any:
     """The model for some hyper-parameters: that of another node of the same graph, or a new one."""
     operator, graph = node.operator, node.graph
     if graph is None or not all(node.is_literal(name) for name in hyperargs):
@@ -224,11 +233,11 @@ def share_model(node, hyperargs):
     return graph.shared[key]
 
 
-def is_same(a, b):
+def is_same(a: Any, b: Any) -> bool:
     return a is b or type(a) is type(b) and type(a) in (int, float, str) and a == b
 
 
-def compute(node, **arguments):
+def compute(node: Any, **arguments: Any) -> dict[str, Any]:
     operator = node.operator
     if operator.__bound_tape__ is not None:
         return {name: operator.__bound_tape__.out[name] for name in operator.aout}
@@ -236,12 +245,12 @@ def compute(node, **arguments):
     return model._run(operator.aout, inputs)[0]
 
 
-def compute_and_record(node, **arguments):
+def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
     tape = find_tape(node, arguments)
     return {**{name: tape.out[name] for name in node.operator.aout}, TAPE: tape}
 
 
-def find_tape(node, arguments):
+def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if TAPE in arguments:
         return arguments[TAPE]
     operator = node.operator
@@ -251,24 +260,24 @@ def find_tape(node, arguments):
     return model._run(operator.aout, inputs, record=True)[1]
 
 
-def pull_back(node, **arguments):
+def pull_back(node: Any, **arguments: Any) -> Any:
     cotangents = {name: arguments[name] for name in node.primitive.ain}
     wanted = [name for name, symbol in node.varout.items() if symbol is not Ignored]
     return find_tape(node, arguments).get_vjp().compute(wanted, cotangents, return_dict=True)
 
 
-def push_forward(node, **arguments):
+def push_forward(node: Any, **arguments: Any) -> Any:
     tangents = {name: arguments[name] for name in node.primitive.ain}
     return find_tape(node, arguments).get_jvp().compute(list(node.varout), tangents, return_dict=True)
 
 
-def differentiate_vjp(node, **arguments):
+def differentiate_vjp(node: Any, **arguments: Any) -> Any:
     derivatives = {name: arguments[name] for name in node.primitive.ain}
     wanted = [name for name, symbol in node.varout.items() if symbol is not Ignored]
     return find_tape(node, arguments).get_hvp().compute(wanted, derivatives, return_dict=True)
 
 
-def autooperator(*spec):
+def autooperator(*spec: Any) -> Any:
     """Declare an operator by a function that builds its model.
 
     The forms are
@@ -285,16 +294,16 @@ def autooperator(*spec):
         return from_class(spec[0])
     if len(spec) == 1 and callable(spec[0]):
         return from_annotations(spec[0])
-    spec = [word.strip() for part in spec for word in part.replace("->", ",->,").split(",")]
-    spec = [word for word in spec if word]
-    if spec.count("->") != 1:
-        raise BadArgument(f"expected a specification of the form 'x, y -> z', got {' '.join(spec)!r}")
-    arrow = spec.index("->")
-    return lambda function: from_function(function, spec[:arrow], spec[arrow + 1 :])
+    words = [word.strip() for part in spec for word in part.replace("->", ",->,").split(",")]
+    words = [word for word in words if word]
+    if words.count("->") != 1:
+        raise BadArgument(f"expected a specification of the form 'x, y -> z', got {' '.join(words)!r}")
+    arrow = words.index("->")
+    return lambda function: from_function(function, words[:arrow], words[arrow + 1 :])
 
 
-def from_annotations(function):
-    ain = dict(getattr(function, "__annotations__", {}))
+def from_annotations(function: Callable[..., Any]) -> AutoOperator:
+    ain = {name: unquoted(text) for name, text in getattr(function, "__annotations__", {}).items()}
     if "return" not in ain:
         raise BadArgument(
             f"the outputs of {function.__name__} are not declared; "
@@ -304,21 +313,29 @@ def from_annotations(function):
     return from_function(function, ain, aout)
 
 
-def from_function(function, ain, aout):
+def unquoted(annotation: Any) -> Any:
+    """An annotation as it was written, in a module that has its annotations kept as source text, too."""
+    quoted = isinstance(annotation, str) and annotation[:1] in ("'", '"')
+    return ast.literal_eval(annotation) if quoted else annotation
+
+
+def from_function(function: Callable[..., Any], ain: Any, aout: Any) -> AutoOperator:
     names = "__doc__", "__module__", "__qualname__"
-    attributes = {name: getattr(function, name) for name in names}
+    attributes: dict[str, Any] = {name: getattr(function, name) for name in names}
     attributes |= dict(ain=ain, aout=aout, main=staticmethod(function))
     prototype = type(function.__name__, (), attributes)
     parameters = inspect.signature(function).parameters.values()
     return make(prototype, parameters, lambda m, arguments: function(**arguments))
 
 
-def from_class(prototype):
+def from_class(prototype: Any) -> AutoOperator:
     parameters = list(inspect.signature(prototype.main).parameters.values())[1:]
     return make(prototype, parameters, lambda m, arguments: prototype.main(m, **arguments))
 
 
-def make(prototype, parameters, call):
+def make(
+    prototype: Any, parameters: Iterable[inspect.Parameter], call: Callable[..., Any]
+) -> AutoOperator:
     ain, aout = declare(prototype.ain), declare(prototype.aout)
     parameters = list(parameters)
     argnames = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -327,7 +344,7 @@ def make(prototype, parameters, call):
         raise BadArgument(f"the function of {prototype.__name__} has no parameter for its inputs {missing}")
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in ain}
 
-    def main(m, arguments):
+    def main(m: Builder, arguments: dict[str, Any]) -> dict[str, Any]:
         results = call(m, arguments)
         if isinstance(results, dict):
             return results

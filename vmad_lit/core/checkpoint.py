@@ -88,7 +88,7 @@ class Chain(Operator):
 
     __call__ = AutoOperator.__call__
 
-    def _open(self, names):
+    def _open(self, names: tuple[str, ...]) -> Operator:
         return Chain(self.step._open(names), self.n, self.schedule, self.folder)
 
 

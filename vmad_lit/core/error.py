@@ -4,6 +4,8 @@ An exception that is raised *inside* an operator keeps its type and is not wrapp
 which node raised it. The classes here are for mistakes in building or using a model.
 """
 
+from collections.abc import Iterable
+
 
 class ModelError(Exception):
     """Something is wrong with a model, or with how it is used."""
@@ -48,15 +50,16 @@ class BrokenPrimitive(ModelError):
 class ExecutionError(ModelError):
     """The function of an operator did not return what the operator declares."""
 
-    def __init__(self, message, reason=None):
+    def __init__(self, message: str, reason: BaseException | None = None) -> None:
         super().__init__(message)
         self.reason = reason
 
 
-def did_you_mean(name, known):
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that ends an error message: the closest of the `known` names, or all of them."""
     from difflib import get_close_matches
 
+    known = list(known)
     close = get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"

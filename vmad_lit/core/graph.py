@@ -1,12 +1,22 @@
 """Nodes, and the linear list of them that a model is."""
 
+from __future__ import annotations
+
 import html
 import os
 import sys
 import weakref
+from collections.abc import Callable, Iterable, Mapping
+from types import CodeType
+from typing import TYPE_CHECKING, Any
 
 from .error import BadArgument, DuplicatedOutput, InferError
-from .symbol import Ignored, List, Literal, Recorded, Symbol, assymbol, leaves
+from .symbol import BaseSymbol, Ignored, List, Literal, Recorded, Symbol, assymbol, leaves
+
+if TYPE_CHECKING:
+    from .operator import Operator, Primitive
+
+Symbols = dict[str, BaseSymbol]  # arguments or results, by name
 
 
 class Node:
@@ -28,36 +38,43 @@ class Node:
 
     __slots__ = ("primitive", "varin", "varout", "number", "forward", "cache", "_origin")
 
-    def __init__(self, primitive, varin, varout, origin, forward=None):
+    def __init__(
+        self,
+        primitive: Primitive,
+        varin: Symbols,
+        varout: Symbols,
+        origin: tuple[CodeType, int] | None,
+        forward: Node | None = None,
+    ) -> None:
         self.primitive = primitive
         self.varin = varin
         self.varout = varout
         self.number = -1
         self.forward = forward
-        self.cache = None
+        self.cache: Any = None
         self._origin = origin
 
-    def __getitem__(self, argname):
+    def __getitem__(self, argname: str) -> BaseSymbol:
         """The symbol that was given for an argument."""
         varin = self.varin if argname in self.varin or self.forward is None else self.forward.varin
         return varin[argname]
 
-    def is_literal(self, argname):
+    def is_literal(self, argname: str) -> bool:
         """Whether a constant was given for the argument, so that nobody wants its derivative."""
         varin = self.varin if self.forward is None else self.forward.varin
         return isinstance(varin[argname], Literal)
 
-    def wants(self, argname):
+    def wants(self, argname: str) -> bool:
         """In a vjp or hvp: whether anybody wants the cotangent of the argument, or its tangent."""
         name = "_" + argname if self.primitive.kind == "vjp" else f"_{argname}_"
         return self.varout[name] is not Ignored
 
     @property
-    def operator(self):
+    def operator(self) -> Operator:
         return self.primitive.operator
 
     @property
-    def graph(self):
+    def graph(self) -> Graph | None:
         """The graph that the node belongs to, or None for a node without results."""
         for symbol in self.varout.values():
             for leaf in leaves(symbol):
@@ -66,24 +83,25 @@ class Node:
         return None
 
     @property
-    def prototype(self):
+    def prototype(self) -> Any:
         return self.primitive.operator.prototype
 
     @property
-    def name(self):
+    def name(self) -> str:
         return f"{self.primitive.name}-{self.number}"
 
     @property
-    def place(self):
+    def place(self) -> tuple[str, int]:
         """File and line of the program where the node was built, as (str, int)."""
         if self.forward is not None:
             return self.forward.place
+        assert self._origin is not None
         code, instruction = self._origin
         position = list(code.co_positions())[instruction // 2] if instruction >= 0 else (None,)
         return code.co_filename, position[0] or code.co_firstlineno
 
     @property
-    def arguments(self):
+    def arguments(self) -> Symbols:
         """All arguments by name; in a derived model with those that are found on the tape."""
         if self.forward is None:
             return self.varin
@@ -101,10 +119,10 @@ class Node:
 
 
 _engine = os.path.dirname(__file__)
-_is_engine = {}
+_is_engine: dict[str, bool] = {}
 
 
-def caller(depth=1):
+def caller(depth: int = 1) -> tuple[CodeType, int]:
     """The place in the program that called into the engine: a code object and an instruction in it.
 
     The nearest `depth` callers are known to belong to the engine.
@@ -120,22 +138,22 @@ def caller(depth=1):
         frame = frame.f_back
 
 
-class Graph(list):
+class Graph(list[Node]):
     """A list of nodes in the order in which they were built, with named inputs and outputs."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._inputs = {}
-        self._outputs = {}
-        self.shared = {}
-        self._ref = weakref.ref(self)
+        self._inputs: dict[str, Symbol] = {}
+        self._outputs: Symbols = {}
+        self.shared: dict[Any, Any] = {}
+        self._ref: Callable[[], Graph | None] | None = weakref.ref(self)
 
     # A list compares by content; a model is itself and no other.
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
     __ne__ = object.__ne__
 
-    def input(self, *names):
+    def input(self, *names: str | Symbol) -> Any:
         """Declare inputs; one name gives one symbol, several give a list of symbols.
 
         A name may be a str, or a fresh instance of a subclass of `Symbol`.
@@ -150,7 +168,7 @@ class Graph(list):
             symbols.append(symbol)
         return symbols[0] if len(symbols) == 1 else symbols
 
-    def output(self, **values):
+    def output(self, **values: Any) -> None:
         """Name the results of the model: `m.output(y=y)`; a value may be any symbol, a constant or a
         list of these."""
         for name, value in values.items():
@@ -162,12 +180,12 @@ class Graph(list):
                     self.anchor(leaf)
             self._outputs[name] = symbol
 
-    def append(self, node):
+    def append(self, node: Node) -> None:
         """Add a node at the end; from now on its results belong to this graph."""
         node.number = len(self)
         list.append(self, node)
 
-    def anchor(self, symbol):
+    def anchor(self, symbol: Symbol) -> None:
         """Tie a symbol to this graph; if it belongs to a fragment, the whole fragment comes along."""
         if symbol._graph is None:
             symbol._graph = self._ref
@@ -180,12 +198,13 @@ class Graph(list):
                 )
             self.absorb(other)
 
-    def absorb(self, fragment):
+    def absorb(self, fragment: Graph) -> None:
         """Append all nodes of a fragment."""
         for node in fragment:
             self.append(node)
             for key, symbol in node.varout.items():
                 for leaf in leaves(symbol):
+                    assert isinstance(leaf, Symbol)
                     leaf._graph = self._ref
                     if type(leaf._label) is tuple:
                         leaf._label = (NAME_OF_RESULT, node.primitive.name, node.number, key)
@@ -249,7 +268,7 @@ class Graph(list):
 class Fragment(Graph):
     """A piece of a model that no model has claimed yet; its symbols keep it alive."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._ref = lambda: self
 
@@ -257,12 +276,12 @@ class Fragment(Graph):
 NAME_OF_RESULT = "{}-{}.{}"  # of a symbol that nobody named: operator, number, name of the result
 
 
-def find_graph(arguments):
+def find_graph(arguments: Iterable[BaseSymbol]) -> Graph:
     """The graph that the symbols in `arguments` belong to, after joining their fragments.
 
     A model is preferred to a fragment. Raises InferError for symbols of two models.
     """
-    refs = []
+    refs: list[Callable[[], Graph | None]] = []
     for argument in arguments:
         if type(argument) is Literal:
             continue
@@ -275,16 +294,11 @@ def find_graph(arguments):
                 if isinstance(leaf, Symbol) and leaf._graph is not None and leaf._graph not in refs:
                     refs.append(leaf._graph)
     if len(refs) == 1:
-        graph = refs[0]()
-        if graph is None:
-            raise InferError(
-                "the model of these symbols no longer exists; keep a reference to it while building"
-            )
-        return graph
+        return alive(refs[0])
     # Join several graphs into one
     if not refs:
         return Fragment()
-    graphs = [ref() for ref in refs]
+    graphs = [alive(ref) for ref in refs]
     models = [graph for graph in graphs if not isinstance(graph, Fragment)]
     if len(models) > 1:
         raise InferError(
@@ -295,3 +309,10 @@ def find_graph(arguments):
         if graph is not target:
             target.absorb(graph)
     return target
+
+
+def alive(ref: Callable[[], Graph | None]) -> Graph:
+    graph = ref()
+    if graph is None:
+        raise InferError("the model of these symbols no longer exists; keep a reference to it while building")
+    return graph

@@ -1,10 +1,16 @@
 """Operators: functions with derivatives, and how they are declared and called."""
 
+from __future__ import annotations
+
 import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 from .error import BadArgument, MissingArgument, OverwritePrecaution, did_you_mean
-from .graph import NAME_OF_RESULT, Node, caller, find_graph
-from .symbol import BaseSymbol, List, ListPlaceholder, Symbol, assymbol, leaves
+from .graph import NAME_OF_RESULT, Graph, Node, Symbols, caller, find_graph
+from .symbol import BaseSymbol, List, ListPlaceholder, Symbol, Value, assymbol, leaves
+
+Patterns = dict[str, Any]  # the type patterns of arguments or results, by name
 
 
 class ZeroGradientType(int):
@@ -14,19 +20,19 @@ class ZeroGradientType(int):
     # Asked by pmesh, whose fields take what a ufunc returns for values of a field unless its dtype is this one.
     dtype = "?"
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "ZeroGradient"
 
-    def __reduce__(self):
+    def __reduce__(self) -> str:
         return "ZeroGradient"
 
     @staticmethod
-    def is_zero(value):
+    def is_zero(value: Value) -> bool:
         """Whether a cotangent or tangent is known to be zero: ZeroGradient or the number 0, not an
         array of zeros."""
         return type(value) is ZeroGradientType or (type(value) in (int, float) and value == 0)
 
-    def _zero(self, *others):
+    def _zero(self, *others: Any) -> Any:
         return self
 
     __neg__ = __pos__ = __abs__ = _zero
@@ -34,25 +40,25 @@ class ZeroGradientType(int):
     __getitem__ = conj = conjugate = _zero
     real = imag = property(_zero)
 
-    def __add__(self, other):
+    def __add__(self, other: Value) -> Any:
         return other
 
     __radd__ = __rsub__ = __add__
 
-    def __sub__(self, other):
+    def __sub__(self, other: Value) -> Any:
         return -other
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[ZeroGradientType]:
         """An endless supply of zeros, for use with `zip`."""
         while True:
             yield self
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         import numpy
 
         return numpy.zeros((), dtype=dtype)
 
-    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if method == "__call__" and not kwargs:
             if ufunc.__name__ in ("negative", "positive", "conjugate", "multiply", "matmul"):
                 return self
@@ -91,7 +97,14 @@ class Primitive:
         The arguments of a derivative that come from the record, if they are the last ones.
     """
 
-    def __init__(self, operator, kind, impl, argnames=None, recording_impl=None):
+    def __init__(
+        self,
+        operator: Operator,
+        kind: str,
+        impl: Callable[..., Any],
+        argnames: Collection[str] | None = None,
+        recording_impl: Callable[..., Any] | None = None,
+    ) -> None:
         self.operator = operator
         self.kind = kind
         self.name = operator.__name__ if kind == "apl" else f"{operator.__name__}-{kind}"
@@ -101,8 +114,10 @@ class Primitive:
         named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         self.argnames = tuple(p.name for p in named) if argnames is None else tuple(argnames)
         self.defaults = {p.name: p.default for p in named if p.default is not p.empty}
-        positional = argnames is None and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in named)
+        positional: bool = argnames is None and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in named)
         # Tell the differentiable arguments from the others
+        self.ain: Patterns
+        self.aout: Patterns
         ain, aout = operator.ain, operator.aout
         if kind == "vjp":
             self.ain = {"_" + name: p for name, p in aout.items() if "_" + name in self.argnames}
@@ -129,10 +144,10 @@ class Primitive:
             self.ain = {name: self.ain[name] for name in first}
         self.outnames = tuple(self.aout)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{self.name}({', '.join(self.argnames)})"
 
-    def create_node(self, given, places=None):
+    def create_node(self, given: Mapping[str, Any], places: Mapping[str, Any] | None = None) -> Symbols:
         """Append a node to the model of the arguments.
 
         Parameters
@@ -152,22 +167,22 @@ class Primitive:
             if not isinstance(value, BaseSymbol):
                 varin[name] = assymbol(value)
         graph = find_graph(varin.values())
-        varout = {}
+        varout: Symbols = {}
         for name in self.outnames:
             # Make a symbol for the result
             if places and name in places:
                 varout[name] = claim(places[name], graph, (NAME_OF_RESULT, self.name, len(graph), name))
             else:
-                symbol = varout[name] = Symbol.__new__(Symbol)
+                varout[name] = symbol = Symbol.__new__(Symbol)
                 symbol._label = (NAME_OF_RESULT, self.name, len(graph), name)
                 symbol._graph = graph._ref
         graph.append(Node(self, varin, varout, caller(3)))
         return varout
 
 
-def claim(place, graph, label):
+def claim(given: Any, graph: Graph, label: tuple[Any, ...]) -> BaseSymbol:
     """Take a symbol, or a List of them, as the place for a result of a node in `graph`."""
-    place = assymbol(place)
+    place = assymbol(given)
     for i, leaf in enumerate(leaves(place)):
         if not isinstance(leaf, Symbol):
             raise BadArgument(f"a result can only be stored in a symbol, not in {leaf!r}")
@@ -182,16 +197,16 @@ def claim(place, graph, label):
     return place
 
 
-def by_keyword(function, names):
+def by_keyword(function: Callable[..., Any], names: Collection[str]) -> Callable[..., Any]:
     """A function that takes arguments in order and passes them on by name."""
 
-    def call(node, *args):
+    def call(node: Node, *args: Any) -> Any:
         return function(node, **dict(zip(names, args)))
 
     return call
 
 
-def declare(spec):
+def declare(spec: Any) -> Patterns:
     """Bring a declaration of arguments into the form of a dict from names to type patterns, in order."""
     if isinstance(spec, str):
         spec = [name.strip() for name in spec.split(",") if name.strip()]
@@ -220,9 +235,13 @@ class Operator:
     """
 
     collective = False
-    hvp = None
+    apl: Primitive
+    vjp: Primitive | None
+    jvp: Primitive
+    hvp: Primitive | ZeroGradientType | None = None
+    rcd: Callable[..., Any] | None
 
-    def __init__(self, prototype):
+    def __init__(self, prototype: Any) -> None:
         for cls in reversed(prototype.__mro__):
             for name, value in vars(cls).items():
                 if isinstance(value, staticmethod):
@@ -237,7 +256,7 @@ class Operator:
         self.aout = declare(prototype.aout)
         self._make_primitives()
 
-    def _make_primitives(self):
+    def _make_primitives(self) -> None:
         prototype = self.prototype
         self.apl = Primitive(self, "apl", prototype.apl)
         self.vjp = Primitive(self, "vjp", prototype.vjp) if hasattr(prototype, "vjp") else None
@@ -257,21 +276,21 @@ class Operator:
             self.rcd_in_order = names == [*self.apl.argnames, *self.aout]
         self._find_recorded()
 
-    def _find_recorded(self):
+    def _find_recorded(self) -> None:
         derivatives = [p for p in (self.vjp, self.jvp, self.hvp) if isinstance(p, Primitive)]
         taken = dict.fromkeys(name for p in derivatives for name in p.argnames if name not in p.ain)
         available = {*self.apl.argnames, *self.aout}
         self.recorded = tuple(taken)
         self.extras = tuple(name for name in taken if name not in available)
 
-    def _apply_to_tangents(self, node, **kwargs):
+    def _apply_to_tangents(self, node: Node, **kwargs: Any) -> Any:
         given = {name: kwargs[name + "_" if name in self.ain else name] for name in self.apl.argnames}
         result = self.apl.impl(node, **given)
         if not isinstance(result, dict):
             return result
         return {name + "_" if name in self.aout else name: value for name, value in result.items()}
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         apl = self.apl
         if not kwargs and len(args) == len(apl.argnames):
             varout = apl.create_node(dict(zip(apl.argnames, args)))
@@ -282,14 +301,14 @@ class Operator:
             return symbol
         return list(varout.values()) or None
 
-    def _bind(self, args, kwargs):
+    def _bind(self, args: Collection[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         apl = self.apl
         if len(args) > len(apl.argnames):
             raise BadArgument(
                 f"{self.__name__} takes {len(apl.argnames)} arguments {apl.argnames}, got {len(args)}"
             )
         given = dict(zip(apl.argnames, args))
-        places = {}
+        places: dict[str, Any] = {}
         for name, value in kwargs.items():
             # Sort a keyword argument in
             if name in given:
@@ -310,28 +329,28 @@ class Operator:
                 given[name] = apl.defaults[name]
         return given, places
 
-    def __get__(self, instance, owner=None):
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else InstanceOperator(self, instance)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"operator {self.__name__}({', '.join(self.apl.argnames)} -> {', '.join(self.aout)})"
 
 
 class InstanceOperator:
     """An operator as a method: the instance is passed as the first argument."""
 
-    def __init__(self, base, instance):
+    def __init__(self, base: Any, instance: Any) -> None:
         self.base = base
         self.instance = instance
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.base(self.instance, *args, **kwargs)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
 
 
-def operator(prototype):
+def operator(prototype: Any) -> Operator:
     """Declare an operator by a class.
 
     The class has the attributes

@@ -1,8 +1,11 @@
 """Operators that share a name, and the choice among them by the types of their operands."""
 
+from __future__ import annotations
+
 import re
-from collections import namedtuple
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 from .autodiff import no_second_derivative
 from .error import BadArgument, BrokenPrimitive
@@ -13,7 +16,7 @@ from .operator import Operator, Primitive, ZeroGradient
 WILDCARD = re.compile(r"\[[^]]+\]|[*?]")
 
 
-def specificity(pattern, x):
+def specificity(pattern: Any, x: Any) -> tuple[int, int, int] | None:
     """How far a pattern is from the type of `x`, as (characters that wildcards match, wildcards,
     steps to a base class); None if not."""
     bases = type(x).__mro__[:-1] or (object,)
@@ -29,12 +32,15 @@ def specificity(pattern, x):
     return None
 
 
-class Entry(namedtuple("Entry", "operator, patterns")):
+class Entry(NamedTuple):
     """An operator, and the patterns of the operands that it can work on."""
 
-    def score(self, operands):
+    operator: Any
+    patterns: dict[str, Any]
+
+    def score(self, operands: Mapping[str, Any]) -> tuple[int, ...] | None:
         """How well the operands fit, as a tuple, the smaller the better; None if they do not."""
-        total = (0, 0, 0)
+        total: tuple[int, ...] = (0, 0, 0)
         for name, pattern in self.patterns.items():
             fit = specificity(pattern, operands[name]) if name in operands else None
             if fit is None:
@@ -46,10 +52,12 @@ class Entry(namedtuple("Entry", "operator, patterns")):
 class Registry:
     """Operators by name, each with patterns for its operands."""
 
-    def __init__(self):
-        self._entries = {}
+    def __init__(self) -> None:
+        self._entries: dict[str, list[Entry]] = {}
 
-    def register(self, operator, patterns=None, name=None):
+    def register(
+        self, operator: Any, patterns: Mapping[str, Any] | None = None, name: str | None = None
+    ) -> None:
         """Add an operator.
 
         Parameters
@@ -65,14 +73,14 @@ class Registry:
         patterns = dict(operator.ain if patterns is None else patterns)
         self._entries.setdefault(name_of(operator, name), []).append(Entry(operator, patterns))
 
-    def match_all(self, operator, operands, name=None):
+    def match_all(self, operator: Any, operands: Mapping[str, Any], name: str | None = None) -> list[Entry]:
         """All entries of a name whose patterns fit the operands, a dict from names to values; the
         best first, of equals the latest."""
         entries = reversed(self._entries.get(name_of(operator, name), []))
         scored = [(score, entry) for entry in entries if (score := entry.score(operands)) is not None]
         return [entry for _, entry in sorted(scored, key=lambda pair: pair[0])]
 
-    def match(self, operator, operands, name=None):
+    def match(self, operator: Any, operands: Mapping[str, Any], name: str | None = None) -> Any:
         """The operator of a name that fits the operands best; KeyError if there is none."""
         found = self.match_all(operator, operands, name)
         if not found:
@@ -84,7 +92,7 @@ class Registry:
         return found[0].operator
 
 
-def name_of(operator, name=None):
+def name_of(operator: Any, name: str | None = None) -> str:
     """The name of an operator, which may be given itself."""
     if name is not None:
         return name
@@ -104,13 +112,13 @@ class OverloadedOperator(Operator):
     registry : Registry
     """
 
-    def __init__(self, prototype):
+    def __init__(self, prototype: Any) -> None:
         self.default = Operator(prototype)
         self.registry = Registry()
-        self._choices = {}
+        self._choices: dict[tuple[type, ...], Any] = {}
         super().__init__(prototype)
 
-    def _make_primitives(self):
+    def _make_primitives(self) -> None:
         apl = self.default.apl
         self.apl = Primitive(self, "apl", self._apply, apl.argnames, self._apply_and_record)
         self.apl.defaults = apl.defaults
@@ -121,7 +129,7 @@ class OverloadedOperator(Operator):
         self.rcd = None
         self._find_recorded()
 
-    def register(self, operator=None, /, **patterns):
+    def register(self, operator: Any = None, /, **patterns: Any) -> Any:
         """Add an operator for some types of inputs.
 
         Parameters
@@ -147,7 +155,7 @@ class OverloadedOperator(Operator):
         self._choices.clear()
         return operator
 
-    def choose(self, arguments):
+    def choose(self, arguments: Mapping[str, Any]) -> Any:
         """The operator for a dict of values of all arguments."""
         types = tuple(type(arguments[name]) for name in self.ain)
         choice = self._choices.get(types)
@@ -156,7 +164,7 @@ class OverloadedOperator(Operator):
             choice = self._choices[types] = found[0].operator if found else self.default
         return choice
 
-    def _split(self, arguments):
+    def _split(self, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The choice, and those of the arguments that it takes; complain about others unless they
         have their default value."""
         choice = self.choose(arguments)
@@ -171,11 +179,11 @@ class OverloadedOperator(Operator):
             arguments = {name: arguments[name] for name in known}
         return choice, arguments
 
-    def _apply(self, node, **arguments):
+    def _apply(self, node: Any, **arguments: Any) -> Any:
         choice, arguments = self._split(arguments)
         return choice.apl.impl(twin_of(node, choice.apl), **arguments)
 
-    def _apply_and_record(self, node, **arguments):
+    def _apply_and_record(self, node: Any, **arguments: Any) -> Any:
         choice, arguments = self._split(arguments)
         twin = twin_of(node, choice.apl)
         result = choice.apl.recording_call(twin, *(arguments[name] for name in choice.apl.argnames))
@@ -188,30 +196,30 @@ class OverloadedOperator(Operator):
             kept = {name: everything[name] for name in choice.recorded if name in everything}
         return {**result, RECORD: (choice, kept)}
 
-    def _pull_back(self, node, **arguments):
+    def _pull_back(self, node: Any, **arguments: Any) -> Any:
         choice, kept = arguments.pop(RECORD, (self.default, {}))
         if choice.vjp is None:
             raise BrokenPrimitive(f"{choice!r} has no vjp, and a gradient is wanted through {node!r}")
         return call(choice.vjp, node, {**kept, **arguments})
 
-    def _push_forward(self, node, **arguments):
+    def _push_forward(self, node: Any, **arguments: Any) -> Any:
         choice, kept = arguments.pop(RECORD, (self.default, {}))
         return call(choice.jvp, node, {**kept, **arguments})
 
-    def _differentiate_vjp(self, node, **arguments):
+    def _differentiate_vjp(self, node: Any, **arguments: Any) -> Any:
         choice, kept = arguments.pop(RECORD, (self.default, {}))
         if choice.hvp is None:
             raise no_second_derivative(choice, node)
         return call(choice.hvp, node, {**kept, **arguments}) if choice.hvp else ZeroGradient
 
 
-def overloaded(prototype):
+def overloaded(prototype: Any) -> Any:
     """Declare an operator, as by `operator`, to which others can be added for other types, by its
     method `register`."""
     return OverloadedOperator(prototype)
 
 
-def call(primitive, node, available):
+def call(primitive: Primitive, node: Any, available: Mapping[str, Any]) -> Any:
     """Call a derivative of the chosen operator, unless it is known to be zero; a collective one is
     called in any case."""
     if not primitive.operator.collective and any(
@@ -222,7 +230,7 @@ def call(primitive, node, available):
     return primitive.impl(twin_of(node, primitive), **given)
 
 
-def twin_of(node, primitive):
+def twin_of(node: Node | None, primitive: Primitive) -> Node | None:
     """A node like the given one, of a primitive of the chosen operator."""
     if node is None:
         return None

@@ -1,6 +1,16 @@
 """Symbols: names for values that do not exist yet."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
 from .error import ModelError, UnpackError
+
+if TYPE_CHECKING:
+    from .graph import Graph, Node
+
+Value = Any  # the engine never looks into a value
 
 
 class BaseSymbol:
@@ -10,6 +20,23 @@ class BaseSymbol:
 
     # NumPy leaves `array + symbol` to the symbol instead of looking for an array in it.
     __array_ufunc__ = None
+
+    # What type checkers shall know of arithmetic
+    if TYPE_CHECKING:
+
+        def __add__(self, other: Any) -> Symbol: ...
+
+        __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __add__
+        __mod__ = __rmod__ = __matmul__ = __rmatmul__ = __getitem__ = __rpow__ = __add__
+
+        def __pow__(self, other: Any, modulo: None = None) -> Symbol: ...
+        def __floordiv__(self, other: Any) -> NoReturn: ...
+        def __rfloordiv__(self, other: Any) -> NoReturn: ...
+        def __neg__(self) -> Symbol: ...
+
+        __pos__ = __abs__ = __neg__
+
+        def eval(self, function: Any) -> Symbol: ...
 
 
 class Symbol(BaseSymbol):
@@ -24,7 +51,10 @@ class Symbol(BaseSymbol):
 
     __slots__ = ("_label", "_graph")
 
-    def __init__(self, name, model=None):
+    _label: str | tuple[Any, ...]
+    _graph: Callable[[], Graph | None] | None
+
+    def __init__(self, name: str, model: Graph | None = None) -> None:
         if not isinstance(name, str):
             raise TypeError(f"the name of a symbol is a str, got {type(name).__name__}")
         self._label = name
@@ -33,37 +63,38 @@ class Symbol(BaseSymbol):
             model.anchor(self)
 
     @property
-    def _name(self):
+    def _name(self) -> str:
         label = self._label
         if type(label) is tuple:
             form, *ingredients = label
             label = self._label = form.format(*ingredients)
+        assert isinstance(label, str)
         return label
 
     @property
-    def _model(self):
+    def _model(self) -> Graph | None:
         """The model (or fragment of one) that the symbol belongs to, or None."""
         return None if self._graph is None else self._graph()
 
     @property
-    def _vjp_name(self):
+    def _vjp_name(self) -> str:
         return "_" + self._name
 
     @property
-    def _jvp_name(self):
+    def _jvp_name(self) -> str:
         return self._name + "_"
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return self._name
 
-    def __iter__(self):
+    def __iter__(self) -> NoReturn:
         raise UnpackError(
             f"the symbol '{self._name}' stands for one value and cannot be unpacked; "
             "an operator returns a list of symbols for a list output only if told its length: "
             "name=ListPlaceholder(n)"
         )
 
-    def __bool__(self):
+    def __bool__(self) -> NoReturn:
         raise ModelError(
             f"the symbol '{self._name}' has no truth value while the model is built; "
             "decide at run time inside an operator, for example with x.eval(function)"
@@ -75,14 +106,14 @@ class Literal(BaseSymbol):
 
     __slots__ = ("_value",)
 
-    def __init__(self, value):
+    def __init__(self, value: Value) -> None:
         self._value = value
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         text = repr(self._value)
         return text if len(text) <= 40 and "\n" not in text else f"<{type(self._value).__name__}>"
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> AttrSymbol:
         if name.startswith("_"):
             raise AttributeError(name)
         return AttrSymbol(self, name)
@@ -93,12 +124,12 @@ class AttrSymbol(Literal):
 
     __slots__ = ("_parent", "_attrname")
 
-    def __init__(self, parent, attrname):
+    def __init__(self, parent: Literal, attrname: str) -> None:
         super().__init__(None)
         self._parent = parent
         self._attrname = attrname
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{self._parent!r}.{self._attrname}"
 
 
@@ -107,19 +138,19 @@ class List(BaseSymbol):
 
     __slots__ = ("_items",)
 
-    def __init__(self, items):
-        self._items = [assymbol(item) for item in items]
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items: list[BaseSymbol] = [assymbol(item) for item in items]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: Any) -> Any:
         return self._items[i]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[BaseSymbol]:
         return iter(self._items)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return repr(self._items)
 
 
@@ -128,11 +159,11 @@ class ListPlaceholder(List):
 
     __slots__ = ()
 
-    def __init__(self, n):
+    def __init__(self, n: int) -> None:
         super().__init__([Symbol(f"item-{i}") for i in range(n)])
 
 
-def assymbol(value):
+def assymbol(value: Any) -> BaseSymbol:
     """Make a symbol out of any Python object: itself, a List, or a Literal."""
     if isinstance(value, BaseSymbol):
         return value
@@ -146,11 +177,11 @@ class Recorded(BaseSymbol):
 
     __slots__ = ("_node", "_key")
 
-    def __init__(self, node, key):
+    def __init__(self, node: Node, key: str) -> None:
         self._node = node
         self._key = key
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"tape[{self._node.name}].{self._key}"
 
 
@@ -159,14 +190,14 @@ class IgnoredSymbol(BaseSymbol):
 
     __slots__ = ()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "ignored"
 
 
 Ignored = IgnoredSymbol()
 
 
-def leaves(symbol):
+def leaves(symbol: BaseSymbol) -> Iterator[BaseSymbol]:
     """Iterate over the symbols in `symbol`, in order: itself, or the items of a (nested) List."""
     if isinstance(symbol, List):
         for item in symbol:
