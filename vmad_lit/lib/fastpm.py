@@ -77,6 +77,21 @@ def _sum_modes(x, values, metric):
 
 BaseComplexField.cdot, BaseComplexField.cnorm = _cdot, _cnorm
 
+_create_coords = ParticleMesh.create_coords
+
+
+def _centred_coords(self, field_type, return_indices=False):
+    labels = _create_coords(self, field_type, return_indices)
+    if field_type not in ('real', RealField) and not return_indices:
+        for k, i, n, length in zip(labels, _create_coords(self, field_type, True), self.Nmesh, self.BoxSize):
+            if n % 2:
+                k[i == n // 2] = 2 * numpy.pi / length * (n // 2)
+    return labels
+
+
+_centred_coords.__doc__ = _create_coords.__doc__
+ParticleMesh.create_coords = _centred_coords
+
 
 def _inner(*pairs):
     """The real inner product of two fields of one kind, on all ranks; for several pairs the sum."""
