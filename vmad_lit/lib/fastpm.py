@@ -901,9 +901,9 @@ def _read_jvp(meshes, meshes_, x_, x, layout, resampler, pm):
     return _gather(layout, _Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
 
 
-def _halo_plan(mesh, axis):
+def _halo_plan(pm, axis):
     """The planes to send along an axis, those to receive, and how many of each for each rank."""
-    comm, n = mesh.pm.comm, int(mesh.Nmesh[axis])
+    comm, n, mesh = pm.comm, int(pm.Nmesh[axis]), pm.create(type=RealField)
     boxes, me = comm.allgather((tuple(map(int, mesh.start)), mesh.shape)), comm.rank
 
     def wanted(rank):
@@ -928,17 +928,16 @@ def _halo_plan(mesh, axis):
     return *map(numpy.concatenate, (sends, receives)), *([len(planes) for planes in x] for x in (sends, receives))
 
 
-def _halo(mesh, axis):
-    """Four planes of a field along an axis: two before this rank's first, and two behind its last."""
-    pm, value = mesh.pm, mesh.value
+def _halo(pm, value, axis):
+    """Four planes of a mesh along an axis: two before this rank's first, and two behind its last."""
     n = value.shape[axis]
     if len(pm.domain.edges[axis]) == 2:
         return value.take([-2 % n, -1 % n, 0, 1 % n], axis=axis)
-    sends, receives, *counts = _keep(pm, ('halo', axis), lambda: _halo_plan(mesh, axis))
+    sends, receives, *counts = _keep(pm, ('halo', axis), lambda: _halo_plan(pm, axis))
     planes = _deliver(pm.comm, numpy.moveaxis(value, axis, 0)[sends], *counts)
-    shape = list(mesh.shape)
+    shape = list(value.shape)
     shape[axis] = 4
-    halo = numpy.empty(shape, mesh.dtype)
+    halo = numpy.empty(shape, value.dtype)
     numpy.moveaxis(halo, axis, 0)[receives] = planes
     return halo
 
@@ -949,26 +948,66 @@ def _differences_serve(pm, order):
             and len(pm.domain.edges[-1]) == 2)
 
 
-def _difference(mesh, axis, sign, out=None):
-    """`sign` times the derivative of a real field along an axis, as a new field or added to `out`."""
-    result = mesh.pm.create(type=RealField) if out is None else out
-    halo = None if axis == mesh.ndim - 1 else _halo(mesh, axis)
-    cell = mesh.BoxSize[axis] / mesh.Nmesh[axis]
-    loops.difference(result.value, mesh.value, axis, sign / (12 * cell), halo, add=out is not None)
-    return result
+def _difference(pm, value, axis, sign, out, add=False):
+    """`sign` times the derivative of this rank's part of a mesh along an axis, into `out` or added to it."""
+    halo = None if axis == pm.ndim - 1 else _halo(pm, value, axis)
+    cell = pm.BoxSize[axis] / pm.Nmesh[axis]
+    loops.difference(out, value, axis, sign / (12 * cell), halo, add)
 
 
 def _neg_gradient(mesh):
     """Minus the derivatives of a real field along all axes: a list of fields."""
-    return [_difference(mesh, axis, -1.0) for axis in range(mesh.ndim)]
+    result = [mesh.pm.create(type=RealField) for axis in range(mesh.ndim)]
+    for axis, component in enumerate(result):
+        _difference(mesh.pm, mesh.value, axis, -1.0, component.value)
+    return result
 
 
 def _divergence(meshes):
     """The sum of the derivatives of fields, each along its own axis: the adjoint of `_neg_gradient`."""
-    total = None
+    pm = meshes[0].pm
+    total = pm.create(type=RealField)
     for axis, mesh in enumerate(meshes):
-        total = _difference(mesh, axis, 1.0, out=total)
+        _difference(pm, mesh.value, axis, 1.0, total.value, add=axis > 0)
     return total
+
+
+@operator
+class readout_neg_gradient:
+    """Minus the gradient of a real field at each position: (N, ndim), by differences and read-out with the window.
+
+    Parameters
+    ----------
+    mesh : real field of real numbers, whose last axis is not divided among ranks
+    x : (N, ndim) positions
+    layout : from `decompose`, or None if the particles have been exchanged already
+    resampler : window, by default that of the field's ParticleMesh
+    """
+
+    ain = {'mesh': 'RealField', 'x': 'ndarray', 'layout': '*Layout'}
+    aout = {'value': 'ndarray'}
+    collective = True
+
+    def apl(node, mesh, x, layout, resampler=None):
+        if not _differences_serve(mesh.pm, order=1):
+            raise ValueError("differences need numba, real numbers, and a mesh whose last axis is not divided; "
+                             "use c2r and apply_transfer with fourier_space_neg_gradient")
+        return dict(value=_read(_neg_gradient(mesh), x, layout, resampler), pm=mesh.pm)
+
+    def rcd(node, mesh, x, layout, resampler, pm, **others):
+        return dict(x=x, layout=layout, resampler=resampler, pm=pm,
+                    mesh=None if node.is_literal('x') else mesh)
+
+    def vjp(node, _value, mesh, x, layout, resampler, pm):
+        meshes = None if mesh is None else _neg_gradient(mesh)
+        _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, 'mesh', pm.ndim)
+        return dict(_mesh=ZeroGradient if _meshes is None else _divergence(_meshes), _x=_x, _layout=ZeroGradient)
+
+    def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
+        of_mesh, = _agree(pm.comm, mesh_)
+        meshes_ = [ZeroGradient] * pm.ndim if of_mesh is None else _neg_gradient(_real(pm, mesh_))
+        meshes = None if mesh is None else _neg_gradient(mesh)
+        return dict(value_=_read_jvp(meshes, meshes_, x_, x, layout, resampler, pm))
 
 
 @operator
@@ -1183,12 +1222,101 @@ def lpt1(rhok, q, pm, layout=None):
     -------
     dx1 : (N, ndim), the displacement for D1 = 1, in the precision of q
     """
+    return _fall(_potential(rhok, pm), q, pm, decompose(q, pm) if layout is None else layout)
+
+
+def _potential(rhok, pm):
+    """The potential of a density contrast: a real field where differences serve, or else its modes."""
     potential = apply_transfer(rhok, fourier_space_laplace)
-    if layout is None:
-        layout = decompose(q, pm)
-    components = [apply_transfer(potential, fourier_space_neg_gradient(d, pm, order=1)) for d in range(pm.ndim)]
-    dx1 = readout_all([c2r(component) for component in components], q, layout)
-    return in_precision(dx1, q.dtype) if q.dtype == 'f4' else dx1
+    return c2r(potential) if _differences_serve(pm, order=1) else potential
+
+
+def _fall(potential, q, pm, layout):
+    """Minus the gradient of a `_potential` at q, in the precision of q."""
+    if _differences_serve(pm, order=1):
+        dx = readout_neg_gradient(potential, q, layout)
+    else:
+        components = [apply_transfer(potential, fourier_space_neg_gradient(d, pm, order=1))
+                      for d in range(pm.ndim)]
+        dx = readout_all([c2r(component) for component in components], q, layout)
+    return in_precision(dx, q.dtype) if q.dtype == 'f4' else dx
+
+
+_SECOND_ORDER = 0.5 * 3.0 / 7  # the factor of the two traces
+
+
+@operator
+class second_order_source:
+    """The source of the second order of perturbation theory from the potential of the linear density contrast.
+
+    The density contrast whose Zel'dovich displacement is that of second order, see `lpt2src`.
+    """
+
+    ain = {'potential': 'RealField'}
+    aout = {'source': 'RealField'}
+    collective = True
+
+    @staticmethod
+    def elements(ndim):
+        """The axes of the elements of the matrix, the diagonal first."""
+        return [(d, d) for d in range(ndim)] + [(i, j) for j in range(ndim) for i in range(j)]
+
+    @staticmethod
+    def matrix(mesh):
+        """The second derivatives of a real field: (n, ...)."""
+        pairs = second_order_source.elements(mesh.ndim)
+        result = numpy.empty((len(pairs),) + mesh.shape, mesh.dtype)
+        for axis, first in enumerate(_neg_gradient(mesh)):
+            for c, (i, j) in enumerate(pairs):
+                if i == axis:
+                    _difference(mesh.pm, first.value, j, -1.0, result[c])
+        return result
+
+    @staticmethod
+    def product(mesh, other):
+        """The quadratic form of two fields; with two of a kind, the source."""
+        pm, (a, b) = mesh.pm, map(second_order_source.matrix, (mesh, other))
+        value = loops.second_invariant(a, b, pm.ndim, _SECOND_ORDER)
+        return pm.create(type=RealField, value=value)
+
+    @staticmethod
+    def pull(_source, mesh):
+        """The cotangent of the potential, for second derivatives of `mesh`."""
+        pm = mesh.pm
+        matrix = second_order_source.matrix(mesh)
+        _matrix = loops.second_invariant_vjp(_real(pm, _source).value, matrix, pm.ndim, _SECOND_ORDER)
+        # Add up the second derivatives of the cotangents
+        _mesh, _first = (pm.create(type=RealField) for _ in range(2))
+        for axis in range(pm.ndim):
+            add = False
+            for _element, (i, j) in zip(_matrix, second_order_source.elements(pm.ndim)):
+                if i == axis:
+                    _difference(pm, _element, j, 1.0, _first.value, add=add)
+                    add = True
+            _difference(pm, _first.value, axis, 1.0, _mesh.value, add=axis > 0)
+        return _mesh
+
+    def apl(node, potential):
+        return dict(source=second_order_source.product(potential, potential))
+
+    def rcd(node, potential, source):
+        return dict(potential=potential)
+
+    def vjp(node, _source, potential):
+        dtype, = _agree(potential.pm.comm, _source)
+        return dict(_potential=ZeroGradient if dtype is None else second_order_source.pull(_source, potential))
+
+    def jvp(node, potential_, potential):
+        dtype, = _agree(potential.pm.comm, potential_)
+        if dtype is None:
+            return dict(source_=ZeroGradient)
+        return dict(source_=second_order_source.product(_real(potential.pm, potential_), potential) * 2.0)
+
+    def hvp(node, _source, potential_, potential):
+        pm = potential.pm
+        if None in _agree(pm.comm, _source, potential_):
+            return dict(_potential_=ZeroGradient)
+        return dict(_potential_=second_order_source.pull(_source, _real(pm, potential_)))
 
 
 def fourier_space_second_derivative(i, j, pm):
@@ -1217,13 +1345,19 @@ def lpt2src(rhok, pm):
     -------
     rho_lpt2 : real field
     """
-    potential = apply_transfer(rhok, fourier_space_laplace)
+    return _source(_potential(rhok, pm), pm)
+
+
+def _source(potential, pm):
+    """The source of second order from a `_potential`."""
+    if _differences_serve(pm, order=1):
+        return second_order_source(potential) if pm.ndim > 1 else potential * 0.0
 
     def second(i, j):
         return c2r(apply_transfer(potential, fourier_space_second_derivative(i, j, pm)))
 
     diagonal = [second(d, d) for d in range(pm.ndim)]
-    pairs = [(i, j) for j in range(pm.ndim) for i in range(j)]
+    pairs = second_order_source.elements(pm.ndim)[pm.ndim:]
     if not pairs:
         return diagonal[0] * 0.0
     source = sum(diagonal[i] * diagonal[j] - second(i, j) ** 2 for i, j in pairs)
@@ -1247,8 +1381,9 @@ def lpt(rhok, q, pm):
     dx1, dx2 : (N, ndim)
     """
     layout = decompose(q, pm)
-    dx1 = lpt1(rhok, q, pm, layout)
-    dx2 = lpt1(r2c(lpt2src(rhok, pm)), q, pm, layout)
+    potential = _potential(rhok, pm)
+    dx1 = _fall(potential, q, pm, layout)
+    dx2 = lpt1(r2c(_source(potential, pm)), q, pm, layout)
     return dx1, dx2
 
 

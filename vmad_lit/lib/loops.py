@@ -13,7 +13,7 @@ _compiled = dict(cache=True, nogil=True, error_model='numpy', fastmath={'contrac
 
 
 @njit(**_compiled)
-def _along_rows(out, mesh, shape, strides, factor, add, start, end):
+def _along_rows(out, step, mesh, strides, shape, factor, add, start, end):
     n1, n2 = shape[1], shape[2]
     row = numpy.empty(n2 + 4, mesh.dtype)
     for i in range(start, end):
@@ -24,6 +24,7 @@ def _along_rows(out, mesh, shape, strides, factor, add, start, end):
             for k in range(2):
                 row[k] = mesh[first + (k - 2) % n2]
                 row[n2 + 2 + k] = mesh[first + k % n2]
+            first = i * step[0] + j * step[1]
             o = out[first:first + n2]
             for k in range(n2):
                 d = factor * (8 * (row[k + 3] - row[k + 1]) - (row[k + 4] - row[k]))
@@ -44,7 +45,7 @@ def _row(mesh, halo, shape, strides, axis, i, j, step):
 
 
 @njit(**_compiled)
-def _across_rows(out, mesh, halo, shape, strides, axis, factor, add, start, end):
+def _across_rows(out, step, mesh, strides, halo, shape, axis, factor, add, start, end):
     n1, n2 = shape[1], shape[2]
     for i in range(start, end):
         for j in range(n1):
@@ -52,7 +53,7 @@ def _across_rows(out, mesh, halo, shape, strides, axis, factor, add, start, end)
             b = _row(mesh, halo, shape, strides, axis, i, j, -1)
             c = _row(mesh, halo, shape, strides, axis, i, j, 1)
             d = _row(mesh, halo, shape, strides, axis, i, j, 2)
-            first = i * strides[0] + j * strides[1]
+            first = i * step[0] + j * step[1]
             o = out[first:first + n2]
             if add:
                 for k in range(n2):
@@ -67,7 +68,7 @@ def difference(out, mesh, axis, factor, halo, add=False):
 
     Parameters
     ----------
-    out, mesh : arrays of one shape, strides and type, with up to three axes; rows of the last are contiguous
+    out, mesh : arrays of one shape and type, with up to three axes; rows of the last are contiguous
     axis : the direction
     factor : number; 1 / (12 h) makes the derivative, with a spacing of h
     halo : C-ordered like `mesh`, but with 4 planes along `axis`: two before the first and two behind the last.
@@ -76,14 +77,63 @@ def difference(out, mesh, axis, factor, halo, add=False):
     """
     if not mesh.size:
         return
-    source, strides = as_flat(mesh)
-    target, _ = as_flat(out)
+    (source, *strides), (target, *step) = as_flat(mesh), as_flat(out)
     more = 3 - mesh.ndim
-    shape, strides = (1,) * more + mesh.shape, (0,) * more + strides
+    shape = (1,) * more + mesh.shape
+    strides, step = ((0,) * more + s for s, in (strides, step))
     axis += more
     if axis == 2:
-        loop = partial(_along_rows, target, source, shape, strides, factor, add)
+        loop = partial(_along_rows, target, step, source, strides, shape, factor, add)
     else:
-        loop = partial(_across_rows, target, source, halo.reshape(-1), shape, strides, axis, factor, add)
+        loop = partial(_across_rows, target, step, source, strides, halo.reshape(-1), shape, axis, factor, add)
     edges = share_out(shape[0], 1)
+    run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
+
+
+@njit(**_compiled)
+def _quadratic(out, factor, ndim, a, b, start, end):
+    for p in range(start, end):
+        s = t = u = 0.0
+        for c in range(len(a)):
+            if c < ndim:
+                t += a[c, p]
+                u += b[c, p]
+                s += a[c, p] * b[c, p]
+            else:
+                s += 2 * a[c, p] * b[c, p]
+        out[p] = factor * (t * u - s)
+
+
+@njit(**_compiled)
+def _quadratic_vjp(out, factor, ndim, a, start, end):
+    for p in range(start, end):
+        s = 2 * factor * out[p]
+        t = 0.0
+        for c in range(ndim):
+            t += a[c, p]
+        for c in range(len(a)):
+            a[c, p] = s * (t - a[c, p]) if c < ndim else -2 * s * a[c, p]
+
+
+def second_invariant(a, b, ndim, factor):
+    """`factor` times (tr A tr B - tr AB) at each point, for symmetric matrices (diagonal first) in rows of points."""
+    out = numpy.empty(a.shape[1:], a.dtype)
+    _share(partial(_quadratic, out.reshape(-1), factor, ndim, _rows_of_points(a), _rows_of_points(b)), out.size)
+    return out
+
+
+def second_invariant_vjp(_out, a, ndim, factor):
+    """The cotangent of A in `second_invariant(a, a, ...)`, which overwrites `a`."""
+    loop = partial(_quadratic_vjp, numpy.ascontiguousarray(_out).reshape(-1), factor, ndim, _rows_of_points(a))
+    _share(loop, a[0].size)
+    return a
+
+
+def _rows_of_points(a):
+    return a.reshape(len(a), -1)
+
+
+def _share(loop, n):
+    """Call a loop with the two ends of each thread's share of n points."""
+    edges = share_out(n, 1 << 14)
     run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
