@@ -1423,6 +1423,15 @@ def DriftFactor(pt, ai, ac, af):
     return 1 / (ac**3 * pt.E(ac)) * (pt.Gp(af) - pt.Gp(ai)) / pt.gp(ac)
 
 
+def _advance(x, v, c, out=None):
+    """x + c * v in the precision of x, as a new array or in `out`."""
+    if loops is not None and all(a.flags.c_contiguous and a.dtype == x.dtype and x.dtype in ('f4', 'f8')
+                                 for a in (x, v)):
+        return loops.advance(numpy.empty_like(x) if out is None else out, x, v, c)
+    y = v * c
+    return numpy.add(x, y, out=out if out is not None else y if x.dtype == y.dtype else None)
+
+
 @operator
 class advance:
     """x + c * v, for arrays of the same shape and a number c.
@@ -1434,8 +1443,7 @@ class advance:
     aout = {'y': 'ndarray'}
 
     def apl(node, x, v, c):
-        y = v * c
-        return dict(y=numpy.add(x, y, out=y) if x.dtype == y.dtype else x + y)
+        return dict(y=_advance(x, v, c))
 
     def rcd(node, x, v, c, y):
         return dict(c=c, v=None if node.is_literal('c') else v)
@@ -1553,7 +1561,7 @@ class pick:
 
 
 @autooperator('dx_i, p_i -> dx, p, f')
-def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None):
+def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False):
     """Evolve particles through kick-drift-kick steps between the given scale factors.
 
     Parameters
@@ -1564,6 +1572,7 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None):
     pt : background, such as `MatterDominated`
     pm : ParticleMesh on which the force is computed
     ram : how many states to keep for the derivatives, recomputing the steps between them; if None, keep all steps
+    reversible : keep the last state only, and undo the steps for the derivatives, see `reversible_leapfrog`
 
     Returns
     -------
@@ -1573,6 +1582,14 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None):
     stages = check_stages(stages)
     if isinstance(pt, SymbolicBackground):
         pt = SymbolicSteps(pt, stages, pm)
+    if reversible:
+        # Evolve by steps that can be undone
+        if ram is not None:
+            raise ValueError("either keep states (ram) or undo the steps (reversible), not both")
+        factors = pt.table if isinstance(pt, SymbolicSteps) else numpy.ravel(
+            [factors_of_step(pt, ai, af, pm) for ai, af in zip(stages[:-1], stages[1:])])
+        dx, p, f = reversible_leapfrog(dx_i, p_i, factors, q, pm)
+        return dx, p, scale(f, 1.5 * pt.Om0)
     dx, p = dx_i, p_i
     f, potk = gravity(dx, q, pm)
     if ram is None or len(stages) == 1:
@@ -1597,6 +1614,118 @@ def check_stages(stages):
 def numbered_step(dx_i, p_i, f_i, q, stages, pt, pm, i):
     """The step from stages[i] to stages[i + 1], see `leapfrog_step`."""
     return leapfrog_step(dx_i, p_i, f_i, q, stages[i], stages[i + 1], pt, pm)
+
+
+@operator
+class reversible_leapfrog:
+    """Kick-drift-kick steps whose derivatives keep the last state and integrate backwards.
+
+    Rounding errors grow on the way back as they do on the way there, so that the derivatives are those of
+    the steps up to these errors; see the chapter on N-body for how large they are.
+
+    Parameters
+    ----------
+    dx_i, p_i : (N, ndim) displacements and momenta at the first stage
+    factors : (3 n,) coefficients of kick, drift and kick of n steps, as of `factors_of_step`
+    q : (N, ndim) lattice
+    pm : ParticleMesh on which the force is computed
+
+    Returns
+    -------
+    dx, p, f : (N, ndim) displacements, momenta, and the force of `gravity`, after the last step
+    """
+
+    ain = {'dx_i': 'ndarray', 'p_i': 'ndarray', 'factors': '*'}
+    aout = {'dx': 'ndarray', 'p': 'ndarray', 'f': 'ndarray'}
+    collective = True
+
+    # Force, kick and drift
+    @staticmethod
+    def gravity(dx, q, pm):
+        """The force, and the arguments of its derivatives."""
+        x = q + dx
+        layout = decompose.apl.impl(None, x=x, pm=pm)['layout']
+        result = force.apl.impl(None, x=x, layout=layout, pm=pm)
+        return result['f'], dict(x=x, layout=layout, pm=pm, order=1, pot=result['pot'], factor=result['factor'])
+
+    @staticmethod
+    def coefficients(factors):
+        """Those of the kicks (n + 1) and of the drifts (n)."""
+        first, drifts, last = numpy.reshape(factors, (-1, 3)).T
+        return numpy.append(first, 0.0) + numpy.insert(last, 0, 0.0), drifts
+
+    @staticmethod
+    def undo(dx, p, factors, q, pm):
+        """From the last state: the state at the beginning of each kick, last first, with its force and record.
+
+        Yields (i, f, record) while `dx` and `p`, which are overwritten, are those before kick i.
+        """
+        kicks, drifts = reversible_leapfrog.coefficients(factors)
+        for i in reversed(range(len(kicks))):
+            f, record = reversible_leapfrog.gravity(dx, q, pm)
+            _advance(p, f, -kicks[i], out=p)
+            yield i, f, record
+            if i > 0:
+                _advance(dx, p, -drifts[i - 1], out=dx)
+
+    # There and back
+    def apl(node, dx_i, p_i, factors, q, pm):
+        kicks, drifts = reversible_leapfrog.coefficients(factors)
+        dx, p = numpy.array(dx_i), numpy.array(p_i)
+        for kick, drift in zip(kicks, numpy.append(drifts, 0.0)):
+            f, _ = reversible_leapfrog.gravity(dx, q, pm)
+            _advance(p, f, kick, out=p)
+            if drift:
+                _advance(dx, p, drift, out=dx)
+        return dict(dx=dx, p=p, f=f)
+
+    def rcd(node, dx_i, p_i, factors, q, pm, dx, p, f):
+        return dict(dx=dx, p=p, factors=factors, q=q, pm=pm)
+
+    def vjp(node, _dx, _p, _f, dx, p, factors, q, pm):
+        dtypes = _agree(pm.comm, _dx, _p, _f)
+        if not any(dtypes):
+            return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _factors=ZeroGradient)
+        _dx, _p, _f = (numpy.array(_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype)) for _y in (_dx, _p, _f))
+        dx, p = dx.copy(), p.copy()
+        kicks, drifts = reversible_leapfrog.coefficients(factors)
+        _kicks, _drifts = numpy.zeros_like(kicks), numpy.zeros_like(drifts)
+        for i, f, record in reversible_leapfrog.undo(dx, p, factors, q, pm):
+            # Pull the cotangents back through a kick and the drift before it
+            _kicks[i] = _sum_products(_p, f)
+            _advance(_f, _p, kicks[i], out=_f)
+            _x = force.vjp.impl(None, _f=_f, _potk=ZeroGradient, **record)['_x']
+            _advance(_dx, _as_given(_x, dx), 1.0, out=_dx)
+            _f[...] = 0
+            if i > 0:
+                _drifts[i - 1] = _sum_products(_dx, p)
+                _advance(_p, _dx, drifts[i - 1], out=_p)
+        _factors = numpy.stack([_kicks[:-1], _drifts, _kicks[1:]], axis=-1).reshape(numpy.shape(factors))
+        return dict(_dx_i=_dx, _p_i=_p, _factors=_factors)
+
+    def jvp(node, dx_i_, p_i_, factors_, dx, p, factors, q, pm):
+        dtypes = _agree(pm.comm, dx_i_, p_i_, factors_)
+        if not any(dtypes):
+            return dict(dx_=ZeroGradient, p_=ZeroGradient, f_=ZeroGradient)
+        dx_, p_ = (numpy.array(_rows(0.0 if _is_zero(x_) else x_, dx.shape, dx.dtype)) for x_ in (dx_i_, p_i_))
+        dx, p = dx.copy(), p.copy()
+        kicks, drifts = reversible_leapfrog.coefficients(factors)
+        kicks_, drifts_ = reversible_leapfrog.coefficients(_rows(0.0 if _is_zero(factors_) else factors_,
+                                                                 numpy.shape(factors), 'f8'))
+        for _ in reversible_leapfrog.undo(dx, p, factors, q, pm):
+            pass
+        # Push the tangents forward with the steps
+        for i, kick in enumerate(kicks):
+            f, record = reversible_leapfrog.gravity(dx, q, pm)
+            f_ = force.jvp.impl(None, x_=dx_, **record)['f_']
+            for v, c in (f_, kick), (f, kicks_[i]):
+                _advance(p_, v, c, out=p_)
+            _advance(p, f, kick, out=p)
+            if i < len(drifts):
+                for v, c in (p_, drifts[i]), (p, drifts_[i]):
+                    _advance(dx_, v, c, out=dx_)
+                _advance(dx, p, drifts[i], out=dx)
+        return dict(dx_=dx_, p_=p_, f_=f_)
 
 
 @autooperator('rhok -> dx, p')
@@ -1677,21 +1806,21 @@ class FastPMSimulation:
     pm : ParticleMesh of the initial conditions
     B : the mesh of the force has B times as many points along each axis
     q : (N, ndim) lattice; by default a particle in the middle of each cell of `pm`
-    ram : how many states to keep for the derivatives, see `leapfrog`
+    ram, reversible : what the derivatives keep, see `leapfrog`
 
     Attributes
     ----------
-    stages, pm, q, ram : as given
+    stages, pm, q, ram, reversible : as given
     pt : the background
     fpm : ParticleMesh of the force
     """
 
     __symbols__ = 'pt',
 
-    def __init__(self, stages, cosmology, pm, B=1, q=None, ram=None):
+    def __init__(self, stages, cosmology, pm, B=1, q=None, ram=None, reversible=False):
         self.stages = numpy.array(check_stages(stages))
         self.pt = find_background(cosmology, stages)
-        self.pm, self.ram = pm, ram
+        self.pm, self.ram, self.reversible = pm, ram, reversible
         # Make the mesh of the force
         if not B > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
             raise ValueError(f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}")
@@ -1720,4 +1849,5 @@ class FastPMSimulation:
     def run(self, rhok):
         """The simulation: displacements, momenta and force times 1.5 * Om0 at the last stage."""
         dx, p = self.firststep(rhok)
-        return leapfrog(dx, p, self.q, self.stages, self.pt, self.fpm, self.ram)
+        return leapfrog(dx, p, self.q, self.stages, self.pt, self.fpm, self.ram,
+                        self.reversible)

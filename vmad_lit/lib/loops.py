@@ -137,3 +137,15 @@ def _share(loop, n):
     """Call a loop with the two ends of each thread's share of n points."""
     edges = share_out(n, 1 << 14)
     run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
+
+
+@njit(**_compiled)
+def _advance(out, x, v, c, start, end):
+    for i in range(start, end):
+        out[i] = x[i] + c * v[i]
+
+
+def advance(out, x, v, c):
+    """x + c * v into `out`, for C-ordered arrays of one shape and type; `out` may be `x`."""
+    _share(partial(_advance, out.reshape(-1), as_flat(x)[0], as_flat(v)[0], float(c)), out.size)
+    return out
