@@ -231,15 +231,24 @@ class Plan:
                 of_names = dict(zip(names, ins))
                 factors = ([of_names[name] for name in factor] for factor in primitive.factors)
                 linear = [self._add_step(product, *factors)]
-        if single and kept is None and linear is None and record is None and not clear:
+        if single and kept is None and linear is None and record is None and len(clear) < 2:
+            ((name, out),) = outs
+            dead = (clear or [out])[0]
             if len(ins) == 2:
-                step = call_two, node, function, *ins, *outs[0]
+                step = call_two, node, function, *ins, name, out, dead
             else:
-                step = call, node, function, gatherer(ins), *outs[0]
+                step = call, node, function, gatherer(ins), name, out, dead
         elif single and kept is not None and linear is None:
             step = call_and_record, node, function, gatherer(ins), *outs[0], kept, clear
-        elif linear is not None and len(linear) == 1 and not clear and not lists:
-            step = differentiate, node, function, gatherer(ins), record, linear[0], outs
+        elif linear is not None and not clear and not lists and len(linear) == 1:
+            # Choose the step of a derivative
+            if single and ins[0] == linear[0] and (record is None or len(ins) == 1):
+                step = differentiate_one, node, function, ins[0], gatherer(ins[1:]), record, *outs[0]
+            else:
+                step = differentiate, node, function, gatherer(ins), record, linear[0], outs
+        elif linear is not None and single and len(clear) < 2 and len(linear) == 2:
+            ((name, out),) = outs
+            step = differentiate_two, node, function, gatherer(ins), record, *linear, name, out, (clear or [out])[0]
         else:
             step = execute, node, function, gatherer(ins), record, linear, outs, extras, kept, clear
         self.steps.append(step)
@@ -343,15 +352,17 @@ def product(s, step):
 # The steps of nodes
 def call(s, step):
     """Call a function that has one result."""
-    _, node, function, gather, name, out = step
+    _, node, function, gather, name, out, dead = step
     r = function(node, *gather(s))
+    s[dead] = None
     s[out] = r if type(r) is not dict else the_only(r, name, node)
 
 
 def call_two(s, step):
     """Call a function of two arguments that has one result."""
-    _, node, function, i, j, name, out = step
+    _, node, function, i, j, name, out, dead = step
     r = function(node, s[i], s[j])
+    s[dead] = None
     s[out] = r if type(r) is not dict else the_only(r, name, node)
 
 
@@ -385,37 +396,62 @@ def call_and_record(s, step):
     for slot in clear:
         s[slot] = None
 
+@lru_cache(None)
+def taker(names):
+    """A function that takes values by name, in a row, from a dict."""
+    return itemgetter(*names) if len(names) > 1 else lambda record: (record[names[0]],)
+
+
+def take_recorded(s, record, node):
+    """What a derivative takes, in a row, from what the original of its node recorded."""
+    take, kept = record
+    try:
+        return take(s[kept])
+    except KeyError:
+        return [find_extra(node.forward, name, s[kept]) for name in node.primitive.from_record]
+
+def differentiate_one(s, step):
+    """Call a derivative that has one tangent or cotangent, and one result."""
+    _, node, function, linear, gather, record, name, out = step
+    r = s[linear]
+    if r is not ZeroGradient:
+        r = function(node, r, *(gather(s) if record is None else take_recorded(s, record, node)))
+        if type(r) is dict:
+            r = the_only(r, name, node)
+        if r.__class__ is int and r == 0:
+            r = ZeroGradient
+    s[out] = r
+
 def differentiate(s, step):
     """Call a derivative of which only one argument can be something else than zero."""
     _, node, function, gather, record, linear, outs = step
-    zero = ZeroGradient
-    if s[linear] is zero:
+    if s[linear] is ZeroGradient:
         for name, out in outs:
-            s[out] = zero
+            s[out] = ZeroGradient
         return
     if record is None:
         r = function(node, *gather(s))
     else:
-        take, kept = record
-        r = function(node, *gather(s), *take(s[kept], node))
+        r = function(node, *gather(s), *take_recorded(s, record, node))
     if type(r) is not dict:
         r = as_dict(r, node)
     for name, out in outs:
         value = the_only(r, name, node)
-        s[out] = value if value.__class__ is not int or value else zero
+        s[out] = value if value.__class__ is not int or value else ZeroGradient
 
-@lru_cache(None)
-def taker(names):
-    """A function that takes values by name, in a row, from what the original of a derived node recorded."""
-    take_all = itemgetter(*names) if len(names) > 1 else lambda record: (record[names[0]],)
-
-    def take(record, node):
-        try:
-            return take_all(record)
-        except KeyError:
-            return [find_extra(node.forward, name, record) for name in names]
-
-    return take
+def differentiate_two(s, step):
+    """Call a derivative that has two tangents and one result."""
+    _, node, function, gather, record, i, j, name, out, dead = step
+    if s[i] is ZeroGradient and s[j] is ZeroGradient:
+        r = ZeroGradient
+    elif record is None:
+        r = function(node, *gather(s))
+    else:
+        r = function(node, *gather(s), *take_recorded(s, record, node))
+    if type(r) is dict:
+        r = the_only(r, name, node)
+    s[dead] = None
+    s[out] = r if r.__class__ is not int or r else ZeroGradient
 
 def execute(s, step):
     """Call any function."""
@@ -426,7 +462,7 @@ def execute(s, step):
     elif record is None:
         r = function(node, *args)
     else:
-        r = function(node, *args, *record[0](s[record[1]], node))
+        r = function(node, *args, *take_recorded(s, record, node))
     r = as_dict(r, node)
     if kept is not None:
         operator = node.primitive.operator
