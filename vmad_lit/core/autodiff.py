@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .error import BrokenPrimitive
@@ -84,6 +84,9 @@ class ForwardSweep(Sweep):
         operator = node.operator
         if not self.arrives(node.varin) or self.plan.active.isdisjoint(flatten(node.varout)):
             return
+        if operator.transparent:
+            self.derivative[only(node.varout.values())] = self.get(node.varin[only(operator.ain)])
+            return
         tangents = {name + "_": self.get(node.varin[name]) for name in operator.ain}
         varout = {name + "_": self.place(symbol) for name, symbol in node.varout.items()}
         if self.add_node(operator.jvp, node, tangents, varout):
@@ -124,6 +127,9 @@ class ReverseSweep(Sweep):
     def pull_back(self, node: Node) -> None:
         operator = node.primitive.operator
         if not self.arrives(node.varout):
+            return
+        if operator.transparent:
+            self.add(node.varin[only(operator.ain)], self.get(only(node.varout.values())), node)
             return
         partials = self.places(node)
         if not partials:
@@ -184,6 +190,12 @@ class accumulate:
         if a is ZeroGradient:
             return b
         return a if b is ZeroGradient else a + b
+
+
+def only(items: Iterable[Any]) -> Any:
+    """The only one of some items."""
+    (item,) = items
+    return item
 
 
 @operator

@@ -156,7 +156,7 @@ class Plan:
 
     def _find_on_tape(self, node, name):
         """A slot for an argument of a derived node that comes from the record of the original node."""
-        record = self.base.records[node.forward] if self.base and node.forward else {}
+        record = self.base.records.get(node.forward, {}) if self.base and node.forward else {}
         if type(record) is int:
             return self._add_step(get_recorded, record, name, node.forward)
         if name in record:
@@ -211,11 +211,12 @@ class Plan:
             else:
                 extras = [(name, self._new_slot()) for name in operator.extras]
                 of_arguments = dict(zip(names, ins))
-                self.records[node] = {
+                places = {
                     name: of_arguments[name] if name in of_arguments else self._target(symbol)
                     for name, symbol in recorded.items()
                 }
-                self.records[node].update(extras)
+                if places or extras:
+                    self.records[node] = places | dict(extras)
         # Choose the step
         function = primitive.recording_call if self.record else primitive.call
         single = len(outs) == len(node.varout) == 1 and not lists and not extras

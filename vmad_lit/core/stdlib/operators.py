@@ -4,7 +4,9 @@ import builtins
 
 import numpy
 
-from ..operator import ZeroGradient, operator
+from ..graph import Symbols
+from ..operator import Operator, ZeroGradient, operator
+from ..symbol import BaseSymbol, Literal
 
 
 def kind(x):
@@ -235,6 +237,86 @@ class div(binary):
 
     def jvp(node, x1_, x2_, x2, y, kind1):
         return widen((x1_ - y * x2_) / x2, kind1, kind(x2))
+
+
+class shift1:
+    transparent = True
+
+    def vjp(node, _y):
+        return _y
+
+    def jvp(node, x1_):
+        return x1_
+
+
+class shift2(shift1):
+    def jvp(node, x2_):
+        return x2_
+
+
+class reverse2:
+    def vjp(node, _y):
+        return -_y
+
+    def jvp(node, x2_):
+        return -x2_
+
+
+class scale1:
+    def vjp(node, _y, x2):
+        return _y * x2
+
+    def jvp(node, x1_, x2):
+        return x1_ * x2
+
+
+class scale2:
+    def vjp(node, _y, x1):
+        return _y * x1
+
+    def jvp(node, x2_, x1):
+        return x2_ * x1
+
+
+class divide1:
+    def vjp(node, _y, x2):
+        return _y / x2
+
+    def jvp(node, x1_, x2):
+        return x1_ / x2
+
+
+def next_to_a_number(whole: Operator, **derivatives: type) -> None:
+    """Replace a binary operator, where one operand is a real number, by an operator of the other one.
+
+    Parameters
+    ----------
+    whole : Operator
+    x1, x2 : class
+        The derivatives with respect to the one operand that is left.
+    """
+    special = {}
+    for name, declared in derivatives.items():
+        known = dict(ain=name, aout="y", apl=whole.prototype.apl, hvp=ZeroGradient, __doc__=whole.__doc__)
+        special[name] = operator(type(whole.__name__, (declared,), known))
+    only_x1, only_x2 = special.get("x1"), special.get("x2")
+
+    def choose(varin: Symbols) -> Operator | None:
+        if is_number(varin["x2"]):
+            return only_x1
+        return only_x2 if is_number(varin["x1"]) else None
+
+    whole.special = choose
+
+
+def is_number(symbol: BaseSymbol) -> bool:
+    return type(symbol) is Literal and isinstance(symbol._value, (int, float))
+
+
+next_to_a_number(add, x1=shift1, x2=shift2)
+next_to_a_number(sub, x1=shift1, x2=reverse2)
+next_to_a_number(mul, x1=scale1, x2=scale2)
+next_to_a_number(div, x1=divide1)
 
 
 @operator
