@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .error import BrokenPrimitive
@@ -186,10 +186,37 @@ class accumulate:
     ain = "a", "b"
     aout = "y"
 
-    def apl(node, a, b):
-        if a is ZeroGradient:
-            return b
-        return a if b is ZeroGradient else a + b
+    def apl(node: Any, a: Value, b: Value) -> Value:
+        return add_up(a, b, None)[0]
+
+    @staticmethod
+    def grow(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
+        return add_up(a, b, own)
+
+
+def add_up(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
+    """The sum of a total `a` and a partial cotangent `b`, and what of it is our own.
+
+    `own` is what the previous call returned with the total: an object that this function has made by
+    an addition, which may be changed in place; None; or, if the total is a list, a list of these.
+    """
+    if b is ZeroGradient:
+        return a, own
+    if a is ZeroGradient:
+        return b, None
+    cls = type(a)
+    if cls is list:
+        pairs = [add_up(*items) for items in zip(a, b, own or [None] * len(a), strict=True)]
+        return [total for total, _ in pairs], [mine for _, mine in pairs]
+    if cls is not type(b) or cls not in IN_PLACE:
+        return a + b, None
+    if a is own and IN_PLACE[cls](a, b):
+        return a, own
+    total = a + b
+    return total, total if type(total) is cls else None
+
+
+IN_PLACE: dict[type, Callable[[Any, Any], bool]] = {}
 
 
 def only(items: Iterable[Any]) -> Any:

@@ -108,6 +108,8 @@ class Plan:
             self._slots = {}
             self._constants = {}
             self._free = [] if reuse else None
+            self._may_change_values = reuse and not record
+            self._totals = {}
             # Plan all nodes
             self.inputs = {
                 name: self._give_slot(symbol) for name, symbol in graph._inputs.items() if symbol in self._last_use
@@ -116,7 +118,7 @@ class Plan:
                 self._plan_node(node)
             self.outputs = [self._target(graph._outputs[name]) for name in self.vout]
             self.size = self.offset + len(self.template)
-            del self._last_use, self._recorded, self._free
+            del self._last_use, self._recorded, self._free, self._totals
 
     def _new_slot(self, value=None):
         self.template.append(value)
@@ -235,7 +237,9 @@ class Plan:
         if single and kept is None and linear is None and record is None and len(clear) < 2:
             ((name, out),) = outs
             dead = (clear or [out])[0]
-            if len(ins) == 2:
+            if primitive.operator.grow and self._may_change_values:
+                step = self._plan_total(node, *ins, out, dead)
+            elif len(ins) == 2:
                 step = call_two, node, function, *ins, name, out, dead
             else:
                 step = call, node, function, gatherer(ins), name, out, dead
@@ -259,6 +263,18 @@ class Plan:
         if isinstance(symbol, List):
             return [self._give_slots(item) for item in symbol]
         return self._give_slot(symbol) if symbol in self._last_use else None
+
+    def _plan_total(self, node, a, b, out, dead):
+        """The step of a sum of two, which may be one of a row of sums."""
+        first, total = node.varin["a"], node.varout["y"]
+        own = self._totals.pop(first, None)
+        user = self._last_use[total]
+        continued = user is not None and user.primitive is node.primitive and user.varin["a"] is total
+        if continued:
+            own = self._totals[total] = self._new_slot() if own is None else own
+        if own is None:
+            return call_two, node, node.primitive.call, a, b, "y", out, dead
+        return grow_total, node, node.primitive.operator.grow, a, b, out, dead, own, continued
 
     def run(self, init, tape=None, monitor=None):
         """Run the plan.
@@ -379,6 +395,14 @@ def gatherer(slots):
     if len(slots) > 1:
         return itemgetter(*slots)
     return itemgetter(slice(slots[0], slots[0] + 1) if slots else slice(0))
+
+def grow_total(s, step):
+    """Add to a sum that only the engine knows."""
+    _, _, grow, a, b, out, dead, own, continued = step
+    total, mine = grow(s[a], s[b], s[own])
+    s[own] = mine if continued else None
+    s[dead] = None
+    s[out] = total
 
 def call_and_record(s, step):
     """Call a function that has one result, and record what its `rcd` wants to."""

@@ -238,11 +238,14 @@ class Operator:
         may leave them out.
     special : callable or None
         Given the symbols of a call by name, an operator to be used in the place of this one, or None.
+    grow : callable or None
+        For sums of cotangents only: how to add in place, see `core.autodiff`.
     """
 
     collective = False
     transparent = False
     special: Callable[[Symbols], Operator | None] | None = None
+    grow: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
     apl: Primitive
     vjp: Primitive | None
     jvp: Primitive

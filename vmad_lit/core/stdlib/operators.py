@@ -4,6 +4,7 @@ import builtins
 
 import numpy
 
+from ..autodiff import IN_PLACE
 from ..graph import Symbols
 from ..operator import Operator, ZeroGradient, operator
 from ..symbol import BaseSymbol, Literal
@@ -71,6 +72,17 @@ def plus(a, b):
     if a is ZeroGradient:
         return b
     return a if b is ZeroGradient else a + b
+
+
+def add_to_array(total: numpy.ndarray, part: numpy.ndarray) -> bool:
+    """Add an array to another one in place; returns whether it has the shape and dtype for that."""
+    if part.shape != total.shape or part.dtype != total.dtype:
+        return False
+    total += part
+    return True
+
+
+IN_PLACE[numpy.ndarray] = add_to_array
 
 
 class ShapeOfField(tuple):
