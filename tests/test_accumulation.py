@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from vmad_lit import Builder, operator
 from vmad_lit.core import autodiff
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.core.stdlib import add
+from vmad_lit.core.stdlib import add, operators
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_array_is_small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "SMALL", 0)
+        yield
+
 
 KEPT = {}  # arrays that operators hold on to, by name
 

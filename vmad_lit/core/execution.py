@@ -461,7 +461,7 @@ def differentiate(s, step):
     if type(r) is not dict:
         r = as_dict(r, node)
     for name, out in outs:
-        value = the_only(r, name, node)
+        value = r[name] if name in r else the_only(r, name, node)
         s[out] = value if value.__class__ is not int or value else ZeroGradient
 
 def differentiate_two(s, step):

@@ -74,9 +74,13 @@ def plus(a, b):
     return a if b is ZeroGradient else a + b
 
 
+SMALL = 2**14  # bytes; arrays of this size are in the cache anyway
+
+
 def add_to_array(total: numpy.ndarray, part: numpy.ndarray) -> bool:
-    """Add an array to another one in place; returns whether it has the shape and dtype for that."""
-    if part.shape != total.shape or part.dtype != total.dtype:
+    """Add an array to another one in place; returns whether it has the shape and dtype for that, and
+    is large enough."""
+    if total.nbytes < SMALL or part.shape != total.shape or part.dtype != total.dtype:
         return False
     total += part
     return True
@@ -177,6 +181,9 @@ class add(binary):
         return dict(kind1=kind(x1), kind2=kind(x2))
 
     def vjp(node, _y, kind1, kind2):
+        if kind1 == kind2:
+            _x = fit(_y, kind1)
+            return dict(_x1=_x, _x2=_x)
         return dict(
             _x1=fit(_y, kind1) if node.wants("x1") else ZeroGradient,
             _x2=fit(_y, kind2) if node.wants("x2") else ZeroGradient,
