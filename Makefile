@@ -36,10 +36,11 @@ bench: .venv/ready                      ## this package beside its peers
 tangle: .venv/ready                     ## the package, from the chapters
 	python tools/tangle.py
 
-check: .venv/ready                      ## is the package what the chapters say? does it lint?
+check: .venv/ready                      ## is the package what the chapters say? does it lint, and do its types agree?
 	python tools/tangle.py --check
 	python -m pip install -q -c constraints.txt -e '.[lint]'
 	python tools/tangle.py trace -- ruff check .
+	python tools/tangle.py trace -- mypy
 
 clean:
 	rm -rf _build .venv

@@ -391,6 +391,18 @@ def test_a_list_as_one_value():
     assert z == 2.0 and _x == [0, 2.0, 0]
 
 
+def test_cotangents_of_a_list_are_added_item_by_item():
+    @autooperator("xs -> y")
+    def twice(xs):
+        return total(xs) + 2.0 * total(xs)
+
+    with Builder() as m:
+        a, b = m.input("a", "b")
+        m.output(y=twice([a, b * 1.0]))
+    _, gradient = m.compute_with_vjp(dict(a=np.ones(2), b=np.ones(2)), dict(_y=np.array([1.0, 10.0])))
+    np.testing.assert_array_equal(gradient, [[3.0, 30.0], [3.0, 30.0]])
+
+
 def test_unused_items_of_a_list_have_zero_cotangents():
     with Builder() as m:
         x = m.input("x")

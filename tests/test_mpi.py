@@ -299,3 +299,34 @@ def test_inside_a_forgetful_autooperator():
     [y], [_x] = m.compute_with_vjp(dict(x=2), dict(_y=1))
     n = sum(range(SIZE))
     assert (y, _x) == (4 * n, 2 * n)
+
+
+def test_second_derivatives():
+    """Of L = sum over ranks of (1 + rank)^2 x^3, where one rank finds at run time that its part of the curvature is zero."""
+
+    @operator
+    class cube:
+        ain, aout = "x", "y"
+
+        def apl(node, x, c):
+            return c * x**3
+
+        def vjp(node, _y, x, c):
+            return dict(_x=_y * c * 3 * x**2)
+
+        def jvp(node, x_, x, c):
+            return dict(y_=x_ * c * 3 * x**2)
+
+        def hvp(node, _y, x_, x, c):
+            return dict(_x_=ZeroGradient if RANK == 1 else _y * c * 6 * x * x_)
+
+    with Builder() as m:
+        x = m.input("x")
+        m.output(y=mpi.allreduce(cube(mpi.allbcast(x, COMM), (1.0 + RANK) ** 2), COMM))
+    x, v, w = np.array([1.0, 2.0]), np.array([1.0, -1.0]), np.array([1.0, 10.0])
+    y, [gradient], [product] = m.compute_with_hvp("y", dict(x=x), dict(x_=v, _y=w))
+    squares = [(1.0 + rank) ** 2 for rank in range(SIZE)]
+    n = sum(squares)
+    np.testing.assert_allclose(y, n * x**3)
+    np.testing.assert_allclose(gradient, n * w * 3 * x**2)
+    np.testing.assert_allclose(product, (n - (squares[1] if SIZE > 1 else 0)) * w * 6 * x * v)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from .error import BrokenPrimitive
 from .execution import Plan, flatten, undisturbed
 from .graph import Graph, Node, Symbols, caller
 from .operator import Operator, Primitive, ZeroGradient, operator
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
+
+if TYPE_CHECKING:
+    from .model import Model
 
 ZERO = Literal(ZeroGradient)
 
@@ -237,9 +240,9 @@ class items:
 SWEEPS: dict[str, type[Sweep]] = dict(vjp=ReverseSweep, jvp=ForwardSweep)
 
 
-def derive(plan: Plan, graph: Any, kind: str) -> Any:
+def derive(plan: Plan, graph: Model, kind: str) -> Model:
     """The model of the derivative `kind`, one of SWEEPS, for all runs of a recording plan of a graph."""
-    model = plan.derived.get(kind)
+    model: Model | None = plan.derived.get(kind)
     if model is None:
         model = type(graph)()
         model._base = plan
@@ -283,7 +286,7 @@ class SecondOrderSweep(ReverseSweep):
         partials = self.places(node, "-hvp")
         if not partials:
             return
-        if operator.hvp is None:
+        if not isinstance(operator.hvp, Primitive):
             raise no_second_derivative(operator, node)
         derivatives = {"_" + name: self.cotangents.get(symbol) for name, symbol in node.varout.items()}
         derivatives.update((name + "_", self.tangents.get(node.varin[name])) for name in operator.ain)

@@ -1,24 +1,34 @@
 """Plans: how a model is run."""
 
+from __future__ import annotations
+
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from operator import itemgetter
+from typing import Any
 
 from .error import BrokenPrimitive, ExecutionError, ResolveError, did_you_mean
+from .graph import Graph, Node, Symbols
 from .operator import ZeroGradient
-from .symbol import AttrSymbol, List, Literal, leaves
+from .symbol import AttrSymbol, BaseSymbol, List, Literal, Symbol, Value, leaves
+
+Slots = list[Value]  # all values of a run
+Step = tuple[Any, ...]  # a function, the node that it is for (or None), and what else the function needs
+Target = Any  # the number of a slot, or a (nested) list of such numbers
 
 
-def find_needed(graph, vout):
+def find_needed(
+    graph: Graph, vout: Iterable[str]
+) -> tuple[list[Node], dict[Any, Node | None]]:
     """The nodes that have to run to compute the outputs named in `vout`, in order, and when values
     are used last.
 
     The latter is a dict from each symbol that is used to the node that uses it last; for an output
     that is None.
     """
-    last_use = {leaf: None for name in vout for leaf in leaves(graph._outputs[name])}
+    last_use: dict[Any, Node | None] = {leaf: None for name in vout for leaf in leaves(graph._outputs[name])}
     used = last_use.keys()
     needed = []
     for node in reversed(graph):
@@ -30,7 +40,7 @@ def find_needed(graph, vout):
     return needed, last_use
 
 
-def flatten(symbols):
+def flatten(symbols: Symbols) -> list[BaseSymbol]:
     """The symbols in a dict of arguments or results, those in lists one by one."""
     flat = list(symbols.values())
     for symbol in flat:
@@ -39,10 +49,11 @@ def flatten(symbols):
     return flat
 
 
-def find_active(graph, nodes):
+def find_active(graph: Graph, nodes: Iterable[Node]) -> tuple[set[BaseSymbol], list[Node]]:
     """The symbols whose values depend differentiably on the inputs of the graph, and the nodes that
     compute them."""
-    active, active_nodes = set(graph._inputs.values()), []
+    active: set[BaseSymbol] = set(graph._inputs.values())
+    active_nodes: list[Node] = []
     for node in nodes:
         for name in node.primitive.ain:
             symbol = node.varin[name]
@@ -83,20 +94,32 @@ class Plan:
         The models derived from this plan, so that they are made only once.
     """
 
-    def __init__(self, graph, vout, record=False, reuse=True, base=None):
+    def __init__(
+        self,
+        graph: Graph,
+        vout: Iterable[str],
+        record: bool = False,
+        reuse: bool = True,
+        base: Plan | None = None,
+    ) -> None:
         self.vout = tuple(vout)
         self.record = record
         self.base = base
-        self.records = {}
-        self.derived = {}
-        self.steps = []
+        self.records: dict[Node, Any] = {}
+        self.derived: dict[str, Any] = {}
+        self.steps: list[Step] = []
+        self.size: int
         with undisturbed():
             self.nodes, self._last_use = find_needed(graph, self.vout)
             # Find out what is recorded
-            self.active, recording = find_active(graph, self.nodes) if record else (frozenset(), ())
-            self._recorded = {}
+            self.active: set[BaseSymbol] = set()
+            recording: list[Node] = []
+            if record:
+                self.active, recording = find_active(graph, self.nodes)
+            self._recorded: dict[Node, Symbols] = {}
             for node in recording:
-                self._recorded[node] = symbols = {}
+                symbols: Symbols = {}
+                self._recorded[node] = symbols
                 operator = node.primitive.operator
                 if operator.rcd is None:
                     of_node = {**node.varout, **node.varin}
@@ -104,12 +127,12 @@ class Plan:
                     self._last_use.update(dict.fromkeys(flatten(symbols)))
             # Prepare the slots
             self.offset = base.size if base else 0
-            self.template = []
-            self._slots = {}
-            self._constants = {}
-            self._free = [] if reuse else None
+            self.template: Slots = []
+            self._slots: dict[Any, int] = {}
+            self._constants: dict[BaseSymbol, int] = {}
+            self._free: list[int] | None = [] if reuse else None
             self._may_change_values = reuse and not record
-            self._totals = {}
+            self._totals: dict[BaseSymbol, int] = {}
             # Plan all nodes
             self.inputs = {
                 name: self._give_slot(symbol) for name, symbol in graph._inputs.items() if symbol in self._last_use
@@ -120,17 +143,17 @@ class Plan:
             self.size = self.offset + len(self.template)
             del self._last_use, self._recorded, self._free, self._totals
 
-    def _new_slot(self, value=None):
+    def _new_slot(self, value: Value = None) -> int:
         self.template.append(value)
         return self.offset + len(self.template) - 1
 
-    def _give_slot(self, symbol):
+    def _give_slot(self, symbol: BaseSymbol) -> int:
         slot = self._slots[symbol] = self._free.pop() if self._free else self._new_slot()
         return slot
 
-    def _target(self, symbol):
+    def _target(self, symbol: BaseSymbol) -> Target:
         """The slot of a symbol; for a List, the list of the slots of its items."""
-        slot = self._slots.get(symbol)
+        slot: Target = self._slots.get(symbol)
         if slot is None:
             # Find a slot for a symbol that is no result
             if type(symbol) is Literal:
@@ -147,31 +170,40 @@ class Plan:
                 )
         return slot
 
-    def _slot(self, target):
+    def _slot(self, target: Target) -> int:
         """One slot for the value of an argument, also for a list of slots."""
         return target if type(target) is int else self._add_step(pack, target)
 
-    def _add_step(self, function, *operands):
+    def _add_step(self, function: Callable[..., None], *operands: Any) -> int:
         slot = self._new_slot()
         self.steps.append((function, None, slot, *operands))
         return slot
 
-    def _find_on_tape(self, node, name):
+    def _record_of(self, node: Node) -> Any:
+        """What the original of a derived node recorded: the slot of a dict, or a dict from names to slots."""
+        return self.base.records.get(node.forward, {}) if self.base and node.forward else {}
+
+    def _find_on_tape(self, node: Node, name: str) -> int:
         """A slot for an argument of a derived node that comes from the record of the original node."""
-        record = self.base.records.get(node.forward, {}) if self.base and node.forward else {}
+        record = self._record_of(node)
         if type(record) is int:
             return self._add_step(get_recorded, record, name, node.forward)
         if name in record:
             return self._slot(record[name])
         return self._new_slot(node.primitive.defaults[name])
 
-    def _plan_node(self, node):
+    def _plan_node(self, node: Node) -> None:
         primitive, slots, last_use = node.primitive, self._slots, self._last_use
         # Find the slots of the arguments, and those that die here
-        ins, dead, clear, lists = [], [], [], False
-        varin, names, record = node.varin, primitive.argnames, None
-        if primitive.from_record and type(self.base.records[node.forward]) is int:
-            names, record = primitive.ain, (taker(primitive.from_record), self.base.records[node.forward])
+        ins: list[int] = []
+        dead: list[int] = []
+        clear: list[int] = []
+        lists = False
+        varin: dict[str, Any] = node.varin
+        names: Collection[str] = primitive.argnames
+        record = None
+        if primitive.from_record and type(kept_record := self._record_of(node)) is int:
+            names, record = primitive.ain, (taker(primitive.from_record), kept_record)
         for name in names:
             symbol = varin.get(name)
             slot = slots.get(symbol)
@@ -205,7 +237,8 @@ class Plan:
         clear += free[others:]
         # Arrange for the record
         recorded = self._recorded.get(node)
-        extras, kept = (), None
+        extras: list[tuple[str, int]] = []
+        kept = None
         if recorded is not None:
             operator = primitive.operator
             if operator.rcd is not None:
@@ -258,13 +291,13 @@ class Plan:
             step = execute, node, function, gatherer(ins), record, linear, outs, extras, kept, clear
         self.steps.append(step)
 
-    def _give_slots(self, symbol):
+    def _give_slots(self, symbol: BaseSymbol) -> Target:
         """Slots for a result that is used, or for the items of a List; None if it is not used."""
         if isinstance(symbol, List):
             return [self._give_slots(item) for item in symbol]
         return self._give_slot(symbol) if symbol in self._last_use else None
 
-    def _plan_total(self, node, a, b, out, dead):
+    def _plan_total(self, node: Node, a: int, b: int, out: int, dead: int) -> Step:
         """The step of a sum of two, which may be one of a row of sums."""
         first, total = node.varin["a"], node.varout["y"]
         own = self._totals.pop(first, None)
@@ -276,7 +309,9 @@ class Plan:
             return call_two, node, node.primitive.call, a, b, "y", out, dead
         return grow_total, node, node.primitive.operator.grow, a, b, out, dead, own, continued
 
-    def run(self, init, tape=None, monitor=None):
+    def run(
+        self, init: Mapping[str, Value], tape: Slots | None = None, monitor: Callable[..., object] | None = None
+    ) -> tuple[list[Value], Slots]:
         """Run the plan.
 
         Parameters
@@ -303,7 +338,7 @@ class Plan:
                     f"the input '{name}' is needed and was not given" + did_you_mean(name, list(init))
                 )
             slots[slot] = init[name]
-        steps = iter(self.steps)
+        steps: Any = iter(self.steps)
         try:
             # Go through the steps
             if monitor is None:
@@ -332,27 +367,27 @@ class Plan:
 
 
 # Small steps
-def get_attribute(s, step):
+def get_attribute(s: Slots, step: Step) -> None:
     _, _, slot, parent, name = step
     s[slot] = getattr(s[parent], name)
 
 
-def get_recorded(s, step):
+def get_recorded(s: Slots, step: Step) -> None:
     _, _, slot, record, name, node = step
     s[slot] = find_extra(node, name, s[record])
 
 
-def pack(s, step):
+def pack(s: Slots, step: Step) -> None:
     _, _, slot, target = step
     s[slot] = collect(s, target)
 
 
-def collect(s, target):
+def collect(s: Slots, target: Target) -> Value:
     """The value in a slot, or the list of the values in a (nested) list of slots."""
     return s[target] if type(target) is int else [collect(s, item) for item in target]
 
 
-def scatter(s, target, value):
+def scatter(s: Slots, target: Target, value: Value) -> None:
     """Store a value in a slot, or the items of a list in a (nested) list of slots; None is no slot."""
     if type(target) is int:
         s[target] = value
@@ -360,14 +395,14 @@ def scatter(s, target, value):
         for item, v in zip(target, value):
             scatter(s, item, v)
 
-def product(s, step):
+def product(s: Slots, step: Step) -> None:
     """ZeroGradient if the values of all slots of any of some groups are, else None."""
     _, _, slot, *factors = step
     s[slot] = ZeroGradient if any(all(is_zero(s[i]) for i in factor) for factor in factors) else None
 
 
 # The steps of nodes
-def call(s, step):
+def call(s: Slots, step: Step) -> None:
     """Call a function that has one result."""
     _, node, function, gather, name, out, dead = step
     r = function(node, *gather(s))
@@ -375,7 +410,7 @@ def call(s, step):
     s[out] = r if type(r) is not dict else the_only(r, name, node)
 
 
-def call_two(s, step):
+def call_two(s: Slots, step: Step) -> None:
     """Call a function of two arguments that has one result."""
     _, node, function, i, j, name, out, dead = step
     r = function(node, s[i], s[j])
@@ -383,20 +418,20 @@ def call_two(s, step):
     s[out] = r if type(r) is not dict else the_only(r, name, node)
 
 
-def the_only(r, name, node):
+def the_only(r: dict[str, Value], name: str, node: Node) -> Value:
     try:
         return r[name]
     except KeyError:
         raise broken(node, r) from None
 
 
-def gatherer(slots):
+def gatherer(slots: Sequence[int]) -> Callable[[Slots], Any]:
     """A function that returns the values in some slots in a row."""
     if len(slots) > 1:
         return itemgetter(*slots)
     return itemgetter(slice(slots[0], slots[0] + 1) if slots else slice(0))
 
-def grow_total(s, step):
+def grow_total(s: Slots, step: Step) -> None:
     """Add to a sum that only the engine knows."""
     _, _, grow, a, b, out, dead, own, continued = step
     total, mine = grow(s[a], s[b], s[own])
@@ -404,7 +439,7 @@ def grow_total(s, step):
     s[dead] = None
     s[out] = total
 
-def call_and_record(s, step):
+def call_and_record(s: Slots, step: Step) -> None:
     """Call a function that has one result, and record what its `rcd` wants to."""
     _, node, function, gather, name, out, kept, clear = step
     args = gather(s)
@@ -422,12 +457,12 @@ def call_and_record(s, step):
         s[slot] = None
 
 @lru_cache(None)
-def taker(names):
+def taker(names: tuple[str, ...]) -> Callable[[dict[str, Value]], Any]:
     """A function that takes values by name, in a row, from a dict."""
     return itemgetter(*names) if len(names) > 1 else lambda record: (record[names[0]],)
 
 
-def take_recorded(s, record, node):
+def take_recorded(s: Slots, record: tuple[Callable[..., Any], int], node: Any) -> Any:
     """What a derivative takes, in a row, from what the original of its node recorded."""
     take, kept = record
     try:
@@ -435,7 +470,7 @@ def take_recorded(s, record, node):
     except KeyError:
         return [find_extra(node.forward, name, s[kept]) for name in node.primitive.from_record]
 
-def differentiate_one(s, step):
+def differentiate_one(s: Slots, step: Step) -> None:
     """Call a derivative that has one tangent or cotangent, and one result."""
     _, node, function, linear, gather, record, name, out = step
     r = s[linear]
@@ -447,7 +482,7 @@ def differentiate_one(s, step):
             r = ZeroGradient
     s[out] = r
 
-def differentiate(s, step):
+def differentiate(s: Slots, step: Step) -> None:
     """Call a derivative of which only one argument can be something else than zero."""
     _, node, function, gather, record, linear, outs = step
     if s[linear] is ZeroGradient:
@@ -464,7 +499,7 @@ def differentiate(s, step):
         value = r[name] if name in r else the_only(r, name, node)
         s[out] = value if value.__class__ is not int or value else ZeroGradient
 
-def differentiate_two(s, step):
+def differentiate_two(s: Slots, step: Step) -> None:
     """Call a derivative that has two tangents and one result."""
     _, node, function, gather, record, i, j, name, out, dead = step
     if s[i] is ZeroGradient and s[j] is ZeroGradient:
@@ -478,12 +513,12 @@ def differentiate_two(s, step):
     s[dead] = None
     s[out] = r if r.__class__ is not int or r else ZeroGradient
 
-def execute(s, step):
+def execute(s: Slots, step: Step) -> None:
     """Call any function."""
     _, node, function, gather, record, linear, outs, extras, kept, clear = step
     args = gather(s)
     if linear is not None and all(is_zero(s[slot]) for slot in linear):
-        r = ZeroGradient
+        r: Any = ZeroGradient
     elif record is None:
         r = function(node, *args)
     else:
@@ -504,7 +539,7 @@ def execute(s, step):
     for slot in clear:
         s[slot] = None
 
-def as_dict(r, node):
+def as_dict(r: Any, node: Node) -> dict[str, Value]:
     """What a function returned, as a dict."""
     names = node.primitive.outnames
     if type(r) is dict:
@@ -518,18 +553,18 @@ def as_dict(r, node):
     raise broken(node, r)
 
 
-def is_zero(value):
+def is_zero(value: Value) -> bool:
     """Whether a tangent or cotangent is ZeroGradient, or a list of nothing else."""
     return all(map(is_zero, value)) if type(value) is list else value is ZeroGradient
 
-def broken(node, r):
+def broken(node: Node, r: Any) -> ExecutionError:
     got = f"a dict with {list(r)}" if isinstance(r, dict) else f"an object of type {type(r).__name__}"
     return ExecutionError(
         f"{node.primitive.name} returned {got}, and is declared to return {list(node.primitive.outnames)}"
     )
 
 
-def find_extra(node, key, r):
+def find_extra(node: Node, key: str, r: dict[str, Value]) -> Value:
     """What `apl` or `rcd` returned under a name that a derivative takes."""
     if key in r:
         return r[key]
@@ -541,7 +576,7 @@ def find_extra(node, key, r):
         f"recorded; recorded are {list(r)}"
     )
 
-def describe(value):
+def describe(value: Value) -> str:
     """A few words about a value: its type, and its shape and dtype if it has any."""
     if isinstance(value, (bool, int, float, complex, str, type(None))):
         return repr(value) if len(repr(value)) < 40 else type(value).__name__
@@ -553,7 +588,7 @@ def describe(value):
 
 # Pause of the garbage collector
 @contextmanager
-def undisturbed():
+def undisturbed() -> Iterator[None]:
     """Suspend the cyclic garbage collector, for code that makes many objects that stay."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -564,18 +599,18 @@ def undisturbed():
             gc.enable()
 
 
-class Context(Mapping):
+class Context(Mapping[str, Value]):
     """The values of a run, by the names of their symbols; for monitors. A value that died is None."""
 
-    def __init__(self, plan, slots):
+    def __init__(self, plan: Plan, slots: Slots) -> None:
         self._slots = {symbol._name: slot for symbol, slot in plan._slots.items()}
         self._values = slots
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Value:
         return self._values[self._slots[name]]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._slots)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._slots)

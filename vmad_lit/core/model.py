@@ -1,23 +1,33 @@
 """Models: graphs that can be computed."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
+
 from .error import BadArgument, UnexpectedOutput, did_you_mean
 from .execution import Plan, describe
-from .graph import Graph
+from .graph import Graph, Node
 from .operator import ZeroGradient
+from .symbol import Value
 from .tape import Tape
+
+Names = str | list[str]  # one name asks for one value, a list for a list
+Values = Mapping[str, Value] | Iterable[tuple[str, Value]]
+Monitor = Callable[[Node, Any, Any, Mapping[str, Value]], object]
 
 
 class Model(Graph):
     """A list of nodes with named inputs and outputs, which can be computed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._plans = {}
-        self._base = None
-        self._tape = None
-        self._optional = {}
+        self._plans: dict[Any, Plan] = {}
+        self._base: Plan | None = None
+        self._tape: Tape | None = None
+        self._optional: dict[str, Value] = {}
 
-    def _plan(self, vout, record, reuse):
+    def _plan(self, vout: tuple[str, ...], record: bool, reuse: bool) -> Plan:
         key = vout, record, reuse, len(self), len(self._outputs)
         plan = self._plans.get(key)
         if plan is None:
@@ -29,7 +39,9 @@ class Model(Graph):
             plan = self._plans[key] = Plan(self, vout, record, reuse, self._base)
         return plan
 
-    def _run(self, vout, init, record=False, monitor=None):
+    def _run(
+        self, vout: Iterable[str], init: dict[str, Value], record: bool = False, monitor: Monitor | None = None
+    ) -> tuple[dict[str, Value], Any]:
         """Compute some outputs; returns a dict of them, and the tape or None."""
         plan = self._plan(tuple(vout), record, monitor is None)
         slots = None
@@ -40,7 +52,7 @@ class Model(Graph):
         out = dict(zip(plan.vout, values))
         return out, (Tape(self, plan, slots, init, out) if record else None)
 
-    def on(self, tape):
+    def on(self, tape: Tape) -> Self:
         """This derived model, joined with a tape of the original."""
         joined = type(self)()
         list.extend(joined, self)
@@ -49,7 +61,14 @@ class Model(Graph):
         joined._tape = tape
         return joined
 
-    def compute(self, vout, init, return_tape=False, return_dict=False, monitor=None):
+    def compute(
+        self,
+        vout: Names,
+        init: Values,
+        return_tape: bool = False,
+        return_dict: bool = False,
+        monitor: Monitor | None = None,
+    ) -> Any:
         """Compute outputs of the model.
 
         Parameters
@@ -78,7 +97,9 @@ class Model(Graph):
         result = select(out, vout, return_dict)
         return (result, tape) if return_tape else result
 
-    def compute_with_vjp(self, init, v, return_dict=False, monitor=None):
+    def compute_with_vjp(
+        self, init: Values, v: Values, return_dict: bool = False, monitor: Monitor | None = None
+    ) -> tuple[Any, Any]:
         """Compute outputs and a vector-Jacobian product.
 
         Parameters
@@ -102,7 +123,9 @@ class Model(Graph):
         pulled = tape.get_vjp().compute(tape.get_vjp_vout(), v, return_dict=return_dict, monitor=monitor)
         return select(out, vout, return_dict), pulled
 
-    def compute_with_jvp(self, vout, init, v, return_dict=False, monitor=None):
+    def compute_with_jvp(
+        self, vout: Names, init: Values, v: Values, return_dict: bool = False, monitor: Monitor | None = None
+    ) -> tuple[Any, Any]:
         """Compute outputs and a Jacobian-vector product.
 
         Parameters
@@ -128,7 +151,9 @@ class Model(Graph):
             pushed = pushed[0]
         return select(out, vout, return_dict), pushed
 
-    def compute_with_gnDp(self, vout, init, v, return_dict=False, monitor=None):
+    def compute_with_gnDp(
+        self, vout: Names, init: Values, v: Values, return_dict: bool = False, monitor: Monitor | None = None
+    ) -> tuple[Any, Any]:
         """Compute outputs and a Gauss-Newton product J^T J v.
 
         Parameters are those of `compute_with_jvp`. The second result is in the order of `init`, as in
@@ -145,7 +170,9 @@ class Model(Graph):
         return select(out, vout, return_dict), pulled
 
     # Compute a Hessian-vector product
-    def compute_with_hvp(self, vout, init, v, return_dict=False, monitor=None):
+    def compute_with_hvp(
+        self, vout: Names, init: Values, v: Values, return_dict: bool = False, monitor: Monitor | None = None
+    ) -> tuple[Any, Any, Any]:
         """Compute outputs, a gradient, and the product of a Hessian with a vector.
 
         Parameters
@@ -172,7 +199,7 @@ class Model(Graph):
         """
         names, v = names_of(vout), dict(v)
         out, tape = self._run(names, dict(init), True, monitor)
-        cotangents = {}
+        cotangents: dict[str, Value] = {}
         for name in names:
             cotangents["_" + name] = cotangent = v.pop("_" + name, None)
             # Check the cotangent, or find that it is 1
@@ -190,7 +217,7 @@ class Model(Graph):
         swept = hvp.compute([*gradient, *product], given, return_dict=True, monitor=monitor)
         return select(out, vout, return_dict), select(swept, gradient, return_dict), select(swept, product, return_dict)
 
-    def _tangents(self, init, v):
+    def _tangents(self, init: dict[str, Value], v: dict[str, Value]) -> dict[str, Value]:
         for name, tangent in v.items():
             if without(name, None, "_") not in self._inputs:
                 raise BadArgument(
@@ -204,31 +231,31 @@ class Model(Graph):
 class Builder(Model):
     """A model in a `with` statement, which shows in a program where the model is built."""
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         return None
 
 
 # Tools of models
-def as_zero(value):
+def as_zero(value: Value) -> Value:
     """A tangent or cotangent, with ZeroGradient for the numbers 0 in it."""
     if type(value) is list:
         return [as_zero(item) for item in value]
     return ZeroGradient if ZeroGradient.is_zero(value) else value
 
-def names_of(vout):
+def names_of(vout: Names) -> list[str]:
     return [vout] if isinstance(vout, str) else list(vout)
 
 
-def select(out, vout, return_dict=False):
+def select(out: dict[str, Value], vout: Names, return_dict: bool = False) -> Any:
     """The values of the outputs `vout` in the form that the caller wants."""
     if return_dict:
         return {name: out[name] for name in names_of(vout)}
     return out[vout] if isinstance(vout, str) else [out[name] for name in vout]
 
-def check_fits(name, derivative, value):
+def check_fits(name: str, derivative: Value, value: Value) -> None:
     """Raise BadArgument if a tangent or cotangent has another shape than the value it belongs to."""
     shape, expected = getattr(derivative, "shape", None), getattr(value, "shape", None)
     if isinstance(shape, tuple) and isinstance(expected, tuple) and shape not in ((), expected):
@@ -237,7 +264,7 @@ def check_fits(name, derivative, value):
         )
 
 
-def without(name, prefix, suffix):
+def without(name: str, prefix: str | None, suffix: str | None) -> str:
     """The name of a variable, from that of its cotangent (prefix) or tangent (suffix)."""
     if prefix and not name.startswith(prefix) or suffix and not name.endswith(suffix):
         raise BadArgument(
@@ -245,7 +272,7 @@ def without(name, prefix, suffix):
         )
     return name[1:] if prefix else name[:-1]
 
-def is_real_number(value):
+def is_real_number(value: Value) -> bool:
     """Whether a value is a real number, or an array without axes that holds one."""
     kind = getattr(getattr(value, "dtype", None), "kind", None)
     return isinstance(value, (int, float)) or kind in ("i", "u", "f") and getattr(value, "shape", None) == ()

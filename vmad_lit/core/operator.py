@@ -10,7 +10,7 @@ from .error import BadArgument, MissingArgument, OverwritePrecaution, did_you_me
 from .graph import NAME_OF_RESULT, Graph, Node, Symbols, caller, find_graph
 from .symbol import BaseSymbol, List, ListPlaceholder, Symbol, Value, assymbol, leaves
 
-Names = dict[str, Any]  # of arguments or results, with their type patterns
+Patterns = dict[str, Any]  # the type patterns of arguments or results, by name
 
 
 class ZeroGradientType(int):
@@ -116,8 +116,8 @@ class Primitive:
         self.defaults = {p.name: p.default for p in named if p.default is not p.empty}
         positional: bool = argnames is None and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in named)
         # Tell the differentiable arguments from the others
-        self.ain: Names
-        self.aout: Names
+        self.ain: Patterns
+        self.aout: Patterns
         ain, aout = operator.ain, operator.aout
         if kind == "vjp":
             self.ain = {"_" + name: p for name, p in aout.items() if "_" + name in self.argnames}
@@ -207,7 +207,7 @@ def by_keyword(function: Callable[..., Any], names: Collection[str]) -> Callable
     return call
 
 
-def declare(spec: Any) -> Names:
+def declare(spec: Any) -> Patterns:
     """Bring a declaration of arguments into the form of a dict from names to type patterns, in order."""
     if isinstance(spec, str):
         spec = [name.strip() for name in spec.split(",") if name.strip()]

@@ -84,6 +84,7 @@ class allreduce:
     ain = "x"
     aout = "y"
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x, comm):
         return dict(y=total(x, comm))
@@ -117,6 +118,7 @@ class allbcast:
     ain = "x"
     aout = "y"
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x, comm):
         return dict(y=x)
@@ -162,6 +164,7 @@ class bcast:
     ain = "x"
     aout = "y"
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x, comm, root=0):
         return dict(y=from_root(x, comm, root))
@@ -241,6 +244,7 @@ class gather:
     ain = "x"
     aout = "y"
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x, comm, root=0):
         y, counts = join(x, comm, root)
@@ -301,6 +305,7 @@ class scatter:
     ain = "x"
     aout = "y"
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x, comm, counts=None, root=0):
         counts = plan_scatter(x, counts, comm, root)
@@ -327,6 +332,7 @@ class allgather:
     ain = "x"
     aout = "y"
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x, comm):
         y, counts = join(x, comm)
@@ -382,6 +388,7 @@ class alltoall:
     ain = "x"
     aout = "y"
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x, comm, counts=None):
         rows, dtype = find_counts(comm, x)
@@ -452,6 +459,7 @@ class sendrecv:
     ain = "x"
     aout = "y"
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x, comm, dest, source):
         y = pass_on(x, dest, source, comm)
@@ -520,6 +528,7 @@ class halo:
     ain = "x"
     aout = "y"
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x, comm, width=1, periodic=True):
         counts, dtype = find_counts(comm, x)
