@@ -269,13 +269,13 @@ class Plan:
                 linear = [self._add_step(product, *factors)]
         if single and kept is None and linear is None and record is None and len(clear) < 2:
             ((name, out),) = outs
-            dead = (clear or [out])[0]
+            spent = (clear or [out])[0]
             if primitive.operator.grow and self._may_change_values:
-                step = self._plan_total(node, *ins, out, dead)
+                step = self._plan_total(node, ins[0], ins[1], out, spent)
             elif len(ins) == 2:
-                step = call_two, node, function, *ins, name, out, dead
+                step = call_two, node, function, *ins, name, out, spent
             else:
-                step = call, node, function, gatherer(ins), name, out, dead
+                step = call, node, function, gatherer(ins), name, out, spent
         elif single and kept is not None and linear is None:
             step = call_and_record, node, function, gatherer(ins), *outs[0], kept, clear
         elif linear is not None and not clear and not lists and len(linear) == 1:
