@@ -143,7 +143,7 @@ def of_library(costs: dict[str, float] | None) -> dict[str, float]:
 def mixed(n: int, ram: int = 0, disk: int = 0) -> Any:
     if (ram < 1) == (disk < 1):
         raise BadArgument(
-            f"a mixed schedule keeps all in memory or all on disk, and something; got ram = {ram}, disk = {disk}"
+            f"a mixed schedule keeps all in memory or all on disk, not nothing; got ram = {ram}, disk = {disk}"
         )
     storage = library().StorageType.RAM if ram else library().StorageType.DISK
     return library().MixedCheckpointSchedule(n, ram or disk, storage=storage)
@@ -191,7 +191,8 @@ def find_schedule(schedule: str | Callable[[int], Any], numbers: dict[str, Any])
             takes = ", ".join(p.name for p in parameters) or "no numbers"
             raise BadArgument(f"the schedule '{schedule}' has no use for {name}; it takes {takes}")
         if name != "costs" and not (is_whole(value) and value >= 0):
-            raise BadArgument(f"{name} is a number of {'steps' if name == 'period' else 'states'}, got {value!r}")
+            what = "steps" if name == "period" else "states"
+            raise BadArgument(f"{name} is a number of {what}, got {value!r}")
     make(2, **given)
     return lambda n: make(n, **given)
 
@@ -221,7 +222,9 @@ class Chain(Operator):
     collective = True  # there may be collective operators in the steps
     __bound_model__ = None
 
-    def __init__(self, step: AutoOperator, n: int, schedule: Callable[[int], Any], folder: str | None, comm: Any):
+    def __init__(
+        self, step: AutoOperator, n: int, schedule: Callable[[int], Any], folder: str | None, comm: Any
+    ):
         self.step, self.n, self.schedule, self.folder, self.comm = step, n, schedule, folder, comm
         self.state_names = list(step.ain)[: len(step.aout)]
         self.parameter_names = list(step.ain)[len(step.aout) :]
@@ -472,9 +475,9 @@ class OnDisk:
         except Exception as error:
             # Tell which value cannot be kept on disk
             raise TypeError(
-                f"a state of a chain cannot be kept on disk, since there is {describe(find_culprit(state))} in it, "
-                f"which cannot be pickled ({error}); keep the states in memory, or tell how it is taken apart "
-                "(keep_on_disk_by)"
+                f"a state of a chain cannot be kept on disk, since there is {describe(find_culprit(state))} "
+                f"in it, which cannot be pickled ({error}); keep the states in memory, or tell how it is taken "
+                "apart (keep_on_disk_by)"
             ) from error
         chunks = [header.getbuffer(), *(buffer.raw() for buffer in buffers)]
         self._sizes = [chunk.nbytes for chunk in chunks]
@@ -688,12 +691,13 @@ class StepsWithTangents:
         self.parameters = {name + "_": arguments[name + "_"] for name in steps.chain.parameter_names}
 
     def run(self, i: int, state: tuple[Any, Any], record: bool = False) -> tuple[tuple[Any, Any], Any]:
-        """Run a step; returns the next state with its tangent, and the tape with the tangent before it, or None."""
+        """Run a step; returns the next state and tangent, and the tape with the tangents before it, or None."""
         values, tangents = state
         out, tape = self.steps.run(i, values, record=True)
         of_state = {name + "_": tangent for name, tangent in zip(self.chain.state_names, tangents)}
-        pushed = tape.get_jvp().compute([name + "_" for name in self.chain.aout], {**of_state, **self.parameters})
-        return (out, tuple(pushed)), ((tape, {**of_state, **self.parameters}) if record else None)
+        before = {**of_state, **self.parameters}
+        pushed = tape.get_jvp().compute([name + "_" for name in self.chain.aout], before)
+        return (out, tuple(pushed)), ((tape, before) if record else None)
 
 
 def with_tangents(node: Any, arguments: dict[str, Any]) -> tuple[StepsWithTangents, tuple[Any, Any]]:
