@@ -143,7 +143,7 @@ def of_library(costs: dict[str, float] | None) -> dict[str, float]:
 def mixed(n: int, ram: int = 0, disk: int = 0) -> Any:
     if (ram < 1) == (disk < 1):
         raise BadArgument(
-            f"a mixed schedule keeps all in memory or all on disk, not nothing; got ram = {ram}, disk = {disk}"
+            f"a mixed schedule is all in memory or all on disk; got ram = {ram}, disk = {disk}"
         )
     storage = library().StorageType.RAM if ram else library().StorageType.DISK
     return library().MixedCheckpointSchedule(n, ram or disk, storage=storage)
@@ -226,6 +226,7 @@ class Chain(Operator):
         self, step: AutoOperator, n: int, schedule: Callable[[int], Any], folder: str | None, comm: Any
     ):
         self.step, self.n, self.schedule, self.folder, self.comm = step, n, schedule, folder, comm
+        self._opened: dict[tuple[str, ...], Chain] = {}
         self.state_names = list(step.ain)[: len(step.aout)]
         self.parameter_names = list(step.ain)[len(step.aout) :]
         self.argnames = tuple(name for name in step.argnames if name != "i")
@@ -245,6 +246,14 @@ class Chain(Operator):
 
     def _build(self, hyperargs: dict[str, Any]) -> Models:
         return Models(self.step, hyperargs)
+
+    __call__ = AutoOperator.__call__
+
+    def _open(self, names: tuple[str, ...]) -> Chain:
+        if names not in self._opened:
+            step = self.step._open(names)
+            self._opened[names] = Chain(step, self.n, self.schedule, self.folder, self.comm)
+        return self._opened[names]
 
     # The script of a chain
     @cached_property
@@ -476,8 +485,8 @@ class OnDisk:
             # Tell which value cannot be kept on disk
             raise TypeError(
                 f"a state of a chain cannot be kept on disk, since there is {describe(find_culprit(state))} "
-                f"in it, which cannot be pickled ({error}); keep the states in memory, or tell how it is taken "
-                "apart (keep_on_disk_by)"
+                f"in it, which cannot be pickled ({error}); keep the states in memory, or tell how it is "
+                "taken apart (keep_on_disk_by)"
             ) from error
         chunks = [header.getbuffer(), *(buffer.raw() for buffer in buffers)]
         self._sizes = [chunk.nbytes for chunk in chunks]
@@ -691,7 +700,7 @@ class StepsWithTangents:
         self.parameters = {name + "_": arguments[name + "_"] for name in steps.chain.parameter_names}
 
     def run(self, i: int, state: tuple[Any, Any], record: bool = False) -> tuple[tuple[Any, Any], Any]:
-        """Run a step; returns the next state and tangent, and the tape with the tangents before it, or None."""
+        """Run a step; returns the next state and tangent, and the tape with the tangents before, or None."""
         values, tangents = state
         out, tape = self.steps.run(i, values, record=True)
         of_state = {name + "_": tangent for name, tangent in zip(self.chain.state_names, tangents)}
