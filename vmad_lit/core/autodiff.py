@@ -186,7 +186,7 @@ class accumulate:
         return add_up(a, b)
 
 
-def add_up(a, b):
+def add_up(a: Value, b: Value) -> Value:
     """The sum of two cotangents; lists are added item by item."""
     if a is ZeroGradient or b is ZeroGradient:
         return b if a is ZeroGradient else a
