@@ -211,7 +211,7 @@ def add_up(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
     if cls is list:
         pairs = [add_up(*items) for items in zip(a, b, own or [None] * len(a), strict=True)]
         return [total for total, _ in pairs], [mine for _, mine in pairs]
-    if a is own and cls is type(b) and IN_PLACE[cls](a, b):
+    if a is own is not None and cls is type(b) and IN_PLACE[cls](a, b):
         return a, own
     total = a + b
     return total, total if type(total) is type(b) is cls and cls in IN_PLACE else None

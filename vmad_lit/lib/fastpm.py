@@ -14,7 +14,7 @@ from pmesh.window import FindResampler
 
 from vmad_lit import autooperator, operator
 from vmad_lit.core.autodiff import IN_PLACE
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.checkpoint import checkpoint, keep_on_disk_by
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import add_to_array
 from vmad_lit.core.symbol import Symbol
@@ -187,6 +187,12 @@ class as_complex_field:
         _y = _y if isinstance(_y, BaseComplexField) else pm.create(type=ComplexField, value=_y)
         weights = mode_weights(_y)
         return dict(_x=numpy.stack([_y.real * weights, _y.imag * weights], axis=-1))
+
+
+@keep_on_disk_by(RealField, BaseComplexField)
+def _take_apart(field):
+    pm, kind = field.pm, type(field)
+    return lambda value: pm.create(kind, value=value), field.value
 
 
 def _agree(comm, *derivatives):
