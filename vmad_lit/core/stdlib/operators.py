@@ -190,7 +190,7 @@ class add(binary):
         return dict(kind1=kind(x1), kind2=kind(x2))
 
     def vjp(node, _y, kind1, kind2):
-        if kind1 == kind2:
+        if kind1 == kind2 and type(kind1[0]) is type(kind2[0]):
             _x = fit(_y, kind1)
             return dict(_x1=_x, _x2=_x)
         return dict(
