@@ -86,7 +86,7 @@ def difference(out, mesh, axis, factor, halo, add=False):
         loop = partial(_along_rows, target, step, source, strides, shape, factor, add)
     else:
         loop = partial(_across_rows, target, step, source, strides, halo.reshape(-1), shape, axis, factor, add)
-    edges = share_out(shape[0], 1)
+    edges = share_out(shape[0], -(-(1 << 15) // max(1, shape[1] * shape[2])))  # planes with enough work for a thread
     run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
 
 
