@@ -248,12 +248,17 @@ def measure_policy(policy, n, steps):
 
 
 def spawn(arguments, ranks=1, python=sys.executable):
-    """Run this module in a process of its own; what it prints, or None and the last line of its errors."""
+    """Run this module in a process of its own, or on ranks that share its threads.
+
+    Returns what it prints, or None and the last line of its errors.
+    """
     command = [python, "-W", "ignore", "-m", "benchmarks.nbody", *map(str, arguments)]
     if ranks > 1:
         command = ["mpirun", "-n", str(ranks), *command]
     path = os.pathsep.join(sys.path) if python == sys.executable else os.getcwd()
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    threads = str(max(1, machine()["threads"] // ranks))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         return None, (done.stderr.strip().splitlines() or ["no message"])[-1]
     return done.stdout, ""
