@@ -4,7 +4,10 @@ import builtins
 
 import numpy
 
-from ..operator import ZeroGradient, operator
+from ..autodiff import IN_PLACE
+from ..graph import Symbols
+from ..operator import Operator, ZeroGradient, operator
+from ..symbol import BaseSymbol, Literal
 
 
 def kind(x):
@@ -74,6 +77,21 @@ def plus(a, b):
     if a is ZeroGradient:
         return b
     return a if b is ZeroGradient else a + b
+
+
+SMALL = 2**14  # bytes; arrays of this size are in the cache anyway
+
+
+def add_to_array(total: numpy.ndarray, part: numpy.ndarray) -> bool:
+    """Add an array to another one in place; returns whether it has the shape and dtype for that, and
+    is large enough."""
+    if total.nbytes < SMALL or part.shape != total.shape or part.dtype != total.dtype:
+        return False
+    total += part
+    return True
+
+
+IN_PLACE[numpy.ndarray] = add_to_array
 
 
 class ShapeOfField(tuple):
@@ -177,6 +195,9 @@ class add(binary):
         return dict(kind1=kind(x1), kind2=kind(x2))
 
     def vjp(node, _y, kind1, kind2):
+        if kind1 == kind2 and type(kind1[0]) is type(kind2[0]):
+            _x = fit(_y, kind1)
+            return dict(_x1=_x, _x2=_x)
         return dict(
             _x1=fit(_y, kind1) if node.wants("x1") else ZeroGradient,
             _x2=fit(_y, kind2) if node.wants("x2") else ZeroGradient,
@@ -263,6 +284,86 @@ class div(binary):
             _x1_=-times(slope, x2_ / x2, kind1),
             _x2_=-times(slope, (x1_ - 2 * y * x2_) / x2, kind(x2)) if node.wants("x2") else ZeroGradient,
         )
+
+
+class shift1:
+    transparent = True
+
+    def vjp(node, _y):
+        return _y
+
+    def jvp(node, x1_):
+        return x1_
+
+
+class shift2(shift1):
+    def jvp(node, x2_):
+        return x2_
+
+
+class reverse2:
+    def vjp(node, _y):
+        return -_y
+
+    def jvp(node, x2_):
+        return -x2_
+
+
+class scale1:
+    def vjp(node, _y, x2):
+        return _y * x2
+
+    def jvp(node, x1_, x2):
+        return x1_ * x2
+
+
+class scale2:
+    def vjp(node, _y, x1):
+        return _y * x1
+
+    def jvp(node, x2_, x1):
+        return x2_ * x1
+
+
+class divide1:
+    def vjp(node, _y, x2):
+        return _y / x2
+
+    def jvp(node, x1_, x2):
+        return x1_ / x2
+
+
+def next_to_a_number(whole: Operator, **derivatives: type) -> None:
+    """Replace a binary operator, where one operand is a real number, by an operator of the other one.
+
+    Parameters
+    ----------
+    whole : Operator
+    x1, x2 : class
+        The derivatives with respect to the one operand that is left.
+    """
+    special = {}
+    for name, declared in derivatives.items():
+        known = dict(ain=name, aout="y", apl=whole.prototype.apl, hvp=ZeroGradient, __doc__=whole.__doc__)
+        special[name] = operator(type(whole.__name__, (declared,), known))
+    only_x1, only_x2 = special.get("x1"), special.get("x2")
+
+    def choose(varin: Symbols) -> Operator | None:
+        if is_number(varin["x2"]):
+            return only_x1
+        return only_x2 if is_number(varin["x1"]) else None
+
+    whole.special = choose
+
+
+def is_number(symbol: BaseSymbol) -> bool:
+    return type(symbol) is Literal and isinstance(symbol._value, (int, float))
+
+
+next_to_a_number(add, x1=shift1, x2=shift2)
+next_to_a_number(sub, x1=shift1, x2=reverse2)
+next_to_a_number(mul, x1=scale1, x2=scale2)
+next_to_a_number(div, x1=divide1)
 
 
 @operator
