@@ -205,6 +205,11 @@ class History:
         self.steps, self.states, self.tapes = walk.steps, walk.states, walk.tapes
         self.start = self.states.get(0) or InMemory(start)
 
+    def held(self):
+        """What is in memory."""
+        kept = [*self.states.values(), self.start]
+        return [*self.tapes.values(), *(state.get() for state in kept if isinstance(state, InMemory))]
+
 
 def run_chain_and_record(node, **arguments):
     from checkpoint_schedules import EndForward
