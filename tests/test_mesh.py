@@ -188,6 +188,18 @@ class TestFields:
         assert_allclose(a * N, x.cdot(x))
         assert_allclose(_t, x.cdot(y), atol=1e-10)
 
+    def test_wavenumbers_are_centred(self, nmesh):
+        pm = make(nmesh)
+        x = real(pm)
+        for k, i, n, length in zip(x.r2c().x, x.r2c().i, pm.Nmesh, pm.BoxSize):
+            assert_allclose(k, 2 * numpy.pi * numpy.fft.fftfreq(n, length / n)[i], rtol=1e-12)
+        laplacian = fastpm.apply_transfer.apl.impl(None, x.r2c(), lambda k: -k.normp(2))['y'].c2r()
+        k = numpy.meshgrid(*[2 * numpy.pi * numpy.fft.fftfreq(n, length / n)
+                             for n, length in zip(pm.Nmesh, pm.BoxSize)], indexing='ij')
+        whole = global_rng(1).normal(size=pm.Nmesh)
+        expected = numpy.fft.ifftn(-sum(ki ** 2 for ki in k) * numpy.fft.fftn(whole)).real
+        assert_allclose(laplacian.value, expected[x.slices], atol=1e-10)
+
     def test_transforms(self, nmesh):
         pm = make(nmesh)
         check(lambda x: fastpm.r2c(x), dict(x=real(pm)), dict(x=real(pm, 2)))
