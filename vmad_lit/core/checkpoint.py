@@ -658,7 +658,8 @@ class Cotangents:
 
     def __init__(self, chain: Chain, of_state: list[Any], wanted: list[str]):
         self.chain, self.of_state = chain, of_state
-        self.of_parameters = dict.fromkeys(wanted, ZeroGradient)
+        self.of_parameters: dict[str, Any] = dict.fromkeys(wanted, ZeroGradient)
+        self._own: dict[str, Any] = dict.fromkeys(wanted)
         self.outnames = [self.form.format(name) for name in [*chain.state_names, *wanted]]
         self.steps_left = chain.n
 
@@ -672,7 +673,8 @@ class Cotangents:
         k = len(self.of_state)
         self.of_state = pulled[:k]
         for name, partial in zip(self.of_parameters, pulled[k:]):
-            self.of_parameters[name] = add_up(self.of_parameters[name], partial)
+            total, own = self.of_parameters[name], self._own[name]
+            self.of_parameters[name], self._own[name] = add_up(total, partial, own)
 
     def result(self) -> dict[str, Any]:
         """The cotangents of all inputs of the chain by name, also those that nobody wants."""
