@@ -86,6 +86,11 @@ class Chain(Operator):
         self.rcd = None
         self._find_recorded()
 
+    __call__ = AutoOperator.__call__
+
+    def _open(self, names: tuple[str, ...]) -> Operator:
+        return Chain(self.step._open(names), self.n, self.schedule, self.folder)
+
 
 class Steps:
     """The models of the steps of a chain, and how to run one of them."""

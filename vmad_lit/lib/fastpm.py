@@ -14,7 +14,19 @@ from pmesh.window import FindResampler
 from vmad_lit import autooperator, operator
 from vmad_lit.core.checkpoint import checkpoint
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.lib.cosmology import MatterDominated
+from vmad_lit.core.symbol import Symbol
+from vmad_lit.lib.cosmology import (
+    LinearPower,
+    MatterDominated,
+    SymbolicBackground,
+    kick_factor,
+    drift_factor,
+    start_factors,
+    step_factors,
+)
+from vmad_lit.lib.linalg import concatenate
+from vmad_lit.lib.mpi import allbcast
+from vmad_lit.lib.unary import sqrt
 
 try:
     from vmad_lit.lib import window
@@ -983,13 +995,16 @@ def induce_correlation(wnk, powerspectrum, pm):
     ----------
     wnk : complex field, white noise of unit variance
     powerspectrum : function of the wave number, an array of any shape. It must depend on that alone:
-        its values on the mesh are kept. If it is not finite at k = 0 the mean of the field is set to zero
+        its values on the mesh are kept. If it is not finite at k = 0 the mean of the field is set to zero.
+        Or a `LinearPower` of symbols, to whose parameters gradients flow
     pm : ParticleMesh
 
     Returns
     -------
     c : complex field, `wnk` times sqrt(P(k) / V)
     """
+    if isinstance(powerspectrum, LinearPower) and powerspectrum.is_symbolic:
+        return color_modes(wnk, powerspectrum(find_wavenumbers(pm)), pm)
     volume = float(numpy.prod(pm.BoxSize))
 
     @fixed_transfer
@@ -1000,6 +1015,55 @@ def induce_correlation(wnk, powerspectrum, pm):
         return numpy.where((k == 0) & ~numpy.isfinite(factor), 0, factor)
 
     return apply_transfer(wnk, amplitude)
+
+
+def find_wavenumbers(pm):
+    """The distinct moduli of the wave vectors of a mesh, other than zero, ascending; the same on all ranks."""
+    def make():
+        k = numpy.unique(_moduli(_coordinates(pm.create(type=ComplexField, value=0), 'wavenumber')))
+        k = numpy.unique(numpy.concatenate(pm.comm.allgather(k)))
+        k = k[k > 0]
+        return k[numpy.diff(k, prepend=0.0) > _SAME * k]
+
+    return _keep(pm, 'wavenumbers', make)
+
+
+_SAME = 1e-6  # wave numbers that differ relatively by less are one
+
+
+def _moduli(k):
+    return numpy.sqrt(sum(numpy.square(numpy.asarray(component, 'f8')) for component in k))
+
+
+@autooperator('wnk, power -> c')
+def color_modes(wnk, power, pm):
+    """Modes of a Gaussian field from those of white noise, for a power spectrum that has derivatives.
+
+    Parameters
+    ----------
+    wnk : complex field, white noise of unit variance
+    power : (n,) positive, the power at the wave numbers `find_wavenumbers(pm)`; the same on all ranks
+    pm : ParticleMesh
+
+    Returns
+    -------
+    c : complex field, `wnk` times sqrt(P(k) / V), with the mean zero
+    """
+    amplitude = sqrt(power * (1.0 / float(numpy.prod(pm.BoxSize))))
+    return apply_digitized(wnk, concatenate([numpy.zeros(1), amplitude]), _digitize_moduli(pm))
+
+
+def _digitize_moduli(pm):
+    """The digitizer for tables with an entry for k = 0, and one for each of `find_wavenumbers`."""
+    k = find_wavenumbers(pm)
+    edges = 0.5 * (numpy.concatenate([[0.0], k[:-1]]) + k)
+
+    @fixed_transfer
+    def digitizer(labels):
+        ind = numpy.searchsorted(edges, _moduli(labels))
+        return ind, numpy.zeros_like(ind, dtype='?')
+
+    return _keep(pm, 'digitize_moduli', lambda: digitizer)
 
 
 @operator
@@ -1130,30 +1194,51 @@ def KickFactor(pt, ai, ac, af):
 
     `pt` is the background, such as `MatterDominated`. The momentum changes by 1.5 * Om0 * KickFactor * f.
     """
+    if isinstance(pt, SymbolicBackground):
+        return kick_factor(pt.Om0, ai, ac, af, pt.Ok0)
     return 1 / (ac**2 * pt.E(ac)) * (pt.Gf(af) - pt.Gf(ai)) / pt.gf(ac)
 
 
 def DriftFactor(pt, ai, ac, af):
     """FastPM's coefficient of a drift from ai to af with the momentum at ac (Feng et al. 2016)."""
+    if isinstance(pt, SymbolicBackground):
+        return drift_factor(pt.Om0, ai, ac, af, pt.Ok0)
     return 1 / (ac**3 * pt.E(ac)) * (pt.Gp(af) - pt.Gp(ai)) / pt.gp(ac)
 
 
 @operator
 class advance:
-    """x + c * v, for arrays of the same shape and a number c."""
+    """x + c * v, for arrays of the same shape and a number c.
 
-    ain = {'x': 'ndarray', 'v': 'ndarray'}
+    On several ranks a `c` that is differentiated is a distributed value, such as `allbcast` gives.
+    """
+
+    ain = {'x': 'ndarray', 'v': 'ndarray', 'c': '*'}
     aout = {'y': 'ndarray'}
 
     def apl(node, x, v, c):
         y = v * c
         return dict(y=numpy.add(x, y, out=y) if x.dtype == y.dtype else x + y)
 
-    def vjp(node, _y, c):
-        return dict(_x=_y, _v=_y * c)
+    def rcd(node, x, v, c, y):
+        return dict(c=c, v=None if node.is_literal('c') else v)
 
-    def jvp(node, x_, v_, c):
-        return dict(y_=x_ + v_ * c)
+    def vjp(node, _y, v, c):
+        return dict(_x=_y, _v=_y * c, _c=_sum_products(_y, v) if node.wants('c') else ZeroGradient)
+
+    def jvp(node, x_, v_, c_, v, c):
+        return dict(y_=x_ + v_ * c + (ZeroGradient if _is_zero(c_) else v * c_))
+
+    def hvp(node, _y, v_, c_):
+        return dict(_x_=ZeroGradient, _v_=_y * c_,
+                    _c_=_sum_products(_y, v_) if node.wants('c') else ZeroGradient)
+
+
+def _sum_products(a, b):
+    """The inner product of two arrays on this rank, added up in double precision."""
+    if _is_zero(a) or _is_zero(b):
+        return 0.0
+    return float(numpy.einsum('i,i->', numpy.ravel(a), numpy.ravel(b), dtype='f8'))
 
 
 @autooperator('dx_i, p_i, f_i -> dx, p, f')
@@ -1171,12 +1256,83 @@ def leapfrog_step(dx_i, p_i, f_i, q, ai, af, pt, pm):
     -------
     dx, p, f : the same at af
     """
-    ac = (ai * af) ** 0.5
-    half = advance(p_i, f_i, float(KickFactor(pt, ai, ai, ac) * 1.5 * pt.Om0))
-    dx = advance(dx_i, half, float(DriftFactor(pt, ai, ac, af)))
+    first, drift, last = factors_of_step(pt, ai, af, pm)
+    half = advance(p_i, f_i, first)
+    dx = advance(dx_i, half, drift)
     f, potk = gravity(dx, q, pm)
-    p = advance(half, f, float(KickFactor(pt, ac, af, af) * 1.5 * pt.Om0))
+    p = advance(half, f, last)
     return dx, p, f
+
+
+def factors_of_step(pt, ai, af, pm):
+    """The coefficients of the two kicks and the drift between them: kick, drift, kick."""
+    if isinstance(pt, SymbolicBackground):
+        pt = SymbolicSteps(pt, [ai, af], pm)
+    if isinstance(pt, SymbolicSteps):
+        return pt.factors(ai, af)
+    ac = (ai * af) ** 0.5
+    return (float(KickFactor(pt, ai, ai, ac) * 1.5 * pt.Om0), float(DriftFactor(pt, ai, ac, af)),
+            float(KickFactor(pt, ac, af, af) * 1.5 * pt.Om0))
+
+
+@operator
+class scale:
+    """c * v, for an array and a number c; as `advance`."""
+
+    ain = {'v': 'ndarray', 'c': '*'}
+    aout = {'y': 'ndarray'}
+
+    def apl(node, v, c):
+        return dict(y=v * float(c))
+
+    def rcd(node, v, c, y):
+        return dict(c=c, v=None if node.is_literal('c') else v)
+
+    def vjp(node, _y, v, c):
+        return dict(_v=_y * float(c), _c=_sum_products(_y, v) if node.wants('c') else ZeroGradient)
+
+    def jvp(node, v_, c_, v, c):
+        return dict(y_=v_ * float(c) + (ZeroGradient if _is_zero(c_) else v * float(c_)))
+
+    def hvp(node, _y, v_, c_):
+        return dict(_v_=_y * c_, _c_=_sum_products(_y, v_) if node.wants('c') else ZeroGradient)
+
+
+class SymbolicSteps:
+    """The coefficients of steps between scale factors, for a background of symbols."""
+
+    __symbols__ = 'Om0', 'table'
+
+    def __init__(self, pt, stages, pm):
+        self.stages = list(stages)
+        self.Om0 = allbcast(pt.Om0, pm.comm)
+        self.table = allbcast(step_factors(pt.Om0, self.stages, pt.Ok0), pm.comm)
+
+    def factors(self, ai, af):
+        """The coefficients of the kick, the drift and the kick between two successive stages."""
+        i = list(zip(self.stages[:-1], self.stages[1:])).index((ai, af))
+        return [pick(self.table, 3 * i + j) for j in range(3)]
+
+
+@operator
+class pick:
+    """A number of an array as a float, by its position in the order of rows."""
+
+    ain = {'x': 'ndarray'}
+    aout = {'y': '*'}
+
+    def apl(node, x, at):
+        return dict(y=float(numpy.ravel(x)[at]), shape=numpy.shape(x))
+
+    def vjp(node, _y, at, shape):
+        _x = numpy.zeros(shape)
+        _x.flat[at] = _y
+        return dict(_x=_x)
+
+    def jvp(node, x_, at):
+        return dict(y_=float(numpy.ravel(x_)[at]))
+
+    hvp = ZeroGradient
 
 
 @autooperator('dx_i, p_i -> dx, p, f')
@@ -1198,6 +1354,8 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None):
     f : the force there, times 1.5 * Om0
     """
     stages = check_stages(stages)
+    if isinstance(pt, SymbolicBackground):
+        pt = SymbolicSteps(pt, stages, pm)
     dx, p = dx_i, p_i
     f, potk = gravity(dx, q, pm)
     if ram is None or len(stages) == 1:
@@ -1207,7 +1365,7 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None):
         # Evolve with checkpoints
         chain = checkpoint(numbered_step, n=len(stages) - 1, ram=ram)
         dx, p, f = chain(dx, p, f, q=q, stages=stages, pt=pt, pm=pm)
-    return dx, p, f * (1.5 * pt.Om0)
+    return dx, p, scale(f, 1.5 * pt.Om0)
 
 
 def check_stages(stages):
@@ -1241,21 +1399,32 @@ def firststep(rhok, q, a, pt, pm):
     dx, p : (N, ndim)
     """
     dx1, dx2 = lpt(rhok, q, pm)
+    D1, D2, Gf1, Gf2 = factors_of_start(pt, a, pm)
+    dx = advance(scale(dx1, D1), dx2, D2)
+    p = advance(scale(dx1, Gf1), dx2, Gf2)
+    return dx, p
+
+
+def factors_of_start(pt, a, pm):
+    """The coefficients of both displacements at scale factor a: in the displacement, and in the momentum."""
+    if isinstance(pt, SymbolicBackground):
+        table = allbcast(start_factors(pt.Om0, a, pt.Ok0), pm.comm)
+        return [pick(table, i) for i in range(4)]
     D1, D2 = float(pt.D1(a)), float(pt.D2(a))
     rate1, rate2 = (float(a**2 * f(a) * pt.E(a)) for f in (pt.f1, pt.f2))
-    dx = advance(dx1 * D1, dx2, D2)
-    p = advance(dx1 * (D1 * rate1), dx2, D2 * rate2)
-    return dx, p
+    return D1, D2, D1 * rate1, D2 * rate2
 
 
 def find_background(cosmology, stages):
     """The background of a cosmology, for steps between the given scale factors."""
-    if isinstance(cosmology, MatterDominated):
+    if isinstance(cosmology, (MatterDominated, SymbolicBackground)):
         return cosmology
     stages = numpy.array(check_stages(stages))
     support = numpy.sort(numpy.concatenate([(stages[1:] * stages[:-1]) ** 0.5, stages]))
     if hasattr(cosmology, 'background'):
         return cosmology.background(a=support)
+    if isinstance(cosmology.Om0, Symbol):
+        return SymbolicBackground(cosmology.Om0)
     return MatterDominated(cosmology.Om0, a=support)
 
 
@@ -1268,7 +1437,7 @@ def nbody(rhok, q, stages, cosmology, pm):
     rhok : complex field, the linear density contrast today
     q : (N, ndim) lattice
     stages : sequence of scale factors, beginning with that of the initial conditions
-    cosmology : has an attribute `Om0`; or a `Cosmology`, or a background
+    cosmology : has an attribute `Om0`; or a `Cosmology`, or a background. If its `Om0` is a symbol, gradients flow to it
     pm : ParticleMesh
 
     Returns
@@ -1287,7 +1456,7 @@ class FastPMSimulation:
     Parameters
     ----------
     stages : sequence of scale factors, beginning with that of the initial conditions
-    cosmology : has an attribute `Om0`; or a `Cosmology`, or a background
+    cosmology : has an attribute `Om0`; or a `Cosmology`, or a background. If its `Om0` is a symbol, gradients flow to it
     pm : ParticleMesh of the initial conditions
     B : the mesh of the force has B times as many points along each axis
     q : (N, ndim) lattice; by default a particle in the middle of each cell of `pm`
@@ -1299,6 +1468,8 @@ class FastPMSimulation:
     pt : the background
     fpm : ParticleMesh of the force
     """
+
+    __symbols__ = 'pt',
 
     def __init__(self, stages, cosmology, pm, B=1, q=None, ram=None):
         self.stages = numpy.array(check_stages(stages))
