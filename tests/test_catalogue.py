@@ -176,6 +176,7 @@ def test_snapshot(path, shift, lattice):
     np.testing.assert_array_equal(catalogue.lattice_ids(q, grid.Nmesh, grid.BoxSize), ids)
     sim = FastPMSimulation([0.5, 0.8], MatterDominated(0.3), pm, q=q)
     dx, p = 9 * np.sin(q), np.cos(q)
+    dx[:1] = pm.BoxSize * (1 - 1e-9) - q[:1]  # inside of the box, but not after rounding to single precision
     field = pm.paint(q, layout=pm.decompose(q))
     catalogue.save_snapshot(path, sim, dx, p, lattice=lattice, fields=dict(density=field), note="a test")
     columns, attributes = catalogue.load(path, MPI.COMM_SELF)
