@@ -104,7 +104,7 @@ class AutoOperator(Operator):
         variant, given = self._open(tuple(symbols)), {**given, **symbols}
         return Operator.__call__(variant, *(given[name] for name in variant.apl.argnames), **places)
 
-    def _open(self, names: tuple[str, ...]) -> Operator:
+    def _open(self, names: tuple[str, ...]) -> AutoOperator:
         """The variant with further inputs, which are symbols in hyper-parameters."""
         if names not in self._opened:
             self._opened[names] = self._vary(

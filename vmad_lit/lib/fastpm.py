@@ -9,11 +9,14 @@ import numpy
 from mpi4py import MPI
 from pmesh.domain import Layout
 from pmesh.pm import BaseComplexField, ComplexField, ParticleMesh, RealField, xslab
+from pmesh.pm import TransposedComplexField, UntransposedComplexField
 from pmesh.window import FindResampler
 
 from vmad_lit import autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.autodiff import IN_PLACE
+from vmad_lit.core.checkpoint import checkpoint, keep_on_disk_by
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.stdlib.operators import add_to_array
 from vmad_lit.core.symbol import Symbol
 from vmad_lit.lib.cosmology import (
     LinearPower,
@@ -34,6 +37,14 @@ except ImportError:  # no numba: pmesh's own windows serve
     window = None
 
 _is_zero = type(ZeroGradient).is_zero
+
+
+def _add_to_field(total, part):
+    """Add a field to another one in place; returns whether it has the shape and dtype for that."""
+    return add_to_array(total.value, part.value)
+
+
+IN_PLACE.update(dict.fromkeys((RealField, TransposedComplexField, UntransposedComplexField), _add_to_field))
 
 _kept = weakref.WeakKeyDictionary()
 
@@ -194,6 +205,12 @@ class as_complex_field:
         _y = _y if isinstance(_y, BaseComplexField) else pm.create(type=ComplexField, value=_y)
         weights = mode_weights(_y)
         return dict(_x=numpy.stack([_y.real * weights, _y.imag * weights], axis=-1))
+
+
+@keep_on_disk_by(RealField, BaseComplexField)
+def _take_apart(field):
+    pm, kind = field.pm, type(field)
+    return lambda value: pm.create(kind, value=value), field.value
 
 
 def _agree(comm, *derivatives):

@@ -14,7 +14,7 @@ from ..core.error import UnpackError
 from ..core.operator import ZeroGradient, operator
 from ..core.registry import overloaded
 from ..core.stdlib import abs, add, div, mod, mul, pow, sub
-from ..core.stdlib.operators import ShapeOfField, conj as conjugate, fit, kind, times, widen
+from ..core.stdlib.operators import ShapeOfField, conj as conjugate, fit, kind, plus, times, turn, widen
 from ..core.symbol import BaseSymbol, List, Literal
 from . import binary, unary
 from .binary import arctan2, binary_ufunc, divide, fmax, fmin, hypot, logaddexp
@@ -158,6 +158,8 @@ class item_of(linear):
     def jvp(node, x_, key):
         return x_[key]
 
+    hvp = ZeroGradient
+
 
 def put_into_list(_y, key, n):
     _x = [ZeroGradient] * n
@@ -195,6 +197,8 @@ class stack(linear):
     def jvp(node, x_, kinds, axis):
         return numpy.stack(filled(x_, kinds), axis=axis)
 
+    hvp = ZeroGradient
+
 
 @operator
 class concatenate(linear):
@@ -213,6 +217,8 @@ class concatenate(linear):
 
     def jvp(node, x_, kinds, axis):
         return numpy.concatenate(filled(x_, kinds), axis=axis)
+
+    hvp = ZeroGradient
 
 
 @operator
@@ -240,6 +246,8 @@ class where:
         zero = numpy.zeros((), numpy.result_type(*(x for x in (x1_, x2_) if x is not ZeroGradient)))
         x1_, x2_ = (zero if x is ZeroGradient else x for x in (x1_, x2_))
         return whole(numpy.where(condition, x1_, x2_), yshape)
+
+    hvp = ZeroGradient
 
 
 def clip(x, min=None, max=None):
@@ -382,6 +390,8 @@ class pack_complex:
     def jvp(node, real_, imag_, kind1, kind2):
         return widen(real_ + imag_ * 1j, kind1, kind2)
 
+    hvp = ZeroGradient
+
 
 @operator
 class conj(linear):
@@ -406,6 +416,9 @@ class to_scalar(linear):
 
     def jvp(node, x_, x):
         return 2 * add_up(numpy.real(conjugate(x) * x_), None, False, None)
+
+    def hvp(node, _y, x_):
+        return 2 * _y * x_
 
 
 def squared_modulus(x):
@@ -449,6 +462,11 @@ class norm(linear):
         axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
         return add_up(numpy.real(conjugate(slope) * x_), axes, keepdims, None)
 
+    def hvp(node, _y, x_, x, y, ord, shape, xdtype, axis, keepdims):
+        real = None if xdtype is None else numpy.empty(0, xdtype).real.dtype
+        y = spread(y, shape, real, axis, keepdims)
+        return spread(_y, shape, real, axis, keepdims) * bend_of_norm(x, x_, y, ord, axis)
+
 
 def slope_of_norm(x, y, ord, axis):
     """The direction of steepest ascent of a norm `y`, repeated to the shape of `x`."""
@@ -459,6 +477,20 @@ def slope_of_norm(x, y, ord, axis):
         largest = numpy.equal(numpy.absolute(x), y)
         return numpy.sign(x) * (largest / numpy.sum(largest, axis=axis, keepdims=True)).astype(nonzero.dtype)
     return numpy.sign(x) * (numpy.absolute(x) / nonzero) ** (ord - 1)
+
+
+def bend_of_norm(x, x_, y, ord, axis):
+    """The tangent of `slope_of_norm`."""
+    nonzero, slope = y + (y == 0), slope_of_norm(x, y, ord, axis)
+    axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
+    y_ = numpy.sum(numpy.real(conjugate(slope) * x_), axis=axes, keepdims=True)
+    if ord is None or ord == 2:
+        return (x_ - slope * y_) / nonzero * (y != 0)
+    if ord == math.inf:
+        return numpy.absolute(slope) * turn(x_, x)
+    u, r = numpy.sign(x), numpy.absolute(x) / nonzero
+    r_ = (numpy.real(conjugate(u) * x_) - r * y_) / nonzero
+    return turn(x_, x) * r ** (ord - 1) + u * (ord - 1) * (r + (r == 0)) ** (ord - 2) * r_
 
 
 def read_subscripts(subscripts, ndims):
@@ -518,6 +550,19 @@ class einsum(linear):
                 y_ = y_ + contract(terms, output, [*x[:i], tangent, *x[i + 1 :]])
         return y_
 
+    def hvp(node, _y, x_, x, terms, output, yshape):
+        if not isinstance(x, (list, tuple)):
+            return ZeroGradient
+        # Differentiate the cotangent of each factor with respect to all others
+        _y, given, _x_ = whole(_y, yshape), node["x"], [ZeroGradient] * len(x)
+        for i in range(len(x)):
+            if not (isinstance(given, List) and isinstance(given[i], Literal)):
+                for j, tangent in enumerate(x_):
+                    if j != i and tangent is not ZeroGradient:
+                        factors = [*x[:j], tangent, *x[j + 1 :]]
+                        _x_[i] = plus(_x_[i], cotangent_of_factor(i, _y, factors, terms, output))
+        return dict(_x_=_x_)
+
 
 def cotangent_of_factor(i, _y, x, terms, output):
     """The cotangent of the factor `x[i]` of an einsum."""
@@ -556,24 +601,47 @@ class matrix_product(product):
     def apl(node, x1, x2):
         return x1 @ x2
 
-    def vjp(node, _y, x1, x2):
-        a = x1[None, :] if x1.ndim == 1 else x1
-        b = x2[:, None] if x2.ndim == 1 else x2
-        _y = numpy.reshape(whole(_y, (x1 @ x2).shape) if numpy.ndim(_y) == 0 else _y, shape_of_product(a, b))
-        _x1 = _x2 = ZeroGradient
-        if not node.is_literal("x1"):
-            _x1 = fit(_y @ conjugate(b).swapaxes(-1, -2), kind(a)).reshape(x1.shape)
-        if not node.is_literal("x2"):
-            _x2 = fit(conjugate(a).swapaxes(-1, -2) @ _y, kind(b)).reshape(x2.shape)
-        return dict(_x1=_x1, _x2=_x2)
+    def rcd(node, x1, x2, y):
+        return dict(x1=numpy.asarray(x1), x2=numpy.asarray(x2), yshape=numpy.shape(y))
+
+    def vjp(node, _y, x1, x2, yshape):
+        _y = numpy.asarray(whole(_y, yshape))
+        return dict(
+            _x1=cotangent_of_left(_y, x1, x2) if node.wants("x1") else ZeroGradient,
+            _x2=cotangent_of_right(_y, x1, x2) if node.wants("x2") else ZeroGradient,
+        )
 
     def jvp(node, x1_, x2_, x1, x2):
         return x1_ @ x2 + x1 @ x2_
 
+    def hvp(node, _y, x1_, x2_, x1, x2, yshape):
+        _y = numpy.asarray(whole(_y, yshape))
+        return dict(
+            _x1_=cotangent_of_left(_y, x1, x2_) if node.wants("x1") else ZeroGradient,
+            _x2_=cotangent_of_right(_y, x1_, x2) if node.wants("x2") else ZeroGradient,
+        )
 
-def shape_of_product(a, b):
-    """The shape of the product of two (stacks of) matrices."""
-    return (*numpy.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+
+def cotangent_of_left(_y, x1, x2):
+    """The cotangent of `x1` in `x1 @ x2`."""
+    if x2 is ZeroGradient:
+        return x2
+    _y = _y[..., None] if x2.ndim == 1 else _y
+    _y = _y[..., None, :] if x1.ndim == 1 else _y
+    b = x2[:, None] if x2.ndim == 1 else x2
+    _x1 = _y @ conjugate(b).swapaxes(-1, -2)
+    return fit(_x1[..., 0, :] if x1.ndim == 1 else _x1, kind(x1))
+
+
+def cotangent_of_right(_y, x1, x2):
+    """The cotangent of `x2` in `x1 @ x2`."""
+    if x1 is ZeroGradient:
+        return x1
+    _y = _y[..., None] if x2.ndim == 1 else _y
+    _y = _y[..., None, :] if x1.ndim == 1 else _y
+    a = x1[None, :] if x1.ndim == 1 else x1
+    _x2 = conjugate(a).swapaxes(-1, -2) @ _y
+    return fit(_x2[..., 0] if x2.ndim == 1 else _x2, kind(x2))
 
 
 @overloaded
@@ -585,18 +653,35 @@ class dot(product):
         return numpy.dot(x1, x2)
 
     def vjp(node, _y, x1, x2):
-        if numpy.ndim(x1) == 0 or numpy.ndim(x2) == 0:
-            return dict(_x1=times(_y, x2, kind(x1)), _x2=times(_y, x1, kind(x2)))
-        n1, n2 = numpy.ndim(x1) - 1, numpy.ndim(x2) - 1
-        front = numpy.moveaxis(x2, -2, 0) if n2 else x2
-        _y = whole(_y, numpy.shape(x1)[:-1] + front.shape[1:])
-        _x1 = numpy.tensordot(_y, conjugate(front), (range(n1, n1 + n2), range(1, n2 + 1)))
-        _x2 = numpy.tensordot(conjugate(x1), _y, (range(n1), range(n1)))
-        return dict(_x1=fit(_x1, kind(x1)), _x2=fit(numpy.moveaxis(_x2, 0, -2) if n2 else _x2, kind(x2)))
+        return dict(_x1=cotangent_of_first(_y, x1, x2), _x2=cotangent_of_second(_y, x1, x2))
 
     def jvp(node, x1_, x2_, x1, x2):
         first = x1_ if x1_ is ZeroGradient else numpy.dot(x1_, x2)
         return first + (x2_ if x2_ is ZeroGradient else numpy.dot(x1, x2_))
+
+    def hvp(node, _y, x1_, x2_, x1, x2):
+        return dict(_x1_=cotangent_of_first(_y, x1, x2_), _x2_=cotangent_of_second(_y, x1_, x2))
+
+
+def cotangent_of_first(_y, x1, x2):
+    """The cotangent of `x1` in `dot(x1, x2)`."""
+    if x2 is ZeroGradient or numpy.ndim(x1) == 0 or numpy.ndim(x2) == 0:
+        return times(_y, x2, kind(x1))
+    n1, n2 = numpy.ndim(x1) - 1, numpy.ndim(x2) - 1
+    front = numpy.moveaxis(x2, -2, 0) if n2 else numpy.asarray(x2)
+    _y = whole(_y, numpy.shape(x1)[:-1] + front.shape[1:])
+    return fit(numpy.tensordot(_y, conjugate(front), (range(n1, n1 + n2), range(1, n2 + 1))), kind(x1))
+
+
+def cotangent_of_second(_y, x1, x2):
+    """The cotangent of `x2` in `dot(x1, x2)`."""
+    if x1 is ZeroGradient or numpy.ndim(x1) == 0 or numpy.ndim(x2) == 0:
+        return times(_y, x1, kind(x2))
+    n1, n2 = numpy.ndim(x1) - 1, numpy.ndim(x2) - 1
+    shape = numpy.shape(x2)
+    _y = whole(_y, numpy.shape(x1)[:-1] + (shape[:-2] + shape[-1:] if n2 else ()))
+    _x2 = numpy.tensordot(conjugate(x1), _y, (range(n1), range(n1)))
+    return fit(numpy.moveaxis(_x2, 0, -2) if n2 else _x2, kind(x2))
 
 
 @operator
@@ -609,28 +694,48 @@ class solve:
     def apl(node, A, b):
         return numpy.linalg.solve(A, b)
 
+    def rcd(node, A, b, y):
+        return dict(A=numpy.asarray(A), b=kind(b), y=numpy.asarray(y))
+
     def vjp(node, _y, A, b, y):
-        kind_b, vector = kind(b), numpy.ndim(b) == 1
-        _y = whole(_y, y.shape)
-        adjoint = conjugate(A).swapaxes(-1, -2)
-        _b = numpy.linalg.solve(adjoint, _y[..., None])[..., 0] if vector else numpy.linalg.solve(adjoint, _y)
-        _A = ZeroGradient
-        if not node.is_literal("A"):
-            if vector:
-                outer = _b[..., :, None] * conjugate(y)[..., None, :]
-            else:
-                outer = _b @ conjugate(y).swapaxes(-1, -2)
-            _A = fit(-outer, kind(A))
-        return dict(_A=_A, _b=fit(_b, kind_b))
+        vector = len(b[0]) == 1
+        _b = numpy.linalg.solve(adjoint(A), columns(whole(_y, y.shape), vector))
+        _A = fit(-_b @ adjoint(columns(y, vector)), kind(A)) if node.wants("A") else ZeroGradient
+        return dict(_A=_A, _b=fit(rows(_b, vector), b))
 
     def jvp(node, A_, b_, A, b, y):
-        vector = numpy.ndim(b) == 1
-        columns = y[..., None] if vector else y
-        right = whole(b_, numpy.shape(b)) if b_ is not ZeroGradient else b_
-        if right is not ZeroGradient and vector:
-            right = right[:, None]
-        y_ = numpy.linalg.solve(A, right - A_ @ columns)
-        return y_[..., 0] if vector else y_
+        vector = len(b[0]) == 1
+        return rows(tangent_of_solution(A, A_, b_, y, vector), vector)
+
+    def hvp(node, _y, A_, b_, A, b, y):
+        vector = len(b[0]) == 1
+        _b = numpy.linalg.solve(adjoint(A), columns(whole(_y, y.shape), vector))
+        _b_ = _A_ = ZeroGradient
+        if A_ is not ZeroGradient:
+            _b_ = -numpy.linalg.solve(adjoint(A), adjoint(A_) @ _b)
+        if node.wants("A"):
+            y_ = tangent_of_solution(A, A_, b_, y, vector)
+            _A_ = fit(-(_b_ @ adjoint(columns(y, vector)) + _b @ adjoint(y_)), kind(A))
+        return dict(_A_=_A_, _b_=fit(rows(_b_, vector), b))
+
+
+def tangent_of_solution(A, A_, b_, y, vector):
+    right = b_ if b_ is ZeroGradient else columns(b_, vector)
+    return numpy.linalg.solve(A, right - A_ @ columns(y, vector))
+
+
+def adjoint(A):
+    return conjugate(A).swapaxes(-1, -2)
+
+
+def columns(x, vector):
+    """A right-hand side or a solution as a (stack of) matrices."""
+    return x[..., None] if vector else x
+
+
+def rows(x, vector):
+    """The inverse of `columns`."""
+    return x[..., 0] if vector else x
 
 
 @to_scalar.register
@@ -650,6 +755,9 @@ class squared_norm_of_field:
     def jvp(node, x_, x):
         return 2 * numpy.real(x.cdot(x_))
 
+    def hvp(node, _y, x_):
+        return x_ * (2 * _y)
+
 
 @norm.register
 @operator
@@ -664,6 +772,9 @@ class norm_of_field(squared_norm_of_field.prototype):
 
     def jvp(node, x_, x, y):
         return numpy.real(x.cdot(x_)) / y if y != 0 else ZeroGradient
+
+    def hvp(node, _y, x_, x, y):
+        return (x_ - x * (numpy.real(x.cdot(x_)) / y**2)) * (_y / y) if y != 0 else ZeroGradient
 
 
 @copy.register
@@ -729,6 +840,9 @@ class inner_product_of_fields:
     def jvp(node, x1_, x2_, x1, x2):
         first = 0.0 if x1_ is ZeroGradient else numpy.real(x1_.cdot(x2))
         return first + (0.0 if x2_ is ZeroGradient else numpy.real(x1.cdot(x2_)))
+
+    def hvp(node, _y, x1_, x2_):
+        return dict(_x1_=x2_ * _y, _x2_=x1_ * _y)
 
 
 def _no_iteration(self):
