@@ -507,6 +507,7 @@ class OnDisk:
 
 TAKE_APART: dict[type, Callable[[Any], tuple[Callable[[Any], Any], Any]]] = {}
 
+
 def keep_on_disk_by(*types: type) -> Callable[[Any], Any]:
     """Decorate a function that takes a value of one of the types apart, so that it can be kept on disk.
 
@@ -663,7 +664,8 @@ class Cotangents:
 
     def __init__(self, chain: Chain, of_state: list[Any], wanted: list[str]):
         self.chain, self.of_state = chain, of_state
-        self.of_parameters = dict.fromkeys(wanted, ZeroGradient)
+        self.of_parameters: dict[str, Any] = dict.fromkeys(wanted, ZeroGradient)
+        self._own: dict[str, Any] = dict.fromkeys(wanted)
         self.outnames = [self.form.format(name) for name in [*chain.state_names, *wanted]]
         self.steps_left = chain.n
 
@@ -677,7 +679,8 @@ class Cotangents:
         k = len(self.of_state)
         self.of_state = pulled[:k]
         for name, partial in zip(self.of_parameters, pulled[k:]):
-            self.of_parameters[name] = add_up(self.of_parameters[name], partial, None)[0]
+            total, own = self.of_parameters[name], self._own[name]
+            self.of_parameters[name], self._own[name] = add_up(total, partial, own)
 
     def result(self) -> dict[str, Any]:
         """The cotangents of all inputs of the chain by name, also those that nobody wants."""
