@@ -151,7 +151,10 @@ class List(BaseSymbol):
         return iter(self._items)
 
     def __repr__(self) -> str:
-        return repr(self._items)
+        if len(self._items) <= 8:
+            return repr(self._items)
+        first, last = (", ".join(map(repr, self._items[part])) for part in (slice(3), slice(-1, None)))
+        return f"[{first}, ... {len(self._items) - 4} more, {last}]"
 
 
 class ListPlaceholder(List):
