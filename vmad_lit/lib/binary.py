@@ -8,7 +8,7 @@ import numpy
 
 from ..core import stdlib
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import conj, fit, kind, slope_of_base, slope_of_exponent, widen
+from ..core.stdlib.operators import as_array, conj, fit, kind, slope_of_base, slope_of_exponent, widen
 from .unary import offer_curvature, scaled, slope
 
 
@@ -33,6 +33,9 @@ class binary_ufunc:
 
     def apl(node, x1, x2):
         return node.prototype.f(x1, x2)
+
+    def rcd(node, x1, x2, y):
+        return dict(x1=as_array(x1), x2=as_array(x2))
 
     def vjp(node, _y, x1, x2):
         # Pull the cotangent back to each operand that varies

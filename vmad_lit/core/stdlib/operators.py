@@ -62,6 +62,11 @@ def widen(g, kind1, kind2):
     return g if fits else numpy.broadcast_to(g, shape)
 
 
+def as_array(x):
+    """A list of numbers as an array, and anything else as it is."""
+    return numpy.asarray(x) if isinstance(x, (list, tuple)) else x
+
+
 def conj(x):
     """The complex conjugate; a real value as it is, without a copy."""
     return numpy.conj(x) if kind(x)[1] else x
@@ -264,7 +269,7 @@ class div(binary):
         return x1 / x2
 
     def rcd(node, x1, x2, y):
-        return dict(x2=x2, y=ZeroGradient if node.is_literal("x2") else y, kind1=kind(x1))
+        return dict(x2=as_array(x2), y=ZeroGradient if node.is_literal("x2") else y, kind1=kind(x1))
 
     def vjp(node, _y, x2, y, kind1):
         _x1 = _y / conj(x2)
@@ -385,10 +390,10 @@ class pow(binary):
     """`x1 ** x2`"""
 
     def apl(node, x1, x2):
-        return x1**x2
+        return as_array(x1) ** as_array(x2)
 
     def rcd(node, x1, x2, y):
-        return dict(x1=x1, x2=x2, y=ZeroGradient if node.is_literal("x2") else y)
+        return dict(x1=as_array(x1), x2=as_array(x2), y=ZeroGradient if node.is_literal("x2") else y)
 
     def vjp(node, _y, x1, x2, y):
         return dict(
