@@ -9,8 +9,8 @@ from .operators import abs, add, div, mod, mul, neg, pos, pow, sub
 from .utils import assert_isinstance, assert_true, eval, terminal, watchpoint
 
 __all__ = [
-    *("pos", "neg", "abs", "add", "sub", "mul", "div", "mod", "pow"),
-    *("eval", "watchpoint", "assert_isinstance", "assert_true", "terminal"),
+    "pos", "neg", "abs", "add", "sub", "mul", "div", "mod", "pow", "eval", "watchpoint",
+    "assert_isinstance", "assert_true", "terminal",
 ]
 
 
