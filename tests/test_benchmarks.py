@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from benchmarks import common, engine, fft, kernels
+from benchmarks import common, engine, fft, kernels, memory
 from benchmarks.__main__ import place
 
 
@@ -26,6 +26,47 @@ def test_engine_computes_what_arrays_do(name):
     np.testing.assert_allclose(gnp, slope**2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", engine.CASES)
+@pytest.mark.parametrize("what", ["run", "gradient", "jvp", "gnp"])
+def test_the_second_time_nothing_is_built(name, what):
+    ours = engine.Ours(engine.CASES[name], 100)
+    getattr(ours, what)()
+    before = engine.made(ours.model)
+    assert before > 0
+    for again in range(2):
+        getattr(ours, what)()
+    assert engine.made(ours.model) == before
+    ours.model.output(z=ours.model._outputs["y"])  # a model that has grown is planned anew
+    getattr(ours, what)()
+    assert engine.made(ours.model) > before
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("name", engine.CASES)
+def test_memory_is_linear(name):
+    """The bytes per operation do not grow with the number of operations."""
+    small, large = (engine.bytes_of(engine.CASES[name], n) for n in (500, 5000))
+    for what in small:
+        assert large[what] < 1.3 * small[what] + 16, what
+
+
+@pytest.mark.serial
+def test_memory_of_large_arrays():
+    """As many arrays at the peak as in the same gradient written by hand, but for a few, however long the model is."""
+    for row in engine.study_large(size=50_000, n=20, repeat=1):
+        assert row["ours_arrays"] < row["by_hand_arrays"] + 3.2, row
+
+
+@pytest.mark.parametrize("name", engine.LARGE)
+def test_large_gradients_by_hand(name):
+    function, by_hand = engine.LARGE[name]
+    x, v = np.linspace(0.1, 0.5, 7), np.linspace(1.0, 2.0, 7)
+    [y], [_x] = engine.build(function, 4).compute_with_vjp(init=dict(x=x), v=dict(_y=v))
+    expected, gradient = by_hand(x, 4, v)
+    np.testing.assert_allclose(y, expected)
+    np.testing.assert_allclose(_x, gradient)
+
+
 def test_peers_compute_the_same():
     for name, function in engine.peers(engine.chain, 10, ()).items():
         value, gradient = function()
@@ -39,7 +80,10 @@ def test_study_and_report(capsys):
     assert [row["n"] for row in results] == [10, 20]
     assert all(row[name] > 0 for row in results for name in ("build", "run", "gradient", "jvp", "gnp", "NumPy"))
     engine.report(results)
-    assert "n^p" in capsys.readouterr().out
+    engine.report_memory(engine.study_memory(["chain"], [10]))
+    engine.report_large(engine.study_large(size=100, n=3, repeat=1))
+    out = capsys.readouterr().out
+    assert "n^p" in out and "bytes per operation" in out and "by hand" in out
 
 
 def test_exponents():
@@ -50,6 +94,32 @@ def test_exponents():
 def test_fourier_transforms():
     [row, single] = fft.study([8], repeat=1)
     assert row["pfft"]["forward"] > 0 and single["dtype"] == "f4"
+
+
+def test_memory_measures_one_gradient():
+    x = np.linspace(0.0, 1.0, 5)
+    gradients = {name: memory.gradient_of(make(12), x)() for name, make in memory.POLICIES.items()}
+    for name in memory.PEERS:
+        function = memory.by_autograd(memory.PEERS[name], 12, x)
+        if function is not None:
+            np.testing.assert_allclose(function(), gradients["full tape"], rtol=1e-13, err_msg=name)
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(gradient, gradients["full tape"], err_msg=name)
+
+
+@pytest.mark.serial
+def test_the_peak_of_memory_follows_the_schedule(capsys):
+    names = "revolve, 5", "revolve, 20", "multistage, 5 and 20 on disk", "disk"
+    results = memory.study([10, 60], names, size=20_000, repeat=1, budget=0.1)
+    memory.report(results)
+    assert "60 steps" in capsys.readouterr().out
+    assert {row["policy"]: (row["kept"], row["on disk"]) for row in results[4:]} == {
+        "revolve, 5": (5, 0), "revolve, 20": (20, 0), "multistage, 5 and 20 on disk": (5, 20), "disk": (0, 60)
+    }
+    rest = [row["rest"] for row in results]
+    assert max(rest) - min(rest) < 3, results  # the start, which is not ours, and the state that is read from the disk
+    full = memory.measure("full tape", 60, size=20_000, repeat=1)
+    assert full["peak"] > 60 * 3 and full["runs"] == 1
 
 
 @pytest.mark.serial

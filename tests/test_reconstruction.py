@@ -16,6 +16,7 @@ from vmad_lit.contrib import cosmo4d  # noqa: E402
 from vmad_lit.contrib.optimize import LBFGS  # noqa: E402
 from vmad_lit.lib.cosmology import LinearPower, Planck15  # noqa: E402
 from vmad_lit.lib.fastpm import ParticleMesh  # noqa: E402
+from vmad_lit.lib.spectra import Shells  # noqa: E402
 
 comm = MPI.COMM_WORLD
 power = LinearPower(Planck15)
@@ -52,7 +53,7 @@ def test_white_noise_has_unit_variance_and_does_not_know_ranks():
 
 def test_linear_modes_have_the_power():
     pm = mesh(32, box=200.0)
-    shells = cosmo4d.Shells(pm, edges=np.linspace(0.03, 0.5, 6))
+    shells = Shells(pm, edges=np.linspace(0.03, 0.5, 6))
     measured = 0
     for seed in range(4):
         modes = cosmo4d.linear_modes.build(power=power, pm=pm).compute("modes", dict(x=cosmo4d.white_noise(pm, seed)))
@@ -63,7 +64,7 @@ def test_linear_modes_have_the_power():
 
 def test_shells_count_every_mode_once():
     pm = mesh(6)
-    shells = cosmo4d.Shells(pm, edges=[-1, 1e9])
+    shells = Shells(pm, edges=[-1, 1e9])
     assert shells.counts.sum() == 6**3
     a, b = (cosmo4d.white_noise(pm, seed) for seed in (1, 2))
     volume = pm.BoxSize.prod()

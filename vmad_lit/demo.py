@@ -168,6 +168,7 @@ def main(argv=None):
         from vmad_lit.contrib.optimize import LBFGS, autosave
         from vmad_lit.lib.cosmology import LinearPower, Planck15
         from vmad_lit.lib.fastpm import ParticleMesh
+        from vmad_lit.lib.spectra import Shells
     except ImportError as error:
         print(f"this demonstration needs the package {error.name}: {error}", file=sys.stderr)
         return 1
@@ -225,7 +226,7 @@ def main(argv=None):
     say(state.message)
     # Report
     final = forward.build().compute("fs", dict(x=state.x))
-    shells = cosmo4d.Shells(pm)
+    shells = Shells(pm)
     curves = {}
     if data.truth is not None:
         curves["initial modes, against the truth"] = shells.compare(state.x, data.truth)
@@ -260,19 +261,11 @@ def spread(n, most):
     return sorted({round(i) for i in numpy.linspace(0, n - 1, min(n, most))})
 
 
-def slab(field, thickness):
-    """The mean of a field over a few planes of its last axis, as an array (N, N) on all ranks. Collective."""
-    begin, end = field.slices[-1].start, field.slices[-1].stop
-    image = numpy.zeros(tuple(map(int, field.pm.Nmesh[:2])))
-    planes = numpy.asarray(field.value)[:, :, : max(0, min(thickness, end) - begin)]
-    image[field.slices[:2]] = planes.sum(axis=2)
-    return field.pm.comm.allreduce(image) / thickness
-
-
 def draw(path, pm, data, x, final, shells, curves, say):
     """Make the picture. Collective; rank 0 writes."""
     from vmad_lit.contrib import cosmo4d
     from vmad_lit.lib.cosmology import LinearPower, Planck15
+    from vmad_lit.lib.spectra import projection
 
     smooth = cosmo4d.gaussian(2 * (pm.BoxSize / pm.Nmesh).max())
 
@@ -288,7 +281,7 @@ def draw(path, pm, data, x, final, shells, curves, say):
         "linear modes: truth": None if data.truth is None else modes(data.truth),
         "linear modes: reconstruction": modes(x),
     }
-    images = {title: slab(field, thickness) for title, field in fields.items() if field is not None}
+    images = {title: projection(field, 2, 0, thickness) for title, field in fields.items() if field is not None}
     if pm.comm.rank == 0:
         # Draw the images and the curves
         import matplotlib

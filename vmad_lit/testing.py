@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import numpy
 
-from .core.error import BadArgument
+from .core.error import BadArgument, BrokenPrimitive
 from .core.model import Builder
 from .core.graph import Graph
 from .core.operator import InstanceOperator, Operator, ZeroGradient, operator
@@ -193,11 +193,12 @@ class Trial:
         """The norm of a dict of values by the names of their variables."""
         return max(sum(self.inner(name, x, x) for name, x in values.items()), 0.0) ** 0.5
 
-    def tangents(self):
-        """A random tangent for each input that varies, of the size of the value but not larger than one."""
+    def tangents(self, mark="_"):
+        """A random tangent for each input that varies, of the size of the value but not larger than one;
+        others for another mark."""
         tangents = {}
         for name in self.varied:
-            x, v = self.init[name], self._direction(name + "_", self.init[name])
+            x, v = self.init[name], self._direction(name + mark, self.init[name])
             ratio = self.norm({name: x}) / (self.norm({name: v}) or 1.0)
             tangents[name] = step(v, (min(ratio, 1.0) or 1.0) - 1.0, v)
         return tangents
@@ -216,9 +217,24 @@ class Trial:
 
     def vjp(self, cotangents):
         """Cotangents of the inputs, from cotangents of some of the results."""
+        return self._pull(self.tape, cotangents)
+
+    def vjp_at(self, init, cotangents):
+        """Cotangents of the inputs in another run of the model."""
+        _, tape = self.model.compute(list(self.model._outputs), init, return_tape=True)
+        return self._pull(tape, cotangents)
+
+    def _pull(self, tape, cotangents):
         init = {"_" + name: cotangents.get(name, ZeroGradient) for name in self.model._outputs}
-        out = self.tape.get_vjp().compute(["_" + name for name in self.varied], init, return_dict=True)
+        out = tape.get_vjp().compute(["_" + name for name in self.varied], init, return_dict=True)
         return {name: out["_" + name] for name in self.varied}
+
+    def hvp(self, cotangents, tangents):
+        """The change of the cotangents of the inputs along tangents, at fixed cotangents of the results."""
+        init = {name + "_": tangents.get(name, ZeroGradient) for name in self.model._inputs}
+        init.update({"_" + name: cotangents.get(name, ZeroGradient) for name in self.model._outputs})
+        out = self.tape.get_hvp().compute([f"_{name}_" for name in self.varied], init, return_dict=True)
+        return {name: out[f"_{name}_"] for name in self.varied}
 
 
 def check_dot_product(
@@ -378,10 +394,10 @@ def converges(r, order):
     return len(rates) == 0 or bool(rates[-1] > order - 0.25) or bool(numpy.median(rates) > order - 0.1)
 
 
-def describe_slopes(r, order):
+def describe_slopes(r, order, remainder="|f(x + h v) - f(x) - h J v|"):
     rows = ", ".join(f"h={h:.1e}: {R:.3e}" for h, R in zip(r.steps, r.first))
     slopes = ", ".join(f"{rate:.2f}" for rate in rates_of(r))
-    return f"the remainder |f(x + h v) - f(x) - h J v| falls with slopes {slopes}, expected {order} ({rows})"
+    return f"the remainder {remainder} falls with slopes {slopes}, expected {order} ({rows})"
 
 
 def check_gradient(
@@ -447,9 +463,75 @@ class Numeric(Trial):
         return dict(zip(self.init, [g] if len(self.init) == 1 else g, strict=True))
 
 
-Report = namedtuple("Report", "value, rates, products")
-Report.__doc__ = """What `check` saw: the value, the slopes of the Taylor test, and the two sides of
-the dot-product test."""
+def check_second_order(
+    subject, *args, steps=None, comm=None, universal=(), constant=(), seed=20, rtol=None, **kwargs
+):
+    """Assert that hvp is the derivative of vjp: |g(x + h v) - g(x) - h H v| falls as h squared, and
+    <u, H v> = <H u, v>, for the gradient g at a fixed random cotangent and random u and v.
+
+    Parameters are those of `check_dot_product` and `check_taylor`.
+
+    Returns
+    -------
+    array
+        The slopes between successive steps; infinite where the remainder is mere rounding, as for a
+        subject that is linear.
+
+    Raises
+    ------
+    BrokenPrimitive
+        An operator of the subject offers no hvp.
+    """
+    return second_order_rates(Trial(subject, args, kwargs, comm, universal, constant, seed), steps, rtol)
+
+
+def second_order_rates(trial, steps=None, rtol=None):
+    u, v, w = trial.tangents("__"), trial.tangents(), trial.cotangents()
+    g, Hu, Hv = trial.vjp(w), trial.hvp(w, u), trial.hvp(w, v)
+    for name in trial.varied:
+        check_fits(trial, f"change of the cotangent of the input '{name}'", Hv[name], trial.init[name])
+    r = expand(trial, lambda init: trial.vjp_at(init, w), g, Hv, trial.init, v, steps)
+    if not converges(r, 2):
+        raise AssertionError(
+            f"{trial.name}: the hvp is not the derivative of the vjp; "
+            + describe_slopes(r, 2, "|g(x + h v) - g(x) - h H v|")
+        )
+    # Look whether the Hessian is symmetric
+    left = sum(trial.inner(x, u[x], Hv[x]) for x in trial.varied)
+    right = sum(trial.inner(x, Hu[x], v[x]) for x in trial.varied)
+    rtol = trial.eps**0.6 if rtol is None else rtol
+    scale = max(trial.norm(u) * trial.norm(Hv), trial.norm(Hu) * trial.norm(v))
+    if not abs(left - right) <= rtol * scale:
+        raise AssertionError(
+            f"{trial.name}: the hvp is not symmetric: <u, H v> = {left:.12g} and <H u, v> = {right:.12g}; "
+            f"they differ by {abs(left - right):.3g}, expected at most {rtol * scale:.3g}"
+        )
+    # Look whether parts of the Hessian make up the whole
+    by_input = [trial.hvp(w, {name: v[name]}) for name in trial.varied]
+    by_result = [trial.hvp({name: w[name]}, v) for name in trial.results]
+    for parts, what in (by_input, "tangent"), (by_result, "cotangent"):
+        rest = dict(Hv)
+        for part in parts:
+            rest = {name: step(rest[name], -1.0, part[name]) for name in rest}
+        if len(parts) > 1 and not trial.norm(rest) <= rtol * sum(map(trial.norm, parts)):
+            raise AssertionError(f"{trial.name}: the hvp of one {what} at a time does not sum to that of all")
+    return rates_of(r)
+
+
+def offered_second_order_rates(trial, steps=None, rtol=None):
+    """The slopes of the second-order test, or None if an operator does not offer its hvp."""
+    try:
+        return second_order_rates(trial, steps, rtol)
+    except BrokenPrimitive as error:
+        if "has no hvp" not in str(error):
+            raise
+        return None
+
+
+Report = namedtuple("Report", "value, rates, products, second")
+Report.__doc__ = """What `check` saw: the value, the slopes of the Taylor test, the two sides of the
+dot-product test, and the slopes of the Taylor test of the gradient, or None if an operator offers no
+hvp."""
 
 
 def check(
@@ -458,9 +540,10 @@ def check(
 ):
     """Prove an operator, a model, or a function that builds a model, at given inputs.
 
-    The value is compared with the truth, the jvp with the value by the Taylor test, and the vjp with
-    the jvp by the dot-product test; derivatives must fit their values in shape, in being real, and in
-    precision; and inputs must not be changed.
+    The value is compared with the truth, the jvp with the value by the Taylor test, the vjp with the
+    jvp by the dot-product test, and the hvp, where it is offered, with the vjp by `check_second_order`;
+    derivatives must fit their values in shape, in being real, and in precision; and inputs must not be
+    changed.
 
     Parameters are those of `check_dot_product`, and
 
@@ -494,12 +577,13 @@ def check(
         check_fits(trial, f"cotangent of the input '{name}'", JTw[name], trial.init[name])
     rates = taylor_rates(trial, steps, allow_zero=allow_zero)
     products = dot_products(trial, rtol, allow_zero)
+    second = offered_second_order_rates(trial, steps, rtol)
     # Look whether the inputs are what they were
     now = list(trial.init.values()) if before is None else [*args, *kwargs.values()]
     if not same(now, snapshot if before is None else before):
         raise AssertionError(f"{trial.name} changed one of its inputs in place")
     values = [trial.out[name] for name in trial.model._outputs]
-    return Report(values[0] if len(values) == 1 else values, rates, products)
+    return Report(values[0] if len(values) == 1 else values, rates, products, second)
 
 
 def check_value(trial, name, value, expected):
@@ -711,6 +795,9 @@ class squared_norm:
 
     def jvp(node, x_, x):
         return 2 * numpy.sum(numpy.real(numpy.conj(x) * x_))
+
+    def hvp(node, _y, x_):
+        return 2 * _y * x_
 
 
 class BaseScalarTest(FiniteDifferenceTest):

@@ -1,5 +1,4 @@
-"""Reconstruction of the initial conditions of the universe: forward operators, residuals, data and
-statistics."""
+"""Reconstruction of the initial conditions of the universe: forward operators, residuals and data."""
 
 import json
 import os
@@ -9,7 +8,8 @@ import numpy
 from vmad_lit import autooperator
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
 from vmad_lit.contrib.optimize import Preconditioner
-from vmad_lit.lib import fastpm, unary
+from vmad_lit.lib import fastpm, tracers, unary
+from vmad_lit.lib.mpi import on_root
 
 
 @autooperator("x -> s, fs")
@@ -38,17 +38,8 @@ def FastPMOperator(x, q, stages, cosmology, pm):
         fs = fastpm.c2r(x) + 1.0
     else:
         dx, p, f = fastpm.nbody(x, q, stages, cosmology, pm)
-        fs = paint_density(dx, q, pm)
+        fs = tracers.density(q + dx, 1.0, q, pm)
     return dict(s=x, fs=fs)
-
-
-@autooperator("dx -> rho")
-def paint_density(dx, q, pm):
-    """The density 1 + delta of particles at q + dx."""
-    x = q + dx
-    layout = fastpm.decompose(x, pm)
-    per_cell = pm.comm.allreduce(len(q)) / pm.Nmesh.prod()
-    return fastpm.paint(x, 1.0, layout, pm) * (1.0 / per_cell)
 
 
 @autooperator("x -> s, fs")
@@ -243,75 +234,6 @@ def load_field(path, pm):
     field = pm.create(type="real")
     field[...] = numpy.load(path, mmap_mode="r")[field.slices]
     return field
-
-
-def on_root(comm, function):
-    """Call a function on rank 0 and return its result, or raise its exception, on all ranks."""
-    result, error = None, None
-    if comm.rank == 0:
-        try:
-            result = function()
-        except Exception as exception:
-            error = exception
-    result, error = comm.bcast((result, error))
-    if error is not None:
-        raise error
-    return result
-
-
-class Shells:
-    """Averages over shells in k, of the modes of fields on a mesh.
-
-    Parameters
-    ----------
-    pm : ParticleMesh
-    edges : array, optional
-        Edges of the shells in h/Mpc; by default one fundamental mode wide, up to the Nyquist frequency.
-
-    Attributes
-    ----------
-    k, counts : arrays
-        The mean wavenumber and the number of modes of each shell. Shells without modes are left out.
-    """
-
-    def __init__(self, pm, edges=None):
-        self.pm = pm
-        if edges is None:
-            fundamental = 2 * numpy.pi / pm.BoxSize.min()
-            nyquist = numpy.pi * (pm.Nmesh / pm.BoxSize).min()
-            edges = fundamental * numpy.arange(0.5, nyquist / fundamental + 0.5)
-        modes = pm.create(type="complex")
-        # Weigh the modes and sort them into shells
-        k = numpy.broadcast_to(sum(numpy.asarray(ki, float) ** 2 for ki in modes.x) ** 0.5, modes.value.shape)
-        last, n = numpy.asarray(modes.i[-1]), int(pm.Nmesh[-1])
-        self._weight = numpy.broadcast_to(numpy.where((last == 0) | (2 * last == n), 1.0, 2.0), modes.value.shape)
-        self._n = len(edges) - 1
-        self._index = numpy.digitize(k, edges).ravel()
-        self.volume = float(pm.BoxSize.prod())
-        counts = self._sum(numpy.ones_like(k))
-        self._filled = counts > 0
-        self.counts = counts[self._filled]
-        self.k = self._sum(k)[self._filled] / self.counts
-
-    def _sum(self, values):
-        weighted = numpy.bincount(self._index, weights=(values * self._weight).ravel(), minlength=self._n + 2)
-        return self.pm.comm.allreduce(weighted)[1:-1]
-
-    def power(self, a, b=None):
-        """The (cross) power spectrum of real or complex fields, in (Mpc/h)^ndim, for each shell."""
-        a = numpy.asarray(as_modes(a).value)
-        b = a if b is None else numpy.asarray(as_modes(b).value)
-        return self._sum((a * b.conj()).real)[self._filled] / self.counts * self.volume
-
-    def compare(self, a, b):
-        """The cross-correlation r and the transfer function t of `a` with respect to `b`, for each shell."""
-        aa, bb, ab = self.power(a), self.power(b), self.power(a, b)
-        with numpy.errstate(divide="ignore", invalid="ignore"):
-            return ab / (aa * bb) ** 0.5, (aa / bb) ** 0.5
-
-
-def as_modes(field):
-    return field if numpy.iscomplexobj(field.value) else field.r2c()
 
 
 def reconstruct(

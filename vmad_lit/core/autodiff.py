@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .error import BrokenPrimitive
@@ -86,6 +87,9 @@ class ForwardSweep(Sweep):
         operator = node.operator
         if not self.arrives(node.varin) or self.plan.active.isdisjoint(flatten(node.varout)):
             return
+        if operator.transparent:
+            self.derivative[only(node.varout.values())] = self.get(node.varin[only(operator.ain)])
+            return
         tangents = {name + "_": self.get(node.varin[name]) for name in operator.ain}
         varout = {name + "_": self.place(symbol) for name, symbol in node.varout.items()}
         if self.add_node(operator.jvp, node, tangents, varout):
@@ -126,6 +130,9 @@ class ReverseSweep(Sweep):
     def pull_back(self, node: Node) -> None:
         operator = node.primitive.operator
         if not self.arrives(node.varout):
+            return
+        if operator.transparent:
+            self.add(node.varin[only(operator.ain)], self.get(only(node.varout.values())), node)
             return
         partials = self.places(node)
         if not partials:
@@ -182,15 +189,41 @@ class accumulate:
     ain = "a", "b"
     aout = "y"
 
-    def apl(node, a, b):
-        return add_up(a, b)
+    def apl(node: Any, a: Value, b: Value) -> Value:
+        return add_up(a, b, None)[0]
+
+    @staticmethod
+    def grow(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
+        return add_up(a, b, own)
 
 
-def add_up(a, b):
-    """The sum of two cotangents; lists are added item by item."""
-    if a is ZeroGradient or b is ZeroGradient:
-        return b if a is ZeroGradient else a
-    return [add_up(p, q) for p, q in zip(a, b)] if type(a) is list else a + b
+def add_up(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
+    """The sum of a total `a` and a partial cotangent `b`, and what of it is our own.
+
+    `own` is what the previous call returned with the total: an object that this function has made by
+    an addition, which may be changed in place; None; or, if the total is a list, a list of these.
+    """
+    if b is ZeroGradient:
+        return a, own
+    if a is ZeroGradient:
+        return b, None
+    cls = type(a)
+    if cls is list:
+        pairs = [add_up(*items) for items in zip(a, b, own or [None] * len(a), strict=True)]
+        return [total for total, _ in pairs], [mine for _, mine in pairs]
+    if a is own is not None and cls is type(b) and IN_PLACE[cls](a, b):
+        return a, own
+    total = a + b
+    return total, total if type(total) is type(b) is cls and cls in IN_PLACE else None
+
+
+IN_PLACE: dict[type, Callable[[Any, Any], bool]] = {}
+
+
+def only(items: Iterable[Any]) -> Any:
+    """The only one of some items."""
+    (item,) = items
+    return item
 
 
 @operator
@@ -212,7 +245,7 @@ def derive(plan: Plan, graph: Model, kind: str) -> Model:
     model: Model | None = plan.derived.get(kind)
     if model is None:
         model = type(graph)()
-        model._base = plan
+        model._base, model._kind = plan, kind
         with undisturbed():
             SWEEPS[kind](plan, graph, model).run()
         plan.derived[kind] = model

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from typing import Any
 
 from .error import BadArgument, ModelError, did_you_mean
 from .graph import Node
 from .model import Builder, Model
 from .operator import InstanceOperator, Operator, Primitive, declare
-from .symbol import Ignored
+from .symbol import Ignored, Literal, Symbol
 from .tape import Tape
 
 TAPE = "tape of the model"
@@ -36,6 +37,7 @@ class AutoOperator(Operator):
         self._main = main
         self._defaults = dict(defaults)
         self._keeps_tape = True
+        self._opened: dict[tuple[str, ...], AutoOperator] = {}
         self.argnames = tuple(argnames)
         self.hyperargs: dict[str, Any] = {}
         self.__bound_model__: Model | None = None
@@ -79,7 +81,7 @@ class AutoOperator(Operator):
                 raise ModelError(f"to build its model, {self.__name__} needs the hyper-parameter '{name}'")
         with Builder() as m:
             symbols = {name: m.input(name) for name in self.ain}
-            results = self._main(m, {**hyperargs, **symbols})
+            results = self._main(m, fill_in(hyperargs, symbols))
             # Check that the results are complete
             for name in self.aout:
                 if name not in results:
@@ -90,9 +92,29 @@ class AutoOperator(Operator):
             m.output(**results)
         return m
 
+    # Methods for objects that hold symbols
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given, places = self._bind(args, kwargs)
+        symbols: dict[str, Symbol] = {}
+        for name in self.apl.argnames:
+            if name not in self.ain:
+                symbols.update(find_symbols(given[name], name))
+        if not symbols:
+            return Operator.__call__(self, *args, **kwargs)
+        variant, given = self._open(tuple(symbols)), {**given, **symbols}
+        return Operator.__call__(variant, *(given[name] for name in variant.apl.argnames), **places)
+
+    def _open(self, names: tuple[str, ...]) -> AutoOperator:
+        """The variant with further inputs, which are symbols in hyper-parameters."""
+        if names not in self._opened:
+            self._opened[names] = self._vary(
+                ain={**self.ain, **dict.fromkeys(names, "*")}, argnames=(*self.argnames, *names)
+            )
+        return self._opened[names]
+
     def _vary(self, **changes: Any) -> AutoOperator:
         variant: AutoOperator = object.__new__(type(self))
-        variant.__dict__.update(self.__dict__, **changes)
+        variant.__dict__.update(self.__dict__, _opened={}, **changes)
         variant._make_primitives()
         return variant
 
@@ -122,6 +144,12 @@ class AutoOperator(Operator):
         """A variant that keeps no tape, and makes it anew when a derivative is computed."""
         return self._vary(_keeps_tape=False)
 
+    def model_of(self, node: Node) -> Model | None:
+        constants = {name: node.varin[name] for name in self.argnames if name not in self.ain}
+        if any(type(symbol) is not Literal for symbol in constants.values()):
+            return None
+        return find_model(node, {**node.varin, **{name: symbol._value for name, symbol in constants.items()}})[0]
+
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else InstanceAutoOperator(self, instance)
 
@@ -145,6 +173,41 @@ class InstanceAutoOperator(InstanceOperator):
     @property
     def forgetful(self) -> InstanceAutoOperator:
         return InstanceAutoOperator(self.base.forgetful, self.instance)
+
+
+def find_symbols(value: object, path: str) -> dict[str, Symbol]:
+    """The symbols in an object, as a dict by dotted names that begin with `path`."""
+    found: dict[str, Symbol] = {}
+    for name in getattr(type(value), "__symbols__", ()):
+        part, place = getattr(value, name), f"{path}.{name}"
+        if isinstance(part, Symbol):
+            found[place] = part
+        else:
+            found.update(find_symbols(part, place))
+    return found
+
+
+def fill_in(arguments: Mapping[str, Any], symbols: Mapping[str, Symbol]) -> dict[str, Any]:
+    """All arguments of the function that builds a model; symbols go where they belong, also inside objects."""
+    inputs = {name: symbol for name, symbol in symbols.items() if "." not in name}
+    objects = {name: replace_symbols(value, name, symbols) for name, value in arguments.items()}
+    return {**objects, **inputs}
+
+
+def replace_symbols(value: Any, path: str, symbols: Mapping[str, Symbol]) -> Any:
+    """The object, or a copy with other symbols in it."""
+    changes = {}
+    for name in getattr(type(value), "__symbols__", ()):
+        part, place = getattr(value, name), f"{path}.{name}"
+        new = symbols[place] if place in symbols else replace_symbols(part, place, symbols)
+        if new is not part:
+            changes[name] = new
+    if not changes:
+        return value
+    value = copy(value)
+    for name, part in changes.items():
+        object.__setattr__(value, name, part)
+    return value
 
 
 def find_model(node: Any, arguments: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:

@@ -1,17 +1,42 @@
 """Long chains of steps, whose derivatives remember a few states and recompute the rest."""
 
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
 import pickle
 import tempfile
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from numbers import Integral
+from typing import Any, TypeVar
 
-from .autodiff import accumulate
-from .autooperator import AutoOperator
-from .error import BadArgument
-from .operator import Operator, Primitive, ZeroGradient
+from .autodiff import add_up
+from .autooperator import AutoOperator, InstanceAutoOperator, find_model
+from .error import BadArgument, BrokenPrimitive, did_you_mean
+from .execution import describe
+from .model import Model
+from .operator import InstanceOperator, Operator, Primitive, ZeroGradient
+from .symbol import Ignored
 
 HISTORY = "history of the chain"
 
+T = TypeVar("T")
 
-def checkpoint(step, n, ram=None, disk=0, folder=None, schedule=None):
+
+def checkpoint(
+    step: AutoOperator | InstanceAutoOperator,
+    n: int,
+    ram: int | None = None,
+    disk: int | None = None,
+    folder: str | None = None,
+    schedule: str | Callable[[int], Any] | None = None,
+    *,
+    period: int | None = None,
+    costs: dict[str, float] | None = None,
+    comm: Any = None,
+) -> Chain | InstanceOperator:
     """A chain of `n` steps as one operator, with a chosen number of states kept for the derivatives.
 
     Parameters
@@ -23,54 +48,185 @@ def checkpoint(step, n, ram=None, disk=0, folder=None, schedule=None):
     n : int
         The number of steps.
     ram, disk : int
-        How many states may be kept in memory (by default all) and on disk. At least one in all.
+        How many states are kept in memory (by default all) and on disk, at most.
     folder : str, optional
-        Where to put the states on disk; by default where temporary files go. The files have no names
-        and vanish with the process, even if it is killed.
-    schedule : callable, optional
-        From `n` to a schedule of the library `checkpoint_schedules`, instead of the optimal one for
-        `ram` and `disk`.
+        Where to put the states on disk; by default where temporary files go. The file has no name
+        and vanishes with the process, even if it is killed.
+    schedule : str or callable, optional
+        When to keep a state: 'multistage' (the default), 'revolve', 'two-level', 'disk', 'disk-revolve',
+        'periodic-disk-revolve', 'h-revolve', 'mixed', 'tapes' or 'none'; see `SCHEDULES`. Or a function
+        from `n` to a schedule of the library `checkpoint_schedules`.
+    period : int
+        For 'two-level': every how many steps a state is kept on disk.
+    costs : dict
+        For 'disk-revolve', 'periodic-disk-revolve' and 'h-revolve': relative costs by the names 'forward',
+        'reverse' (of a step; 1 by default), 'write' and 'read' (of a state on disk; 2 by default).
+    comm : MPI communicator, optional
+        The ranks that run the chain together: if one of them cannot keep a state on disk, all raise an
+        error. By default that of the first argument that has a `comm`, or a `pm` that has one.
 
     Returns
     -------
     Operator
         With the inputs, outputs and hyper-parameters of the step, except `i`.
+
+    Raises
+    ------
+    BadArgument
+        The step is none, or the numbers do not make a schedule.
     """
-    # Check the step and the numbers
+    if isinstance(step, InstanceAutoOperator):
+        chain = checkpoint(
+            step.base, n, ram, disk, folder, schedule, period=period, costs=costs, comm=comm
+        )
+        return InstanceOperator(chain, step.instance)
+    # Check the step and the number of steps
     if not isinstance(step, AutoOperator):
         raise BadArgument(f"the step of a chain is an autooperator, got {step!r}")
+    if step.__bound_tape__ is not None:
+        raise BadArgument(f"{step.__name__} was precomputed: it replays one step, and makes no chain of them")
     if len(step.aout) > len(step.ain):
         raise BadArgument(
             f"the outputs {list(step.aout)} of a step are its next state, "
             f"but it has only the inputs {list(step.ain)}"
         )
-    if n < 1:
+    if not is_whole(n) or n < 1:
         raise BadArgument(f"a chain has at least one step, got n = {n}")
-    if schedule is None and ram is not None and ram + disk < 1:
+    make = find_schedule(schedule or "multistage", dict(ram=ram, disk=disk, period=period, costs=costs))
+    return Chain(step, n, make, folder, comm)
+
+
+def multistage(n: int, ram: int | None = None, disk: int = 0) -> Any:
+    ram = n if ram is None else ram
+    if ram + disk < 1:
         raise BadArgument("at least one state must be kept, in memory or on disk; got ram = 0 and disk = 0")
-    return Chain(step, n, schedule or optimal(ram, disk), folder)
+    return library().MultistageCheckpointSchedule(n, min(ram, n), min(disk, n))
 
 
-def optimal(ram, disk):
-    """The schedule with the fewest recomputed steps for a number of states in memory and on disk."""
+def revolve(n: int, ram: int) -> Any:
+    return multistage(n, at_least_one(ram=ram))
 
-    def schedule(n):
-        try:
-            from checkpoint_schedules import MultistageCheckpointSchedule
-        except ImportError:
-            raise ImportError("checkpoint needs the package checkpoint_schedules") from None
-        return MultistageCheckpointSchedule(n, min(n, n if ram is None else ram), min(n, disk))
 
-    return schedule
+def two_level(n: int, period: int, ram: int | None = None) -> Any:
+    ram = at_least_one(period=period) if ram is None else ram
+    storage = library().StorageType.RAM
+    return library().TwoLevelCheckpointSchedule(period, ram, binomial_storage=storage)
+
+
+def all_on_disk(n: int) -> Any:
+    return library().SingleDiskStorageSchedule()
+
+
+def disk_revolve(n: int, ram: int, costs: dict[str, float] | None = None) -> Any:
+    return library().DiskRevolve(n, at_least_one(ram=ram), **of_library(costs))
+
+
+def periodic_disk_revolve(n: int, ram: int, costs: dict[str, float] | None = None) -> Any:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return library().PeriodicDiskRevolve(n, at_least_one(ram=ram), **of_library(costs))
+
+
+def h_revolve(n: int, ram: int, disk: int, costs: dict[str, float] | None = None) -> Any:
+    costs, ram = of_library(costs), at_least_one(ram=ram)
+    return library().HRevolve(n, ram, disk, **costs) if n > 1 else multistage(n, ram)
+
+
+def of_library(costs: dict[str, float] | None) -> dict[str, float]:
+    """Costs by the names that they have in the library."""
+    known = dict(forward="uf", reverse="ub", write="wd", read="rd")
+    for name in costs or {}:
+        if name not in known:
+            raise BadArgument(f"there is no cost '{name}'" + did_you_mean(name, list(known)))
+    return {known[name]: value for name, value in (costs or {}).items()}
+
+
+def mixed(n: int, ram: int = 0, disk: int = 0) -> Any:
+    if (ram < 1) == (disk < 1):
+        raise BadArgument(
+            f"a mixed schedule is all in memory or all on disk; got ram = {ram}, disk = {disk}"
+        )
+    storage = library().StorageType.RAM if ram else library().StorageType.DISK
+    return library().MixedCheckpointSchedule(n, ram or disk, storage=storage)
+
+
+def all_tapes(n: int) -> Any:
+    return library().SingleMemoryStorageSchedule()
+
+
+def nothing(n: int) -> Any:
+    return library().NoneCheckpointSchedule()
+
+
+SCHEDULES: dict[str, Callable[..., Any]] = {
+    "multistage": multistage,
+    "revolve": revolve,
+    "two-level": two_level,
+    "disk": all_on_disk,
+    "disk-revolve": disk_revolve,
+    "periodic-disk-revolve": periodic_disk_revolve,
+    "h-revolve": h_revolve,
+    "mixed": mixed,
+    "tapes": all_tapes,
+    "none": nothing,
+}
+
+
+def find_schedule(schedule: str | Callable[[int], Any], numbers: dict[str, Any]) -> Callable[[int], Any]:
+    """The function from `n` to a schedule, for a name and the numbers that go with it."""
+    given = {name: value for name, value in numbers.items() if value is not None}
+    if callable(schedule):
+        if given:
+            raise BadArgument(f"a schedule of your own has its own numbers, got {', '.join(given)} too")
+        return schedule
+    if schedule not in SCHEDULES:
+        raise BadArgument(f"there is no schedule '{schedule}'" + did_you_mean(schedule, list(SCHEDULES)))
+    make = SCHEDULES[schedule]
+    # Compare the numbers with those that it takes
+    _, *parameters = inspect.signature(make).parameters.values()
+    for p in parameters:
+        if p.default is p.empty and p.name not in given:
+            raise BadArgument(f"the schedule '{schedule}' needs {p.name}")
+    for name, value in given.items():
+        if name not in [p.name for p in parameters]:
+            takes = ", ".join(p.name for p in parameters) or "no numbers"
+            raise BadArgument(f"the schedule '{schedule}' has no use for {name}; it takes {takes}")
+        if name != "costs" and not (is_whole(value) and value >= 0):
+            what = "steps" if name == "period" else "states"
+            raise BadArgument(f"{name} is a number of {what}, got {value!r}")
+    make(2, **given)
+    return lambda n: make(n, **given)
+
+
+def at_least_one(**number: int) -> int:
+    ((name, value),) = number.items()
+    if value < 1:
+        raise BadArgument(f"{name} must be at least one for this schedule, got {value}")
+    return value
+
+
+def is_whole(number: Any) -> bool:
+    return isinstance(number, Integral)
+
+
+def library() -> Any:
+    try:
+        import checkpoint_schedules
+    except ImportError:
+        raise ImportError("checkpoint needs the package checkpoint_schedules") from None
+    return checkpoint_schedules
 
 
 class Chain(Operator):
     """A chain of steps as an operator; made by `checkpoint`."""
 
     collective = True  # there may be collective operators in the steps
+    __bound_model__ = None
 
-    def __init__(self, step, n, schedule, folder):
-        self.step, self.n, self.schedule, self.folder = step, n, schedule, folder
+    def __init__(
+        self, step: AutoOperator, n: int, schedule: Callable[[int], Any], folder: str | None, comm: Any
+    ):
+        self.step, self.n, self.schedule, self.folder, self.comm = step, n, schedule, folder, comm
+        self._opened: dict[tuple[str, ...], Chain] = {}
         self.state_names = list(step.ain)[: len(step.aout)]
         self.parameter_names = list(step.ain)[len(step.aout) :]
         self.argnames = tuple(name for name in step.argnames if name != "i")
@@ -78,186 +234,527 @@ class Chain(Operator):
         attributes = dict(ain=step.ain, aout=step.aout, __doc__=step.__doc__, __module__=step.__module__)
         super().__init__(type(name, (), attributes))
 
-    def _make_primitives(self):
+    def _make_primitives(self) -> None:
         self.apl = Primitive(self, "apl", run_chain, self.argnames, run_chain_and_record)
         self.apl.defaults = {name: value for name, value in self.step._defaults.items() if name != "i"}
-        self.vjp = Primitive(self, "vjp", pull_back_chain, [HISTORY, *("_" + name for name in self.aout)])
-        self.jvp = Primitive(self, "jvp", push_forward_chain, [HISTORY, *(name + "_" for name in self.ain)])
+        cotangents, tangents = ["_" + name for name in self.aout], [name + "_" for name in self.ain]
+        self.vjp = Primitive(self, "vjp", pull_back_chain, [HISTORY, *cotangents])
+        self.jvp = Primitive(self, "jvp", push_forward_chain, [HISTORY, *tangents])
+        self.hvp = Primitive(self, "hvp", differentiate_vjp_of_chain, [HISTORY, *cotangents, *tangents])
         self.rcd = None
         self._find_recorded()
 
+    def _build(self, hyperargs: dict[str, Any]) -> Models:
+        return Models(self.step, hyperargs)
+
+    __call__ = AutoOperator.__call__
+
+    def _open(self, names: tuple[str, ...]) -> Chain:
+        if names not in self._opened:
+            step = self.step._open(names)
+            self._opened[names] = Chain(step, self.n, self.schedule, self.folder, self.comm)
+        return self._opened[names]
+
+    # The script of a chain
+    @cached_property
+    def script(self) -> Script:
+        return Script(self.schedule(self.n), self.n)
+
+
+class Models:
+    """The models of the steps of a chain, for some hyper-parameters."""
+
+    def __init__(self, step: AutoOperator, hyperargs: dict[str, Any]):
+        self._step, self._hyperargs = step, hyperargs
+        self._numbered = "i" in step.argnames
+        self._models: dict[int, Model] = {}
+
+    def __getitem__(self, i: int) -> Model:
+        key = i if self._numbered else 0
+        if key not in self._models:
+            hyperargs = {**self._hyperargs, "i": i} if self._numbered else self._hyperargs
+            self._models[key] = self._step._build(hyperargs)
+        return self._models[key]
+
 
 class Steps:
-    """The models of the steps of a chain, and how to run one of them."""
+    """The steps of a chain, with values for its parameters."""
 
-    def __init__(self, chain, arguments):
-        self.chain = chain
-        self.parameters = {name: arguments[name] for name in chain.parameter_names}
-        self.hyperargs = {name: arguments[name] for name in chain.argnames if name not in chain.ain}
-        self.models = {}
+    def __init__(self, chain: Chain, models: Models, parameters: dict[str, Any]):
+        self.chain, self.models, self.parameters = chain, models, parameters
 
-    def model(self, i):
-        numbered = "i" in self.chain.step.argnames
-        key = i if numbered else 0
-        if key not in self.models:
-            self.models[key] = self.chain.step._build({**self.hyperargs, **(dict(i=i) if numbered else {})})
-        return self.models[key]
-
-    def run(self, i, state, record=False):
+    def run(self, i: int, state: tuple[Any, ...], record: bool = False) -> tuple[tuple[Any, ...], Any]:
         """Run a step; returns the next state, and the tape or None."""
         init = {**self.parameters, **dict(zip(self.chain.state_names, state))}
-        out, tape = self.model(i)._run(self.chain.aout, init, record)
+        out, tape = self.models[i]._run(self.chain.aout, init, record)
         return tuple(out.values()), tape
 
 
-def find_steps(node, arguments):
-    home, steps = node.forward or node, Steps(node.operator, arguments)
-    if home.cache is not None:
-        hyperargs, models = home.cache
-        if all(hyperargs[name] is value for name, value in steps.hyperargs.items()):
-            steps.models = models
-    home.cache = steps.hyperargs, steps.models
-    return steps
+def prepare(node: Any, arguments: dict[str, Any]) -> tuple[Steps, tuple[Any, ...]]:
+    """The steps of the chain of a node, and the state that it begins with."""
+    chain = node.operator
+    models: Any
+    models, inputs = find_model(node, arguments)
+    parameters = {name: inputs[name] for name in chain.parameter_names}
+    return Steps(chain, models, parameters), tuple(inputs[name] for name in chain.state_names)
 
 
-def run_chain(node, **arguments):
-    chain, steps = node.operator, find_steps(node, arguments)
-    state = tuple(arguments[name] for name in chain.state_names)
-    for i in range(chain.n):
+def run_chain(node: Any, **arguments: Any) -> dict[str, Any]:
+    steps, state = prepare(node, arguments)
+    for i in range(steps.chain.n):
         state, _ = steps.run(i, state)
-    return dict(zip(chain.aout, state))
+    return dict(zip(steps.chain.aout, state))
+
+
+class Script:
+    """The actions of a schedule.
+
+    Attributes
+    ----------
+    forward : list
+        What to do in the forward run.
+    reverse : list or None
+        What to do in the reverse sweep, if the schedule provides for one.
+    repeatable : bool
+        Whether the reverse sweep leaves behind all that was kept at the end of the forward run.
+    """
+
+    def __init__(self, schedule: Any, n: int):
+        self.repeatable = schedule.max_n is None
+        self.forward: list[Any] = []
+        self.reverse: list[Any] | None = None
+        actions = self.forward
+        for action in schedule:
+            kind = type(action).__name__
+            if kind == "EndForward":
+                actions = []
+            elif kind == "EndReverse":
+                self.reverse = actions
+                break
+            else:
+                actions.append(action)
+            if schedule.max_n is None and getattr(action, "n1", 0) >= n:
+                schedule.finalize(n)
 
 
 class Walk:
-    """The execution of a schedule: where we are, the states that are kept, and the tapes at hand."""
+    """Somebody who follows a script: the number of the next step, the state before it, what is kept."""
 
-    def __init__(self, steps, state, states=(), tapes=()):
-        self.steps = steps
-        self.state = state
-        self.states = dict(states)
-        self.tapes = dict(tapes)
+    def __init__(self, steps: Steps, state: Any, disk: Disk):
+        self.steps, self.disk = steps, disk
+        self.at, self.state = 0, state
+        self.states: dict[tuple[str, int], InMemory | OnDisk] = {}
+        self.tapes: dict[int, Any] = {}
+        self.cotangents: Any = None
 
-    def forward(self, action):
-        from checkpoint_schedules import StorageType
+    def follow(self, actions: Iterable[Any]) -> None:
+        for action in actions:
+            getattr(self, type(action).__name__.lower())(action)
 
+    def forward(self, action: Any) -> None:
+        self.expect(action.n0)
+        place = action.storage.name
         if action.write_ics:
-            on_disk = action.storage is StorageType.DISK
-            folder = self.steps.chain.folder
-            self.states[action.n0] = OnDisk(self.state, folder) if on_disk else InMemory(self.state)
+            self.keep(place)
         for i in range(action.n0, min(action.n1, self.steps.chain.n)):
-            self.state, tape = self.steps.run(i, self.state, action.write_adj_deps)
-            if tape is not None:
+            if action.write_adj_deps and place == "DISK":
+                self.keep(place)
+            record = action.write_adj_deps and place != "DISK"
+            self.state, tape = self.steps.run(i, self.state, record)
+            self.at += 1
+            if record:
                 self.tapes[i] = tape
 
-    def restore(self, action, keep):
-        if action.n in self.states:  # otherwise it is about a tape, which we have at hand
-            kept = self.states[action.n] if keep else self.states.pop(action.n)
-            self.state = kept.get()
+    def keep(self, place: str) -> None:
+        self.states[place, self.at] = self.disk.keep(self.state) if place == "DISK" else InMemory(self.state)
+
+    def expect(self, n: int) -> None:
+        if self.at != n:
+            raise BadArgument(f"the schedule goes on at step {n}, but the chain is at step {self.at}")
+
+    def copy(self, action: Any) -> None:
+        kept = self.states.get((action.from_storage.name, action.n))
+        if kept is None:
+            if action.n not in self.tapes:
+                raise BadArgument(f"the schedule wants back what it did not keep, of step {action.n}")
+        elif action.to_storage.name == "WORK":
+            self.at, self.state = action.n, kept.get()
+        elif action.to_storage.name != "NONE":
+            moved = self.disk.keep(kept.get()) if action.to_storage.name == "DISK" else InMemory(kept.get())
+            self.states[action.to_storage.name, action.n] = moved
+
+    def move(self, action: Any) -> None:
+        self.copy(action)
+        self.states.pop((action.from_storage.name, action.n), None)
+
+    def reverse(self, action: Any) -> None:
+        for i in action:
+            self.cotangents.pull_back(self.take_tape(i))
+
+    def take_tape(self, i: int) -> Any:
+        state, self.state = self.state, None
+        if i in self.tapes:
+            return self.tapes.pop(i)
+        self.expect(i)
+        return self.steps.run(i, state, record=True)[1]
 
 
 class InMemory:
     """A state that is kept in memory."""
 
-    def __init__(self, state):
+    def __init__(self, state: Any):
         self._state = state
 
-    def get(self):
+    def get(self) -> Any:
         return self._state
 
 
-class OnDisk:
-    """A state that is kept in an anonymous temporary file."""
+class Disk:
+    """An anonymous temporary file for states. All ranks of `comm` keep a state, or none does."""
 
-    def __init__(self, state, folder):
+    def __init__(self, folder: str | None, comm: Any):
+        self.folder, self.comm = folder, comm
+        self._file: Any = None
+        self._free: list[tuple[int, int]] = []
+        self._end = 0
+
+    def keep(self, state: Any) -> OnDisk:
+        return agree(self.comm, lambda: OnDisk(self, state))
+
+    def write(self, chunks: list[memoryview]) -> tuple[int, int]:
+        """Write chunks of bytes in a row; returns the room that they have, an offset and a size."""
+        size, before, room = sum(chunk.nbytes for chunk in chunks), self._end, None
         try:
-            self._file = tempfile.TemporaryFile(dir=folder)
-            pickle.dump(state, self._file, protocol=5)
-            self._file.flush()
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)
+            room = self._find_room(size)
+            self._file.seek(room[0])
+            for chunk in chunks:
+                self._transfer(self._file.write, chunk)
         except OSError as error:
-            where = folder or tempfile.gettempdir()
+            # Tell what could not be written, and what to do about it
+            if room is not None:
+                self.drop(room)
+            where = self.folder or tempfile.tempdir or "the folder for temporary files"
             raise OSError(
-                error.errno, f"a state of a chain could not be written to {where}: {error.strerror}"
+                error.errno,
+                f"a state of {size / 1e6:.3g} MB could not be kept in {where}, where there are up to "
+                f"{before / 1e6:.3g} MB of the same chain already: {error.strerror}; "
+                "choose another folder (folder=...), or fewer states on disk",
             ) from error
-        except (TypeError, pickle.PicklingError, AttributeError) as error:
+        return room
+
+    def read(self, room: tuple[int, int], sizes: list[int]) -> list[bytearray]:
+        """Read chunks of the given sizes from a room."""
+        self._file.seek(room[0])
+        chunks = [bytearray(size) for size in sizes]
+        for chunk in chunks:
+            self._transfer(self._file.readinto, memoryview(chunk))
+        return chunks
+
+    def _transfer(self, function: Callable[[memoryview], int], chunk: memoryview) -> None:
+        while chunk.nbytes:
+            done = function(chunk)  # the system may do less than it was asked to
+            if not done:
+                raise EOFError("the file with the states of a chain is shorter than it was")
+            chunk = chunk[done:]
+
+    def _find_room(self, size: int) -> tuple[int, int]:
+        fitting = [room for room in self._free if room[1] >= size]
+        if fitting:
+            room = min(fitting, key=lambda room: room[1])
+            self._free.remove(room)
+            return room
+        self._end += size
+        return self._end - size, size
+
+    def drop(self, room: tuple[int, int]) -> None:
+        self._free.append(room)
+
+
+class OnDisk:
+    """A state that is kept in the file of a `Disk`."""
+
+    def __init__(self, disk: Disk, state: Any):
+        header = io.BytesIO()
+        buffers: list[pickle.PickleBuffer] = []
+        writer = Writer(header, buffers)
+        try:
+            writer.dump(state)
+        except Exception as error:
+            # Tell which value cannot be kept on disk
             raise TypeError(
-                "a state of a chain cannot be kept on disk, since it cannot be pickled "
-                f"({error}); keep it in memory"
+                f"a state of a chain cannot be kept on disk, since there is {describe(find_culprit(state))} "
+                f"in it, which cannot be pickled ({error}); keep the states in memory, or tell how it is "
+                "taken apart (keep_on_disk_by)"
             ) from error
+        chunks = [header.getbuffer(), *(buffer.raw() for buffer in buffers)]
+        self._sizes = [chunk.nbytes for chunk in chunks]
+        self._in_memory = writer.in_memory
+        self._disk, self._room = disk, disk.write(chunks)
 
-    def get(self):
-        self._file.seek(0)
-        return pickle.load(self._file)
+    def get(self) -> Any:
+        return agree(self._disk.comm, self._read)
 
+    def _read(self) -> Any:
+        header, *buffers = self._disk.read(self._room, self._sizes)
+        return Reader(header, buffers, self._in_memory).load()
 
-def actions_of(chain):
-    """The actions of the schedule of a chain, one after the other."""
-    schedule = chain.schedule(chain.n)
-    for action in schedule:
-        yield action
-        if schedule.max_n is None and getattr(action, "n1", 0) >= chain.n:
-            schedule.finalize(chain.n)
-
-
-class History:
-    """What a chain records: the kept states and tapes at the end of the forward run, and how to run steps."""
-
-    def __init__(self, walk, start):
-        self.steps, self.states, self.tapes = walk.steps, walk.states, walk.tapes
-        self.start = self.states.get(0) or InMemory(start)
+    def __del__(self) -> None:
+        if hasattr(self, "_room"):
+            self._disk.drop(self._room)
 
 
-def run_chain_and_record(node, **arguments):
-    from checkpoint_schedules import EndForward
+TAKE_APART: dict[type, Callable[[Any], tuple[Callable[[Any], Any], Any]]] = {}
 
-    chain = node.operator
-    start = tuple(arguments[name] for name in chain.state_names)
-    walk = Walk(find_steps(node, arguments), start)
-    for action in actions_of(chain):
-        if isinstance(action, EndForward):
-            break
-        walk.forward(action)
+
+def keep_on_disk_by(*types: type) -> Callable[[Any], Any]:
+    """Decorate a function that takes a value of one of the types apart, so that it can be kept on disk.
+
+    The function returns `(rebuild, data)`: `rebuild` stays in memory, `data` is pickled, and
+    `rebuild(data)` is the value again.
+    """
+
+    def register(take_apart: Any) -> Any:
+        TAKE_APART.update(dict.fromkeys(types, take_apart))
+        return take_apart
+
+    return register
+
+
+class Writer(pickle.Pickler):
+    """Pickles a state; large buffers are set aside, and so is what stays in memory."""
+
+    def __init__(self, file: io.BytesIO, buffers: list[pickle.PickleBuffer]):
+        super().__init__(file, protocol=5, buffer_callback=buffers.append)
+        self.in_memory: list[Any] = []
+
+    def reducer_override(self, value: Any) -> Any:
+        for cls in type(value).__mro__:
+            if cls in TAKE_APART:
+                rebuild, data = TAKE_APART[cls](value)
+                return call, (InMemory(rebuild), data)
+        return NotImplemented
+
+    def persistent_id(self, value: Any) -> int | None:
+        if type(value) is not InMemory:
+            return None
+        self.in_memory.append(value.get())
+        return len(self.in_memory) - 1
+
+
+class Reader(pickle.Unpickler):
+    """Makes a state again from what a `Writer` wrote."""
+
+    def __init__(self, header: bytearray, buffers: list[bytearray], in_memory: list[Any]):
+        super().__init__(io.BytesIO(header), buffers=buffers)
+        self._in_memory = in_memory
+
+    def persistent_load(self, pid: int) -> Any:
+        return self._in_memory[pid]
+
+
+def call(rebuild: Callable[[Any], Any], data: Any) -> Any:
+    return rebuild(data)
+
+
+def find_culprit(state: Any) -> Any:
+    """The first value in a state, or in the lists of it, that cannot be pickled; or the state."""
+    for value in state if isinstance(state, (tuple, list)) else ():
+        try:
+            Writer(io.BytesIO(), []).dump(value)
+        except Exception:
+            return find_culprit(value)
+    return state
+
+
+def agree(comm: Any, action: Callable[[], T]) -> T:
+    """What `action` returns, if it succeeds on all ranks; else an error on all of them."""
+    if comm is None or comm.size == 1:
+        return action()
+    try:
+        result = action()
+    except Exception as error:
+        comm.allgather(f"on rank {comm.rank}: {error}")
+        raise
+    failures = [failure for failure in comm.allgather(None) if failure is not None]
+    if failures:
+        raise OSError(failures[0])
+    return result
+
+
+def find_comm(arguments: Iterable[Any]) -> Any:
+    """The communicator of the first of some arguments that has one, itself or by its mesh; or None."""
+    for value in arguments:
+        for owner in value, getattr(value, "pm", None):
+            comm = getattr(owner, "comm", None)
+            if hasattr(comm, "allgather"):
+                return comm
+    return None
+
+
+def go_forward(steps: Any, start: Any, disk: Disk) -> Walk:
+    """A walk from the start to the end of the forward run."""
+    walk = Walk(steps, start, disk)
+    walk.follow(steps.chain.script.forward)
+    walk.expect(steps.chain.n)
+    return walk
+
+
+def run_chain_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
+    steps, start = prepare(node, arguments)
+    chain = steps.chain
+    walk = go_forward(steps, start, Disk(chain.folder, chain.comm or find_comm(arguments.values())))
     return {**dict(zip(chain.aout, walk.state)), HISTORY: History(walk, start)}
 
 
-def pull_back_chain(node, **arguments):
-    from checkpoint_schedules import Copy, EndForward, EndReverse, Forward, Move, Reverse
+class History:
+    """What a chain records: the start, and what was kept up to the end of the forward run."""
 
-    chain, history = node.operator, arguments[HISTORY]
-    cotangents = [arguments["_" + name] for name in chain.aout]
-    of_parameters = dict.fromkeys(chain.parameter_names, ZeroGradient)
-    walk = Walk(history.steps, None, history.states, history.tapes)
-    actions = actions_of(chain)
-    while not isinstance(next(actions), EndForward):
-        pass
-    for action in actions:
-        if isinstance(action, Reverse):
-            for i in reversed(range(action.n0, action.n1)):
-                # Pull the cotangents back through a step
-                tape = walk.tapes.pop(i)
-                pulled = tape.get_vjp().compute(
-                    ["_" + name for name in chain.ain], {"_" + name: c for name, c in zip(chain.aout, cotangents)}
-                )
-                cotangents = pulled[: len(cotangents)]
-                for name, partial in zip(of_parameters, pulled[len(cotangents) :]):
-                    of_parameters[name] = accumulate.apl.impl(None, of_parameters[name], partial)
-        elif isinstance(action, Forward):
-            walk.forward(action)
-        elif isinstance(action, (Copy, Move)):
-            walk.restore(action, keep=isinstance(action, Copy))
-        elif isinstance(action, EndReverse):
-            break
-    return {
-        "_" + name: value for name, value in [*zip(chain.state_names, cotangents), *of_parameters.items()]
-    }
+    def __init__(self, walk: Walk, start: Any):
+        self.steps, self.disk = walk.steps, walk.disk
+        self.start = walk.states.get(("DISK", 0)) or InMemory(start)
+        self._kept: tuple[dict[Any, Any], dict[int, Any]] | None = (walk.states, walk.tapes)
+
+    def __repr__(self) -> str:
+        kept = "used up" if self._kept is None else f"{len(self._kept[0])} states, {len(self._kept[1])} tapes"
+        return f"history of {self.steps.chain.__name__}: {kept}"
+
+    def held(self) -> list[Any]:
+        """What it keeps in memory."""
+        states, tapes = self._kept or ({}, {})
+        kept = [self.start, *states.values()]
+        return [*tapes.values(), *(state.get() for state in kept if isinstance(state, InMemory))]
+
+    def go_back(self, cotangents: Cotangents) -> None:
+        """Follow the script back to the start, handing the tapes of the steps to `cotangents`."""
+        chain = self.steps.chain
+        # Complain if there is no way back
+        if chain.script.reverse is None:
+            raise BrokenPrimitive(
+                f"the schedule of {chain!r} keeps nothing for a reverse sweep; choose another than 'none'"
+            )
+        if self._kept is None:
+            walk = go_forward(self.steps, self.start.get(), self.disk)
+        else:
+            walk = Walk(self.steps, None, self.disk)
+            walk.at = chain.n
+            walk.states, walk.tapes = self._kept
+        self._kept = (dict(walk.states), dict(walk.tapes)) if chain.script.repeatable else None
+        walk.cotangents = cotangents
+        walk.follow(chain.script.reverse)
+        # Complain if steps are missing
+        if cotangents.steps_left:
+            raise BadArgument(f"the schedule leaves {cotangents.steps_left} of {chain.n} steps unswept")
 
 
-def push_forward_chain(node, **arguments):
-    chain, history = node.operator, arguments[HISTORY]
-    state = history.start.get()
-    tangents = [arguments[name + "_"] for name in chain.state_names]
-    of_parameters = {name + "_": arguments[name + "_"] for name in chain.parameter_names}
+class Cotangents:
+    """The cotangents of the state, pulled back from step to step, and the sums of those of the parameters.
+
+    Parameters
+    ----------
+    chain : Chain
+    of_state : list
+        The cotangents of the last state.
+    wanted : list of str
+        The parameters whose cotangents somebody wants.
+    """
+
+    form = "_{}"
+
+    def __init__(self, chain: Chain, of_state: list[Any], wanted: list[str]):
+        self.chain, self.of_state = chain, of_state
+        self.of_parameters: dict[str, Any] = dict.fromkeys(wanted, ZeroGradient)
+        self._own: dict[str, Any] = dict.fromkeys(wanted)
+        self.outnames = [self.form.format(name) for name in [*chain.state_names, *wanted]]
+        self.steps_left = chain.n
+
+    def pull_back(self, tape: Any) -> None:
+        """Go back over a step."""
+        cotangents = {"_" + name: value for name, value in zip(self.chain.aout, self.of_state)}
+        self.collect(tape.get_vjp().compute(self.outnames, cotangents))
+
+    def collect(self, pulled: list[Any]) -> None:
+        self.steps_left -= 1
+        k = len(self.of_state)
+        self.of_state = pulled[:k]
+        for name, partial in zip(self.of_parameters, pulled[k:]):
+            total, own = self.of_parameters[name], self._own[name]
+            self.of_parameters[name], self._own[name] = add_up(total, partial, own)
+
+    def result(self) -> dict[str, Any]:
+        """The cotangents of all inputs of the chain by name, also those that nobody wants."""
+        found = {**dict(zip(self.chain.state_names, self.of_state)), **self.of_parameters}
+        return {self.form.format(name): found.get(name, ZeroGradient) for name in self.chain.ain}
+
+
+def pull_back_chain(node: Any, **arguments: Any) -> dict[str, Any]:
+    chain, of_state = node.operator, [arguments["_" + name] for name in node.operator.aout]
+    cotangents = Cotangents(chain, of_state, wanted_parameters(node, "_{}"))
+    arguments[HISTORY].go_back(cotangents)
+    return cotangents.result()
+
+
+def wanted_parameters(node: Any, form: str) -> list[str]:
+    names: list[str] = node.operator.parameter_names
+    return [name for name in names if node.varout[form.format(name)] is not Ignored]
+
+
+class StepsWithTangents:
+    """The steps of a chain, on which a state takes its tangent along; a recorded tape, too."""
+
+    def __init__(self, steps: Steps, arguments: dict[str, Any]):
+        self.chain, self.steps = steps.chain, steps
+        self.parameters = {name + "_": arguments[name + "_"] for name in steps.chain.parameter_names}
+
+    def run(self, i: int, state: tuple[Any, Any], record: bool = False) -> tuple[tuple[Any, Any], Any]:
+        """Run a step; returns the next state and tangent, and the tape with the tangents before, or None."""
+        values, tangents = state
+        out, tape = self.steps.run(i, values, record=True)
+        of_state = {name + "_": tangent for name, tangent in zip(self.chain.state_names, tangents)}
+        before = {**of_state, **self.parameters}
+        pushed = tape.get_jvp().compute([name + "_" for name in self.chain.aout], before)
+        return (out, tuple(pushed)), ((tape, before) if record else None)
+
+
+def with_tangents(node: Any, arguments: dict[str, Any]) -> tuple[StepsWithTangents, tuple[Any, Any]]:
+    """The steps of a chain with tangents, and the state and tangent that they begin with."""
+    history = arguments[HISTORY]
+    tangents = tuple(arguments[name + "_"] for name in node.operator.state_names)
+    return StepsWithTangents(history.steps, arguments), (history.start.get(), tangents)
+
+
+def push_forward_chain(node: Any, **arguments: Any) -> dict[str, Any]:
+    chain = node.operator
+    steps, state = with_tangents(node, arguments)
     for i in range(chain.n):
-        state, tape = history.steps.run(i, state, record=True)
-        init = {**of_parameters, **{name + "_": t for name, t in zip(chain.state_names, tangents)}}
-        tangents = tape.get_jvp().compute([name + "_" for name in chain.aout], init)
-    return {name + "_": tangent for name, tangent in zip(chain.aout, tangents)}
+        state, _ = steps.run(i, state)
+    return {name + "_": tangent for name, tangent in zip(chain.aout, state[1])}
+
+
+class Changes(Cotangents):
+    """The changes of cotangents along a tangent, pulled back together with the cotangents."""
+
+    form = "_{}_"
+
+    def __init__(self, chain: Chain, of_state: list[Any], wanted: list[str]):
+        super().__init__(chain, [ZeroGradient] * len(of_state), wanted)
+        self.cotangents = of_state
+
+    def pull_back(self, tape: Any) -> None:
+        tape, tangents = tape
+        given = {"_" + name: value for name, value in zip(self.chain.aout, self.cotangents)}
+        given.update((f"_{name}_", value) for name, value in zip(self.chain.aout, self.of_state))
+        wanted = ["_" + name for name in self.chain.state_names] + self.outnames
+        pulled = tape.get_hvp().compute(wanted, {**given, **tangents})
+        self.cotangents = pulled[: len(self.cotangents)]
+        self.collect(pulled[len(self.cotangents) :])
+
+
+def differentiate_vjp_of_chain(node: Any, **arguments: Any) -> dict[str, Any]:
+    chain, of_state = node.operator, [arguments["_" + name] for name in node.operator.aout]
+    steps, start = with_tangents(node, arguments)
+    history = History(go_forward(steps, start, Disk(chain.folder, arguments[HISTORY].disk.comm)), start)
+    changes = Changes(chain, of_state, wanted_parameters(node, "_{}_"))
+    history.go_back(changes)
+    return changes.result()

@@ -131,6 +131,8 @@ class Plan:
             self._slots: dict[Any, int] = {}
             self._constants: dict[BaseSymbol, int] = {}
             self._free: list[int] | None = [] if reuse else None
+            self._may_change_values = reuse and not record
+            self._totals: dict[BaseSymbol, int] = {}
             # Plan all nodes
             self.inputs = {
                 name: self._give_slot(symbol) for name, symbol in graph._inputs.items() if symbol in self._last_use
@@ -139,7 +141,7 @@ class Plan:
                 self._plan_node(node)
             self.outputs = [self._target(graph._outputs[name]) for name in self.vout]
             self.size = self.offset + len(self.template)
-            del self._last_use, self._recorded, self._free
+            del self._last_use, self._recorded, self._free, self._totals
 
     def _new_slot(self, value: Value = None) -> int:
         self.template.append(value)
@@ -179,7 +181,7 @@ class Plan:
 
     def _record_of(self, node: Node) -> Any:
         """What the original of a derived node recorded: the slot of a dict, or a dict from names to slots."""
-        return self.base.records[node.forward] if self.base and node.forward else {}
+        return self.base.records.get(node.forward, {}) if self.base and node.forward else {}
 
     def _find_on_tape(self, node: Node, name: str) -> int:
         """A slot for an argument of a derived node that comes from the record of the original node."""
@@ -244,11 +246,12 @@ class Plan:
             else:
                 extras = [(name, self._new_slot()) for name in operator.extras]
                 of_arguments = dict(zip(names, ins))
-                self.records[node] = {
+                places = {
                     name: of_arguments[name] if name in of_arguments else self._target(symbol)
                     for name, symbol in recorded.items()
                 }
-                self.records[node].update(extras)
+                if places or extras:
+                    self.records[node] = places | dict(extras)
         # Choose the step
         function = primitive.recording_call if self.record else primitive.call
         single = len(outs) == len(node.varout) == 1 and not lists and not extras
@@ -264,15 +267,26 @@ class Plan:
                 of_names = dict(zip(names, ins))
                 factors = ([of_names[name] for name in factor] for factor in primitive.factors)
                 linear = [self._add_step(product, *factors)]
-        if single and kept is None and linear is None and record is None and not clear:
-            if len(ins) == 2:
-                step = call_two, node, function, *ins, *outs[0]
+        if single and kept is None and linear is None and record is None and len(clear) < 2:
+            ((name, out),) = outs
+            spent = (clear or [out])[0]
+            if primitive.operator.grow and self._may_change_values:
+                step = self._plan_total(node, ins[0], ins[1], out, spent)
+            elif len(ins) == 2:
+                step = call_two, node, function, *ins, name, out, spent
             else:
-                step = call, node, function, gatherer(ins), *outs[0]
+                step = call, node, function, gatherer(ins), name, out, spent
         elif single and kept is not None and linear is None:
             step = call_and_record, node, function, gatherer(ins), *outs[0], kept, clear
-        elif linear is not None and len(linear) == 1 and not clear and not lists:
-            step = differentiate, node, function, gatherer(ins), record, linear[0], outs
+        elif linear is not None and not clear and not lists and len(linear) == 1:
+            # Choose the step of a derivative
+            if single and ins[0] == linear[0] and (record is None or len(ins) == 1):
+                step = differentiate_one, node, function, ins[0], gatherer(ins[1:]), record, *outs[0]
+            else:
+                step = differentiate, node, function, gatherer(ins), record, linear[0], outs
+        elif linear is not None and single and len(clear) < 2 and len(linear) == 2:
+            ((name, out),) = outs
+            step = differentiate_two, node, function, gatherer(ins), record, *linear, name, out, (clear or [out])[0]
         else:
             step = execute, node, function, gatherer(ins), record, linear, outs, extras, kept, clear
         self.steps.append(step)
@@ -282,6 +296,18 @@ class Plan:
         if isinstance(symbol, List):
             return [self._give_slots(item) for item in symbol]
         return self._give_slot(symbol) if symbol in self._last_use else None
+
+    def _plan_total(self, node: Node, a: int, b: int, out: int, dead: int) -> Step:
+        """The step of a sum of two, which may be one of a row of sums."""
+        first, total = node.varin["a"], node.varout["y"]
+        own = self._totals.pop(first, None)
+        user = self._last_use[total]
+        continued = user is not None and user.primitive is node.primitive and user.varin["a"] is total
+        if continued:
+            own = self._totals[total] = self._new_slot() if own is None else own
+        if own is None:
+            return call_two, node, node.primitive.call, a, b, "y", out, dead
+        return grow_total, node, node.primitive.operator.grow, a, b, out, dead, own, continued
 
     def run(
         self, init: Mapping[str, Value], tape: Slots | None = None, monitor: Callable[..., object] | None = None
@@ -333,7 +359,7 @@ class Plan:
                 arguments = ", ".join(
                     f"{name}: {describe(collect(slots, self._target(symbol)))}"
                     for name, symbol in node.varin.items()
-                    if not isinstance(symbol, AttrSymbol)
+                    if not any(isinstance(leaf, AttrSymbol) for leaf in leaves(symbol))
                 )
                 error.add_note(f"in {node.name}({arguments}), built at {filename}:{line}")
             raise
@@ -378,15 +404,17 @@ def product(s: Slots, step: Step) -> None:
 # The steps of nodes
 def call(s: Slots, step: Step) -> None:
     """Call a function that has one result."""
-    _, node, function, gather, name, out = step
+    _, node, function, gather, name, out, dead = step
     r = function(node, *gather(s))
+    s[dead] = None
     s[out] = r if type(r) is not dict else the_only(r, name, node)
 
 
 def call_two(s: Slots, step: Step) -> None:
     """Call a function of two arguments that has one result."""
-    _, node, function, i, j, name, out = step
+    _, node, function, i, j, name, out, dead = step
     r = function(node, s[i], s[j])
+    s[dead] = None
     s[out] = r if type(r) is not dict else the_only(r, name, node)
 
 
@@ -402,6 +430,14 @@ def gatherer(slots: Sequence[int]) -> Callable[[Slots], Any]:
     if len(slots) > 1:
         return itemgetter(*slots)
     return itemgetter(slice(slots[0], slots[0] + 1) if slots else slice(0))
+
+def grow_total(s: Slots, step: Step) -> None:
+    """Add to a sum that only the engine knows."""
+    _, _, grow, a, b, out, dead, own, continued = step
+    total, mine = grow(s[a], s[b], s[own])
+    s[own] = mine if continued else None
+    s[dead] = None
+    s[out] = total
 
 def call_and_record(s: Slots, step: Step) -> None:
     """Call a function that has one result, and record what its `rcd` wants to."""
@@ -420,37 +456,62 @@ def call_and_record(s: Slots, step: Step) -> None:
     for slot in clear:
         s[slot] = None
 
+@lru_cache(None)
+def taker(names: tuple[str, ...]) -> Callable[[dict[str, Value]], Any]:
+    """A function that takes values by name, in a row, from a dict."""
+    return itemgetter(*names) if len(names) > 1 else lambda record: (record[names[0]],)
+
+
+def take_recorded(s: Slots, record: tuple[Callable[..., Any], int], node: Any) -> Any:
+    """What a derivative takes, in a row, from what the original of its node recorded."""
+    take, kept = record
+    try:
+        return take(s[kept])
+    except KeyError:
+        return [find_extra(node.forward, name, s[kept]) for name in node.primitive.from_record]
+
+def differentiate_one(s: Slots, step: Step) -> None:
+    """Call a derivative that has one tangent or cotangent, and one result."""
+    _, node, function, linear, gather, record, name, out = step
+    r = s[linear]
+    if r is not ZeroGradient:
+        r = function(node, r, *(gather(s) if record is None else take_recorded(s, record, node)))
+        if type(r) is dict:
+            r = the_only(r, name, node)
+        if r.__class__ is int and r == 0:
+            r = ZeroGradient
+    s[out] = r
+
 def differentiate(s: Slots, step: Step) -> None:
     """Call a derivative of which only one argument can be something else than zero."""
     _, node, function, gather, record, linear, outs = step
-    zero = ZeroGradient
-    if s[linear] is zero:
+    if s[linear] is ZeroGradient:
         for name, out in outs:
-            s[out] = zero
+            s[out] = ZeroGradient
         return
     if record is None:
         r = function(node, *gather(s))
     else:
-        take, kept = record
-        r = function(node, *gather(s), *take(s[kept], node))
+        r = function(node, *gather(s), *take_recorded(s, record, node))
     if type(r) is not dict:
         r = as_dict(r, node)
     for name, out in outs:
-        value = the_only(r, name, node)
-        s[out] = value if value.__class__ is not int or value else zero
+        value = r[name] if name in r else the_only(r, name, node)
+        s[out] = value if value.__class__ is not int or value else ZeroGradient
 
-@lru_cache(None)
-def taker(names: tuple[str, ...]) -> Callable[[dict[str, Value], Node], Any]:
-    """A function that takes values by name, in a row, from what the original of a derived node recorded."""
-    take_all: Callable[[dict[str, Value]], Any] = itemgetter(*names) if len(names) > 1 else lambda record: (record[names[0]],)
-
-    def take(record: dict[str, Value], node: Any) -> Any:
-        try:
-            return take_all(record)
-        except KeyError:
-            return [find_extra(node.forward, name, record) for name in names]
-
-    return take
+def differentiate_two(s: Slots, step: Step) -> None:
+    """Call a derivative that has two tangents and one result."""
+    _, node, function, gather, record, i, j, name, out, dead = step
+    if s[i] is ZeroGradient and s[j] is ZeroGradient:
+        r = ZeroGradient
+    elif record is None:
+        r = function(node, *gather(s))
+    else:
+        r = function(node, *gather(s), *take_recorded(s, record, node))
+    if type(r) is dict:
+        r = the_only(r, name, node)
+    s[dead] = None
+    s[out] = r if r.__class__ is not int or r else ZeroGradient
 
 def execute(s: Slots, step: Step) -> None:
     """Call any function."""
@@ -461,7 +522,7 @@ def execute(s: Slots, step: Step) -> None:
     elif record is None:
         r = function(node, *args)
     else:
-        r = function(node, *args, *record[0](s[record[1]], node))
+        r = function(node, *args, *take_recorded(s, record, node))
     r = as_dict(r, node)
     if kept is not None:
         operator = node.primitive.operator
@@ -539,9 +600,13 @@ def undisturbed() -> Iterator[None]:
 
 
 class Context(Mapping[str, Value]):
-    """The values of a run, by the names of their symbols; for monitors. A value that died is None."""
+    """The values of a run, by the names of their symbols; for monitors. A value that died is None.
+
+    The list `nodes` tells which nodes the run consists of.
+    """
 
     def __init__(self, plan: Plan, slots: Slots) -> None:
+        self.nodes = plan.nodes
         self._slots = {symbol._name: slot for symbol, slot in plan._slots.items()}
         self._values = slots
 

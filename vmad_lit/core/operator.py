@@ -176,7 +176,8 @@ class Primitive:
                 varout[name] = symbol = Symbol.__new__(Symbol)
                 symbol._label = (NAME_OF_RESULT, self.name, len(graph), name)
                 symbol._graph = graph._ref
-        graph.append(Node(self, varin, varout, caller(3)))
+        special = self.operator.special and self.operator.special(varin)
+        graph.append(Node(special.apl if special else self, varin, varout, caller(3)))
         return varout
 
 
@@ -232,9 +233,19 @@ class Operator:
         Whether the functions talk to other ranks, so that all ranks must call them together, even if
         all that goes in is zero. Set it to True in the class of the declaration. Such functions get
         `ZeroGradient` too, and return a dict.
+    transparent : bool
+        Whether both derivatives are the identity, from one argument to one result, so that the sweeps
+        may leave them out.
+    special : callable or None
+        Given the symbols of a call by name, an operator to be used in the place of this one, or None.
+    grow : callable or None
+        For sums of cotangents only: how to add in place, see `core.autodiff`.
     """
 
     collective = False
+    transparent = False
+    special: Callable[[Symbols], Operator | None] | None = None
+    grow: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
     apl: Primitive
     vjp: Primitive | None
     jvp: Primitive
@@ -248,6 +259,7 @@ class Operator:
                     setattr(self, name, getattr(prototype, name))
         self.prototype = prototype
         self.collective = getattr(prototype, "collective", self.collective)
+        self.transparent = getattr(prototype, "transparent", self.transparent)
         self.__name__ = prototype.__name__
         self.__qualname__ = prototype.__qualname__
         self.__module__ = prototype.__module__
@@ -282,6 +294,10 @@ class Operator:
         available = {*self.apl.argnames, *self.aout}
         self.recorded = tuple(taken)
         self.extras = tuple(name for name in taken if name not in available)
+
+    def model_of(self, node: Node) -> Graph | None:
+        """The model inside a node of this operator, if there is one and it is known before the run."""
+        return None
 
     def _apply_to_tangents(self, node: Node, **kwargs: Any) -> Any:
         given = {name: kwargs[name + "_" if name in self.ain else name] for name in self.apl.argnames}

@@ -1,19 +1,20 @@
 """Element-wise functions of two arguments, which broadcast.
 
-A new one is declared by its value and its two derivatives, as static methods `f`, `fprime1` and `fprime2`.
+A new one is declared by its value and its two derivatives, as static methods `f`, `fprime1` and `fprime2`,
+and for exact second derivatives by `fsecond11`, `fsecond12` and `fsecond22` as well.
 """
 
 import numpy
 
 from ..core import stdlib
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import conj, fit, kind, slope_of_base, slope_of_exponent, widen
-from .unary import scaled, slope
+from ..core.stdlib.operators import as_array, conj, fit, kind, slope_of_base, slope_of_exponent, widen
+from .unary import offer_curvature, scaled, slope
 
 
 class binary_ufunc:
     """A base for element-wise operators. Derived classes have the static methods `f`, `fprime1` and
-    `fprime2` of (x1, x2)."""
+    `fprime2` of (x1, x2), and for exact second derivatives `fsecond11`, `fsecond12` and `fsecond22`."""
 
     ain = "x1", "x2"
     aout = "y"
@@ -33,6 +34,9 @@ class binary_ufunc:
     def apl(node, x1, x2):
         return node.prototype.f(x1, x2)
 
+    def rcd(node, x1, x2, y):
+        return dict(x1=as_array(x1), x2=as_array(x2))
+
     def vjp(node, _y, x1, x2):
         # Pull the cotangent back to each operand that varies
         def pull(name, x, fprime):
@@ -47,6 +51,26 @@ class binary_ufunc:
             return x_ if x_ is ZeroGradient else scaled(x_, slope(fprime, x1, x2))
         return widen(
             push(x1_, node.prototype.fprime1) + push(x2_, node.prototype.fprime2), kind(x1), kind(x2)
+        )
+
+    def __init_subclass__(cls):
+        second = ["fsecond11", "fsecond12", "fsecond22"]
+        offer_curvature(cls, cls._differentiate_vjp, ["fprime1", "fprime2"], second)
+
+    def _differentiate_vjp(node, _y, x1_, x2_, x1, x2):
+        # Pull the cotangent back with slopes that change
+        def bend(name, x, along1, along2):
+            if not node.wants(name):
+                return ZeroGradient
+            slope_ = ZeroGradient
+            for x_, fsecond in (x1_, along1), (x2_, along2):
+                if x_ is not ZeroGradient:
+                    slope_ = slope_ + scaled(x_, slope(fsecond, x1, x2))
+            return fit(scaled(_y, conj(slope_)), kind(x))
+        second = node.prototype
+        return dict(
+            _x1_=bend("x1", x1, second.fsecond11, second.fsecond12),
+            _x2_=bend("x2", x2, second.fsecond12, second.fsecond22),
         )
 
 
@@ -64,6 +88,7 @@ class maximum(binary_ufunc):
     f = staticmethod(numpy.maximum)
     fprime1 = staticmethod(lambda x1, x2: share(x1, x2))
     fprime2 = staticmethod(lambda x1, x2: share(x2, x1))
+    hvp = ZeroGradient
 
 
 @operator
@@ -73,6 +98,7 @@ class minimum(binary_ufunc):
     f = staticmethod(numpy.minimum)
     fprime1 = staticmethod(lambda x1, x2: share(x2, x1))
     fprime2 = staticmethod(lambda x1, x2: share(x1, x2))
+    hvp = ZeroGradient
 
 
 @operator
@@ -82,6 +108,7 @@ class fmax(binary_ufunc):
     f = staticmethod(numpy.fmax)
     fprime1 = staticmethod(lambda x1, x2: numpy.where(numpy.not_equal(x2, x2), 1.0, share(x1, x2)))
     fprime2 = staticmethod(lambda x1, x2: 1 - fmax.fprime1(x1, x2))
+    hvp = ZeroGradient
 
 
 @operator
@@ -91,6 +118,7 @@ class fmin(binary_ufunc):
     f = staticmethod(numpy.fmin)
     fprime1 = staticmethod(lambda x1, x2: numpy.where(numpy.not_equal(x2, x2), 1.0, share(x2, x1)))
     fprime2 = staticmethod(lambda x1, x2: 1 - fmin.fprime1(x1, x2))
+    hvp = ZeroGradient
 
 
 def radius(x1, x2):
@@ -106,6 +134,9 @@ class hypot(binary_ufunc):
     f = staticmethod(numpy.hypot)
     fprime1 = staticmethod(lambda x1, x2: x1 / radius(x1, x2))
     fprime2 = staticmethod(lambda x1, x2: x2 / radius(x1, x2))
+    fsecond11 = staticmethod(lambda x1, x2: (x2 / radius(x1, x2)) ** 2 / radius(x1, x2))
+    fsecond12 = staticmethod(lambda x1, x2: -x1 / radius(x1, x2) * x2 / radius(x1, x2) / radius(x1, x2))
+    fsecond22 = staticmethod(lambda x1, x2: (x1 / radius(x1, x2)) ** 2 / radius(x1, x2))
 
 
 @operator
@@ -115,6 +146,9 @@ class arctan2(binary_ufunc):
     f = staticmethod(numpy.arctan2)
     fprime1 = staticmethod(lambda x1, x2: x2 / radius(x1, x2) / radius(x1, x2))
     fprime2 = staticmethod(lambda x1, x2: -x1 / radius(x1, x2) / radius(x1, x2))
+    fsecond11 = staticmethod(lambda x1, x2: -2 * arctan2.fprime1(x1, x2) * x1 / radius(x1, x2) / radius(x1, x2))
+    fsecond12 = staticmethod(lambda x1, x2: arctan2.fprime2(x1, x2) ** 2 - arctan2.fprime1(x1, x2) ** 2)
+    fsecond22 = staticmethod(lambda x1, x2: -arctan2.fsecond11(x1, x2))
 
 
 def weight(x1, x2):
@@ -132,6 +166,9 @@ class logaddexp(binary_ufunc):
     f = staticmethod(numpy.logaddexp)
     fprime1 = staticmethod(lambda x1, x2: weight(x1, x2))
     fprime2 = staticmethod(lambda x1, x2: weight(x2, x1))
+    fsecond11 = staticmethod(lambda x1, x2: weight(x1, x2) * weight(x2, x1))
+    fsecond12 = staticmethod(lambda x1, x2: -weight(x1, x2) * weight(x2, x1))
+    fsecond22 = staticmethod(lambda x1, x2: weight(x1, x2) * weight(x2, x1))
 
 
 @operator

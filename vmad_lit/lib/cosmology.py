@@ -8,15 +8,19 @@ end of the file can take exact derivatives by a complex step.
 """
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..core.operator import ZeroGradient, operator
+from ..core.operator import Operator, Primitive, ZeroGradient
+from ..core.symbol import Symbol
 
 __all__ = ['linear_growth', 'second_order_growth', 'MatterDominated', 'Cosmology', 'Planck15', 'Planck18',
-           'eisenstein_hu', 'eisenstein_hu_nowiggle', 'LinearPower', 'growth', 'expansion_rate',
-           'comoving_distance', 'kick_factor', 'drift_factor', 'linear_power']
+           'SymbolicBackground', 'eisenstein_hu', 'eisenstein_hu_nowiggle', 'LinearPower', 'analytic', 'growth',
+           'expansion_rate', 'comoving_distance', 'comoving_transverse_distance', 'angular_diameter_distance',
+           'luminosity_distance', 'kick_factor', 'drift_factor', 'step_factors', 'start_factors',
+           'linear_power']
 
 SPEED_OF_LIGHT = 299792.458  # km/s
 HUBBLE_DISTANCE = SPEED_OF_LIGHT / 100.0  # c / H0 in Mpc/h
@@ -230,7 +234,12 @@ class Cosmology:
     `Om0` all matter, `Ob0` the baryons in it, `Ok0` curvature, `h` = H0 / (100 km/s/Mpc), `n_s` slope of the
     primordial power, `sigma8` linear amplitude today in spheres of 8 Mpc/h, `T_cmb` in kelvin. Immutable: see
     :meth:`replace`.
+
+    The first five may be symbols of a model. Then `background` is a :class:`SymbolicBackground`, a
+    :class:`LinearPower` of it and the other methods give symbols, and gradients reach these parameters.
     """
+
+    __symbols__ = 'Om0', 'h', 'Ob0', 'n_s', 'sigma8'
 
     Om0: float = 0.3
     h: float = 0.7
@@ -242,9 +251,12 @@ class Cosmology:
 
     def __post_init__(self):
         for name in ('Om0', 'h', 'sigma8', 'T_cmb'):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.Ob0 < self.Om0:
+            value = getattr(self, name)
+            if not isinstance(value, Symbol) and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if isinstance(self.T_cmb, Symbol) or isinstance(self.Ok0, Symbol):
+            raise TypeError(f"T_cmb and Ok0 are numbers; only {', '.join(self.__symbols__)} may be symbols")
+        if not isinstance(self.Ob0, Symbol) and not isinstance(self.Om0, Symbol) and not 0 <= self.Ob0 < self.Om0:
             raise ValueError("baryons are a part of matter: "
                              f"0 <= Ob0 < Om0 = {self.Om0} expected, got {self.Ob0}")
 
@@ -258,30 +270,36 @@ class Cosmology:
         return 1 - self.Om0 - self.Ok0
 
     def background(self, a=None, a_normalize=1.0):
-        """Expansion and growth, a :class:`MatterDominated`."""
+        """Expansion and growth, a :class:`MatterDominated`, or of a symbol a :class:`SymbolicBackground`."""
+        if isinstance(self.Om0, Symbol):
+            return SymbolicBackground(self.Om0, self.Ok0, a_normalize)
         return MatterDominated(self.Om0, self.Ode0, self.Ok0, a=a, a_normalize=a_normalize)
 
     def efunc(self, z):
         """H(z) / H0 at redshift z."""
-        a = 1 / (1 + _redshift(z))
-        return np.sqrt(_expansion(a, self.Om0, self.Ode0, self.Ok0) / a ** 3)
+        return self._evaluate(expansion_rate, 1 / (1 + _redshift(z)))
+
+    def _evaluate(self, of_matter, x):
+        """An operator of this chapter at our Om0: its value, or a symbol of it."""
+        f = of_matter if isinstance(self.Om0, Symbol) else of_matter.function
+        return f(self.Om0, x, self.Ok0)
 
     # Distances
     def comoving_distance(self, z):
         """Comoving distance to redshift z along the line of sight, Mpc/h."""
-        return _comoving_distance(z, self.Om0, self.Ode0, self.Ok0)
+        return self._evaluate(comoving_distance, z)
 
     def comoving_transverse_distance(self, z):
         """Comoving distance across the line of sight, per radian, Mpc/h."""
-        return _transverse(self.comoving_distance(z), self.Ok0)
+        return self._evaluate(comoving_transverse_distance, z)
 
     def angular_diameter_distance(self, z):
         """Proper size per radian at redshift z, Mpc/h."""
-        return self.comoving_transverse_distance(z) / (1 + _redshift(z))
+        return self._evaluate(angular_diameter_distance, z)
 
     def luminosity_distance(self, z):
         """sqrt(L / 4 pi F) for a source at redshift z, Mpc/h."""
-        return self.comoving_transverse_distance(z) * (1 + _redshift(z))
+        return self._evaluate(luminosity_distance, z)
 
 
 def _redshift(z):
@@ -430,25 +448,44 @@ class LinearPower:
 
     Parameters
     ----------
-    cosmology : a :class:`Cosmology`, or anything with its attributes.
+    cosmology : a :class:`Cosmology`, or anything with its attributes. If any of them is a symbol, so is the power.
     z : redshift; growth scales the power from today.
     transfer : 'EisensteinHu' (with acoustic wiggles), 'NoWiggle', or a function T(k). Only its shape matters.
 
-    Attributes: `transfer`, the function T(k), and `amplitude`, A of P = A k^n_s T^2 at redshift z.
+    Attributes: `transfer`, the function T(k), and `amplitude`, A of P = A k^n_s T^2 at redshift z (not there if the
+    parameters are symbols).
     """
+
+    __symbols__ = 'cosmology',
 
     def __init__(self, cosmology, z=0.0, transfer='EisensteinHu'):
         c = self.cosmology = cosmology
         self.z = float(z)
+        self._transfer = transfer
+        if self.is_symbolic:
+            return
         self.transfer = _transfer_function(transfer, c.Om0, c.h, c.Ob0, c.T_cmb)
         growth = _relative_growth(z, c.Om0, getattr(c, 'Ok0', 0.0))
         self.amplitude = _amplitude(self.transfer, c.n_s, c.sigma8) * growth ** 2
-        self._name = transfer if isinstance(transfer, str) else getattr(transfer, '__name__', 'tabulated')
+
+    @property
+    def is_symbolic(self):
+        """Whether the power is a symbol, since a parameter of the cosmology is."""
+        return any(isinstance(value, Symbol) for value in self._parameters)
+
+    @property
+    def _parameters(self):
+        return [getattr(self.cosmology, name) for name in ('Om0', 'h', 'n_s', 'sigma8', 'Ob0')]
 
     def __repr__(self):
-        return f"LinearPower({self.cosmology}, z={self.z:g}, transfer={self._name!r})"
+        name = self._transfer
+        name = name if isinstance(name, str) else getattr(name, '__name__', 'tabulated')
+        return f"LinearPower({self.cosmology}, z={self.z:g}, transfer={name!r})"
 
     def __call__(self, k):
+        if self.is_symbolic:
+            curvature = getattr(self.cosmology, 'Ok0', 0.0)
+            return linear_power(*self._parameters, k, self.z, self.cosmology.T_cmb, curvature, self._transfer)
         return _power_law_times(self.transfer, k, self.cosmology.n_s, self.amplitude)
 
     def sigma_r(self, r=8.0):
@@ -460,6 +497,9 @@ class LinearPower:
     def from_table(cls, cosmology, k, P, z=0.0):
         """From the power P today at increasing wavenumbers k; rescaled to the cosmology's sigma8 and to z."""
         k, P = np.asarray(k, dtype='f8'), np.asarray(P, dtype='f8')
+        if isinstance(cosmology.n_s, Symbol):
+            raise TypeError("a table belongs to a cosmology of numbers; make a spectrum of it, and give the attribute "
+                            "`transfer` of that to one whose parameters are symbols")
         if k.ndim != 1 or k.shape != P.shape or k.size < 4:
             raise ValueError("k and P must be one-dimensional, of the same length of at least 4; "
                              f"got shapes {k.shape} and {P.shape}")
@@ -513,27 +553,115 @@ _STEP = 1e-40
 
 
 def _push_forward(function, parameters, tangents):
-    """Tangents of the results of an analytic function, a tuple of arrays, by one complex step."""
-    shifted = [p + 1j * _STEP * float(t) for p, t in zip(parameters, tangents, strict=True)]
-    return [np.imag(y) / _STEP for y in function(*shifted)]
+    """Tangents of the results of an analytic function, by one complex step."""
+    shifted = [p + 1j * _STEP * float(t) if t else p for p, t in zip(parameters, tangents, strict=True)]
+    return [np.imag(y) / _STEP for y in _as_tuple(function(*shifted))]
 
 
-def _pull_back(node, function, parameters, cotangents):
-    """Cotangents of numbers, given by name, from those of the results of an analytic function."""
-    names, values = list(parameters), list(parameters.values())
-    pulled = {}
-    for i, name in enumerate(names):
-        if node.is_literal(name):
-            pulled['_' + name] = ZeroGradient
+def _as_tuple(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _pull_back(function, parameters, cotangents, wanted):
+    """Cotangents of the parameters of an analytic function from those of its results."""
+    pulled = []
+    for i, want in enumerate(wanted):
+        if not want:
+            pulled.append(ZeroGradient)
             continue
-        slopes = _push_forward(function, values, [float(j == i) for j in range(len(names))])
-        pulled['_' + name] = sum(np.sum(_y * dy) for _y, dy in zip(cotangents, slopes, strict=True)
-                                 if _y is not ZeroGradient)
+        slopes = _push_forward(function, parameters, [j == i for j in range(len(parameters))])
+        pulled.append(sum(float(np.sum(_y * slope)) for _y, slope in zip(cotangents, slopes, strict=True)
+                          if _y is not ZeroGradient))
     return pulled
 
 
-def _growth_today(Om0, a, Ok0):
-    """D1, f1, D2 and f2 at scale factors a, normalised to one today."""
+_WEIGHTS = {1: 3 / 4, 2: -3 / 20, 3: 1 / 60}  # of the central difference of sixth order
+
+
+def _differentiate_pull_back(function, parameters, tangents, cotangents, wanted):
+    """The derivative of `_pull_back` along tangents of the parameters."""
+    step = 1e-4 / max(abs(float(t)) / (abs(float(p)) or 1.0) for p, t in zip(parameters, tangents, strict=True))
+
+    def at(distance):
+        moved = [p + distance * float(t) for p, t in zip(parameters, tangents, strict=True)]
+        return _pull_back(function, moved, cotangents, wanted)
+
+    total = [0.0 if want else ZeroGradient for want in wanted]
+    for n, weight in _WEIGHTS.items():
+        pairs = zip(total, at(n * step), at(-n * step), strict=True)
+        total = [sum_ + (up - down) * (weight / step) for sum_, up, down in pairs]
+    return total
+
+
+class AnalyticOperator(Operator):
+    """An operator made of an analytic function, with derivatives by complex steps. Made by `analytic`."""
+
+    def __init__(self, function, ain, aout):
+        self.function = function
+        self._parameters = inspect.signature(function).parameters
+        copied = {name: getattr(function, name) for name in ('__doc__', '__module__', '__qualname__')}
+        super().__init__(type(function.__name__, (), dict(copied, ain=ain, aout=aout)))
+
+    def _make_primitives(self):
+        names = list(self._parameters)
+        of_results, of_numbers = ['_' + name for name in self.aout], [name + '_' for name in self.ain]
+        self.apl = Primitive(self, 'apl', self._apply, names)
+        self.apl.defaults = {n: p.default for n, p in self._parameters.items() if p.default is not p.empty}
+        self.vjp = Primitive(self, 'vjp', self._vjp, [*of_results, *names])
+        self.jvp = Primitive(self, 'jvp', self._jvp, [*of_numbers, *names])
+        self.hvp = Primitive(self, 'hvp', self._hvp, [*of_results, *of_numbers, *names])
+        self.rcd = None
+        self._find_recorded()
+
+    # The functions of an analytic operator
+    def _fix(self, arguments):
+        """The function of the numbers alone, and the numbers."""
+        fixed = {name: arguments[name] for name in self._parameters if name not in self.ain}
+        numbers = [arguments[name] for name in self.ain]
+        return (lambda *numbers: self.function(**dict(zip(self.ain, numbers)), **fixed)), numbers
+
+    def _apply(self, node, **arguments):
+        function, numbers = self._fix(arguments)
+        return dict(zip(self.aout, _as_tuple(function(*numbers))))
+
+    def _jvp(self, node, **arguments):
+        tangents = [arguments[name + '_'] for name in self.ain]
+        pushed = _push_forward(*self._fix(arguments), tangents)
+        return {name + '_': tangent for name, tangent in zip(self.aout, pushed)}
+
+    def _vjp(self, node, **arguments):
+        cotangents = [arguments['_' + name] for name in self.aout]
+        pulled = _pull_back(*self._fix(arguments), cotangents, [node.wants(name) for name in self.ain])
+        return {'_' + name: cotangent for name, cotangent in zip(self.ain, pulled)}
+
+    def _hvp(self, node, **arguments):
+        tangents = [arguments[name + '_'] for name in self.ain]
+        cotangents = [arguments['_' + name] for name in self.aout]
+        wanted = [node.wants(name) for name in self.ain]
+        changes = _differentiate_pull_back(*self._fix(arguments), tangents, cotangents, wanted)
+        return {f'_{name}_': change for name, change in zip(self.ain, changes)}
+
+
+def analytic(spec):
+    """Declare an operator by an analytic function of a few numbers.
+
+    Parameters
+    ----------
+    spec : str
+        The names of the numbers and of the results, such as 'Om0 -> D1, f1'. The numbers are real; the function
+        is called with complex ones too, and must be analytic in them. Its other parameters are hyper-parameters
+        and may have defaults. It returns an array or a number, or a tuple of these.
+    """
+    ain, aout = spec.split('->')
+    return lambda function: AnalyticOperator(function, ain, aout)
+
+
+@analytic('Om0 -> D1, f1, D2, f2')
+def growth(Om0, a, Ok0=0.0):
+    """Growth factors D1, D2 (one today) and rates f1, f2 at scale factors a, as functions of Om0.
+
+    growth(Om0, a, Ok0=0) gives the symbols [D1, f1, D2, f2]; each has the shape of `a`.
+    """
     a = _scale_factor(a)
     densities = Om0, 1 - Om0 - Ok0, Ok0
     today = np.ones(())
@@ -543,67 +671,35 @@ def _growth_today(Om0, a, Ok0):
             D2 / second_order_growth(today, *densities)[0], F2 / D2)
 
 
-@operator
-class growth:
-    """Growth factors D1, D2 (one today) and rates f1, f2 at scale factors a, as functions of Om0.
-
-    growth(Om0, a, Ok0=0) gives the symbols [D1, f1, D2, f2]; each has the shape of `a`.
-    """
-
-    ain = 'Om0'
-    aout = 'D1', 'f1', 'D2', 'f2'
-
-    def apl(node, Om0, a, Ok0=0.0):
-        D1, f1, D2, f2 = _growth_today(Om0, a, Ok0)
-        return dict(D1=D1, f1=f1, D2=D2, f2=f2)
-
-    def vjp(node, _D1, _f1, _D2, _f2, Om0, a, Ok0):
-        return _pull_back(node, lambda Om0: _growth_today(Om0, a, Ok0), dict(Om0=Om0), (_D1, _f1, _D2, _f2))
-
-    def jvp(node, Om0_, Om0, a, Ok0):
-        D1, f1, D2, f2 = _push_forward(lambda Om0: _growth_today(Om0, a, Ok0), [Om0], [Om0_])
-        return dict(D1_=D1, f1_=f1, D2_=D2, f2_=f2)
-
-
-def _expansion_rate(Om0, a, Ok0):
-    a = _scale_factor(a)
-    return (np.sqrt(_expansion(a, Om0, 1 - Om0 - Ok0, Ok0) / a ** 3),)
-
-
-@operator
-class expansion_rate:
+@analytic('Om0 -> E')
+def expansion_rate(Om0, a, Ok0=0.0):
     """E(a) = H(a) / H0 as a function of Om0: expansion_rate(Om0, a, Ok0=0)."""
-
-    ain = 'Om0'
-    aout = 'E'
-
-    def apl(node, Om0, a, Ok0=0.0):
-        return dict(E=_expansion_rate(Om0, a, Ok0)[0])
-
-    def vjp(node, _E, Om0, a, Ok0):
-        return _pull_back(node, lambda Om0: _expansion_rate(Om0, a, Ok0), dict(Om0=Om0), (_E,))
-
-    def jvp(node, Om0_, Om0, a, Ok0):
-        return dict(E_=_push_forward(lambda Om0: _expansion_rate(Om0, a, Ok0), [Om0], [Om0_])[0])
+    a = _scale_factor(a)
+    return np.sqrt(_expansion(a, Om0, 1 - Om0 - Ok0, Ok0) / a ** 3)
 
 
-@operator
-class comoving_distance:
+@analytic('Om0 -> chi')
+def comoving_distance(Om0, z, Ok0=0.0):
     """Line-of-sight comoving distance in Mpc/h as a function of Om0: comoving_distance(Om0, z, Ok0=0)."""
+    return _comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0)
 
-    ain = 'Om0'
-    aout = 'chi'
 
-    def apl(node, Om0, z, Ok0=0.0):
-        return dict(chi=_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0))
+@analytic('Om0 -> d')
+def comoving_transverse_distance(Om0, z, Ok0=0.0):
+    """Comoving distance across the line of sight, per radian, in Mpc/h; as `comoving_distance`."""
+    return _transverse(_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0), Ok0)
 
-    def vjp(node, _chi, Om0, z, Ok0):
-        return _pull_back(node, lambda Om0: (_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0),),
-                          dict(Om0=Om0), (_chi,))
 
-    def jvp(node, Om0_, Om0, z, Ok0):
-        return dict(chi_=_push_forward(lambda Om0: (_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0),),
-                                       [Om0], [Om0_])[0])
+@analytic('Om0 -> d')
+def angular_diameter_distance(Om0, z, Ok0=0.0):
+    """Proper size per radian at redshift z, in Mpc/h; as `comoving_distance`."""
+    return _transverse(_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0), Ok0) / (1 + _redshift(z))
+
+
+@analytic('Om0 -> d')
+def luminosity_distance(Om0, z, Ok0=0.0):
+    """sqrt(L / 4 pi F) for a source at redshift z, in Mpc/h; as `comoving_distance`."""
+    return _transverse(_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0), Ok0) * (1 + _redshift(z))
 
 
 def _step_functions(a, Om0, Ok0):
@@ -614,80 +710,99 @@ def _step_functions(a, Om0, Ok0):
     return D, F * np.sqrt(a * _expansion(a, *densities))
 
 
-def _kick_factor(Om0, ai, ac, af, Ok0):
-    (_, start), (D, _), (_, end) = (_step_functions(a, Om0, Ok0) for a in (ai, ac, af))
-    return ((end - start) / (1.5 * Om0 * D),)
-
-
-def _drift_factor(Om0, ai, ac, af, Ok0):
-    (start, _), (_, Gf), (end, _) = (_step_functions(a, Om0, Ok0) for a in (ai, ac, af))
-    return ((end - start) / Gf,)
-
-
-@operator
-class kick_factor:
+@analytic('Om0 -> K')
+def kick_factor(Om0, ai, ac, af, Ok0=0.0):
     """FastPM's kick from ai to af by the force at ac, a function of Om0: kick_factor(Om0, ai, ac, af, Ok0=0).
 
     It multiplies the force, gradient and inverse Laplacian of 1.5 Om0 delta. Scale factors may be arrays, an
     entry for each step.
     """
-
-    ain = 'Om0'
-    aout = 'K'
-
-    def apl(node, Om0, ai, ac, af, Ok0=0.0):
-        return dict(K=_kick_factor(Om0, ai, ac, af, Ok0)[0])
-
-    def vjp(node, _K, Om0, ai, ac, af, Ok0):
-        return _pull_back(node, lambda Om0: _kick_factor(Om0, ai, ac, af, Ok0), dict(Om0=Om0), (_K,))
-
-    def jvp(node, Om0_, Om0, ai, ac, af, Ok0):
-        return dict(K_=_push_forward(lambda Om0: _kick_factor(Om0, ai, ac, af, Ok0), [Om0], [Om0_])[0])
+    (_, start), (D, _), (_, end) = (_step_functions(a, Om0, Ok0) for a in (ai, ac, af))
+    return (end - start) / (1.5 * Om0 * D)
 
 
-@operator
-class drift_factor:
+@analytic('Om0 -> D')
+def drift_factor(Om0, ai, ac, af, Ok0=0.0):
     """FastPM's drift from ai to af with the momentum at ac, as a function of Om0; as `kick_factor`."""
-
-    ain = 'Om0'
-    aout = 'D'
-
-    def apl(node, Om0, ai, ac, af, Ok0=0.0):
-        return dict(D=_drift_factor(Om0, ai, ac, af, Ok0)[0])
-
-    def vjp(node, _D, Om0, ai, ac, af, Ok0):
-        return _pull_back(node, lambda Om0: _drift_factor(Om0, ai, ac, af, Ok0), dict(Om0=Om0), (_D,))
-
-    def jvp(node, Om0_, Om0, ai, ac, af, Ok0):
-        return dict(D_=_push_forward(lambda Om0: _drift_factor(Om0, ai, ac, af, Ok0), [Om0], [Om0_])[0])
+    (start, _), (_, Gf), (end, _) = (_step_functions(a, Om0, Ok0) for a in (ai, ac, af))
+    return (end - start) / Gf
 
 
-def _power(parameters, k, z, T_cmb, Ok0, transfer):
-    """The linear power for (Om0, h, n_s, sigma8, Ob0), which may be complex."""
-    Om0, h, n_s, sigma8, Ob0 = parameters
-    T = _transfer_function(transfer, Om0, h, Ob0, T_cmb)
-    amplitude = _amplitude(T, n_s, sigma8) * _relative_growth(z, Om0, Ok0) ** 2
-    return _power_law_times(T, k, n_s, amplitude)
+@analytic('Om0 -> factors')
+def step_factors(Om0, stages, Ok0=0.0):
+    """The coefficients of FastPM's kick-drift-kick steps between successive scale factors, functions of Om0.
+
+    step_factors(Om0, stages, Ok0=0) has the shape (number of steps, 3): a kick by the force of the bare density contrast (so it
+    includes 1.5 Om0), a drift, a kick. Middles of steps are geometric means.
+    """
+    stages = _scale_factor(stages)
+    n = len(stages)
+    D, Gf = _step_functions(np.concatenate([stages, np.sqrt(stages[:-1] * stages[1:])]), Om0, Ok0)
+    middle = Gf[n:]
+    return np.stack([(middle - Gf[:n - 1]) / D[:n - 1], (D[1:n] - D[:n - 1]) / middle, (Gf[1:n] - middle) / D[1:n]], axis=-1)
 
 
-@operator
-class linear_power:
+@analytic('Om0 -> factors')
+def start_factors(Om0, a, Ok0=0.0):
+    """D1, D2, and a^2 E times their derivatives by ln a, at one scale factor, as functions of Om0.
+
+    These (4,) numbers multiply the displacements of first and second order in the displacements and momenta at `a`.
+    """
+    a = _scale_factor(a)
+    D1, f1, D2, f2 = growth.function(Om0, a, Ok0)
+    rate = np.sqrt(a * _expansion(a, Om0, 1 - Om0 - Ok0, Ok0))
+    return np.stack([D1, D2, rate * f1 * D1, rate * f2 * D2])
+
+
+@analytic('Om0, h, n_s, sigma8, Ob0 -> P')
+def linear_power(Om0, h, n_s, sigma8, Ob0, k, z=0.0, T_cmb=2.7255, Ok0=0.0, transfer='EisensteinHu'):
     """Linear power at wavenumbers k as a function of the parameters; :class:`LinearPower` as an operator.
 
     linear_power(Om0, h, n_s, sigma8, Ob0, k, z=0, T_cmb=2.7255, Ok0=0, transfer='EisensteinHu'), in (Mpc/h)^3
     and in the shape of `k`, h/Mpc. A transfer function given as a function of k is held fixed in derivatives.
     """
+    T = _transfer_function(transfer, Om0, h, Ob0, T_cmb)
+    amplitude = _amplitude(T, n_s, sigma8) * _relative_growth(z, Om0, Ok0) ** 2
+    return _power_law_times(T, k, n_s, amplitude)
 
-    ain = 'Om0', 'h', 'n_s', 'sigma8', 'Ob0'
-    aout = 'P'
 
-    def apl(node, Om0, h, n_s, sigma8, Ob0, k, z=0.0, T_cmb=2.7255, Ok0=0.0, transfer='EisensteinHu'):
-        return dict(P=_power((Om0, h, n_s, sigma8, Ob0), k, z, T_cmb, Ok0, transfer))
+class SymbolicBackground:
+    """Expansion and growth in a universe whose density of matter is a symbol; see :class:`MatterDominated`.
 
-    def vjp(node, _P, Om0, h, n_s, sigma8, Ob0, k, z, T_cmb, Ok0, transfer):
-        return _pull_back(node, lambda *p: (_power(p, k, z, T_cmb, Ok0, transfer),),
-                          dict(Om0=Om0, h=h, n_s=n_s, sigma8=sigma8, Ob0=Ob0), (_P,))
+    Parameters
+    ----------
+    Om0 : symbol, density of matter today; a cosmological constant makes up for its changes.
+    Ok0 : number, curvature today.
 
-    def jvp(node, Om0_, h_, n_s_, sigma8_, Ob0_, Om0, h, n_s, sigma8, Ob0, k, z, T_cmb, Ok0, transfer):
-        return dict(P_=_push_forward(lambda *p: (_power(p, k, z, T_cmb, Ok0, transfer),),
-                                     (Om0, h, n_s, sigma8, Ob0), (Om0_, h_, n_s_, sigma8_, Ob0_))[0])
+    Growth factors are one today. Methods take scale factors, numbers or arrays, and give symbols.
+    """
+
+    __symbols__ = 'Om0',
+
+    def __init__(self, Om0, Ok0=0.0, a_normalize=1.0):
+        if a_normalize != 1.0:
+            raise ValueError(f"the growth of a symbol is normalised to one today, not at a = {a_normalize:g}")
+        self.Om0, self.Ok0 = Om0, Ok0
+
+    def __repr__(self):
+        return f"SymbolicBackground({self.Om0}, Ok0={self.Ok0:g})"
+
+    def E(self, a):
+        """H(a) / H0."""
+        return expansion_rate(self.Om0, a, self.Ok0)
+
+    def D1(self, a):
+        """First-order growth factor."""
+        return growth(self.Om0, a, self.Ok0)[0]
+
+    def f1(self, a):
+        """Growth rate d ln D1 / d ln a."""
+        return growth(self.Om0, a, self.Ok0)[1]
+
+    def D2(self, a):
+        """Second-order growth factor."""
+        return growth(self.Om0, a, self.Ok0)[2]
+
+    def f2(self, a):
+        """Growth rate d ln D2 / d ln a."""
+        return growth(self.Om0, a, self.Ok0)[3]

@@ -1,11 +1,13 @@
 """Element-wise functions of one argument.
 
-A new one is declared by its value and its derivative::
+A new one is declared by its value and its derivative, and if it shall have exact second derivatives
+by another one::
 
     @operator
     class softplus(unary_ufunc):
         f = staticmethod(lambda x: numpy.log1p(numpy.exp(x)))
         fprime = staticmethod(lambda x: 1 / (1 + numpy.exp(-x)))
+        fsecond = staticmethod(lambda x: 1 / (2 + numpy.exp(x) + numpy.exp(-x)))
 """
 
 import math
@@ -13,7 +15,7 @@ import math
 import numpy
 
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import conj, fit, kind
+from ..core.stdlib.operators import conj, fit, kind, turn
 
 
 def scaled(g, slope):
@@ -29,7 +31,8 @@ def scaled(g, slope):
 
 
 class unary_ufunc:
-    """A base for element-wise operators. Derived classes have the static methods `f(x)` and `fprime(x)`."""
+    """A base for element-wise operators. Derived classes have the static methods `f(x)` and `fprime(x)`,
+    and for exact second derivatives `fsecond(x)`."""
 
     ain = "x"
     aout = "y"
@@ -51,6 +54,22 @@ class unary_ufunc:
     def jvp(node, x_, x):
         return scaled(x_, slope(node.prototype.fprime, x))
 
+    def __init_subclass__(cls):
+        offer_curvature(cls, cls._differentiate_vjp, ["fprime"], ["fsecond"])
+
+    def _differentiate_vjp(node, _y, x_, x):
+        return fit(scaled(_y, conj(scaled(x_, slope(node.prototype.fsecond, x)))), kind(x))
+
+
+def offer_curvature(cls, hvp, first, second):
+    """Give a class the function `hvp` if it declares the second derivatives; take it away if it
+    declares only the first ones."""
+    declared = vars(cls)
+    if all(name in declared for name in second):
+        cls.hvp = hvp
+    elif "hvp" not in declared and any(name in declared for name in first):
+        cls.hvp = None
+
 
 def slope(fprime, *x):
     """A derivative, without the warnings about its poles."""
@@ -60,7 +79,7 @@ def slope(fprime, *x):
 
 class result_ufunc(unary_ufunc):
     """A base for element-wise operators that have the derivative `slope(y)` in terms of the result as
-    well."""
+    well, and for exact second derivatives also `bend(y)`."""
 
     @staticmethod
     def slope(y):
@@ -72,17 +91,25 @@ class result_ufunc(unary_ufunc):
     def jvp(node, x_, y):
         return scaled(x_, slope(node.prototype.slope, y))
 
+    def __init_subclass__(cls):
+        offer_curvature(cls, cls._differentiate_vjp, ["fprime", "slope"], ["bend"])
+
+    def _differentiate_vjp(node, _y, x_, y):
+        return fit(scaled(_y, conj(scaled(x_, slope(node.prototype.bend, y)))), kind(y))
+
 
 @operator
 class sin(unary_ufunc):
     f = staticmethod(numpy.sin)
     fprime = staticmethod(numpy.cos)
+    fsecond = staticmethod(lambda x: -numpy.sin(x))
 
 
 @operator
 class cos(unary_ufunc):
     f = staticmethod(numpy.cos)
     fprime = staticmethod(lambda x: -numpy.sin(x))
+    fsecond = staticmethod(lambda x: -numpy.cos(x))
 
 
 @operator
@@ -90,60 +117,70 @@ class tan(result_ufunc):
     f = staticmethod(numpy.tan)
     fprime = staticmethod(lambda x: 1 + numpy.tan(x) ** 2)
     slope = staticmethod(lambda y: 1 + y * y)
+    bend = staticmethod(lambda y: 2 * y * (1 + y * y))
 
 
 @operator
 class arcsin(unary_ufunc):
     f = staticmethod(numpy.arcsin)
     fprime = staticmethod(lambda x: 1 / (numpy.sqrt(1 - x) * numpy.sqrt(1 + x)))
+    fsecond = staticmethod(lambda x: x / (numpy.sqrt(1 - x) * numpy.sqrt(1 + x)) ** 3)
 
 
 @operator
 class arccos(unary_ufunc):
     f = staticmethod(numpy.arccos)
     fprime = staticmethod(lambda x: -1 / (numpy.sqrt(1 - x) * numpy.sqrt(1 + x)))
+    fsecond = staticmethod(lambda x: -x / (numpy.sqrt(1 - x) * numpy.sqrt(1 + x)) ** 3)
 
 
 @operator
 class arctan(unary_ufunc):
     f = staticmethod(numpy.arctan)
     fprime = staticmethod(lambda x: 1 / (1 + x * x))
+    fsecond = staticmethod(lambda x: -2 * x / (1 + x * x) ** 2)
 
 
 @operator
 class sinh(unary_ufunc):
     f = staticmethod(numpy.sinh)
     fprime = staticmethod(numpy.cosh)
+    fsecond = staticmethod(numpy.sinh)
 
 
 @operator
 class cosh(unary_ufunc):
     f = staticmethod(numpy.cosh)
     fprime = staticmethod(numpy.sinh)
+    fsecond = staticmethod(numpy.cosh)
 
 
 @operator
 class tanh(unary_ufunc):
     f = staticmethod(numpy.tanh)
     fprime = staticmethod(lambda x: (1 / numpy.cosh(x)) ** 2)
+    fsecond = staticmethod(lambda x: -2 * numpy.tanh(x) * (1 / numpy.cosh(x)) ** 2)
 
 
 @operator
 class arcsinh(unary_ufunc):
     f = staticmethod(numpy.arcsinh)
     fprime = staticmethod(lambda x: 1 / numpy.sqrt(1 + x * x))
+    fsecond = staticmethod(lambda x: -x / numpy.sqrt(1 + x * x) ** 3)
 
 
 @operator
 class arccosh(unary_ufunc):
     f = staticmethod(numpy.arccosh)
     fprime = staticmethod(lambda x: 1 / (numpy.sqrt(x - 1) * numpy.sqrt(x + 1)))
+    fsecond = staticmethod(lambda x: -x / (numpy.sqrt(x - 1) * numpy.sqrt(x + 1)) ** 3)
 
 
 @operator
 class arctanh(unary_ufunc):
     f = staticmethod(numpy.arctanh)
     fprime = staticmethod(lambda x: 1 / ((1 - x) * (1 + x)))
+    fsecond = staticmethod(lambda x: 2 * x / ((1 - x) * (1 + x)) ** 2)
 
 
 @operator
@@ -151,6 +188,7 @@ class exp(result_ufunc):
     f = staticmethod(numpy.exp)
     fprime = staticmethod(numpy.exp)
     slope = staticmethod(lambda y: y)
+    bend = staticmethod(lambda y: y)
 
 
 @operator
@@ -158,6 +196,7 @@ class exp2(result_ufunc):
     f = staticmethod(numpy.exp2)
     fprime = staticmethod(lambda x: numpy.exp2(x) * math.log(2))
     slope = staticmethod(lambda y: y * math.log(2))
+    bend = staticmethod(lambda y: y * math.log(2) ** 2)
 
 
 @operator
@@ -166,24 +205,28 @@ class expm1(unary_ufunc):
 
     f = staticmethod(numpy.expm1)
     fprime = staticmethod(numpy.exp)
+    fsecond = staticmethod(numpy.exp)
 
 
 @operator
 class log(unary_ufunc):
     f = staticmethod(numpy.log)
     fprime = staticmethod(lambda x: 1.0 / x)
+    fsecond = staticmethod(lambda x: -((1.0 / x) ** 2))
 
 
 @operator
 class log10(unary_ufunc):
     f = staticmethod(numpy.log10)
     fprime = staticmethod(lambda x: 1 / math.log(10) / x)
+    fsecond = staticmethod(lambda x: -((1.0 / x) ** 2) / math.log(10))
 
 
 @operator
 class log2(unary_ufunc):
     f = staticmethod(numpy.log2)
     fprime = staticmethod(lambda x: 1 / math.log(2) / x)
+    fsecond = staticmethod(lambda x: -((1.0 / x) ** 2) / math.log(2))
 
 
 @operator
@@ -192,6 +235,7 @@ class log1p(unary_ufunc):
 
     f = staticmethod(numpy.log1p)
     fprime = staticmethod(lambda x: 1.0 / (1 + x))
+    fsecond = staticmethod(lambda x: -((1.0 / (1 + x)) ** 2))
 
 
 @operator
@@ -199,6 +243,7 @@ class sqrt(result_ufunc):
     f = staticmethod(numpy.sqrt)
     fprime = staticmethod(lambda x: 0.5 / numpy.sqrt(x))
     slope = staticmethod(lambda y: 0.5 / y)
+    bend = staticmethod(lambda y: -0.25 / (y * y * y))
 
 
 @operator
@@ -206,12 +251,14 @@ class cbrt(result_ufunc):
     f = staticmethod(numpy.cbrt)
     fprime = staticmethod(lambda x: 1 / (3 * numpy.cbrt(x) ** 2))
     slope = staticmethod(lambda y: 1 / (3 * y * y))
+    bend = staticmethod(lambda y: -2 / (9 * y**5))
 
 
 @operator
 class square(unary_ufunc):
     f = staticmethod(numpy.square)
     fprime = staticmethod(lambda x: 2 * x)
+    fsecond = staticmethod(lambda x: 2)
 
 
 @operator
@@ -219,18 +266,21 @@ class reciprocal(result_ufunc):
     f = staticmethod(numpy.reciprocal)
     fprime = staticmethod(lambda x: -((1.0 / x) ** 2))
     slope = staticmethod(lambda y: -y * y)
+    bend = staticmethod(lambda y: 2 * y * y * y)
 
 
 @operator
 class deg2rad(unary_ufunc):
     f = staticmethod(numpy.deg2rad)
     fprime = staticmethod(lambda x: math.pi / 180)
+    hvp = ZeroGradient
 
 
 @operator
 class rad2deg(unary_ufunc):
     f = staticmethod(numpy.rad2deg)
     fprime = staticmethod(lambda x: 180 / math.pi)
+    hvp = ZeroGradient
 
 
 def sinc_slope(x):
@@ -246,11 +296,24 @@ def sinc_slope(x):
     return (series + direct * ~near) * math.pi
 
 
+def sinc_bend(x):
+    u = math.pi * x
+    near = numpy.abs(u) < 0.5
+    small, large = u * near, u + near
+    # Sum the derivative of the series near the origin
+    series, square_of_u = 0.0, small * small
+    for k in range(7, 0, -1):
+        series = series * square_of_u + (-1) ** k * 2 * k * (2 * k - 1) / math.factorial(2 * k + 1)
+    direct = -(numpy.sin(large) + 2 * (large * numpy.cos(large) - numpy.sin(large)) / (large * large)) / large
+    return (series * near + direct * ~near) * math.pi**2
+
+
 @operator
 class sinc(unary_ufunc):
     """`sin(pi x) / (pi x)`"""
 
     fprime = staticmethod(sinc_slope)
+    fsecond = staticmethod(sinc_bend)
 
     @staticmethod
     def f(x):
@@ -272,6 +335,9 @@ class absolute(unary_ufunc):
 
     def jvp(node, x_, x):
         return fit(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
+
+    def hvp(node, _y, x_, x):
+        return _y * turn(x_, x) if kind(x)[1] else ZeroGradient
 
 
 fabs = absolute

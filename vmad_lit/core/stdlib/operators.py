@@ -4,7 +4,10 @@ import builtins
 
 import numpy
 
-from ..operator import ZeroGradient, operator
+from ..autodiff import IN_PLACE
+from ..graph import Symbols
+from ..operator import Operator, ZeroGradient, operator
+from ..symbol import BaseSymbol, Literal
 
 
 def kind(x):
@@ -59,6 +62,11 @@ def widen(g, kind1, kind2):
     return g if fits else numpy.broadcast_to(g, shape)
 
 
+def as_array(x):
+    """A list of numbers as an array, and anything else as it is."""
+    return numpy.asarray(x) if isinstance(x, (list, tuple)) else x
+
+
 def conj(x):
     """The complex conjugate; a real value as it is, without a copy."""
     return numpy.conj(x) if kind(x)[1] else x
@@ -69,6 +77,21 @@ def plus(a, b):
     if a is ZeroGradient:
         return b
     return a if b is ZeroGradient else a + b
+
+
+SMALL = 2**14  # bytes; arrays of this size are in the cache anyway
+
+
+def add_to_array(total: numpy.ndarray, part: numpy.ndarray) -> bool:
+    """Add an array to another one in place; returns whether it has the shape and dtype for that, and
+    is large enough."""
+    if total.nbytes < SMALL or part.shape != total.shape or part.dtype != total.dtype:
+        return False
+    total += part
+    return True
+
+
+IN_PLACE[numpy.ndarray] = add_to_array
 
 
 class ShapeOfField(tuple):
@@ -146,6 +169,15 @@ class abs(unary):
     def jvp(node, x_, x):
         return fit(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
 
+    def hvp(node, _y, x_, x):
+        return _y * turn(x_, x) if kind(x)[1] else ZeroGradient
+
+
+def turn(x_, x):
+    """The tangent of `sign(x)`, which is 0 for real x; also at 0."""
+    u, modulus = numpy.sign(x), builtins.abs(x)
+    return (x_ - u * numpy.real(conj(u) * x_)) / (modulus + (modulus == 0)) * (modulus != 0)
+
 
 class binary:
     ain = "x1", "x2"
@@ -163,6 +195,9 @@ class add(binary):
         return dict(kind1=kind(x1), kind2=kind(x2))
 
     def vjp(node, _y, kind1, kind2):
+        if kind1 == kind2 and type(kind1[0]) is type(kind2[0]):
+            _x = fit(_y, kind1)
+            return dict(_x1=_x, _x2=_x)
         return dict(
             _x1=fit(_y, kind1) if node.wants("x1") else ZeroGradient,
             _x2=fit(_y, kind2) if node.wants("x2") else ZeroGradient,
@@ -170,6 +205,8 @@ class add(binary):
 
     def jvp(node, x1_, x2_, kind1, kind2):
         return widen(plus(x1_, x2_), kind1, kind2)
+
+    hvp = ZeroGradient
 
 
 @operator
@@ -190,6 +227,8 @@ class sub(binary):
 
     def jvp(node, x1_, x2_, kind1, kind2):
         return widen(x1_ - x2_, kind1, kind2)
+
+    hvp = ZeroGradient
 
 
 @operator
@@ -213,6 +252,9 @@ class mul(binary):
     def jvp(node, x1_, x2_, x1, x2, kinds):
         return widen(plus(x1_ * x2, x1 * x2_), *kinds)
 
+    def hvp(node, _y, x1_, x2_, kinds):
+        return dict(_x1_=times(_y, x2_, kinds[0]), _x2_=times(_y, x1_, kinds[1]))
+
 
 def times(_y, slope, kind):
     """The cotangent of a value, from the derivative of the result with respect to it."""
@@ -227,7 +269,7 @@ class div(binary):
         return x1 / x2
 
     def rcd(node, x1, x2, y):
-        return dict(x2=x2, y=ZeroGradient if node.is_literal("x2") else y, kind1=kind(x1))
+        return dict(x2=as_array(x2), y=ZeroGradient if node.is_literal("x2") else y, kind1=kind(x1))
 
     def vjp(node, _y, x2, y, kind1):
         _x1 = _y / conj(x2)
@@ -235,6 +277,93 @@ class div(binary):
 
     def jvp(node, x1_, x2_, x2, y, kind1):
         return widen((x1_ - y * x2_) / x2, kind1, kind(x2))
+
+    def hvp(node, _y, x1_, x2_, x2, y, kind1):
+        slope = _y / conj(x2)
+        return dict(
+            _x1_=-times(slope, x2_ / x2, kind1),
+            _x2_=-times(slope, (x1_ - 2 * y * x2_) / x2, kind(x2)) if node.wants("x2") else ZeroGradient,
+        )
+
+
+class shift1:
+    transparent = True
+
+    def vjp(node, _y):
+        return _y
+
+    def jvp(node, x1_):
+        return x1_
+
+
+class shift2(shift1):
+    def jvp(node, x2_):
+        return x2_
+
+
+class reverse2:
+    def vjp(node, _y):
+        return -_y
+
+    def jvp(node, x2_):
+        return -x2_
+
+
+class scale1:
+    def vjp(node, _y, x2):
+        return _y * x2
+
+    def jvp(node, x1_, x2):
+        return x1_ * x2
+
+
+class scale2:
+    def vjp(node, _y, x1):
+        return _y * x1
+
+    def jvp(node, x2_, x1):
+        return x2_ * x1
+
+
+class divide1:
+    def vjp(node, _y, x2):
+        return _y / x2
+
+    def jvp(node, x1_, x2):
+        return x1_ / x2
+
+
+def next_to_a_number(whole: Operator, **derivatives: type) -> None:
+    """Replace a binary operator, where one operand is a real number, by an operator of the other one.
+
+    Parameters
+    ----------
+    whole : Operator
+    x1, x2 : class
+        The derivatives with respect to the one operand that is left.
+    """
+    special = {}
+    for name, declared in derivatives.items():
+        known = dict(ain=name, aout="y", apl=whole.prototype.apl, hvp=ZeroGradient, __doc__=whole.__doc__)
+        special[name] = operator(type(whole.__name__, (declared,), known))
+    only_x1, only_x2 = special.get("x1"), special.get("x2")
+
+    def choose(varin: Symbols) -> Operator | None:
+        if is_number(varin["x2"]):
+            return only_x1
+        return only_x2 if is_number(varin["x1"]) else None
+
+    whole.special = choose
+
+
+def is_number(symbol: BaseSymbol) -> bool:
+    return type(symbol) is Literal and isinstance(symbol._value, (int, float))
+
+
+next_to_a_number(add, x1=shift1, x2=shift2)
+next_to_a_number(sub, x1=shift1, x2=reverse2)
+next_to_a_number(mul, x1=scale1, x2=scale2)
+next_to_a_number(div, x1=divide1)
 
 
 @operator
@@ -253,26 +382,41 @@ class mod(binary):
     def jvp(node, x1_, x2_, n, kind1, kind2):
         return widen(x1_ - n * x2_, kind1, kind2)
 
+    hvp = ZeroGradient
+
 
 @operator
 class pow(binary):
     """`x1 ** x2`"""
 
     def apl(node, x1, x2):
-        return x1**x2
+        return as_array(x1) ** as_array(x2)
 
     def rcd(node, x1, x2, y):
+        return dict(x1=as_array(x1), x2=as_array(x2), y=ZeroGradient if node.is_literal("x2") else y)
+
+    def vjp(node, _y, x1, x2, y):
         return dict(
-            slope1=ZeroGradient if node.is_literal("x1") else slope_of_base(x1, x2),
-            slope2=ZeroGradient if node.is_literal("x2") else slope_of_exponent(x1, y),
-            kinds=(kind(x1), kind(x2)),
+            _x1=times(_y, slope_of_base(x1, x2), kind(x1)) if node.wants("x1") else ZeroGradient,
+            _x2=times(_y, slope_of_exponent(x1, y), kind(x2)) if node.wants("x2") else ZeroGradient,
         )
 
-    def vjp(node, _y, slope1, slope2, kinds):
-        return dict(_x1=times(_y, slope1, kinds[0]), _x2=times(_y, slope2, kinds[1]))
+    def jvp(node, x1_, x2_, x1, x2, y):
+        first = x1_ if x1_ is ZeroGradient else x1_ * slope_of_base(x1, x2)
+        second = x2_ if x2_ is ZeroGradient else x2_ * slope_of_exponent(x1, y)
+        return widen(plus(first, second), kind(x1), kind(x2))
 
-    def jvp(node, x1_, x2_, slope1, slope2, kinds):
-        return widen(x1_ * slope1 + x2_ * slope2, *kinds)
+    def hvp(node, _y, x1_, x2_, x1, x2, y):
+        # Differentiate the two slopes of a power
+        slope1_ = slope2_ = ZeroGradient
+        if node.wants("x1") and x1_ is not ZeroGradient:
+            slope1_ = x1_ * bend_of_base(x1, x2)
+        if node.wants("x2"):
+            mixed = x1_ if x1_ is ZeroGradient else x1_ * mixed_bend(x1, x2)
+            slope2_ = plus(mixed, x2_ * slope_of_exponent(x1, slope_of_exponent(x1, y)))
+        if node.wants("x1") and x2_ is not ZeroGradient:
+            slope1_ = plus(slope1_, x2_ * mixed_bend(x1, x2))
+        return dict(_x1_=times(_y, slope1_, kind(x1)), _x2_=times(_y, slope2_, kind(x2)))
 
 
 def slope_of_base(x1, x2):
@@ -289,3 +433,18 @@ def slope_of_exponent(x1, y):
     if isinstance(x1, (int, float, complex)):
         return y * numpy.log(x1 or 1).item()
     return y * numpy.log(numpy.where(x1 == 0, 1, x1))
+
+
+def bend_of_base(x1, x2):
+    """The second derivative of x1**x2 with respect to x1, and 0 where x2 is 0 or 1."""
+    if numpy.ndim(x2) == 0:
+        return x1 * 0 if x2 in (0, 1) else x2 * slope_of_base(x1, x2 - 1)
+    return x2 * slope_of_base(x1, numpy.where(x2 == 0, 1, x2 - 1))
+
+
+def mixed_bend(x1, x2):
+    """The derivative of x1**x2 with respect to both, and 0 where x1 is 0 and it would be infinite."""
+    zero = numpy.equal(x1, 0)
+    base = (x1 + zero if numpy.any(zero) else x1) * 1.0
+    bend = base ** (x2 - 1) * (1 + slope_of_exponent(base, x2))
+    return bend * numpy.logical_not(zero * numpy.not_equal(x2, 1)) if numpy.any(zero) else bend
