@@ -146,7 +146,7 @@ class arctan2(binary_ufunc):
     f = staticmethod(numpy.arctan2)
     fprime1 = staticmethod(lambda x1, x2: x2 / radius(x1, x2) / radius(x1, x2))
     fprime2 = staticmethod(lambda x1, x2: -x1 / radius(x1, x2) / radius(x1, x2))
-    fsecond11 = staticmethod(lambda x1, x2: -2 * arctan2.fprime1(x1, x2) * x1 / radius(x1, x2) / radius(x1, x2))
+    fsecond11 = staticmethod(lambda x1, x2: 2 * arctan2.fprime1(x1, x2) * arctan2.fprime2(x1, x2))
     fsecond12 = staticmethod(lambda x1, x2: arctan2.fprime2(x1, x2) ** 2 - arctan2.fprime1(x1, x2) ** 2)
     fsecond22 = staticmethod(lambda x1, x2: -arctan2.fsecond11(x1, x2))
 

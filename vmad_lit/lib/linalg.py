@@ -471,13 +471,16 @@ class norm(linear):
         # Refuse norms that have no derivatives here
         if ord == "fro":
             if numpy.ndim(x) != 2 if axes is None else isinstance(axes, int) or len(axes) != 2:
-                raise ValueError(f"the Frobenius norm is of matrices, got {numpy.ndim(x)} axes and axis={axis!r}")
+                raise ValueError(
+                    f"the Frobenius norm is of matrices, got {numpy.ndim(x)} axes and axis={axis!r}"
+                )
         elif ord is not None:
             of_vectors = isinstance(axes, int) or axes is None and numpy.ndim(x) == 1
             if not of_vectors or isinstance(ord, str) or not (ord >= 1 or ord == -math.inf):
                 raise ValueError(
-                    "only norms of vectors with 1 <= ord <= inf or ord=-inf, ord='fro' of matrices, or ord=None, "
-                    f"have derivatives here, got ord={ord!r} for {numpy.ndim(x)} axes and axis={axis!r}"
+                    "only norms of vectors with 1 <= ord <= inf or ord=-inf, ord='fro' of matrices, and "
+                    "ord=None have derivatives here, "
+                    f"got ord={ord!r} for {numpy.ndim(x)} axes and axis={axis!r}"
                 )
         if ord in (None, "fro") and not isinstance(axes, int):
             return add_up(squared_modulus(x), axes, None, keepdims) ** 0.5
