@@ -17,7 +17,9 @@ from vmad_lit.lib.cosmology import (
     MatterDominated,
     Planck15,
     Planck18,
+    angular_diameter_distance,
     comoving_distance,
+    comoving_transverse_distance,
     drift_factor,
     eisenstein_hu,
     eisenstein_hu_nowiggle,
@@ -26,7 +28,10 @@ from vmad_lit.lib.cosmology import (
     kick_factor,
     linear_growth,
     linear_power,
+    luminosity_distance,
     second_order_growth,
+    start_factors,
+    step_factors,
 )
 from vmad_lit.testing import check
 
@@ -275,6 +280,38 @@ def test_camb_agrees_with_the_fit():
     np.testing.assert_allclose(LinearPower.from_camb(Planck15)(k), LinearPower(Planck15)(k), rtol=0.05)
 
 
+def test_symbols_with_a_spectrum_of_camb():
+    pytest.importorskip('camb')
+    fiducial = LinearPower.from_camb(Planck15)
+    k = np.geomspace(1e-3, 5, 20)
+    names = 'Om0', 'h', 'n_s', 'sigma8'
+    point = {name: getattr(Planck15, name) for name in names}
+
+    def power(Om0, h, n_s, sigma8):
+        return LinearPower(Planck15.replace(Om0=Om0, h=h, n_s=n_s, sigma8=sigma8), z=0.5, transfer=fiducial.transfer)(k)
+
+    check(power, **point, truth=LinearPower.from_camb(Planck15, z=0.5)(k))
+
+
+@pytest.mark.parametrize('Ok0', [0.0, 0.1, -0.1])
+def test_distances_of_astropy(Ok0):
+    theirs = pytest.importorskip('astropy.cosmology').LambdaCDM(H0=100, Om0=0.3, Ode0=0.7 - Ok0, Tcmb0=0)
+    ours, z = Cosmology(Om0=0.3, Ok0=Ok0), np.array([0.1, 1.0, 10.0, 1000.0])
+    np.testing.assert_allclose(ours.efunc(z), theirs.efunc(z), rtol=1e-13)
+    for name in ('comoving_distance', 'comoving_transverse_distance', 'angular_diameter_distance',
+                 'luminosity_distance'):
+        np.testing.assert_allclose(getattr(ours, name)(z), getattr(theirs, name)(z).value, rtol=1e-12)
+
+
+def test_power_of_colossus():
+    cosmology = pytest.importorskip('colossus.cosmology.cosmology')
+    c, k, z = Planck15, np.geomspace(1e-3, 10, 50), np.array([0.5, 1.0, 3.0])
+    theirs = cosmology.Cosmology(name='test', flat=True, H0=100 * c.h, Om0=c.Om0, Ob0=c.Ob0, sigma8=c.sigma8, ns=c.n_s,
+                                 Tcmb0=c.T_cmb, relspecies=False, persistence='')
+    np.testing.assert_allclose(LinearPower(c)(k), theirs.matterPowerSpectrum(k), rtol=1e-3)
+    np.testing.assert_allclose(c.background().D1(1 / (1 + z)), theirs.growthFactor(z), rtol=1e-4)  # from a table
+
+
 # -- operators ---------------------------------------------------------------------------------------------
 
 WAVENUMBERS = np.geomspace(1e-3, 2, 30)
@@ -300,6 +337,7 @@ def power_model(**hyper):
     return m, PARAMETERS
 
 
+Z = np.array([0.2, 1.5])
 CASES = {
     'growth': (growth, dict(Om0=0.31, a=A)),
     'growth, curved': (growth, dict(Om0=0.31, a=A, Ok0=0.1)),
@@ -307,6 +345,11 @@ CASES = {
     'expansion_rate, curved': (expansion_rate, dict(Om0=0.31, a=0.4, Ok0=-0.02)),
     'comoving_distance': (comoving_distance, dict(Om0=0.31, z=np.array([[0.1, 1.0, 1100.0]]))),
     'comoving_distance, curved': (comoving_distance, dict(Om0=0.31, z=2.0, Ok0=0.1)),
+    'comoving_transverse_distance': (comoving_transverse_distance, dict(Om0=0.31, z=Z, Ok0=0.1)),
+    'angular_diameter_distance': (angular_diameter_distance, dict(Om0=0.31, z=Z, Ok0=-0.1)),
+    'luminosity_distance': (luminosity_distance, dict(Om0=0.31, z=Z, Ok0=-0.1)),
+    'step_factors': (step_factors, dict(Om0=0.31, stages=A, Ok0=0.1)),
+    'start_factors': (start_factors, dict(Om0=0.31, a=0.1, Ok0=-0.1)),
     'kick_factor': (kick_factor, dict(Om0=0.31, ai=A[:-1], ac=A[:-1], af=A[1:])),
     'kick_factor, curved': (kick_factor, dict(Om0=0.31, ai=0.2, ac=0.4, af=0.4, Ok0=0.1)),
     'drift_factor': (drift_factor, dict(Om0=0.31, ai=A[:-1], ac=A[:-1] + 0.02, af=A[1:])),
@@ -325,6 +368,32 @@ def test_operators_have_derivatives(name):
     op, arguments = CASES[name]
     constant = 'Ob0' if arguments.get('Ob0') == 0 else ()  # its derivative is infinite there
     check(op, constant=constant, **arguments)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_operators_have_second_derivatives(name):
+    op, arguments = CASES[name]
+    numbers = {key: arguments[key] for key in op.ain if arguments[key] != 0}
+    hyper = {key: value for key, value in arguments.items() if key not in numbers}
+    with Builder() as m:
+        results = op(**{key: m.input(key) for key in numbers}, **hyper)
+        results = results if isinstance(results, list) else [results]
+        m.output(**{f'y{i}': y for i, y in enumerate(results)})
+    rng = np.random.default_rng(3)
+    names = [f'y{i}' for i in range(len(results))]
+    values = m.compute(names, numbers)
+    w = {'_' + name: rng.normal(size=np.shape(y)) / np.abs(y).max() for name, y in zip(names, values, strict=True)}
+    v = {key: value * rng.uniform(-1, 1) for key, value in numbers.items()}
+
+    def gradient(h):
+        point = {key: value + h * v[key] for key, value in numbers.items()}
+        return np.array(m.compute_with_vjp(point, w)[1])
+
+    _, pulled, hvp = m.compute_with_hvp(names, numbers, {**{key + '_': value for key, value in v.items()}, **w})
+    np.testing.assert_array_equal(pulled, gradient(0))
+    h = 1e-4
+    expected = (gradient(h) - gradient(-h)) / (2 * h)
+    np.testing.assert_allclose(hvp, expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())
 
 
 def test_operators_agree_with_the_classes():
@@ -379,3 +448,19 @@ def test_wavenumbers_may_be_distributed():
 
     ours = gradient(mine, lambda p: mpi.allbcast(p, comm))
     np.testing.assert_allclose(ours, gradient(WAVENUMBERS, lambda p: p), rtol=1e-11)
+
+
+def test_factors_of_a_simulation_are_those_of_the_background():
+    stages = np.array([0.1, 0.2, 0.5, 1.0])
+    for Ok0 in (0.0, 0.1):
+        pt = MatterDominated(0.31, Omega0_k=Ok0)
+        expected = []
+        for ai, af in pairwise(stages):
+            ac = (ai * af) ** 0.5
+            expected.append([1.5 * 0.31 * (pt.Gf(ac) - pt.Gf(ai)) / (ai ** 2 * pt.E(ai) * pt.gf(ai)),
+                             (pt.Gp(af) - pt.Gp(ai)) / (ac ** 3 * pt.E(ac) * pt.gp(ac)),
+                             1.5 * 0.31 * (pt.Gf(af) - pt.Gf(ac)) / (af ** 2 * pt.E(af) * pt.gf(af))])
+        np.testing.assert_allclose(step_factors.function(0.31, stages, Ok0), expected, rtol=1e-11)
+        expected = [pt.D1(0.2), pt.D2(0.2), pt.Gf(0.2), pt.Gf2(0.2)]
+        np.testing.assert_allclose(start_factors.function(0.31, 0.2, Ok0), expected, rtol=1e-13)
+    assert step_factors.function(0.31, [0.5]).shape == (0, 3)

@@ -307,6 +307,11 @@ class TestParticles:
               dict(meshes=[real(pm, i) for i in range(4)], x=x),
               dict(meshes=[real(pm, i + 9) for i in range(4)], x=per_particle(5, pm.ndim)), **self.tol)
 
+    def test_readout_neg_gradient(self, nmesh, resampler):
+        pm, x = self.setup(nmesh, resampler)
+        check(lambda mesh, x: fastpm.readout_neg_gradient(mesh, x, fastpm.decompose(x, pm)),
+              dict(mesh=real(pm), x=x), dict(mesh=real(pm, 2), x=per_particle(5, pm.ndim)), **self.tol)
+
     def test_force(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)
         for outputs, pick in ((['f', 'p'], slice(0, 2)), (['f'], 0), (['p'], 1)):
@@ -347,6 +352,25 @@ class TestParticles:
         assert_allclose(mine[0].value, full[0].value[mine[0].slices], atol=1e-10)
         for a, b in zip(mine[1:], full[1:]):
             assert_allclose(numpy.concatenate(COMM.allgather(a)), b, atol=1e-8)
+
+
+@pytest.mark.parametrize('nmesh', [n for n in meshes() if len(n) > 1], ids=str)
+def test_second_order_source(nmesh):
+    pm = make(nmesh)
+    check(lambda p: fastpm.second_order_source(p), dict(p=real(pm)), dict(p=real(pm, 2)))
+    rhok = real(pm).r2c()
+    rhok[(abs(rhok.i[0]) + sum(abs(i) for i in rhok.i[1:])) == 0] = 0
+    source = fastpm.lpt2src.build(pm=pm).compute('rho_lpt2', dict(rhok=rhok))
+    potential = rhok.apply(lambda k, v: v * fastpm.fourier_space_laplace(k))
+
+    def second(i, j):
+        return potential.apply(lambda k, v: v * fastpm.fourier_space_second_derivative(i, j, pm)(k)).c2r()
+
+    expected = 0
+    for j in range(pm.ndim):
+        for i in range(j):
+            expected = expected + (second(i, i) * second(j, j) - second(i, j) ** 2) * (3 / 7)
+    assert_allclose(source.value, expected.value, atol=1e-10 * max(COMM.allgather(abs(expected.value).max(initial=0))))
 
 
 @pytest.mark.parametrize('nmesh', meshes(), ids=str)

@@ -12,6 +12,7 @@ from vmad_lit import Builder
 from vmad_lit.lib import fastpm
 from vmad_lit.lib.cosmology import Cosmology, MatterDominated
 from vmad_lit.lib.fastpm import FastPMSimulation, ParticleMesh
+from vmad_lit.testing import check_dot_product, check_taylor
 
 COMM = MPI.COMM_WORLD
 PT = MatterDominated(0.3)
@@ -179,6 +180,63 @@ def test_few_states_give_the_same_gradient(ram):
         results.append([*outs, *tangents, _rhok.value])
     for a, b in zip(*results):
         np.testing.assert_allclose(a, b, atol=1e-12 * abs(a).max(initial=0))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_undone_give_the_same_gradient(case):
+    pm, B = make(case)
+    results = []
+    for reversible in False, True:
+        sim = FastPMSimulation(np.linspace(0.1, 1.0, 5), PT, pm, B=B, reversible=reversible)
+        w = {f"_{name}": np.sin((i + 1) * sim.q) for i, name in enumerate(["dx", "p", "f"])}
+        model = sim.run.build()
+        outs, [_rhok] = model.compute_with_vjp(dict(rhok=noise(pm)), w)
+        _, tangents = model.compute_with_jvp(["dx", "p", "f"], dict(rhok=noise(pm)), dict(rhok_=noise(pm, 2)))
+        results.append([*outs, *tangents, _rhok.value])
+    for a, b in zip(*results):
+        assert abs(a).max(initial=0) > 0 or not a.size
+        np.testing.assert_allclose(a, b, atol=1e-8 * max(COMM.allgather(abs(a).max(initial=0))))
+    left = sum(total(a, b) for a, b in zip(w.values(), tangents))
+    assert left == pytest.approx(inner(_rhok, noise(pm, 2)), rel=1e-8)
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f4"])
+def test_reversible_leapfrog(dtype):
+    """With respect to displacements, momenta and coefficients; the coefficients as each rank uses them."""
+    pm, _ = make("uneven", dtype=dtype)
+    q = pm.generate_uniform_particle_grid(shift=0.5).astype(dtype)
+    dx_i, p_i = np.random.default_rng(COMM.rank).normal(size=(2,) + q.shape).astype(dtype)
+    factors = np.array([0.1, 0.3, 0.2, 0.25, -0.2, 0.15])
+    arguments = fastpm.reversible_leapfrog, dx_i, p_i, factors
+    check_dot_product(*arguments, q=q, pm=pm, comm=COMM, rtol=None if dtype == "f8" else 2e-4)
+    if dtype == "f8":
+        check_taylor(*arguments, q=q, pm=pm, comm=COMM, steps=(4e-5, 2e-5, 1e-5))
+
+
+def test_nothing_but_the_end_is_kept():
+    """What a reversible run records does not grow with the number of steps."""
+    pm, _ = make("uneven")
+    sizes = []
+    for steps in 2, 9:
+        sim = FastPMSimulation(np.linspace(0.1, 1.0, steps + 1), PT, pm, reversible=True)
+        _, tape = sim.run.build().compute(["dx"], dict(rhok=noise(pm)), return_tape=True)
+        sizes.append(held(tape))
+    assert sizes[1] - sizes[0] <= 3 * 8 * 7  # the coefficients
+
+
+def held(tape):
+    """The bytes of the arrays and fields on a tape, also of inner ones."""
+    return sum(
+        held(value) if hasattr(value, "plan") else getattr(getattr(value, "value", value), "nbytes", 0)
+        for record in tape
+        for value in record.impl_kwargs.values()
+    )
+
+
+def test_either_states_or_steps_undone():
+    pm, _ = make("uneven")
+    with pytest.raises(ValueError, match="not both"):
+        fastpm.leapfrog.build(q=None, stages=STAGES, pt=PT, pm=pm, ram=1, reversible=True)
 
 
 def test_nbody_and_the_class_agree():

@@ -32,9 +32,9 @@ from vmad_lit.lib.mpi import allbcast
 from vmad_lit.lib.unary import sqrt
 
 try:
-    from vmad_lit.lib import window
+    from vmad_lit.lib import loops, window
 except ImportError:  # no numba: pmesh's own windows serve
-    window = None
+    loops = window = None
 
 _is_zero = type(ZeroGradient).is_zero
 
@@ -312,9 +312,9 @@ def _evaluate(x, f, kind):
     return kept[kind, type(x)]
 
 
-def _times(x, factor):
-    """A field times an array that broadcasts to it, in the field's precision."""
-    y = x.pm.create(type=type(x))
+def _times(x, factor, out=None):
+    """A field times an array that broadcasts to it, in the field's precision; in `out`, if given."""
+    y = x.pm.create(type=type(x)) if out is None else out
     numpy.multiply(x.value, factor, out=y.value, casting='same_kind')
     return y
 
@@ -524,7 +524,7 @@ class GhostLayout(Layout):
         if len(data) != self.recvlength:
             raise ValueError(f"the layout has {self.recvlength} particles on this rank, ghosts included, "
                              f"but the data is for {len(data)}")
-        rows = self._deliver(data, self.recvcounts, self.sendcounts)
+        rows = _deliver(self.comm, data, self.recvcounts, self.sendcounts)
         total = numpy.zeros((self.sendlength,) + rows.shape[1:], dtype=rows.dtype)
         for start, count in zip(_starts(self.sendcounts), self.sendcounts):
             total[self.indices[start:start + count]] += rows[start:start + count]
@@ -538,24 +538,25 @@ class GhostLayout(Layout):
         if len(data) != self.sendlength:
             raise ValueError(f"the layout was made for {self.sendlength} particles, "
                              f"but the data is for {len(data)}")
-        return self._deliver(data.take(self.indices, axis=0), self.sendcounts, self.recvcounts)
+        return _deliver(self.comm, data.take(self.indices, axis=0), self.sendcounts, self.recvcounts)
 
-    def _deliver(self, rows, sendcounts, recvcounts):
-        """One `Alltoallv` of rows."""
-        rows = numpy.ascontiguousarray(rows)
-        received = numpy.empty((recvcounts.sum(),) + rows.shape[1:], dtype=rows.dtype)
-        row = MPI.BYTE.Create_contiguous(rows.dtype.itemsize * int(numpy.prod(rows.shape[1:])))
-        row.Commit()
-        try:
-            self.comm.Alltoallv([rows, (sendcounts, _starts(sendcounts)), row],
-                                [received, (recvcounts, _starts(recvcounts)), row])
-        finally:
-            row.Free()
-        return received
+
+def _deliver(comm, rows, sendcounts, recvcounts):
+    """Rows from all ranks, by one `Alltoallv`; the counts are rows to and from each rank."""
+    rows = numpy.ascontiguousarray(rows)
+    received = numpy.empty((sum(recvcounts),) + rows.shape[1:], dtype=rows.dtype)
+    row = MPI.BYTE.Create_contiguous(rows.dtype.itemsize * int(numpy.prod(rows.shape[1:])))
+    row.Commit()
+    try:
+        comm.Alltoallv([rows, (sendcounts, _starts(sendcounts)), row],
+                       [received, (recvcounts, _starts(recvcounts)), row])
+    finally:
+        row.Free()
+    return received
 
 
 def _starts(counts):
-    return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype(counts.dtype)
+    return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype('i4')
 
 
 class IdentityLayout:
@@ -917,6 +918,115 @@ def _read_jvp(meshes, meshes_, x_, x, layout, resampler, pm):
     return _gather(layout, _Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
 
 
+def _halo_plan(pm, axis):
+    """The planes to send along an axis, those to receive, and how many of each for each rank."""
+    comm, n, mesh = pm.comm, int(pm.Nmesh[axis]), pm.create(type=RealField)
+    boxes, me = comm.allgather((tuple(map(int, mesh.start)), mesh.shape)), comm.rank
+
+    def wanted(rank):
+        begin, count = (corner[axis] for corner in boxes[rank])
+        around = begin - 2, begin - 1, begin + count, begin + count + 1
+        return [plane % n for plane in around] if min(boxes[rank][1]) else []
+
+    def other_axes(rank):
+        return [box[:axis] + box[axis + 1:] for box in boxes[rank]]
+
+    def held(rank, planes):
+        begin, count = (corner[axis] for corner in boxes[rank])
+        return numpy.flatnonzero((planes >= begin) & (planes < begin + count))
+
+    # Find out who sends what to whom
+    sends, receives = [], []
+    for rank in range(comm.size):
+        aligned = other_axes(rank) == other_axes(me)
+        asked = numpy.array(wanted(rank), dtype='i8')
+        sends.append(asked[held(me, asked)] - boxes[me][0][axis] if aligned else asked[:0])
+        receives.append(held(rank, numpy.array(wanted(me), dtype='i8')) if aligned else asked[:0])
+    return *map(numpy.concatenate, (sends, receives)), *([len(planes) for planes in x] for x in (sends, receives))
+
+
+def _halo(pm, value, axis):
+    """Four planes of a mesh along an axis: two before this rank's first, and two behind its last."""
+    n = value.shape[axis]
+    if len(pm.domain.edges[axis]) == 2:
+        return value.take([-2 % n, -1 % n, 0, 1 % n], axis=axis)
+    sends, receives, *counts = _keep(pm, ('halo', axis), lambda: _halo_plan(pm, axis))
+    planes = _deliver(pm.comm, numpy.moveaxis(value, axis, 0)[sends], *counts)
+    shape = list(value.shape)
+    shape[axis] = 4
+    halo = numpy.empty(shape, value.dtype)
+    numpy.moveaxis(halo, axis, 0)[receives] = planes
+    return halo
+
+
+def _differences_serve(pm, order):
+    """Whether the gradient is a difference of neighbours that our loops can take."""
+    return (loops is not None and order == 1 and numpy.dtype(pm.dtype).kind == 'f'
+            and len(pm.domain.edges[-1]) == 2)
+
+
+def _difference(pm, value, axis, sign, out, add=False):
+    """`sign` times the derivative of this rank's part of a mesh along an axis, into `out` or added to it."""
+    halo = None if axis == pm.ndim - 1 else _halo(pm, value, axis)
+    cell = pm.BoxSize[axis] / pm.Nmesh[axis]
+    loops.difference(out, value, axis, sign / (12 * cell), halo, add)
+
+
+def _neg_gradient(mesh):
+    """Minus the derivatives of a real field along all axes: a list of fields."""
+    result = [mesh.pm.create(type=RealField) for axis in range(mesh.ndim)]
+    for axis, component in enumerate(result):
+        _difference(mesh.pm, mesh.value, axis, -1.0, component.value)
+    return result
+
+
+def _divergence(meshes):
+    """The sum of the derivatives of fields, each along its own axis: the adjoint of `_neg_gradient`."""
+    pm = meshes[0].pm
+    total = pm.create(type=RealField)
+    for axis, mesh in enumerate(meshes):
+        _difference(pm, mesh.value, axis, 1.0, total.value, add=axis > 0)
+    return total
+
+
+@operator
+class readout_neg_gradient:
+    """Minus the gradient of a real field at each position: (N, ndim), by differences and read-out with the window.
+
+    Parameters
+    ----------
+    mesh : real field of real numbers, whose last axis is not divided among ranks
+    x : (N, ndim) positions
+    layout : from `decompose`, or None if the particles have been exchanged already
+    resampler : window, by default that of the field's ParticleMesh
+    """
+
+    ain = {'mesh': 'RealField', 'x': 'ndarray', 'layout': '*Layout'}
+    aout = {'value': 'ndarray'}
+    collective = True
+
+    def apl(node, mesh, x, layout, resampler=None):
+        if not _differences_serve(mesh.pm, order=1):
+            raise ValueError("differences need numba, real numbers, and a mesh whose last axis is not divided; "
+                             "use c2r and apply_transfer with fourier_space_neg_gradient")
+        return dict(value=_read(_neg_gradient(mesh), x, layout, resampler), pm=mesh.pm)
+
+    def rcd(node, mesh, x, layout, resampler, pm, **others):
+        return dict(x=x, layout=layout, resampler=resampler, pm=pm,
+                    mesh=None if node.is_literal('x') else mesh)
+
+    def vjp(node, _value, mesh, x, layout, resampler, pm):
+        meshes = None if mesh is None else _neg_gradient(mesh)
+        _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, 'mesh', pm.ndim)
+        return dict(_mesh=ZeroGradient if _meshes is None else _divergence(_meshes), _x=_x, _layout=ZeroGradient)
+
+    def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
+        of_mesh, = _agree(pm.comm, mesh_)
+        meshes_ = [ZeroGradient] * pm.ndim if of_mesh is None else _neg_gradient(_real(pm, mesh_))
+        meshes = None if mesh is None else _neg_gradient(mesh)
+        return dict(value_=_read_jvp(meshes, meshes_, x_, x, layout, resampler, pm))
+
+
 @operator
 class force:
     """Gravity of equal particles at themselves: the force, minus the gradient of the potential.
@@ -941,30 +1051,37 @@ class force:
     # The steps of the force
     @staticmethod
     def potential(rho):
-        """The modes of the potential of a density."""
-        rhok = rho.r2c()
-        rhok.value *= _evaluate(rhok, fourier_space_laplace, 'wavenumber')
-        return rhok
+        """The modes of the potential of a density, which is overwritten."""
+        rhok = rho.r2c(out=Ellipsis)
+        return _times(rhok, _evaluate(rhok, fourier_space_laplace, 'wavenumber'), out=rhok)
 
     @staticmethod
-    def meshes(potk, order):
+    def kept(potk, order):
+        """What of the potential the meshes of the force are made from: itself on the mesh, or its modes."""
+        return potk.c2r() if _differences_serve(potk.pm, order) else potk
+
+    @staticmethod
+    def meshes(pot, order):
         """The components of the force on the mesh."""
-        pm = potk.pm
-        return [_times(potk, _evaluate(potk, fourier_space_neg_gradient(d, pm, order), 'wavenumber')).c2r()
+        if isinstance(pot, RealField):
+            return _neg_gradient(pot)
+        pm = pot.pm
+        return [_times(pot, _evaluate(pot, fourier_space_neg_gradient(d, pm, order), 'wavenumber')).c2r()
                 for d in range(pm.ndim)]
 
     @staticmethod
     def pull_meshes(_meshes, order):
-        """Cotangent of the potential from those of the components: the adjoint of `meshes`."""
-        _potk = None
+        """Cotangent of the modes of the potential from those of the components."""
+        pm = _meshes[0].pm
+        if _differences_serve(pm, order):
+            _potk = _divergence(_meshes).r2c(out=Ellipsis)
+            return _times(_potk, float(pm.Nmesh.prod()), out=_potk)
+        # Pull the components back through their transforms
+        _potk = 0
         for d, _mesh in enumerate(_meshes):
             _k = _mesh.r2c()
-            tf = _evaluate(_k, fourier_space_neg_gradient(d, _k.pm, order), 'wavenumber')
-            _k.value *= numpy.conj(tf) * float(_k.Nmesh.prod())
-            if _potk is None:
-                _potk = _k
-            else:
-                _potk.value += _k.value
+            tf = _evaluate(_k, fourier_space_neg_gradient(d, pm, order), 'wavenumber')
+            _potk = _times(_k, numpy.conj(tf) * float(pm.Nmesh.prod()), out=_k) + _potk
         return _potk
 
     # The force and its derivatives
@@ -973,35 +1090,39 @@ class force:
         local_x = _exchange(layout, _positions(x, pm))
         factor = float(pm.Nmesh.prod()) / max(pm.comm.allreduce(len(x)), 1)
         potk = force.potential(w.paint(local_x, factor))
-        f = _gather(layout, w.readout(force.meshes(potk, order), local_x))
-        return dict(f=_as_given(f, x), potk=potk, factor=factor)
+        pot = force.kept(potk, order)
+        f = _gather(layout, w.readout(force.meshes(pot, order), local_x))
+        return dict(f=_as_given(f, x), potk=potk, pot=pot, factor=factor)
 
-    def vjp(node, _f, _potk, x, layout, pm, order, potk, factor):
+    def rcd(node, x, layout, pm, order, pot, factor, **others):
+        return dict(x=x, layout=layout, pm=pm, order=order, pot=pot, factor=factor)
+
+    def vjp(node, _f, _potk, x, layout, pm, order, pot, factor):
         of_f, of_potk = _agree(pm.comm, _f, _potk)
         if of_f is None and of_potk is None:
             return dict(_x=ZeroGradient, _layout=ZeroGradient)
         w = _Window(pm)
         local_x = _exchange(layout, _positions(x, pm))
-        _x, _p = 0, None if of_potk is None else _like(potk, _potk)
+        _x, _p = 0, None if of_potk is None else pm.create(type=ComplexField, value=_potk)
         if of_f is not None:
             _f = _exchange(layout, _rows(_f, numpy.shape(x), of_f))
-            _x, _meshes = w.readout_vjp(force.meshes(potk, order), local_x, _f)
+            _x, _meshes = w.readout_vjp(force.meshes(pot, order), local_x, _f)
             _from_f = force.pull_meshes(_meshes, order)
             _p = _from_f if _p is None else _p + _from_f
-        _rho = _times(_p, _evaluate(potk, fourier_space_laplace, 'wavenumber')).c2r()
+        _rho = _times(_p, _evaluate(_p, fourier_space_laplace, 'wavenumber'), out=_p).c2r(out=Ellipsis)
         mass = factor / float(pm.Nmesh.prod())
         _x = _x + w.paint_vjp(_rho, local_x, mass, need_mass=False)[0]
         return dict(_x=_as_given(_gather(layout, _x), x), _layout=ZeroGradient)
 
-    def jvp(node, x_, x, layout, pm, order, potk, factor):
+    def jvp(node, x_, x, layout, pm, order, pot, factor):
         dtype, = _agree(pm.comm, x_)
         if dtype is None:
             return dict(f_=ZeroGradient, potk_=ZeroGradient)
         w = _Window(pm)
         local_x, x_ = _exchange(layout, _positions(x, pm)), _exchange(layout, _rows(x_, numpy.shape(x), dtype))
         potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
-        f_ = w.readout_jvp(force.meshes(potk, order), local_x, x_, force.meshes(potk_, order))
-        return dict(f_=_as_given(_gather(layout, f_), x), potk_=potk_)
+        meshes, meshes_ = (force.meshes(p, order) for p in (pot, force.kept(potk_, order)))
+        return dict(f_=_as_given(_gather(layout, w.readout_jvp(meshes, local_x, x_, meshes_)), x), potk_=potk_)
 
 
 @autooperator('wnk -> c')
@@ -1118,12 +1239,101 @@ def lpt1(rhok, q, pm, layout=None):
     -------
     dx1 : (N, ndim), the displacement for D1 = 1, in the precision of q
     """
+    return _fall(_potential(rhok, pm), q, pm, decompose(q, pm) if layout is None else layout)
+
+
+def _potential(rhok, pm):
+    """The potential of a density contrast: a real field where differences serve, or else its modes."""
     potential = apply_transfer(rhok, fourier_space_laplace)
-    if layout is None:
-        layout = decompose(q, pm)
-    components = [apply_transfer(potential, fourier_space_neg_gradient(d, pm, order=1)) for d in range(pm.ndim)]
-    dx1 = readout_all([c2r(component) for component in components], q, layout)
-    return in_precision(dx1, q.dtype) if q.dtype == 'f4' else dx1
+    return c2r(potential) if _differences_serve(pm, order=1) else potential
+
+
+def _fall(potential, q, pm, layout):
+    """Minus the gradient of a `_potential` at q, in the precision of q."""
+    if _differences_serve(pm, order=1):
+        dx = readout_neg_gradient(potential, q, layout)
+    else:
+        components = [apply_transfer(potential, fourier_space_neg_gradient(d, pm, order=1))
+                      for d in range(pm.ndim)]
+        dx = readout_all([c2r(component) for component in components], q, layout)
+    return in_precision(dx, q.dtype) if q.dtype == 'f4' else dx
+
+
+_SECOND_ORDER = 0.5 * 3.0 / 7  # the factor of the two traces
+
+
+@operator
+class second_order_source:
+    """The source of the second order of perturbation theory from the potential of the linear density contrast.
+
+    The density contrast whose Zel'dovich displacement is that of second order, see `lpt2src`.
+    """
+
+    ain = {'potential': 'RealField'}
+    aout = {'source': 'RealField'}
+    collective = True
+
+    @staticmethod
+    def elements(ndim):
+        """The axes of the elements of the matrix, the diagonal first."""
+        return [(d, d) for d in range(ndim)] + [(i, j) for j in range(ndim) for i in range(j)]
+
+    @staticmethod
+    def matrix(mesh):
+        """The second derivatives of a real field: (n, ...)."""
+        pairs = second_order_source.elements(mesh.ndim)
+        result = numpy.empty((len(pairs),) + mesh.shape, mesh.dtype)
+        for axis, first in enumerate(_neg_gradient(mesh)):
+            for c, (i, j) in enumerate(pairs):
+                if i == axis:
+                    _difference(mesh.pm, first.value, j, -1.0, result[c])
+        return result
+
+    @staticmethod
+    def product(mesh, other):
+        """The quadratic form of two fields; with two of a kind, the source."""
+        pm, (a, b) = mesh.pm, map(second_order_source.matrix, (mesh, other))
+        value = loops.second_invariant(a, b, pm.ndim, _SECOND_ORDER)
+        return pm.create(type=RealField, value=value)
+
+    @staticmethod
+    def pull(_source, mesh):
+        """The cotangent of the potential, for second derivatives of `mesh`."""
+        pm = mesh.pm
+        matrix = second_order_source.matrix(mesh)
+        _matrix = loops.second_invariant_vjp(_real(pm, _source).value, matrix, pm.ndim, _SECOND_ORDER)
+        # Add up the second derivatives of the cotangents
+        _mesh, _first = (pm.create(type=RealField) for _ in range(2))
+        for axis in range(pm.ndim):
+            add = False
+            for _element, (i, j) in zip(_matrix, second_order_source.elements(pm.ndim)):
+                if i == axis:
+                    _difference(pm, _element, j, 1.0, _first.value, add=add)
+                    add = True
+            _difference(pm, _first.value, axis, 1.0, _mesh.value, add=axis > 0)
+        return _mesh
+
+    def apl(node, potential):
+        return dict(source=second_order_source.product(potential, potential))
+
+    def rcd(node, potential, source):
+        return dict(potential=potential)
+
+    def vjp(node, _source, potential):
+        dtype, = _agree(potential.pm.comm, _source)
+        return dict(_potential=ZeroGradient if dtype is None else second_order_source.pull(_source, potential))
+
+    def jvp(node, potential_, potential):
+        dtype, = _agree(potential.pm.comm, potential_)
+        if dtype is None:
+            return dict(source_=ZeroGradient)
+        return dict(source_=second_order_source.product(_real(potential.pm, potential_), potential) * 2.0)
+
+    def hvp(node, _source, potential_, potential):
+        pm = potential.pm
+        if None in _agree(pm.comm, _source, potential_):
+            return dict(_potential_=ZeroGradient)
+        return dict(_potential_=second_order_source.pull(_source, _real(pm, potential_)))
 
 
 def fourier_space_second_derivative(i, j, pm):
@@ -1152,13 +1362,19 @@ def lpt2src(rhok, pm):
     -------
     rho_lpt2 : real field
     """
-    potential = apply_transfer(rhok, fourier_space_laplace)
+    return _source(_potential(rhok, pm), pm)
+
+
+def _source(potential, pm):
+    """The source of second order from a `_potential`."""
+    if _differences_serve(pm, order=1):
+        return second_order_source(potential) if pm.ndim > 1 else potential * 0.0
 
     def second(i, j):
         return c2r(apply_transfer(potential, fourier_space_second_derivative(i, j, pm)))
 
     diagonal = [second(d, d) for d in range(pm.ndim)]
-    pairs = [(i, j) for j in range(pm.ndim) for i in range(j)]
+    pairs = second_order_source.elements(pm.ndim)[pm.ndim:]
     if not pairs:
         return diagonal[0] * 0.0
     source = sum(diagonal[i] * diagonal[j] - second(i, j) ** 2 for i, j in pairs)
@@ -1182,8 +1398,9 @@ def lpt(rhok, q, pm):
     dx1, dx2 : (N, ndim)
     """
     layout = decompose(q, pm)
-    dx1 = lpt1(rhok, q, pm, layout)
-    dx2 = lpt1(r2c(lpt2src(rhok, pm)), q, pm, layout)
+    potential = _potential(rhok, pm)
+    dx1 = _fall(potential, q, pm, layout)
+    dx2 = lpt1(r2c(_source(potential, pm)), q, pm, layout)
     return dx1, dx2
 
 
@@ -1223,6 +1440,15 @@ def DriftFactor(pt, ai, ac, af):
     return 1 / (ac**3 * pt.E(ac)) * (pt.Gp(af) - pt.Gp(ai)) / pt.gp(ac)
 
 
+def _advance(x, v, c, out=None):
+    """x + c * v in the precision of x, as a new array or in `out`."""
+    if loops is not None and all(a.flags.c_contiguous and a.dtype == x.dtype and x.dtype in ('f4', 'f8')
+                                 for a in (x, v)):
+        return loops.advance(numpy.empty_like(x) if out is None else out, x, v, c)
+    y = v * c
+    return numpy.add(x, y, out=out if out is not None else y if x.dtype == y.dtype else None)
+
+
 @operator
 class advance:
     """x + c * v, for arrays of the same shape and a number c.
@@ -1234,8 +1460,7 @@ class advance:
     aout = {'y': 'ndarray'}
 
     def apl(node, x, v, c):
-        y = v * c
-        return dict(y=numpy.add(x, y, out=y) if x.dtype == y.dtype else x + y)
+        return dict(y=_advance(x, v, c))
 
     def rcd(node, x, v, c, y):
         return dict(c=c, v=None if node.is_literal('c') else v)
@@ -1353,7 +1578,7 @@ class pick:
 
 
 @autooperator('dx_i, p_i -> dx, p, f')
-def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None):
+def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False):
     """Evolve particles through kick-drift-kick steps between the given scale factors.
 
     Parameters
@@ -1364,6 +1589,7 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None):
     pt : background, such as `MatterDominated`
     pm : ParticleMesh on which the force is computed
     ram : how many states to keep for the derivatives, recomputing the steps between them; if None, keep all steps
+    reversible : keep the last state only, and undo the steps for the derivatives, see `reversible_leapfrog`
 
     Returns
     -------
@@ -1373,6 +1599,14 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None):
     stages = check_stages(stages)
     if isinstance(pt, SymbolicBackground):
         pt = SymbolicSteps(pt, stages, pm)
+    if reversible:
+        # Evolve by steps that can be undone
+        if ram is not None:
+            raise ValueError("either keep states (ram) or undo the steps (reversible), not both")
+        factors = pt.table if isinstance(pt, SymbolicSteps) else numpy.ravel(
+            [factors_of_step(pt, ai, af, pm) for ai, af in zip(stages[:-1], stages[1:])])
+        dx, p, f = reversible_leapfrog(dx_i, p_i, factors, q, pm)
+        return dx, p, scale(f, 1.5 * pt.Om0)
     dx, p = dx_i, p_i
     f, potk = gravity(dx, q, pm)
     if ram is None or len(stages) == 1:
@@ -1397,6 +1631,118 @@ def check_stages(stages):
 def numbered_step(dx_i, p_i, f_i, q, stages, pt, pm, i):
     """The step from stages[i] to stages[i + 1], see `leapfrog_step`."""
     return leapfrog_step(dx_i, p_i, f_i, q, stages[i], stages[i + 1], pt, pm)
+
+
+@operator
+class reversible_leapfrog:
+    """Kick-drift-kick steps whose derivatives keep the last state and integrate backwards.
+
+    Rounding errors grow on the way back as they do on the way there, so that the derivatives are those of
+    the steps up to these errors; see the chapter on N-body for how large they are.
+
+    Parameters
+    ----------
+    dx_i, p_i : (N, ndim) displacements and momenta at the first stage
+    factors : (3 n,) coefficients of kick, drift and kick of n steps, as of `factors_of_step`
+    q : (N, ndim) lattice
+    pm : ParticleMesh on which the force is computed
+
+    Returns
+    -------
+    dx, p, f : (N, ndim) displacements, momenta, and the force of `gravity`, after the last step
+    """
+
+    ain = {'dx_i': 'ndarray', 'p_i': 'ndarray', 'factors': '*'}
+    aout = {'dx': 'ndarray', 'p': 'ndarray', 'f': 'ndarray'}
+    collective = True
+
+    # Force, kick and drift
+    @staticmethod
+    def gravity(dx, q, pm):
+        """The force, and the arguments of its derivatives."""
+        x = q + dx
+        layout = decompose.apl.impl(None, x=x, pm=pm)['layout']
+        result = force.apl.impl(None, x=x, layout=layout, pm=pm)
+        return result['f'], dict(x=x, layout=layout, pm=pm, order=1, pot=result['pot'], factor=result['factor'])
+
+    @staticmethod
+    def coefficients(factors):
+        """Those of the kicks (n + 1) and of the drifts (n)."""
+        first, drifts, last = numpy.reshape(factors, (-1, 3)).T
+        return numpy.append(first, 0.0) + numpy.insert(last, 0, 0.0), drifts
+
+    @staticmethod
+    def undo(dx, p, factors, q, pm):
+        """From the last state: the state at the beginning of each kick, last first, with its force and record.
+
+        Yields (i, f, record) while `dx` and `p`, which are overwritten, are those before kick i.
+        """
+        kicks, drifts = reversible_leapfrog.coefficients(factors)
+        for i in reversed(range(len(kicks))):
+            f, record = reversible_leapfrog.gravity(dx, q, pm)
+            _advance(p, f, -kicks[i], out=p)
+            yield i, f, record
+            if i > 0:
+                _advance(dx, p, -drifts[i - 1], out=dx)
+
+    # There and back
+    def apl(node, dx_i, p_i, factors, q, pm):
+        kicks, drifts = reversible_leapfrog.coefficients(factors)
+        dx, p = numpy.array(dx_i), numpy.array(p_i)
+        for kick, drift in zip(kicks, numpy.append(drifts, 0.0)):
+            f, _ = reversible_leapfrog.gravity(dx, q, pm)
+            _advance(p, f, kick, out=p)
+            if drift:
+                _advance(dx, p, drift, out=dx)
+        return dict(dx=dx, p=p, f=f)
+
+    def rcd(node, dx_i, p_i, factors, q, pm, dx, p, f):
+        return dict(dx=dx, p=p, factors=factors, q=q, pm=pm)
+
+    def vjp(node, _dx, _p, _f, dx, p, factors, q, pm):
+        dtypes = _agree(pm.comm, _dx, _p, _f)
+        if not any(dtypes):
+            return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _factors=ZeroGradient)
+        _dx, _p, _f = (numpy.array(_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype)) for _y in (_dx, _p, _f))
+        dx, p = dx.copy(), p.copy()
+        kicks, drifts = reversible_leapfrog.coefficients(factors)
+        _kicks, _drifts = numpy.zeros_like(kicks), numpy.zeros_like(drifts)
+        for i, f, record in reversible_leapfrog.undo(dx, p, factors, q, pm):
+            # Pull the cotangents back through a kick and the drift before it
+            _kicks[i] = _sum_products(_p, f)
+            _advance(_f, _p, kicks[i], out=_f)
+            _x = force.vjp.impl(None, _f=_f, _potk=ZeroGradient, **record)['_x']
+            _advance(_dx, _as_given(_x, dx), 1.0, out=_dx)
+            _f[...] = 0
+            if i > 0:
+                _drifts[i - 1] = _sum_products(_dx, p)
+                _advance(_p, _dx, drifts[i - 1], out=_p)
+        _factors = numpy.stack([_kicks[:-1], _drifts, _kicks[1:]], axis=-1).reshape(numpy.shape(factors))
+        return dict(_dx_i=_dx, _p_i=_p, _factors=_factors)
+
+    def jvp(node, dx_i_, p_i_, factors_, dx, p, factors, q, pm):
+        dtypes = _agree(pm.comm, dx_i_, p_i_, factors_)
+        if not any(dtypes):
+            return dict(dx_=ZeroGradient, p_=ZeroGradient, f_=ZeroGradient)
+        dx_, p_ = (numpy.array(_rows(0.0 if _is_zero(x_) else x_, dx.shape, dx.dtype)) for x_ in (dx_i_, p_i_))
+        dx, p = dx.copy(), p.copy()
+        kicks, drifts = reversible_leapfrog.coefficients(factors)
+        kicks_, drifts_ = reversible_leapfrog.coefficients(_rows(0.0 if _is_zero(factors_) else factors_,
+                                                                 numpy.shape(factors), 'f8'))
+        for _ in reversible_leapfrog.undo(dx, p, factors, q, pm):
+            pass
+        # Push the tangents forward with the steps
+        for i, kick in enumerate(kicks):
+            f, record = reversible_leapfrog.gravity(dx, q, pm)
+            f_ = force.jvp.impl(None, x_=dx_, **record)['f_']
+            for v, c in (f_, kick), (f, kicks_[i]):
+                _advance(p_, v, c, out=p_)
+            _advance(p, f, kick, out=p)
+            if i < len(drifts):
+                for v, c in (p_, drifts[i]), (p, drifts_[i]):
+                    _advance(dx_, v, c, out=dx_)
+                _advance(dx, p, drifts[i], out=dx)
+        return dict(dx_=dx_, p_=p_, f_=f_)
 
 
 @autooperator('rhok -> dx, p')
@@ -1477,21 +1823,21 @@ class FastPMSimulation:
     pm : ParticleMesh of the initial conditions
     B : the mesh of the force has B times as many points along each axis
     q : (N, ndim) lattice; by default a particle in the middle of each cell of `pm`
-    ram : how many states to keep for the derivatives, see `leapfrog`
+    ram, reversible : what the derivatives keep, see `leapfrog`
 
     Attributes
     ----------
-    stages, pm, q, ram : as given
+    stages, pm, q, ram, reversible : as given
     pt : the background
     fpm : ParticleMesh of the force
     """
 
     __symbols__ = 'pt',
 
-    def __init__(self, stages, cosmology, pm, B=1, q=None, ram=None):
+    def __init__(self, stages, cosmology, pm, B=1, q=None, ram=None, reversible=False):
         self.stages = numpy.array(check_stages(stages))
         self.pt = find_background(cosmology, stages)
-        self.pm, self.ram = pm, ram
+        self.pm, self.ram, self.reversible = pm, ram, reversible
         # Make the mesh of the force
         if not B > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
             raise ValueError(f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}")
@@ -1520,4 +1866,5 @@ class FastPMSimulation:
     def run(self, rhok):
         """The simulation: displacements, momenta and force times 1.5 * Om0 at the last stage."""
         dx, p = self.firststep(rhok)
-        return leapfrog(dx, p, self.q, self.stages, self.pt, self.fpm, self.ram)
+        return leapfrog(dx, p, self.q, self.stages, self.pt, self.fpm, self.ram,
+                        self.reversible)
