@@ -763,3 +763,9 @@ def test_public_names_exist():
     for module in MODULES.values():
         assert [name for name in module.__all__ if not hasattr(module, name)] == []
         assert len(set(module.__all__)) == len(module.__all__)
+
+
+def test_a_curvature_that_is_mere_rounding():
+    x = np.random.default_rng(62).uniform(0.5, 2.0, (1, 2)).astype("f4")
+    for seed in range(20):
+        check(lambda x: linalg.norm(x, 1.5, 0), x, seed=seed)
