@@ -145,7 +145,7 @@ class AutoOperator(Operator):
         return self._vary(_keeps_tape=False)
 
     def model_of(self, node: Node) -> Model | None:
-        constants = {name: node.varin[name] for name in self.argnames if name not in self.ain}
+        constants: dict[str, Any] = {name: node.varin[name] for name in self.argnames if name not in self.ain}
         if any(type(symbol) is not Literal for symbol in constants.values()):
             return None
         return find_model(node, {**node.varin, **{name: symbol._value for name, symbol in constants.items()}})[0]

@@ -217,6 +217,6 @@ class power(stdlib.pow.prototype):
 
 
 __all__ = [
-    *("binary_ufunc", "maximum", "minimum", "fmax", "fmin", "hypot", "arctan2", "logaddexp"),
-    *("add", "subtract", "multiply", "divide", "power"),
+    "binary_ufunc", "maximum", "minimum", "fmax", "fmin", "hypot", "arctan2", "logaddexp",
+    "add", "subtract", "multiply", "divide", "power",
 ]

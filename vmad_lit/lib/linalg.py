@@ -893,15 +893,10 @@ BaseSymbol.__matmul__ = lambda self, other: matrix_product(self, other)
 BaseSymbol.__rmatmul__ = lambda self, other: matrix_product(other, self)
 
 __all__ = [
-    *("abs", "add", "div", "mod", "mul", "pow", "sub", *unary.__all__),
-    *(name for name in binary.__all__ if name != "add"),
-    *(
-        "broadcast_to", "clip", "concatenate", "conj", "copy", "cumsum", "dot", "einsum", "getitem",
-        "matmul", "matrix_product"
-    ),
-    *(
-        "mean", "norm", "pack_complex", "reshape", "solve", "stack", "sum", "sumat", "take", "to_scalar",
-        "transpose"
-    ),
-    *("unpack_complex", "where"),
+    "abs", "add", "div", "mod", "mul", "pow", "sub", "binary_ufunc", "maximum", "minimum",
+    "fmax", "fmin", "hypot", "arctan2", "logaddexp", "subtract", "multiply", "divide", "power",
+    "broadcast_to", "clip", "concatenate", "conj", "copy", "cumsum", "dot", "einsum", "getitem",
+    "matmul", "matrix_product", "mean", "norm", "pack_complex", "reshape", "solve", "stack",
+    "sum", "sumat", "take", "to_scalar", "transpose", "unpack_complex", "where",
 ]
+__all__ += unary.__all__
