@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from benchmarks import common, engine, fft, kernels
+from benchmarks import common, engine, fft, kernels, memory
 from benchmarks.__main__ import place
 
 
@@ -94,6 +94,32 @@ def test_exponents():
 def test_fourier_transforms():
     [row, single] = fft.study([8], repeat=1)
     assert row["pfft"]["forward"] > 0 and single["dtype"] == "f4"
+
+
+def test_memory_measures_one_gradient():
+    x = np.linspace(0.0, 1.0, 5)
+    gradients = {name: memory.gradient_of(make(12), x)() for name, make in memory.POLICIES.items()}
+    for name in memory.PEERS:
+        function = memory.by_autograd(memory.PEERS[name], 12, x)
+        if function is not None:
+            np.testing.assert_allclose(function(), gradients["full tape"], rtol=1e-13, err_msg=name)
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(gradient, gradients["full tape"], err_msg=name)
+
+
+@pytest.mark.serial
+def test_the_peak_of_memory_follows_the_schedule(capsys):
+    names = "revolve, 5", "revolve, 20", "multistage, 5 and 20 on disk", "disk"
+    results = memory.study([10, 60], names, size=20_000, repeat=1, budget=0.1)
+    memory.report(results)
+    assert "60 steps" in capsys.readouterr().out
+    assert {row["policy"]: (row["kept"], row["on disk"]) for row in results[4:]} == {
+        "revolve, 5": (5, 0), "revolve, 20": (20, 0), "multistage, 5 and 20 on disk": (5, 20), "disk": (0, 60)
+    }
+    rest = [row["rest"] for row in results]
+    assert max(rest) - min(rest) < 3, results  # the start, which is not ours, and the state that is read from the disk
+    full = memory.measure("full tape", 60, size=20_000, repeat=1)
+    assert full["peak"] > 60 * 3 and full["runs"] == 1
 
 
 @pytest.mark.serial

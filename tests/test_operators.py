@@ -10,11 +10,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
-from vmad_lit import Builder
+from vmad_lit import Builder, operator
 from vmad_lit.core import stdlib
-from vmad_lit.core.operator import Operator
+from vmad_lit.core.error import BrokenPrimitive
+from vmad_lit.core.operator import Operator, ZeroGradient
 from vmad_lit.lib import binary, linalg, unary
-from vmad_lit.testing import check
+from vmad_lit.testing import Trial, check, check_second_order
 
 MODULES = {"stdlib": stdlib, "unary": unary, "binary": binary, "linalg": linalg}
 LOOKING = {"stdlib.eval", "stdlib.watchpoint", "stdlib.assert_true", "stdlib.assert_isinstance"}  # tested below
@@ -67,6 +68,11 @@ class Draw:
         if number is not None:
             x[number] = float(np.round(4 * self.rng.uniform(max(low, 0.5), high)) / 4) + (grids[number] or 0.0)
         return x
+
+    def mask(self, shape):
+        """True, or a mask that broadcasts to a shape."""
+        mask = self.rng.random(shape[self(st.integers(0, len(shape))) :]) < 0.7
+        return self(st.sampled_from([True, mask]), "where")
 
     def axis(self, ndim, none=True, several=False):
         choices = [st.integers(-ndim, ndim - 1)] if ndim else []
@@ -149,10 +155,12 @@ enter_unary("unary.arccosh", np.arccosh, 1.4, 2.0)
 # Element-wise functions of two arguments
 
 
-def enter_binary(name, f, low=-2.0, high=2.0, dtypes=COMPLEX, grids=(None, None)):
+def enter_binary(name, f, low=-2.0, high=2.0, dtypes=COMPLEX, grids=(None, None), scale=None):
     @proof(name, dtypes)
     def _(draw):
         x = draw.pair(low, high, grids)
+        if scale is not None:  # away from kinks by more than the steps of the Taylor test
+            x = [item * scale for item in x]
         return x, {}, f(*x)
 
 
@@ -165,7 +173,7 @@ for name in "stdlib.div", "binary.divide":
 for name in "stdlib.pow", "binary.power":
     enter_binary(name, np.power, 0.5, 1.5)
 for name in "maximum", "minimum", "fmax", "fmin":
-    enter_binary(f"binary.{name}", getattr(np, name), dtypes=REAL, grids=(0.0, 0.125))
+    enter_binary(f"binary.{name}", getattr(np, name), dtypes=REAL, grids=(0.0, 0.125), scale=16)
 for name in "hypot", "arctan2", "logaddexp":
     enter_binary(f"binary.{name}", getattr(np, name), 0.4, 2.0, REAL)
 
@@ -197,7 +205,8 @@ def _(draw):
     new = draw(st.one_of(st.permutations(shape).map(tuple), st.just((x.size,)), st.just(x.size), st.just((1, *shape))))
     if x.size:
         new = draw(st.sampled_from([new, -1]))
-    return (x, new), {}, np.reshape(x, new)
+    order = draw(st.sampled_from("CF"), "order")
+    return (x, new, order), {}, np.reshape(x, new, order=order)
 
 
 @proof("linalg.transpose")
@@ -222,9 +231,10 @@ def _(draw):
     x = draw.array(draw(shapes(1), "shape"))
     axis = draw.axis(x.ndim)
     n = x.size if axis is None else x.shape[axis]
-    index = st.integers(-n, n - 1)
+    mode = draw(st.sampled_from(["raise", "wrap", "clip"]), "mode")
+    index = st.integers(-n, n - 1) if mode == "raise" else st.integers(-3 * n, 3 * n)
     i = draw(st.one_of(index, st.lists(index, max_size=4), st.lists(st.lists(index, min_size=2, max_size=2), max_size=3)), "i")
-    return (x, i, axis), {}, np.take(x, np.asarray(i, dtype="intp"), axis)
+    return (x, i, axis, mode), {}, np.take(x, np.asarray(i, dtype="intp"), axis, mode=mode)
 
 
 KEYS = st.sampled_from(
@@ -268,7 +278,7 @@ def _(draw):
 @proof("linalg.clip", REAL)
 def _(draw):
     x = draw.array(draw(shapes(), "shape"), grid=0.125)
-    low, high = draw(st.sampled_from([(-1.0, 1.0), (None, 0.0), (0.5, None), (np.array(0.0, x.dtype), 1.5)]), "limits")
+    low, high = draw(st.sampled_from([(-1.0, 1.0), (None, 0.0), (0.5, None), (None, None), (np.array(0.0, x.dtype), 1.5)]), "limits")
     return (x, low, high), {}, np.clip(x, low, high)
 
 
@@ -310,14 +320,17 @@ def accurate(f, x, *args, **kwargs):
 def _(draw):
     x = draw.array(draw(shapes(), "shape"))
     axis, keepdims = draw.axis(x.ndim, several=True), draw(st.booleans())
-    return (x, axis, keepdims), {}, accurate(np.sum, x, axis=axis, keepdims=keepdims)
+    where = draw.mask(x.shape)
+    return (x, axis, None, keepdims, where), {}, accurate(np.sum, x, axis=axis, keepdims=keepdims, where=where)
 
 
 @proof("linalg.mean")
 def _(draw):
     x = draw.array(draw(shapes(1), "shape"))
     axis, keepdims = draw.axis(x.ndim, several=True), draw(st.booleans())
-    return (x, axis, keepdims), {}, accurate(np.mean, x, axis=axis, keepdims=keepdims)
+    where = draw.mask(x.shape)
+    assume(np.all(np.sum(np.broadcast_to(where, x.shape), axis=axis) > 0))  # the mean of nothing is not a number
+    return (x, axis, None, keepdims, where), {}, accurate(np.mean, x, axis=axis, keepdims=keepdims, where=where)
 
 
 @proof("linalg.cumsum")
@@ -366,9 +379,13 @@ def _(draw):
     x = draw.array(draw(shapes(1), "shape"), 0.5)
     if x.ndim and draw(st.booleans(), "of vectors"):
         axis = draw.axis(x.ndim, none=x.ndim == 1)
-        ord = draw(st.sampled_from([None, 1, 2, 3, 2.5]), "ord")
+        ord = draw(st.sampled_from([None, 1, 2, 3, 2.5, 1.5, np.inf, -np.inf]), "ord")
     else:
         axis, ord = draw.axis(x.ndim, several=True), None
+        if x.ndim == 2 and axis is None:
+            ord = draw(st.sampled_from([None, "fro"]), "ord")
+    if ord in (np.inf, -np.inf):  # the moduli shall differ by more than the steps of the Taylor test
+        x = x / abs(x) * draw.rng.permutation(1.0 + np.arange(x.size)).reshape(x.shape).astype(abs(x).dtype)
     keepdims = draw(st.booleans())
     truth = np.linalg.norm(x, ord, axis, keepdims) if axis is None or ord else np.sum(abs(x) ** 2, axis, keepdims=keepdims) ** 0.5
     return (x, ord, axis, keepdims), {}, truth
@@ -452,7 +469,7 @@ def test_looking(name):
         m.output(y=2 * x)
     x = np.ones(3)
     (y,), (_x,) = m.compute_with_vjp(dict(x=x), dict(_y=x))
-    assert (y == 2).all() and (_x == 2).all()
+    assert (y == 2).all() and (_x == 2).all() and getattr(stdlib, name).hvp is ZeroGradient
     assert name == "assert_isinstance" or seen[0] is x
 
 
@@ -462,7 +479,8 @@ def test_eval_has_zero_gradient():
         m.output(y=x * x.eval(np.sum) + x.eval("x * 0"))
     x = np.arange(3.0)
     y, y_ = m.compute_with_jvp("y", dict(x=x), dict(x_=np.ones(3)))
-    _, (_x,) = m.compute_with_vjp(dict(x=x), dict(_y=np.ones(3)))
+    _, (_x,), (_x_,) = m.compute_with_hvp("y", dict(x=x), dict(x_=np.ones(3), _y=np.ones(3)))
+    np.testing.assert_array_equal(_x_ + np.zeros(3), 0.0)
     np.testing.assert_array_equal(y, 3 * x)
     np.testing.assert_array_equal(y_, 3 * np.ones(3))
     np.testing.assert_array_equal(_x, 3 * np.ones(3))
@@ -529,6 +547,147 @@ def test_no_negative_starts_of_segments():
         m.output(y=linalg.sumat(m.input("x"), at=[2, 1]))
     with pytest.raises(ValueError, match="ascending"):
         m.compute("y", dict(x=np.ones(4)))
+
+
+# Second derivatives at edges, and what is no second derivative
+
+
+def bends(f, x, v=1.0):
+    """The second derivative of an element-wise function, times v."""
+    with Builder() as m:
+        m.output(y=f(m.input("x")))
+    with np.errstate(all="ignore"):
+        y = m.compute("y", dict(x=x))
+        return m.compute_with_hvp("y", dict(x=x), dict(x_=v * np.ones_like(x), _y=np.ones_like(y)))[2][0]
+
+
+@pytest.mark.parametrize("exponent", [0, 0.0, 1, 2, 2.0, 3, np.array([0.0, 1.0, 2.0]), np.array([0, 1, 2])], ids=repr)
+def test_bends_of_powers_of_zero_and_of_negative_numbers(exponent):
+    x, n = np.array([0.0, -1.5, 2.0]), np.asarray(exponent)
+    expected = n * (n - 1) * x ** np.where(n < 2, 0, n - 2)
+    np.testing.assert_allclose(bends(lambda x: x**exponent, x), expected)
+
+
+def test_bends_of_powers_of_both():
+    np.testing.assert_array_equal(bends(lambda x: 0.0**x, np.array([0.5, 2.0])), 0.0)
+    x = np.array([0.5, 2.0])  # (x**x)'' = x**x ((1 + log x)**2 + 1 / x)
+    np.testing.assert_allclose(bends(lambda x: x**x, x), x**x * ((1 + np.log(x)) ** 2 + 1 / x))
+    with Builder() as m:
+        a, b = m.input("a", "b")
+        m.output(y=a**b)
+    with np.errstate(all="ignore"):
+        _, _, (_a_, _b_) = m.compute_with_hvp("y", dict(a=0.0, b=2.0), dict(a_=1.0, b_=1.0))
+    assert (_a_, _b_) == (2.0, 0.0)
+
+
+def test_bends_at_kinks_and_poles():
+    zero = np.zeros(1)
+    for f in abs, unary.absolute, lambda x: binary.hypot(x, x), lambda x: linalg.norm(x, keepdims=True):
+        assert np.all(bends(f, zero) == 0)
+    for f in abs, unary.absolute, lambda x: linalg.norm(x, 3, keepdims=True):
+        assert np.all(bends(f, zero + 0j) == 0)
+    for f in unary.sqrt, unary.log, unary.cbrt, unary.reciprocal:
+        assert np.isinf(bends(f, zero)) and bends(f, zero, v=0.0) == 0
+    x = np.array([0.1591, 0.1592])  # to both sides of the point where the series ends
+    u = np.pi * x
+    expected = -(np.pi**2) * (np.sin(u) / u + 2 * (u * np.cos(u) - np.sin(u)) / u**3)
+    np.testing.assert_allclose(bends(unary.sinc, x), expected, rtol=1e-12)
+    np.testing.assert_allclose(bends(unary.sinc, np.array([0.0, 1e-9])), -(np.pi**2) / 3)
+
+
+def test_a_function_without_second_derivative_does_not_offer_one():
+    @operator
+    class softplus(unary.unary_ufunc):
+        f = staticmethod(lambda x: np.log1p(np.exp(x)))
+        fprime = staticmethod(lambda x: 1 / (1 + np.exp(-x)))
+
+    @operator
+    class other_slope(unary.sin.prototype):
+        fprime = staticmethod(lambda x: 2 * np.cos(x))
+
+    assert softplus.hvp is None and other_slope.hvp is None
+    assert check(softplus, np.linspace(-1, 1, 5)).second is None
+    with pytest.raises(BrokenPrimitive, match="softplus has no hvp"):
+        check_second_order(softplus, np.ones(3))
+
+
+@pytest.mark.parametrize("wrong", ["factor", "flat", "one at a time", "not symmetric"])
+def test_a_wrong_second_derivative_is_found(wrong):
+    class product:
+        ain, aout = ("a", "b"), "y"
+
+        def apl(node, a, b):
+            return a * b
+
+        def vjp(node, _y, a, b):
+            return dict(_a=_y * b, _b=_y * a * (2 if wrong == "not symmetric" else 1))
+
+        def jvp(node, a_, b_, a, b):
+            return a_ * b + a * b_
+
+        def hvp(node, _y, a_, b_):
+            if wrong == "one at a time" and (a_ is ZeroGradient or b_ is ZeroGradient):
+                return ZeroGradient
+            factor = dict([("factor", 1.01), ("not symmetric", 2)]).get(wrong, 1)
+            return dict(_a_=_y * b_, _b_=factor * _y * a_)
+
+    if wrong == "flat":
+        product.hvp = ZeroGradient
+    expected = dict([("one at a time", "one tangent at a time"), ("not symmetric", "not symmetric")]).get(wrong, "not the derivative")
+    with pytest.raises(AssertionError, match=expected):
+        check_second_order(operator(product), np.array([0.5, 1.5]), np.array([1.0, 2.0]))
+
+
+# Integers, truth values, and lists of numbers
+
+
+@pytest.mark.parametrize("name", sorted(set(OPERATORS) - LOOKING - {"linalg.item_of"}))
+def test_derivatives_of_integers_are_floats(name):
+    """The proof at integers near its points: the value is that of NumPy, and derivatives are no integers."""
+    op, i = OPERATORS[name], np.arange(1, 5).reshape(2, 2) + 2 * np.eye(2, dtype=int)
+    calls = {
+        "linalg.broadcast_to": (i, (3, 2, 2)), "linalg.reshape": (i, -1), "linalg.take": (i, [1, 0], 0), "linalg.where": (i > 2, i, i),
+        "linalg.getitem": (i, (slice(None), 0)), "linalg.clip": (i, 2, 4), "linalg.stack": ([i, i],), "linalg.concatenate": ([i, i],),
+        "linalg.sumat": (i, [0, 1], 0), "linalg.einsum": ("ij,jk", [i, i]), "linalg.matmul": (i, np.arange(8).reshape(2, 2, 2)),
+        "unary.arcsin": (i * 0,), "unary.arccos": (i * 0,), "unary.arctanh": (i * 0,),
+    }  # fmt: skip
+    two = len(OPERATORS[name].ain) == 2 if isinstance(op, Operator) else False
+    trial = Trial(op, calls.get(name, (i, i) if two else (i,)), {})
+    assert trial.varied
+    for derivatives in trial.jvp(trial.tangents()), trial.vjp(trial.cotangents()), trial.hvp(trial.cotangents(), trial.tangents()):
+        for value in derivatives.values():
+            assert value is ZeroGradient or np.asarray(value).dtype.kind in "fc"
+
+
+@pytest.mark.parametrize("op", [stdlib.add, stdlib.sub, stdlib.mul, stdlib.div, stdlib.mod, stdlib.pow, binary.maximum, binary.fmin, binary.hypot, binary.logaddexp, linalg.dot, linalg.matrix_product], ids=lambda op: op.__name__)
+def test_lists_of_numbers(op):
+    x, numbers = np.array([1.5, 2.5, 0.7]), [1.0, 2.0, 4.0]
+    array = np.array(numbers)
+    for f, g in (lambda x: op(x, numbers), lambda x: op(x, array)), (lambda x: op(numbers, x), lambda x: op(array, x)):
+        of_list, of_array = check(f, x), check(g, x)
+        np.testing.assert_array_equal(of_list.value, of_array.value)
+        assert of_list.second is not None
+
+
+def test_solve_with_lists():
+    check(lambda x: linalg.solve([[2, 1], [1, 3]], x), np.array([1.0, 2.0]), truth=lambda x: np.linalg.solve([[2, 1], [1, 3]], x))
+    check(lambda x: linalg.solve(x, [1, 2]), np.array([[2.0, 1], [1, 3]]), truth=lambda x: np.linalg.solve(x, [1, 2]))
+    check(lambda x: linalg.clip(x, [0, 1, 2], None), np.array([0.5, 0.5, 2.5]), truth=lambda x: np.maximum(x, [0, 1, 2]))
+
+
+@pytest.mark.parametrize("f, message", [
+    (lambda x: linalg.take(x, 1.5, 0), "indices are integers, got an array of float64"),
+    (lambda x: linalg.take(x, [True, False], 0), "indices are integers, got an array of bool"),
+    (lambda x: linalg.reshape(x, (6,), "K"), "the order is 'C' or 'F', got 'K'"),
+    (lambda x: linalg.norm(x, 2), "only norms of vectors .* got ord=2 for 2 axes and axis=None"),
+    (lambda x: linalg.norm(x, "fro", 0), "the Frobenius norm is of matrices"),
+    (lambda x: linalg.norm(x, 0.5, 0), "ord=0.5"),
+])  # fmt: skip
+def test_what_was_wrong_and_what_was_expected(f, message):
+    with Builder() as m:
+        m.output(y=f(m.input("x")))
+    with pytest.raises((TypeError, ValueError), match=message):
+        m.compute("y", dict(x=np.ones((2, 3))))
 
 
 # Real beside complex, constants in lists, and indices that are symbols
@@ -643,3 +802,9 @@ def test_a_sum_with_a_number_costs_the_sweeps_nothing():
     assert [node.operator for node in m] == [stdlib.mul, stdlib.add]
     _, [_x] = m.compute_with_vjp(dict(x=1.0), dict(_y=1j, _z=np.ones(2)))
     assert _x == 3
+
+
+def test_a_curvature_that_is_mere_rounding():
+    x = np.random.default_rng(62).uniform(0.5, 2.0, (1, 2)).astype("f4")
+    for seed in range(20):
+        check(lambda x: linalg.norm(x, 1.5, 0), x, seed=seed)

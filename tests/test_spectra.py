@@ -463,3 +463,84 @@ def test_large_scale_bias():
         r, t = shells.compare(tracer, matter)
         np.testing.assert_allclose(t, 1.7, rtol=rtol)
         assert tracer.csum() == pytest.approx(32**3, rel=1e-3 if rtol > 1e-3 else 1e-12)
+
+
+# -- Particle loads and precision ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lattice", [[3, 4, 4], [4, 6, 5], [7, 9, 6]], ids=str)
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_particle_loads(lattice, B, shift):
+    """A lattice coarser or finer than the mesh, anywhere in its cells: the mean density is one, and derivatives hold."""
+    pm = ParticleMesh([4, 6, 5], BoxSize=[8.0, 12.0, 10.0], comm=COMM)
+    q = pm.reshape(lattice).generate_uniform_particle_grid(shift=shift)
+    sim = fastpm.FastPMSimulation([0.3, 1.0], MatterDominated(0.3), pm, B=B, q=q)
+
+    def model(rhok):
+        dx, p, f = sim.run(rhok)
+        return tracers.density(q + dx, 1.0, q, pm)
+
+    report = check(model, modes(pm) * 0.2, comm=COMM, steps=2e-3 * 0.25 ** np.arange(4))
+    assert report.value.csum() == pytest.approx(4 * 6 * 5)
+
+
+def test_any_load_grows_alike():
+    """On large scales, the same universe with any number of particles, and it is the same on any number of ranks."""
+    noise = lambda pm: pm.generate_whitenoise(seed=2, unitary=False, type="complex")
+
+    def run(comm, lattice, shift, B):
+        pm = ParticleMesh([16] * 3, BoxSize=500.0, comm=comm)
+        q = pm.reshape(lattice).generate_uniform_particle_grid(shift=shift)
+        sim = fastpm.FastPMSimulation([0.1, 0.4, 1.0], MatterDominated(0.3), pm, B=B, q=q)
+        with Builder() as m:
+            rhok = m.input("rhok")
+            dx, p, f = sim.run(rhok)
+            m.output(rho=tracers.density(q + dx, 1.0, q, pm))
+        linear = fastpm.induce_correlation.build(powerspectrum=lambda k: 10 * np.exp(-((k / 0.03) ** 2)), pm=pm)
+        linear = linear.compute("c", dict(wnk=noise(pm)))
+        rho = m.compute("rho", dict(rhok=linear))
+        shells = Shells(pm, np.array([0.5, 1.1]) * 2 * np.pi / 500)
+        return shells.compare(rho, linear)
+
+    for lattice, shift, B in ([16] * 3, 0.5, 1), ([16] * 3, 0.1, 2), ([12] * 3, 0.5, 2), ([24, 20, 22], 0.25, 1):
+        r, t = run(COMM, lattice, shift, B)
+        np.testing.assert_allclose(r, 1, atol=0.02)
+        np.testing.assert_allclose(t, 1, atol=0.06)
+        np.testing.assert_allclose(run(MPI.COMM_SELF, lattice, shift, B), [r, t], rtol=1e-8)
+
+
+def test_sums_of_single_precision_are_in_double():
+    pm = make([16, 16, 16], dtype="f4")
+    x = pm.create("real", value=1.0 + 2.0**-20)
+    n = 16**3
+    exact = float(x.value.flat[0]) if x.value.size else 1.0 + 2.0**-20
+    assert x.csum() == n * exact
+    assert x.cdot(x) == n * float(np.float32(exact) * np.float32(exact))
+    modes = x.r2c()
+    assert modes.cnorm() == pytest.approx(exact**2, rel=1e-6)
+    for number in x.csum(), x.cdot(x), modes.cnorm(), modes.cdot(modes):
+        assert type(number) in (float, complex)
+    assert (x * x.csum()).value.dtype == np.float32
+
+
+def test_simulation_in_single_precision():
+    """Modes, positions and the gradient to the digits that single precision has; numbers that are sums have more."""
+    results = []
+    for dtype, positions in (("f8", "f8"), ("f4", "f8"), ("f4", "f4")):
+        pm = ParticleMesh([8] * 3, BoxSize=40.0, comm=COMM, dtype=dtype)
+        q = pm.generate_uniform_particle_grid(shift=0.5).astype(positions)
+        sim = fastpm.FastPMSimulation([0.1, 0.5, 1.0], MatterDominated(0.3), pm, q=q)
+        with Builder() as m:
+            rhok = m.input("rhok")
+            dx, p, f = sim.run(rhok)
+            rho = tracers.density(q + dx, 1.0, q, pm)
+            m.output(dx=dx, P=spectra.power(fastpm.r2c(rho), Shells(pm)), chi2=fastpm.to_scalar(rho))
+        x = modes(ParticleMesh([8] * 3, BoxSize=40.0, comm=COMM)) * 0.5
+        x = pm.create("complex", value=x.value.astype(pm.create("complex").value.dtype))
+        (dx, P, chi2), [g] = m.compute_with_vjp(dict(rhok=x), dict(_dx=0, _P=0, _chi2=1.0))
+        assert dx.dtype == positions and g.value.dtype == x.value.dtype and P.dtype == "f8" and type(chi2) is float
+        results.append((dx, P, chi2, g.value))
+    for other in results[1:]:
+        for a, b, tolerance in zip(results[0], other, (1e-5, 1e-4, 1e-6, 1e-3)):
+            np.testing.assert_allclose(b, a, atol=tolerance * np.max(np.abs(a), initial=0), rtol=tolerance)

@@ -9,6 +9,7 @@ from vmad_lit import autooperator
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
 from vmad_lit.contrib.optimize import Preconditioner
 from vmad_lit.lib import fastpm, tracers, unary
+from vmad_lit.lib.mpi import on_root
 
 
 @autooperator("x -> s, fs")
@@ -233,20 +234,6 @@ def load_field(path, pm):
     field = pm.create(type="real")
     field[...] = numpy.load(path, mmap_mode="r")[field.slices]
     return field
-
-
-def on_root(comm, function):
-    """Call a function on rank 0 and return its result, or raise its exception, on all ranks."""
-    result, error = None, None
-    if comm.rank == 0:
-        try:
-            result = function()
-        except Exception as exception:
-            error = exception
-    result, error = comm.bcast((result, error))
-    if error is not None:
-        raise error
-    return result
 
 
 def reconstruct(

@@ -249,7 +249,7 @@ def derive(plan: Plan, graph: Model, kind: str) -> Model:
     model: Model | None = plan.derived.get(kind)
     if model is None:
         model = type(graph)()
-        model._base = plan
+        model._base, model._kind = plan, kind
         with undisturbed():
             SWEEPS[kind](plan, graph, model).run()
         plan.derived[kind] = model

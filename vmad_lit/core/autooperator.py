@@ -12,7 +12,7 @@ from .error import BadArgument, ModelError, did_you_mean
 from .graph import Node
 from .model import Builder, Model
 from .operator import InstanceOperator, Operator, Primitive, declare
-from .symbol import Ignored, Symbol
+from .symbol import Ignored, Literal, Symbol
 from .tape import Tape
 
 TAPE = "tape of the model"
@@ -143,6 +143,12 @@ class AutoOperator(Operator):
     def forgetful(self) -> AutoOperator:
         """A variant that keeps no tape, and makes it anew when a derivative is computed."""
         return self._vary(_keeps_tape=False)
+
+    def model_of(self, node: Node) -> Model | None:
+        constants: dict[str, Any] = {name: node.varin[name] for name in self.argnames if name not in self.ain}
+        if any(type(symbol) is not Literal for symbol in constants.values()):
+            return None
+        return find_model(node, {**node.varin, **{name: symbol._value for name, symbol in constants.items()}})[0]
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else InstanceAutoOperator(self, instance)

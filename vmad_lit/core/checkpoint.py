@@ -620,6 +620,12 @@ class History:
         kept = "used up" if self._kept is None else f"{len(self._kept[0])} states, {len(self._kept[1])} tapes"
         return f"history of {self.steps.chain.__name__}: {kept}"
 
+    def held(self) -> list[Any]:
+        """What it keeps in memory."""
+        states, tapes = self._kept or ({}, {})
+        kept = [self.start, *states.values()]
+        return [*tapes.values(), *(state.get() for state in kept if isinstance(state, InMemory))]
+
     def go_back(self, cotangents: Cotangents) -> None:
         """Follow the script back to the start, handing the tapes of the steps to `cotangents`."""
         chain = self.steps.chain
@@ -658,7 +664,8 @@ class Cotangents:
 
     def __init__(self, chain: Chain, of_state: list[Any], wanted: list[str]):
         self.chain, self.of_state = chain, of_state
-        self.of_parameters = dict.fromkeys(wanted, ZeroGradient)
+        self.of_parameters: dict[str, Any] = dict.fromkeys(wanted, ZeroGradient)
+        self._own: dict[str, Any] = dict.fromkeys(wanted)
         self.outnames = [self.form.format(name) for name in [*chain.state_names, *wanted]]
         self.steps_left = chain.n
 
@@ -672,7 +679,8 @@ class Cotangents:
         k = len(self.of_state)
         self.of_state = pulled[:k]
         for name, partial in zip(self.of_parameters, pulled[k:]):
-            self.of_parameters[name] = add_up(self.of_parameters[name], partial)
+            total, own = self.of_parameters[name], self._own[name]
+            self.of_parameters[name], self._own[name] = add_up(total, partial, own)
 
     def result(self) -> dict[str, Any]:
         """The cotangents of all inputs of the chain by name, also those that nobody wants."""

@@ -363,7 +363,7 @@ class Plan:
                 arguments = ", ".join(
                     f"{name}: {describe(collect(slots, self._target(symbol)))}"
                     for name, symbol in node.varin.items()
-                    if not isinstance(symbol, AttrSymbol)
+                    if not any(isinstance(leaf, AttrSymbol) for leaf in leaves(symbol))
                 )
                 error.add_note(f"in {node.name}({arguments}), built at {filename}:{line}")
             raise
@@ -604,9 +604,13 @@ def undisturbed() -> Iterator[None]:
 
 
 class Context(Mapping[str, Value]):
-    """The values of a run, by the names of their symbols; for monitors. A value that died is None."""
+    """The values of a run, by the names of their symbols; for monitors. A value that died is None.
+
+    The list `nodes` tells which nodes the run consists of.
+    """
 
     def __init__(self, plan: Plan, slots: Slots) -> None:
+        self.nodes = plan.nodes
         self._slots = {symbol._name: slot for symbol, slot in plan._slots.items()}
         self._values = slots
 

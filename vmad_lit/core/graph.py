@@ -6,7 +6,7 @@ import html
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,7 @@ class Node:
             for name in self.primitive.argnames
         }
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         ins = ", ".join(repr(symbol) for symbol in self.arguments.values())
         outs = ", ".join(repr(symbol) for symbol in self.varout.values())
         filename, line = self.place
@@ -211,58 +211,73 @@ class Graph(list[Node]):
         fragment._ref = None
 
     # How a graph shows itself
-    def __repr__(self):
+    def __repr__(self) -> str:
         ins, outs = ", ".join(self._inputs), ", ".join(self._outputs)
         return f"{type(self).__name__}: {ins or '()'} -> {outs or '()'} ({len(self)} nodes)"
 
-    def _repr_html_(self):
-        def cell(symbol):
-            return f"<code>{html.escape(repr(symbol))}</code>"
+    def _repr_html_(self) -> str:
+        def show(symbol: BaseSymbol) -> str:
+            return f"<code>{html.escape(clip(repr(symbol)))}</code>"
 
-        rows = []
-        for node in self:
+        def cells(node: Node) -> list[str]:
             filename, line = node.place
-            ins = ", ".join(f"{html.escape(key)}={cell(symbol)}" for key, symbol in node.arguments.items())
-            outs = ", ".join(cell(symbol) for symbol in node.varout.values())
-            place = html.escape(f"{os.path.basename(filename)}:{line}")
-            rows.append(
-                f"<tr><td>{html.escape(node.name)}</td><td>{ins}</td><td>{outs}</td><td>{place}</td></tr>"
-            )
-        return (
-            f"<details><summary>{html.escape(repr(self))}</summary><table>"
-            "<tr><th>node</th><th>inputs</th><th>results</th><th>built at</th></tr>"
-            + "".join(rows) + "</table></details>"
-        )
+            ins = ", ".join(f"{html.escape(key)}={show(symbol)}" for key, symbol in node.arguments.items())
+            outs = ", ".join(show(symbol) for symbol in node.varout.values())
+            return [html.escape(node.name), ins, outs, html.escape(f"{os.path.basename(filename)}:{line}")]
 
-    def to_dot(self):
-        """The source text of a Graphviz picture of the model."""
+        return fold(repr(self), ("node", "inputs", "results", "built at"), self, cells)
+
+    def to_dot(self, depth: int = 0) -> str:
+        """The source text of a Graphviz picture of the model.
+
+        Parameters
+        ----------
+        depth : int
+            How many levels of autooperators are opened; their models are drawn as clusters. One whose model is
+            only known when it runs stays closed.
+        """
         lines = ["digraph model {", "  rankdir=LR; node [shape=box, fontname=monospace];"]
-        made_by = {}
-        # Draw the inputs, the nodes and the outputs
-        def quote(text):
-            return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-        def arrows(symbol, target):
-            for leaf in leaves(symbol):
-                if id(leaf) in made_by:
-                    lines.append(f"  {made_by[id(leaf)]} -> {target} [label={quote(repr(leaf))}];")
-                elif isinstance(leaf, Recorded):
-                    lines.append(f"  {quote(repr(leaf))} [shape=note]; {quote(repr(leaf))} -> {target};")
-
-
-        for name, symbol in self._inputs.items():
-            made_by[id(symbol)] = quote("in: " + name)
-            lines.append(f"  {made_by[id(symbol)]} [label={quote(name)}, style=rounded];")
-        for node in self:
-            lines.append(f"  {quote(node.name)};")
-            for symbol in node.arguments.values():
-                arrows(symbol, quote(node.name))
-            made_by.update((id(leaf), quote(node.name)) for symbol in node.varout.values() for leaf in leaves(symbol))
-        for name, symbol in self._outputs.items():
-            lines.append(f"  {quote('out: ' + name)} [label={quote(name)}, style=rounded];")
-            arrows(symbol, quote("out: " + name))
+        self._draw(lines, "", depth)
         return "\n".join([*lines, "}"]) + "\n"
+
+    def _draw(self, lines: list[str], prefix: str, depth: int) -> None:
+        """Append the lines for all nodes, whose names in the picture begin with a prefix."""
+        made_by: dict[BaseSymbol, str] = {}
+        # Draw the inputs, the nodes and the outputs
+        def arrows(symbol: BaseSymbol, target: str) -> None:
+            for leaf in leaves(symbol):
+                if leaf in made_by:
+                    lines.append(f"  {made_by[leaf]} -> {target} [label={quote(repr(leaf))}];")
+                elif isinstance(leaf, Recorded):
+                    lines.append(f"  {quote(prefix + repr(leaf))} [label={quote(repr(leaf))}, shape=note];")
+                    lines.append(f"  {quote(prefix + repr(leaf))} -> {target};")
+
+
+        for name, given in self._inputs.items():
+            made_by[given] = quote(f"{prefix}in: {name}")
+            lines.append(f"  {made_by[given]} [label={quote(name)}, style=rounded];")
+        for node in self:
+            inner = node.operator.model_of(node) if depth and node.forward is None else None
+            if inner is not None:
+                # Draw a cluster
+                inside = f"{prefix}{node.name}/"
+                lines.append(f"  subgraph {quote(f'cluster {prefix}{node.name}')} {{")
+                lines.append(f"  label={quote(node.name)};")
+                inner._draw(lines, inside, depth - 1)
+                lines.append("  }")
+                for name in inner._inputs:
+                    arrows(node.varin[name], quote(f"{inside}in: {name}"))
+                for name, symbol in node.varout.items():
+                    made_by.update((leaf, quote(f"{inside}out: {name}")) for leaf in leaves(symbol))
+            else:
+                box = quote(prefix + node.name)
+                lines.append(f"  {box} [label={quote(node.name)}];")
+                for symbol in node.arguments.values():
+                    arrows(symbol, box)
+                made_by.update((leaf, box) for symbol in node.varout.values() for leaf in leaves(symbol))
+        for name, symbol in self._outputs.items():
+            lines.append(f"  {quote(f'{prefix}out: {name}')} [label={quote(name)}, style=rounded];")
+            arrows(symbol, quote(f"{prefix}out: {name}"))
 
 
 class Fragment(Graph):
@@ -316,3 +331,46 @@ def alive(ref: Callable[[], Graph | None]) -> Graph:
     if graph is None:
         raise InferError("the model of these symbols no longer exists; keep a reference to it while building")
     return graph
+
+
+# Tables that unfold
+SHOWN = 50  # rows at either end of a long table
+
+
+def fold(summary: str, columns: Iterable[str], items: Sequence[Any], cells: Callable[[Any], Iterable[str]]) -> str:
+    """A table in HTML that unfolds from a line of text; of many items only the first and the last are shown.
+
+    `cells` makes the HTML of the cells in the row of an item.
+    """
+    n = len(items)
+    left_out = max(n - 2 * SHOWN, 0)
+    columns = list(columns)
+    rows = []
+    for i in range(n):
+        if left_out and i == SHOWN:
+            rows.append(f"<tr><td colspan={len(columns)}>({left_out} more rows)</td></tr>")
+        if not left_out or not SHOWN <= i < n - SHOWN:
+            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells(items[i])) + "</tr>")
+    header = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    return (
+        f"<details><summary>{html.escape(clip(summary))}</summary><table><tr>{header}</tr>"
+        + "".join(rows) + "</table></details>"
+    )
+
+
+def clip(text: str, length: int = 160) -> str:
+    """A text, or the beginning of it."""
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes in a unit that leaves at most four digits before the point."""
+    for unit in "B", "kB", "MB", "GB":
+        if size < 9999.5:
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+def quote(text: str) -> str:
+    """A string of the language of Graphviz."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from .error import BadArgument, UnexpectedOutput, did_you_mean
 from .execution import Plan, describe
 from .graph import Graph, Node
 from .operator import ZeroGradient
 from .symbol import Value
-from .tape import Tape
+from .tape import Tape, fit, form_of
 
 Names = str | list[str]  # one name asks for one value, a list for a list
 Values = Mapping[str, Value] | Iterable[tuple[str, Value]]
@@ -20,10 +20,13 @@ Monitor = Callable[[Node, Any, Any, Mapping[str, Value]], object]
 class Model(Graph):
     """A list of nodes with named inputs and outputs, which can be computed."""
 
+    runner: ClassVar[Callable[..., Any]] = staticmethod(Plan.run)
+
     def __init__(self) -> None:
         super().__init__()
         self._plans: dict[Any, Plan] = {}
         self._base: Plan | None = None
+        self._kind = "apl"
         self._tape: Tape | None = None
         self._optional: dict[str, Value] = {}
 
@@ -48,7 +51,7 @@ class Model(Graph):
         if self._tape is not None:
             slots = self._tape.slots
             init = self._optional | {name: as_zero(value) for name, value in init.items()}
-        values, slots = plan.run(init, slots, monitor)
+        values, slots = self.runner(plan, init, slots, monitor)
         out = dict(zip(plan.vout, values))
         return out, (Tape(self, plan, slots, init, out) if record else None)
 
@@ -56,7 +59,7 @@ class Model(Graph):
         """This derived model, joined with a tape of the original."""
         joined = type(self)()
         list.extend(joined, self)
-        for name in "_inputs", "_outputs", "_plans", "_base", "_optional":
+        for name in "_inputs", "_outputs", "_plans", "_base", "_kind", "_optional":
             setattr(joined, name, getattr(self, name))
         joined._tape = tape
         return joined
@@ -93,7 +96,7 @@ class Model(Graph):
         """
         names = names_of(vout)
         every = tuple(dict.fromkeys([*self._outputs, *names])) if return_tape else names
-        out, tape = self._run(every, dict(init), return_tape, monitor)
+        out, tape = self._run(every, self._fitting(dict(init)), return_tape, monitor)
         result = select(out, vout, return_dict)
         return (result, tape) if return_tape else result
 
@@ -118,8 +121,6 @@ class Model(Graph):
         init, v = dict(init), dict(v)
         vout = [without(name, "_", None) for name in v]
         out, tape = self._run(vout, init, True, monitor)
-        for name in vout:
-            check_fits("_" + name, v["_" + name], out[name])
         pulled = tape.get_vjp().compute(tape.get_vjp_vout(), v, return_dict=return_dict, monitor=monitor)
         return select(out, vout, return_dict), pulled
 
@@ -143,7 +144,7 @@ class Model(Graph):
             `return_dict`.
         """
         out, tape = self._run(names_of(vout), dict(init), True, monitor)
-        tangents = self._tangents(dict(init), dict(v))
+        tangents = self._tangents(dict(v))
         pushed = tape.get_jvp().compute(
             [name + "_" for name in names_of(vout)], tangents, return_dict=return_dict, monitor=monitor
         )
@@ -161,13 +162,11 @@ class Model(Graph):
         """
         names = names_of(vout)
         out, tape = self._run(names, dict(init), True, monitor)
-        tangents = self._tangents(dict(init), dict(v))
+        tangents = self._tangents(dict(v))
         pushed = tape.get_jvp().compute([name + "_" for name in names], tangents, monitor=monitor)
         cotangents = {"_" + name: tangent for name, tangent in zip(names, pushed)}
-        pulled = tape.get_vjp().compute(
-            tape.get_vjp_vout(), cotangents, return_dict=return_dict, monitor=monitor
-        )
-        return select(out, vout, return_dict), pulled
+        pulled, _ = tape.get_vjp()._run(tape.get_vjp_vout(), cotangents, monitor=monitor)
+        return select(out, vout, return_dict), select(pulled, tape.get_vjp_vout(), return_dict)
 
     # Compute a Hessian-vector product
     def compute_with_hvp(
@@ -203,29 +202,41 @@ class Model(Graph):
         for name in names:
             cotangents["_" + name] = cotangent = v.pop("_" + name, None)
             # Check the cotangent, or find that it is 1
-            if cotangent is not None:
-                check_fits("_" + name, cotangent, out[name])
-            elif is_real_number(out[name]):
+            if cotangent is None:
+                if not is_real_number(out[name]):
+                    raise BadArgument(
+                        f"the output '{name}' is {describe(out[name])}, not a real number; give its cotangent '_{name}', "
+                        f"and the Hessian is that of the sum of their products"
+                    )
                 cotangents["_" + name] = 1.0
-            else:
-                raise BadArgument(
-                    f"the output '{name}' is {describe(out[name])}, not a real number; give its cotangent '_{name}', "
-                    f"and the Hessian is that of the sum of their products"
-                )
         hvp, gradient, product = tape.get_hvp(), tape.get_vjp_vout(), tape.get_hvp_vout()
-        given = {**cotangents, **self._tangents(dict(init), v)}
+        given = {**cotangents, **self._tangents(v)}
         swept = hvp.compute([*gradient, *product], given, return_dict=True, monitor=monitor)
         return select(out, vout, return_dict), select(swept, gradient, return_dict), select(swept, product, return_dict)
 
-    def _tangents(self, init: dict[str, Value], v: dict[str, Value]) -> dict[str, Value]:
-        for name, tangent in v.items():
+    def _tangents(self, v: dict[str, Value]) -> dict[str, Value]:
+        for name in v:
             if without(name, None, "_") not in self._inputs:
                 raise BadArgument(
                     f"'{name}' is no tangent of an input"
                     + did_you_mean(name, [name + "_" for name in self._inputs])
                 )
-            check_fits(name, tangent, init.get(name[:-1]))
         return {name + "_": v.get(name + "_", ZeroGradient) for name in self._inputs}
+
+    def _fitting(self, init: dict[str, Value]) -> dict[str, Value]:
+        """What is given to a derived model, fit for the values that it belongs to."""
+        if self._tape is None:
+            return init
+        forms: dict[str, Any] = {}
+        if self._kind in ("vjp", "hvp"):
+            forms.update(("_" + name, form_of(value)) for name, value in self._tape.out.items())
+        if self._kind in ("jvp", "hvp"):
+            forms.update((name + "_", form) for name, form in self._tape.forms.items())
+        forms.update((name, forms[name[:-1]]) for name in self._optional)
+        for name in init if self._optional else ():
+            if name not in self._inputs:
+                raise BadArgument(f"the derived model has no input '{name}'" + did_you_mean(name, list(self._inputs)))
+        return {name: fit(name, as_zero(x), forms[name]) if name in forms else x for name, x in init.items()}
 
 
 class Builder(Model):
@@ -255,20 +266,12 @@ def select(out: dict[str, Value], vout: Names, return_dict: bool = False) -> Any
         return {name: out[name] for name in names_of(vout)}
     return out[vout] if isinstance(vout, str) else [out[name] for name in vout]
 
-def check_fits(name: str, derivative: Value, value: Value) -> None:
-    """Raise BadArgument if a tangent or cotangent has another shape than the value it belongs to."""
-    shape, expected = getattr(derivative, "shape", None), getattr(value, "shape", None)
-    if isinstance(shape, tuple) and isinstance(expected, tuple) and shape not in ((), expected):
-        raise BadArgument(
-            f"'{name}' is {describe(derivative)}, and belongs to a value that is {describe(value)}"
-        )
-
-
 def without(name: str, prefix: str | None, suffix: str | None) -> str:
     """The name of a variable, from that of its cotangent (prefix) or tangent (suffix)."""
     if prefix and not name.startswith(prefix) or suffix and not name.endswith(suffix):
         raise BadArgument(
-            f"the name of a {'cotangent starts' if prefix else 'tangent ends'} with '_', got '{name}'"
+            f"the name of a {'cotangent starts' if prefix else 'tangent ends'} with '_', got '{name}'; "
+            f"did you mean '{prefix or ''}{name}{suffix or ''}'?"
         )
     return name[1:] if prefix else name[:-1]
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mypy.nodes import ARG_STAR, ARG_STAR2, MemberExpr, NameExpr, TypeInfo
-from mypy.plugin import AttributeContext, FunctionContext, FunctionSigContext, Plugin
+from mypy.nodes import ARG_STAR, ARG_STAR2, TypeInfo
+from mypy.plugin import AttributeContext, ClassDefContext, FunctionContext, FunctionSigContext, Plugin
 from mypy.types import AnyType, CallableType, FunctionLike, Type, TypeOfAny
 
 DECORATORS = {
@@ -16,18 +16,19 @@ DECORATORS = {
     "vmad_lit.core.autooperator.autooperator",
     "vmad_lit.core.registry.overloaded",
 }
+MARK = "vmad_lit"
 ANY = AnyType(TypeOfAny.special_form)
 
 
 class OperatorPlugin(Plugin):
     """Calls of operators take any arguments and return anything; their attributes are those of `Operator`."""
 
+    def get_class_decorator_hook_2(self, fullname: str) -> Callable[[ClassDefContext], bool] | None:
+        return mark if fullname in DECORATORS else None
+
     def is_operator(self, fullname: str) -> bool:
         symbol = self.lookup_fully_qualified(fullname)
-        if symbol is None or not isinstance(symbol.node, TypeInfo):
-            return False
-        decorators = symbol.node.defn.decorators
-        return any(isinstance(d, (NameExpr, MemberExpr)) and d.fullname in DECORATORS for d in decorators)
+        return symbol is not None and isinstance(symbol.node, TypeInfo) and MARK in symbol.node.metadata
 
     def get_function_signature_hook(self, fullname: str) -> Callable[[FunctionSigContext], FunctionLike] | None:
         return free_signature if self.is_operator(fullname) else None
@@ -37,6 +38,12 @@ class OperatorPlugin(Plugin):
 
     def get_class_attribute_hook(self, fullname: str) -> Callable[[AttributeContext], Type] | None:
         return (lambda context: ANY) if self.is_operator(fullname.rpartition(".")[0]) else None
+
+
+def mark(context: ClassDefContext) -> bool:
+    """Remember, also in the cache of mypy, that a class is an operator."""
+    context.cls.info.metadata[MARK] = {"operator": True}
+    return True
 
 
 def free_signature(context: FunctionSigContext) -> CallableType:

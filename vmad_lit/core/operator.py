@@ -295,6 +295,10 @@ class Operator:
         self.recorded = tuple(taken)
         self.extras = tuple(name for name in taken if name not in available)
 
+    def model_of(self, node: Node) -> Graph | None:
+        """The model inside a node of this operator, if there is one and it is known before the run."""
+        return None
+
     def _apply_to_tangents(self, node: Node, **kwargs: Any) -> Any:
         given = {name: kwargs[name + "_" if name in self.ain else name] for name in self.apl.argnames}
         result = self.apl.impl(node, **given)

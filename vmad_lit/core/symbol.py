@@ -151,7 +151,10 @@ class List(BaseSymbol):
         return iter(self._items)
 
     def __repr__(self) -> str:
-        return repr(self._items)
+        if len(self._items) <= 8:
+            return repr(self._items)
+        first, last = (", ".join(map(repr, self._items[part])) for part in (slice(3), slice(-1, None)))
+        return f"[{first}, ... {len(self._items) - 4} more, {last}]"
 
 
 class ListPlaceholder(List):
@@ -168,8 +171,20 @@ def assymbol(value: Any) -> BaseSymbol:
     if isinstance(value, BaseSymbol):
         return value
     if type(value) is list or type(value) is tuple:
-        return List(value)
+        return Literal(nested(value)) if value and all(map(is_numeric, value)) else List(value)
     return Literal(value)
+
+
+def is_numeric(value: Any) -> bool:
+    """Whether a value is a number of Python, or a (nested) list of nothing but numbers."""
+    if type(value) is list or type(value) is tuple:
+        return all(map(is_numeric, value))
+    return type(value) in (int, float, complex)
+
+
+def nested(value: Any) -> Any:
+    """A copy of a (nested) list, with lists for tuples; a number as it is."""
+    return list(map(nested, value)) if isinstance(value, (list, tuple)) else value
 
 
 class Recorded(BaseSymbol):

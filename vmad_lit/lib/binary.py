@@ -8,7 +8,7 @@ import numpy
 
 from ..core import stdlib
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import conj, fit, kind, slope_of_base, slope_of_exponent, widen
+from ..core.stdlib.operators import as_array, conj, fit, kind, slope_of_base, slope_of_exponent, widen
 from .unary import offer_curvature, scaled, slope
 
 
@@ -33,6 +33,9 @@ class binary_ufunc:
 
     def apl(node, x1, x2):
         return node.prototype.f(x1, x2)
+
+    def rcd(node, x1, x2, y):
+        return dict(x1=as_array(x1), x2=as_array(x2))
 
     def vjp(node, _y, x1, x2):
         # Pull the cotangent back to each operand that varies
@@ -143,7 +146,7 @@ class arctan2(binary_ufunc):
     f = staticmethod(numpy.arctan2)
     fprime1 = staticmethod(lambda x1, x2: x2 / radius(x1, x2) / radius(x1, x2))
     fprime2 = staticmethod(lambda x1, x2: -x1 / radius(x1, x2) / radius(x1, x2))
-    fsecond11 = staticmethod(lambda x1, x2: -2 * arctan2.fprime1(x1, x2) * x1 / radius(x1, x2) / radius(x1, x2))
+    fsecond11 = staticmethod(lambda x1, x2: 2 * arctan2.fprime1(x1, x2) * arctan2.fprime2(x1, x2))
     fsecond12 = staticmethod(lambda x1, x2: arctan2.fprime2(x1, x2) ** 2 - arctan2.fprime1(x1, x2) ** 2)
     fsecond22 = staticmethod(lambda x1, x2: -arctan2.fsecond11(x1, x2))
 
@@ -214,6 +217,6 @@ class power(stdlib.pow.prototype):
 
 
 __all__ = [
-    *("binary_ufunc", "maximum", "minimum", "fmax", "fmin", "hypot", "arctan2", "logaddexp"),
-    *("add", "subtract", "multiply", "divide", "power"),
+    "binary_ufunc", "maximum", "minimum", "fmax", "fmin", "hypot", "arctan2", "logaddexp",
+    "add", "subtract", "multiply", "divide", "power",
 ]

@@ -580,7 +580,7 @@ _WEIGHTS = {1: 3 / 4, 2: -3 / 20, 3: 1 / 60}  # of the central difference of six
 
 def _differentiate_pull_back(function, parameters, tangents, cotangents, wanted):
     """The derivative of `_pull_back` along tangents of the parameters."""
-    step = 0.01 / max(abs(float(t)) / (abs(float(p)) or 1.0) for p, t in zip(parameters, tangents, strict=True))
+    step = 1e-4 / max(abs(float(t)) / (abs(float(p)) or 1.0) for p, t in zip(parameters, tangents, strict=True))
 
     def at(distance):
         moved = [p + distance * float(t) for p, t in zip(parameters, tangents, strict=True)]

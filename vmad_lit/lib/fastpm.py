@@ -83,10 +83,28 @@ def _cnorm(self, metric=None, norm=lambda x: x.real ** 2 + x.imag ** 2):
 def _sum_modes(x, values, metric):
     if metric is not None:
         values = values * metric(_coordinates(x, 'wavenumber').normp(2) ** 0.5)
-    return x.pm.comm.allreduce(values.sum())
+    return _total(x, values)
+
+
+def _total(x, values):
+    return x.pm.comm.allreduce(values.sum(dtype=numpy.result_type(values, 'f8')).item())
 
 
 BaseComplexField.cdot, BaseComplexField.cnorm = _cdot, _cnorm
+
+
+def _csum(self, dtype=None):
+    """Sum over the whole mesh, by default in double precision. Collective."""
+    return _total(self, self.value.astype(self.dtype if dtype is None else dtype, copy=False))
+
+
+def _real_cdot(self, other):
+    """Inner product of two real fields over the whole mesh, summed in double precision. Collective."""
+    self._check_compatible(other)
+    return _total(self, self.value * other.value)
+
+
+RealField.csum, RealField.cdot = _csum, _real_cdot
 
 _create_coords = ParticleMesh.create_coords
 

@@ -5,6 +5,7 @@ and `copy` also work for mesh fields, on any number of ranks.
 """
 
 import math
+from operator import index
 from string import ascii_letters
 
 import numpy
@@ -60,16 +61,19 @@ class broadcast_to(linear):
 
 @operator
 class reshape(linear):
-    """The elements of `x`, in the same order, in another shape."""
+    """The elements of `x` in another shape, of which one length may be -1; `order` is that in which the
+    elements are counted, "C" (the last index first) or "F" (the first index first)."""
 
-    def apl(node, x, shape):
-        return numpy.reshape(x, shape)
+    def apl(node, x, shape, order="C"):
+        if order not in ("C", "F"):
+            raise ValueError(f"the order is 'C' or 'F', got {order!r}")
+        return numpy.reshape(x, shape, order=order)
 
-    def rcd(node, x, shape, y):
-        return dict(xshape=numpy.shape(x), yshape=y.shape, shape=shape)
+    def rcd(node, x, shape, order, y):
+        return dict(xshape=numpy.shape(x), yshape=y.shape, shape=shape, order=order)
 
-    def vjp(node, _y, xshape, yshape):
-        return numpy.reshape(whole(_y, yshape), xshape)
+    def vjp(node, _y, xshape, yshape, order):
+        return numpy.reshape(whole(_y, yshape), xshape, order=order)
 
 
 @operator
@@ -101,13 +105,21 @@ class copy(linear):
 
 @operator
 class take(linear):
-    """The elements of `x` with the indices `i` along an axis; of the flattened array if the axis is None."""
+    """The elements of `x` with the indices `i` along an axis; of the flattened array if the axis is None.
 
-    def apl(node, x, i, axis=None):
-        return numpy.take(x, whole_numbers(i), axis=axis)
+    An index that is out of bounds is an error, or counted around the end (mode "wrap"), or replaced by
+    the nearest one (mode "clip"), as in `numpy.take`.
+    """
 
-    def rcd(node, x, i, axis, y):
-        return dict(kind=kind(x), i=whole_numbers(i), axis=axis, yshape=y.shape)
+    def apl(node, x, i, axis=None, mode="raise"):
+        return numpy.take(x, whole_numbers(i), axis=axis, mode=mode)
+
+    def rcd(node, x, i, axis, mode, y):
+        i = whole_numbers(i)
+        if mode != "raise":
+            n = numpy.size(x) if axis is None else numpy.shape(x)[axis]
+            i = i % n if mode == "wrap" else numpy.clip(i, 0, n - 1)
+        return dict(kind=kind(x), i=i, axis=axis, mode=mode, yshape=y.shape)
 
     def vjp(node, _y, kind, i, axis, yshape):
         shape = kind[0] if axis is not None else (math.prod(kind[0]),)
@@ -126,7 +138,7 @@ class take(linear):
 def whole_numbers(i):
     """Indices as an array of integers."""
     i = numpy.asarray(i)
-    if i.size and i.dtype.kind not in "iub":
+    if i.size and i.dtype.kind not in "iu":
         raise TypeError(f"indices are integers, got an array of {i.dtype}")
     return i.astype("intp")
 
@@ -192,7 +204,8 @@ class stack(linear):
         return dict(kinds=[kind(item) for item in x], axis=axis, yshape=y.shape)
 
     def vjp(node, _y, kinds, axis, yshape):
-        return dict(_x=[fit(piece, k) for piece, k in zip(numpy.moveaxis(whole(_y, yshape), axis, 0), kinds)])
+        pieces = numpy.moveaxis(whole(_y, yshape), axis, 0)
+        return dict(_x=[fit(piece, k) for piece, k in zip(pieces, kinds)])
 
     def jvp(node, x_, kinds, axis):
         return numpy.stack(filled(x_, kinds), axis=axis)
@@ -258,27 +271,33 @@ def clip(x, min=None, max=None):
     return x if max is None else minimum(x, max)
 
 
-def add_up(x, axis, keepdims, dtype):
+def add_up(x, axis=None, dtype=None, keepdims=False, where=True):
     x = numpy.asarray(x)
     narrow = x.dtype.itemsize < numpy.result_type("f8", x.dtype).itemsize
     wide = dict(f="f8", c="c16").get(x.dtype.kind) if narrow else None
-    y = numpy.sum(x, axis=axis, keepdims=keepdims, dtype=dtype or wide)
+    y = numpy.sum(x, axis=axes_of(axis), keepdims=keepdims, dtype=dtype or wide, where=where)
     return y if dtype or not wide else y.astype(x.dtype)
+
+
+def axes_of(axis):
+    """An axis, or several in a tuple, as Python numbers; None for all."""
+    return axis if axis is None else tuple(map(index, axis)) if numpy.iterable(axis) else index(axis)
 
 
 @overloaded
 class sum(linear):
-    """The sum over one axis, several, or all; in the dtype of `x` unless a `dtype` is given."""
+    """The sum over one axis, several, or all, of the elements in a mask; in the dtype of `x` unless a
+    `dtype` is given."""
 
-    def apl(node, x, axis=None, keepdims=False, dtype=None):
-        return add_up(x, axis if axis is None or isinstance(axis, int) else tuple(axis), keepdims, dtype)
+    def apl(node, x, axis=None, dtype=None, keepdims=False, where=True):
+        return add_up(x, axis, dtype, keepdims, where)
 
-    def rcd(node, x, axis, keepdims, dtype, y):
-        shape, is_complex = kind(x)
-        return dict(shape=shape, xdtype=getattr(x, "dtype", None), axis=axis, keepdims=keepdims, dtype=dtype)
+    def rcd(node, x, axis, dtype, keepdims, where, y):
+        xdtype = getattr(x, "dtype", None)
+        return dict(shape=kind(x)[0], xdtype=xdtype, axis=axis, dtype=dtype, keepdims=keepdims, where=where)
 
-    def vjp(node, _y, shape, xdtype, axis, keepdims):
-        return spread(_y, shape, xdtype, axis, keepdims)
+    def vjp(node, _y, shape, xdtype, axis, keepdims, where):
+        return masked(spread(_y, shape, xdtype, axis, keepdims), where)
 
 
 def spread(_y, shape, dtype, axis, keepdims):
@@ -287,46 +306,57 @@ def spread(_y, shape, dtype, axis, keepdims):
     if dtype is not None and dtype.kind in "fc" and numpy.result_type(_y).kind in "fc":
         _y = numpy.asarray(_y).astype(dtype, copy=False)
     if axis is not None and not keepdims and numpy.ndim(_y):
-        _y = numpy.expand_dims(_y, axis if isinstance(axis, int) else tuple(axis))
+        _y = numpy.expand_dims(_y, axes_of(axis))
     return numpy.broadcast_to(_y, shape)
+
+
+def masked(_x, where):
+    """A cotangent that is zero outside of a mask."""
+    return _x if where is True else numpy.where(where, _x, numpy.zeros((), _x.dtype))
 
 
 @overloaded
 class mean(linear):
-    """The mean over one axis, several, or all; in the dtype of `x` unless a `dtype` is given."""
+    """The mean over one axis, several, or all, of the elements in a mask; in the dtype of `x` unless a
+    `dtype` is given."""
 
-    def apl(node, x, axis=None, keepdims=False, dtype=None):
-        y = add_up(x, axis if axis is None or isinstance(axis, int) else tuple(axis), keepdims, dtype)
-        return y / count(numpy.shape(x), axis)
+    def apl(node, x, axis=None, dtype=None, keepdims=False, where=True):
+        return shared(add_up(x, axis, dtype, keepdims, where), numpy.shape(x), axis, keepdims, where)
 
-    def rcd(node, x, axis, keepdims, dtype, y):
-        shape, is_complex = kind(x)
-        return dict(shape=shape, xdtype=getattr(x, "dtype", None), axis=axis, keepdims=keepdims, dtype=dtype)
+    def rcd(node, x, axis, dtype, keepdims, where, y):
+        xdtype = getattr(x, "dtype", None)
+        return dict(shape=kind(x)[0], xdtype=xdtype, axis=axis, dtype=dtype, keepdims=keepdims, where=where)
 
-    def vjp(node, _y, shape, xdtype, axis, keepdims):
-        return spread(_y / count(shape, axis), shape, xdtype, axis, keepdims)
+    def vjp(node, _y, shape, xdtype, axis, keepdims, where):
+        _y = shared(_y, shape, axis, keepdims, where)
+        return masked(spread(_y, shape, xdtype, axis, keepdims), where)
 
 
-def count(shape, axis):
-    """How many elements are added up along an axis, several, or all (None); NaN for none, as 0/0."""
-    axes = range(len(shape)) if axis is None else [axis] if isinstance(axis, int) else axis
-    return math.prod(shape[i] for i in axes) or math.nan
+def shared(y, shape, axis, keepdims, where):
+    """A sum divided by the number of its terms, in the precision of the sum."""
+    axes = axes_of(axis)
+    if where is True:
+        axes = range(len(shape)) if axes is None else axes if isinstance(axes, tuple) else [axes]
+        return y / (math.prod(shape[i] for i in axes) or math.nan)
+    n = numpy.sum(numpy.broadcast_to(where, shape), axis=axes, keepdims=keepdims)
+    return (y / numpy.where(n == 0, math.nan, n)).astype(numpy.result_type(numpy.asarray(y).dtype, "f4"))
 
 
 @operator
 class cumsum(linear):
     """The partial sums along an axis; of the flattened array if the axis is None."""
 
-    def apl(node, x, axis=None):
-        return numpy.cumsum(x, axis=axis)
+    def apl(node, x, axis=None, dtype=None):
+        return numpy.cumsum(x, axis=axis, dtype=dtype)
 
-    def rcd(node, x, axis, y):
-        return dict(kind=kind(x), axis=axis, yshape=y.shape)
+    def rcd(node, x, axis, dtype, y):
+        xdtype = getattr(x, "dtype", None)
+        return dict(shape=numpy.shape(x), xdtype=xdtype, axis=axis, dtype=dtype, yshape=y.shape)
 
-    def vjp(node, _y, kind, axis, yshape):
-        axis = axis or 0
+    def vjp(node, _y, shape, xdtype, axis, yshape):
+        axis = 0 if axis is None else axis
         _x = numpy.flip(numpy.cumsum(numpy.flip(whole(_y, yshape), axis), axis=axis), axis)
-        return _x.reshape(kind[0])
+        return spread(_x.reshape(shape), shape, xdtype, None, False)
 
 
 @operator
@@ -340,7 +370,8 @@ class sumat(linear):
             raise ValueError(f"the starts of the segments must be ascending, got {at}")
         x = numpy.asarray(x)
         wide = dict(f="f8", c="c16").get(x.dtype.kind) if x.dtype.itemsize < 8 else None
-        return numpy.add.reduceat(x, at, axis=axis, dtype=wide).astype(x.dtype, copy=False)
+        y = numpy.add.reduceat(x, at, axis=axis, dtype=wide)
+        return y.astype(x.dtype, copy=False) if wide else y
 
     def rcd(node, x, at, axis, y):
         return dict(kind=kind(x), at=whole_numbers(at), axis=axis, yshape=y.shape)
@@ -409,13 +440,13 @@ class to_scalar(linear):
     """The squared norm, the sum of the squared moduli of all elements; a real number."""
 
     def apl(node, x):
-        return add_up(squared_modulus(x), None, False, None)
+        return add_up(squared_modulus(x))
 
     def vjp(node, _y, x):
         return 2 * _y * x
 
     def jvp(node, x_, x):
-        return 2 * add_up(numpy.real(conjugate(x) * x_), None, False, None)
+        return 2 * add_up(numpy.real(conjugate(x) * x_))
 
     def hvp(node, _y, x_):
         return 2 * _y * x_
@@ -430,21 +461,29 @@ def squared_modulus(x):
 class norm(linear):
     """The norm of an array, or of vectors along an axis, as `numpy.linalg.norm`.
 
-    `ord` is None for the square root of the sum of squares (over one axis, several, or all), or, for
-    vectors, a number from 1 to infinity. The derivative at the origin is 0.
+    `ord` is None for the square root of the sum of squares (over one axis, several, or all), "fro" for
+    the same of matrices, or, for vectors, a number from 1 to infinity, or -inf for the smallest modulus.
+    The derivative at the origin is 0.
     """
 
     def apl(node, x, ord=None, axis=None, keepdims=False):
-        if ord is not None and not (
-            isinstance(ord, (int, float)) and ord >= 1 and (isinstance(axis, int) or numpy.ndim(x) == 1)
-        ):
-            raise ValueError(
-                "only norms of vectors with 1 <= ord <= inf, or ord=None, have derivatives here, "
-                f"got ord={ord!r}"
-            )
-        axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
-        if ord is None and not isinstance(axes, int):
-            return add_up(squared_modulus(x), axes, keepdims, None) ** 0.5
+        axes = axes_of(axis)
+        # Refuse norms that have no derivatives here
+        if ord == "fro":
+            if numpy.ndim(x) != 2 if axes is None else isinstance(axes, int) or len(axes) != 2:
+                raise ValueError(
+                    f"the Frobenius norm is of matrices, got {numpy.ndim(x)} axes and axis={axis!r}"
+                )
+        elif ord is not None:
+            of_vectors = isinstance(axes, int) or axes is None and numpy.ndim(x) == 1
+            if not of_vectors or isinstance(ord, str) or not (ord >= 1 or ord == -math.inf):
+                raise ValueError(
+                    "only norms of vectors with 1 <= ord <= inf or ord=-inf, ord='fro' of matrices, and "
+                    "ord=None have derivatives here, "
+                    f"got ord={ord!r} for {numpy.ndim(x)} axes and axis={axis!r}"
+                )
+        if ord in (None, "fro") and not isinstance(axes, int):
+            return add_up(squared_modulus(x), axes, None, keepdims) ** 0.5
         return numpy.linalg.norm(x, ord, axes, keepdims)
 
     def rcd(node, x, ord, axis, keepdims, y):
@@ -459,8 +498,7 @@ class norm(linear):
 
     def jvp(node, x_, x, y, ord, shape, xdtype, axis, keepdims):
         slope = slope_of_norm(x, spread(y, shape, None, axis, keepdims), ord, axis)
-        axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
-        return add_up(numpy.real(conjugate(slope) * x_), axes, keepdims, None)
+        return add_up(numpy.real(conjugate(slope) * x_), axis, None, keepdims)
 
     def hvp(node, _y, x_, x, y, ord, shape, xdtype, axis, keepdims):
         real = None if xdtype is None else numpy.empty(0, xdtype).real.dtype
@@ -471,22 +509,22 @@ class norm(linear):
 def slope_of_norm(x, y, ord, axis):
     """The direction of steepest ascent of a norm `y`, repeated to the shape of `x`."""
     nonzero = y + (y == 0)
-    if ord is None or ord == 2:
+    if ord in (None, "fro", 2):
         return x / nonzero
-    if ord == math.inf:
+    if ord in (math.inf, -math.inf):
         largest = numpy.equal(numpy.absolute(x), y)
-        return numpy.sign(x) * (largest / numpy.sum(largest, axis=axis, keepdims=True)).astype(nonzero.dtype)
+        share = largest / numpy.sum(largest, axis=axis, keepdims=True)
+        return numpy.sign(x) * share.astype(nonzero.dtype)
     return numpy.sign(x) * (numpy.absolute(x) / nonzero) ** (ord - 1)
 
 
 def bend_of_norm(x, x_, y, ord, axis):
     """The tangent of `slope_of_norm`."""
     nonzero, slope = y + (y == 0), slope_of_norm(x, y, ord, axis)
-    axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
-    y_ = numpy.sum(numpy.real(conjugate(slope) * x_), axis=axes, keepdims=True)
-    if ord is None or ord == 2:
+    y_ = numpy.sum(numpy.real(conjugate(slope) * x_), axis=axes_of(axis), keepdims=True)
+    if ord in (None, "fro", 2):
         return (x_ - slope * y_) / nonzero * (y != 0)
-    if ord == math.inf:
+    if ord in (math.inf, -math.inf):
         return numpy.absolute(slope) * turn(x_, x)
     u, r = numpy.sign(x), numpy.absolute(x) / nonzero
     r_ = (numpy.real(conjugate(u) * x_) - r * y_) / nonzero
@@ -599,7 +637,7 @@ class matrix_product(product):
     """`x1 @ x2`"""
 
     def apl(node, x1, x2):
-        return x1 @ x2
+        return numpy.matmul(x1, x2)
 
     def rcd(node, x1, x2, y):
         return dict(x1=numpy.asarray(x1), x2=numpy.asarray(x2), yshape=numpy.shape(y))
@@ -855,15 +893,10 @@ BaseSymbol.__matmul__ = lambda self, other: matrix_product(self, other)
 BaseSymbol.__rmatmul__ = lambda self, other: matrix_product(other, self)
 
 __all__ = [
-    *("abs", "add", "div", "mod", "mul", "pow", "sub", *unary.__all__),
-    *(name for name in binary.__all__ if name != "add"),
-    *(
-        "broadcast_to", "clip", "concatenate", "conj", "copy", "cumsum", "dot", "einsum", "getitem",
-        "matmul", "matrix_product"
-    ),
-    *(
-        "mean", "norm", "pack_complex", "reshape", "solve", "stack", "sum", "sumat", "take", "to_scalar",
-        "transpose"
-    ),
-    *("unpack_complex", "where"),
+    "abs", "add", "div", "mod", "mul", "pow", "sub", "binary_ufunc", "maximum", "minimum",
+    "fmax", "fmin", "hypot", "arctan2", "logaddexp", "subtract", "multiply", "divide", "power",
+    "broadcast_to", "clip", "concatenate", "conj", "copy", "cumsum", "dot", "einsum", "getitem",
+    "matmul", "matrix_product", "mean", "norm", "pack_complex", "reshape", "solve", "stack",
+    "sum", "sumat", "take", "to_scalar", "transpose", "unpack_complex", "where",
 ]
+__all__ += unary.__all__

@@ -8,6 +8,8 @@ Arrays and NumPy numbers travel as buffers, other objects are pickled. All opera
 communicator have to run the same model.
 """
 
+import pickle
+
 import numpy
 from mpi4py import MPI
 
@@ -45,6 +47,33 @@ def fail_together(comm, message):
     messages = [f"rank {rank}: {text}" for rank, text in enumerate(comm.allgather(message)) if text]
     if messages:
         raise ValueError("; ".join(messages))
+
+
+def run_together(comm, function):
+    """Call a function on all ranks; if any of them has an exception, all raise one."""
+    result = error = None
+    try:
+        result = function()
+    except Exception as exception:
+        error = exception
+    errors = [e for e in comm.allgather(_portable(error)) if e is not None]
+    if errors:
+        raise error or errors[0]
+    return result
+
+
+def on_root(comm, function):
+    """Call a function on rank 0 and return its result, or raise its exception, on all ranks."""
+    return comm.bcast(run_together(comm, function if comm.rank == 0 else lambda: None))
+
+
+def _portable(error):
+    """An exception that can be sent to other ranks."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def total(x, comm):

@@ -343,13 +343,8 @@ class absolute(unary_ufunc):
 fabs = absolute
 
 __all__ = [
-    *(
-        "unary_ufunc", "result_ufunc", "sin", "cos", "tan", "arcsin", "arccos", "arctan", "sinc", "sinh",
-        "cosh", "tanh"
-    ),
-    *(
-        "arcsinh", "arccosh", "arctanh", "exp", "exp2", "expm1", "log", "log10", "log2", "log1p", "sqrt",
-        "cbrt"
-    ),
-    *("square", "reciprocal", "deg2rad", "rad2deg", "absolute", "fabs"),
+    "unary_ufunc", "result_ufunc", "sin", "cos", "tan", "arcsin", "arccos", "arctan", "sinc",
+    "sinh", "cosh", "tanh", "arcsinh", "arccosh", "arctanh", "exp", "exp2", "expm1", "log",
+    "log10", "log2", "log1p", "sqrt", "cbrt", "square", "reciprocal", "deg2rad", "rad2deg",
+    "absolute", "fabs",
 ]

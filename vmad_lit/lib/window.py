@@ -27,6 +27,12 @@ except ImportError as error:
 #: Number of cells that each window covers along an axis.
 SUPPORT = {'nnb': 1, 'cic': 2, 'tsc': 3, 'pcs': 4}
 
+#: The period of an axis that is not periodic: an index that no cell has.
+NEVER = 1 << 62
+
+#: Meshes that go through a loop together.
+TOGETHER = 4
+
 _compiled = dict(cache=True, nogil=True, error_model='numpy', fastmath={'contract'})
 
 
@@ -36,59 +42,59 @@ def _spline(support, x):
 
     Hockney & Eastwood (1988), section 5-3; the cubic spline after eq. 18 of arXiv:1512.07295.
     """
+    below = numpy.floor(x + 0.5 * (support % 2))
+    u = x - below
+    i = int(below) - (support - 1) // 2
     if support == 1:
-        return floor(x + 0.5), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+        return i, (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
     if support == 2:
-        i = floor(x)
-        u = x - i
         return i, (1.0 - u, u, 0.0, 0.0), (-1.0, 1.0, 0.0, 0.0)
     if support == 3:
-        i = floor(x + 0.5)
-        t = x - i
-        u, v = 0.5 + t, 0.5 - t
-        return i - 1, (0.5 * v * v, 0.75 - t * t, 0.5 * u * u, 0.0), (-v, -2.0 * t, u, 0.0)
-    i = floor(x)
-    u = x - i
+        v, w = 0.5 - u, 0.5 + u
+        return i, (0.5 * v * v, 0.75 - u * u, 0.5 * w * w, 0.0), (-v, -2.0 * u, w, 0.0)
     v = 1.0 - u
-    return (i - 1,
+    return (i,
             (v * v * v / 6, (4 - 6 * u * u + 3 * u * u * u) / 6,
              (4 - 6 * v * v + 3 * v * v * v) / 6, u * u * u / 6),
             (-0.5 * v * v, (1.5 * u - 2.0) * u, (2.0 - 1.5 * v) * v, 0.5 * u * u))
 
 
 @njit(**_compiled)
-def _offset(i, period, low, high, stride):
-    """Offset of cell `i` in memory, or -1 if it is not among the local cells `low` to `high`."""
-    if period > 0 and (i < 0 or i >= period):
-        i = i % period
-    if i < low or i >= high:
-        return -1
-    return i * stride
+def _fold(i, period):
+    """The cell `i` of a mesh of this period."""
+    return i if 0 <= i < period else i % period
 
 
 @njit(**_compiled)
-def _offsets(support, i, period, low, high, stride):
-    """Whether all cells from `i` on are local, and their offsets."""
-    if i >= low and i + support <= high:
-        first = i * stride
-        return True, (first, first + stride, first + 2 * stride, first + 3 * stride)
-    cells = (_offset(i, period, low, high, stride), _offset(i + 1, period, low, high, stride),
-             _offset(i + 2, period, low, high, stride), _offset(i + 3, period, low, high, stride))
-    inside = cells[0] >= 0
-    for a in range(1, support):
-        inside = inside and cells[a] >= 0
-    return inside, cells
+def _offset(cell, low, high, stride, whole):
+    """Offset of a folded cell in memory, or -1 if it is not among the local cells `low` to `high`."""
+    return cell * stride if whole or low <= cell < high else -1
+
+
+@njit(**_compiled)
+def _offsets(first, period, low, high, stride, whole):
+    """Offsets of the cells from `first` on, as many as the widest window has; `whole`: all are local."""
+    a = _fold(first, period)
+    b = a + 1 if a + 1 < period else 0
+    c = b + 1 if b + 1 < period else 0
+    d = c + 1 if c + 1 < period else 0
+    return (_offset(a, low, high, stride, whole), _offset(b, low, high, stride, whole),
+            _offset(c, low, high, stride, whole), _offset(d, low, high, stride, whole))
 
 
 @lru_cache(maxsize=None)
-def _loops(ndim, support, slopes=False):
-    """The compiled loops ``scatter, gather`` of a dimension and window; `slopes`: with derivatives."""
+def _scatter_loop(ndim, support, n, whole, moving, alone):
+    """The compiled loop that adds particles to `n` meshes.
+
+    `whole`: all cells are here along all axes but the first. `moving`: the tangent of painting one mesh.
+    `alone`: there is one thread.
+    """
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
 
     # The loop that scatters
     @njit(**_compiled)
-    def scatter(n, meshes, box, low, high, owner, mask, block, pos, step, mass, mass_step, speed, moving):
+    def scatter(mesh0, mesh1, mesh2, mesh3, box, low, high, owner, mask, block, pos, step, mass, mass_step, speed):
         shape, stride, scale, translate, origin, period = box
         npart = len(pos) // step
         listed = numpy.empty(block, dtype='i8')
@@ -97,7 +103,7 @@ def _loops(ndim, support, slopes=False):
                 continue
             start = b * block
             count = min(npart, start + block) - start
-            shared = mask[b] != uint64(1) << owner
+            shared = not alone and mask[b] != uint64(1) << owner
             if shared:
                 # List the particles of the block that are near
                 near = 0
@@ -105,157 +111,200 @@ def _loops(ndim, support, slopes=False):
                 for k in range(count):
                     x = pos[(start + k) * step] * scale[0] + translate[0]
                     i = floor(x + 0.5 * (support % 2)) - (support - 1) // 2 - 1 + origin[0]
-                    if period[0] > 0 and (i < 0 or i >= period[0]):
-                        i = i % period[0]
+                    i = _fold(i, period[0])
                     listed[near] = start + k
-                    folded = (period[0] > 0) & (i + reach - period[0] >= low)
-                    near += ((i < high) & (i + reach >= low)) | folded
+                    near += ((i < high) & (i + reach >= low)) | (i + reach - period[0] >= low)
                 count = near
             for k in range(count):
                 p = listed[k] if shared else start + k
                 # Locate the particle on each axis
-                x = pos[p * step] * scale[0] + translate[0]
-                i, wx, dx = _spline(support, x)
-                in_x, cx = _offsets(support, i + origin[0], period[0], low, high, stride[0])
-                if not in_x and max(cx) < 0:
-                    continue
+                i, wx, dx = _spline(support, pos[p * step] * scale[0] + translate[0])
+                cx = _offsets(i + origin[0], period[0], low, high, stride[0], False)
                 if ndim > 1:
-                    x = pos[p * step + 1] * scale[1] + translate[1]
-                    i, wy, dy = _spline(support1, x)
-                    in_y, cy = _offsets(support1, i + origin[1], period[1], 0, shape[1], stride[1])
+                    i, wy, dy = _spline(support1, pos[p * step + 1] * scale[1] + translate[1])
+                    cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], whole)
                 else:
-                    in_y, cy, wy, dy = True, (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+                    cy, wy, dy = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
                 if ndim > 2:
-                    x = pos[p * step + 2] * scale[2] + translate[2]
-                    i, wz, dz = _spline(support2, x)
-                    in_z, cz = _offsets(support2, i + origin[2], period[2], 0, shape[2], stride[2])
+                    i, wz, dz = _spline(support2, pos[p * step + 2] * scale[2] + translate[2])
+                    cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], whole)
                 else:
-                    in_z, cz, wz, dz = True, (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
-                inside = in_x and in_y and in_z
-                for c in range(n):
-                    mesh = meshes[c]
-                    m = mass[p * mass_step + c]
-                    if inside and not moving:
-                        # Add the window to the cells
-                        for ia in range(support):
-                            for ib in range(support1):
-                                first = cx[ia] + cy[ib]
-                                w = m * wx[ia] * wy[ib]
-                                for ic in range(support2):
-                                    mesh[uintp(first + cz[ic])] += w * wz[ic]
-                    else:
-                        # Add the window and its tangent to the cells that are here
-                        vx = vy = vz = 0.0
+                    cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+                # Take the masses of the particle
+                m0 = mass[p * mass_step]
+                m1 = mass[p * mass_step + 1] if n > 1 else 0.0
+                m2 = mass[p * mass_step + 2] if n > 2 else 0.0
+                m3 = mass[p * mass_step + 3] if n > 3 else 0.0
+                unit = m0 if n == 1 else 1.0
+                # Take the velocity of the particle
+                vx = vy = vz = 0.0
+                if moving:
+                    vx = speed[p * ndim] * scale[0]
+                    vy = speed[p * ndim + 1] * scale[1] if ndim > 1 else 0.0
+                    vz = speed[p * ndim + 2] * scale[2] if ndim > 2 else 0.0
+                # Add to the cells
+                for ia in range(support):
+                    if cx[ia] < 0:
+                        continue
+                    # Weight of a plane of cells
+                    a = unit * wx[ia]
+                    if moving:
+                        a += vx * dx[ia]
+                    for ib in range(support1):
+                        if not whole and cy[ib] < 0:
+                            continue
+                        # Weight of a row of cells
+                        first = cx[ia] + cy[ib]
+                        w = a * wy[ib]
                         if moving:
-                            vx = speed[p * ndim] * scale[0]
-                            vy = speed[p * ndim + 1] * scale[1] if ndim > 1 else 0.0
-                            vz = speed[p * ndim + 2] * scale[2] if ndim > 2 else 0.0
-                        for ia in range(support):
-                            if cx[ia] < 0:
+                            w += vy * wx[ia] * dy[ib]
+                            d = vz * wx[ia] * wy[ib]
+                        for ic in range(support2):
+                            if not whole and cz[ic] < 0:
                                 continue
-                            a = m * wx[ia] + vx * dx[ia]
-                            for ib in range(support1):
-                                if cy[ib] < 0:
-                                    continue
-                                first = cx[ia] + cy[ib]
-                                w = a * wy[ib] + vy * wx[ia] * dy[ib]
-                                d = vz * wx[ia] * wy[ib]
-                                for ic in range(support2):
-                                    if cz[ic] >= 0:
-                                        mesh[uintp(first + cz[ic])] += w * wz[ic] + d * dz[ic]
+                            i = uintp(first + cz[ic])
+                            # Weight of a cell
+                            weight = w * wz[ic]
+                            if moving:
+                                weight += d * dz[ic]
+                            if n == 1:
+                                mesh0[i] += weight
+                            else:
+                                mesh0[i] += weight * m0
+                                mesh1[i] += weight * m1
+                            if n > 2:
+                                mesh2[i] += weight * m2
+                            if n > 3:
+                                mesh3[i] += weight * m3
+
+    return scatter
+
+
+@lru_cache(maxsize=None)
+def _gather_loop(ndim, support, n, whole, moving, slopes):
+    """The compiled loop that reads `n` meshes, their change (`moving`) or their gradients (`slopes`)."""
+    support1 = support if ndim > 1 else 1
+    support2 = support if ndim > 2 else 1
 
     # The loop that gathers
     @njit(**_compiled)
-    def gather(n, meshes, box, start, end, pos, step, out, out_step, speed, moving, slope, coef, coef_step):
+    def gather(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, out, out_step, speed, slope, coef, coef_step):
         shape, stride, scale, translate, origin, period = box
         low, high = 0, shape[0]
         for p in range(start, end):
             # Locate the particle on each axis
-            x = pos[p * step] * scale[0] + translate[0]
-            i, wx, dx = _spline(support, x)
-            in_x, cx = _offsets(support, i + origin[0], period[0], low, high, stride[0])
-            if not in_x and max(cx) < 0:
-                continue
+            i, wx, dx = _spline(support, pos[p * step] * scale[0] + translate[0])
+            cx = _offsets(i + origin[0], period[0], low, high, stride[0], False)
             if ndim > 1:
-                x = pos[p * step + 1] * scale[1] + translate[1]
-                i, wy, dy = _spline(support1, x)
-                in_y, cy = _offsets(support1, i + origin[1], period[1], 0, shape[1], stride[1])
+                i, wy, dy = _spline(support1, pos[p * step + 1] * scale[1] + translate[1])
+                cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], whole)
             else:
-                in_y, cy, wy, dy = True, (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+                cy, wy, dy = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             if ndim > 2:
-                x = pos[p * step + 2] * scale[2] + translate[2]
-                i, wz, dz = _spline(support2, x)
-                in_z, cz = _offsets(support2, i + origin[2], period[2], 0, shape[2], stride[2])
+                i, wz, dz = _spline(support2, pos[p * step + 2] * scale[2] + translate[2])
+                cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], whole)
             else:
-                in_z, cz, wz, dz = True, (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
-            inside = in_x and in_y and in_z
-            gx = gy = gz = 0.0
-            for c in range(n):
-                mesh = meshes[c]
+                cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+            if slopes:
+                # Sum the gradients of the meshes
+                k0 = coef[p * coef_step]
+                k1 = coef[p * coef_step + 1] if n > 1 else 0.0
+                k2 = coef[p * coef_step + 2] if n > 2 else 0.0
+                k3 = coef[p * coef_step + 3] if n > 3 else 0.0
                 s = tx = ty = tz = 0.0
-                if inside:
-                    # Sum the cells of the window
-                    for ia in range(support):
-                        r = ry = rz = 0.0
-                        for ib in range(support1):
-                            first = cx[ia] + cy[ib]
-                            q = qz = 0.0
-                            for ic in range(support2):
-                                v = mesh[uintp(first + cz[ic])]
-                                q += v * wz[ic]
-                                qz += v * dz[ic]
-                            r += q * wy[ib]
-                            ry += q * dy[ib]
-                            rz += qz * wy[ib]
-                        s += r * wx[ia]
-                        tx += r * dx[ia]
-                        ty += ry * wx[ia]
-                        tz += rz * wx[ia]
-                else:
-                    # Sum the cells of the window that are here
-                    for ia in range(support):
-                        if cx[ia] < 0:
+                for ia in range(support):
+                    if cx[ia] < 0:
+                        continue
+                    r = ry = rz = 0.0
+                    for ib in range(support1):
+                        if not whole and cy[ib] < 0:
                             continue
-                        r = ry = rz = 0.0
-                        for ib in range(support1):
-                            if cy[ib] < 0:
+                        first = cx[ia] + cy[ib]
+                        q = qz = 0.0
+                        for ic in range(support2):
+                            if not whole and cz[ic] < 0:
                                 continue
-                            first = cx[ia] + cy[ib]
-                            q = qz = 0.0
-                            for ic in range(support2):
-                                if cz[ic] >= 0:
-                                    v = mesh[uintp(first + cz[ic])]
-                                    q += v * wz[ic]
-                                    qz += v * dz[ic]
-                            r += q * wy[ib]
-                            ry += q * dy[ib]
-                            rz += qz * wy[ib]
-                        s += r * wx[ia]
-                        tx += r * dx[ia]
-                        ty += ry * wx[ia]
-                        tz += rz * wx[ia]
-                # Hand out value and slopes
-                if slopes and moving:
-                    s = speed[p * ndim] * scale[0] * tx
-                    if ndim > 1:
-                        s += speed[p * ndim + 1] * scale[1] * ty
-                    if ndim > 2:
-                        s += speed[p * ndim + 2] * scale[2] * tz
-                if out_step >= 0:
-                    out[p * out_step + c] = s
-                if slopes and coef_step >= 0:
-                    m = coef[p * coef_step + c]
-                    gx += m * tx
-                    gy += m * ty
-                    gz += m * tz
-            if slopes and coef_step >= 0:
-                slope[p * ndim] += gx * scale[0]
+                            i = uintp(first + cz[ic])
+                            # Value of the cell, summed over the meshes
+                            v = float(mesh0[i])
+                            if n > 1:
+                                v = k0 * v + k1 * mesh1[i]
+                            if n > 2:
+                                v += k2 * mesh2[i]
+                            if n > 3:
+                                v += k3 * mesh3[i]
+                            q += v * wz[ic]
+                            qz += v * dz[ic]
+                        # Add a row of cells
+                        r += q * wy[ib]
+                        ry += q * dy[ib]
+                        rz += qz * wy[ib]
+                    # Add a plane of cells
+                    s += r * wx[ia]
+                    tx += r * dx[ia]
+                    ty += ry * wx[ia]
+                    tz += rz * wx[ia]
+                # Hand out the slopes
+                if n == 1:
+                    tx, ty, tz = k0 * tx, k0 * ty, k0 * tz
+                    if out_step > 0:
+                        out[p * out_step] = s
+                slope[p * ndim] += tx * scale[0]
                 if ndim > 1:
-                    slope[p * ndim + 1] += gy * scale[1]
+                    slope[p * ndim + 1] += ty * scale[1]
                 if ndim > 2:
-                    slope[p * ndim + 2] += gz * scale[2]
+                    slope[p * ndim + 2] += tz * scale[2]
+            else:
+                # Sum the values of the meshes
+                unit = 0.0 if moving else 1.0
+                # Take the velocity of the particle
+                vx = vy = vz = 0.0
+                if moving:
+                    vx = speed[p * ndim] * scale[0]
+                    vy = speed[p * ndim + 1] * scale[1] if ndim > 1 else 0.0
+                    vz = speed[p * ndim + 2] * scale[2] if ndim > 2 else 0.0
+                s0 = s1 = s2 = s3 = 0.0
+                for ia in range(support):
+                    if cx[ia] < 0:
+                        continue
+                    # Weight of a plane of cells
+                    a = unit * wx[ia]
+                    if moving:
+                        a += vx * dx[ia]
+                    for ib in range(support1):
+                        if not whole and cy[ib] < 0:
+                            continue
+                        # Weight of a row of cells
+                        first = cx[ia] + cy[ib]
+                        w = a * wy[ib]
+                        if moving:
+                            w += vy * wx[ia] * dy[ib]
+                            d = vz * wx[ia] * wy[ib]
+                        for ic in range(support2):
+                            if not whole and cz[ic] < 0:
+                                continue
+                            i = uintp(first + cz[ic])
+                            # Weight of a cell
+                            weight = w * wz[ic]
+                            if moving:
+                                weight += d * dz[ic]
+                            s0 += weight * mesh0[i]
+                            if n > 1:
+                                s1 += weight * mesh1[i]
+                            if n > 2:
+                                s2 += weight * mesh2[i]
+                            if n > 3:
+                                s3 += weight * mesh3[i]
+                # Hand out the values
+                out[p * out_step] = s0
+                if n > 1:
+                    out[p * out_step + 1] = s1
+                if n > 2:
+                    out[p * out_step + 2] = s2
+                if n > 3:
+                    out[p * out_step + 3] = s3
 
-    return scatter, gather
+    return gather
 
 
 @njit(**_compiled)
@@ -279,8 +328,8 @@ def _census(support, scale, translate, origin, period, owners, start, end, mask,
             first = floor(low + translate) - support + origin
             last = floor(high + translate) + support + origin
             for i in range(first, last + 1):
-                plane = _offset(i, period, 0, nplane, 1)
-                if plane >= 0:
+                plane = _fold(i, period)
+                if plane < nplane:
                     bits |= owners[uintp(plane)]
         mask[b] = bits
 
@@ -427,9 +476,9 @@ def _find_support(window):
     return found
 
 
-def _box(shape, strides, transform):
+def _box(mesh, transform):
     """Shape, stride, scale, translation (below one), origin and period of a mesh, each for three axes."""
-    ndim = len(shape)
+    shape, ndim = mesh.shape, mesh.ndim
     if not 1 <= ndim <= 3:
         raise ValueError(f"meshes have 1, 2 or 3 dimensions, not {ndim}")
     if transform is None:
@@ -439,19 +488,32 @@ def _box(shape, strides, transform):
     origin = [floor(t) for t in translate]
     more = 3 - ndim
     return (tuple(map(int, shape)) + (1,) * more,
-            tuple(map(int, strides)) + (0,) * more,
+            tuple(stride // mesh.itemsize for stride in mesh.strides) + (0,) * more,
             tuple(map(float, scale)) + (1.0,) * more,
             tuple(float(t - i) for t, i in zip(translate, origin)) + (0.0,) * more,
             tuple(map(int, origin)) + (0,) * more,
-            tuple(map(int, period)) + (1,) * more)
+            tuple(int(n) or NEVER for n in period) + (1,) * more)
+
+
+def _is_whole(box):
+    """Whether the planes of a mesh are here with all their cells."""
+    shape, period = box[0], box[-1]
+    return shape[1:] == period[1:]
+
+
+def _groups(views):
+    """Where each group of meshes begins, how many they are, and their flat arrays, always four."""
+    for first in range(0, len(views), TOGETHER):
+        flats = [flat for flat, _ in views[first:first + TOGETHER]]
+        yield first, len(flats), flats + flats[:1] * (TOGETHER - len(flats))
 
 
 def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None):
     """Add to each of `meshes` the window of each particle times its column of `mass`."""
     cells = _find_support(window)
     ndim = meshes[0].ndim
-    scatter, _ = _loops(ndim, cells)
     pos = check_positions(pos, ndim)
+    box = _box(meshes[0], transform)
     if not len(pos) or not meshes[0].size:
         return
     step = pos.shape[1]
@@ -467,15 +529,12 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None):
             _scatter([aside], pos.reshape(-1, step), column, min(mass_step, 1), window, transform, speed)
             mesh += aside
         return
-    for first in range(0, len(meshes), 3):
-        group = views[first:first + 3]
-        flats = tuple(flat for flat, _ in (group + group[:1] * 2)[:3])
-        box = _box(meshes[first].shape, group[0][1], transform)
-        edges, mask = _owners(cells, box, pos, step)
+    edges, mask = _owners(cells, box, pos, step)
+    for first, n, flats in _groups(views):
+        scatter = _scatter_loop(ndim, cells, n, _is_whole(box), speed is not None, len(edges) == 2)
         _run(scatter, [
-            (len(group), flats, box, edges[t], edges[t + 1], t, mask, BLOCK, pos, step,
-             mass[first:], mass_step,
-             mass[:0] if speed is None else speed, speed is not None)
+            (*flats, box, edges[t], edges[t + 1], t, mask, BLOCK, pos, step, mass[first:], mass_step,
+             mass[:0] if speed is None else speed)
             for t in range(len(edges) - 1)])
 
 
@@ -496,32 +555,37 @@ def _owners(cells, box, pos, step):
     return edges, mask
 
 
-def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=-1):
-    """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is given."""
+def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=0):
+    """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is given.
+
+    Both in one go only for a single mesh.
+    """
     cells = _find_support(window)
     ndim = meshes[0].ndim
-    _, gather = _loops(ndim, cells, coef is not None or speed is not None)
     pos = check_positions(pos, ndim)
     npart, step = pos.shape
-    slope = numpy.zeros((npart if coef is not None else 0, ndim))
-    if not npart:
-        return slope
-    pos = _flat(pos)
+    slopes = coef is not None
+    slope = numpy.zeros((npart if slopes else 0, ndim))
     views = [_view(mesh) for mesh in meshes]
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
-        views = [_view(numpy.ascontiguousarray(mesh, dtype='f8')) for mesh in meshes]
-    width = len(meshes) if out is not None else -1
+        meshes = [numpy.ascontiguousarray(mesh, dtype='f8') for mesh in meshes]
+        views = [_view(mesh) for mesh in meshes]
+    box = _box(meshes[0], transform)
+    if not npart or not meshes[0].size:
+        if out is not None:
+            out.fill(0)
+        return slope
+    pos = _flat(pos)
     none = numpy.empty(0)
+    width = 0 if out is None else len(meshes)
     cuts = _shares(npart, 4 * BLOCK)
-    for first in range(0, len(meshes), 3):
-        group = views[first:first + 3]
-        flats = tuple(flat for flat, _ in (group + group[:1] * 2)[:3])
-        box = _box(meshes[first].shape, group[0][1], transform)
+    for first, n, flats in _groups(views):
+        gather = _gather_loop(ndim, cells, n, _is_whole(box), speed is not None, slopes)
         _run(gather, [
-            (len(group), flats, box, cuts[t], cuts[t + 1], pos, step,
+            (*flats, box, cuts[t], cuts[t + 1], pos, step,
              none if out is None else out.reshape(-1)[first:], width,
-             none if speed is None else speed, speed is not None,
-             slope.reshape(-1), none if coef is None else coef[first:], coef_step)
+             none if speed is None else speed, slope.reshape(-1),
+             none if coef is None else coef[first:], coef_step)
             for t in range(len(cuts) - 1)])
     return slope
 
@@ -564,7 +628,7 @@ def readout(meshes, pos, window='cic', transform=None):
     """Values of meshes at positions: (N,) for one mesh, (N, n) for a list of n, in float64."""
     several = isinstance(meshes, (list, tuple))
     values = _meshes(meshes if several else [meshes])
-    out = numpy.zeros((len(pos), len(values)))
+    out = numpy.empty((len(pos), len(values)))
     _gather(values, pos, window, transform, out=out)
     return out if several else out[:, 0]
 
@@ -582,7 +646,7 @@ def paint_vjp(mesh, pos, mass=1.0, window='cic', transform=None, need_pos=True, 
     mass, step = _per_particle(mass, len(pos), 'mass')
     out = numpy.zeros((len(pos), 1)) if need_mass else None
     slope = _gather(_meshes([mesh]), pos, window, transform, out=out,
-                    coef=mass if need_pos else None, coef_step=step if need_pos else -1)
+                    coef=mass if need_pos else None, coef_step=step)
     return (slope if need_pos else None), (out[:, 0] if need_mass else None)
 
 

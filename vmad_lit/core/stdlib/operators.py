@@ -1,16 +1,23 @@
 """Arithmetic as operators, right for broadcasting and for complex numbers."""
 
+from __future__ import annotations
+
 import builtins
+from typing import Any, Self
 
 import numpy
 
 from ..autodiff import IN_PLACE
 from ..graph import Symbols
 from ..operator import Operator, ZeroGradient, operator
-from ..symbol import BaseSymbol, Literal
+from ..symbol import BaseSymbol, Literal, Value
+
+Array = numpy.ndarray[Any, Any]
+Shape = tuple[int, ...]
+Kind = tuple[Shape, bool]
 
 
-def kind(x):
+def kind(x: Value) -> Kind:
     """What a derivative has to know about a value: its shape, and whether it is complex."""
     cls = type(x)
     if cls is numpy.ndarray:
@@ -22,10 +29,10 @@ def kind(x):
     return numpy.shape(x), numpy.iscomplexobj(x)
 
 
-NUMBER = (), False  # the kind of most constants
+NUMBER: Kind = (), False  # the kind of most constants
 
 
-def fit(g, kind):
+def fit(g: Value, kind: Kind) -> Value:
     """Bring the cotangent of a broadcast value to the kind of the value: sum over repetitions, drop
     an imaginary part."""
     if g is ZeroGradient:
@@ -41,7 +48,7 @@ def fit(g, kind):
     return g if getattr(g, "shape", ()) == shape else sum_to(g, shape)
 
 
-def sum_to(g, shape):
+def sum_to(g: Value, shape: Shape) -> Value:
     """Sum an array over the axes along which a value of the given shape was repeated."""
     extra = numpy.ndim(g) - len(shape)
     if extra < 0:
@@ -50,7 +57,7 @@ def sum_to(g, shape):
     return numpy.sum(g, axis=(*range(extra), *repeated), keepdims=True).reshape(shape)
 
 
-def widen(g, kind1, kind2):
+def widen(g: Value, kind1: Kind, kind2: Kind) -> Value:
     """Repeat a tangent as broadcasting two values of these kinds would."""
     shape1, shape2 = kind1[0], kind2[0]
     if g is ZeroGradient:
@@ -62,12 +69,17 @@ def widen(g, kind1, kind2):
     return g if fits else numpy.broadcast_to(g, shape)
 
 
-def conj(x):
+def as_array(x: Value) -> Value:
+    """A list of numbers as an array, and anything else as it is."""
+    return numpy.asarray(x) if isinstance(x, (list, tuple)) else x
+
+
+def conj(x: Value) -> Value:
     """The complex conjugate; a real value as it is, without a copy."""
     return numpy.conj(x) if kind(x)[1] else x
 
 
-def plus(a, b):
+def plus(a: Value, b: Value) -> Value:
     """The sum of two tangents. ZeroGradient can add itself to an array, but to look first is quicker."""
     if a is ZeroGradient:
         return b
@@ -77,7 +89,7 @@ def plus(a, b):
 SMALL = 2**14  # bytes; arrays of this size are in the cache anyway
 
 
-def add_to_array(total: numpy.ndarray, part: numpy.ndarray) -> bool:
+def add_to_array(total: Array, part: Array) -> bool:
     """Add an array to another one in place; returns whether it has the shape and dtype for that, and
     is large enough."""
     if total.nbytes < SMALL or part.shape != total.shape or part.dtype != total.dtype:
@@ -89,27 +101,31 @@ def add_to_array(total: numpy.ndarray, part: numpy.ndarray) -> bool:
 IN_PLACE[numpy.ndarray] = add_to_array
 
 
-class ShapeOfField(tuple):
+class ShapeOfField(tuple[int, ...]):
     """The local shape of a field, which remembers of which mesh and of which type the field is."""
 
-    def __new__(cls, x):
+    pm: Any
+    type: Any
+
+    def __new__(cls, x: Value) -> Self:
         self = super().__new__(cls, x.shape)
-        self.pm, self.type = x.pm, type(x)
+        self.pm, self.type = x.pm, x.__class__
         return self
 
-    def field(self, value):
+    def field(self, value: Value) -> Value:
         """A field of this kind, with the given values."""
         return self.pm.create(type=self.type, value=numpy.broadcast_to(value, self))
 
 
-def widen_to_field(g, shape1, shape2):
+def widen_to_field(g: Value, shape1: Shape, shape2: Shape) -> Value:
     """Make a field of a tangent that is not one."""
     if hasattr(g, "pm"):
         return g
-    return (shape1 if type(shape1) is ShapeOfField else shape2).field(g)
+    shape: Any = shape1 if type(shape1) is ShapeOfField else shape2
+    return shape.field(g)
 
 
-def fit_field(g, shape, is_complex):
+def fit_field(g: Value, shape: Shape, is_complex: bool) -> Value:
     """Make of a field the cotangent of an operand: the field itself, or a sum over the mesh for a number."""
     if shape == ():
         total = ShapeOfField(g).field(1.0).cdot(g)
@@ -168,7 +184,7 @@ class abs(unary):
         return _y * turn(x_, x) if kind(x)[1] else ZeroGradient
 
 
-def turn(x_, x):
+def turn(x_: Value, x: Value) -> Value:
     """The tangent of `sign(x)`, which is 0 for real x; also at 0."""
     u, modulus = numpy.sign(x), builtins.abs(x)
     return (x_ - u * numpy.real(conj(u) * x_)) / (modulus + (modulus == 0)) * (modulus != 0)
@@ -251,7 +267,7 @@ class mul(binary):
         return dict(_x1_=times(_y, x2_, kinds[0]), _x2_=times(_y, x1_, kinds[1]))
 
 
-def times(_y, slope, kind):
+def times(_y: Value, slope: Value, kind: Kind) -> Value:
     """The cotangent of a value, from the derivative of the result with respect to it."""
     return ZeroGradient if slope is ZeroGradient else fit(_y * conj(slope), kind)
 
@@ -264,7 +280,7 @@ class div(binary):
         return x1 / x2
 
     def rcd(node, x1, x2, y):
-        return dict(x2=x2, y=ZeroGradient if node.is_literal("x2") else y, kind1=kind(x1))
+        return dict(x2=as_array(x2), y=ZeroGradient if node.is_literal("x2") else y, kind1=kind(x1))
 
     def vjp(node, _y, x2, y, kind1):
         _x1 = _y / conj(x2)
@@ -328,7 +344,7 @@ class divide1:
         return x1_ / x2
 
 
-def next_to_a_number(whole: Operator, **derivatives: type) -> None:
+def next_to_a_number(whole: Any, **derivatives: type) -> None:
     """Replace a binary operator, where one operand is a real number, by an operator of the other one.
 
     Parameters
@@ -385,10 +401,10 @@ class pow(binary):
     """`x1 ** x2`"""
 
     def apl(node, x1, x2):
-        return x1**x2
+        return as_array(x1) ** as_array(x2)
 
     def rcd(node, x1, x2, y):
-        return dict(x1=x1, x2=x2, y=ZeroGradient if node.is_literal("x2") else y)
+        return dict(x1=as_array(x1), x2=as_array(x2), y=ZeroGradient if node.is_literal("x2") else y)
 
     def vjp(node, _y, x1, x2, y):
         return dict(
@@ -414,7 +430,7 @@ class pow(binary):
         return dict(_x1_=times(_y, slope1_, kind(x1)), _x2_=times(_y, slope2_, kind(x2)))
 
 
-def slope_of_base(x1, x2):
+def slope_of_base(x1: Value, x2: Value) -> Value:
     """d(x1**x2)/dx1, and 0 where x2 is 0."""
     if numpy.ndim(x2) == 0 and x2 == 2:
         return x1 * 2
@@ -423,21 +439,21 @@ def slope_of_base(x1, x2):
     return x2 * (x1 * 1.0) ** numpy.where(x2 == 0, 0, x2 - 1)
 
 
-def slope_of_exponent(x1, y):
+def slope_of_exponent(x1: Value, y: Value) -> Value:
     """d(x1**x2)/dx2, and 0 where x1 is 0."""
     if isinstance(x1, (int, float, complex)):
         return y * numpy.log(x1 or 1).item()
     return y * numpy.log(numpy.where(x1 == 0, 1, x1))
 
 
-def bend_of_base(x1, x2):
+def bend_of_base(x1: Value, x2: Value) -> Value:
     """The second derivative of x1**x2 with respect to x1, and 0 where x2 is 0 or 1."""
     if numpy.ndim(x2) == 0:
         return x1 * 0 if x2 in (0, 1) else x2 * slope_of_base(x1, x2 - 1)
     return x2 * slope_of_base(x1, numpy.where(x2 == 0, 1, x2 - 1))
 
 
-def mixed_bend(x1, x2):
+def mixed_bend(x1: Value, x2: Value) -> Value:
     """The derivative of x1**x2 with respect to both, and 0 where x1 is 0 and it would be infinite."""
     zero = numpy.equal(x1, 0)
     base = (x1 + zero if numpy.any(zero) else x1) * 1.0

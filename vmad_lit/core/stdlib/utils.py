@@ -1,6 +1,7 @@
 """Operators that look at values while a model runs; they have zero gradients."""
 
 import builtins
+from typing import Any
 
 from ..operator import ZeroGradient, operator
 
@@ -9,7 +10,7 @@ class looking:
     """A base for operators without derivatives."""
 
     ain = "x"
-    aout = ()
+    aout: Any = ()
 
     def vjp(node):
         return ZeroGradient

@@ -1,0 +1,95 @@
+"""The type checker mypy finds the engine consistent, and understands programs that use it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.serial
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """\
+import numpy as np
+
+from vmad_lit import Builder, autooperator, operator
+from vmad_lit.core.stdlib import watchpoint
+from vmad_lit.core.symbol import Symbol
+from vmad_lit.lib import linalg
+
+
+@operator
+class softplus:
+    ain = "x"
+    aout = "y"
+
+    def apl(node, x):
+        return np.log1p(np.exp(x))
+
+    def vjp(node, _y, x):
+        return dict(_x=_y / (1 + np.exp(-x)))
+
+
+@autooperator("x -> y")
+def twice(x: Symbol, n: int = 2) -> Symbol:
+    for i in range(n):
+        x = softplus(x)
+    return x
+
+
+def build() -> Builder:
+    with Builder() as m:
+        x, y = m.input("x", "y")
+        z = softplus(x) * 2 + y**2 - 1.0 / x
+        watchpoint(z, monitor=print)
+        z = linalg.sum(twice(z, n=3), axis=0) + linalg.sin(-z)[0]
+        m.output(y=z)
+    twice.build(n=2)
+    print(softplus.apl.argnames, len(m), m.to_dot())
+    return m
+
+
+out, gradient = build().compute_with_vjp(dict(x=np.ones(3), y=2.0), dict(_y=1.0))
+"""
+
+
+def mypy(*arguments, cwd=ROOT):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "mypy", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_engine_is_consistent():
+    done = mypy("--strict", "vmad_lit/core")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def check_program(folder, program):
+    (folder / "program.py").write_text(program)
+    (folder / "mypy.ini").write_text("[mypy]\nplugins = vmad_lit.core.mypy_plugin\n")
+    return mypy("program.py", cwd=folder)
+
+
+def test_a_program_that_uses_operators(tmp_path):
+    done = check_program(tmp_path, PROGRAM)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_mistakes_are_found(tmp_path):
+    mistakes = {
+        "m.output(y=z)": ("m.output(z)", 'Too many arguments for "output"'),
+        "len(m)": ("m.nodes", 'has no attribute "nodes"'),
+        "monitor=print)": ("monitor=print)\n        y + Builder(2)", 'Too many arguments for "Builder"'),
+        "return m\n": ("return m.compute\n", "Incompatible return value"),
+    }
+    program = PROGRAM
+    for right, (wrong, message) in mistakes.items():
+        assert program.count(right) == 1
+        program = program.replace(right, wrong)
+    done = check_program(tmp_path, program)
+    for wrong, message in mistakes.values():
+        assert message in done.stdout
+    assert f"Found {len(mistakes)} errors" in done.stdout, done.stdout

@@ -1,0 +1,314 @@
+"""Profiles: where the time and the memory of a run go, and how far it has come."""
+
+from __future__ import annotations
+
+import html
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from time import perf_counter
+from typing import Any, NamedTuple, Self
+
+from .execution import Plan, Slots, Step, collect, flatten
+from .graph import Node, fold, in_bytes
+from .model import Model
+from .symbol import leaves
+from .tape import weigh
+
+Key = tuple[str, str, int]  # the name of a node, and the file and line where it was built
+
+
+class Entry:
+    """What was measured for a node, in one place of the nest of autooperators.
+
+    Attributes
+    ----------
+    operator : str
+        The name of the operator; `mul-vjp` is the vjp of `mul`.
+    calls : int
+    own, total : float
+        Seconds, without and with the nodes inside.
+    made, recorded : int
+        Bytes of new arrays among the results, and of arrays that went on a tape, on this rank and by this node itself.
+    parts : dict
+        The entries of the nodes inside, in the order of their first call.
+    """
+
+    NUMBERS = "calls", "own", "total", "made", "recorded"
+
+    def __init__(self, operator: str = "") -> None:
+        self.operator = operator
+        self.calls: float = 0
+        self.own: float = 0.0
+        self.total: float = 0.0
+        self.made: float = 0
+        self.recorded: float = 0
+        self.parts: dict[Key, Entry] = {}
+
+
+class Profile:
+    """Measures the runs of all models while it is open as a context, in the thread that opened it.
+
+    Attributes
+    ----------
+    root : Entry
+        Its `total` is the time for which the profile was open, its parts are the nodes of the models.
+    """
+
+    def __init__(self) -> None:
+        self.root = Entry("all")
+        self._stack = [self.root]
+        self._plans: dict[Plan, Plan] = {}
+        self._seen: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def __enter__(self) -> Self:
+        self._thread = threading.get_ident()
+        self._before: Callable[..., Any] = Model.runner
+        Model.runner = staticmethod(self._run)
+        self._begin = perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        elapsed = perf_counter() - self._begin
+        Model.runner = staticmethod(self._before)
+        self.root.total += elapsed
+        self.root.own = self.root.total - sum(part.total for part in self.root.parts.values())
+        self._plans.clear()
+
+    def _run(self, plan: Plan, *args: Any) -> Any:
+        """Run a plan and measure it."""
+        if threading.get_ident() != self._thread:
+            return self._before(plan, *args)
+        measured = self._plans.get(plan)
+        if measured is None:
+            measured = self._plans[plan] = copy(plan)
+            measured.steps = [self._wrap(plan, step) for step in plan.steps]
+        values, slots = self._before(measured, *args)
+        # Weigh what the run recorded
+        for node in plan.nodes if plan.record else ():
+            if node in plan.records:
+                record = plan.records[node]
+                targets = [record] if type(record) is int else list(record.values())
+                entry = self._stack[-1].parts[key_of(node)]
+                entry.recorded += weigh([collect(slots, target) for target in targets], self._seen)
+        return values, slots
+
+    def _wrap(self, plan: Plan, step: Step) -> Step:
+        node = step[1]
+        if node is None:
+            return step
+        ins, outs = (
+            [plan._slots[leaf] for symbol in flatten(symbols) for leaf in leaves(symbol) if leaf in plan._slots]
+            for symbols in (node.varin, node.varout)
+        )
+        return measure, node, step, self, key_of(node), ins, outs
+
+    def _measure(self, slots: Slots, node: Node, step: Step, key: Key, ins: list[int], outs: list[int]) -> None:
+        above = self._stack[-1]
+        entry = above.parts.get(key)
+        if entry is None:
+            entry = above.parts[key] = Entry(node.primitive.name)
+        seen: dict[int, Any] = {}
+        for slot in ins:
+            weigh(slots[slot], seen)
+        self._stack.append(entry)
+        begin = perf_counter()
+        try:
+            step[0](slots, step)
+        finally:
+            elapsed = perf_counter() - begin
+            self._stack.pop()
+            # Add to the time of the node and take from that of the one around it
+            entry.calls += 1
+            entry.total += elapsed
+            entry.own += elapsed
+            above.own -= elapsed
+        if not entry.parts:
+            entry.made += sum(weigh(slots[slot], seen) for slot in outs)
+
+    # Methods of profiles
+    def by_node(self) -> list[Row]:
+        """A row for each node, in the order of the first calls; `depth` tells how many autooperators are around it."""
+        rows = []
+        for path, (name, filename, line), entry in walk(self.root):
+            place = f"{os.path.basename(filename)}:{line}"
+            rows.append(Row(name, entry.calls, entry.own, entry.total, entry.made, entry.recorded, place, len(path)))
+        return rows
+
+    def by_operator(self) -> list[Row]:
+        """A row for each operator (or derivative of one), in the order of the time that they took themselves."""
+        sums: dict[str, Row] = {}
+        for path, _, entry in walk(self.root):
+            row = sums.get(entry.operator, Row(entry.operator))
+            sums[entry.operator] = row._replace(
+                calls=row.calls + entry.calls,
+                own=row.own + entry.own,
+                total=row.total + (0.0 if entry.operator in path else entry.total),
+                made=row.made + entry.made,
+                recorded=row.recorded + entry.recorded,
+            )
+        return sorted(sums.values(), key=lambda row: (-row.own, row.name))
+
+    def table(self, by: str = "operator") -> str:
+        """The profile as a text, by "operator" or by "node"."""
+        rows = [COLUMNS, *(row.cells() for row in self._rows(by))]
+        if len(rows) > 101:
+            rows[51:-50] = [(f"({len(rows) - 101} more)", *[""] * 6)]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = []
+        for row in rows:
+            texts = [text.rjust(width) for text, width in zip(row[1:-1], widths[1:])]
+            lines.append("  ".join([row[0].ljust(widths[0]), *texts, row[-1]]).rstrip())
+        return "\n".join(lines)
+
+    def _rows(self, by: str) -> list[Row]:
+        if by not in ("node", "operator"):
+            raise ValueError(f"a profile is read by 'operator' or by 'node', got {by!r}")
+        return self.by_node() if by == "node" else self.by_operator()
+
+    def __repr__(self) -> str:
+        calls = sum(part.calls for _, _, part in walk(self.root))
+        return f"profile of {calls:g} calls in {self.root.total:.3g} s"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.table()}"
+
+    def _repr_html_(self) -> str:
+        def cells(row: Row) -> list[str]:
+            return [html.escape(text).replace("  ", "&emsp;") for text in row.cells()]
+
+        tables = (fold(f"by {by}", COLUMNS, self._rows(by), cells) for by in ("operator", "node"))
+        return f"<p>{html.escape(repr(self))}</p>" + "".join(tables)
+
+    def plot(self, limit: int = 12) -> Any:
+        """Draw time and bytes by operator, at most `limit` of them; returns the figure of matplotlib."""
+        try:
+            from matplotlib import pyplot
+        except ImportError:
+            raise ImportError("a picture of a profile needs the package matplotlib") from None
+        rows = self.by_operator()[:limit][::-1]
+        names = [row.name for row in rows]
+        figure, (left, right) = pyplot.subplots(1, 2, sharey=True, figsize=(8, 0.9 + 0.28 * len(rows)), layout="constrained")
+        left.barh(names, [row.own * 1e3 for row in rows])
+        left.set_xlabel("own time / ms")
+        right.barh(names, [row.made / 1e6 for row in rows], label="made")
+        right.barh(names, [row.recorded / 1e6 for row in rows], height=0.4, label="recorded")
+        right.set_xlabel("megabytes")
+        right.legend()
+        return figure
+
+    def over_ranks(self, comm: Any) -> tuple[Profile, Profile]:
+        """The mean and the largest values over the ranks of a communicator of mpi4py, as two profiles.
+
+        A collective call; the results are the same on all ranks.
+        """
+        roots = comm.allgather(self.root)
+        mean, largest = Profile(), Profile()
+        mean.root = merge(roots, lambda numbers: sum(numbers) / len(numbers))
+        largest.root = merge(roots, max)
+        return mean, largest
+
+
+def measure(slots: Slots, step: Step) -> None:
+    """The step that calls another step, and measures it."""
+    _, node, inner, profile, key, ins, outs = step
+    profile._measure(slots, node, inner, key, ins, outs)
+
+
+def key_of(node: Node) -> Key:
+    return node.name, *node.place
+
+
+class Row(NamedTuple):
+    """A line of a profile; times are in seconds, sizes in bytes."""
+
+    name: str
+    calls: float = 0
+    own: float = 0.0
+    total: float = 0.0
+    made: float = 0
+    recorded: float = 0
+    place: str = ""
+    depth: int = 0
+
+    def cells(self) -> list[str]:
+        """The texts in a table."""
+        times = [f"{seconds * 1e3:.3f}" for seconds in (self.own, self.total)]
+        return [
+            "  " * self.depth + self.name, f"{self.calls:g}", *times, in_bytes(self.made), in_bytes(self.recorded), self.place
+        ]
+
+
+COLUMNS = "", "calls", "own ms", "total ms", "made", "recorded", "built at"
+
+
+def walk(entry: Entry, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Key, Entry]]:
+    """All entries inside one, each with the operators around it and its key."""
+    for key, part in entry.parts.items():
+        yield path, key, part
+        yield from walk(part, (*path, part.operator))
+
+
+def merge(entries: Sequence[Entry], combine: Callable[[list[float]], float]) -> Entry:
+    """One entry made of several, with the numbers combined."""
+    merged = Entry(next(entry.operator for entry in entries if entry.operator))
+    for name in Entry.NUMBERS:
+        setattr(merged, name, combine([getattr(entry, name) for entry in entries]))
+    absent = Entry()
+    for key in dict.fromkeys(key for entry in entries for key in entry.parts):
+        merged.parts[key] = merge([entry.parts.get(key, absent) for entry in entries], combine)
+    return merged
+
+
+class Progress:
+    """A monitor that shows a bar; made by `progress`."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            raise ImportError("a progress bar needs the package tqdm") from None
+        self._make, self._options = tqdm, options
+        self._run: Callable[[], object] = lambda: None
+        self._left = 0
+        self.bar: Any = None
+
+    def __call__(self, node: Node, inputs: Any, outputs: Any, context: Any) -> None:
+        if context is not self._run():
+            self._open(context)
+        self.bar.update()
+        self._left -= 1
+        if self._left == 0:
+            self.close()
+
+    def _open(self, context: Any) -> None:
+        self.close()
+        self._run, self._left = weakref.ref(context), len(context.nodes)
+        kinds = {node.primitive.kind for node in context.nodes}
+        sweep = next((kind for kind in ("hvp", "vjp", "jvp") if kind in kinds), "forward")
+        self.bar = self._make(**{"total": self._left, "desc": sweep, "unit": "node", "leave": False, **self._options})
+
+    def close(self) -> None:
+        """Remove the bar, if a run did not come to its end."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def progress(everywhere: bool = False, always: bool = False, **options: Any) -> Progress:
+    """A monitor with a progress bar: `m.compute(vout, init, monitor=progress())`.
+
+    Parameters
+    ----------
+    everywhere : bool
+        Show a bar on every rank, not only on rank 0.
+    always : bool
+        Show it also where the standard error is no terminal.
+    options :
+        For `tqdm`, as `desc`, `leave`, `file`.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    silent = mpi is not None and mpi.COMM_WORLD.rank > 0 and not everywhere
+    return Progress({"disable": True if silent else False if always else None, **options})
