@@ -1316,7 +1316,8 @@ class second_order_source:
     @staticmethod
     def product(mesh, other):
         """The quadratic form of two fields; with two of a kind, the source."""
-        pm, (a, b) = mesh.pm, map(second_order_source.matrix, (mesh, other))
+        pm, a = mesh.pm, second_order_source.matrix(mesh)
+        b = a if other is mesh else second_order_source.matrix(other)
         value = loops.second_invariant(a, b, pm.ndim, _SECOND_ORDER)
         return pm.create(type=RealField, value=value)
 
