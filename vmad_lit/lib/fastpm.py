@@ -333,7 +333,8 @@ def _evaluate(x, f, kind):
 def _times(x, factor, out=None):
     """A field times an array that broadcasts to it, in the field's precision; in `out`, if given."""
     y = x.pm.create(type=type(x)) if out is None else out
-    numpy.multiply(x.value, factor, out=y.value, casting='same_kind')
+    if loops is None or not loops.multiply(y.value, x.value, factor):
+        numpy.multiply(x.value, factor, out=y.value, casting='same_kind')
     return y
 
 
@@ -1124,12 +1125,17 @@ class force:
         _x, _p = 0, None if of_potk is None else pm.create(type=ComplexField, value=_potk)
         if of_f is not None:
             _f = _exchange(layout, _rows(_f, numpy.shape(x), of_f))
-            _x, _meshes = w.readout_vjp(force.meshes(pot, order), local_x, _f)
-            _from_f = force.pull_meshes(_meshes, order)
+            _from_f = force.pull_meshes(w.readout_vjp(None, local_x, _f, need_x=False)[1], order)
             _p = _from_f if _p is None else _p + _from_f
         _rho = _times(_p, _evaluate(_p, fourier_space_laplace, 'wavenumber'), out=_p).c2r(out=Ellipsis)
         mass = factor / float(pm.Nmesh.prod())
-        _x = _x + w.paint_vjp(_rho, local_x, mass, need_mass=False)[0]
+        # Collect the slopes of all meshes at the particles
+        if of_f is None:
+            _x, _ = w.paint_vjp(_rho, local_x, mass, need_mass=False)
+        else:
+            factors = numpy.empty((len(local_x), pm.ndim + 1))
+            factors[:, :-1], factors[:, -1] = _f, mass
+            _x, _ = w.readout_vjp([*force.meshes(pot, order), _rho], local_x, factors, need_meshes=False)
         return dict(_x=_as_given(_gather(layout, _x), x), _layout=ZeroGradient)
 
     def jvp(node, x_, x, layout, pm, order, pot, factor):
