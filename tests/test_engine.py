@@ -331,6 +331,25 @@ def test_a_tape_holds_what_was_recorded_and_nothing_else(counting):
         del tape, _x
 
 
+@pytest.mark.parametrize("step, kept", [(grow, 1), (grow_and_record, 6)], ids=["nothing recorded", "recorded"])
+def test_tapes_of_inner_models_let_go_of_what_they_gave(counting, step, kept):
+    @autooperator("x -> y")
+    def twice(x):
+        return step(step(x))
+
+    with Builder() as m:
+        x = m.input("x")
+        for _ in range(3):
+            x = twice(x)
+        m.output(y=x)
+    start = Value(0)
+    [y], tape = m.compute(["y"], dict(x=start), return_tape=True)
+    gc.collect()
+    assert y.x == 6 and len(Value.alive - {id(start)}) == kept
+    y, [_x] = m.compute_with_vjp(dict(x=start), dict(_y=Value(1)))
+    assert _x.x == 1
+
+
 def test_forgetting_saves_memory(counting):
     @autooperator("x -> y")
     def stage(x):

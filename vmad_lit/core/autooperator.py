@@ -253,7 +253,8 @@ def compute(node: Any, **arguments: Any) -> dict[str, Any]:
 
 def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
     tape = find_tape(node, arguments)
-    return {**{name: tape.out[name] for name in node.operator.aout}, TAPE: tape}
+    out = tape.out if node.operator.__bound_tape__ is not None else tape.let_go()
+    return {**{name: out[name] for name in node.operator.aout}, TAPE: tape}
 
 
 def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:

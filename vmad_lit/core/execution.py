@@ -92,6 +92,8 @@ class Plan:
     records : dict
         If recording: for each node where to find what it recorded. Either the slot of the dict that
         its `rcd` returned, or a dict from names to slots.
+    unrecorded : list of int
+        The slots of outputs that no node recorded.
     derived : dict
         The models derived from this plan, so that they are made only once.
     """
@@ -142,6 +144,8 @@ class Plan:
             for node in self.nodes:
                 self._plan_node(node)
             self.outputs = [self._target(graph._outputs[name]) for name in self.vout]
+            recorded = {slot for record in self.records.values() for slot in numbers_in(record)}
+            self.unrecorded = [slot for slot in numbers_in(self.outputs) if slot not in recorded]
             self.size = self.offset + len(self.template)
             del self._last_use, self._recorded, self._free, self._totals
 
@@ -389,6 +393,13 @@ def pack(s: Slots, step: Step) -> None:
 def collect(s: Slots, target: Target) -> Value:
     """The value in a slot, or the list of the values in a (nested) list of slots."""
     return s[target] if type(target) is int else [collect(s, item) for item in target]
+
+
+def numbers_in(target: Target) -> list[int]:
+    """The slots of a target, or of the values of a dict."""
+    if type(target) is int:
+        return [target]
+    return [slot for item in (target.values() if type(target) is dict else target) for slot in numbers_in(item)]
 
 
 def scatter(s: Slots, target: Target, value: Value) -> None:

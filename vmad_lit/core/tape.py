@@ -40,7 +40,7 @@ class Form:
 
 def form_of(value: Value) -> Any:
     """The Form of a value, or the list of those of its items."""
-    return [form_of(item) for item in value] if type(value) in (list, tuple) else Form(value)
+    return [form_of(item) for item in value] if type(value) in (list, tuple) else value if type(value) is Form else Form(value)
 
 def fit(name: str, derivative: Value, form: Any) -> Value:
     """A tangent or cotangent for a value of some form; raises BadArgument if it does not fit."""
@@ -84,7 +84,7 @@ class Tape(Sequence[Record]):
     ----------
     model : Model
     out : dict
-        The outputs of the run.
+        The outputs of the run, or their forms after `let_go`.
     """
 
     def __init__(
@@ -172,6 +172,14 @@ class Tape(Sequence[Record]):
                 looks[symbol] = f"list of {len(form)}" if type(form) is list else str(form)
         looks.update((self.model._outputs[name], describe(value)) for name, value in self.out.items())
         return {symbol: look for symbol, look in looks.items() if not isinstance(symbol, Literal)}
+
+    def let_go(self) -> dict[str, Value]:
+        """The outputs, of which the tape keeps from now on only the forms, and what nodes recorded."""
+        out = self.out
+        self.out = {name: form_of(value) for name, value in out.items()}
+        for slot in self.plan.unrecorded:
+            self.slots[slot] = None
+        return out
 
     def get_vjp(self) -> Model:
         """The vector-Jacobian product as a model: from the inputs `_y` to the outputs `_x`."""
