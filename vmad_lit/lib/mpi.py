@@ -219,7 +219,7 @@ def find_counts(comm, x):
 
 
 def join(x, comm, root=None):
-    """The parts of all ranks joined, and the counts; on `root` (others get None), or on all if None."""
+    """The joined parts of all ranks, on `root` (others get None) or, without it, on all; and the counts."""
     counts, dtype = find_counts(comm, x)
     if counts is None:
         return comm.allgather(x) if root is None else comm.gather(x, root), None
