@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from benchmarks import common, engine, fft, kernels, memory
+from benchmarks import common, engine, fft, kernels, memory, nbody
 from benchmarks.__main__ import place
 
 
@@ -141,3 +141,20 @@ def test_files(tmp_path):
     assert place("a/b.json", "fft", True) == "a/b.json"
     assert place("a/b.json", "fft", False) == "a/b-fft.json"
     assert place("a", "fft", False).endswith("fft.json")
+
+
+@pytest.mark.serial
+def test_nbody_knows_where_its_time_goes():
+    [row] = nbody.study([8], repeat=1, systems=["vmad_lit"])
+    spent = row["vmad_lit"]["kernels"]
+    total = spent.pop("total")
+    assert sum(spent.values()) == pytest.approx(total)
+    assert all(spent[name] > 0 for name in ("paint and read out", "FFT", "differences", "transfer functions"))
+    assert row["vmad_lit"]["error"] == 0
+
+
+@pytest.mark.serial
+def test_nbody_over_steps():
+    rows = nbody.study_steps(n=8, numbers=[3])
+    assert [row["policy"] for row in rows] == list(nbody.POLICIES)
+    assert all(row["gradient"] > 0 and row["memory"] > 0 for row in rows)

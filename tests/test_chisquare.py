@@ -116,6 +116,7 @@ def test_operator_of_complex_residuals():
     assert_allclose(_x, 2 * x)  # dy = Re(conj(_x) dx)
     _, y_ = model.compute_with_jvp("y", init=dict(x=x), v=dict(x_=np.array([1j, 1.0])))
     assert_allclose(y_, 2 * 2.0 * COMM.size)
+    assert_allclose(model.compute_with_hvp("y", dict(x=x), dict(x_=np.array([1j, 1.0])))[2], [[2j, 2.0]])
 
 
 @pytest.mark.parametrize("kind", ["real", "complex"])
@@ -129,6 +130,8 @@ def test_operator_of_fields(kind):
     assert_allclose(_x.value, 2 * x.value)
     _, y_ = model.compute_with_jvp("y", init=dict(x=x), v=dict(x_=dx))
     assert_allclose(y_, 2 * x.cdot(dx).real)
+    _, _, [product] = model.compute_with_hvp("y", init=dict(x=x), v=dict(x_=dx))
+    assert_allclose(product.value, 2 * dx.value)
     vs = MPIVectorSpace(COMM)
     assert_allclose(vs.dot(x, dx), x.cdot(dx).real)
     assert type(vs.from_arrays(vs.to_arrays(x), x)) is type(x)

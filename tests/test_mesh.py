@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose
 from pmesh.pm import BaseComplexField, Field, RealField
 
 from vmad_lit import Builder, operator
+from vmad_lit.core.error import BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import fastpm, linalg
 from vmad_lit.lib.fastpm import ParticleMesh
@@ -92,7 +93,10 @@ def norm(x):
 
 
 def check(function, inputs, tangents, universal=(), eps=1e-5, rtol=1e-6, outputs=('y',)):
-    """Dot-product and Taylor test of a model with all its inputs, together and one by one."""
+    """Dot-product and Taylor test of a model with all its inputs, together and one by one.
+
+    Returns whether it has exact second derivatives, which are tested then.
+    """
     def build(names):
         with Builder() as m:
             symbols = {}
@@ -116,6 +120,7 @@ def check(function, inputs, tangents, universal=(), eps=1e-5, rtol=1e-6, outputs
                 d[name + tag] = values[name]
         return d
 
+    second = True
     for names in [list(inputs)] + [[name] for name in inputs] * (len(inputs) > 1):
         m = build(names)
         run = lambda t: m.compute(list(outputs), init=flat(
@@ -137,6 +142,22 @@ def check(function, inputs, tangents, universal=(), eps=1e-5, rtol=1e-6, outputs
                     for name, g in zip(flat(inputs, names), xbar) if g is not ZeroGradient)
         scale = sum(norm(t) * norm(c) for t, c in zip(y_, cotangents))
         assert abs(left - right) < 1e-9 * max(scale, 1e-3), (names, left, right)
+        # the product with the Hessian, beside a central difference of gradients
+        given = {'_' + k: c for k, c in zip(outputs, cotangents)}
+        try:
+            _, _, products = m.compute_with_hvp(list(outputs), init=flat(inputs, names),
+                                                v={**flat(tangents, names, '_'), **given})
+        except BrokenPrimitive:
+            second = False
+            continue
+        gradients = [m.compute_with_vjp(init=flat({name: plus(inputs[name], t, tangents[name]) for name in names},
+                                                  names), v=given)[1] for t in (eps, -eps)]
+        for a, b, product in zip(*gradients, products):
+            difference = (a - b) * (0.5 / eps) if a is not ZeroGradient else 0.0
+            rest = numpy.max(numpy.abs(numpy.asarray(difference - product)), initial=0.0)
+            scale = max(1.0, numpy.max(numpy.abs(numpy.asarray(difference)), initial=0.0))
+            assert rest < 10 * rtol * COMM.allreduce(scale, max), (names, rest, scale)
+    return second
 
 
 def cotangent(value, seed):
@@ -154,13 +175,13 @@ def cotangent(value, seed):
 class TestFields:
     def test_to_scalar(self, nmesh):
         pm = make(nmesh)
-        check(lambda x: fastpm.to_scalar(x), dict(x=real(pm)), dict(x=real(pm, 2)))
-        check(lambda x: fastpm.to_scalar(x), dict(x=modes(pm)), dict(x=modes(pm, 2)))
+        assert check(lambda x: fastpm.to_scalar(x), dict(x=real(pm)), dict(x=real(pm, 2)))
+        assert check(lambda x: fastpm.to_scalar(x), dict(x=modes(pm)), dict(x=modes(pm, 2)))
 
     def test_cdot(self, nmesh):
         pm = make(nmesh)
         for kind in real, modes:
-            check(lambda x1, x2: fastpm.cdot(x1, x2), dict(x1=kind(pm), x2=kind(pm, 2)),
+            assert check(lambda x1, x2: fastpm.cdot(x1, x2), dict(x1=kind(pm), x2=kind(pm, 2)),
                   dict(x1=kind(pm, 3), x2=kind(pm, 4)))
 
     def test_parseval(self, nmesh):
@@ -202,9 +223,9 @@ class TestFields:
 
     def test_transforms(self, nmesh):
         pm = make(nmesh)
-        check(lambda x: fastpm.r2c(x), dict(x=real(pm)), dict(x=real(pm, 2)))
-        check(lambda x: fastpm.c2r(x), dict(x=modes(pm)), dict(x=modes(pm, 2)))
-        check(lambda x: fastpm.c2r(fastpm.r2c(x)), dict(x=real(pm)), dict(x=real(pm, 2)))
+        assert check(lambda x: fastpm.r2c(x), dict(x=real(pm)), dict(x=real(pm, 2)))
+        assert check(lambda x: fastpm.c2r(x), dict(x=modes(pm)), dict(x=modes(pm, 2)))
+        assert check(lambda x: fastpm.c2r(fastpm.r2c(x)), dict(x=real(pm)), dict(x=real(pm, 2)))
 
     def test_c2r_of_modes_that_are_not_hermitian(self, nmesh):
         pm = make(nmesh)
@@ -212,21 +233,21 @@ class TestFields:
         x = [pm.create('complex') for i in range(2)]
         for field in x:
             field.value[...] = rng.normal(size=field.shape) + 1j * rng.normal(size=field.shape)
-        check(lambda x: fastpm.c2r(x), dict(x=x[0]), dict(x=x[1]))
+        assert check(lambda x: fastpm.c2r(x), dict(x=x[0]), dict(x=x[1]))
 
     def test_untransposed_modes(self, nmesh):
         pm = make(nmesh)
         x, v = (real(pm, i).cast(type='untransposedcomplex') for i in (1, 2))
-        check(lambda x: fastpm.c2r(x), dict(x=x), dict(x=v))
-        check(lambda x: fastpm.apply_transfer(x, fastpm.fourier_space_laplace), dict(x=x), dict(x=v))
+        assert check(lambda x: fastpm.c2r(x), dict(x=x), dict(x=v))
+        assert check(lambda x: fastpm.apply_transfer(x, fastpm.fourier_space_laplace), dict(x=x), dict(x=v))
 
     def test_as_complex_field(self, nmesh):
         pm = make(nmesh)
         rng = numpy.random.default_rng([8, COMM.rank])
         shape = pm.create('complex').shape + (2,)
         x, v = rng.normal(size=shape), rng.normal(size=shape)
-        check(lambda x: fastpm.as_complex_field(x, pm=pm), dict(x=x), dict(x=v))
-        check(lambda x: fastpm.c2r(fastpm.as_complex_field(x, pm=pm)), dict(x=x), dict(x=v))
+        assert check(lambda x: fastpm.as_complex_field(x, pm=pm), dict(x=x), dict(x=v))
+        assert check(lambda x: fastpm.c2r(fastpm.as_complex_field(x, pm=pm)), dict(x=x), dict(x=v))
 
     @pytest.mark.parametrize('kind', ['wavenumber', 'circular', 'index'])
     def test_apply_transfer(self, nmesh, kind):
@@ -235,7 +256,7 @@ class TestFields:
 
         def tf(k):
             return numpy.exp(-sum(abs(ki) for ki in k) / 4) + 1j * k[0] * sum(ki ** 2 for ki in k)
-        check(lambda x: fastpm.apply_transfer(x, tf, kind), dict(x=x), dict(x=modes(pm, 2)))
+        assert check(lambda x: fastpm.apply_transfer(x, tf, kind), dict(x=x), dict(x=modes(pm, 2)))
         with Builder() as m:
             m.output(y=fastpm.apply_transfer(m.input('x'), tf, kind=kind))
         y = m.compute('y', init=dict(x=x))
@@ -250,7 +271,7 @@ class TestFields:
                 tf = fastpm.fourier_space_neg_gradient(d, pm, order)
                 assert tf is fastpm.fourier_space_neg_gradient(d, pm, order)
                 laplace = fastpm.fourier_space_laplace
-                check(lambda x: fastpm.apply_transfer(fastpm.apply_transfer(x, tf), laplace),
+                assert check(lambda x: fastpm.apply_transfer(fastpm.apply_transfer(x, tf), laplace),
                       dict(x=modes(pm)), dict(x=modes(pm, 2)))
 
     @pytest.mark.parametrize('mode', ['amplitude', 'phase'])
@@ -267,9 +288,9 @@ class TestFields:
                 ind, conj = inner(k)
                 return ind, (k[0] < 0) | conj
         model = lambda x, tf: fastpm.apply_digitized(x, tf, digitizer, 'wavenumber', mode)
-        check(model, dict(x=modes(pm), tf=tf), dict(x=modes(pm, 2), tf=tf_), universal=['tf'])
+        assert check(model, dict(x=modes(pm), tf=tf), dict(x=modes(pm, 2), tf=tf_), universal=['tf'])
         if mode == 'amplitude':
-            check(model, dict(x=modes(pm), tf=tf + 1j * tf_[::-1]), dict(x=modes(pm, 2), tf=tf_ - 1j * tf),
+            assert check(model, dict(x=modes(pm), tf=tf + 1j * tf_[::-1]), dict(x=modes(pm, 2), tf=tf_ - 1j * tf),
                   universal=['tf'])
 
 
@@ -357,7 +378,7 @@ class TestParticles:
 @pytest.mark.parametrize('nmesh', [n for n in meshes() if len(n) > 1], ids=str)
 def test_second_order_source(nmesh):
     pm = make(nmesh)
-    check(lambda p: fastpm.second_order_source(p), dict(p=real(pm)), dict(p=real(pm, 2)))
+    assert check(lambda p: fastpm.second_order_source(p), dict(p=real(pm)), dict(p=real(pm, 2)))
     rhok = real(pm).r2c()
     rhok[(abs(rhok.i[0]) + sum(abs(i) for i in rhok.i[1:])) == 0] = 0
     source = fastpm.lpt2src.build(pm=pm).compute('rho_lpt2', dict(rhok=rhok))
@@ -380,13 +401,13 @@ def test_exchange_and_gather(nmesh):
     layout = fastpm.decompose.apl.impl(None, x=x, pm=pm)['layout']
     for shape in (), (pm.ndim,), (2, 2):
         data, v = per_particle(4, *shape), per_particle(5, *shape)
-        check(lambda x: fastpm.exchange(x, layout), dict(x=data), dict(x=v))
-        check(lambda x: fastpm.gather(fastpm.exchange(x, layout), layout), dict(x=data), dict(x=v))
-        check(lambda x: fastpm.exchange(x, layout), dict(x=data + 1j * v), dict(x=v - 1j * data))
+        assert check(lambda x: fastpm.exchange(x, layout), dict(x=data), dict(x=v))
+        assert check(lambda x: fastpm.gather(fastpm.exchange(x, layout), layout), dict(x=data), dict(x=v))
+        assert check(lambda x: fastpm.exchange(x, layout), dict(x=data + 1j * v), dict(x=v - 1j * data))
         rng = numpy.random.default_rng([3, COMM.rank])
         ghosts, v = rng.normal(size=(2, layout.recvlength) + shape)
-        check(lambda x: fastpm.gather(x, layout), dict(x=ghosts), dict(x=v))
-        check(lambda x: fastpm.gather(x, layout), dict(x=ghosts + 1j * v), dict(x=v - 1j * ghosts))
+        assert check(lambda x: fastpm.gather(x, layout), dict(x=ghosts), dict(x=v))
+        assert check(lambda x: fastpm.gather(x, layout), dict(x=ghosts + 1j * v), dict(x=v - 1j * ghosts))
 
 
 @pytest.mark.parametrize('resampler', ['cic', 'lanczos2'])
@@ -417,7 +438,7 @@ def test_complex_meshes():
     pm = ParticleMesh([4, 6, 8], BoxSize=BOX, comm=COMM, dtype='c16')
     x, v = (modes(pm, i) for i in (1, 2))
     assert not x.compressed
-    check(lambda x: fastpm.to_scalar(x), dict(x=x), dict(x=v))
+    assert check(lambda x: fastpm.to_scalar(x), dict(x=x), dict(x=v))
     pos = particles(pm)
     with Builder() as m:
         s = m.input('x')

@@ -155,10 +155,12 @@ enter_unary("unary.arccosh", np.arccosh, 1.4, 2.0)
 # Element-wise functions of two arguments
 
 
-def enter_binary(name, f, low=-2.0, high=2.0, dtypes=COMPLEX, grids=(None, None)):
+def enter_binary(name, f, low=-2.0, high=2.0, dtypes=COMPLEX, grids=(None, None), scale=None):
     @proof(name, dtypes)
     def _(draw):
         x = draw.pair(low, high, grids)
+        if scale is not None:  # away from kinks by more than the steps of the Taylor test
+            x = [item * scale for item in x]
         return x, {}, f(*x)
 
 
@@ -171,7 +173,7 @@ for name in "stdlib.div", "binary.divide":
 for name in "stdlib.pow", "binary.power":
     enter_binary(name, np.power, 0.5, 1.5)
 for name in "maximum", "minimum", "fmax", "fmin":
-    enter_binary(f"binary.{name}", getattr(np, name), dtypes=REAL, grids=(0.0, 0.125))
+    enter_binary(f"binary.{name}", getattr(np, name), dtypes=REAL, grids=(0.0, 0.125), scale=16)
 for name in "hypot", "arctan2", "logaddexp":
     enter_binary(f"binary.{name}", getattr(np, name), 0.4, 2.0, REAL)
 
@@ -763,3 +765,46 @@ def test_public_names_exist():
     for module in MODULES.values():
         assert [name for name in module.__all__ if not hasattr(module, name)] == []
         assert len(set(module.__all__)) == len(module.__all__)
+
+
+@pytest.mark.parametrize("number", [2.5, -3, np.float64(0.5), True], ids=repr)
+@pytest.mark.parametrize("x", [np.array([1.0, -2.0]), np.array([1.0 + 2.0j, -1.0j]), 1.5, np.float32([1, 2])], ids=repr)
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "div"])
+def test_next_to_a_number_is_like_next_to_a_value(name, x, number):
+    """The operators that are used next to a number have the name, the values and the derivatives of the whole ones."""
+    op = getattr(stdlib, name)
+    for flip in False, True:
+        with Builder() as m:
+            s = m.input("x")
+            m.output(y=op(number, s) if flip else op(s, number))
+        with Builder() as whole:
+            s, c = whole.input("x", "c")
+            whole.output(y=op(c, s) if flip else op(s, c))
+        assert (m[0].operator is op) == (flip and name == "div")
+        assert m[0].name == whole[0].name and list(m[0].varin) == list(whole[0].varin)
+        v, w = np.ones_like(x) * 0.3, np.ones_like(x) * 0.7
+        one = m.compute_with_vjp(dict(x=x), dict(_y=w)), m.compute_with_jvp("y", dict(x=x), dict(x_=v))
+        other = whole.compute_with_vjp(dict(x=x, c=number), dict(_y=w)), whole.compute_with_jvp("y", dict(x=x, c=number), dict(x_=v))
+        np.testing.assert_array_equal(one[0][1][0], other[0][1][0])
+        np.testing.assert_array_equal(one[1], other[1])
+
+
+def test_a_sum_with_a_number_costs_the_sweeps_nothing():
+    with Builder() as m:
+        x = m.input("x")
+        m.output(y=2.0 * (x + 1.0) - 3.0)
+    _, tape = m.compute("y", dict(x=1.0), return_tape=True)
+    for sweep in tape.get_vjp(), tape.get_jvp():
+        assert len(sweep) == 1
+    with Builder() as m:  # an array or a complex number may widen the other operand
+        x = m.input("x")
+        m.output(y=x * 1j, z=x + np.ones(2))
+    assert [node.operator for node in m] == [stdlib.mul, stdlib.add]
+    _, [_x] = m.compute_with_vjp(dict(x=1.0), dict(_y=1j, _z=np.ones(2)))
+    assert _x == 3
+
+
+def test_a_curvature_that_is_mere_rounding():
+    x = np.random.default_rng(62).uniform(0.5, 2.0, (1, 2)).astype("f4")
+    for seed in range(20):
+        check(lambda x: linalg.norm(x, 1.5, 0), x, seed=seed)

@@ -35,6 +35,9 @@ class local_squares:
     def jvp(node, x_, x):
         return dict(y_=2.0 * local_product(x, x_))
 
+    def hvp(node, _y, x_):
+        return dict(_x_=x_ * (2.0 * float(_y)))
+
 
 @autooperator
 class MPIChiSquareOperator:

@@ -49,7 +49,8 @@ class Sweep:
 
     def arrives(self, symbols: Symbols) -> bool:
         """Whether the derivative of any of the symbols in a dict is not zero."""
-        return not self.derivative.keys().isdisjoint(flatten(symbols))
+        known = self.derivative.keys()
+        return not known.isdisjoint(symbols.values()) or not known.isdisjoint(flatten(symbols))
 
     def add_node(self, primitive: Primitive, node: Node, derivatives: Symbols, varout: Symbols) -> bool:
         """Append a call of a derivative of a node, unless all that goes in is zero. Returns whether
@@ -156,7 +157,10 @@ class ReverseSweep(Sweep):
     def places(self, node: Node, mark: str = "") -> list[BaseSymbol]:
         """Symbols for the partial cotangents of the inputs of a node; none if nobody wants any."""
         symbols = [self.place(node.varin[name], node, mark) for name in node.primitive.operator.ain]
-        return symbols if any(leaf is not Ignored for symbol in symbols for leaf in leaves(symbol)) else []
+        for symbol in symbols:
+            if type(symbol) is Symbol or any(leaf is not Ignored for leaf in leaves(symbol)):
+                return symbols
+        return []
 
     def place(self, symbol: BaseSymbol, node: Node | None, mark: str = "") -> BaseSymbol:
         if symbol in self.plan.active:

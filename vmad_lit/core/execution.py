@@ -32,10 +32,12 @@ def find_needed(
     used = last_use.keys()
     needed = []
     for node in reversed(graph):
-        if not node.varout or not used.isdisjoint(flatten(node.varout)):
+        varout = node.varout
+        if not varout or not used.isdisjoint(varout.values()) or not used.isdisjoint(flatten(varout)):
             needed.append(node)
-            for symbol in flatten(node.varin):
-                last_use.setdefault(symbol, node)
+            for symbol in node.varin.values():
+                for leaf in leaves(symbol) if isinstance(symbol, List) else (symbol,):
+                    last_use.setdefault(leaf, node)
     needed.reverse()
     return needed, last_use
 
@@ -121,7 +123,7 @@ class Plan:
                 symbols: Symbols = {}
                 self._recorded[node] = symbols
                 operator = node.primitive.operator
-                if operator.rcd is None:
+                if operator.rcd is None and operator.recorded:
                     of_node = {**node.varout, **node.varin}
                     symbols.update((name, of_node[name]) for name in operator.recorded if name in of_node)
                     self._last_use.update(dict.fromkeys(flatten(symbols)))
@@ -209,7 +211,11 @@ class Plan:
             slot = slots.get(symbol)
             if slot is None:
                 # Find the slot of an argument that is not a result
-                if symbol is None:
+                if symbol in self._constants:
+                    slot = self._constants[symbol]
+                elif type(symbol) is Literal:
+                    slot = self._constants[symbol] = self._new_slot(symbol._value)
+                elif symbol is None:
                     slot = self._find_on_tape(node, name)
                 elif not isinstance(symbol, List):
                     slot = self._target(symbol)
@@ -243,15 +249,13 @@ class Plan:
             operator = primitive.operator
             if operator.rcd is not None:
                 kept = self.records[node] = self._new_slot()
-            else:
+            elif operator.recorded:
                 extras = [(name, self._new_slot()) for name in operator.extras]
-                of_arguments = dict(zip(names, ins))
-                places = {
-                    name: of_arguments[name] if name in of_arguments else self._target(symbol)
-                    for name, symbol in recorded.items()
+                places = dict(zip(names, ins))
+                self.records[node] = {
+                    name: places[name] if name in places else self._target(symbol) for name, symbol in recorded.items()
                 }
-                if places or extras:
-                    self.records[node] = places | dict(extras)
+                self.records[node].update(extras)
         # Choose the step
         function = primitive.recording_call if self.record else primitive.call
         single = len(outs) == len(node.varout) == 1 and not lists and not extras

@@ -162,6 +162,9 @@ class to_scalar:
     def jvp(node, x_, x):
         return dict(y_=2 * _inner((x, x_)))
 
+    def hvp(node, _y, x_):
+        return dict(_x_=ZeroGradient if _is_zero(_y) or _is_zero(x_) else x_ * (2 * _y))
+
 
 @operator
 class cdot:
@@ -183,6 +186,10 @@ class cdot:
 
     def jvp(node, x1_, x2_, x1, x2):
         return dict(y_=_inner((x2, x1_), (x1, x2_)))
+
+    def hvp(node, _y, x1_, x2_):
+        return dict(_x1_=ZeroGradient if _is_zero(_y) or _is_zero(x2_) else x2_ * _y,
+                    _x2_=ZeroGradient if _is_zero(_y) or _is_zero(x1_) else x1_ * _y)
 
 
 @operator
@@ -241,6 +248,7 @@ class r2c:
     ain = {'x': 'RealField'}
     aout = {'y': '*ComplexField'}
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x):
         return dict(y=x.r2c(), pm=x.pm)
@@ -264,6 +272,7 @@ class c2r:
     ain = {'x': '*ComplexField'}
     aout = {'y': 'RealField'}
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x):
         return dict(y=x.c2r(), pm=x.pm, kind=type(x))
@@ -333,7 +342,8 @@ def _evaluate(x, f, kind):
 def _times(x, factor, out=None):
     """A field times an array that broadcasts to it, in the field's precision; in `out`, if given."""
     y = x.pm.create(type=type(x)) if out is None else out
-    numpy.multiply(x.value, factor, out=y.value, casting='same_kind')
+    if loops is None or not loops.multiply(y.value, x.value, factor):
+        numpy.multiply(x.value, factor, out=y.value, casting='same_kind')
     return y
 
 
@@ -347,6 +357,7 @@ class apply_transfer:
 
     ain = {'x': '*ComplexField'}
     aout = {'y': '*ComplexField'}
+    hvp = ZeroGradient
 
     def apl(node, x, tf, kind='wavenumber'):
         return dict(y=_times(x, _evaluate(x, tf, kind)), like=(x.pm, type(x)))
@@ -474,15 +485,8 @@ class apply_digitized:
         if not node.is_literal('x'):
             _x = _times(_y, numpy.conj(_spread(factors, *bins, 1)))
         if not node.is_literal('tf'):
-            # Sum the cross power of each bin
-            ind, conj = bins
-            power = mode_weights(x) * _y.value * numpy.conj(x.value)
-            ind = numpy.broadcast_to(ind, power.shape)
-            _tf = _sum_bins(numpy.where(conj, power.conj(), power), ind, len(factors))
-            _tf = x.pm.comm.allreduce(_tf) * numpy.conj(derivative)
-            if not numpy.iscomplexobj(tf):
-                _tf = _tf.real
-        return dict(_x=_x, _tf=_tf)
+            _tf = apply_digitized.cross_power(x, _y, bins, len(tf)) * numpy.conj(derivative)
+        return dict(_x=_x, _tf=_tf if numpy.iscomplexobj(tf) else numpy.real(_tf))
 
     def jvp(node, x_, tf_, x, tf, bins, mode):
         factors, derivative = apply_digitized.factors(tf, mode)
@@ -492,6 +496,30 @@ class apply_digitized:
         if not _is_zero(tf_):
             y_ = y_ + _times(x, _spread(derivative * tf_, *bins, 0))
         return dict(y_=y_)
+
+    @staticmethod
+    def cross_power(x, _y, bins, nbin):
+        """The sum over the modes of each bin, on all ranks, of a cotangent times the conjugate of the field."""
+        ind, conj = bins
+        power = mode_weights(x) * _y.value * numpy.conj(x.value)
+        sums = _sum_bins(numpy.where(conj, power.conj(), power), numpy.broadcast_to(ind, power.shape), nbin)
+        return x.pm.comm.allreduce(sums)
+
+    def hvp(node, _y, x_, tf_, x, tf, bins, mode):
+        of_y, of_x, of_tf = _agree(x.pm.comm, _y, x_, tf_)
+        if of_y is None or of_x is None and of_tf is None:
+            return dict(_x_=ZeroGradient, _tf_=ZeroGradient)
+        _y = _like(x, _y)
+        factors, derivative = apply_digitized.factors(tf, mode)
+        change = None if of_tf is None else derivative * _rows(tf_, numpy.shape(tf), of_tf)
+        _x_, _tf_ = ZeroGradient, 0.0
+        if change is not None:
+            _x_ = _times(_y, numpy.conj(_spread(change, *bins, 0)))
+        if of_x is not None:
+            _tf_ = apply_digitized.cross_power(_like(x, x_), _y, bins, len(tf)) * numpy.conj(derivative)
+        if change is not None and mode == 'phase':
+            _tf_ = _tf_ + apply_digitized.cross_power(x, _y, bins, len(tf)) * numpy.conj(1j * change)
+        return dict(_x_=_x_, _tf_=_tf_ if numpy.iscomplexobj(tf) else numpy.real(_tf_))
 
 
 def _touched_domains(x, pm, support):
@@ -646,6 +674,7 @@ class decompose:
 
     ain = {'x': 'ndarray'}
     aout = {'layout': '*Layout'}
+    hvp = ZeroGradient
 
     def apl(node, x, pm, smoothing=None):
         x = _positions(x, pm)
@@ -671,6 +700,7 @@ class exchange:
     ain = {'x': '*', 'layout': '*Layout'}
     aout = {'y': '*'}
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x, layout):
         y = _exchange(layout, x)
@@ -690,6 +720,7 @@ class gather:
     ain = {'x': '*', 'layout': '*Layout'}
     aout = {'y': '*'}
     collective = True
+    hvp = ZeroGradient
 
     def apl(node, x, layout):
         y = _gather(layout, x)
@@ -1124,12 +1155,17 @@ class force:
         _x, _p = 0, None if of_potk is None else pm.create(type=ComplexField, value=_potk)
         if of_f is not None:
             _f = _exchange(layout, _rows(_f, numpy.shape(x), of_f))
-            _x, _meshes = w.readout_vjp(force.meshes(pot, order), local_x, _f)
-            _from_f = force.pull_meshes(_meshes, order)
+            _from_f = force.pull_meshes(w.readout_vjp(None, local_x, _f, need_x=False)[1], order)
             _p = _from_f if _p is None else _p + _from_f
         _rho = _times(_p, _evaluate(_p, fourier_space_laplace, 'wavenumber'), out=_p).c2r(out=Ellipsis)
         mass = factor / float(pm.Nmesh.prod())
-        _x = _x + w.paint_vjp(_rho, local_x, mass, need_mass=False)[0]
+        # Collect the slopes of all meshes at the particles
+        if of_f is None:
+            _x, _ = w.paint_vjp(_rho, local_x, mass, need_mass=False)
+        else:
+            factors = numpy.empty((len(local_x), pm.ndim + 1))
+            factors[:, :-1], factors[:, -1] = _f, mass
+            _x, _ = w.readout_vjp([*force.meshes(pot, order), _rho], local_x, factors, need_meshes=False)
         return dict(_x=_as_given(_gather(layout, _x), x), _layout=ZeroGradient)
 
     def jvp(node, x_, x, layout, pm, order, pot, factor):
@@ -1228,6 +1264,7 @@ class in_precision:
 
     ain = {'x': 'ndarray'}
     aout = {'y': 'ndarray'}
+    hvp = ZeroGradient
 
     def apl(node, x, dtype):
         return dict(y=x.astype(dtype, copy=False))
@@ -1349,7 +1386,7 @@ class second_order_source:
 
     def hvp(node, _source, potential_, potential):
         pm = potential.pm
-        if None in _agree(pm.comm, _source, potential_):
+        if any(dtype is None for dtype in _agree(pm.comm, _source, potential_)):
             return dict(_potential_=ZeroGradient)
         return dict(_potential_=second_order_source.pull(_source, _real(pm, potential_)))
 

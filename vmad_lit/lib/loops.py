@@ -86,7 +86,33 @@ def difference(out, mesh, axis, factor, halo, add=False):
         loop = partial(_along_rows, target, step, source, strides, shape, factor, add)
     else:
         loop = partial(_across_rows, target, step, source, strides, halo.reshape(-1), shape, axis, factor, add)
-    edges = share_out(shape[0], 1)
+    edges = share_out(shape[0], -(-(1 << 15) // max(1, shape[1] * shape[2])))  # planes with enough work for a thread
+    run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
+
+
+@njit(**_compiled)
+def _multiply(out, x, factor, start, end):
+    for i in range(start, end):
+        out[i] = x[i] * factor[i]
+
+
+def multiply(out, x, factor):
+    """x * factor into `out`, if the three arrays lie alike in memory; tells whether they do."""
+    if not (isinstance(factor, numpy.ndarray) and out.shape == x.shape == factor.shape and out.size):
+        return False
+    axes = numpy.argsort([-s for s in out.strides], kind='stable')
+    turned = [a.transpose(axes) for a in (out, x, factor)]
+    if not all(a.flags.c_contiguous and a.dtype.kind in 'fc' for a in turned) or out.dtype != x.dtype:
+        return False
+    if factor.dtype.kind == 'c' and x.dtype.kind == 'f':
+        return False
+    share(partial(_multiply, *(a.reshape(-1) for a in turned)), out.size)
+    return True
+
+
+def share(loop, n):
+    """Call a loop with the two ends of each thread's share of n points."""
+    edges = share_out(n, 1 << 14)
     run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
 
 
@@ -118,25 +144,19 @@ def _quadratic_vjp(out, factor, ndim, a, start, end):
 def second_invariant(a, b, ndim, factor):
     """`factor` times (tr A tr B - tr AB) at each point, for symmetric matrices (diagonal first) in rows of points."""
     out = numpy.empty(a.shape[1:], a.dtype)
-    _share(partial(_quadratic, out.reshape(-1), factor, ndim, _rows_of_points(a), _rows_of_points(b)), out.size)
+    share(partial(_quadratic, out.reshape(-1), factor, ndim, _rows_of_points(a), _rows_of_points(b)), out.size)
     return out
 
 
 def second_invariant_vjp(_out, a, ndim, factor):
     """The cotangent of A in `second_invariant(a, a, ...)`, which overwrites `a`."""
     loop = partial(_quadratic_vjp, numpy.ascontiguousarray(_out).reshape(-1), factor, ndim, _rows_of_points(a))
-    _share(loop, a[0].size)
+    share(loop, a[0].size)
     return a
 
 
 def _rows_of_points(a):
     return a.reshape(len(a), -1)
-
-
-def _share(loop, n):
-    """Call a loop with the two ends of each thread's share of n points."""
-    edges = share_out(n, 1 << 14)
-    run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
 
 
 @njit(**_compiled)
@@ -147,5 +167,5 @@ def _advance(out, x, v, c, start, end):
 
 def advance(out, x, v, c):
     """x + c * v into `out`, for C-ordered arrays of one shape and type; `out` may be `x`."""
-    _share(partial(_advance, out.reshape(-1), as_flat(x)[0], as_flat(v)[0], float(c)), out.size)
+    share(partial(_advance, out.reshape(-1), as_flat(x)[0], as_flat(v)[0], float(c)), out.size)
     return out
