@@ -123,13 +123,23 @@ def test_the_peak_of_memory_follows_the_schedule(capsys):
 
 
 @pytest.mark.serial
-def test_kernels_compute_what_pmesh_does():
-    for name, (ours, theirs) in kernels.cases(8, "cic").items():
+@pytest.mark.parametrize("order", ["displaced", "random"])
+def test_kernels_compute_what_pmesh_does(order):
+    for name, (ours, theirs) in kernels.cases(8, "cic", order).items():
         if ours is None:
             continue
         a, b = np.asarray(ours()), theirs()
         b = np.asarray(b.value if hasattr(b, "value") else b)
         np.testing.assert_allclose(a if a.shape == b.shape else a.T, b, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.serial
+def test_kernels_report(capsys):
+    results = kernels.study([8], ["cic"], repeat=1, orders=["random"])
+    kernels.report(results)
+    out = capsys.readouterr().out
+    assert "threads 2" in out and "cic 8^3 random: paint" in out
+    assert all(row["threads 1"] > 0 and row["threads 2"] > 0 for row in results if row["what"] != "decompose")
 
 
 def test_files(tmp_path):

@@ -1,13 +1,16 @@
 """The compiled windows beside pmesh's own, serially and on slabs with ghosts."""
+import os
 import subprocess
 import sys
 
 import numpy
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mpi4py import MPI
 from numpy.testing import assert_allclose
 from pmesh.pm import ParticleMesh
-from pmesh.window import FindResampler
+from pmesh.window import Affine, FindResampler
 
 from vmad_lit.lib import window
 
@@ -128,6 +131,121 @@ def check_against_pmesh(pm, name, postype='f8', edges=True):
     assert_allclose(got, numpy.einsum('cdp,pd->pc', slopes, x_) + want[:, ::-1], **tol)
     got = window.readout_jvp(fields[0], x, x_, **args)
     assert_allclose(got, numpy.einsum('dp,pd->p', slopes[0], x_), **tol)
+
+
+@st.composite
+def slabs(draw):
+    """A local mesh, a geometry of which it is a part, particles in and around it, and a window."""
+    ndim = draw(st.integers(1, 3))
+    shape = tuple(draw(st.integers(1, 6)) for d in range(ndim))
+    period = [draw(st.sampled_from([0, n, n + draw(st.integers(1, 5))])) for n in shape]
+    transform = Affine(ndim, scale=[draw(st.sampled_from([0.5, 1.0, 1.75])) for d in range(ndim)],
+                       translate=[draw(st.integers(-9, 9)) for d in range(ndim)], period=period)
+    rng = numpy.random.default_rng(draw(st.integers(0, 1 << 30)))
+    x = rng.uniform(-3, 9, size=(draw(st.integers(0, 12)), ndim))
+    x = (x - transform.translate) / transform.scale
+    name, f4 = draw(st.sampled_from(list(ORACLE))), draw(st.booleans())
+    single = f4 and name == 'cic' and ndim == 2  # each combination of types would be compiled
+    return shape, transform, x.astype('f4' if single else 'f8'), name, 'f4' if single else 'f8', rng
+
+
+@settings(max_examples=150)
+@given(slabs())
+def test_any_slab_against_pmesh(slab):
+    """Anywhere in any geometry the particles of a slab do what they do in pmesh's windows."""
+    shape, transform, x, name, dtype, rng = slab
+    paint, read = FindResampler(name), FindResampler(ORACLE[name])
+    args = dict(window=name, transform=transform)
+    tol = dict(rtol=1e-9, atol=1e-9) if dtype == 'f8' else dict(rtol=1e-4, atol=1e-4)
+    mass, mesh = rng.normal(size=len(x)), rng.normal(size=shape).astype(dtype)
+    exact = x.astype('f8')
+    want = numpy.zeros(shape, dtype)
+    paint.paint(want, exact, mass=mass, transform=transform)
+    assert_allclose(window.paint(numpy.zeros(shape, dtype), x, mass, **args), want, **tol)
+    assert_allclose(window.readout(mesh, x, **args), paint.readout(mesh, exact, transform=transform), **tol)
+    slope = numpy.array([read.readout(mesh, exact, diffdir=d, transform=transform) for d in range(len(shape))])
+    assert_allclose(window.gradient(mesh, x, **args), slope.T, **tol)
+
+
+def test_several_slopes_in_one_sum():
+    """Five and nine meshes do not fit into one pass of the loop, and the passes are summed."""
+    rng = numpy.random.default_rng(7)
+    pos = rng.uniform(0, 5, size=(40, 3))
+    for n in (1, 2, 3, 4, 5, 9):
+        meshes = list(rng.normal(size=(n, 5, 5, 5)))
+        value = rng.normal(size=(40, n))
+        want = sum(window.gradient(mesh, pos) * value[:, c, None] for c, mesh in enumerate(meshes))
+        assert_allclose(window.readout_vjp(meshes, pos, value), want, atol=1e-12)
+        assert_allclose(window.readout(meshes, pos)[:, -1], window.readout(meshes[-1], pos))
+
+
+@pytest.mark.parametrize('name', window.SUPPORT)
+def test_meshes_that_are_interleaved(name):
+    """The components of a vector at a point may be neighbours in memory."""
+    rng = numpy.random.default_rng(8)
+    pos, value = rng.uniform(0, 5, size=(40, 3)), rng.normal(size=(40, 4))
+    vector = rng.normal(size=(5, 4, 6, 4))
+    views, apart = list(numpy.moveaxis(vector, -1, 0)), [vector[..., c].copy() for c in range(4)]
+    assert_allclose(window.readout(views, pos, name), window.readout(apart, pos, name))
+    out, want = numpy.zeros_like(vector), [numpy.zeros((5, 4, 6)) for c in range(4)]
+    got = window.readout_vjp(views, pos, value, name, out=list(numpy.moveaxis(out, -1, 0)))
+    assert_allclose(got, window.readout_vjp(apart, pos, value, name, out=want))
+    assert_allclose(out, numpy.stack(want, axis=-1), atol=1e-14)
+
+
+def test_results_fill_what_is_given():
+    rng = numpy.random.default_rng(9)
+    pos, meshes = rng.uniform(0, 5, size=(40, 3)), list(rng.normal(size=(5, 5, 5, 5)))
+    for function, what, shape in ((window.readout, meshes, (40, 5)), (window.readout, meshes[0], (40,)),
+                                  (window.gradient, meshes[0], (40, 3))):
+        out = numpy.full(shape, numpy.nan)
+        assert function(what, pos, out=out) is out
+        assert_allclose(out, function(what, pos))
+        for bad in (numpy.empty(shape, 'f4'), numpy.empty((41,) + shape[1:]), numpy.empty(shape).tolist(),
+                    numpy.empty((80,) + shape[1:])[::2]):
+            with pytest.raises(ValueError, match=r"C-ordered float64 array of shape \(40"):
+                function(what, pos, out=bad)
+    assert not window.gradient(numpy.empty((0, 4)), pos, out=numpy.ones((40, 2))).any()
+
+
+def test_odd_addresses():
+    """Memory that does not begin at a multiple of its items' size."""
+    def odd(array):
+        memory = numpy.zeros(array.nbytes + 1, 'u1')[1:].view(array.dtype).reshape(array.shape)
+        memory[...] = array
+        assert not memory.flags.aligned
+        return memory
+    rng = numpy.random.default_rng(10)
+    pos, mass, mesh = rng.uniform(0, 5, size=(9, 2)), rng.normal(size=9), rng.normal(size=(5, 5))
+    want = window.paint(mesh.copy(), pos, mass)
+    assert_allclose(window.paint(odd(mesh), odd(pos), odd(mass)), want)
+    assert_allclose(window.readout(odd(mesh), pos), window.readout(mesh, pos))
+    still = mass[:1].copy()
+    still.flags.writeable = False
+    for m in (2.0, still):  # one particle, so that nothing has to be copied
+        assert_allclose(window.paint_jvp(numpy.zeros((5, 5)), pos[:1], m, pos[:1]).sum(), 0, atol=1e-14)
+
+
+@pytest.mark.serial
+def test_one_process_at_a_time_compiles(tmp_path, monkeypatch):
+    """The others wait for it, and do not compile what it has compiled; they do not wait for ever."""
+    code = ("import numpy\nfrom vmad_lit.lib import window\n"
+            "window.readout(numpy.ones(4), numpy.ones((3, 1)))\n"
+            "f = numpy.dtype('f8')\n"
+            "print(sum(window._gather_loop(f, f, 1, 2, 1, False, False).stats.cache_misses.values()))")
+    env = dict(os.environ, NUMBA_CACHE_DIR=str(tmp_path))
+    several = [subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, text=True)
+               for i in range(3)]
+    assert sorted(p.communicate(timeout=120)[0].strip() for p in several) == ['0', '0', '1']
+
+    monkeypatch.setattr(window, 'PATIENCE', 0.1)
+    with window._locked(tmp_path) as first, window._locked(tmp_path) as second:
+        assert first and not second
+    with window._locked(tmp_path) as again:
+        assert again
+    for nowhere in (None, os.path.join(os.devnull, 'folder')):
+        with window._locked(nowhere) as held:
+            assert not held
 
 
 @pytest.mark.parametrize('name', ['cic', 'pcs'])

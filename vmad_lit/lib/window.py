@@ -10,15 +10,17 @@ position to the mesh by ``pos * scale + translate``, indices are folded with ``p
 axis that is not periodic), and what then falls outside the array is left out.
 """
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from math import floor
 import os
+import time
 
 import numpy
 from numpy.lib.stride_tricks import as_strided
 
 try:
-    from numba import njit, uintp, uint64
+    from numba import float64, from_dtype, int64, njit, types, uint64, uintp
 except ImportError as error:
     raise ImportError(
         "vmad_lit.lib.window compiles its loops with numba, which is not installed; "
@@ -32,6 +34,9 @@ NEVER = 1 << 62
 
 #: Meshes that go through a loop together.
 TOGETHER = 4
+
+#: The type of a geometry: shape, stride, scale, translate, origin and period, each for three axes.
+BOX = types.Tuple([types.UniTuple(kind, 3) for kind in (int64, int64, float64, float64, int64, int64)])
 
 _compiled = dict(cache=True, nogil=True, error_model='numpy', fastmath={'contract'})
 
@@ -83,8 +88,8 @@ def _offsets(first, period, low, high, stride, whole):
 
 
 @lru_cache(maxsize=None)
-def _scatter_loop(ndim, support, n, whole, moving, alone):
-    """The compiled loop that adds particles to `n` meshes.
+def _scatter_loop(mesh, position, ndim, support, n, whole, moving, alone):
+    """The compiled loop that adds particles to `n` meshes, for these types of `mesh` and `position`.
 
     `whole`: all cells are here along all axes but the first. `moving`: the tangent of painting one mesh.
     `alone`: there is one thread.
@@ -93,7 +98,6 @@ def _scatter_loop(ndim, support, n, whole, moving, alone):
     support2 = support if ndim > 2 else 1
 
     # The loop that scatters
-    @njit(**_compiled)
     def scatter(mesh0, mesh1, mesh2, mesh3, box, low, high, owner, mask, block, pos, step, mass, mass_step, speed):
         shape, stride, scale, translate, origin, period = box
         npart = len(pos) // step
@@ -177,17 +181,19 @@ def _scatter_loop(ndim, support, n, whole, moving, alone):
                             if n > 3:
                                 mesh3[i] += weight * m3
 
-    return scatter
+    reals = float64[::1]
+    return _compile(scatter, *4 * [_array(mesh)], BOX, int64, int64, int64, uint64[::1], int64,
+                    _array(position), int64, reals, int64, reals)
 
 
 @lru_cache(maxsize=None)
-def _gather_loop(ndim, support, n, whole, moving, slopes):
+def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
     """The compiled loop that reads `n` meshes, their change (`moving`) or their gradients (`slopes`)."""
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
+    whole = False
 
     # The loop that gathers
-    @njit(**_compiled)
     def gather(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, out, out_step, speed, slope, coef, coef_step):
         shape, stride, scale, translate, origin, period = box
         low, high = 0, shape[0]
@@ -249,11 +255,11 @@ def _gather_loop(ndim, support, n, whole, moving, slopes):
                     tx, ty, tz = k0 * tx, k0 * ty, k0 * tz
                     if out_step > 0:
                         out[p * out_step] = s
-                slope[p * ndim] += tx * scale[0]
+                slope[p * ndim] = tx * scale[0]
                 if ndim > 1:
-                    slope[p * ndim + 1] += ty * scale[1]
+                    slope[p * ndim + 1] = ty * scale[1]
                 if ndim > 2:
-                    slope[p * ndim + 2] += tz * scale[2]
+                    slope[p * ndim + 2] = tz * scale[2]
             else:
                 # Sum the values of the meshes
                 unit = 0.0 if moving else 1.0
@@ -304,34 +310,83 @@ def _gather_loop(ndim, support, n, whole, moving, slopes):
                 if n > 3:
                     out[p * out_step + 3] = s3
 
-    return gather
+    reals = float64[::1]
+    return _compile(gather, *4 * [_array(mesh)], BOX, int64, int64, _array(position), int64,
+                    reals, int64, reals, reals, reals, int64)
 
 
-@njit(**_compiled)
-def _census(support, scale, translate, origin, period, owners, start, end, mask, block, pos, step):
-    """For blocks `start` to `end`, set in `mask` the bits of the owners whose planes may be touched."""
-    npart = len(pos) // step
-    nplane = len(owners)
-    everyone = uint64(0)
-    for bit in owners:
-        everyone |= bit
-    for b in range(start, end):
-        low = high = pos[b * block * step] * scale
-        for p in range(b * block, min(npart, (b + 1) * block)):
-            x = pos[p * step] * scale
-            low = min(low, x)
-            high = max(high, x)
-        # Mark the owners of the planes between
-        bits = everyone
-        if 0 <= high - low < nplane - support - 2:
-            bits = uint64(0)
-            first = floor(low + translate) - support + origin
-            last = floor(high + translate) + support + origin
-            for i in range(first, last + 1):
-                plane = _fold(i, period)
-                if plane < nplane:
-                    bits |= owners[uintp(plane)]
-        mask[b] = bits
+def _array(dtype):
+    return types.Array(from_dtype(dtype), 1, 'C')
+
+
+def _compile(function, *signature):
+    """Compile a function for these types, or read it from disk if this or another process did so before."""
+    loop = njit(**_compiled)(function)
+    with _locked(loop.stats.cache_path):
+        loop.compile(signature)
+    loop.disable_compile()
+    return loop
+
+
+#: Seconds to wait for another process that compiles.
+PATIENCE = 120
+
+
+@contextmanager
+def _locked(folder):
+    """Hold the lock of a folder, so that one process at a time compiles; without it if that cannot be."""
+    try:
+        import fcntl
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, 'vmad_lit.lock'), 'a')
+    except (ImportError, OSError, TypeError):
+        yield False
+        return
+    with file:
+        # Wait for the lock
+        held, start = False, time.monotonic()
+        while not held and time.monotonic() - start < PATIENCE:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:
+                break
+        yield held
+
+
+@lru_cache(maxsize=None)
+def _census_loop(position):
+    """The compiled loop that finds for blocks of particles the owners whose planes they may touch."""
+
+    # The loop that takes the census
+    def census(support, scale, translate, origin, period, owners, start, end, mask, block, pos, step):
+        npart = len(pos) // step
+        nplane = len(owners)
+        everyone = uint64(0)
+        for bit in owners:
+            everyone |= bit
+        for b in range(start, end):
+            low = high = pos[b * block * step] * scale
+            for p in range(b * block, min(npart, (b + 1) * block)):
+                x = pos[p * step] * scale
+                low = min(low, x)
+                high = max(high, x)
+            # Mark the owners of the planes between
+            bits = everyone
+            if 0 <= high - low < nplane - support - 2:
+                bits = uint64(0)
+                first = floor(low + translate) - support + origin
+                last = floor(high + translate) + support + origin
+                for i in range(first, last + 1):
+                    plane = _fold(i, period)
+                    if plane < nplane:
+                        bits |= owners[uintp(plane)]
+            mask[b] = bits
+
+    axis = float64, float64, int64, int64
+    return _compile(census, int64, *axis, uint64[::1], int64, int64, uint64[::1], int64, _array(position), int64)
 
 
 #: Particles in a block of the census.
@@ -414,7 +469,7 @@ def _flat(array):
 def _view(mesh):
     """Memory of a mesh as a flat array, and its strides in elements; None if it cannot be seen so."""
     size = mesh.dtype.itemsize
-    if mesh.dtype.char not in 'fd' or not mesh.dtype.isnative:
+    if mesh.dtype.char not in 'fd' or not mesh.dtype.isnative or not mesh.flags.aligned:
         return None
     if any(s < 0 or s % size for s in mesh.strides):
         return None
@@ -433,7 +488,7 @@ def check_positions(pos, ndim):
     if pos.ndim != 2 or pos.shape[1] < ndim:
         raise ValueError(f"positions must have the shape (N, {ndim}), one row for each particle, "
                          f"but their shape is {pos.shape}")
-    return numpy.ascontiguousarray(pos, dtype=_real_dtype(pos, 'positions'))
+    return numpy.require(pos, _real_dtype(pos, 'positions'), 'CA')
 
 
 def _real_dtype(array, what):
@@ -453,7 +508,7 @@ def _per_particle(value, npart, what, width=None):
     if value.shape != shape:
         raise ValueError(f"{what} must be one number or have the shape {shape}, "
                          f"but the shape is {value.shape}")
-    return _flat(numpy.ascontiguousarray(value, dtype='f8')), width or 1
+    return _flat(numpy.require(value, 'f8', 'CA')), width or 1
 
 
 def support(window):
@@ -531,7 +586,8 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None):
         return
     edges, mask = _owners(cells, box, pos, step)
     for first, n, flats in _groups(views):
-        scatter = _scatter_loop(ndim, cells, n, _is_whole(box), speed is not None, len(edges) == 2)
+        scatter = _scatter_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _is_whole(box), speed is not None,
+                                len(edges) == 2)
         _run(scatter, [
             (*flats, box, edges[t], edges[t + 1], t, mask, BLOCK, pos, step, mass[first:], mass_step,
              mass[:0] if speed is None else speed)
@@ -550,43 +606,48 @@ def _owners(cells, box, pos, step):
     owners = numpy.repeat(bits, numpy.diff(edges))
     cuts = _shares(nblock, 1)
     axis = tuple(values[0] for values in box[2:])
-    _run(_census, [(cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step)
-                   for t in range(len(cuts) - 1)])
+    _run(_census_loop(pos.dtype), [(cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step)
+                                  for t in range(len(cuts) - 1)])
     return edges, mask
 
 
-def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=0):
+def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=0, slope=None):
     """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is given.
 
-    Both in one go only for a single mesh.
+    Both in one go only for a single mesh. The slopes fill `slope` (N, ndim), or a new array.
     """
     cells = _find_support(window)
     ndim = meshes[0].ndim
     pos = check_positions(pos, ndim)
     npart, step = pos.shape
     slopes = coef is not None
-    slope = numpy.zeros((npart if slopes else 0, ndim))
+    if slope is None:
+        slope = numpy.empty((npart if slopes else 0, ndim))
     views = [_view(mesh) for mesh in meshes]
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
-        meshes = [numpy.ascontiguousarray(mesh, dtype='f8') for mesh in meshes]
+        meshes = [numpy.require(mesh, 'f8', 'CA') for mesh in meshes]
         views = [_view(mesh) for mesh in meshes]
     box = _box(meshes[0], transform)
     if not npart or not meshes[0].size:
-        if out is not None:
-            out.fill(0)
+        for result in (out, slope):
+            if result is not None:
+                result.fill(0)
         return slope
     pos = _flat(pos)
     none = numpy.empty(0)
     width = 0 if out is None else len(meshes)
     cuts = _shares(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
-        gather = _gather_loop(ndim, cells, n, _is_whole(box), speed is not None, slopes)
+        gather = _gather_loop(flats[0].dtype, pos.dtype, ndim, cells, n, speed is not None, slopes)
+        part = numpy.empty_like(slope) if first else slope
         _run(gather, [
             (*flats, box, cuts[t], cuts[t + 1], pos, step,
              none if out is None else out.reshape(-1)[first:], width,
-             none if speed is None else speed, slope.reshape(-1),
+             none if speed is None else speed, part.reshape(-1),
              none if coef is None else coef[first:], coef_step)
             for t in range(len(cuts) - 1)])
+        if first:
+            slope += part
     return slope
 
 
@@ -616,7 +677,8 @@ def paint(mesh, pos, mass=1.0, window='cic', transform=None):
     window : 'nnb', 'cic', 'tsc' or 'pcs', or pmesh's object
     transform : pmesh's Affine, or None for positions in cells on a periodic mesh
 
-    Returns the mesh.
+    Returns the mesh. A position that is not a number makes NaN of a few cells of the mesh (with 'nnb', it
+    counts for one of them); it is never written beside the mesh.
     """
     value = _mesh(mesh)
     mass, step = _per_particle(mass, len(pos), 'mass')
@@ -624,18 +686,34 @@ def paint(mesh, pos, mass=1.0, window='cic', transform=None):
     return mesh
 
 
-def readout(meshes, pos, window='cic', transform=None):
-    """Values of meshes at positions: (N,) for one mesh, (N, n) for a list of n, in float64."""
+def readout(meshes, pos, window='cic', transform=None, out=None):
+    """Values of meshes at positions: (N,) for one mesh, (N, n) for a list of n, in float64.
+
+    They fill `out` if it is given, a C-ordered array of that shape and type. A position that is not a
+    number gives NaN or the value of some cell of the mesh, never one of the memory around it.
+    """
     several = isinstance(meshes, (list, tuple))
     values = _meshes(meshes if several else [meshes])
-    out = numpy.empty((len(pos), len(values)))
-    _gather(values, pos, window, transform, out=out)
-    return out if several else out[:, 0]
+    out = _result(out, (len(pos), len(values)) if several else (len(pos),))
+    _gather(values, pos, window, transform, out=out.reshape(len(pos), len(values)))
+    return out
 
 
-def gradient(mesh, pos, window='cic', transform=None):
-    """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), in float64."""
-    return _gather(_meshes([mesh]), pos, window, transform, coef=numpy.ones(1), coef_step=0)
+def gradient(mesh, pos, window='cic', transform=None, out=None):
+    """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), in float64; as `readout`."""
+    values = _meshes([mesh])
+    out = _result(out, (len(pos), values[0].ndim))
+    return _gather(values, pos, window, transform, coef=numpy.ones(1), coef_step=0, slope=out)
+
+
+def _result(out, shape):
+    """`out`, if it is fit to hold a result of this shape, or a new array."""
+    if out is None:
+        return numpy.empty(shape)
+    if not isinstance(out, numpy.ndarray) or out.shape != shape or out.dtype != 'f8' or not out.flags.carray:
+        found = f"{out.dtype} of shape {out.shape}" if isinstance(out, numpy.ndarray) else type(out).__name__
+        raise ValueError(f"out must be a writeable C-ordered float64 array of shape {shape}, not {found}")
+    return out
 
 
 def paint_vjp(mesh, pos, mass=1.0, window='cic', transform=None, need_pos=True, need_mass=True):
@@ -659,7 +737,7 @@ def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window='cic', transfor
         speed, _ = _per_particle(pos_, len(pos), 'tangent of positions', value.ndim)
         mass, mass_step = _per_particle(mass, len(pos), 'mass')
         speed = (speed.reshape(-1, value.ndim) * (mass[:, None] if mass_step else mass[0]))
-        speed = numpy.ascontiguousarray(numpy.broadcast_to(speed, (len(pos), value.ndim))).reshape(-1)
+        speed = _flat(numpy.ascontiguousarray(numpy.broadcast_to(speed, (len(pos), value.ndim))))
     if pos_ is not None or mass_ is not None:
         _scatter([value], pos, change, step, window, transform, speed=speed)
     return mesh
