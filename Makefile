@@ -24,10 +24,10 @@ test: serial ranks                      ## everything, on one rank and on severa
 
 serial: .venv/ready
 	python tools/tangle.py --check
-	timeout -k 10 1200 $(PYTEST)
+	timeout -k 10 2400 $(PYTEST)
 
 ranks: .venv/ready
-	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 timeout -k 10 900 mpirun -n $$n $(PYTEST) -p no:cacheprovider || exit 1; done
+	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 timeout -k 10 1800 mpirun -n $$n $(PYTEST) -p no:cacheprovider || exit 1; done
 
 bench: .venv/ready                      ## this package beside its peers
 	python -m pip install -q -c constraints.txt -e '.[bench]'

@@ -61,7 +61,7 @@ def cases(n, window, order="displaced"):
     }
 
 
-def study(sizes=(32, 64), windows=("cic", "tsc"), repeat=5, budget=6.0, orders=("displaced", "random"), threads=(1, 2)):
+def study(sizes=(32, 64), windows=("cic", "tsc"), repeat=5, budget=1.5, orders=("displaced", "random"), threads=(1, 2)):
     """The least times of all cases; those on several threads by the clock on the wall."""
     from vmad_lit.lib.window import set_threads
 

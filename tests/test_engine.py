@@ -148,6 +148,7 @@ def test_random_programs(program):
     for name, y in zip(vout, expected):  # each output alone
         np.testing.assert_allclose(m.compute(name, init), y)
     check_dot_product(m, init, allow_zero=True)
+    m.output(size=m._inputs["a"] * 100.0)  # results that cancel have the rounding errors of what went in
     check_taylor(m, init, allow_zero=True)
 
 

@@ -11,8 +11,8 @@ def parse(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vmad_lit.demo",
-        description="Draw a universe, let it evolve, add noise, and find its initial conditions from the result. "
-        "Runs on one core, or under mpirun on many.",
+        description="Draw a universe, let it evolve, add noise, and find its initial conditions from the "
+        "result. Runs on one core, or under mpirun on many.",
     )
     add = parser.add_argument
     add("--nmesh", type=int, default=64, metavar="N", help="mesh cells and particles per side (default 64)")
@@ -180,7 +180,10 @@ def main(argv=None):
 
     # Make or read the data
     def model(pm):
-        stages = [] if args.steps < 0 else [1.0] if args.steps == 0 else numpy.linspace(0.1, 1.0, args.steps + 1)
+        if args.steps > 0:
+            stages = numpy.linspace(0.1, 1.0, args.steps + 1)
+        else:
+            stages = [1.0] if args.steps == 0 else []
         q = pm.generate_uniform_particle_grid(shift=0.5)
         return cosmo4d.WhiteNoiseOperator.bind(
             power=LinearPower(Planck15), q=q, stages=stages, cosmology=Planck15, pm=pm
@@ -198,7 +201,8 @@ def main(argv=None):
             f"box {pm.BoxSize[0]:g} Mpc/h, noise {data.sigma:.3g} per cell"
         )
     else:
-        pm = ParticleMesh(Nmesh=[args.nmesh] * 3, BoxSize=args.boxsize or 4.0 * args.nmesh, comm=comm, dtype="f8")
+        boxsize = args.boxsize or 4.0 * args.nmesh
+        pm = ParticleMesh(Nmesh=[args.nmesh] * 3, BoxSize=boxsize, comm=comm, dtype="f8")
         forward = model(pm)
         say(
             f"a universe of {args.nmesh}^3 particles in a box of {pm.BoxSize[0]:g} Mpc/h, "
@@ -218,7 +222,13 @@ def main(argv=None):
             say(f"going on from iteration {state.nit} in {args.state}")
         monitor = autosave(args.state)
     state = cosmo4d.reconstruct(
-        forward, data, optimizer, smoothing=args.smoothing, monitor=monitor, state=state, progress=not args.quiet
+        forward,
+        data,
+        optimizer,
+        smoothing=args.smoothing,
+        monitor=monitor,
+        state=state,
+        progress=not args.quiet,
     )
     if args.state:
         state.save(args.state)
@@ -270,7 +280,8 @@ def draw(path, pm, data, x, final, shells, curves, say):
     smooth = cosmo4d.gaussian(2 * (pm.BoxSize / pm.Nmesh).max())
 
     def modes(noise):
-        delta = cosmo4d.linear_modes.build(power=LinearPower(Planck15), pm=pm).compute("modes", dict(x=noise))
+        linear = cosmo4d.linear_modes.build(power=LinearPower(Planck15), pm=pm)
+        delta = linear.compute("modes", dict(x=noise))
         return delta.apply(lambda k, v: v * smooth(k)).c2r()
 
     thickness = max(1, int(pm.Nmesh[2]) // 8)
@@ -281,7 +292,9 @@ def draw(path, pm, data, x, final, shells, curves, say):
         "linear modes: truth": None if data.truth is None else modes(data.truth),
         "linear modes: reconstruction": modes(x),
     }
-    images = {title: projection(field, 2, 0, thickness) for title, field in fields.items() if field is not None}
+    images = {
+        title: projection(field, 2, 0, thickness) for title, field in fields.items() if field is not None
+    }
     if pm.comm.rank == 0:
         # Draw the images and the curves
         import matplotlib

@@ -132,9 +132,13 @@ class Trial:
         else:
             self.init = {}
             self.model = self._build(subject, args, kwargs, constant)
-        self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
+        self.varied = [
+            name for name, x in self.init.items() if is_differentiable(x) and name not in constant
+        ]
         if not self.varied:
-            raise BadArgument(f"{self.name} has no input that could be varied; given were {list(self.init)}")
+            raise BadArgument(
+                f"{self.name} has no input that could be varied; given were {list(self.init)}"
+            )
         # Run the model with a tape
         vout = list(self.model._outputs)
         self.out, self.tape = self.model.compute(vout, self.init, return_tape=True, return_dict=True)
@@ -376,8 +380,8 @@ def taylor_rates(trial, steps=None, order=2, allow_zero=False):
         # Find the inputs whose tangents are wrong
         wrong = [name for name in trial.varied if not converges(remainders(trial, steps, only=name), order)]
         raise AssertionError(
-            f"{trial.name}: the jvp is not the derivative with respect to {', '.join(wrong or trial.varied)}; "
-            + describe_slopes(r, order)
+            f"{trial.name}: the jvp is not the derivative with respect to "
+            f"{', '.join(wrong or trial.varied)}; " + describe_slopes(r, order)
         )
     if not allow_zero and trial.norm(trial.jvp(trial.tangents())) == 0:
         raise AssertionError(f"{trial.name}: all derivatives vanish here, so that this test proves nothing")
@@ -451,7 +455,9 @@ class Numeric(Trial):
         self.universal = {universal} if isinstance(universal, str) else set(universal)
         self.function, self.kwargs = function, kwargs
         self.init = {f"x{i}": x for i, x in enumerate(args)}
-        self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
+        self.varied = [
+            name for name, x in self.init.items() if is_differentiable(x) and name not in constant
+        ]
         self.out, self.results = self.value(self.init), ["y"]
         self.eps = max(precisions(list(self.init.values())), default=float(numpy.finfo("f8").eps))
 
@@ -703,7 +709,7 @@ class FiniteDifferenceTest:
     atol = 1e-10
 
     def inner(self, a, b):
-        """The inner product of a cotangent and a tangent; override it for values that are not real arrays."""
+        """The inner product of a cotangent and a tangent; override it for values other than real arrays."""
         return numpy.sum(a * b)
 
     def model(self, x):

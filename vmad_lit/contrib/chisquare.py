@@ -1,4 +1,4 @@
-"""Chi-square problems on any number of ranks, their Gauss-Newton products, and inversions in several epochs.
+"""Chi-square problems on any number of ranks, their Gauss-Newton products, and inversions in epochs.
 
 References: U. Seljak, G. Aslanyan, Y. Feng & C. Modi, JCAP 12 (2017) 009;
 Y. Feng, U. Seljak & M. Zaldarriaga, JCAP 07 (2018) 043.
@@ -73,7 +73,7 @@ class MPIChiSquareProblem(Problem):
     Parameters
     ----------
     comm :
-        the communicator over which the residuals are spread; that of the forward operator and the residuals.
+        the communicator over which the residuals are spread; that of the forward operator and residuals.
     forward_operator :
         F, an operator of one input. Its outputs are the arguments of the residuals.
     residuals :
@@ -172,8 +172,8 @@ class MPIChiSquareProblem(Problem):
 class EpochScheduler(dict):
     """Parameters that change from epoch to epoch: a dictionary of the changes by epoch.
 
-    ``scheduler('maxiter', [5, 10, 50])`` gives one value an epoch, ``scheduler('scale', {0: 4.0, 2: 0.0})`` a
-    step function, and ``scheduler('gtol', 1e-3)`` a value from the start.
+    ``scheduler('maxiter', [5, 10, 50])`` gives one value an epoch, ``scheduler('scale', {0: 4.0, 2: 0.0})``
+    a step function, and ``scheduler('gtol', 1e-3)`` a value from the start.
     """
 
     def __call__(self, argname, values):
@@ -305,7 +305,7 @@ class MAPInversion:
 
     @classmethod
     def create_like(cls, other, epochs=None):
-        """A new inversion with the attributes and schedules of `other`, or with only these epochs of them."""
+        """A new inversion with the attributes and schedules of `other`, or only these epochs of them."""
         self = object.__new__(cls)
         vars(self).update(vars(other))
         self.states = []

@@ -180,7 +180,9 @@ class Data:
         for name in "d", "truth", "clean":
             if getattr(self, name) is not None:
                 save_field(os.path.join(folder, f"{name}.npy"), getattr(self, name))
-        header = dict(Nmesh=[int(n) for n in pm.Nmesh], BoxSize=[float(b) for b in pm.BoxSize], sigma=self.sigma)
+        header = dict(
+            Nmesh=[int(n) for n in pm.Nmesh], BoxSize=[float(b) for b in pm.BoxSize], sigma=self.sigma
+        )
 
         def write_header():
             with open(os.path.join(folder, "data.json.partial"), "w") as file:

@@ -1,8 +1,8 @@
 """Minimisation over a vector space: problems, line searches, optimisers and their state.
 
 Nothing here looks into a vector. Every method is written with the operations of a
-:class:`~vmad_lit.contrib.vectorspace.VectorSpace`, so it runs on whatever has such a space, on any number of
-ranks. Reference: J. Nocedal & S. Wright, Numerical Optimization, 2nd edition (2006), cited below as NW.
+:class:`~vmad_lit.contrib.vectorspace.VectorSpace`, so it runs on whatever has such a space, on any number
+of ranks. Reference: J. Nocedal & S. Wright, Numerical Optimization, 2nd edition (2006), cited below as NW.
 """
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Preconditioner:
 
     @classmethod
     def diagonal(cls, d):
-        """Multiply the components by `d`, about the root of the curvature, or one over the expected size."""
+        """Multiply components by `d`, about the root of the curvature, or one over the expected size."""
         return cls.symmetric(lambda v: v * d, lambda v: v / d)
 
     def whiten(self, x):
@@ -233,13 +233,13 @@ class Line:
         return Trial(self, t, point, point.y)
 
     def falls_enough(self, trial, c1, grace=0.0) -> bool:
-        """Armijo's condition, forgiving a rise of `grace` times the objective; without grace it must fall."""
+        """Armijo's condition, forgiving a rise by `grace` times the value; without grace it must fall."""
         allowed = self.reference + c1 * trial.t * self.start.slope + grace * abs(self.reference)
         return trial.finite() and trial.y <= allowed and (grace > 0 or trial.y < self.reference)
 
 
 class Backtracking:
-    """Shorten the step, by safeguarded interpolation, until the objective falls enough (NW algorithm 3.1)."""
+    """Shorten the step by safeguarded interpolation until the objective falls enough (NW algorithm 3.1)."""
 
     def __init__(self, c1=1e-4, maxiter=40):
         self.c1, self.maxiter = c1, maxiter
@@ -255,9 +255,10 @@ class Backtracking:
 
 
 def between(a, b, low, high) -> float:
-    """The step at the minimum of a polynomial through trials a and b, within fractions low..high from a to b.
+    """The step at the minimum of a polynomial through the trials a and b, within bounds.
 
-    Uses the slope at b only if it has been evaluated. If b has no finite value, the fraction is `low`.
+    The bounds are fractions low..high of the way from a to b. Uses the slope at b only if it has been
+    evaluated. If b has no finite value, the fraction is `low`.
     """
     width = b.t - a.t
     if not math.isfinite(b.y) or (b._slope is not None and not math.isfinite(b._slope)):
@@ -375,7 +376,7 @@ class State:
     gnorm, Pgnorm, xnorm, dxnorm : float
         the lengths of the gradient, the whitened gradient, the point and the last step.
     dy, step : float
-        the last change of the objective, and the length of the last step along its direction (0 if rejected).
+        the last change of the objective, and the length of the last step in its direction (0 if rejected).
     converged, message :
         whether a criterion of convergence holds, and the reason why the minimisation ended.
     history : History
@@ -414,7 +415,7 @@ class State:
         return f"<State nit={self.nit} y={self.y:.6g} |g|={self.gnorm:.3g}{tail}>"
 
     def save(self, path):
-        """Save the state to the file `path` (``.npz``), with a further file beside it for each rank above 0.
+        """Save the state to the file `path` (``.npz``), with another file beside it for each rank above 0.
 
         Collective. The old file is replaced only when everything new is on disk.
         """
@@ -540,7 +541,7 @@ class Optimizer:
     maxiter : int
         the largest number of iterations, those before a resumed state was saved included.
     gtol, gatol : float
-        converged when the whitened gradient is no longer than `gtol` times its first length, or than `gatol`.
+        converged when the whitened gradient is no longer than `gtol` times the first, or than `gatol`.
     ftol : float
         converged when an iteration lowers the objective by less than `ftol` times its absolute value.
     xtol : float
@@ -586,8 +587,8 @@ class Optimizer:
         x0 :
             the starting vector (a :class:`State` is taken as `state`).
         monitor :
-            a function of the state, or a list of them, called at the start and after each iteration; when one
-            returns True (on any rank) the minimisation ends.
+            a function of the state, or a list of them, called at the start and after each iteration; when
+            one returns True (on any rank) the minimisation ends.
         state : State
             a state to go on from, as returned by this method or by :meth:`State.load`.
         progress : bool
@@ -788,7 +789,7 @@ class LBFGS(Optimizer):
         state.numbers.update(rho=[], gamma=1.0, idle=0)
 
     def first_step(self, state) -> float:
-        """The first step to try: 1 with a memory; without one, the length of the last step, or at most 1."""
+        """The first step to try: 1 with a memory; without, the length of the last step, or at most 1."""
         if state.vectors["S"]:
             return 1.0
         return state.numbers.get("length", min(1.0, state.Pgnorm)) / state.Pgnorm
@@ -837,7 +838,7 @@ class TrustRegionCG(Optimizer):
     cg_maxiter: int = 50
 
     def solve(self, vs, hvp, g, radius, rtol):
-        """Minimise the model within the radius: p, the residual g + H p, and whether p is on the surface."""
+        """Minimise the model within the radius: p, the residual g + H p, whether p is on the surface."""
         p, r, d = vs.zeros_like(g), vs.copy(g), vs.scale(-1.0, g)
         rr = target = vs.dot(r, r)
         for _ in range(self.cg_maxiter):
@@ -890,7 +891,7 @@ class TrustRegionCG(Optimizer):
 
 
 def to_the_surface(vs, p, d, radius) -> float:
-    """The positive t for which ``|p + t d| = radius``, where p is inside; infinite for an infinite radius."""
+    """The t > 0 for which ``|p + t d| = radius``, where p is inside; infinite for an infinite radius."""
     if radius == math.inf:
         return math.inf
     dd, pd, pp = vs.dot(d, d), vs.dot(p, d), vs.dot(p, p)
@@ -906,7 +907,7 @@ class GradientDescent(Optimizer):
     barzilai_borwein : bool
         take the first trial step from the last change of the gradient; else it is twice the last step.
     window : int
-        a step must fall below the highest of this many last values of the objective; 1 for monotonic descent.
+        a step must fall below the highest of this many last objectives; 1 for monotonic descent.
     linesearch :
         a :class:`Backtracking` or :class:`StrongWolfe`.
     """
@@ -940,10 +941,10 @@ class GradientDescent(Optimizer):
 
 
 def scipy_minimize(problem, x0, method="L-BFGS-B", **options):
-    """Minimise `problem` with ``scipy.optimize.minimize``, which gets `options` (tol, callback, options...).
+    """Minimise `problem` with ``scipy.optimize.minimize``, which gets `options` (tol, callback, ...).
 
-    Serial only. The result is SciPy's, with the vector in its `x`. The Hessian-vector product of the problem
-    is passed on to the methods that use one.
+    Serial only. The result is SciPy's, with the vector in its `x`. The Hessian-vector product of the
+    problem is passed on to the methods that use one.
     """
     import scipy.optimize
     vs, start = problem.vs, Point(problem, x=x0)
@@ -967,8 +968,8 @@ def scipy_minimize(problem, x0, method="L-BFGS-B", **options):
         return vs.from_arrays(arrays, like)
 
     if not np.isclose(vs.dot(start.Pg, start.Pg), np.sum(flatten(start.Pg) ** 2), rtol=1e-6):
-        raise ValueError("SciPy knows only the plain sum of squares as inner product, and this vector space "
-                         "has another (half-stored complex fields have); use LBFGS")
+        raise ValueError("SciPy knows only the plain sum of squares as inner product, and this vector "
+                         "space has another (half-stored complex fields have); use LBFGS")
     # Hand the problem to SciPy
     def value_and_gradient(flat):
         point = Point(problem, Px=unflatten(flat))

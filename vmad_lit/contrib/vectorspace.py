@@ -100,7 +100,8 @@ class VectorSpace:
     def same(self, a, b) -> bool:
         """Whether `a` and `b` are the same vector, to the last bit; all ranks get the same answer."""
         if isinstance(a, np.ndarray):
-            return not self.any(not isinstance(b, np.ndarray) or a.dtype != b.dtype or not np.array_equal(a, b))
+            different = not isinstance(b, np.ndarray) or a.dtype != b.dtype or not np.array_equal(a, b)
+            return not self.any(different)
         if self.any(type(a) is not type(b)):
             return False
         difference = self.addmul(a, b, -1)
@@ -109,7 +110,7 @@ class VectorSpace:
     def agree(self, value) -> float:
         """`value` as a real number that is the same on every rank.
 
-        Raises TypeError if it is not one real number, ValueError if the ranks disagree by more than rounding.
+        Raises TypeError if it is not one real number, ValueError if ranks disagree by more than rounding.
         """
         array = np.asarray(value)
         if array.size != 1 or array.dtype.kind not in "fiub":
@@ -120,8 +121,8 @@ class VectorSpace:
             return number
         numbers = self.comm.allgather(number)
         if not np.allclose(numbers, numbers[0], rtol=1e-6, atol=0, equal_nan=True):
-            raise ValueError(f"the objective differs between ranks, {numbers}: sum the contributions of the "
-                             "ranks (allreduce) before returning it")
+            raise ValueError(f"the objective differs between ranks, {numbers}: sum the contributions of "
+                             "the ranks (allreduce) before returning it")
         return numbers[0]
 
     def any(self, flag) -> bool:
@@ -155,7 +156,7 @@ def is_zero(a) -> bool:
 
 
 def alike(a, b, c) -> bool:
-    """Whether a and b are arrays of one shape and floating-point type, and c is a number that keeps the type."""
+    """Whether a and b are arrays of one shape and floating-point type, and c is a number that keeps it."""
     return (type(a) is type(b) is np.ndarray and a.shape == b.shape and a.dtype == b.dtype and a.ndim > 0
             and a.dtype.kind in "fc" and isinstance(c, (int, float)))
 
@@ -180,9 +181,9 @@ def is_field(x) -> bool:
 class FieldSpace(VectorSpace):
     """Fields of pmesh, real or half-stored complex, on any number of ranks.
 
-    The inner product of real fields is the sum over all mesh points, that of complex fields the sum over all
-    modes, also those that are not stored. Give the communicator of the mesh, ``FieldSpace(pm.comm)``, so that
-    the ranks can agree on decisions too.
+    The inner product of real fields is the sum over all mesh points, that of complex fields the sum over
+    all modes, also those that are not stored. Give the communicator of the mesh, ``FieldSpace(pm.comm)``,
+    so that the ranks can agree on decisions too.
     """
 
     def __init__(self, comm=None):
@@ -257,7 +258,8 @@ class ProductSpace(VectorSpace):
 
     def __init__(self, spaces=None):
         self.spaces = VectorSpace() if spaces is None else spaces
-        known = [self.spaces] if isinstance(self.spaces, VectorSpace) else [s for _, s in _items(self.spaces)]
+        single = isinstance(self.spaces, VectorSpace)
+        known = [self.spaces] if single else [s for _, s in _items(self.spaces)]
         self.comm = next((space.comm for space in known if space.comm is not None), None)
 
     def _zip(self, a, b):

@@ -149,7 +149,7 @@ class ReverseSweep(Sweep):
     def hand_out(
         self, primitive: Primitive, node: Node, derivatives: Symbols, partials: list[BaseSymbol]
     ) -> None:
-        """Append a call of a derivative of a node, and add what it returns to the cotangents of the inputs."""
+        """Append a derivative of a node, and add what it returns to the cotangents of the inputs."""
         if self.add_node(primitive, node, derivatives, dict(zip(primitive.outnames, partials))):
             for name, partial in zip(primitive.operator.ain, partials):
                 self.add(node.varin[name], partial, node)
@@ -167,7 +167,9 @@ class ReverseSweep(Sweep):
             if node is None:
                 return self.fresh(self.form + "@output", symbol)
             return self.fresh(self.form + "@{.name}" + mark, symbol, node)
-        return List([self.place(item, node, mark) for item in symbol]) if isinstance(symbol, List) else Ignored
+        if isinstance(symbol, List):
+            return List([self.place(item, node, mark) for item in symbol])
+        return Ignored
 
     def add(self, symbol: BaseSymbol, partial: BaseSymbol, node: Node | None) -> None:
         """Add a partial cotangent to what is known of the cotangent of a symbol."""
@@ -259,13 +261,14 @@ def derive(plan: Plan, graph: Model, kind: str) -> Model:
 def no_second_derivative(operator: Operator, node: Node) -> BrokenPrimitive:
     """The error for an operator that does not tell the derivative of its vjp."""
     return BrokenPrimitive(
-        f"operator {operator.__name__} has no hvp, and an exact second derivative is wanted through the node "
-        f"{node!r}; declare one, or use the Gauss-Newton product (compute_with_gnDp), which does not need it"
+        f"operator {operator.__name__} has no hvp, and an exact second derivative is wanted through "
+        f"the node {node!r}; declare one, or use the Gauss-Newton product (compute_with_gnDp), which "
+        f"does not need it"
     )
 
 
 class SecondOrderSweep(ReverseSweep):
-    """Tangents of the cotangents of all values, from tangents of the inputs and cotangents of the outputs: H v."""
+    """Tangents of the cotangents of all values, from tangents of inputs and cotangents of outputs: H v."""
 
     form = "_{}_"
 

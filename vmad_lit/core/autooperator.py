@@ -145,10 +145,13 @@ class AutoOperator(Operator):
         return self._vary(_keeps_tape=False)
 
     def model_of(self, node: Node) -> Model | None:
-        constants: dict[str, Any] = {name: node.varin[name] for name in self.argnames if name not in self.ain}
+        constants: dict[str, Any] = {
+            name: node.varin[name] for name in self.argnames if name not in self.ain
+        }
         if any(type(symbol) is not Literal for symbol in constants.values()):
             return None
-        return find_model(node, {**node.varin, **{name: symbol._value for name, symbol in constants.items()}})[0]
+        values = {name: symbol._value for name, symbol in constants.items()}
+        return find_model(node, {**node.varin, **values})[0]
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else InstanceAutoOperator(self, instance)
@@ -188,7 +191,7 @@ def find_symbols(value: object, path: str) -> dict[str, Symbol]:
 
 
 def fill_in(arguments: Mapping[str, Any], symbols: Mapping[str, Symbol]) -> dict[str, Any]:
-    """All arguments of the function that builds a model; symbols go where they belong, also inside objects."""
+    """All arguments of the function that builds a model; symbols go where they belong, in objects too."""
     inputs = {name: symbol for name, symbol in symbols.items() if "." not in name}
     objects = {name: replace_symbols(value, name, symbols) for name, value in arguments.items()}
     return {**objects, **inputs}

@@ -366,7 +366,8 @@ class Walk:
                 self.tapes[i] = tape
 
     def keep(self, place: str) -> None:
-        self.states[place, self.at] = self.disk.keep(self.state) if place == "DISK" else InMemory(self.state)
+        on_disk = place == "DISK"
+        self.states[place, self.at] = self.disk.keep(self.state) if on_disk else InMemory(self.state)
 
     def expect(self, n: int) -> None:
         if self.at != n:
@@ -617,8 +618,9 @@ class History:
         self._kept: tuple[dict[Any, Any], dict[int, Any]] | None = (walk.states, walk.tapes)
 
     def __repr__(self) -> str:
-        kept = "used up" if self._kept is None else f"{len(self._kept[0])} states, {len(self._kept[1])} tapes"
-        return f"history of {self.steps.chain.__name__}: {kept}"
+        kept = self._kept
+        what = "used up" if kept is None else f"{len(kept[0])} states, {len(kept[1])} tapes"
+        return f"history of {self.steps.chain.__name__}: {what}"
 
     def held(self) -> list[Any]:
         """What it keeps in memory."""
@@ -708,7 +710,7 @@ class StepsWithTangents:
         self.parameters = {name + "_": arguments[name + "_"] for name in steps.chain.parameter_names}
 
     def run(self, i: int, state: tuple[Any, Any], record: bool = False) -> tuple[tuple[Any, Any], Any]:
-        """Run a step; returns the next state and tangent, and the tape with the tangents before, or None."""
+        """Run a step: the next state and tangent, and the tape with the tangents before, or None."""
         values, tangents = state
         out, tape = self.steps.run(i, values, record=True)
         of_state = {name + "_": tangent for name, tangent in zip(self.chain.state_names, tangents)}

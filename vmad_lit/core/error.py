@@ -1,7 +1,7 @@
 """The errors of the engine.
 
-An exception that is raised *inside* an operator keeps its type and is not wrapped; it gains a note that tells
-which node raised it. The classes here are for mistakes in building or using a model.
+An exception that is raised *inside* an operator keeps its type and is not wrapped; it gains a note that
+tells which node raised it. The classes here are for mistakes in building or using a model.
 """
 
 from collections.abc import Iterable

@@ -28,7 +28,9 @@ def find_needed(
     The latter is a dict from each symbol that is used to the node that uses it last; for an output
     that is None.
     """
-    last_use: dict[Any, Node | None] = {leaf: None for name in vout for leaf in leaves(graph._outputs[name])}
+    last_use: dict[Any, Node | None] = {
+        leaf: None for name in vout for leaf in leaves(graph._outputs[name])
+    }
     used = last_use.keys()
     needed = []
     for node in reversed(graph):
@@ -186,7 +188,7 @@ class Plan:
         return slot
 
     def _record_of(self, node: Node) -> Any:
-        """What the original of a derived node recorded: the slot of a dict, or a dict from names to slots."""
+        """What the original of a derived node recorded: the slot of a dict, or a dict of slots by name."""
         return self.base.records.get(node.forward, {}) if self.base and node.forward else {}
 
     def _find_on_tape(self, node: Node, name: str) -> int:
@@ -257,7 +259,8 @@ class Plan:
                 extras = [(name, self._new_slot()) for name in operator.extras]
                 places = dict(zip(names, ins))
                 self.records[node] = {
-                    name: places[name] if name in places else self._target(symbol) for name, symbol in recorded.items()
+                    name: places[name] if name in places else self._target(symbol)
+                    for name, symbol in recorded.items()
                 }
                 self.records[node].update(extras)
         # Choose the step
@@ -318,7 +321,10 @@ class Plan:
         return grow_total, node, node.primitive.operator.grow, a, b, out, dead, own, continued
 
     def run(
-        self, init: Mapping[str, Value], tape: Slots | None = None, monitor: Callable[..., object] | None = None
+        self,
+        init: Mapping[str, Value],
+        tape: Slots | None = None,
+        monitor: Callable[..., object] | None = None,
     ) -> tuple[list[Value], Slots]:
         """Run the plan.
 

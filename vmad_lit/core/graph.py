@@ -329,7 +329,9 @@ def find_graph(arguments: Iterable[BaseSymbol]) -> Graph:
 def alive(ref: Callable[[], Graph | None]) -> Graph:
     graph = ref()
     if graph is None:
-        raise InferError("the model of these symbols no longer exists; keep a reference to it while building")
+        raise InferError(
+            "the model of these symbols no longer exists; keep a reference to it while building"
+        )
     return graph
 
 
@@ -337,8 +339,10 @@ def alive(ref: Callable[[], Graph | None]) -> Graph:
 SHOWN = 50  # rows at either end of a long table
 
 
-def fold(summary: str, columns: Iterable[str], items: Sequence[Any], cells: Callable[[Any], Iterable[str]]) -> str:
-    """A table in HTML that unfolds from a line of text; of many items only the first and the last are shown.
+def fold(
+    summary: str, columns: Iterable[str], items: Sequence[Any], cells: Callable[[Any], Iterable[str]]
+) -> str:
+    """A table in HTML that unfolds from a line of text; of many items it shows the first and the last.
 
     `cells` makes the HTML of the cells in the row of an item.
     """

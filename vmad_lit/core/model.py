@@ -43,7 +43,11 @@ class Model(Graph):
         return plan
 
     def _run(
-        self, vout: Iterable[str], init: dict[str, Value], record: bool = False, monitor: Monitor | None = None
+        self,
+        vout: Iterable[str],
+        init: dict[str, Value],
+        record: bool = False,
+        monitor: Monitor | None = None,
     ) -> tuple[dict[str, Value], Any]:
         """Compute some outputs; returns a dict of them, and the tape or None."""
         plan = self._plan(tuple(vout), record, monitor is None)
@@ -125,7 +129,12 @@ class Model(Graph):
         return select(out, vout, return_dict), pulled
 
     def compute_with_jvp(
-        self, vout: Names, init: Values, v: Values, return_dict: bool = False, monitor: Monitor | None = None
+        self,
+        vout: Names,
+        init: Values,
+        v: Values,
+        return_dict: bool = False,
+        monitor: Monitor | None = None,
     ) -> tuple[Any, Any]:
         """Compute outputs and a Jacobian-vector product.
 
@@ -153,7 +162,12 @@ class Model(Graph):
         return select(out, vout, return_dict), pushed
 
     def compute_with_gnDp(
-        self, vout: Names, init: Values, v: Values, return_dict: bool = False, monitor: Monitor | None = None
+        self,
+        vout: Names,
+        init: Values,
+        v: Values,
+        return_dict: bool = False,
+        monitor: Monitor | None = None,
     ) -> tuple[Any, Any]:
         """Compute outputs and a Gauss-Newton product J^T J v.
 
@@ -180,14 +194,16 @@ class Model(Graph):
         init : dict, or list of (name, value)
             Values for the inputs.
         v : dict, or list of (name, value)
-            The vector: tangents of inputs, by the names `x_`; those that are not named are zero. Also the cotangents
-            of outputs, by the names `_y`; an output that is a real number may be left out and has the cotangent 1.
+            The vector: tangents of inputs, by the names `x_`; those that are not named are zero. Also the
+            cotangents of outputs, by the names `_y`; an output that is a real number may be left out and has
+            the cotangent 1.
 
         Returns
         -------
         out, vjp, hvp
-            The outputs in the form of `vout`; the gradient of sum Re(conj(_y) y) over all outputs, and its derivative
-            along the vector, in the order of `init`. Dicts if `return_dict`; in the last the names are `_x_`.
+            The outputs in the form of `vout`; the gradient of sum Re(conj(_y) y) over all outputs, and its
+            derivative along the vector, in the order of `init`. Dicts if `return_dict`; in the last the names
+            are `_x_`.
 
         Raises
         ------
@@ -205,14 +221,18 @@ class Model(Graph):
             if cotangent is None:
                 if not is_real_number(out[name]):
                     raise BadArgument(
-                        f"the output '{name}' is {describe(out[name])}, not a real number; give its cotangent '_{name}', "
-                        f"and the Hessian is that of the sum of their products"
+                        f"the output '{name}' is {describe(out[name])}, not a real number; give its cotangent "
+                        f"'_{name}', and the Hessian is that of the sum of their products"
                     )
                 cotangents["_" + name] = 1.0
         hvp, gradient, product = tape.get_hvp(), tape.get_vjp_vout(), tape.get_hvp_vout()
         given = {**cotangents, **self._tangents(v)}
         swept = hvp.compute([*gradient, *product], given, return_dict=True, monitor=monitor)
-        return select(out, vout, return_dict), select(swept, gradient, return_dict), select(swept, product, return_dict)
+        return (
+            select(out, vout, return_dict),
+            select(swept, gradient, return_dict),
+            select(swept, product, return_dict),
+        )
 
     def _tangents(self, v: dict[str, Value]) -> dict[str, Value]:
         for name in v:
@@ -235,8 +255,12 @@ class Model(Graph):
         forms.update((name, forms[name[:-1]]) for name in self._optional)
         for name in init if self._optional else ():
             if name not in self._inputs:
-                raise BadArgument(f"the derived model has no input '{name}'" + did_you_mean(name, list(self._inputs)))
-        return {name: fit(name, as_zero(x), forms[name]) if name in forms else x for name, x in init.items()}
+                raise BadArgument(
+                    f"the derived model has no input '{name}'" + did_you_mean(name, list(self._inputs))
+                )
+        return {
+            name: fit(name, as_zero(x), forms[name]) if name in forms else x for name, x in init.items()
+        }
 
 
 class Builder(Model):
@@ -277,5 +301,7 @@ def without(name: str, prefix: str | None, suffix: str | None) -> str:
 
 def is_real_number(value: Value) -> bool:
     """Whether a value is a real number, or an array without axes that holds one."""
+    if isinstance(value, (int, float)):
+        return True
     kind = getattr(getattr(value, "dtype", None), "kind", None)
-    return isinstance(value, (int, float)) or kind in ("i", "u", "f") and getattr(value, "shape", None) == ()
+    return kind in ("i", "u", "f") and getattr(value, "shape", None) == ()

@@ -21,7 +21,7 @@ ANY = AnyType(TypeOfAny.special_form)
 
 
 class OperatorPlugin(Plugin):
-    """Calls of operators take any arguments and return anything; their attributes are those of `Operator`."""
+    """Calls of operators take any arguments and return anything; attributes are those of `Operator`."""
 
     def get_class_decorator_hook_2(self, fullname: str) -> Callable[[ClassDefContext], bool] | None:
         return mark if fullname in DECORATORS else None
@@ -30,7 +30,9 @@ class OperatorPlugin(Plugin):
         symbol = self.lookup_fully_qualified(fullname)
         return symbol is not None and isinstance(symbol.node, TypeInfo) and MARK in symbol.node.metadata
 
-    def get_function_signature_hook(self, fullname: str) -> Callable[[FunctionSigContext], FunctionLike] | None:
+    def get_function_signature_hook(
+        self, fullname: str
+    ) -> Callable[[FunctionSigContext], FunctionLike] | None:
         return free_signature if self.is_operator(fullname) else None
 
     def get_function_hook(self, fullname: str) -> Callable[[FunctionContext], Type] | None:

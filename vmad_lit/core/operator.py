@@ -17,7 +17,7 @@ class ZeroGradientType(int):
     """The type of `ZeroGradient`, the zero cotangent or tangent of a value of any type."""
 
     __slots__ = ()
-    # Asked by pmesh, whose fields take what a ufunc returns for values of a field unless its dtype is this one.
+    # Asked by pmesh: a field takes what a ufunc returns for its values, unless the dtype is this one.
     dtype = "?"
 
     def __repr__(self) -> str:
@@ -136,7 +136,8 @@ class Primitive:
         # Prepare to be called
         self.call, self.recording_call = impl, recording_impl or impl
         if not positional:
-            self.call, self.recording_call = (by_keyword(f, self.argnames) for f in (self.call, self.recording_call))
+            both = self.call, self.recording_call
+            self.call, self.recording_call = (by_keyword(f, self.argnames) for f in both)
         first, last = self.argnames[: len(self.ain)], self.argnames[len(self.ain) :]
         in_order = kind != "apl" and positional and set(first) == set(self.ain)
         self.from_record = last if in_order else ()
@@ -317,7 +318,9 @@ class Operator:
             return symbol
         return list(varout.values()) or None
 
-    def _bind(self, args: Collection[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _bind(
+        self, args: Collection[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         apl = self.apl
         if len(args) > len(apl.argnames):
             raise BadArgument(

@@ -32,7 +32,8 @@ class Entry:
     own, total : float
         Seconds, without and with the nodes inside.
     made, recorded : int
-        Bytes of new arrays among the results, and of arrays that went on a tape, on this rank and by this node itself.
+        Bytes of new arrays among the results, and of arrays that went on a tape, on this rank and by this
+        node itself.
     parts : dict
         The entries of the nodes inside, in the order of their first call.
     """
@@ -100,13 +101,16 @@ class Profile:
         node = step[1]
         if node is None:
             return step
+        slots = plan._slots
         ins, outs = (
-            [plan._slots[leaf] for symbol in flatten(symbols) for leaf in leaves(symbol) if leaf in plan._slots]
+            [slots[leaf] for symbol in flatten(symbols) for leaf in leaves(symbol) if leaf in slots]
             for symbols in (node.varin, node.varout)
         )
         return measure, node, step, self, key_of(node), ins, outs
 
-    def _measure(self, slots: Slots, node: Node, step: Step, key: Key, ins: list[int], outs: list[int]) -> None:
+    def _measure(
+        self, slots: Slots, node: Node, step: Step, key: Key, ins: list[int], outs: list[int]
+    ) -> None:
         above = self._stack[-1]
         entry = above.parts.get(key)
         if entry is None:
@@ -131,15 +135,17 @@ class Profile:
 
     # Methods of profiles
     def by_node(self) -> list[Row]:
-        """A row for each node, in the order of the first calls; `depth` tells how many autooperators are around it."""
+        """A row for each node, in the order of the first calls; `depth` counts the autooperators around it."""
         rows = []
         for path, (name, filename, line), entry in walk(self.root):
             place = f"{os.path.basename(filename)}:{line}"
-            rows.append(Row(name, entry.calls, entry.own, entry.total, entry.made, entry.recorded, place, len(path)))
+            rows.append(
+                Row(name, entry.calls, entry.own, entry.total, entry.made, entry.recorded, place, len(path))
+            )
         return rows
 
     def by_operator(self) -> list[Row]:
-        """A row for each operator (or derivative of one), in the order of the time that they took themselves."""
+        """A row for each operator (or derivative of one), in the order of the time they took themselves."""
         sums: dict[str, Row] = {}
         for path, _, entry in walk(self.root):
             row = sums.get(entry.operator, Row(entry.operator))
@@ -191,7 +197,8 @@ class Profile:
             raise ImportError("a picture of a profile needs the package matplotlib") from None
         rows = self.by_operator()[:limit][::-1]
         names = [row.name for row in rows]
-        figure, (left, right) = pyplot.subplots(1, 2, sharey=True, figsize=(8, 0.9 + 0.28 * len(rows)), layout="constrained")
+        size = 8, 0.9 + 0.28 * len(rows)
+        figure, (left, right) = pyplot.subplots(1, 2, sharey=True, figsize=size, layout="constrained")
         left.barh(names, [row.own * 1e3 for row in rows])
         left.set_xlabel("own time / ms")
         right.barh(names, [row.made / 1e6 for row in rows], label="made")
@@ -237,9 +244,8 @@ class Row(NamedTuple):
     def cells(self) -> list[str]:
         """The texts in a table."""
         times = [f"{seconds * 1e3:.3f}" for seconds in (self.own, self.total)]
-        return [
-            "  " * self.depth + self.name, f"{self.calls:g}", *times, in_bytes(self.made), in_bytes(self.recorded), self.place
-        ]
+        sizes = [in_bytes(size) for size in (self.made, self.recorded)]
+        return ["  " * self.depth + self.name, f"{self.calls:g}", *times, *sizes, self.place]
 
 
 COLUMNS = "", "calls", "own ms", "total ms", "made", "recorded", "built at"
@@ -289,7 +295,8 @@ class Progress:
         self._run, self._left = weakref.ref(context), len(context.nodes)
         kinds = {node.primitive.kind for node in context.nodes}
         sweep = next((kind for kind in ("hvp", "vjp", "jvp") if kind in kinds), "forward")
-        self.bar = self._make(**{"total": self._left, "desc": sweep, "unit": "node", "leave": False, **self._options})
+        options = {"total": self._left, "desc": sweep, "unit": "node", "leave": False, **self._options}
+        self.bar = self._make(**options)
 
     def close(self) -> None:
         """Remove the bar, if a run did not come to its end."""

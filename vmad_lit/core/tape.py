@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # What tangents look like
 class Form:
-    """The looks of a value: its type, its shape, and its dtype; for a distributed field the shape of the whole, too."""
+    """The looks of a value: type, shape and dtype, and for a distributed field the shape of the whole."""
 
     __slots__ = "kind", "shape", "dtype", "whole"
 
@@ -35,7 +35,8 @@ class Form:
     def __str__(self) -> str:
         if not self.shape and self.dtype is None:
             return "a number" if self.shape == () else f"an object of type {self.kind.__name__}"
-        return f"{self.kind.__name__} {self.dtype}{list(self.shape or ())}" + (f" of {list(self.whole)}" if self.whole else "")
+        whole = f" of {list(self.whole)}" if self.whole else ""
+        return f"{self.kind.__name__} {self.dtype}{list(self.shape or ())}{whole}"
 
 
 def form_of(value: Value) -> Any:
@@ -53,7 +54,9 @@ def fit(name: str, derivative: Value, form: Any) -> Value:
         return [fit(f"{name}[{i}]", item, part) for i, (item, part) in enumerate(zip(derivative, form))]
     if form.shape is None:
         return derivative  # of a type that we know nothing about
-    if type(given) is list or (given.shape, given.whole or form.whole) != (form.shape, form.whole or given.whole):
+    if type(given) is list or given.shape != form.shape or (
+        (given.whole or form.whole) != (form.whole or given.whole)
+    ):
         # Take a number for an array, or complain
         if type(given) is not list and given.shape == () and form.kind.__name__ == "ndarray":
             import numpy
@@ -214,8 +217,10 @@ class Tape(Sequence[Record]):
         return self.get_vjp().compute(vout, {"_" + name: tangent for name, tangent in zip(aout, tangents)})
 
     def get_hvp(self) -> Model:
-        """The second-order sweep as a model: from tangents `x_` of the inputs, cotangents `_y` of the outputs and (zero if left
-        out) their tangents `_y_`, to the cotangents `_x` of the inputs and their tangents `_x_`.
+        """The second-order sweep as a model.
+
+        Its inputs are the tangents `x_` of the inputs, the cotangents `_y` of the outputs and (zero if left
+        out) their tangents `_y_`; its outputs the cotangents `_x` of the inputs and their tangents `_x_`.
 
         Raises
         ------
@@ -227,15 +232,16 @@ class Tape(Sequence[Record]):
         return model
 
     def get_hvp_vout(self) -> list[str]:
-        """The names of the tangents of the cotangents of the inputs, in the order in which their values were given."""
+        """The names of the tangents of the inputs' cotangents, in the order in which values were given."""
         return [f"_{name}_" for name in self.init]
 
 
 def weigh(value: Value, seen: MutableMapping[int, Any]) -> int:
     """The bytes of the arrays that a value holds on this rank, without those that were `seen` before.
 
-    Looks into lists and dicts, distributed fields (their `value`), objects that tell what they have in a method
-    `held`, and, for all other objects, at the arrays among their attributes. Adds what it finds to `seen`.
+    Looks into lists and dicts, distributed fields (their `value`), objects that tell what they have in a
+    method `held`, and, for all other objects, at the arrays among their attributes. Adds what it finds to
+    `seen`.
     """
     kind = type(value)
     if kind in (int, float, complex, str, bool, type(None)):

@@ -103,7 +103,7 @@ class minimum(binary_ufunc):
 
 @operator
 class fmax(binary_ufunc):
-    """The larger of two, or the one that is a number; where they are equal, each has the derivative 1/2."""
+    """The larger of two, or the one that is a number; where equal, each has the derivative 1/2."""
 
     f = staticmethod(numpy.fmax)
     fprime1 = staticmethod(lambda x1, x2: numpy.where(numpy.not_equal(x2, x2), 1.0, share(x1, x2)))
@@ -113,7 +113,7 @@ class fmax(binary_ufunc):
 
 @operator
 class fmin(binary_ufunc):
-    """The smaller of two, or the one that is a number; where they are equal, each has the derivative 1/2."""
+    """The smaller of two, or the one that is a number; where equal, each has the derivative 1/2."""
 
     f = staticmethod(numpy.fmin)
     fprime1 = staticmethod(lambda x1, x2: numpy.where(numpy.not_equal(x2, x2), 1.0, share(x2, x1)))

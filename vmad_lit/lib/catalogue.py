@@ -1,6 +1,6 @@
 """Particles and fields in HDF5 files, written by all ranks, with plain h5py.
 
-A file has the columns of a catalogue in its group `particles`, meshes in its group `fields`, and attributes.
+A file has columns of a catalogue in its group `particles`, meshes in its group `fields`, and attributes.
 """
 import os
 
@@ -65,7 +65,7 @@ def save(path, comm, columns=None, fields=None, attributes=None, dtype=None):
     path : str, the same on all ranks
     comm : MPI communicator
     columns : dict of arrays (N, ...)
-        This rank's rows, as many in each column; the names, types and further axes are the same on all ranks.
+        This rank's rows, as many in each column; names, types and further axes are the same on all ranks.
     fields : dict of RealFields
     attributes : dict of numbers, arrays and strings, the same on all ranks
     dtype : 'f4' or 'f8', optional
@@ -98,14 +98,14 @@ def save(path, comm, columns=None, fields=None, attributes=None, dtype=None):
 
 
 def _lay_out(path, blocks, attributes):
-    """Make a file with data sets for the blocks; returns the bytes at which they begin, None if there are none."""
+    """Make a file with data sets for the blocks; tells where their bytes begin, None if there are none."""
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     with h5py.File(path, 'w') as file:
         file.attrs.update(attributes)
-        return {name: file.create_dataset(name, block.shape, block.dtype, dcpl=creation.copy()).id.get_offset()
-                for name, block in blocks.items()}
+        return {name: file.create_dataset(name, b.shape, b.dtype, dcpl=creation.copy()).id.get_offset()
+                for name, b in blocks.items()}
 
 
 def _blocks(comm, columns, fields, dtype):
@@ -116,15 +116,18 @@ def _blocks(comm, columns, fields, dtype):
         complaint = f"columns must have the same number of rows, not {_shapes(columns)}"
     for name, values in columns.items():
         if values.ndim == 0 or values.dtype.kind not in 'biuf':
-            complaint = f"column {name!r} must be an array of numbers with a row for each particle, not {values!r}"
+            complaint = (f"column {name!r} must be an array of numbers with a row for each particle, "
+                         f"not {values!r}")
     for name, field in fields.items():
         if not isinstance(field, RealField):
             complaint = f"field {name!r} must be a RealField, not a {type(field).__name__}"
     fail_together(comm, complaint)
-    kinds = comm.allgather(([(name, v.dtype.str, v.shape[1:]) for name, v in columns.items()], list(fields)))
+    mine = [(name, v.dtype.str, v.shape[1:]) for name, v in columns.items()]
+    kinds = comm.allgather((mine, list(fields)))
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"all ranks must write the same columns and fields; ranks 0, 1, .. have {kinds}")
-    blocks = {f'particles/{name}': Block.of_rows(comm, v, _in_file(v, dtype)) for name, v in columns.items()}
+    blocks = {f'particles/{name}': Block.of_rows(comm, v, _in_file(v, dtype))
+              for name, v in columns.items()}
     blocks.update((f'fields/{name}', Block.of_field(f, _in_file(f, dtype))) for name, f in fields.items())
     return blocks
 
@@ -177,7 +180,7 @@ def load_field(path, name, pm):
 
 
 def lattice_ids(q, Nmesh, BoxSize):
-    """The number of each particle's point on a lattice of Nmesh points, from its position (N, ndim) on it."""
+    """The number of each particle's point on a lattice of Nmesh points, from its position (N, ndim)."""
     cells = numpy.floor(q / (numpy.asarray(BoxSize) / Nmesh) + 1e-5).astype('i8')
     return numpy.ravel_multi_index(tuple(cells.T), tuple(int(n) for n in Nmesh), mode='wrap').astype('i8')
 
@@ -192,7 +195,8 @@ def chosen(ids, fraction, seed=0):
     return ((z ^ (z >> numpy.uint64(31))) >> numpy.uint64(11)) * 2.0 ** -53 < fraction
 
 
-def save_snapshot(path, sim, dx, p, a=None, lattice=None, fraction=1.0, dtype='f4', fields=None, **attributes):
+def save_snapshot(path, sim, dx, p, a=None, lattice=None, fraction=1.0, dtype='f4', fields=None,
+                  **attributes):
     """Write the particles of a FastPM simulation to an HDF5 file. Collective.
 
     Columns are Position (Mpc/h, in the box), Velocity (peculiar, km/s) and ID.
@@ -215,6 +219,7 @@ def save_snapshot(path, sim, dx, p, a=None, lattice=None, fraction=1.0, dtype='f
     x = ((sim.q[keep] + dx[keep]) % pm.BoxSize).astype(dtype)
     x[x >= pm.BoxSize.astype(dtype)] = 0  # the last number below the box may be rounded to it
     columns = dict(Position=x, Velocity=velocity(p[keep], a), ID=ids[keep])
-    attributes = dict(BoxSize=pm.BoxSize, Nmesh=pm.Nmesh, ScaleFactor=a, Om0=float(sim.pt.Om0), Fraction=fraction,
-                      Particles=comm.allreduce(len(ids)), UnitLength='Mpc/h', UnitVelocity='km/s', **attributes)
+    attributes = dict(BoxSize=pm.BoxSize, Nmesh=pm.Nmesh, ScaleFactor=a, Om0=float(sim.pt.Om0),
+                      Fraction=fraction, Particles=comm.allreduce(len(ids)),
+                      UnitLength='Mpc/h', UnitVelocity='km/s', **attributes)
     save(path, comm, columns, fields, attributes, dtype)

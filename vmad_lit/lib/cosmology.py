@@ -1,10 +1,11 @@
 """The smooth universe: expansion, growth to second order, distances and the linear power spectrum.
 
-Scale factors are 1 today, times are in units of the Hubble time 1/H0, lengths in Mpc/h, wavenumbers in h/Mpc.
-The universe holds matter, curvature and a cosmological constant; radiation is left out of the expansion.
+Scale factors are 1 today, times are in units of the Hubble time 1/H0, lengths in Mpc/h, wavenumbers in
+h/Mpc. The universe holds matter, curvature and a cosmological constant; radiation is left out of the
+expansion.
 
-All functions of the parameters are analytic and accept complex values for them, so that the operators at the
-end of the file can take exact derivatives by a complex step.
+All functions of the parameters are analytic and accept complex values for them, so that the operators at
+the end of the file can take exact derivatives by a complex step.
 """
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from ..core.operator import Operator, Primitive, ZeroGradient
 from ..core.symbol import Symbol
 
 __all__ = ['linear_growth', 'second_order_growth', 'MatterDominated', 'Cosmology', 'Planck15', 'Planck18',
-           'SymbolicBackground', 'eisenstein_hu', 'eisenstein_hu_nowiggle', 'LinearPower', 'analytic', 'growth',
-           'expansion_rate', 'comoving_distance', 'comoving_transverse_distance', 'angular_diameter_distance',
-           'luminosity_distance', 'kick_factor', 'drift_factor', 'step_factors', 'start_factors',
-           'linear_power']
+           'SymbolicBackground', 'eisenstein_hu', 'eisenstein_hu_nowiggle', 'LinearPower', 'analytic',
+           'growth', 'expansion_rate', 'comoving_distance', 'comoving_transverse_distance',
+           'angular_diameter_distance', 'luminosity_distance', 'kick_factor', 'drift_factor',
+           'step_factors', 'start_factors', 'linear_power']
 
 SPEED_OF_LIGHT = 299792.458  # km/s
 HUBBLE_DISTANCE = SPEED_OF_LIGHT / 100.0  # c / H0 in Mpc/h
@@ -116,8 +117,8 @@ class MatterDominated:
     Omega0_lambda : cosmological constant today; by default what makes the densities add up to one.
     Omega0_k : curvature "density" today.
     a : scale factors of interest. Every function is exact at any scale factor: these are only kept.
-    a_normalize : scale factor at which `D1` and `D2` are one. (So `D2` is positive here; its physical sign is
-        that of :func:`second_order_growth`, negative.)
+    a_normalize : scale factor at which `D1` and `D2` are one. (So `D2` is positive here; its physical sign
+        is that of :func:`second_order_growth`, negative.)
 
     Methods take scale factors of any shape. `order` counts derivatives with respect to ln a.
     """
@@ -231,9 +232,9 @@ def _check_order(order):
 class Cosmology:
     """Parameters of a universe of matter, curvature and a cosmological constant.
 
-    `Om0` all matter, `Ob0` the baryons in it, `Ok0` curvature, `h` = H0 / (100 km/s/Mpc), `n_s` slope of the
-    primordial power, `sigma8` linear amplitude today in spheres of 8 Mpc/h, `T_cmb` in kelvin. Immutable: see
-    :meth:`replace`.
+    `Om0` all matter, `Ob0` the baryons in it, `Ok0` curvature, `h` = H0 / (100 km/s/Mpc), `n_s` slope of
+    the primordial power, `sigma8` linear amplitude today in spheres of 8 Mpc/h, `T_cmb` in kelvin.
+    Immutable: see :meth:`replace`.
 
     The first five may be symbols of a model. Then `background` is a :class:`SymbolicBackground`, a
     :class:`LinearPower` of it and the other methods give symbols, and gradients reach these parameters.
@@ -256,7 +257,8 @@ class Cosmology:
                 raise ValueError(f"{name} must be positive, got {value}")
         if isinstance(self.T_cmb, Symbol) or isinstance(self.Ok0, Symbol):
             raise TypeError(f"T_cmb and Ok0 are numbers; only {', '.join(self.__symbols__)} may be symbols")
-        if not isinstance(self.Ob0, Symbol) and not isinstance(self.Om0, Symbol) and not 0 <= self.Ob0 < self.Om0:
+        symbolic = isinstance(self.Ob0, Symbol) or isinstance(self.Om0, Symbol)
+        if not symbolic and not 0 <= self.Ob0 < self.Om0:
             raise ValueError("baryons are a part of matter: "
                              f"0 <= Ob0 < Om0 = {self.Om0} expected, got {self.Ob0}")
 
@@ -270,7 +272,7 @@ class Cosmology:
         return 1 - self.Om0 - self.Ok0
 
     def background(self, a=None, a_normalize=1.0):
-        """Expansion and growth, a :class:`MatterDominated`, or of a symbol a :class:`SymbolicBackground`."""
+        """Expansion and growth: a :class:`MatterDominated`, of a symbol a :class:`SymbolicBackground`."""
         if isinstance(self.Om0, Symbol):
             return SymbolicBackground(self.Om0, self.Ok0, a_normalize)
         return MatterDominated(self.Om0, self.Ode0, self.Ok0, a=a, a_normalize=a_normalize)
@@ -356,7 +358,7 @@ def _pressureless(q, alpha, beta):
 
 
 def _dark_matter(k, q, s, om, fb):
-    """Transfer function of the cold dark matter; `fb` is the fraction of baryons (eqs. 11, 12, 17 and 18)."""
+    """Transfer function of cold dark matter; `fb` is the fraction of baryons (eqs. 11, 12, 17 and 18)."""
     a1 = (46.9 * om) ** 0.670 * (1 + (32.1 * om) ** -0.532)
     a2 = (12.0 * om) ** 0.424 * (1 + (45.0 * om) ** -0.582)
     alpha = a1 ** -fb * a2 ** -(fb ** 3)
@@ -425,7 +427,8 @@ def _transfer_function(transfer, Om0, h, Ob0, T_cmb):
     if callable(transfer):
         return transfer
     if transfer not in _TRANSFERS:
-        raise ValueError(f"transfer must be a function of k or one of {sorted(_TRANSFERS)}, got {transfer!r}")
+        raise ValueError(f"transfer must be a function of k or one of {sorted(_TRANSFERS)}, "
+                         f"got {transfer!r}")
     if transfer == 'EisensteinHu' and not np.real(Ob0) > 0:
         raise ValueError("the transfer function with wiggles needs baryons, Ob0 > 0; use 'NoWiggle'")
     return lambda k: _TRANSFERS[transfer](k, Om0, h, Ob0, T_cmb)
@@ -448,12 +451,14 @@ class LinearPower:
 
     Parameters
     ----------
-    cosmology : a :class:`Cosmology`, or anything with its attributes. If any of them is a symbol, so is the power.
+    cosmology : a :class:`Cosmology`, or anything with its attributes. If any of them is a symbol, so is
+        the power.
     z : redshift; growth scales the power from today.
-    transfer : 'EisensteinHu' (with acoustic wiggles), 'NoWiggle', or a function T(k). Only its shape matters.
+    transfer : 'EisensteinHu' (with acoustic wiggles), 'NoWiggle', or a function T(k). Only its shape
+        matters.
 
-    Attributes: `transfer`, the function T(k), and `amplitude`, A of P = A k^n_s T^2 at redshift z (not there if the
-    parameters are symbols).
+    Attributes: `transfer`, the function T(k), and `amplitude`, A of P = A k^n_s T^2 at redshift z
+    (not there if the parameters are symbols).
     """
 
     __symbols__ = 'cosmology',
@@ -484,8 +489,8 @@ class LinearPower:
 
     def __call__(self, k):
         if self.is_symbolic:
-            curvature = getattr(self.cosmology, 'Ok0', 0.0)
-            return linear_power(*self._parameters, k, self.z, self.cosmology.T_cmb, curvature, self._transfer)
+            T_cmb, curvature = self.cosmology.T_cmb, getattr(self.cosmology, 'Ok0', 0.0)
+            return linear_power(*self._parameters, k, self.z, T_cmb, curvature, self._transfer)
         return _power_law_times(self.transfer, k, self.cosmology.n_s, self.amplitude)
 
     def sigma_r(self, r=8.0):
@@ -498,8 +503,8 @@ class LinearPower:
         """From the power P today at increasing wavenumbers k; rescaled to the cosmology's sigma8 and to z."""
         k, P = np.asarray(k, dtype='f8'), np.asarray(P, dtype='f8')
         if isinstance(cosmology.n_s, Symbol):
-            raise TypeError("a table belongs to a cosmology of numbers; make a spectrum of it, and give the attribute "
-                            "`transfer` of that to one whose parameters are symbols")
+            raise TypeError("a table belongs to a cosmology of numbers; make a spectrum of it, and give the "
+                            "attribute `transfer` of that to one whose parameters are symbols")
         if k.ndim != 1 or k.shape != P.shape or k.size < 4:
             raise ValueError("k and P must be one-dimensional, of the same length of at least 4; "
                              f"got shapes {k.shape} and {P.shape}")
@@ -580,7 +585,8 @@ _WEIGHTS = {1: 3 / 4, 2: -3 / 20, 3: 1 / 60}  # of the central difference of six
 
 def _differentiate_pull_back(function, parameters, tangents, cotangents, wanted):
     """The derivative of `_pull_back` along tangents of the parameters."""
-    step = 1e-4 / max(abs(float(t)) / (abs(float(p)) or 1.0) for p, t in zip(parameters, tangents, strict=True))
+    step = 1e-4 / max(abs(float(t)) / (abs(float(p)) or 1.0)
+                      for p, t in zip(parameters, tangents, strict=True))
 
     def at(distance):
         moved = [p + distance * float(t) for p, t in zip(parameters, tangents, strict=True)]
@@ -648,9 +654,9 @@ def analytic(spec):
     Parameters
     ----------
     spec : str
-        The names of the numbers and of the results, such as 'Om0 -> D1, f1'. The numbers are real; the function
-        is called with complex ones too, and must be analytic in them. Its other parameters are hyper-parameters
-        and may have defaults. It returns an array or a number, or a tuple of these.
+        The names of the numbers and of the results, such as 'Om0 -> D1, f1'. The numbers are real; the
+        function is called with complex ones too, and must be analytic in them. Its other parameters are
+        hyper-parameters and may have defaults. It returns an array or a number, or a tuple of these.
     """
     ain, aout = spec.split('->')
     return lambda function: AnalyticOperator(function, ain, aout)
@@ -712,10 +718,10 @@ def _step_functions(a, Om0, Ok0):
 
 @analytic('Om0 -> K')
 def kick_factor(Om0, ai, ac, af, Ok0=0.0):
-    """FastPM's kick from ai to af by the force at ac, a function of Om0: kick_factor(Om0, ai, ac, af, Ok0=0).
+    """FastPM's kick from ai to af by the force at ac, as a function of Om0.
 
-    It multiplies the force, gradient and inverse Laplacian of 1.5 Om0 delta. Scale factors may be arrays, an
-    entry for each step.
+    kick_factor(Om0, ai, ac, af, Ok0=0) multiplies the force, gradient and inverse Laplacian of
+    1.5 Om0 delta. Scale factors may be arrays, an entry for each step.
     """
     (_, start), (D, _), (_, end) = (_step_functions(a, Om0, Ok0) for a in (ai, ac, af))
     return (end - start) / (1.5 * Om0 * D)
@@ -730,23 +736,26 @@ def drift_factor(Om0, ai, ac, af, Ok0=0.0):
 
 @analytic('Om0 -> factors')
 def step_factors(Om0, stages, Ok0=0.0):
-    """The coefficients of FastPM's kick-drift-kick steps between successive scale factors, functions of Om0.
+    """The coefficients of FastPM's kick-drift-kick steps between scale factors, as functions of Om0.
 
-    step_factors(Om0, stages, Ok0=0) has the shape (number of steps, 3): a kick by the force of the bare density contrast (so it
-    includes 1.5 Om0), a drift, a kick. Middles of steps are geometric means.
+    step_factors(Om0, stages, Ok0=0) has the shape (number of steps, 3): a kick by the force of the bare
+    density contrast (so it includes 1.5 Om0), a drift, a kick. Middles of steps are geometric means.
     """
     stages = _scale_factor(stages)
     n = len(stages)
     D, Gf = _step_functions(np.concatenate([stages, np.sqrt(stages[:-1] * stages[1:])]), Om0, Ok0)
     middle = Gf[n:]
-    return np.stack([(middle - Gf[:n - 1]) / D[:n - 1], (D[1:n] - D[:n - 1]) / middle, (Gf[1:n] - middle) / D[1:n]], axis=-1)
+    return np.stack([(middle - Gf[:n - 1]) / D[:n - 1],
+                     (D[1:n] - D[:n - 1]) / middle,
+                     (Gf[1:n] - middle) / D[1:n]], axis=-1)
 
 
 @analytic('Om0 -> factors')
 def start_factors(Om0, a, Ok0=0.0):
     """D1, D2, and a^2 E times their derivatives by ln a, at one scale factor, as functions of Om0.
 
-    These (4,) numbers multiply the displacements of first and second order in the displacements and momenta at `a`.
+    These (4,) numbers multiply the displacements of first and second order in the displacements and
+    momenta at `a`.
     """
     a = _scale_factor(a)
     D1, f1, D2, f2 = growth.function(Om0, a, Ok0)
@@ -758,8 +767,9 @@ def start_factors(Om0, a, Ok0=0.0):
 def linear_power(Om0, h, n_s, sigma8, Ob0, k, z=0.0, T_cmb=2.7255, Ok0=0.0, transfer='EisensteinHu'):
     """Linear power at wavenumbers k as a function of the parameters; :class:`LinearPower` as an operator.
 
-    linear_power(Om0, h, n_s, sigma8, Ob0, k, z=0, T_cmb=2.7255, Ok0=0, transfer='EisensteinHu'), in (Mpc/h)^3
-    and in the shape of `k`, h/Mpc. A transfer function given as a function of k is held fixed in derivatives.
+    linear_power(Om0, h, n_s, sigma8, Ob0, k, z=0, T_cmb=2.7255, Ok0=0, transfer='EisensteinHu'), in
+    (Mpc/h)^3 and in the shape of `k`, h/Mpc. A transfer function given as a function of k is held fixed in
+    derivatives.
     """
     T = _transfer_function(transfer, Om0, h, Ob0, T_cmb)
     amplitude = _amplitude(T, n_s, sigma8) * _relative_growth(z, Om0, Ok0) ** 2
@@ -781,7 +791,8 @@ class SymbolicBackground:
 
     def __init__(self, Om0, Ok0=0.0, a_normalize=1.0):
         if a_normalize != 1.0:
-            raise ValueError(f"the growth of a symbol is normalised to one today, not at a = {a_normalize:g}")
+            raise ValueError("the growth of a symbol is normalised to one today, "
+                             f"not at a = {a_normalize:g}")
         self.Om0, self.Ok0 = Om0, Ok0
 
     def __repr__(self):

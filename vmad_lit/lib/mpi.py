@@ -1,11 +1,12 @@
 """Communication between ranks as operators.
 
-A value is *universal* (all ranks have the same value), *distributed* (each rank has a part, and the value is all of
-them) or *root-only* (one rank has it, the others have None). The inner product of a universal value is counted once, that
-of a distributed value is summed over the ranks; the transposes follow from that.
+A value is *universal* (all ranks have the same value), *distributed* (each rank has a part, and the value
+is all of them) or *root-only* (one rank has it, the others have None). The inner product of a universal
+value is counted once, that of a distributed value is summed over the ranks; the transposes follow from
+that.
 
-Arrays and NumPy numbers travel as buffers, other objects are pickled. All operators are *collective*: all ranks of the
-communicator have to run the same model.
+Arrays and NumPy numbers travel as buffers, other objects are pickled. All operators are *collective*: all
+ranks of the communicator have to run the same model.
 """
 
 import pickle
@@ -17,7 +18,7 @@ from ..core.operator import ZeroGradient, operator
 
 
 def describe(x):
-    """What other ranks must know about a value: (shape, dtype) of an array or number, else the name of its type."""
+    """What others must know about a value: (shape, dtype) of an array or number, else its type's name."""
     if isinstance(x, (numpy.ndarray, numpy.generic, int, float, complex)) and x is not ZeroGradient:
         x = numpy.asarray(x)
         if x.dtype.kind in "biufc":
@@ -26,7 +27,7 @@ def describe(x):
 
 
 def dense(x_, kind, comm):
-    """A tangent or cotangent: ZeroGradient if all ranks have that, else a value on each, zeros if need be."""
+    """A tangent or cotangent: ZeroGradient if all ranks have that, else a value on each, maybe zeros."""
     if comm.allreduce(x_ is ZeroGradient, op=MPI.LAND):
         return ZeroGradient
     if x_ is ZeroGradient and type(kind) is tuple:
@@ -206,7 +207,7 @@ class bcast:
 
 
 def find_counts(comm, x):
-    """The number of rows on each rank and the common dtype of a distributed array; None, None for other objects."""
+    """The number of rows on each rank and the common dtype of a distributed array, else None, None."""
     shapes, dtype = agree(comm, x)
     if dtype is None:
         return None, None
@@ -218,7 +219,7 @@ def find_counts(comm, x):
 
 
 def join(x, comm, root=None):
-    """The parts of all ranks joined on the rank `root` (None on others), or on all if that is None; and the counts."""
+    """The joined parts of all ranks, on `root` (others get None) or, without it, on all; and the counts."""
     counts, dtype = find_counts(comm, x)
     if counts is None:
         return comm.allgather(x) if root is None else comm.gather(x, root), None
@@ -240,7 +241,7 @@ def row_size(x):
 
 
 def deal(x, counts, comm, root, scalar=False):
-    """Our part of a value of the rank `root`: counts[rank] rows, or an item of a list if `counts` is None."""
+    """Our part of a value of `root`: counts[rank] rows, or an item of a list if `counts` is None."""
     if counts is None:
         return comm.scatter(x, root)
     kind = None
@@ -260,14 +261,14 @@ class gather:
 
     Parameters
     ----------
-    x : distributed, an array of shape (n, ...), where n may differ between ranks, or a number, or any object
+    x : distributed, an array of shape (n, ...), n may differ between ranks, or a number, or any object
     comm : MPI communicator
     root : int, the rank that receives
 
     Returns
     -------
-    y : root-only, an array of shape (sum of n, ...); one item per rank for numbers; a list for other objects.
-        None on the other ranks.
+    y : root-only, an array of shape (sum of n, ...); one item per rank for numbers; a list for other
+        objects. None on the other ranks.
     """
 
     ain = "x"
@@ -382,7 +383,7 @@ class allgather:
 
 
 def exchange_rows(x, send, recv, comm):
-    """Send send[r] rows of an array to each rank r and receive recv[r] from it; the dtype is the same on all."""
+    """Send send[r] rows to each rank r and receive recv[r] from it; the dtype is the same on all."""
     x = numpy.asarray(x, order="C")
     y = numpy.empty((sum(recv), *x.shape[1:]), x.dtype)
     size = row_size(x)

@@ -1,4 +1,4 @@
-"""Power spectra, cross spectra and multipoles of pmesh fields, and maps of them: operators and plain functions."""
+"""Power spectra, cross spectra, multipoles and maps of pmesh fields: operators and plain functions."""
 import numpy
 from mpi4py import MPI
 from scipy.interpolate import BSpline
@@ -18,8 +18,9 @@ class Shells:
     ----------
     pm : ParticleMesh
     edges : array, optional
-        Edges of the shells in units of 1 / length; shell i has edges[i] <= |k| < edges[i + 1]. By default one
-        fundamental mode wide, without the mean of the field, and as many as fit below the Nyquist frequency.
+        Edges of the shells in units of 1 / length; shell i has edges[i] <= |k| < edges[i + 1]. By default
+        one fundamental mode wide, without the mean of the field, and as many as fit below the Nyquist
+        frequency.
     poles : int or sequence of int
         Even multipoles. A spectrum is an array (nbin,) for one number, and (npoles, nbin) for a sequence.
     los : int or vector, optional
@@ -75,12 +76,13 @@ class Shells:
 
     # Sort the modes of a field
     def sort(self, x):
-        """The number of the shell of each mode of a field like `x`, flat, and the factors g of the multipoles."""
+        """The shell of each mode of a field like `x`, flat, and the factors g of the multipoles."""
         if not isinstance(x, BaseComplexField):
-            raise TypeError(f"a spectrum is made from a complex field, not from a {type(x).__name__}; use r2c first")
+            raise TypeError("a spectrum is made from a complex field, "
+                            f"not from a {type(x).__name__}; use r2c first")
         if list(x.Nmesh) != list(self.pm.Nmesh) or not numpy.allclose(x.BoxSize, self.pm.BoxSize):
-            raise ValueError(f"the shells are of a mesh {list(self.pm.Nmesh)} in a box {list(self.pm.BoxSize)}, "
-                             f"but the field has {list(x.Nmesh)} in {list(x.BoxSize)}")
+            raise ValueError(f"the shells are of a mesh {list(self.pm.Nmesh)} in a box "
+                             f"{list(self.pm.BoxSize)}, but the field has {list(x.Nmesh)} in {list(x.BoxSize)}")
         if type(x) not in self._sorted:
             k = wavenumbers(x)
             modulus = numpy.broadcast_to(sum(ki ** 2 for ki in k) ** 0.5, x.shape)
@@ -97,7 +99,7 @@ class Shells:
 
     # Average over shells
     def average(self, x, values, factors):
-        """Means over the shells of values of the modes, times each of the factors: (npoles, nbin). Collective."""
+        """Means over shells of values of the modes, times each of the factors: (npoles, nbin). Collective."""
         index, _ = self.sort(x)
         values = values * mode_weights(x)
         nbin = int(self._number.max())
@@ -135,7 +137,7 @@ class Shells:
     def power(self, a, b=None, shot_noise=0.0):
         """The power spectrum of a real or complex field, or the cross spectrum of two of them. Collective.
 
-        `shot_noise` is subtracted, times what the mesh makes of noise; it is for a spectrum, not a cross spectrum.
+        `shot_noise` is subtracted, times what the mesh makes of noise; it is for one field, not for two.
         """
         a = _modes(a)
         return self.cross((a, a if b is None else _modes(b))) - shot_noise * self.noise
@@ -190,7 +192,7 @@ def aliased_window_squared(k, x, window):
 
 
 def shot_noise(mass, pm):
-    """The shot noise of particles, V sum(m^2) / sum(m)^2, for the masses (N,) of this rank's. Collective."""
+    """The shot noise of particles, V sum(m^2) / sum(m)^2, from the masses (N,) on this rank. Collective."""
     mass = numpy.asarray(mass, dtype='f8')
     square, total = pm.comm.allreduce(numpy.array([(mass ** 2).sum(), mass.sum()]))
     if not total > 0:
@@ -200,7 +202,7 @@ def shot_noise(mass, pm):
 
 @operator
 class cross_power:
-    """The cross spectrum of two complex fields, universal; multipoles and all the rest are up to the shells.
+    """The cross spectrum of two complex fields, universal; multipoles and the rest are up to the shells.
 
     Parameters
     ----------

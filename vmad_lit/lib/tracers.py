@@ -41,7 +41,7 @@ def _dot(a, b):
 
 
 class Sight:
-    """Lines of sight: unit vectors `n`, and the inverse distances `w`, which are 0 for a distant observer."""
+    """Lines of sight: unit vectors `n`, and inverse distances `w`, which are 0 for a distant observer."""
 
     def __init__(self, x, los, observer):
         ndim = x.shape[1]
@@ -131,7 +131,7 @@ def redshift_space(x, p, factor, comm, los=None, observer=None):
 
 @functools.lru_cache(maxsize=None)
 def tidal_transfer(i, j):
-    """The transfer function of the second derivatives of the inverse Laplacian, k_i k_j / k^2, and 0 for the mean."""
+    """The transfer function k_i k_j / k^2 of second derivatives of an inverse Laplacian, 0 for the mean."""
 
     @fastpm.fixed_transfer
     def transfer(k):
@@ -206,5 +206,5 @@ def lagrangian_weights(rhok, b, q, pm, terms=BIAS_TERMS):
 
 @autooperator('rho, b -> y')
 def eulerian_bias(rho, b):
-    """The density 1 + b (rho - 1) of tracers with the linear bias b, a number, from the density of matter."""
+    """The density 1 + b (rho - 1) of tracers of linear bias b, a number, from that of matter."""
     return (rho - 1.0) * b + 1.0

@@ -304,7 +304,8 @@ def sinc_bend(x):
     series, square_of_u = 0.0, small * small
     for k in range(7, 0, -1):
         series = series * square_of_u + (-1) ** k * 2 * k * (2 * k - 1) / math.factorial(2 * k + 1)
-    direct = -(numpy.sin(large) + 2 * (large * numpy.cos(large) - numpy.sin(large)) / (large * large)) / large
+    sin, cos = numpy.sin(large), numpy.cos(large)
+    direct = -(sin + 2 * (large * cos - sin) / (large * large)) / large
     return (series * near + direct * ~near) * math.pi**2
 
 

@@ -12,7 +12,7 @@ class Flags(enum.IntFlag):
     """Options of a transform; join them with ``|``.
 
     ``TRANSPOSED_*`` choose the layouts and ``PADDED_*`` the storage of real arrays. The flags on effort
-    (``ESTIMATE``, ``MEASURE`` ...) and on the input (``PRESERVE_INPUT``, ``DESTROY_INPUT``) are accepted and
+    (``ESTIMATE``, ``MEASURE`` ...) and input (``PRESERVE_INPUT``, ``DESTROY_INPUT``) are accepted and
     change nothing: there is one way to compute, and an out-of-place transform always preserves its input.
     """
 
@@ -91,7 +91,7 @@ class Type(enum.IntEnum):
 def split_size_2d(size):
     """Split a number of ranks into the two factors ``(a, b)`` of a process mesh that is nearly square.
 
-    `a` is the largest divisor of `size` that does not exceed ``int(sqrt(size)) + 1``, as in the PFFT binding.
+    `a` is the largest divisor of `size` that is at most ``int(sqrt(size)) + 1``, as in the PFFT binding.
     """
     size = int(size)
     if size < 1:
@@ -134,7 +134,7 @@ class ProcMesh:
         return numpy.array(numpy.unravel_index(rank, self.np) if self.ndim else [], dtype="int32")
 
     def line(self, direction):
-        """Communicator of the ranks that differ from this one in one direction only (None if it is alone)."""
+        """Communicator of the ranks that differ from this in one direction only (None if it is alone)."""
         return self._lines[direction]
 
     def ranks(self, direction):
@@ -230,7 +230,8 @@ class Layout:
     def box(self, coords):
         """First indices, and those behind the last, of the part of the rank at `coords`: two rows."""
         place = [0 if owner is None else coords[owner] for owner in self.owners]
-        return numpy.array([(edges[p], edges[p + 1]) for edges, p in zip(self.edges, place)], dtype="intp").T
+        parts = [(edges[p], edges[p + 1]) for edges, p in zip(self.edges, place)]
+        return numpy.array(parts, dtype="intp").T
 
     def view(self, memory):
         """The local part of the array, on an array of bytes that is at least ``nbytes`` long."""
@@ -259,7 +260,7 @@ def end_layout(mesh, shape, dtype, transposed, padded=0):
 
 
 def end_layouts(kind, n, mesh, flags):
-    """The layouts of the input and output of a transform of type `kind` on a mesh of shape `n` (a tuple)."""
+    """The layouts of the input and output of a transform of type `kind` on a mesh of shape `n`, a tuple."""
     # Refuse what cannot be laid out
     if kind.kind == "r2r":
         raise NotImplementedError("real-to-real transforms (R2R) are not provided; use C2C, R2C or C2R")
@@ -330,11 +331,12 @@ class Partition:
     def __repr__(self):
         return (f"Partition(n={self.n.tolist()}, type={self.type.name}, flags={self.flags!r}, "
                 f"local_ni={self.local_ni.tolist()}, local_no={self.local_no.tolist()}, "
-                f"local_i_start={self.local_i_start.tolist()}, local_o_start={self.local_o_start.tolist()})")
+                f"local_i_start={self.local_i_start.tolist()}, "
+                f"local_o_start={self.local_o_start.tolist()})")
 
 
 def working_mesh(procmesh, ndim):
-    """The process mesh on which a transform of `ndim` axes runs: one that leaves at least one axis whole."""
+    """The process mesh on which a transform of `ndim` axes runs: it leaves at least one axis whole."""
     if procmesh.ndim < ndim:
         return procmesh
     np = procmesh.np.tolist()

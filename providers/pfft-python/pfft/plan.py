@@ -9,7 +9,7 @@ from .partition import Direction, Flags, LocalBuffer, Type, end_layouts, level_l
 
 
 def default_threads():
-    """Threads of a rank: OMP_NUM_THREADS if set, else all cores for one rank, and one for each of several."""
+    """Threads of a rank: OMP_NUM_THREADS if set, else all cores for one rank, one for each of several."""
     setting = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if setting.isdigit() and int(setting) > 0:
         return int(setting)
@@ -103,7 +103,8 @@ class Pieces:
         memory = numpy.empty(max(self.nbytes, self.layout.nbytes), dtype="u1")
         array = self.array(memory)
         pairs = [(array[cut], piece) for cut, piece in zip(self.cuts, self.row(memory)) if piece.size]
-        return all(there.flags.c_contiguous and there.ctypes.data == piece.ctypes.data for there, piece in pairs)
+        return all(there.flags.c_contiguous and there.ctypes.data == piece.ctypes.data
+                   for there, piece in pairs)
 
 
 class Pack:
@@ -280,7 +281,9 @@ class Plan:
     def __init__(self, partition, direction, i, o=None, type=None, flags=None):
         self.partition, self.direction = partition, Direction(direction)
         backward = self.direction == Direction.BACKWARD
-        self.type = Type(type) if type is not None else partition.type.inverse if backward else partition.type
+        if type is None:
+            type = partition.type.inverse if backward else partition.type
+        self.type = Type(type)
         if self.type.numbers != partition.type.numbers:
             raise TypeError(f"a plan of type {self.type.name} does not fit a partition of type "
                             f"{partition.type.name}: the precisions differ")

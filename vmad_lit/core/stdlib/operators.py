@@ -126,7 +126,7 @@ def widen_to_field(g: Value, shape1: Shape, shape2: Shape) -> Value:
 
 
 def fit_field(g: Value, shape: Shape, is_complex: bool) -> Value:
-    """Make of a field the cotangent of an operand: the field itself, or a sum over the mesh for a number."""
+    """Make of a field the cotangent of an operand: the field, or a sum over the mesh for a number."""
     if shape == ():
         total = ShapeOfField(g).field(1.0).cdot(g)
         return total if is_complex else numpy.real(total)
