@@ -293,7 +293,7 @@ def study(sizes, repeat=3, ranks=1, systems=SYSTEMS, peer_python=None):
     return results
 
 
-def study_steps(n=32, numbers=(4, 8, 16, 32)):
+def study_steps(n, numbers=(4, 8, 16, 32)):
     """Time and memory of the gradient against the number of steps, for each policy."""
     rows = []
     for policy in POLICIES:
@@ -316,7 +316,7 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file")
     parser.add_argument("--peer-python", metavar="PYTHON", help="interpreter of another environment, for peers not in this one")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, help="all, if not given; the first is the standard")
-    parser.add_argument("--scaling", action="store_true", help="also ranks and steps")
+    parser.add_argument("--scaling", type=int, nargs="?", const=64, metavar="N", help="also ranks and steps, on N^3 (64)")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--policy", nargs=3, help=argparse.SUPPRESS)
     args, _ = parser.parse_known_args(argv)
@@ -347,9 +347,9 @@ def main(argv=None):
         table(["", *next(iter(kernels.values()))], [[n, *spent.values()] for n, spent in kernels.items()])
     more = {}
     if args.scaling:
-        more = dict(ranks_results=[], steps_n=32, steps=study_steps())
+        more = dict(ranks_results=[], steps_n=args.scaling, steps=study_steps(args.scaling))
         for ranks in 1, 2, 3, 4:
-            for result in study(sizes[-1:], args.repeat, ranks, systems=["vmad_lit"]):
+            for result in study([args.scaling], args.repeat, ranks, systems=["vmad_lit"]):
                 more["ranks_results"].append(dict(ranks=ranks, **result))
         print("\nRanks\n")
         table(["ranks", *columns], [[str(r["ranks"]), *(r["vmad_lit"][c] for c in columns)] for r in more["ranks_results"]])
