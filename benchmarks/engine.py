@@ -37,6 +37,7 @@ import math
 import os
 import time
 import tracemalloc
+from functools import partial
 
 import numpy as np
 from vmad_lit import Builder, autooperator, operator
@@ -350,7 +351,8 @@ def study_large(size=1000000, n=20, repeat=5, budget=4.0):
     x, v = np.linspace(0.0, 1.0, size), np.ones(size)
     for name, (function, by_hand) in LARGE.items():
         model = build(function, n)
-        functions = dict(ours=lambda: model.compute_with_vjp(init=dict(x=x), v=dict(_y=v)), by_hand=lambda: by_hand(x, n, v))
+        ours = partial(model.compute_with_vjp, init=dict(x=x), v=dict(_y=v))
+        functions = dict(ours=ours, by_hand=partial(by_hand, x, n, v))
         for compute in functions.values():
             compute()
         peaks = {who: allocated(compute)[2] / x.nbytes for who, compute in functions.items()}

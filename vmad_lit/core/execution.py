@@ -405,7 +405,8 @@ def numbers_in(target: Target) -> list[int]:
     """The slots of a target, or of the values of a dict."""
     if type(target) is int:
         return [target]
-    return [slot for item in (target.values() if type(target) is dict else target) for slot in numbers_in(item)]
+    items = target.values() if type(target) is dict else target
+    return [slot for item in items for slot in numbers_in(item)]
 
 
 def scatter(s: Slots, target: Target, value: Value) -> None:

@@ -41,7 +41,9 @@ class Form:
 
 def form_of(value: Value) -> Any:
     """The Form of a value, or the list of those of its items."""
-    return [form_of(item) for item in value] if type(value) in (list, tuple) else value if type(value) is Form else Form(value)
+    if type(value) in (list, tuple):
+        return [form_of(item) for item in value]
+    return value if type(value) is Form else Form(value)
 
 def fit(name: str, derivative: Value, form: Any) -> Value:
     """A tangent or cotangent for a value of some form; raises BadArgument if it does not fit."""

@@ -223,7 +223,7 @@ def _take_apart(field):
 def _agree(comm, *derivatives):
     """The common dtype of each tangent or cotangent on all ranks; None for what is zero on all of them.
 
-    All ranks must call it. It tells them alike what has to be computed, and where a zero has to be spelled out.
+    All ranks must call it. It tells them what has to be computed, and where a zero has to be spelled out.
     """
     dtypes = [None if _is_zero(x_) else numpy.result_type(getattr(x_, 'dtype', x_)) for x_ in derivatives]
     if comm.size == 1:
@@ -991,7 +991,8 @@ def _halo_plan(pm, axis):
         asked = numpy.array(wanted(rank), dtype='i8')
         sends.append(asked[held(me, asked)] - boxes[me][0][axis] if aligned else asked[:0])
         receives.append(held(rank, numpy.array(wanted(me), dtype='i8')) if aligned else asked[:0])
-    return *map(numpy.concatenate, (sends, receives)), *([len(planes) for planes in x] for x in (sends, receives))
+    counts = ([len(planes) for planes in x] for x in (sends, receives))
+    return *map(numpy.concatenate, (sends, receives)), *counts
 
 
 def _halo(pm, value, axis):
@@ -1040,7 +1041,7 @@ def _divergence(meshes):
 
 @operator
 class readout_neg_gradient:
-    """Minus the gradient of a real field at each position: (N, ndim), by differences and read-out with the window.
+    """Minus the gradient of a real field at each position, by differences and read-out with the window.
 
     Parameters
     ----------
@@ -1056,7 +1057,7 @@ class readout_neg_gradient:
 
     def apl(node, mesh, x, layout, resampler=None):
         if not _differences_serve(mesh.pm, order=1):
-            raise ValueError("differences need numba, real numbers, and a mesh whose last axis is not divided; "
+            raise ValueError("differences need numba, real numbers, and a mesh whose last axis is whole; "
                              "use c2r and apply_transfer with fourier_space_neg_gradient")
         return dict(value=_read(_neg_gradient(mesh), x, layout, resampler), pm=mesh.pm)
 
@@ -1067,7 +1068,8 @@ class readout_neg_gradient:
     def vjp(node, _value, mesh, x, layout, resampler, pm):
         meshes = None if mesh is None else _neg_gradient(mesh)
         _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, 'mesh', pm.ndim)
-        return dict(_mesh=ZeroGradient if _meshes is None else _divergence(_meshes), _x=_x, _layout=ZeroGradient)
+        _mesh = ZeroGradient if _meshes is None else _divergence(_meshes)
+        return dict(_mesh=_mesh, _x=_x, _layout=ZeroGradient)
 
     def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
         of_mesh, = _agree(pm.comm, mesh_)
@@ -1210,7 +1212,7 @@ def induce_correlation(wnk, powerspectrum, pm):
 
 
 def find_wavenumbers(pm):
-    """The distinct moduli of the wave vectors of a mesh, other than zero, ascending; the same on all ranks."""
+    """The distinct moduli of the wave vectors of a mesh but zero, ascending; the same on all ranks."""
     def make():
         k = numpy.unique(_moduli(_coordinates(pm.create(type=ComplexField, value=0), 'wavenumber')))
         k = numpy.unique(numpy.concatenate(pm.comm.allgather(k)))
@@ -1319,7 +1321,7 @@ _SECOND_ORDER = 0.5 * 3.0 / 7  # the factor of the two traces
 
 @operator
 class second_order_source:
-    """The source of the second order of perturbation theory from the potential of the linear density contrast.
+    """The source of second-order perturbation theory, from the potential of the linear density contrast.
 
     The density contrast whose Zel'dovich displacement is that of second order, see `lpt2src`.
     """
@@ -1377,7 +1379,9 @@ class second_order_source:
 
     def vjp(node, _source, potential):
         dtype, = _agree(potential.pm.comm, _source)
-        return dict(_potential=ZeroGradient if dtype is None else second_order_source.pull(_source, potential))
+        if dtype is None:
+            return dict(_potential=ZeroGradient)
+        return dict(_potential=second_order_source.pull(_source, potential))
 
     def jvp(node, potential_, potential):
         dtype, = _agree(potential.pm.comm, potential_)
@@ -1644,7 +1648,7 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False):
     stages : sequence of scale factors
     pt : background, such as `MatterDominated`
     pm : ParticleMesh on which the force is computed
-    ram : how many states to keep for the derivatives, recomputing the steps between them; if None, keep all steps
+    ram : how many states to keep for the derivatives, which recompute steps between them; None keeps all steps
     reversible : keep the last state only, and undo the steps for the derivatives, see `reversible_leapfrog`
 
     Returns
@@ -1856,7 +1860,8 @@ def nbody(rhok, q, stages, cosmology, pm):
     rhok : complex field, the linear density contrast today
     q : (N, ndim) lattice
     stages : sequence of scale factors, beginning with that of the initial conditions
-    cosmology : has an attribute `Om0`; or a `Cosmology`, or a background. If its `Om0` is a symbol, gradients flow to it
+    cosmology : has an attribute `Om0`; or a `Cosmology`, or a background. Gradients flow to an `Om0` that is
+        a symbol
     pm : ParticleMesh
 
     Returns
@@ -1875,7 +1880,8 @@ class FastPMSimulation:
     Parameters
     ----------
     stages : sequence of scale factors, beginning with that of the initial conditions
-    cosmology : has an attribute `Om0`; or a `Cosmology`, or a background. If its `Om0` is a symbol, gradients flow to it
+    cosmology : has an attribute `Om0`; or a `Cosmology`, or a background. Gradients flow to an `Om0` that is
+        a symbol
     pm : ParticleMesh of the initial conditions
     B : the mesh of the force has B times as many points along each axis
     q : (N, ndim) lattice; by default a particle in the middle of each cell of `pm`

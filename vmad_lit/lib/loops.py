@@ -71,7 +71,7 @@ def difference(out, mesh, axis, factor, halo, add=False):
     out, mesh : arrays of one shape and type, with up to three axes; rows of the last are contiguous
     axis : the direction
     factor : number; 1 / (12 h) makes the derivative, with a spacing of h
-    halo : C-ordered like `mesh`, but with 4 planes along `axis`: two before the first and two behind the last.
+    halo : C-ordered like `mesh`, but with 4 planes along `axis`: two before its first, two behind its last.
         None for the last axis, which is whole.
     add : add to `out` instead of overwriting it
     """
@@ -85,8 +85,10 @@ def difference(out, mesh, axis, factor, halo, add=False):
     if axis == 2:
         loop = partial(_along_rows, target, step, source, strides, shape, factor, add)
     else:
-        loop = partial(_across_rows, target, step, source, strides, halo.reshape(-1), shape, axis, factor, add)
-    edges = share_out(shape[0], -(-(1 << 15) // max(1, shape[1] * shape[2])))  # planes with enough work for a thread
+        rows = target, step, source, strides, halo.reshape(-1)
+        loop = partial(_across_rows, *rows, shape, axis, factor, add)
+    enough = -(-(1 << 15) // max(1, shape[1] * shape[2]))  # planes, for the work to be worth a thread
+    edges = share_out(shape[0], enough)
     run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
 
 
@@ -142,7 +144,7 @@ def _quadratic_vjp(out, factor, ndim, a, start, end):
 
 
 def second_invariant(a, b, ndim, factor):
-    """`factor` times (tr A tr B - tr AB) at each point, for symmetric matrices (diagonal first) in rows of points."""
+    """`factor` times (tr A tr B - tr AB) at each point, for symmetric matrices in rows, the diagonal first."""
     out = numpy.empty(a.shape[1:], a.dtype)
     share(partial(_quadratic, out.reshape(-1), factor, ndim, _rows_of_points(a), _rows_of_points(b)), out.size)
     return out

@@ -700,7 +700,7 @@ def readout(meshes, pos, window='cic', transform=None, out=None):
 
 
 def gradient(mesh, pos, window='cic', transform=None, out=None):
-    """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), in float64; as `readout`."""
+    """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), float64; as `readout`."""
     values = _meshes([mesh])
     out = _result(out, (len(pos), values[0].ndim))
     return _gather(values, pos, window, transform, coef=numpy.ones(1), coef_step=0, slope=out)
