@@ -50,10 +50,10 @@ class AutoOperator(Operator):
             self, "apl", compute, self.argnames, compute_and_record if self._keeps_tape else None
         )
         self.apl.defaults = self._defaults
-        self.vjp = Primitive(self, "vjp", pull_back, [*known, *("_" + name for name in self.aout)])
-        self.jvp = Primitive(self, "jvp", push_forward, [*known, *(name + "_" for name in self.ain)])
+        self.vjp = Primitive(self, "vjp", differentiate, [*known, *("_" + name for name in self.aout)])
+        self.jvp = Primitive(self, "jvp", differentiate, [*known, *(name + "_" for name in self.ain)])
         of_vjp = *("_" + name for name in self.aout), *(name + "_" for name in self.ain)
-        self.hvp = Primitive(self, "hvp", differentiate_vjp, [*known, *of_vjp])
+        self.hvp = Primitive(self, "hvp", differentiate, [*known, *of_vjp])
         self.rcd = None
         self._find_recorded()
 
@@ -270,21 +270,12 @@ def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     return model._run(operator.aout, inputs, record=True)[1]
 
 
-def pull_back(node: Any, **arguments: Any) -> Any:
-    cotangents = {name: arguments[name] for name in node.primitive.ain}
+def differentiate(node: Any, **arguments: Any) -> Any:
+    given = {name: arguments[name] for name in node.primitive.ain}
     wanted = [name for name, symbol in node.varout.items() if symbol is not Ignored]
-    return find_tape(node, arguments).get_vjp().compute(wanted, cotangents, return_dict=True)
-
-
-def push_forward(node: Any, **arguments: Any) -> Any:
-    tangents = {name: arguments[name] for name in node.primitive.ain}
-    return find_tape(node, arguments).get_jvp().compute(list(node.varout), tangents, return_dict=True)
-
-
-def differentiate_vjp(node: Any, **arguments: Any) -> Any:
-    derivatives = {name: arguments[name] for name in node.primitive.ain}
-    wanted = [name for name, symbol in node.varout.items() if symbol is not Ignored]
-    return find_tape(node, arguments).get_hvp().compute(wanted, derivatives, return_dict=True)
+    tape = find_tape(node, arguments)
+    derived = dict(vjp=tape.get_vjp, jvp=tape.get_jvp, hvp=tape.get_hvp)[node.primitive.kind]()
+    return derived.compute(wanted, given, return_dict=True)
 
 
 def autooperator(*spec: Any) -> Any:
