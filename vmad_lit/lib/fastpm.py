@@ -4,9 +4,11 @@ Cotangents of half-stored complex fields refer to the inner product in which a m
 its conjugate is not stored. Positions are arrays (N, ndim), in the units of the box.
 """
 import weakref
+from functools import partial
 
 import numpy
 from mpi4py import MPI
+from pfft import LocalBuffer
 from pmesh.domain import Layout
 from pmesh.pm import BaseComplexField, ComplexField, ParticleMesh, RealField, xslab
 from pmesh.pm import TransposedComplexField, UntransposedComplexField
@@ -18,6 +20,7 @@ from vmad_lit.core.checkpoint import checkpoint, keep_on_disk_by
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import add_to_array
 from vmad_lit.core.symbol import Symbol
+from vmad_lit.lib import memory
 from vmad_lit.lib.cosmology import (
     LinearPower,
     MatterDominated,
@@ -45,6 +48,9 @@ def _add_to_field(total, part):
 
 
 IN_PLACE.update(dict.fromkeys((RealField, TransposedComplexField, UntransposedComplexField), _add_to_field))
+
+if hasattr(LocalBuffer, 'allocate'):
+    LocalBuffer.allocate = staticmethod(partial(memory.empty, dtype='u1'))
 
 _kept = weakref.WeakKeyDictionary()
 
@@ -339,11 +345,11 @@ def _evaluate(x, f, kind):
     return kept[kind, type(x)]
 
 
-def _times(x, factor, out=None):
-    """A field times an array that broadcasts to it, in the field's precision; in `out`, if given."""
+def _times(x, factor, out=None, scale=1.0):
+    """A field times an array that broadcasts to it and a number, in the field's precision; in `out`, if given."""
     y = x.pm.create(type=type(x)) if out is None else out
-    if loops is None or not loops.multiply(y.value, x.value, factor):
-        numpy.multiply(x.value, factor, out=y.value, casting='same_kind')
+    if loops is None or not loops.multiply(y.value, x.value, factor, scale):
+        numpy.multiply(x.value, factor if scale == 1.0 else factor * scale, out=y.value, casting='same_kind')
     return y
 
 
@@ -590,7 +596,7 @@ class GhostLayout(Layout):
 def _deliver(comm, rows, sendcounts, recvcounts):
     """Rows from all ranks, by one `Alltoallv`; the counts are rows to and from each rank."""
     rows = numpy.ascontiguousarray(rows)
-    received = numpy.empty((sum(recvcounts),) + rows.shape[1:], dtype=rows.dtype)
+    received = memory.empty((sum(recvcounts),) + rows.shape[1:], rows.dtype)
     row = MPI.BYTE.Create_contiguous(rows.dtype.itemsize * int(numpy.prod(rows.shape[1:])))
     row.Commit()
     try:
@@ -760,6 +766,10 @@ class _Window:
         """A mesh of zeros."""
         return self.pm.create(type=RealField, value=0)
 
+    def field(self, mesh):
+        """A mesh, which may be an array, as a field."""
+        return mesh if isinstance(mesh, RealField) else self.pm.create(type=RealField, value=mesh)
+
     def paint(self, x, mass):
         """The mesh painted with particles."""
         mesh = self.empty()
@@ -772,15 +782,32 @@ class _Window:
         """The values (N, n) of n meshes."""
         if self.compiled:
             return window.readout(meshes, x, **self.args)
-        return numpy.stack([mesh.readout(x, resampler=self.resampler) for mesh in meshes], axis=-1)
+        return numpy.stack([self.field(mesh).readout(x, resampler=self.resampler) for mesh in meshes], axis=-1)
+
+    def spread(self, x, value, out):
+        """Add the columns of `value` (N, n) to the n meshes of `out`, and return them: the adjoint of `readout`."""
+        if self.compiled:
+            window.readout_vjp(None, x, value, out=out, need_pos=False, **self.args)
+        else:
+            for c, mesh in enumerate(out):
+                mesh[...] += self.paint(x, value[:, c]).value
+        return out
 
     # Derivatives of painting and reading out
     def gradient(self, mesh, x):
         """The derivatives (N, ndim) of the value of a mesh by the position."""
         if self.compiled:
             return window.gradient(mesh, x, **self.args)
+        mesh = self.field(mesh)
         return numpy.stack([mesh.readout(x, resampler=self.differentiable, gradient=d)
                             for d in range(self.pm.ndim)], axis=-1)
+
+    def slopes(self, meshes, x, factors=None):
+        """The sum over meshes of the gradients, each times its column of `factors` (N, n); or times one, if none is left."""
+        if self.compiled:
+            return window.slopes(meshes, x, factors, **self.args)
+        given = 0 if factors is None else factors.shape[1]
+        return sum(self.gradient(mesh, x) * (factors[:, c, None] if c < given else 1.0) for c, mesh in enumerate(meshes))
 
     def paint_vjp(self, mesh, x, mass, need_x=True, need_mass=True):
         """Cotangents of positions and masses from that of the mesh."""
@@ -802,20 +829,6 @@ class _Window:
         if mass_ is not None:
             self.pm.paint(x, mass=numpy.asarray(mass_, 'f8'), resampler=self.resampler, out=mesh, hold=True)
         return mesh
-
-    def readout_vjp(self, meshes, x, value, need_x=True, need_meshes=True):
-        """Cotangents of positions and meshes from that of the values (N, n)."""
-        count = value.shape[1]
-        if self.compiled:
-            out = [self.empty() for c in range(count)] if need_meshes else None
-            meshes = meshes if meshes is not None else [None] * count
-            return window.readout_vjp(meshes, x, value, out=out, need_pos=need_x, **self.args), out
-        _x = _meshes = None
-        if need_x:
-            _x = sum(self.gradient(mesh, x) * value[:, c, None] for c, mesh in enumerate(meshes))
-        if need_meshes:
-            _meshes = [self.paint(x, value[:, c]) for c in range(count)]
-        return _x, _meshes
 
     def readout_jvp(self, meshes, x, x_=None, meshes_=None):
         """Tangent of the values (N, n); None is zero."""
@@ -901,19 +914,23 @@ class readout_all:
     collective = True
 
     def apl(node, meshes, x, layout, resampler=None):
-        return dict(value=_read(list(meshes), x, layout, resampler), pm=meshes[0].pm)
+        pm = meshes[0].pm
+        return dict(value=_read(pm, list(meshes), x, layout, resampler), pm=pm)
 
     def rcd(node, meshes, x, layout, resampler, pm, **others):
         return dict(x=x, layout=layout, resampler=resampler, pm=pm, count=len(meshes),
                     meshes=None if node.is_literal('x') else list(meshes))
 
     def vjp(node, _value, meshes, x, layout, resampler, pm, count):
-        _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, 'meshes', count)
+        _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, 'meshes', count, _zeros)
         return dict(_meshes=_meshes if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
 
     def jvp(node, meshes_, x_, meshes, x, layout, resampler, pm, count):
         meshes_ = [ZeroGradient] * count if _is_zero(meshes_) else meshes_
-        return dict(value_=_read_jvp(meshes, meshes_, x_, x, layout, resampler, pm))
+        of_x, *of_meshes = _agree(pm.comm, x_, *meshes_)
+        x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
+        meshes_ = [_real(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
+        return dict(value_=_read_jvp(pm, meshes, meshes_, x, x_, layout, resampler))
 
 
 @operator
@@ -925,7 +942,7 @@ class readout:
     collective = True
 
     def apl(node, mesh, x, layout, resampler=None):
-        return dict(value=_read([mesh], x, layout, resampler)[:, 0], pm=mesh.pm)
+        return dict(value=_read(mesh.pm, [mesh], x, layout, resampler)[:, 0], pm=mesh.pm)
 
     def rcd(node, mesh, x, layout, resampler, pm, **others):
         return dict(x=x, layout=layout, resampler=resampler, pm=pm,
@@ -933,38 +950,45 @@ class readout:
 
     def vjp(node, _value, mesh, x, layout, resampler, pm):
         _value = _value if _is_zero(_value) else numpy.reshape(_value, (-1, 1))
-        _x, _meshes = _read_vjp(node, _value, [mesh], x, layout, resampler, pm, 'mesh', 1)
+        _x, _meshes = _read_vjp(node, _value, [mesh], x, layout, resampler, pm, 'mesh', 1, _zeros)
         return dict(_mesh=_meshes[0] if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
 
     def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
-        return dict(value_=_read_jvp([mesh], [mesh_], x_, x, layout, resampler, pm)[:, 0])
+        of_x, of_mesh = _agree(pm.comm, x_, mesh_)
+        x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
+        meshes_ = None if of_mesh is None else [_real(pm, mesh_)]
+        value_ = _read_jvp(pm, [mesh], meshes_, x, x_, layout, resampler)
+        return dict(value_=value_ if _is_zero(value_) else value_[:, 0])
 
 
-def _read(meshes, x, layout, resampler):
-    pm = meshes[0].pm
+def _read(pm, meshes, x, layout, resampler):
     return _gather(layout, _Window(pm, resampler).readout(meshes, _exchange(layout, _positions(x, pm))))
 
 
-def _read_vjp(node, _value, meshes, x, layout, resampler, pm, name, count):
+def _read_vjp(node, _value, meshes, x, layout, resampler, pm, name, count, zeros):
+    """The cotangents of positions and of `count` meshes, added to what `zeros(pm, count)` makes; or None."""
     dtype, = _agree(pm.comm, _value)
     if dtype is None:
         return ZeroGradient, None
     need_x, need_meshes = not node.is_literal('x'), not node.is_literal(name)
+    w = _Window(pm, resampler)
     _value = _exchange(layout, _rows(_value, (len(x), count), dtype))
     local_x = _exchange(layout, _positions(x, pm))
-    _x, _meshes = _Window(pm, resampler).readout_vjp(meshes, local_x, _value, need_x, need_meshes)
-    return _as_given(_gather(layout, _x), x) if need_x else ZeroGradient, _meshes
+    _x = _as_given(_gather(layout, w.slopes(meshes, local_x, _value)), x) if need_x else ZeroGradient
+    return _x, w.spread(local_x, _value, zeros(pm, count)) if need_meshes else None
 
 
-def _read_jvp(meshes, meshes_, x_, x, layout, resampler, pm):
-    of_x, *of_meshes = _agree(pm.comm, x_, *meshes_)
-    if of_x is None and not any(of_meshes):
+def _read_jvp(pm, meshes, meshes_, x, x_, layout, resampler):
+    """The tangent of the values, from those of positions and meshes; None is zero."""
+    if x_ is None and meshes_ is None:
         return ZeroGradient
-    x_ = None if of_x is None else _exchange(layout, _rows(x_, numpy.shape(x), of_x))
-    meshes = meshes if x_ is not None else None
-    meshes_ = [_real(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
-    local_x = _exchange(layout, _positions(x, pm))
+    local_x, x_ = _exchange(layout, _positions(x, pm)), None if x_ is None else _exchange(layout, x_)
     return _gather(layout, _Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
+
+
+def _zeros(pm, count):
+    """Real fields of zeros."""
+    return [pm.create(type=RealField, value=0) for c in range(count)]
 
 
 def _halo_plan(pm, axis):
@@ -996,10 +1020,9 @@ def _halo_plan(pm, axis):
 
 
 def _halo(pm, value, axis):
-    """Four planes of a mesh along an axis: two before this rank's first, and two behind its last."""
-    n = value.shape[axis]
+    """Four planes of a mesh along an axis: two before this rank's first, two behind its last; or None."""
     if len(pm.domain.edges[axis]) == 2:
-        return value.take([-2 % n, -1 % n, 0, 1 % n], axis=axis)
+        return None
     sends, receives, *counts = _keep(pm, ('halo', axis), lambda: _halo_plan(pm, axis))
     planes = _deliver(pm.comm, numpy.moveaxis(value, axis, 0)[sends], *counts)
     shape = list(value.shape)
@@ -1015,28 +1038,48 @@ def _differences_serve(pm, order):
             and len(pm.domain.edges[-1]) == 2)
 
 
+def _difference_factors(pm, sign):
+    """`sign` / (12 h) for each axis."""
+    return [float(sign * n / (12 * length)) for n, length in zip(pm.Nmesh, pm.BoxSize)]
+
+
 def _difference(pm, value, axis, sign, out, add=False):
     """`sign` times the derivative of this rank's part of a mesh along an axis, into `out` or added to it."""
-    halo = None if axis == pm.ndim - 1 else _halo(pm, value, axis)
-    cell = pm.BoxSize[axis] / pm.Nmesh[axis]
-    loops.difference(out, value, axis, sign / (12 * cell), halo, add)
+    loops.difference(out, value, axis, _difference_factors(pm, sign)[axis], _halo(pm, value, axis), add)
 
 
-def _neg_gradient(mesh):
-    """Minus the derivatives of a real field along all axes: a list of fields."""
-    result = [mesh.pm.create(type=RealField) for axis in range(mesh.ndim)]
-    for axis, component in enumerate(result):
-        _difference(mesh.pm, mesh.value, axis, -1.0, component.value)
-    return result
+def _neg_gradient(mesh, beside=None):
+    """Minus the derivatives of a real field along all axes: arrays, interleaved in memory.
+
+    With another field, `beside`, the list ends with that.
+    """
+    pm = mesh.pm
+    components = _interleaved(pm, pm.ndim + (beside is not None))
+    halos = [_halo(pm, mesh.value, axis) for axis in range(pm.ndim - 1)]
+    loops.gradient(components[:pm.ndim], mesh.value, _difference_factors(pm, -1.0), halos)
+    if beside is not None:
+        components[-1][...] = beside.value
+    return components
 
 
-def _divergence(meshes):
-    """The sum of the derivatives of fields, each along its own axis: the adjoint of `_neg_gradient`."""
-    pm = meshes[0].pm
+def _divergence(pm, meshes):
+    """The sum of the derivatives of arrays, each along its own axis: the adjoint of `_neg_gradient`."""
     total = pm.create(type=RealField)
-    for axis, mesh in enumerate(meshes):
-        _difference(pm, mesh.value, axis, 1.0, total.value, add=axis > 0)
+    halos = [_halo(pm, mesh, axis) for axis, mesh in enumerate(meshes[:-1])]
+    loops.divergence(total.value, meshes, _difference_factors(pm, 1.0), halos)
     return total
+
+
+def _interleaved(pm, count):
+    """Arrays for this rank's part of a mesh, with the numbers of all of them for a point side by side."""
+    shape = pm.create(type=RealField).shape
+    return list(numpy.moveaxis(memory.empty(shape + (count,), pm.dtype), -1, 0))
+
+
+def _interleaved_zeros(pm, count):
+    components = _interleaved(pm, count)
+    components[0].base.fill(0)
+    return components
 
 
 @operator
@@ -1059,7 +1102,7 @@ class readout_neg_gradient:
         if not _differences_serve(mesh.pm, order=1):
             raise ValueError("differences need numba, real numbers, and a mesh whose last axis is whole; "
                              "use c2r and apply_transfer with fourier_space_neg_gradient")
-        return dict(value=_read(_neg_gradient(mesh), x, layout, resampler), pm=mesh.pm)
+        return dict(value=_read(mesh.pm, _neg_gradient(mesh), x, layout, resampler), pm=mesh.pm)
 
     def rcd(node, mesh, x, layout, resampler, pm, **others):
         return dict(x=x, layout=layout, resampler=resampler, pm=pm,
@@ -1067,15 +1110,15 @@ class readout_neg_gradient:
 
     def vjp(node, _value, mesh, x, layout, resampler, pm):
         meshes = None if mesh is None else _neg_gradient(mesh)
-        _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, 'mesh', pm.ndim)
-        _mesh = ZeroGradient if _meshes is None else _divergence(_meshes)
-        return dict(_mesh=_mesh, _x=_x, _layout=ZeroGradient)
+        _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, 'mesh', pm.ndim, _interleaved_zeros)
+        return dict(_mesh=ZeroGradient if _meshes is None else _divergence(pm, _meshes), _x=_x, _layout=ZeroGradient)
 
     def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
-        of_mesh, = _agree(pm.comm, mesh_)
-        meshes_ = [ZeroGradient] * pm.ndim if of_mesh is None else _neg_gradient(_real(pm, mesh_))
-        meshes = None if mesh is None else _neg_gradient(mesh)
-        return dict(value_=_read_jvp(meshes, meshes_, x_, x, layout, resampler, pm))
+        of_x, of_mesh = _agree(pm.comm, x_, mesh_)
+        meshes = None if of_x is None else _neg_gradient(mesh)
+        meshes_ = None if of_mesh is None else _neg_gradient(_real(pm, mesh_))
+        x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
+        return dict(value_=_read_jvp(pm, meshes, meshes_, x, x_, layout, resampler))
 
 
 @operator
@@ -1103,8 +1146,12 @@ class force:
     @staticmethod
     def potential(rho):
         """The modes of the potential of a density, which is overwritten."""
-        rhok = rho.r2c(out=Ellipsis)
-        return _times(rhok, _evaluate(rhok, fourier_space_laplace, 'wavenumber'), out=rhok)
+        return force.solve(_transform(rho), 1.0 / float(rho.pm.Nmesh.prod()))
+
+    @staticmethod
+    def solve(modes, factor):
+        """The inverse Laplacian of modes, times a number, in their memory."""
+        return _times(modes, _evaluate(modes, fourier_space_laplace, 'wavenumber'), modes, factor)
 
     @staticmethod
     def kept(potk, order):
@@ -1112,27 +1159,26 @@ class force:
         return potk.c2r() if _differences_serve(potk.pm, order) else potk
 
     @staticmethod
-    def meshes(pot, order):
-        """The components of the force on the mesh."""
-        if isinstance(pot, RealField):
-            return _neg_gradient(pot)
+    def meshes(pot, order, beside=None):
+        """The components of the force on the mesh; with another field at the end of the list, if it is given."""
         pm = pot.pm
+        if isinstance(pot, RealField):
+            return _neg_gradient(pot, beside)
         return [_times(pot, _evaluate(pot, fourier_space_neg_gradient(d, pm, order), 'wavenumber')).c2r()
-                for d in range(pm.ndim)]
+                for d in range(pm.ndim)] + ([] if beside is None else [beside])
 
     @staticmethod
-    def pull_meshes(_meshes, order):
-        """Cotangent of the modes of the potential from those of the components."""
-        pm = _meshes[0].pm
+    def pull_meshes(w, local_x, _f, order):
+        """Cotangent of the modes of the potential from that of the force at the particles."""
+        pm = w.pm
         if _differences_serve(pm, order):
-            _potk = _divergence(_meshes).r2c(out=Ellipsis)
-            return _times(_potk, float(pm.Nmesh.prod()), out=_potk)
+            return _transform(_divergence(pm, w.spread(local_x, _f, _interleaved_zeros(pm, pm.ndim))))
         # Pull the components back through their transforms
         _potk = 0
-        for d, _mesh in enumerate(_meshes):
-            _k = _mesh.r2c()
+        for d, _mesh in enumerate(w.spread(local_x, _f, _zeros(pm, pm.ndim))):
+            _k = _transform(_mesh)
             tf = _evaluate(_k, fourier_space_neg_gradient(d, pm, order), 'wavenumber')
-            _potk = _times(_k, numpy.conj(tf) * float(pm.Nmesh.prod()), out=_k) + _potk
+            _potk = _times(_k, numpy.conj(tf), out=_k) + _potk
         return _potk
 
     # The force and its derivatives
@@ -1152,22 +1198,16 @@ class force:
         of_f, of_potk = _agree(pm.comm, _f, _potk)
         if of_f is None and of_potk is None:
             return dict(_x=ZeroGradient, _layout=ZeroGradient)
-        w = _Window(pm)
+        w, _p = _Window(pm), None
         local_x = _exchange(layout, _positions(x, pm))
-        _x, _p = 0, None if of_potk is None else pm.create(type=ComplexField, value=_potk)
+        if of_potk is not None:
+            _p = pm.create(type=ComplexField, value=_potk)
         if of_f is not None:
             _f = _exchange(layout, _rows(_f, numpy.shape(x), of_f))
-            _from_f = force.pull_meshes(w.readout_vjp(None, local_x, _f, need_x=False)[1], order)
+            _from_f = force.pull_meshes(w, local_x, _f, order)
             _p = _from_f if _p is None else _p + _from_f
-        _rho = _times(_p, _evaluate(_p, fourier_space_laplace, 'wavenumber'), out=_p).c2r(out=Ellipsis)
-        mass = factor / float(pm.Nmesh.prod())
-        # Collect the slopes of all meshes at the particles
-        if of_f is None:
-            _x, _ = w.paint_vjp(_rho, local_x, mass, need_mass=False)
-        else:
-            factors = numpy.empty((len(local_x), pm.ndim + 1))
-            factors[:, :-1], factors[:, -1] = _f, mass
-            _x, _ = w.readout_vjp([*force.meshes(pot, order), _rho], local_x, factors, need_meshes=False)
+        _rho = force.solve(_p, factor / float(pm.Nmesh.prod())).c2r(out=Ellipsis)
+        _x = w.slopes([_rho], local_x) if of_f is None else w.slopes(force.meshes(pot, order, _rho), local_x, _f)
         return dict(_x=_as_given(_gather(layout, _x), x), _layout=ZeroGradient)
 
     def jvp(node, x_, x, layout, pm, order, pot, factor):
@@ -1179,6 +1219,13 @@ class force:
         potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
         meshes, meshes_ = (force.meshes(p, order) for p in (pot, force.kept(potk_, order)))
         return dict(f_=_as_given(_gather(layout, w.readout_jvp(meshes, local_x, x_, meshes_)), x), potk_=potk_)
+
+
+def _transform(x):
+    """The modes of a real field times the number of points, N times r2c, in the memory of the field."""
+    modes = TransposedComplexField(x.pm, base=x._base)
+    x.pm.plans['ipforwardT'].execute(x._base, modes._base)
+    return modes
 
 
 @autooperator('wnk -> c')
@@ -1339,11 +1386,13 @@ class second_order_source:
     def matrix(mesh):
         """The second derivatives of a real field: (n, ...)."""
         pairs = second_order_source.elements(mesh.ndim)
-        result = numpy.empty((len(pairs),) + mesh.shape, mesh.dtype)
-        for axis, first in enumerate(_neg_gradient(mesh)):
+        result = memory.empty((len(pairs),) + mesh.shape, mesh.dtype)
+        first = mesh.pm.create(type=RealField).value
+        for axis in range(mesh.ndim):
+            _difference(mesh.pm, mesh.value, axis, -1.0, first)
             for c, (i, j) in enumerate(pairs):
                 if i == axis:
-                    _difference(mesh.pm, first.value, j, -1.0, result[c])
+                    _difference(mesh.pm, first, j, -1.0, result[c])
         return result
 
     @staticmethod
@@ -1504,7 +1553,7 @@ def _advance(x, v, c, out=None):
     """x + c * v in the precision of x, as a new array or in `out`."""
     if loops is not None and all(a.flags.c_contiguous and a.dtype == x.dtype and x.dtype in ('f4', 'f8')
                                  for a in (x, v)):
-        return loops.advance(numpy.empty_like(x) if out is None else out, x, v, c)
+        return loops.advance(memory.empty(x.shape, x.dtype) if out is None else out, x, v, c)
     y = v * c
     return numpy.add(x, y, out=out if out is not None else y if x.dtype == y.dtype else None)
 

@@ -7,99 +7,168 @@ from functools import partial
 import numpy
 from numba import njit
 
+from vmad_lit.lib import memory
 from vmad_lit.lib.window import _run as run_on_threads, _shares as share_out, _view as as_flat
 
 _compiled = dict(cache=True, nogil=True, error_model='numpy', fastmath={'contract'})
 
 
 @njit(**_compiled)
-def _along_rows(out, step, mesh, strides, shape, factor, add, start, end):
-    n1, n2 = shape[1], shape[2]
-    row = numpy.empty(n2 + 4, mesh.dtype)
-    for i in range(start, end):
-        for j in range(n1):
-            first = i * strides[0] + j * strides[1]
-            # Copy the row with its ends
-            row[2:n2 + 2] = mesh[first:first + n2]
-            for k in range(2):
-                row[k] = mesh[first + (k - 2) % n2]
-                row[n2 + 2 + k] = mesh[first + k % n2]
-            first = i * step[0] + j * step[1]
-            o = out[first:first + n2]
-            for k in range(n2):
-                d = factor * (8 * (row[k + 3] - row[k + 1]) - (row[k + 4] - row[k]))
-                o[k] = o[k] + d if add else d
-
-
-@njit(**_compiled)
 def _row(mesh, halo, shape, strides, axis, i, j, step):
-    """The row `step` planes further along an axis, from the mesh or from its halo."""
-    place = (i if axis == 0 else j) + step
+    """The row that is `step` planes further along an axis than that at i, j, from the mesh or from its halo."""
     n = shape[axis]
+    place = (i if axis == 0 else j) + step
+    if len(halo) == 0:
+        place = place % n
     if 0 <= place < n:
         first = (place if axis == 0 else i) * strides[0] + (place if axis == 1 else j) * strides[1]
-        return mesh[first:first + shape[2]]
+        return mesh[first:first + (shape[2] - 1) * strides[2] + 1:strides[2]]
     place = place + 2 if place < 0 else place - n + 2
     first = place * shape[1] + j if axis == 0 else i * 4 + place
-    return halo[first * shape[2]:(first + 1) * shape[2]]
+    return halo[first * shape[2]:(first + 1) * shape[2]:1]
 
 
 @njit(**_compiled)
-def _across_rows(out, step, mesh, strides, halo, shape, axis, factor, add, start, end):
-    n1, n2 = shape[1], shape[2]
+def _neighbours(mesh, halo, shape, strides, axis, i, j):
+    """The four rows around that at i, j along the first or the second axis."""
+    return (_row(mesh, halo, shape, strides, axis, i, j, -2), _row(mesh, halo, shape, strides, axis, i, j, -1),
+            _row(mesh, halo, shape, strides, axis, i, j, 1), _row(mesh, halo, shape, strides, axis, i, j, 2))
+
+
+@njit(**_compiled)
+def _put_aside(row, mesh, shape, strides, i, j):
+    """Copy the row at i, j with two more numbers at either end."""
+    n, first, step = shape[2], i * strides[0] + j * strides[1], strides[2]
+    for k in range(n):
+        row[k + 2] = mesh[first + k * step]
+    for k in range(2):
+        row[k] = row[2 + (k - 2) % n]
+        row[n + 2 + k] = row[2 + k % n]
+
+
+@njit(**_compiled)
+def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, start, end):
+    n = shape[2]
+    row = numpy.empty(n + 4, mesh.dtype)
     for i in range(start, end):
-        for j in range(n1):
-            a = _row(mesh, halo, shape, strides, axis, i, j, -2)
-            b = _row(mesh, halo, shape, strides, axis, i, j, -1)
-            c = _row(mesh, halo, shape, strides, axis, i, j, 1)
-            d = _row(mesh, halo, shape, strides, axis, i, j, 2)
+        for j in range(shape[1]):
             first = i * step[0] + j * step[1]
-            o = out[first:first + n2]
-            if add:
-                for k in range(n2):
-                    o[k] += factor * (8 * (c[k] - b[k]) - (d[k] - a[k]))
-            else:
-                for k in range(n2):
-                    o[k] = factor * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+            if axes > 2:
+                a, b, c, d = _neighbours(mesh, halos[0], shape, strides, 0, i, j)
+                for k in range(n):
+                    outs[0][first + k * step[2]] = factors[0] * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+            if axes > 1:
+                a, b, c, d = _neighbours(mesh, halos[1], shape, strides, 1, i, j)
+                for k in range(n):
+                    outs[1][first + k * step[2]] = factors[1] * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+            _put_aside(row, mesh, shape, strides, i, j)
+            for k in range(n):
+                outs[2][first + k * step[2]] = factors[2] * (8 * (row[k + 3] - row[k + 1]) - (row[k + 4] - row[k]))
 
 
-def difference(out, mesh, axis, factor, halo, add=False):
-    """Four-point difference of a periodic mesh along an axis, times `factor`, into `out` or added to it.
+@njit(**_compiled)
+def _divergence(out, step, meshes, strides, halos, shape, axes, factors, start, end):
+    n = shape[2]
+    row = numpy.empty(n + 4, meshes[2].dtype)
+    for i in range(start, end):
+        for j in range(shape[1]):
+            first = i * step[0] + j * step[1]
+            _put_aside(row, meshes[2], shape, strides, i, j)
+            for k in range(n):
+                out[first + k] = factors[2] * (8 * (row[k + 3] - row[k + 1]) - (row[k + 4] - row[k]))
+            if axes > 1:
+                a, b, c, d = _neighbours(meshes[1], halos[1], shape, strides, 1, i, j)
+                for k in range(n):
+                    out[first + k] += factors[1] * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+            if axes > 2:
+                a, b, c, d = _neighbours(meshes[0], halos[0], shape, strides, 0, i, j)
+                for k in range(n):
+                    out[first + k] += factors[0] * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+
+
+def gradient(outs, mesh, factors, halos):
+    """The four-point differences of a periodic mesh along all of its axes.
 
     Parameters
     ----------
-    out, mesh : arrays of one shape and type, with up to three axes; rows of the last are contiguous
-    axis : the direction
-    factor : number; 1 / (12 h) makes the derivative, with a spacing of h
-    halo : C-ordered like `mesh`, but with 4 planes along `axis`: two before its first, two behind its last.
-        None for the last axis, which is whole.
-    add : add to `out` instead of overwriting it
+    outs : an array for each axis, all like `mesh`, with common strides
+    mesh : array with up to three axes
+    factors : a number for each axis; 1 / (12 h) makes the derivative, with a spacing of h
+    halos : for each axis but the last, which is whole, an array like `mesh` in C order with 4 planes along
+        the axis: two before the first, two behind the last. None for an axis that is whole
     """
-    if not mesh.size:
+    (source, strides), *targets = map(_as_flat_3d, (mesh, *outs))
+    _over_planes(_gradient, [flat for flat, _ in targets], targets[0][1], source, strides, mesh, factors, halos)
+
+
+def divergence(out, meshes, factors, halos):
+    """The sum of the differences of periodic meshes, each along its own axis: see `gradient`.
+
+    The `meshes` have common strides; rows of the last axis of `out` are contiguous.
+    """
+    (target, step), *sources = map(_as_flat_3d, (out, *meshes))
+    _over_planes(_divergence, target, step, [flat for flat, _ in sources], sources[0][1], out, factors, halos)
+
+
+def _over_planes(loop, out, step, mesh, strides, like, factors, halos):
+    if not like.size:
         return
-    (source, *strides), (target, *step) = as_flat(mesh), as_flat(out)
-    more = 3 - mesh.ndim
-    shape = (1,) * more + mesh.shape
-    strides, step = ((0,) * more + s for s, in (strides, step))
-    axis += more
-    if axis == 2:
-        loop = partial(_along_rows, target, step, source, strides, shape, factor, add)
-    else:
-        rows = target, step, source, strides, halo.reshape(-1)
-        loop = partial(_across_rows, *rows, shape, axis, factor, add)
+    more, none = 3 - like.ndim, numpy.empty(0, like.dtype)
+    shape = (1,) * more + like.shape
+    out, mesh = (tuple(x[:1] * more + x) if isinstance(x, list) else x for x in (out, mesh))
+    halos = [none] * more + [none if halo is None else halo.reshape(-1) for halo in halos]
+    rest = tuple(halos[:2]), shape, like.ndim, (1.0,) * more + tuple(map(float, factors))
+    share_planes(partial(loop, out, step, mesh, strides, *rest), shape)
+
+
+def share_planes(loop, shape):
+    """Call a loop with the two ends of each thread's share of the planes of a mesh."""
     enough = -(-(1 << 15) // max(1, shape[1] * shape[2]))  # planes, for the work to be worth a thread
     edges = share_out(shape[0], enough)
     run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
 
 
+def _as_flat_3d(mesh):
+    flat, strides = as_flat(mesh)
+    return flat, (0,) * (3 - mesh.ndim) + strides
+
+
 @njit(**_compiled)
-def _multiply(out, x, factor, start, end):
+def _difference(out, step, mesh, strides, halo, shape, axis, factor, add, start, end):
+    n = shape[2]
+    row = numpy.empty(n + 4, mesh.dtype)
     for i in range(start, end):
-        out[i] = x[i] * factor[i]
+        for j in range(shape[1]):
+            if axis == 2:
+                _put_aside(row, mesh, shape, strides, i, j)
+                a, b, c, d = row[0:n:1], row[1:n + 1:1], row[3:n + 3:1], row[4:n + 4:1]
+            else:
+                a, b, c, d = _neighbours(mesh, halo, shape, strides, axis, i, j)
+            first = i * step[0] + j * step[1]
+            for k in range(n):
+                change = factor * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+                out[first + k] = out[first + k] + change if add else change
 
 
-def multiply(out, x, factor):
-    """x * factor into `out`, if the three arrays lie alike in memory; tells whether they do."""
+def difference(out, mesh, axis, factor, halo, add=False):
+    """The four-point difference of a periodic mesh along one axis into `out`, or added to it; see `gradient`."""
+    if not mesh.size:
+        return
+    (source, strides), (target, step) = _as_flat_3d(mesh), _as_flat_3d(out)
+    shape = (1,) * (3 - mesh.ndim) + mesh.shape
+    halo = numpy.empty(0, mesh.dtype) if halo is None else halo.reshape(-1)
+    rest = halo, shape, axis + 3 - mesh.ndim, float(factor), bool(add)
+    share_planes(partial(_difference, target, step, source, strides, *rest), shape)
+
+
+@njit(**_compiled)
+def _multiply(out, x, factor, scale, start, end):
+    for i in range(start, end):
+        out[i] = x[i] * (factor[i] * scale)
+
+
+def multiply(out, x, factor, scale=1.0):
+    """x * factor * scale into `out`, if the three arrays lie alike in memory; tells whether they do."""
     if not (isinstance(factor, numpy.ndarray) and out.shape == x.shape == factor.shape and out.size):
         return False
     axes = numpy.argsort([-s for s in out.strides], kind='stable')
@@ -108,7 +177,7 @@ def multiply(out, x, factor):
         return False
     if factor.dtype.kind == 'c' and x.dtype.kind == 'f':
         return False
-    share(partial(_multiply, *(a.reshape(-1) for a in turned)), out.size)
+    share(partial(_multiply, *(a.reshape(-1) for a in turned), float(scale)), out.size)
     return True
 
 
@@ -145,7 +214,7 @@ def _quadratic_vjp(out, factor, ndim, a, start, end):
 
 def second_invariant(a, b, ndim, factor):
     """`factor` times (tr A tr B - tr AB) at each point, for symmetric matrices in rows, the diagonal first."""
-    out = numpy.empty(a.shape[1:], a.dtype)
+    out = memory.empty(a.shape[1:], a.dtype)
     share(partial(_quadratic, out.reshape(-1), factor, ndim, _rows_of_points(a), _rows_of_points(b)), out.size)
     return out
 

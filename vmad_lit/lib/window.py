@@ -19,6 +19,8 @@ import time
 import numpy
 from numpy.lib.stride_tricks import as_strided
 
+from vmad_lit.lib import memory
+
 try:
     from numba import float64, from_dtype, int64, njit, types, uint64, uintp
 except ImportError as error:
@@ -194,7 +196,7 @@ def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
     whole = False
 
     # The loop that gathers
-    def gather(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, out, out_step, speed, slope, coef, coef_step):
+    def gather(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, out, out_step, speed, slope, coef, coef_step, given):
         shape, stride, scale, translate, origin, period = box
         low, high = 0, shape[0]
         for p in range(start, end):
@@ -213,10 +215,10 @@ def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
                 cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             if slopes:
                 # Sum the gradients of the meshes
-                k0 = coef[p * coef_step]
-                k1 = coef[p * coef_step + 1] if n > 1 else 0.0
-                k2 = coef[p * coef_step + 2] if n > 2 else 0.0
-                k3 = coef[p * coef_step + 3] if n > 3 else 0.0
+                k0 = coef[p * coef_step] if given > 0 else 1.0
+                k1 = (coef[p * coef_step + 1] if given > 1 else 1.0) if n > 1 else 0.0
+                k2 = (coef[p * coef_step + 2] if given > 2 else 1.0) if n > 2 else 0.0
+                k3 = (coef[p * coef_step + 3] if given > 3 else 1.0) if n > 3 else 0.0
                 s = tx = ty = tz = 0.0
                 for ia in range(support):
                     if cx[ia] < 0:
@@ -312,7 +314,7 @@ def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
 
     reals = float64[::1]
     return _compile(gather, *4 * [_array(mesh)], BOX, int64, int64, _array(position), int64,
-                    reals, int64, reals, reals, reals, int64)
+                    reals, int64, reals, reals, reals, int64, int64)
 
 
 def _array(dtype):
@@ -611,10 +613,11 @@ def _owners(cells, box, pos, step):
     return edges, mask
 
 
-def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=0, slope=None):
-    """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is given.
+def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=0, slope=None, given=None):
+    """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is there.
 
-    Both in one go only for a single mesh. The slopes fill `slope` (N, ndim), or a new array.
+    Both in one go only for a single mesh. The slopes fill `slope` (N, ndim), or a new array. There are
+    coefficients for the first `given` meshes, by default for all; the others have one.
     """
     cells = _find_support(window)
     ndim = meshes[0].ndim
@@ -622,7 +625,7 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
     npart, step = pos.shape
     slopes = coef is not None
     if slope is None:
-        slope = numpy.empty((npart if slopes else 0, ndim))
+        slope = memory.empty((npart if slopes else 0, ndim))
     views = [_view(mesh) for mesh in meshes]
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
         meshes = [numpy.require(mesh, 'f8', 'CA') for mesh in meshes]
@@ -636,15 +639,16 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
     pos = _flat(pos)
     none = numpy.empty(0)
     width = 0 if out is None else len(meshes)
+    given = len(meshes) if given is None else given
     cuts = _shares(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
         gather = _gather_loop(flats[0].dtype, pos.dtype, ndim, cells, n, speed is not None, slopes)
-        part = numpy.empty_like(slope) if first else slope
+        part = memory.empty(slope.shape) if first else slope
         _run(gather, [
             (*flats, box, cuts[t], cuts[t + 1], pos, step,
              none if out is None else out.reshape(-1)[first:], width,
              none if speed is None else speed, part.reshape(-1),
-             none if coef is None else coef[first:], coef_step)
+             none if coef is None else coef[first:], coef_step, max(0, given - first))
             for t in range(len(cuts) - 1)])
         if first:
             slope += part
@@ -709,7 +713,7 @@ def gradient(mesh, pos, window='cic', transform=None, out=None):
 def _result(out, shape):
     """`out`, if it is fit to hold a result of this shape, or a new array."""
     if out is None:
-        return numpy.empty(shape)
+        return memory.empty(shape)
     if not isinstance(out, numpy.ndarray) or out.shape != shape or out.dtype != 'f8' or not out.flags.carray:
         found = f"{out.dtype} of shape {out.shape}" if isinstance(out, numpy.ndarray) else type(out).__name__
         raise ValueError(f"out must be a writeable C-ordered float64 array of shape {shape}, not {found}")
@@ -722,7 +726,7 @@ def paint_vjp(mesh, pos, mass=1.0, window='cic', transform=None, need_pos=True, 
     What is not needed comes back as None. With one mass for all, the second is still for each particle.
     """
     mass, step = _per_particle(mass, len(pos), 'mass')
-    out = numpy.zeros((len(pos), 1)) if need_mass else None
+    out = memory.empty((len(pos), 1)) if need_mass else None
     slope = _gather(_meshes([mesh]), pos, window, transform, out=out,
                     coef=mass if need_pos else None, coef_step=step)
     return (slope if need_pos else None), (out[:, 0] if need_mass else None)
@@ -741,6 +745,20 @@ def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window='cic', transfor
     if pos_ is not None or mass_ is not None:
         _scatter([value], pos, change, step, window, transform, speed=speed)
     return mesh
+
+
+def slopes(meshes, pos, factors=None, window='cic', transform=None):
+    """The sum of the gradients of meshes at positions, each times its column of factors: (N, ndim), float64.
+
+    `factors` has a row for each particle and a column for each of the first meshes, or is one number for all
+    of them; meshes beyond, or all if it is None, have the factor one.
+    """
+    values = _meshes(list(meshes))
+    given = 0 if factors is None else numpy.shape(factors)[-1] if numpy.ndim(factors) else len(values)
+    if given > len(values):
+        raise ValueError(f"there are {given} columns of factors for {len(values)} meshes")
+    coef, step = (numpy.empty(0), 0) if not given else _per_particle(factors, len(pos), 'factors', given)
+    return _gather(values, pos, window, transform, coef=coef, coef_step=step, given=given)
 
 
 def readout_vjp(meshes, pos, value, window='cic', transform=None, out=None, need_pos=True):
@@ -766,7 +784,7 @@ def readout_jvp(meshes, pos, pos_=None, meshes_=None, window='cic', transform=No
     """Tangent of `readout(meshes, pos)` along `pos_` (N, ndim) and `meshes_`; None is zero."""
     several = isinstance(meshes if meshes is not None else meshes_, (list, tuple))
     width = len(meshes if meshes is not None else meshes_) if several else 1
-    out = numpy.zeros((len(pos), width))
+    out = memory.zeros((len(pos), width))
     if pos_ is not None:
         values = _meshes(meshes if several else [meshes])
         speed, step = _per_particle(pos_, len(pos), 'tangent of positions', values[0].ndim)

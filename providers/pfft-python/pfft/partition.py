@@ -373,7 +373,7 @@ class LocalBuffer:
         self.partition, self.base = partition, base
         nbytes = partition.alloc_local * partition.type.numbers[1].itemsize
         if base is None:
-            memory = numpy.empty(nbytes + 64, dtype="u1")
+            memory = self.allocate(nbytes + 64)
             skip = -memory.ctypes.data % 64  # whole cache lines
             self._memory = memory[skip:skip + nbytes]
         elif not isinstance(base, LocalBuffer):
@@ -383,6 +383,11 @@ class LocalBuffer:
         else:
             self._memory = base._memory
         self.address = self._memory.ctypes.data
+
+    @staticmethod
+    def allocate(nbytes):
+        """An array of bytes for a new buffer; a program may put a function of its own in its place."""
+        return numpy.empty(nbytes, dtype="u1")
 
     def __contains__(self, other):
         """Tell whether another buffer lies in the same memory."""
