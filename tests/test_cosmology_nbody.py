@@ -5,7 +5,7 @@ from mpi4py import MPI
 
 from vmad_lit import Builder, autooperator
 from vmad_lit.lib import fastpm
-from vmad_lit.lib.cosmology import Cosmology, LinearPower, MatterDominated, SymbolicBackground
+from vmad_lit.lib.cosmology import Cosmology, LinearPower, MatterDominated, Planck15, SymbolicBackground
 from vmad_lit.lib.mpi import allbcast
 from vmad_lit.testing import check, check_dot_product, check_rank_invariance, check_taylor
 
@@ -171,7 +171,7 @@ def test_numbers_make_no_nodes_of_the_background():
     lambda rhok, c, q, pm: fastpm.nbody(rhok, q, STAGES, c.background(), pm)[1],
     lambda rhok, c, q, pm: fastpm.firststep(rhok, q, 0.3, c.background(), pm)[1],
     lambda rhok, c, q, pm: fastpm.leapfrog(*fastpm.lpt(rhok, q, pm), q, STAGES, c.background(), pm)[1],
-    lambda rhok, c, q, pm: fastpm.leapfrog_step(*fastpm.lpt(rhok, q, pm), 0.0 * q, q, 0.2, 0.4, c.background(), pm)[1],
+    lambda rhok, c, q, pm: fastpm.leapfrog_step(*fastpm.lpt(rhok, q, pm), q, fastpm.Steps(c.background(), STAGES, pm), pm, 0)[1],
     lambda rhok, c, q, pm: fastpm.FastPMSimulation([0.5], c.background(), pm).run(rhok)[2],
     lambda rhok, c, q, pm: fastpm.FastPMSimulation(STAGES, c, pm).firststep(rhok)[1],
 ], ids=['nbody', 'background', 'firststep', 'leapfrog', 'step', 'one stage', 'method'])
@@ -263,6 +263,47 @@ def test_advance_and_scale(dtype):
           truth=x + np.dtype(dtype).type(0.7) * v)
     check(lambda v, c: fastpm.scale(v, allbcast(c, COMM)), v, 0.7, comm=COMM, universal='x1')
     check(fastpm.pick, np.arange(6.0).reshape(2, 3), 4, truth=4.0)
+
+
+@pytest.mark.parametrize('dtype', ['f4', 'f8', 'mixed'])
+def test_kick_and_drift(dtype):
+    rng = np.random.default_rng(4 + COMM.rank)
+    dx, p, f = rng.normal(size=(3, 5 + COMM.rank, 3)).astype('f8' if dtype == 'mixed' else dtype)
+    if dtype == 'mixed':
+        p = np.asfortranarray(p)
+    for i in 0, 1:
+        check(lambda dx, p, f, kick, drift: fastpm.kick_and_drift(dx, p, f, *(allbcast(c, COMM) for c in (kick, drift)))[i],
+              dx, p, f, 0.7, -0.3, comm=COMM, universal=('x3', 'x4'), truth=[dx - 0.3 * (p + 0.7 * f), p + 0.7 * f][i])
+
+
+def test_both_results_of_a_kick_and_drift_at_once():
+    rng = np.random.default_rng(5 + COMM.rank)
+    arrays = rng.normal(size=(3, 40, 3))
+    check_dot_product(fastpm.kick_and_drift, *arrays, 0.7, -0.3, comm=None)
+    with Builder() as m:
+        dx, p = fastpm.kick_and_drift(*m.input('dx', 'p', 'f'), 0.7, -0.3)
+        m.output(dx=dx, p=p)
+    _dx, _p = rng.normal(size=(2, 40, 3))
+    _, gradient = m.compute_with_vjp(dict(zip(('dx', 'p', 'f'), arrays)), dict(_dx=_dx, _p=_p))
+    for got, expected in zip(gradient, (_dx, _p - 0.3 * _dx, 0.7 * (_p - 0.3 * _dx))):
+        np.testing.assert_allclose(got, expected)
+
+
+def test_coefficients_in_turn():
+    """Kick, drift and kick of successive steps, with the kicks at a stage taken as one; as numbers and as symbols."""
+    pt = Planck15.background(a=np.array([0.2, 0.3, 0.5, 1.0]))
+    stages = [0.2, 0.5, 0.9, 1.0]
+    a, b, c = (fastpm.factors_of_step(pt, *ends) for ends in zip(stages[:-1], stages[1:]))
+    steps = fastpm.Steps(pt, stages, make_mesh())
+    np.testing.assert_allclose(steps.factors, [a[0], a[1], a[2] + b[0], b[1], b[2] + c[0], c[1], c[2]], rtol=1e-14)
+    assert steps.n == 3 and steps.kick(1) == steps.factors[2] and steps.drift(1) == steps.factors[3]
+    with Builder() as m:
+        symbolic = fastpm.Steps(SymbolicBackground(m.input('Om0')), stages, make_mesh())
+        m.output(factors=symbolic.factors, kick=symbolic.kick(2))
+    exact = fastpm.Steps(MatterDominated(0.3), stages, make_mesh()).factors
+    factors, kick = m.compute(['factors', 'kick'], dict(Om0=0.3))
+    np.testing.assert_allclose(factors, exact, rtol=1e-6)
+    assert kick == factors[4]
 
 
 def test_the_run_stays_in_single_precision():

@@ -193,6 +193,23 @@ def test_meshes_that_are_interleaved(name):
     assert_allclose(out, numpy.stack(want, axis=-1), atol=1e-14)
 
 
+@pytest.mark.parametrize('count', [1, 3, 4, 6])
+@pytest.mark.parametrize('ndim', [1, 2, 3])
+def test_slopes_are_sums_of_gradients(count, ndim):
+    rng = numpy.random.default_rng(count)
+    pos, meshes = rng.uniform(-3, 8, size=(40, ndim)), list(rng.normal(size=(count,) + (5, 4, 6)[:ndim]))
+    for given in range(count + 1):
+        factors = rng.normal(size=(40, given))
+        ones = numpy.concatenate([factors, numpy.ones((40, count - given))], axis=1)
+        want = sum(window.gradient(mesh, pos, 'tsc') * ones[:, c, None] for c, mesh in enumerate(meshes))
+        assert_allclose(window.slopes(meshes, pos, factors if given else None, 'tsc'), want, atol=1e-12)
+    assert_allclose(window.slopes(meshes, pos, 2.0), 2.0 * window.slopes(meshes, pos), atol=1e-12)
+    with pytest.raises(ValueError, match='columns of factors'):
+        window.slopes(meshes, pos, numpy.ones((40, count + 1)))
+    with pytest.raises(ValueError, match='factors must be'):
+        window.slopes(meshes, pos, numpy.ones((39, count)))
+
+
 def test_results_fill_what_is_given():
     rng = numpy.random.default_rng(9)
     pos, meshes = rng.uniform(0, 5, size=(40, 3)), list(rng.normal(size=(5, 5, 5, 5)))

@@ -30,7 +30,7 @@ from vmad_lit.lib.cosmology import (
     start_factors,
     step_factors,
 )
-from vmad_lit.lib.linalg import concatenate
+from vmad_lit.lib.linalg import concatenate, einsum, reshape
 from vmad_lit.lib.mpi import allbcast
 from vmad_lit.lib.unary import sqrt
 
@@ -1056,9 +1056,8 @@ def _neg_gradient(mesh, beside=None):
     pm = mesh.pm
     components = _interleaved(pm, pm.ndim + (beside is not None))
     halos = [_halo(pm, mesh.value, axis) for axis in range(pm.ndim - 1)]
-    loops.gradient(components[:pm.ndim], mesh.value, _difference_factors(pm, -1.0), halos)
-    if beside is not None:
-        components[-1][...] = beside.value
+    loops.gradient(components, mesh.value, _difference_factors(pm, -1.0), halos,
+                   None if beside is None else beside.value)
     return components
 
 
@@ -1528,7 +1527,7 @@ def gravity(dx, q, pm):
     f : (N, ndim), minus the gradient of the potential whose Laplacian is the density contrast
     potk : complex field, the modes of the potential. It costs nothing if it is not used
     """
-    x = q + dx
+    x = advance(q, dx, 1.0)
     return force(x, decompose(x, pm), pm)
 
 
@@ -1575,14 +1574,35 @@ class advance:
         return dict(c=c, v=None if node.is_literal('c') else v)
 
     def vjp(node, _y, v, c):
-        return dict(_x=_y, _v=_y * c, _c=_sum_products(_y, v) if node.wants('c') else ZeroGradient)
+        return dict(_x=_y, _v=_multiple(_y, c) if node.wants('v') else ZeroGradient,
+                    _c=_sum_products(_y, v) if node.wants('c') else ZeroGradient)
 
     def jvp(node, x_, v_, c_, v, c):
-        return dict(y_=x_ + v_ * c + (ZeroGradient if _is_zero(c_) else v * c_))
+        return dict(y_=_plus(_plus(x_, v_, c), ZeroGradient if _is_zero(c_) else v, c_))
 
     def hvp(node, _y, v_, c_):
-        return dict(_x_=ZeroGradient, _v_=_y * c_,
+        return dict(_x_=ZeroGradient, _v_=_multiple(_y, c_),
                     _c_=_sum_products(_y, v_) if node.wants('c') else ZeroGradient)
+
+
+def _copy(x):
+    y = memory.empty(x.shape, x.dtype)
+    y[...] = x
+    return y
+
+
+def _multiple(x, c):
+    """c * x for a number c, without work if one of them is zero or c is one."""
+    if _is_zero(x) or _is_zero(c):
+        return ZeroGradient
+    return x if isinstance(c, float) and c == 1.0 else x * c
+
+
+def _plus(x, v, c):
+    """x + c * v, where any of them may be zero."""
+    if _is_zero(v) or _is_zero(c):
+        return x
+    return _multiple(v, c) if _is_zero(x) else _advance(x, v, c)
 
 
 def _sum_products(a, b):
@@ -1592,38 +1612,139 @@ def _sum_products(a, b):
     return float(numpy.einsum('i,i->', numpy.ravel(a), numpy.ravel(b), dtype='f8'))
 
 
-@autooperator('dx_i, p_i, f_i -> dx, p, f')
-def leapfrog_step(dx_i, p_i, f_i, q, ai, af, pt, pm):
-    """A kick-drift-kick step from scale factor ai to af.
-
-    Parameters
-    ----------
-    dx_i, p_i, f_i : (N, ndim) displacements, momenta and the force of `gravity` at ai
-    q : (N, ndim) lattice
-    pt : background
-    pm : ParticleMesh on which the force is computed
-
-    Returns
-    -------
-    dx, p, f : the same at af
-    """
-    first, drift, last = factors_of_step(pt, ai, af, pm)
-    half = advance(p_i, f_i, first)
-    dx = advance(dx_i, half, drift)
-    f, potk = gravity(dx, q, pm)
-    p = advance(half, f, last)
-    return dx, p, f
-
-
-def factors_of_step(pt, ai, af, pm):
+def factors_of_step(pt, ai, af, pm=None):
     """The coefficients of the two kicks and the drift between them: kick, drift, kick."""
     if isinstance(pt, SymbolicBackground):
-        pt = SymbolicSteps(pt, [ai, af], pm)
-    if isinstance(pt, SymbolicSteps):
-        return pt.factors(ai, af)
+        table = allbcast(step_factors(pt.Om0, [ai, af], pt.Ok0), pm.comm)
+        return [pick(table, i) for i in range(3)]
     ac = (ai * af) ** 0.5
     return (float(KickFactor(pt, ai, ai, ac) * 1.5 * pt.Om0), float(DriftFactor(pt, ai, ac, af)),
             float(KickFactor(pt, ac, af, af) * 1.5 * pt.Om0))
+
+
+@operator
+class kick_and_drift:
+    """A kick and the drift after it: p = p_i + kick * f, and dx = dx_i + drift * p.
+
+    All arrays have the same shape; the coefficients are numbers, as in `advance`.
+    """
+
+    ain = {'dx_i': 'ndarray', 'p_i': 'ndarray', 'f': 'ndarray', 'kick': '*', 'drift': '*'}
+    aout = {'dx': 'ndarray', 'p': 'ndarray'}
+
+    def apl(node, dx_i, p_i, f, kick, drift):
+        if _alike(dx_i, p_i, f):
+            dx, p = loops.kick_and_drift(dx_i, p_i, f, kick, drift)
+        else:
+            p = _advance(p_i, f, kick)
+            dx = _advance(dx_i, p, drift)
+        return dict(dx=dx, p=p)
+
+    def rcd(node, dx_i, p_i, f, kick, drift, dx, p):
+        return dict(kick=kick, drift=drift, f=None if node.is_literal('kick') else f,
+                    p=None if node.is_literal('drift') else p)
+
+    def vjp(node, _dx, _p, f, p, kick, drift):
+        if not (_is_zero(_dx) or _is_zero(_p)) and _alike(_dx, _p):
+            _p_i, _f = loops.pull_kick_and_drift(_dx, _p, kick, drift)
+        else:
+            _p_i = _plus(_p, _dx, drift)
+            _f = _multiple(_p_i, kick)
+        return dict(_dx_i=_dx, _p_i=_p_i, _f=_f,
+                    _kick=_sum_products(_p_i, f) if node.wants('kick') else ZeroGradient,
+                    _drift=_sum_products(_dx, p) if node.wants('drift') else ZeroGradient)
+
+    def jvp(node, dx_i_, p_i_, f_, kick_, drift_, f, p, kick, drift):
+        p_ = _plus(_plus(p_i_, f_, kick), f, kick_)
+        return dict(dx_=_plus(_plus(dx_i_, p_, drift), p, drift_), p_=p_)
+
+    def hvp(node, _dx, _p, f_, p_i_, kick_, drift_, f, kick, drift):
+        # The changes of the cotangents
+        _p_i, _p_i_ = _plus(_p, _dx, drift), _multiple(_dx, drift_)
+        _kick_ = _drift_ = ZeroGradient
+        if node.wants('kick'):
+            _kick_ = _sum_products(_p_i, f_) + _sum_products(_p_i_, f)
+        if node.wants('drift'):
+            _drift_ = _sum_products(_dx, _plus(_plus(p_i_, f_, kick), f, kick_))
+        return dict(_dx_i_=ZeroGradient, _p_i_=_p_i_, _f_=_plus(_multiple(_p_i_, kick), _p_i, kick_),
+                    _kick_=_kick_, _drift_=_drift_)
+
+
+def _alike(*arrays):
+    """Whether our loops can go over these arrays together."""
+    like = arrays[0]
+    return loops is not None and like.dtype in ('f4', 'f8') and all(
+        a.flags.c_contiguous and a.dtype == like.dtype and a.shape == like.shape for a in arrays)
+
+
+class Steps:
+    """The coefficients of the kicks and drifts between scale factors, in turn.
+
+    Parameters
+    ----------
+    pt : background, such as `MatterDominated`
+    stages : sequence of n + 1 scale factors
+    pm : ParticleMesh, whose ranks share the coefficients
+
+    Attributes
+    ----------
+    n : the number of steps
+    factors : (2 n + 1,) the coefficients; a symbol if the background is one
+    Om0 : of the background
+    """
+
+    __symbols__ = 'Om0', 'factors'
+
+    def __init__(self, pt, stages, pm):
+        self.n = len(stages) - 1
+        if isinstance(pt, SymbolicBackground):
+            # Compute the coefficients from a symbol
+            self.Om0 = allbcast(pt.Om0, pm.comm)
+            table = allbcast(step_factors(pt.Om0, list(stages), pt.Ok0), pm.comm)
+            self.factors = einsum('ij,j->i', [join_kicks(self.n), reshape(table, (3 * self.n,))])
+        else:
+            steps = [factors_of_step(pt, ai, af) for ai, af in zip(stages[:-1], stages[1:])]
+            self.Om0, self.factors = pt.Om0, join_kicks(self.n) @ numpy.ravel(steps)
+
+    def kick(self, i):
+        """The coefficient of the kick at stage i."""
+        return self[2 * i]
+
+    def drift(self, i):
+        """The coefficient of the drift from stage i to the next."""
+        return self[2 * i + 1]
+
+    def __getitem__(self, i):
+        return pick(self.factors, i) if isinstance(self.factors, Symbol) else float(self.factors[i])
+
+
+def join_kicks(n):
+    """The matrix that makes the kicks and drifts in turn from kick, drift and kick of each of n steps."""
+    matrix = numpy.zeros((2 * n + 1, 3 * n))
+    for i in range(n):
+        for j in range(3):
+            matrix[2 * i + j, 3 * i + j] = 1.0
+    return matrix
+
+
+@autooperator('dx_i, p_i -> dx, p')
+def leapfrog_step(dx_i, p_i, q, steps, pm, i):
+    """The kick at a stage and the drift to the next.
+
+    Parameters
+    ----------
+    dx_i, p_i : (N, ndim) displacements and momenta; the momenta are those in the middle of the step before
+    q : (N, ndim) lattice
+    steps : `Steps`
+    pm : ParticleMesh on which the force is computed
+    i : the number of the stage
+
+    Returns
+    -------
+    dx, p : displacements at the next stage, and momenta in the middle of the step
+    """
+    f, potk = gravity(dx_i, q, pm)
+    return kick_and_drift(dx_i, p_i, f, steps.kick(i), steps.drift(i))
 
 
 @operator
@@ -1647,22 +1768,6 @@ class scale:
 
     def hvp(node, _y, v_, c_):
         return dict(_v_=_y * c_, _c_=_sum_products(_y, v_) if node.wants('c') else ZeroGradient)
-
-
-class SymbolicSteps:
-    """The coefficients of steps between scale factors, for a background of symbols."""
-
-    __symbols__ = 'Om0', 'table'
-
-    def __init__(self, pt, stages, pm):
-        self.stages = list(stages)
-        self.Om0 = allbcast(pt.Om0, pm.comm)
-        self.table = allbcast(step_factors(pt.Om0, self.stages, pt.Ok0), pm.comm)
-
-    def factors(self, ai, af):
-        """The coefficients of the kick, the drift and the kick between two successive stages."""
-        i = list(zip(self.stages[:-1], self.stages[1:])).index((ai, af))
-        return [pick(self.table, 3 * i + j) for j in range(3)]
 
 
 @operator
@@ -1705,27 +1810,23 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False):
     dx, p : displacements and momenta at stages[-1]
     f : the force there, times 1.5 * Om0
     """
-    stages = check_stages(stages)
-    if isinstance(pt, SymbolicBackground):
-        pt = SymbolicSteps(pt, stages, pm)
+    steps = Steps(pt, check_stages(stages), pm)
     if reversible:
         # Evolve by steps that can be undone
         if ram is not None:
             raise ValueError("either keep states (ram) or undo the steps (reversible), not both")
-        factors = pt.table if isinstance(pt, SymbolicSteps) else numpy.ravel(
-            [factors_of_step(pt, ai, af, pm) for ai, af in zip(stages[:-1], stages[1:])])
-        dx, p, f = reversible_leapfrog(dx_i, p_i, factors, q, pm)
-        return dx, p, scale(f, 1.5 * pt.Om0)
+        dx, p, f = reversible_leapfrog(dx_i, p_i, steps.factors, q, pm)
+        return dx, p, scale(f, 1.5 * steps.Om0)
     dx, p = dx_i, p_i
-    f, potk = gravity(dx, q, pm)
-    if ram is None or len(stages) == 1:
-        for ai, af in zip(stages[:-1], stages[1:]):
-            dx, p, f = leapfrog_step(dx, p, f, q, ai, af, pt, pm)
+    if ram is None or steps.n == 0:
+        for i in range(steps.n):
+            dx, p = leapfrog_step(dx, p, q, steps, pm, i)
     else:
         # Evolve with checkpoints
-        chain = checkpoint(numbered_step, n=len(stages) - 1, ram=ram)
-        dx, p, f = chain(dx, p, f, q=q, stages=stages, pt=pt, pm=pm)
-    return dx, p, scale(f, 1.5 * pt.Om0)
+        chain = checkpoint(leapfrog_step, n=steps.n, ram=ram)
+        dx, p = chain(dx, p, q=q, steps=steps, pm=pm)
+    f, potk = gravity(dx, q, pm)
+    return dx, advance(p, f, steps.kick(steps.n)), scale(f, 1.5 * steps.Om0)
 
 
 def check_stages(stages):
@@ -1734,12 +1835,6 @@ def check_stages(stages):
     if stages.ndim != 1 or len(stages) == 0 or not (stages > 0).all():
         raise ValueError(f"stages must be a sequence of positive scale factors, not {stages}")
     return stages.tolist()
-
-
-@autooperator('dx_i, p_i, f_i -> dx, p, f')
-def numbered_step(dx_i, p_i, f_i, q, stages, pt, pm, i):
-    """The step from stages[i] to stages[i + 1], see `leapfrog_step`."""
-    return leapfrog_step(dx_i, p_i, f_i, q, stages[i], stages[i + 1], pt, pm)
 
 
 @operator
@@ -1752,7 +1847,7 @@ class reversible_leapfrog:
     Parameters
     ----------
     dx_i, p_i : (N, ndim) displacements and momenta at the first stage
-    factors : (3 n,) coefficients of kick, drift and kick of n steps, as of `factors_of_step`
+    factors : (2 n + 1,) coefficients of the kicks and drifts of n steps in turn, as of `Steps`
     q : (N, ndim) lattice
     pm : ParticleMesh on which the force is computed
 
@@ -1769,16 +1864,10 @@ class reversible_leapfrog:
     @staticmethod
     def gravity(dx, q, pm):
         """The force, and the arguments of its derivatives."""
-        x = q + dx
+        x = _advance(q, dx, 1.0)
         layout = decompose.apl.impl(None, x=x, pm=pm)['layout']
         result = force.apl.impl(None, x=x, layout=layout, pm=pm)
         return result['f'], dict(x=x, layout=layout, pm=pm, order=1, pot=result['pot'], factor=result['factor'])
-
-    @staticmethod
-    def coefficients(factors):
-        """Those of the kicks (n + 1) and of the drifts (n)."""
-        first, drifts, last = numpy.reshape(factors, (-1, 3)).T
-        return numpy.append(first, 0.0) + numpy.insert(last, 0, 0.0), drifts
 
     @staticmethod
     def undo(dx, p, factors, q, pm):
@@ -1786,19 +1875,22 @@ class reversible_leapfrog:
 
         Yields (i, f, record) while `dx` and `p`, which are overwritten, are those before kick i.
         """
-        kicks, drifts = reversible_leapfrog.coefficients(factors)
-        for i in reversed(range(len(kicks))):
-            f, record = reversible_leapfrog.gravity(dx, q, pm)
-            _advance(p, f, -kicks[i], out=p)
-            yield i, f, record
+        for i in reversed(range(len(factors) // 2 + 1)):
+            yield i, *reversible_leapfrog.take_back(dx, p, factors[2 * i], q, pm)
             if i > 0:
-                _advance(dx, p, -drifts[i - 1], out=dx)
+                _advance(dx, p, -factors[2 * i - 1], out=dx)
+
+    @staticmethod
+    def take_back(dx, p, kick, q, pm):
+        """Undo a kick in place; returns its force and record."""
+        f, record = reversible_leapfrog.gravity(dx, q, pm)
+        _advance(p, f, -kick, out=p)
+        return f, record
 
     # There and back
     def apl(node, dx_i, p_i, factors, q, pm):
-        kicks, drifts = reversible_leapfrog.coefficients(factors)
         dx, p = numpy.array(dx_i), numpy.array(p_i)
-        for kick, drift in zip(kicks, numpy.append(drifts, 0.0)):
+        for kick, drift in zip(factors[::2], [*factors[1::2], 0.0]):
             f, _ = reversible_leapfrog.gravity(dx, q, pm)
             _advance(p, f, kick, out=p)
             if drift:
@@ -1812,21 +1904,22 @@ class reversible_leapfrog:
         dtypes = _agree(pm.comm, _dx, _p, _f)
         if not any(dtypes):
             return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _factors=ZeroGradient)
-        _dx, _p, _f = (numpy.array(_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype)) for _y in (_dx, _p, _f))
-        dx, p = dx.copy(), p.copy()
-        kicks, drifts = reversible_leapfrog.coefficients(factors)
-        _kicks, _drifts = numpy.zeros_like(kicks), numpy.zeros_like(drifts)
+        _dx, _p = (_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype) for _y in (_dx, _p))
+        dx, p = _copy(dx), _copy(p)
+        _factors = numpy.zeros(len(factors))
         for i, f, record in reversible_leapfrog.undo(dx, p, factors, q, pm):
             # Pull the cotangents back through a kick and the drift before it
-            _kicks[i] = _sum_products(_p, f)
-            _advance(_f, _p, kicks[i], out=_f)
+            if node.wants('factors'):
+                _factors[2 * i] = _sum_products(_p, f)
+            del f
+            _f = _plus(_f, _p, float(factors[2 * i]))
             _x = force.vjp.impl(None, _f=_f, _potk=ZeroGradient, **record)['_x']
-            _advance(_dx, _as_given(_x, dx), 1.0, out=_dx)
-            _f[...] = 0
+            del record
+            _dx, _f = _plus(_dx, _x, 1.0), ZeroGradient
             if i > 0:
-                _drifts[i - 1] = _sum_products(_dx, p)
-                _advance(_p, _dx, drifts[i - 1], out=_p)
-        _factors = numpy.stack([_kicks[:-1], _drifts, _kicks[1:]], axis=-1).reshape(numpy.shape(factors))
+                if node.wants('factors'):
+                    _factors[2 * i - 1] = _sum_products(_dx, p)
+                _p = _plus(_p, _dx, float(factors[2 * i - 1]))
         return dict(_dx_i=_dx, _p_i=_p, _factors=_factors)
 
     def jvp(node, dx_i_, p_i_, factors_, dx, p, factors, q, pm):
@@ -1834,23 +1927,22 @@ class reversible_leapfrog:
         if not any(dtypes):
             return dict(dx_=ZeroGradient, p_=ZeroGradient, f_=ZeroGradient)
         dx_, p_ = (numpy.array(_rows(0.0 if _is_zero(x_) else x_, dx.shape, dx.dtype)) for x_ in (dx_i_, p_i_))
-        dx, p = dx.copy(), p.copy()
-        kicks, drifts = reversible_leapfrog.coefficients(factors)
-        kicks_, drifts_ = reversible_leapfrog.coefficients(_rows(0.0 if _is_zero(factors_) else factors_,
-                                                                 numpy.shape(factors), 'f8'))
+        factors_ = _rows(0.0 if _is_zero(factors_) else factors_, (len(factors),), 'f8')
+        dx, p = _copy(dx), _copy(p)
         for _ in reversible_leapfrog.undo(dx, p, factors, q, pm):
             pass
         # Push the tangents forward with the steps
-        for i, kick in enumerate(kicks):
+        for i, (kick, kick_) in enumerate(zip(factors[::2], factors_[::2])):
             f, record = reversible_leapfrog.gravity(dx, q, pm)
             f_ = force.jvp.impl(None, x_=dx_, **record)['f_']
-            for v, c in (f_, kick), (f, kicks_[i]):
+            for v, c in (f_, kick), (f, kick_):
                 _advance(p_, v, c, out=p_)
             _advance(p, f, kick, out=p)
-            if i < len(drifts):
-                for v, c in (p_, drifts[i]), (p, drifts_[i]):
+            if 2 * i + 1 < len(factors):
+                drift, drift_ = factors[2 * i + 1], factors_[2 * i + 1]
+                for v, c in (p_, drift), (p, drift_):
                     _advance(dx_, v, c, out=dx_)
-                _advance(dx, p, drifts[i], out=dx)
+                _advance(dx, p, drift, out=dx)
         return dict(dx_=dx_, p_=p_, f_=f_)
 
 

@@ -5,7 +5,7 @@ Threads share the work as they do in the windows.
 from functools import partial
 
 import numpy
-from numba import njit
+from numba import njit, uintp
 
 from vmad_lit.lib import memory
 from vmad_lit.lib.window import _run as run_on_threads, _shares as share_out, _view as as_flat
@@ -15,17 +15,17 @@ _compiled = dict(cache=True, nogil=True, error_model='numpy', fastmath={'contrac
 
 @njit(**_compiled)
 def _row(mesh, halo, shape, strides, axis, i, j, step):
-    """The row that is `step` planes further along an axis than that at i, j, from the mesh or from its halo."""
-    n = shape[axis]
+    """The row that is `step` planes further along an axis than that at i, j, from the mesh or its halo."""
+    n, length = shape[axis], (shape[2] - 1) * strides[2] + 1
     place = (i if axis == 0 else j) + step
     if len(halo) == 0:
         place = place % n
     if 0 <= place < n:
         first = (place if axis == 0 else i) * strides[0] + (place if axis == 1 else j) * strides[1]
-        return mesh[first:first + (shape[2] - 1) * strides[2] + 1:strides[2]]
+        return mesh[first:first + length]
     place = place + 2 if place < 0 else place - n + 2
-    first = place * shape[1] + j if axis == 0 else i * 4 + place
-    return halo[first * shape[2]:(first + 1) * shape[2]:1]
+    first = (place * shape[1] + j if axis == 0 else i * 4 + place) * shape[2] * strides[2]
+    return halo[first:first + length]
 
 
 @njit(**_compiled)
@@ -38,32 +38,41 @@ def _neighbours(mesh, halo, shape, strides, axis, i, j):
 @njit(**_compiled)
 def _put_aside(row, mesh, shape, strides, i, j):
     """Copy the row at i, j with two more numbers at either end."""
-    n, first, step = shape[2], i * strides[0] + j * strides[1], strides[2]
+    n, step = shape[2], strides[2]
+    source = mesh[i * strides[0] + j * strides[1]:]
     for k in range(n):
-        row[k + 2] = mesh[first + k * step]
+        row[k + 2] = source[uintp(k * step)]
     for k in range(2):
         row[k] = row[2 + (k - 2) % n]
         row[n + 2 + k] = row[2 + k % n]
 
 
 @njit(**_compiled)
-def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, start, end):
+def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, start, end):
     n = shape[2]
     row = numpy.empty(n + 4, mesh.dtype)
     for i in range(start, end):
         for j in range(shape[1]):
-            first = i * step[0] + j * step[1]
+            first, w = i * step[0] + j * step[1], step[2]
             if axes > 2:
                 a, b, c, d = _neighbours(mesh, halos[0], shape, strides, 0, i, j)
+                o = outs[0][first:]
                 for k in range(n):
-                    outs[0][first + k * step[2]] = factors[0] * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+                    o[uintp(k * w)] = factors[0] * (8 * (c[k] - b[k]) - (d[k] - a[k]))
             if axes > 1:
                 a, b, c, d = _neighbours(mesh, halos[1], shape, strides, 1, i, j)
+                o = outs[1][first:]
                 for k in range(n):
-                    outs[1][first + k * step[2]] = factors[1] * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+                    o[uintp(k * w)] = factors[1] * (8 * (c[k] - b[k]) - (d[k] - a[k]))
             _put_aside(row, mesh, shape, strides, i, j)
+            o = outs[2][first:]
             for k in range(n):
-                outs[2][first + k * step[2]] = factors[2] * (8 * (row[k + 3] - row[k + 1]) - (row[k + 4] - row[k]))
+                o[uintp(k * w)] = factors[2] * (8 * (row[k + 3] - row[k + 1]) - (row[k + 4] - row[k]))
+            if len(beside):
+                own = i * strides[0] + j * strides[1]
+                o, a = outs[3][first:], beside[own:own + n]
+                for k in range(n):
+                    o[uintp(k * w)] = a[k]
 
 
 @njit(**_compiled)
@@ -72,33 +81,37 @@ def _divergence(out, step, meshes, strides, halos, shape, axes, factors, start, 
     row = numpy.empty(n + 4, meshes[2].dtype)
     for i in range(start, end):
         for j in range(shape[1]):
-            first = i * step[0] + j * step[1]
+            first, w = i * step[0] + j * step[1], strides[2]
+            o = out[first:first + n]
             _put_aside(row, meshes[2], shape, strides, i, j)
             for k in range(n):
-                out[first + k] = factors[2] * (8 * (row[k + 3] - row[k + 1]) - (row[k + 4] - row[k]))
+                o[k] = factors[2] * (8 * (row[k + 3] - row[k + 1]) - (row[k + 4] - row[k]))
             if axes > 1:
                 a, b, c, d = _neighbours(meshes[1], halos[1], shape, strides, 1, i, j)
                 for k in range(n):
-                    out[first + k] += factors[1] * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+                    o[k] += factors[1] * (8 * (c[uintp(k * w)] - b[uintp(k * w)]) - (d[uintp(k * w)] - a[uintp(k * w)]))
             if axes > 2:
                 a, b, c, d = _neighbours(meshes[0], halos[0], shape, strides, 0, i, j)
                 for k in range(n):
-                    out[first + k] += factors[0] * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+                    o[k] += factors[0] * (8 * (c[uintp(k * w)] - b[uintp(k * w)]) - (d[uintp(k * w)] - a[uintp(k * w)]))
 
 
-def gradient(outs, mesh, factors, halos):
+def gradient(outs, mesh, factors, halos, beside=None):
     """The four-point differences of a periodic mesh along all of its axes.
 
     Parameters
     ----------
-    outs : an array for each axis, all like `mesh`, with common strides
+    outs : an array for each axis, all like `mesh`, with common strides; and one more for a copy of `beside`
     mesh : array with up to three axes
     factors : a number for each axis; 1 / (12 h) makes the derivative, with a spacing of h
     halos : for each axis but the last, which is whole, an array like `mesh` in C order with 4 planes along
         the axis: two before the first, two behind the last. None for an axis that is whole
+    beside : None, or another mesh that lies in memory as `mesh` does
     """
     (source, strides), *targets = map(_as_flat_3d, (mesh, *outs))
-    _over_planes(_gradient, [flat for flat, _ in targets], targets[0][1], source, strides, mesh, factors, halos)
+    other = source[:0] if beside is None else _as_flat_3d(beside)[0]
+    flats = [flat for flat, _ in targets] + ([source[:0]] if beside is None else [])
+    _over_planes(_gradient, flats, targets[0][1], source, strides, mesh, factors, halos, other)
 
 
 def divergence(out, meshes, factors, halos):
@@ -110,15 +123,24 @@ def divergence(out, meshes, factors, halos):
     _over_planes(_divergence, target, step, [flat for flat, _ in sources], sources[0][1], out, factors, halos)
 
 
-def _over_planes(loop, out, step, mesh, strides, like, factors, halos):
+def _over_planes(loop, out, step, mesh, strides, like, factors, halos, *more_arguments):
     if not like.size:
         return
     more, none = 3 - like.ndim, numpy.empty(0, like.dtype)
     shape = (1,) * more + like.shape
     out, mesh = (tuple(x[:1] * more + x) if isinstance(x, list) else x for x in (out, mesh))
-    halos = [none] * more + [none if halo is None else halo.reshape(-1) for halo in halos]
+    halos = [none] * more + [none if halo is None else _spread_out(halo, strides[2]) for halo in halos]
     rest = tuple(halos[:2]), shape, like.ndim, (1.0,) * more + tuple(map(float, factors))
-    share_planes(partial(loop, out, step, mesh, strides, *rest), shape)
+    share_planes(partial(loop, out, step, mesh, strides, *rest, *more_arguments), shape)
+
+
+def _spread_out(halo, step):
+    """The numbers of a halo in every `step`-th place, as those of its mesh are."""
+    if step == 1:
+        return halo.reshape(-1)
+    places = numpy.empty((halo.size, step), halo.dtype)
+    places[:, 0] = halo.reshape(-1)
+    return places.reshape(-1)
 
 
 def share_planes(loop, shape):
@@ -141,13 +163,17 @@ def _difference(out, step, mesh, strides, halo, shape, axis, factor, add, start,
         for j in range(shape[1]):
             if axis == 2:
                 _put_aside(row, mesh, shape, strides, i, j)
-                a, b, c, d = row[0:n:1], row[1:n + 1:1], row[3:n + 3:1], row[4:n + 4:1]
+                a, b, c, d = row[:n], row[1:n + 1], row[3:n + 3], row[4:n + 4]
             else:
                 a, b, c, d = _neighbours(mesh, halo, shape, strides, axis, i, j)
             first = i * step[0] + j * step[1]
-            for k in range(n):
-                change = factor * (8 * (c[k] - b[k]) - (d[k] - a[k]))
-                out[first + k] = out[first + k] + change if add else change
+            o = out[first:first + n]
+            if add:
+                for k in range(n):
+                    o[k] += factor * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+            else:
+                for k in range(n):
+                    o[k] = factor * (8 * (c[k] - b[k]) - (d[k] - a[k]))
 
 
 def difference(out, mesh, axis, factor, halo, add=False):
@@ -240,3 +266,33 @@ def advance(out, x, v, c):
     """x + c * v into `out`, for C-ordered arrays of one shape and type; `out` may be `x`."""
     share(partial(_advance, out.reshape(-1), as_flat(x)[0], as_flat(v)[0], float(c)), out.size)
     return out
+
+
+@njit(**_compiled)
+def _kick_and_drift(x_out, p_out, x, p, f, kick, drift, start, end):
+    for i in range(start, end):
+        p_out[i] = p[i] + kick * f[i]
+        x_out[i] = x[i] + drift * p_out[i]
+
+
+def kick_and_drift(x, p, f, kick, drift):
+    """p + kick * f, and x plus drift times that, for C-ordered arrays of one shape and type."""
+    outs = [memory.empty(x.shape, x.dtype) for _ in range(2)]
+    flat = [out.reshape(-1) for out in outs] + [as_flat(a)[0] for a in (x, p, f)]
+    share(partial(_kick_and_drift, *flat, float(kick), float(drift)), x.size)
+    return outs
+
+
+@njit(**_compiled)
+def _pull_kick_and_drift(_p_out, _f, _x, _p, kick, drift, start, end):
+    for i in range(start, end):
+        _p_out[i] = _p[i] + drift * _x[i]
+        _f[i] = kick * _p_out[i]
+
+
+def pull_kick_and_drift(_x, _p, kick, drift):
+    """The cotangents of the momentum and of the force from those of `kick_and_drift`."""
+    outs = [memory.empty(_x.shape, _x.dtype) for _ in range(2)]
+    flat = [out.reshape(-1) for out in outs] + [as_flat(a)[0] for a in (_x, _p)]
+    share(partial(_pull_kick_and_drift, *flat, float(kick), float(drift)), _x.size)
+    return outs

@@ -1,0 +1,112 @@
+"""Memory that is used again: nobody's numbers are overwritten, and no more is held than there should be."""
+import gc
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmad_lit.lib import memory
+
+N = memory.LEAST // 8
+
+
+@pytest.fixture(autouse=True)
+def a_store_of_its_own():
+    """Each test begins with nothing idle."""
+    gc.collect()
+    memory.release()
+    yield
+    memory.release()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 5)), max_size=30))
+def test_no_array_sees_the_numbers_of_another(steps):
+    """Arrays of several sizes are made, kept by views of them, and dropped, in any order."""
+    held = []
+    for number, (size, view, drop) in enumerate(steps):
+        array = memory.empty((N + size, 2) if size % 2 else N + size, "f8" if size < 3 else "c16")
+        array.fill(number)
+        held.append((number, array[1:] if view else array))
+        del array
+        if drop < len(held):
+            del held[drop]
+        for expected, values in held:
+            assert (values == expected).all()
+
+
+@pytest.mark.parametrize("shape, dtype", [(N, "f8"), ((3, N), "f4"), ((N, 2, 2), "c8"), ((2, N), "i8"), ((), "f8"), ((0, 5), "f8"),
+                                          ((10,), "f4"), ((2 * N,), "u1")])
+def test_like_numpy(shape, dtype):
+    got, expected = memory.zeros(shape, dtype), np.zeros(shape, dtype)
+    assert got.dtype == expected.dtype and got.shape == expected.shape and got.strides == expected.strides
+    assert got.flags.writeable and got.flags.c_contiguous and got.flags.aligned
+    assert (got == expected).all()
+
+
+def test_used_again_when_the_last_view_is_gone():
+    array = memory.empty((N, 2))
+    where, view = array.ctypes.data, array.T[1:]
+    del array
+    assert memory.empty((N, 2)).ctypes.data != where
+    del view
+    assert memory.empty((2, N)).ctypes.data == where
+
+
+def test_new_memory_takes_the_place_of_what_is_idle():
+    """Whoever has gone through many small arrays, and goes on with large ones, does not carry the small ones along."""
+    small = [memory.empty(N) for _ in range(100)]
+    del small
+    large = [memory.empty(10 * N) for _ in range(10)]
+    held = sum(array.nbytes for array in large) + memory.release()
+    assert held <= memory.SLACK * 100 * N * 8
+    del large
+    assert memory.release() == 100 * N * 8
+
+
+def test_release_tells_how_much_it_was():
+    array = memory.empty(N)
+    assert memory.release() == 0
+    del array
+    assert memory.release() == 8 * N
+    assert memory.release() == 0
+
+
+def test_threads():
+    """Arrays made and dropped by several threads at once are never shared."""
+    wrong = []
+
+    def work(number):
+        for i in range(200):
+            arrays = [memory.empty(N + i % 3) for _ in range(3)]
+            for j, array in enumerate(arrays):
+                array.fill(10 * number + j)
+            wrong.extend(1 for j, array in enumerate(arrays) if not (array == 10 * number + j).all())
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_fields_are_made_of_it():
+    pytest.importorskip("pmesh")
+    from pfft import LocalBuffer
+
+    from vmad_lit.lib.fastpm import ParticleMesh
+
+    if not hasattr(LocalBuffer, "allocate"):
+        pytest.skip("the transforms have memory of their own")
+    from mpi4py import MPI
+    pm = ParticleMesh([48] * 3, BoxSize=1.0, comm=MPI.COMM_SELF)
+    field = pm.create("real", value=1.0)
+    where = field.value.ctypes.data
+    value = field.value
+    del field
+    assert pm.create("real").value.ctypes.data != where and (value == 1.0).all()
+    del value
+    assert pm.create("complex").value.ctypes.data == where
