@@ -63,7 +63,7 @@ def build(system, pm, stages=STAGES, **options):
         with Builder() as m:
             wn = m.input("wn")
             dx, p, f = simulation.run(fastpm.induce_correlation(fastpm.r2c(wn), power, pm))
-            x = dx + q
+            x = dx + simulation.q
             rho = fastpm.paint(x, 1.0, fastpm.decompose(x, pm), pm)
             m.output(**{name: rho if name == "density" else fastpm.to_scalar(rho)})
         models.append(m)

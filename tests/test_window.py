@@ -198,11 +198,11 @@ def test_meshes_that_are_interleaved(name):
 def test_slopes_are_sums_of_gradients(count, ndim):
     rng = numpy.random.default_rng(count)
     pos, meshes = rng.uniform(-3, 8, size=(40, ndim)), list(rng.normal(size=(count,) + (5, 4, 6)[:ndim]))
-    for given in range(count + 1):
-        factors = rng.normal(size=(40, given))
-        ones = numpy.concatenate([factors, numpy.ones((40, count - given))], axis=1)
+    for columns in range(count + 1):
+        factors = rng.normal(size=(40, columns))
+        ones = numpy.concatenate([factors, numpy.ones((40, count - columns))], axis=1)
         want = sum(window.gradient(mesh, pos, 'tsc') * ones[:, c, None] for c, mesh in enumerate(meshes))
-        assert_allclose(window.slopes(meshes, pos, factors if given else None, 'tsc'), want, atol=1e-12)
+        assert_allclose(window.slopes(meshes, pos, factors if columns else None, 'tsc'), want, atol=1e-12)
     assert_allclose(window.slopes(meshes, pos, 2.0), 2.0 * window.slopes(meshes, pos), atol=1e-12)
     with pytest.raises(ValueError, match='columns of factors'):
         window.slopes(meshes, pos, numpy.ones((40, count + 1)))

@@ -219,11 +219,12 @@ def add_up(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
         return [total for total, _ in pairs], [mine for _, mine in pairs]
     if a is own is not None and cls is type(b) and IN_PLACE[cls](a, b):
         return a, own
-    total = a + b
+    total = PLUS[cls](a, b) if cls in PLUS and cls is type(b) else a + b
     return total, total if type(total) is type(b) is cls and cls in IN_PLACE else None
 
 
 IN_PLACE: dict[type, Callable[[Any, Any], bool]] = {}
+PLUS: dict[type, Callable[[Any, Any], Any]] = {}
 
 
 def only(items: Iterable[Any]) -> Any:

@@ -15,7 +15,7 @@ from pmesh.pm import TransposedComplexField, UntransposedComplexField
 from pmesh.window import FindResampler
 
 from vmad_lit import autooperator, operator
-from vmad_lit.core.autodiff import IN_PLACE
+from vmad_lit.core.autodiff import IN_PLACE, PLUS
 from vmad_lit.core.checkpoint import checkpoint, keep_on_disk_by
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import add_to_array
@@ -1550,11 +1550,17 @@ def DriftFactor(pt, ai, ac, af):
 
 def _advance(x, v, c, out=None):
     """x + c * v in the precision of x, as a new array or in `out`."""
-    if loops is not None and all(a.flags.c_contiguous and a.dtype == x.dtype and x.dtype in ('f4', 'f8')
-                                 for a in (x, v)):
+    if _alike(x, v):
         return loops.advance(memory.empty(x.shape, x.dtype) if out is None else out, x, v, c)
     y = v * c
     return numpy.add(x, y, out=out if out is not None else y if x.dtype == y.dtype else None)
+
+
+def _alike(*arrays):
+    """Whether our loops can go over these arrays together."""
+    like = arrays[0]
+    return loops is not None and like.dtype in ('f4', 'f8') and all(
+        a.flags.c_contiguous and a.dtype == like.dtype and a.shape == like.shape for a in arrays)
 
 
 @operator
@@ -1585,17 +1591,23 @@ class advance:
                     _c_=_sum_products(_y, v_) if node.wants('c') else ZeroGradient)
 
 
-def _copy(x):
-    y = memory.empty(x.shape, x.dtype)
-    y[...] = x
-    return y
-
-
 def _multiple(x, c):
     """c * x for a number c, without work if one of them is zero or c is one."""
     if _is_zero(x) or _is_zero(c):
         return ZeroGradient
-    return x if isinstance(c, float) and c == 1.0 else x * c
+    if isinstance(c, float) and c == 1.0:
+        return x
+    return numpy.multiply(x, c, out=_like_this(x)) if isinstance(c, float) and isinstance(x, numpy.ndarray) else x * c
+
+
+def _copy(x):
+    y = _like_this(x)
+    y[...] = x
+    return y
+
+
+def _like_this(x):
+    return memory.empty(x.shape, x.dtype)
 
 
 def _plus(x, v, c):
@@ -1603,6 +1615,14 @@ def _plus(x, v, c):
     if _is_zero(v) or _is_zero(c):
         return x
     return _multiple(v, c) if _is_zero(x) else _advance(x, v, c)
+
+
+def _sum_of_arrays(a, b):
+    """a + b, in memory that is used again if it is large."""
+    return _advance(a, b, 1.0) if a.nbytes >= memory.LEAST and _alike(a, b) else a + b
+
+
+PLUS[numpy.ndarray] = _sum_of_arrays
 
 
 def _sum_products(a, b):
@@ -1668,13 +1688,6 @@ class kick_and_drift:
             _drift_ = _sum_products(_dx, _plus(_plus(p_i_, f_, kick), f, kick_))
         return dict(_dx_i_=ZeroGradient, _p_i_=_p_i_, _f_=_plus(_multiple(_p_i_, kick), _p_i, kick_),
                     _kick_=_kick_, _drift_=_drift_)
-
-
-def _alike(*arrays):
-    """Whether our loops can go over these arrays together."""
-    like = arrays[0]
-    return loops is not None and like.dtype in ('f4', 'f8') and all(
-        a.flags.c_contiguous and a.dtype == like.dtype and a.shape == like.shape for a in arrays)
 
 
 class Steps:
@@ -1755,16 +1768,16 @@ class scale:
     aout = {'y': 'ndarray'}
 
     def apl(node, v, c):
-        return dict(y=v * float(c))
+        return dict(y=_multiple(v, float(c)))
 
     def rcd(node, v, c, y):
         return dict(c=c, v=None if node.is_literal('c') else v)
 
     def vjp(node, _y, v, c):
-        return dict(_v=_y * float(c), _c=_sum_products(_y, v) if node.wants('c') else ZeroGradient)
+        return dict(_v=_multiple(_y, float(c)), _c=_sum_products(_y, v) if node.wants('c') else ZeroGradient)
 
     def jvp(node, v_, c_, v, c):
-        return dict(y_=v_ * float(c) + (ZeroGradient if _is_zero(c_) else v * float(c_)))
+        return dict(y_=_plus(_multiple(v_, float(c)), v, c_))
 
     def hvp(node, _y, v_, c_):
         return dict(_v_=_y * c_, _c_=_sum_products(_y, v_) if node.wants('c') else ZeroGradient)
@@ -2045,7 +2058,7 @@ class FastPMSimulation:
         if not B > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
             raise ValueError(f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}")
         self.fpm = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int))
-        self.q = pm.generate_uniform_particle_grid(shift=0.5) if q is None else q
+        self.q = numpy.ascontiguousarray(pm.generate_uniform_particle_grid(shift=0.5) if q is None else q)
 
     def KickFactor(self, ai, ac, af):
         """See the function `KickFactor`."""
