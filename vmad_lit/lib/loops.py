@@ -145,7 +145,7 @@ def _spread_out(halo, step):
 
 def share_planes(loop, shape):
     """Call a loop with the two ends of each thread's share of the planes of a mesh."""
-    enough = -(-(1 << 15) // max(1, shape[1] * shape[2]))  # planes, for the work to be worth a thread
+    enough = -(-(1 << 17) // max(1, shape[1] * shape[2]))  # planes, for the work to be worth a thread
     edges = share_out(shape[0], enough)
     run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
 
@@ -209,7 +209,7 @@ def multiply(out, x, factor, scale=1.0):
 
 def share(loop, n):
     """Call a loop with the two ends of each thread's share of n points."""
-    edges = share_out(n, 1 << 14)
+    edges = share_out(n, 1 << 17)
     run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
 
 

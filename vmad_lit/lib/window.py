@@ -22,7 +22,7 @@ from numpy.lib.stride_tricks import as_strided
 from vmad_lit.lib import memory
 
 try:
-    from numba import float64, from_dtype, int64, njit, types, uint64, uintp
+    from numba import boolean, float64, from_dtype, int64, njit, types, uint64, uintp
 except ImportError as error:
     raise ImportError(
         "vmad_lit.lib.window compiles its loops with numba, which is not installed; "
@@ -100,7 +100,7 @@ def _scatter_loop(mesh, position, ndim, support, n, whole, moving, alone):
     support2 = support if ndim > 2 else 1
 
     # The loop that scatters
-    def scatter(mesh0, mesh1, mesh2, mesh3, box, low, high, owner, mask, block, pos, step, mass, mass_step, speed):
+    def scatter(mesh0, mesh1, mesh2, mesh3, box, low, high, owner, mask, block, pos, step, mass, mass_step, speed, rate):
         shape, stride, scale, translate, origin, period = box
         npart = len(pos) // step
         listed = numpy.empty(block, dtype='i8')
@@ -148,6 +148,7 @@ def _scatter_loop(mesh, position, ndim, support, n, whole, moving, alone):
                     vx = speed[p * ndim] * scale[0]
                     vy = speed[p * ndim + 1] * scale[1] if ndim > 1 else 0.0
                     vz = speed[p * ndim + 2] * scale[2] if ndim > 2 else 0.0
+                vx, vy, vz = rate * vx, rate * vy, rate * vz
                 # Add to the cells
                 for ia in range(support):
                     if cx[ia] < 0:
@@ -185,7 +186,7 @@ def _scatter_loop(mesh, position, ndim, support, n, whole, moving, alone):
 
     reals = float64[::1]
     return _compile(scatter, *4 * [_array(mesh)], BOX, int64, int64, int64, uint64[::1], int64,
-                    _array(position), int64, reals, int64, reals)
+                    _array(position), int64, reals, int64, reals, float64)
 
 
 @lru_cache(maxsize=None)
@@ -196,7 +197,7 @@ def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
     whole = False
 
     # The loop that gathers
-    def gather(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, out, out_step, speed, slope, coef, coef_step, given):
+    def gather(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, out, out_step, speed, slope, coef, coef_step, given, add):
         shape, stride, scale, translate, origin, period = box
         low, high = 0, shape[0]
         for p in range(start, end):
@@ -304,6 +305,11 @@ def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
                             if n > 3:
                                 s3 += weight * mesh3[i]
                 # Hand out the values
+                if add:
+                    s0 += out[p * out_step]
+                    s1 += out[p * out_step + 1] if n > 1 else 0.0
+                    s2 += out[p * out_step + 2] if n > 2 else 0.0
+                    s3 += out[p * out_step + 3] if n > 3 else 0.0
                 out[p * out_step] = s0
                 if n > 1:
                     out[p * out_step + 1] = s1
@@ -314,7 +320,7 @@ def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
 
     reals = float64[::1]
     return _compile(gather, *4 * [_array(mesh)], BOX, int64, int64, _array(position), int64,
-                    reals, int64, reals, reals, reals, int64, int64)
+                    reals, int64, reals, reals, reals, int64, int64, boolean)
 
 
 def _array(dtype):
@@ -565,8 +571,9 @@ def _groups(views):
         yield first, len(flats), flats + flats[:1] * (TOGETHER - len(flats))
 
 
-def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None):
-    """Add to each of `meshes` the window of each particle times its column of `mass`."""
+def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1.0):
+    """Add to each of `meshes` the window of each particle times its column of `mass`, and its change along
+    `rate` times `speed`."""
     cells = _find_support(window)
     ndim = meshes[0].ndim
     pos = check_positions(pos, ndim)
@@ -583,7 +590,7 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None):
                 raise TypeError(f"a mesh to paint must be of floating point numbers, not {mesh.dtype}")
             aside = numpy.zeros(mesh.shape, dtype='f8')
             column = numpy.ascontiguousarray(mass[c::mass_step]) if mass_step else mass[c:c + 1]
-            _scatter([aside], pos.reshape(-1, step), column, min(mass_step, 1), window, transform, speed)
+            _scatter([aside], pos.reshape(-1, step), column, min(mass_step, 1), window, transform, speed, rate)
             mesh += aside
         return
     edges, mask = _owners(cells, box, pos, step)
@@ -592,7 +599,7 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None):
                                 len(edges) == 2)
         _run(scatter, [
             (*flats, box, edges[t], edges[t + 1], t, mask, BLOCK, pos, step, mass[first:], mass_step,
-             mass[:0] if speed is None else speed)
+             mass[:0] if speed is None else speed, rate)
             for t in range(len(edges) - 1)])
 
 
@@ -613,11 +620,13 @@ def _owners(cells, box, pos, step):
     return edges, mask
 
 
-def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=0, slope=None, given=None):
+def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=0, slope=None, given=None,
+            add=False):
     """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is there.
 
     Both in one go only for a single mesh. The slopes fill `slope` (N, ndim), or a new array. There are
-    coefficients for the first `given` meshes, by default for all; the others have one.
+    coefficients for the first `given` meshes, by default for all; the others have one. Values are added to
+    those in `out` if asked for.
     """
     cells = _find_support(window)
     ndim = meshes[0].ndim
@@ -632,7 +641,7 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
         views = [_view(mesh) for mesh in meshes]
     box = _box(meshes[0], transform)
     if not npart or not meshes[0].size:
-        for result in (out, slope):
+        for result in (None if add else out, slope):
             if result is not None:
                 result.fill(0)
         return slope
@@ -648,7 +657,7 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
             (*flats, box, cuts[t], cuts[t + 1], pos, step,
              none if out is None else out.reshape(-1)[first:], width,
              none if speed is None else speed, part.reshape(-1),
-             none if coef is None else coef[first:], coef_step, max(0, given - first))
+             none if coef is None else coef[first:], coef_step, max(0, given - first), add)
             for t in range(len(cuts) - 1)])
         if first:
             slope += part
@@ -736,14 +745,18 @@ def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window='cic', transfor
     """Add to `mesh` the tangent of painting along `pos_` (N, ndim) and `mass_` (N,); None is zero."""
     value = _mesh(mesh)
     change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), 'tangent of mass')
-    speed = None
+    speed, rate = None, 1.0
     if pos_ is not None:
-        speed, _ = _per_particle(pos_, len(pos), 'tangent of positions', value.ndim)
+        speed, each = _per_particle(pos_, len(pos), 'tangent of positions', value.ndim)
         mass, mass_step = _per_particle(mass, len(pos), 'mass')
-        speed = (speed.reshape(-1, value.ndim) * (mass[:, None] if mass_step else mass[0]))
-        speed = _flat(numpy.ascontiguousarray(numpy.broadcast_to(speed, (len(pos), value.ndim))))
+        if not each:
+            speed = numpy.tile(speed, len(pos))
+        if mass_step:
+            speed = (speed.reshape(-1, value.ndim) * mass[:, None]).reshape(-1)
+        else:
+            rate = float(mass[0])
     if pos_ is not None or mass_ is not None:
-        _scatter([value], pos, change, step, window, transform, speed=speed)
+        _scatter([value], pos, change, step, window, transform, speed, rate)
     return mesh
 
 
@@ -784,12 +797,15 @@ def readout_jvp(meshes, pos, pos_=None, meshes_=None, window='cic', transform=No
     """Tangent of `readout(meshes, pos)` along `pos_` (N, ndim) and `meshes_`; None is zero."""
     several = isinstance(meshes if meshes is not None else meshes_, (list, tuple))
     width = len(meshes if meshes is not None else meshes_) if several else 1
-    out = memory.zeros((len(pos), width))
+    out = memory.empty((len(pos), width))
     if pos_ is not None:
         values = _meshes(meshes if several else [meshes])
         speed, step = _per_particle(pos_, len(pos), 'tangent of positions', values[0].ndim)
         speed = speed if step else numpy.tile(speed, len(pos))
         _gather(values, pos, window, transform, out=out, speed=speed)
     if meshes_ is not None:
-        out += readout(list(meshes_) if several else [meshes_], pos, window, transform)
+        values = _meshes(meshes_ if several else [meshes_])
+        _gather(values, pos, window, transform, out=out, add=pos_ is not None)
+    elif pos_ is None:
+        out.fill(0)
     return out if several else out[:, 0]
