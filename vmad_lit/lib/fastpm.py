@@ -1924,11 +1924,15 @@ class reversible_leapfrog:
             # Pull the cotangents back through a kick and the drift before it
             if node.wants('factors'):
                 _factors[2 * i] = _sum_products(_p, f)
+            kick = float(factors[2 * i])
+            if _is_zero(_f):
+                _f = _p
+            else:
+                _f, kick = _plus(_f, _p, kick), 1.0
             del f
-            _f = _plus(_f, _p, float(factors[2 * i]))
             _x = force.vjp.impl(None, _f=_f, _potk=ZeroGradient, **record)['_x']
             del record
-            _dx, _f = _plus(_dx, _x, 1.0), ZeroGradient
+            _dx, _f = _plus(_dx, _x, kick), ZeroGradient
             if i > 0:
                 if node.wants('factors'):
                     _factors[2 * i - 1] = _sum_products(_dx, p)

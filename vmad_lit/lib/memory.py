@@ -1,7 +1,7 @@
 """Large arrays in memory that is used again, without page faults.
 
 The memory of an array that was made here returns when the last view of it is gone, and serves the next
-array of as many bytes. It never amounts to much more than what was once in use at a time.
+array of as many bytes. Together with what is in use it is never more than was once in use at a time.
 """
 from collections import deque
 from threading import Lock
@@ -10,9 +10,6 @@ import numpy
 
 #: Bytes from which on it pays to keep memory.
 LEAST = 1 << 18
-
-#: How much memory may be held, in units of the most that was in use at a time.
-SLACK = 1.25
 
 _returned = deque()
 
@@ -61,7 +58,7 @@ class _Store:
 
     def make_room(self, nbytes):
         """Give back what has been idle for longest, if with so many bytes more we held too much."""
-        most = SLACK * max(self.peak, self.used() + nbytes)
+        most = max(self.peak, self.used() + nbytes)
         while self.idle and self.held + nbytes > most:
             self.held -= self.idle.pop(0).nbytes
 

@@ -349,7 +349,7 @@ def room(kind, n, procmesh):
     for shape, dtype in zip(kind.shapes(n), kind.dtypes()):
         layouts += [end_layout(procmesh, shape, dtype, transposed) for transposed in (False, True)]
         layouts += [level_layout(mesh, shape, dtype, level) for level in range(mesh.ndim + 1)]
-        if procmesh.ndim < len(n):
+        if procmesh.ndim < len(n) and dtype.kind == "f":
             layouts.append(end_layout(procmesh, shape, dtype, False, padded=2 * (n[-1] // 2 + 1)))
     return max(1, -(-max(layout.nbytes for layout in layouts) // kind.numbers[1].itemsize))
 
