@@ -274,6 +274,8 @@ def differentiate(node: Any, **arguments: Any) -> Any:
     given = {name: arguments[name] for name in node.primitive.ain}
     wanted = [name for name, symbol in node.varout.items() if symbol is not Ignored]
     tape = find_tape(node, arguments)
+    if not node.operator._keeps_tape:
+        tape.use_up()
     derived = dict(vjp=tape.get_vjp, jvp=tape.get_jvp, hvp=tape.get_hvp)[node.primitive.kind]()
     return derived.compute(wanted, given, return_dict=True)
 

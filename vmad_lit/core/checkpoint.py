@@ -287,6 +287,8 @@ class Steps:
         """Run a step; returns the next state, and the tape or None."""
         init = {**self.parameters, **dict(zip(self.chain.state_names, state))}
         out, tape = self.models[i]._run(self.chain.aout, init, record)
+        if record:
+            out = tape.let_go()
         return tuple(out.values()), tape
 
 

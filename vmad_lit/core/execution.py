@@ -115,6 +115,9 @@ class Plan:
         self.derived: dict[str, Any] = {}
         self.steps: list[Step] = []
         self.size: int
+        self._last_reads: dict[int, int] = {}
+        self._spending: list[Step] | None = None
+        self._extras: set[int] = set()
         with undisturbed():
             self.nodes, self._last_use = find_needed(graph, self.vout)
             # Find out what is recorded
@@ -184,8 +187,15 @@ class Plan:
 
     def _add_step(self, function: Callable[..., None], *operands: Any) -> int:
         slot = self._new_slot()
+        self._note_reads([read for item in operands if type(item) in (int, list) for read in numbers_in(item)])
         self.steps.append((function, None, slot, *operands))
         return slot
+
+    def _note_reads(self, slots: Iterable[int]) -> None:
+        """Note that the next step reads these slots, if they are on the tape."""
+        for slot in slots:
+            if slot < self.offset:
+                self._last_reads[slot] = len(self.steps)
 
     def _record_of(self, node: Node) -> Any:
         """What the original of a derived node recorded: the slot of a dict, or a dict of slots by name."""
@@ -257,6 +267,7 @@ class Plan:
                 kept = self.records[node] = self._new_slot()
             elif operator.recorded:
                 extras = [(name, self._new_slot()) for name in operator.extras]
+                self._extras.update(slot for _, slot in extras)
                 places = dict(zip(names, ins))
                 self.records[node] = {
                     name: places[name] if name in places else self._target(symbol)
@@ -300,6 +311,7 @@ class Plan:
             step = differentiate_two, node, function, gatherer(ins), record, *linear, name, out, (clear or [out])[0]
         else:
             step = execute, node, function, gatherer(ins), record, linear, outs, extras, kept, clear
+        self._note_reads(ins if record is None else [*ins, record[1]])
         self.steps.append(step)
 
     def _give_slots(self, symbol: BaseSymbol) -> Target:
@@ -345,14 +357,19 @@ class Plan:
         slots : list
             All slots, as the run leaves them.
         """
-        slots = self.template.copy() if tape is None else tape + self.template
+        slots: Slots
+        if type(tape) is Spent and monitor is None:
+            slots, todo = tape, self._find_spending()
+            slots += self.template
+        else:
+            slots, todo = self.template.copy() if tape is None else tape + self.template, self.steps
         for name, slot in self.inputs.items():
             if name not in init:
                 raise ResolveError(
                     f"the input '{name}' is needed and was not given" + did_you_mean(name, list(init))
                 )
             slots[slot] = init[name]
-        steps: Any = iter(self.steps)
+        steps: Any = iter(todo)
         try:
             # Go through the steps
             if monitor is None:
@@ -367,7 +384,7 @@ class Plan:
                         monitor(node, node.varin, node.varout, context)
         except Exception as error:
             # Tell in which node it happened
-            node = self.steps[len(self.steps) - steps.__length_hint__() - 1][1]
+            node = todo[len(todo) - steps.__length_hint__() - 1][1]
             if node is not None:
                 filename, line = node.place
                 arguments = ", ".join(
@@ -378,6 +395,30 @@ class Plan:
                 error.add_note(f"in {node.name}({arguments}), built at {filename}:{line}")
             raise
         return [collect(slots, target) for target in self.outputs], slots
+
+    def _find_spending(self) -> list[Step]:
+        """The steps, and between them those that drop what is not needed on the tape any more."""
+        if self._spending is None:
+            block = 1 + len(self.steps) // 100
+            dropped: dict[int, list[int]] = {}
+            outputs = set(numbers_in(self.outputs))
+            for slot in range(self.offset):
+                if slot not in outputs:
+                    last = self._last_reads.get(slot, -1)
+                    dropped.setdefault(last // block, []).append(slot)
+            extras = self.base._extras if self.base else set()
+            tapes: dict[int, list[int]] = {}
+            for slot in extras:
+                if slot in self._last_reads:
+                    tapes.setdefault(self._last_reads[slot], []).append(slot)
+            self._spending = [(drop, None, dropped[-1])] if -1 in dropped else []
+            for i, step in enumerate(self.steps):
+                if i in tapes:
+                    self._spending.append((hand_over, None, tapes[i]))
+                self._spending.append(step)
+                if i % block == block - 1 and i // block in dropped:
+                    self._spending.append((drop, None, dropped[i // block]))
+        return self._spending
 
 
 # Small steps
@@ -597,6 +638,22 @@ def find_extra(node: Node, key: str, r: dict[str, Value]) -> Value:
         f"a derivative of operator {node.operator.__name__} takes '{key}', which has not been "
         f"recorded; recorded are {list(r)}"
     )
+
+class Spent(list[Value]):
+    """The slots of a tape that nobody will use again."""
+
+
+def drop(s: Slots, step: Step) -> None:
+    for slot in step[2]:
+        s[slot] = None
+
+
+def hand_over(s: Slots, step: Step) -> None:
+    """Tell inner tapes that they are used for the last time."""
+    for slot in step[2]:
+        use_up = getattr(s[slot], "use_up", None)
+        if use_up is not None:
+            use_up()
 
 def describe(value: Value) -> str:
     """A few words about a value: its type, and its shape and dtype if it has any."""

@@ -101,6 +101,8 @@ class Model(Graph):
         names = names_of(vout)
         every = tuple(dict.fromkeys([*self._outputs, *names])) if return_tape else names
         out, tape = self._run(every, self._fitting(dict(init)), return_tape, monitor)
+        if return_tape:
+            tape.private = False
         result = select(out, vout, return_dict)
         return (result, tape) if return_tape else result
 
@@ -125,6 +127,7 @@ class Model(Graph):
         init, v = dict(init), dict(v)
         vout = [without(name, "_", None) for name in v]
         out, tape = self._run(vout, init, True, monitor)
+        tape.use_up()
         pulled = tape.get_vjp().compute(tape.get_vjp_vout(), v, return_dict=return_dict, monitor=monitor)
         return select(out, vout, return_dict), pulled
 
@@ -154,6 +157,7 @@ class Model(Graph):
         """
         out, tape = self._run(names_of(vout), dict(init), True, monitor)
         tangents = self._tangents(dict(v))
+        tape.use_up()
         pushed = tape.get_jvp().compute(
             [name + "_" for name in names_of(vout)], tangents, return_dict=return_dict, monitor=monitor
         )
@@ -179,6 +183,7 @@ class Model(Graph):
         tangents = self._tangents(dict(v))
         pushed = tape.get_jvp().compute([name + "_" for name in names], tangents, monitor=monitor)
         cotangents = {"_" + name: tangent for name, tangent in zip(names, pushed)}
+        tape.use_up()
         pulled, _ = tape.get_vjp()._run(tape.get_vjp_vout(), cotangents, monitor=monitor)
         return select(out, vout, return_dict), select(pulled, tape.get_vjp_vout(), return_dict)
 
@@ -225,6 +230,7 @@ class Model(Graph):
                         f"'_{name}', and the Hessian is that of the sum of their products"
                     )
                 cotangents["_" + name] = 1.0
+        tape.use_up()
         hvp, gradient, product = tape.get_hvp(), tape.get_vjp_vout(), tape.get_hvp_vout()
         given = {**cotangents, **self._tangents(v)}
         swept = hvp.compute([*gradient, *product], given, return_dict=True, monitor=monitor)

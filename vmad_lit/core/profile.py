@@ -87,6 +87,7 @@ class Profile:
         if measured is None:
             measured = self._plans[plan] = copy(plan)
             measured.steps = [self._wrap(plan, step) for step in plan.steps]
+            measured._spending = None
         values, slots = self._before(measured, *args)
         # Weigh what the run recorded
         for node in plan.nodes if plan.record else ():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .autodiff import derive
 from .error import BadArgument
-from .execution import collect, describe
+from .execution import Spent, collect, describe
 from .graph import Node, clip, fold, in_bytes
 from .operator import ZeroGradient
 from .symbol import BaseSymbol, Literal, Value
@@ -90,6 +90,8 @@ class Tape(Sequence[Record]):
     model : Model
     out : dict
         The outputs of the run, or their forms after `let_go`.
+    private : bool
+        Whether nobody outside of the engine has the tape.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Tape(Sequence[Record]):
         self.init = tuple(init)
         self.out = out
         self.forms = {name: form_of(value) for name, value in init.items()}
+        self.private = True
 
     def __len__(self) -> int:
         return len(self.plan.nodes)
@@ -185,6 +188,11 @@ class Tape(Sequence[Record]):
         for slot in self.plan.unrecorded:
             self.slots[slot] = None
         return out
+
+    def use_up(self) -> None:
+        """Let the next sweep, which is the last, drop what it does not need any more; if the tape is private."""
+        if self.private:
+            self.slots = Spent(self.slots)
 
     def get_vjp(self) -> Model:
         """The vector-Jacobian product as a model: from the inputs `_y` to the outputs `_x`."""
