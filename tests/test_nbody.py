@@ -165,14 +165,14 @@ def test_long_waves_grow_as_in_linear_theory(steps):
     assert above / below == pytest.approx(PT.D1(1.0) / PT.D1(0.1), rel=0.01)
 
 
-@pytest.mark.parametrize("ram", [1, 2])
-def test_few_states_give_the_same_gradient(ram):
+@pytest.mark.parametrize("options", [dict(ram=1), dict(ram=2), dict(keep_potential=False), dict(ram=2, keep_potential=False)], ids=str)
+def test_few_states_give_the_same_gradient(options):
     pm, _ = make("uneven")
     stages = np.linspace(0.1, 1.0, 6)
     w = None
     results = []
-    for kept in None, ram:
-        sim = FastPMSimulation(stages, PT, pm, ram=kept)
+    for policy in {}, options:
+        sim = FastPMSimulation(stages, PT, pm, **policy)
         w = np.sin(sim.q)
         model = sim.run.build()
         outs, [_rhok] = model.compute_with_vjp(dict(rhok=noise(pm)), dict(_dx=w, _p=w, _f=w))
@@ -211,6 +211,26 @@ def test_reversible_leapfrog(dtype):
     check_dot_product(*arguments, q=q, pm=pm, comm=COMM, rtol=None if dtype == "f8" else 2e-4)
     if dtype == "f8":
         check_taylor(*arguments, q=q, pm=pm, comm=COMM, steps=(4e-5, 2e-5, 1e-5))
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_force_that_keeps_positions_only(order):
+    """The same derivatives, and a tape without the potential."""
+    pm, _ = make("uneven")
+    q = pm.generate_uniform_particle_grid(shift=0.5)
+    x, x_, _f = q + np.random.default_rng(COMM.rank).normal(size=(3,) + q.shape)
+    results, sizes = [], []
+    for keep in True, False:
+        with Builder() as m:
+            pos = m.input("x")
+            m.output(f=fastpm.force(pos, fastpm.decompose(pos, pm), pm, order=order, keep_potential=keep)[0])
+        f, tape = m.compute("f", dict(x=x), return_tape=True)
+        pulled, pushed = tape.get_vjp().compute("_x", dict(_f=_f)), tape.get_jvp().compute("f_", dict(x_=x_))
+        results.append([f, pulled, pushed])
+        sizes.append(COMM.allreduce(tape.nbytes))
+    for a, b in zip(*results):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+    assert sizes[0] - sizes[1] >= 8 * pm.Nmesh.prod()
 
 
 def test_nothing_but_the_end_is_kept():

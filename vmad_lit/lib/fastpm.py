@@ -1130,6 +1130,8 @@ class force:
     layout : from `decompose`
     pm : ParticleMesh
     order : of `fourier_space_neg_gradient`
+    keep_potential : whether the tape holds the potential besides the positions. If not, each sweep paints
+        the particles and solves for it again
 
     Returns
     -------
@@ -1158,6 +1160,11 @@ class force:
         return potk.c2r() if _differences_serve(potk.pm, order) else potk
 
     @staticmethod
+    def find_potential(pot, w, local_x, factor, order):
+        """What was kept of the potential, or the same made again from the positions."""
+        return force.kept(force.potential(w.paint(local_x, factor)), order) if pot is None else pot
+
+    @staticmethod
     def meshes(pot, order, beside=None):
         """The components of the force on the mesh; with another field at the end of the list, if it is given."""
         pm = pot.pm
@@ -1181,7 +1188,7 @@ class force:
         return _potk
 
     # The force and its derivatives
-    def apl(node, x, layout, pm, order=1):
+    def apl(node, x, layout, pm, order=1, keep_potential=True):
         w = _Window(pm)
         local_x = _exchange(layout, _positions(x, pm))
         factor = float(pm.Nmesh.prod()) / max(pm.comm.allreduce(len(x)), 1)
@@ -1190,8 +1197,8 @@ class force:
         f = _gather(layout, w.readout(force.meshes(pot, order), local_x))
         return dict(f=_as_given(f, x), potk=potk, pot=pot, factor=factor)
 
-    def rcd(node, x, layout, pm, order, pot, factor, **others):
-        return dict(x=x, layout=layout, pm=pm, order=order, pot=pot, factor=factor)
+    def rcd(node, x, layout, pm, order, keep_potential, pot, factor, **others):
+        return dict(x=x, layout=layout, pm=pm, order=order, pot=pot if keep_potential else None, factor=factor)
 
     def vjp(node, _f, _potk, x, layout, pm, order, pot, factor):
         of_f, of_potk = _agree(pm.comm, _f, _potk)
@@ -1206,7 +1213,11 @@ class force:
             _from_f = force.pull_meshes(w, local_x, _f, order)
             _p = _from_f if _p is None else _p + _from_f
         _rho = force.solve(_p, factor / float(pm.Nmesh.prod())).c2r(out=Ellipsis)
-        _x = w.slopes([_rho], local_x) if of_f is None else w.slopes(force.meshes(pot, order, _rho), local_x, _f)
+        if of_f is None:
+            _x = w.slopes([_rho], local_x)
+        else:
+            pot = force.find_potential(pot, w, local_x, factor, order)
+            _x = w.slopes(force.meshes(pot, order, _rho), local_x, _f)
         return dict(_x=_as_given(_gather(layout, _x), x), _layout=ZeroGradient)
 
     def jvp(node, x_, x, layout, pm, order, pot, factor):
@@ -1216,6 +1227,7 @@ class force:
         w = _Window(pm)
         local_x, x_ = _exchange(layout, _positions(x, pm)), _exchange(layout, _rows(x_, numpy.shape(x), dtype))
         potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
+        pot = force.find_potential(pot, w, local_x, factor, order)
         meshes, meshes_ = (force.meshes(p, order) for p in (pot, force.kept(potk_, order)))
         return dict(f_=_as_given(_gather(layout, w.readout_jvp(meshes, local_x, x_, meshes_)), x), potk_=potk_)
 
@@ -1513,7 +1525,7 @@ def lpt(rhok, q, pm):
 
 
 @autooperator('dx -> f, potk')
-def gravity(dx, q, pm):
+def gravity(dx, q, pm, keep_potential=True):
     """The force on particles at q + dx.
 
     Parameters
@@ -1521,6 +1533,7 @@ def gravity(dx, q, pm):
     dx : (N, ndim) displacements
     q : (N, ndim) lattice
     pm : ParticleMesh on which the force is computed
+    keep_potential : see `force`
 
     Returns
     -------
@@ -1528,7 +1541,7 @@ def gravity(dx, q, pm):
     potk : complex field, the modes of the potential. It costs nothing if it is not used
     """
     x = advance(q, dx, 1.0)
-    return force(x, decompose(x, pm), pm)
+    return force(x, decompose(x, pm), pm, keep_potential=keep_potential)
 
 
 def KickFactor(pt, ai, ac, af):
@@ -1741,7 +1754,7 @@ def join_kicks(n):
 
 
 @autooperator('dx_i, p_i -> dx, p')
-def leapfrog_step(dx_i, p_i, q, steps, pm, i):
+def leapfrog_step(dx_i, p_i, q, steps, pm, i, keep_potential=True):
     """The kick at a stage and the drift to the next.
 
     Parameters
@@ -1751,12 +1764,13 @@ def leapfrog_step(dx_i, p_i, q, steps, pm, i):
     steps : `Steps`
     pm : ParticleMesh on which the force is computed
     i : the number of the stage
+    keep_potential : see `force`
 
     Returns
     -------
     dx, p : displacements at the next stage, and momenta in the middle of the step
     """
-    f, potk = gravity(dx_i, q, pm)
+    f, potk = gravity(dx_i, q, pm, keep_potential)
     return kick_and_drift(dx_i, p_i, f, steps.kick(i), steps.drift(i))
 
 
@@ -1805,7 +1819,7 @@ class pick:
 
 
 @autooperator('dx_i, p_i -> dx, p, f')
-def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False):
+def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False, keep_potential=True):
     """Evolve particles through kick-drift-kick steps between the given scale factors.
 
     Parameters
@@ -1817,6 +1831,7 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False):
     pm : ParticleMesh on which the force is computed
     ram : how many states to keep for the derivatives, which recompute steps between them; None keeps all steps
     reversible : keep the last state only, and undo the steps for the derivatives, see `reversible_leapfrog`
+    keep_potential : keep the potential of each step besides the positions, see `force`
 
     Returns
     -------
@@ -1833,12 +1848,12 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False):
     dx, p = dx_i, p_i
     if ram is None or steps.n == 0:
         for i in range(steps.n):
-            dx, p = leapfrog_step(dx, p, q, steps, pm, i)
+            dx, p = leapfrog_step(dx, p, q, steps, pm, i, keep_potential)
     else:
         # Evolve with checkpoints
         chain = checkpoint(leapfrog_step, n=steps.n, ram=ram)
-        dx, p = chain(dx, p, q=q, steps=steps, pm=pm)
-    f, potk = gravity(dx, q, pm)
+        dx, p = chain(dx, p, q=q, steps=steps, pm=pm, keep_potential=keep_potential)
+    f, potk = gravity(dx, q, pm, keep_potential)
     return dx, advance(p, f, steps.kick(steps.n)), scale(f, 1.5 * steps.Om0)
 
 
@@ -2043,21 +2058,22 @@ class FastPMSimulation:
     pm : ParticleMesh of the initial conditions
     B : the mesh of the force has B times as many points along each axis
     q : (N, ndim) lattice; by default a particle in the middle of each cell of `pm`
-    ram, reversible : what the derivatives keep, see `leapfrog`
+    ram, reversible, keep_potential : what the derivatives keep, see `leapfrog`
 
     Attributes
     ----------
-    stages, pm, q, ram, reversible : as given
+    stages, pm, q, ram, reversible, keep_potential : as given
     pt : the background
     fpm : ParticleMesh of the force
     """
 
     __symbols__ = 'pt',
 
-    def __init__(self, stages, cosmology, pm, B=1, q=None, ram=None, reversible=False):
+    def __init__(self, stages, cosmology, pm, B=1, q=None, ram=None, reversible=False,
+                 keep_potential=True):
         self.stages = numpy.array(check_stages(stages))
         self.pt = find_background(cosmology, stages)
-        self.pm, self.ram, self.reversible = pm, ram, reversible
+        self.pm, self.ram, self.reversible, self.keep_potential = pm, ram, reversible, keep_potential
         # Make the mesh of the force
         if not B > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
             raise ValueError(f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}")
@@ -2080,11 +2096,11 @@ class FastPMSimulation:
     @autooperator('dx -> f, potk')
     def gravity(self, dx):
         """The force on particles at q + dx, on the mesh of the force, and the potential."""
-        return gravity(dx, self.q, self.fpm)
+        return gravity(dx, self.q, self.fpm, self.keep_potential)
 
     @autooperator('rhok -> dx, p, f')
     def run(self, rhok):
         """The simulation: displacements, momenta and force times 1.5 * Om0 at the last stage."""
         dx, p = self.firststep(rhok)
         return leapfrog(dx, p, self.q, self.stages, self.pt, self.fpm, self.ram,
-                        self.reversible)
+                        self.reversible, self.keep_potential)
