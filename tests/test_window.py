@@ -255,6 +255,16 @@ def test_one_process_at_a_time_compiles(tmp_path, monkeypatch):
                for i in range(3)]
     assert sorted(p.communicate(timeout=120)[0].strip() for p in several) == ['0', '0', '1']
 
+    # The loops of which the types are found out when they are called
+    code = ("import numpy\nfrom vmad_lit.lib import loops\nx = numpy.ones((4, 2))\n"
+            "assert (loops.advance(x.copy(), x, x, 2.0) == 3).all()\n"
+            "assert (loops.advance(x.astype('f4'), x.astype('f4'), x.astype('f4'), 2.0) == 3).all()\n"
+            "print(sum(loops._advance.stats.cache_misses.values()))")
+    several = [subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, text=True)
+               for i in range(3)]
+    missed = sorted(p.communicate(timeout=120)[0].strip() for p in several)
+    assert sum(map(int, missed)) == 2, missed
+
     monkeypatch.setattr(window, 'PATIENCE', 0.1)
     with window._locked(tmp_path) as first, window._locked(tmp_path) as second:
         assert first and not second

@@ -5,15 +5,13 @@ Threads share the work as they do in the windows.
 from functools import partial
 
 import numpy
-from numba import njit, uintp
+from numba import uintp
 
 from vmad_lit.lib import memory
-from vmad_lit.lib.window import _run as run_on_threads, _shares as share_out, _view as as_flat
-
-_compiled = dict(cache=True, nogil=True, error_model='numpy', fastmath={'contract'})
+from vmad_lit.lib.window import _run as run_on_threads, _shares as share_out, _view as as_flat, compiled
 
 
-@njit(**_compiled)
+@compiled
 def _row(mesh, halo, shape, strides, axis, i, j, step):
     """The row that is `step` planes further along an axis than that at i, j, from the mesh or its halo."""
     n, length = shape[axis], (shape[2] - 1) * strides[2] + 1
@@ -28,14 +26,14 @@ def _row(mesh, halo, shape, strides, axis, i, j, step):
     return halo[first:first + length]
 
 
-@njit(**_compiled)
+@compiled
 def _neighbours(mesh, halo, shape, strides, axis, i, j):
     """The four rows around that at i, j along the first or the second axis."""
     return (_row(mesh, halo, shape, strides, axis, i, j, -2), _row(mesh, halo, shape, strides, axis, i, j, -1),
             _row(mesh, halo, shape, strides, axis, i, j, 1), _row(mesh, halo, shape, strides, axis, i, j, 2))
 
 
-@njit(**_compiled)
+@compiled
 def _put_aside(row, mesh, shape, strides, i, j):
     """Copy the row at i, j with two more numbers at either end."""
     n, step = shape[2], strides[2]
@@ -47,7 +45,7 @@ def _put_aside(row, mesh, shape, strides, i, j):
         row[n + 2 + k] = row[2 + k % n]
 
 
-@njit(**_compiled)
+@compiled
 def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, start, end):
     n = shape[2]
     row = numpy.empty(n + 4, mesh.dtype)
@@ -75,7 +73,7 @@ def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, st
                     o[uintp(k * w)] = a[k]
 
 
-@njit(**_compiled)
+@compiled
 def _divergence(out, step, meshes, strides, halos, shape, axes, factors, start, end):
     n = shape[2]
     row = numpy.empty(n + 4, meshes[2].dtype)
@@ -155,7 +153,7 @@ def _as_flat_3d(mesh):
     return flat, (0,) * (3 - mesh.ndim) + strides
 
 
-@njit(**_compiled)
+@compiled
 def _difference(out, step, mesh, strides, halo, shape, axis, factor, add, start, end):
     n = shape[2]
     row = numpy.empty(n + 4, mesh.dtype)
@@ -187,7 +185,7 @@ def difference(out, mesh, axis, factor, halo, add=False):
     share_planes(partial(_difference, target, step, source, strides, *rest), shape)
 
 
-@njit(**_compiled)
+@compiled
 def _multiply(out, x, factor, scale, start, end):
     for i in range(start, end):
         out[i] = x[i] * (factor[i] * scale)
@@ -213,7 +211,7 @@ def share(loop, n):
     run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
 
 
-@njit(**_compiled)
+@compiled
 def _quadratic(out, factor, ndim, a, b, start, end):
     for p in range(start, end):
         s = t = u = 0.0
@@ -227,7 +225,7 @@ def _quadratic(out, factor, ndim, a, b, start, end):
         out[p] = factor * (t * u - s)
 
 
-@njit(**_compiled)
+@compiled
 def _quadratic_vjp(out, factor, ndim, a, start, end):
     for p in range(start, end):
         s = 2 * factor * out[p]
@@ -256,7 +254,7 @@ def _rows_of_points(a):
     return a.reshape(len(a), -1)
 
 
-@njit(**_compiled)
+@compiled
 def _advance(out, x, v, c, start, end):
     for i in range(start, end):
         out[i] = x[i] + c * v[i]
@@ -268,7 +266,7 @@ def advance(out, x, v, c):
     return out
 
 
-@njit(**_compiled)
+@compiled
 def _kick_and_drift(x_out, p_out, x, p, f, kick, drift, start, end):
     for i in range(start, end):
         p_out[i] = p[i] + kick * f[i]
@@ -283,7 +281,7 @@ def kick_and_drift(x, p, f, kick, drift):
     return outs
 
 
-@njit(**_compiled)
+@compiled
 def _pull_kick_and_drift(_p_out, _f, _x, _p, kick, drift, start, end):
     for i in range(start, end):
         _p_out[i] = _p[i] + drift * _x[i]

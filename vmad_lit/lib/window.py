@@ -336,6 +336,19 @@ def _compile(function, *signature):
     return loop
 
 
+def compiled(function):
+    """A compiled function; each of its cases is compiled by one process at a time."""
+    loop = njit(**_compiled)(function)
+    compile_case = loop._compile_for_args
+
+    def in_turn(*args, **kwargs):
+        with _locked(loop.stats.cache_path):
+            return compile_case(*args, **kwargs)
+
+    loop._compile_for_args = in_turn
+    return loop
+
+
 #: Seconds to wait for another process that compiles.
 PATIENCE = 120
 
