@@ -76,7 +76,7 @@ def coefficients(stages):
     from vmad_lit.lib.cosmology import MatterDominated
 
     pt = MatterDominated(0.3, a=fastpm.find_background(types.SimpleNamespace(Om0=0.3), stages).a)
-    return [fastpm.factors_of_step(pt, ai, af, None) for ai, af in zip(stages[:-1], stages[1:])]
+    return [fastpm.factors_of_step(pt, ai, af) for ai, af in zip(stages[:-1], stages[1:])]
 
 
 def build_jaxpm(n, steps):

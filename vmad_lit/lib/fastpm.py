@@ -803,11 +803,12 @@ class _Window:
                             for d in range(self.pm.ndim)], axis=-1)
 
     def slopes(self, meshes, x, factors=None):
-        """The sum over meshes of the gradients, each times its column of `factors` (N, n); or times one, if none is left."""
+        """The sum of the gradients of meshes, each times its column of `factors` (N, n); if none is left, times one."""
         if self.compiled:
             return window.slopes(meshes, x, factors, **self.args)
         given = 0 if factors is None else factors.shape[1]
-        return sum(self.gradient(mesh, x) * (factors[:, c, None] if c < given else 1.0) for c, mesh in enumerate(meshes))
+        columns = [factors[:, c, None] if c < given else 1.0 for c in range(len(meshes))]
+        return sum(self.gradient(mesh, x) * column for mesh, column in zip(meshes, columns))
 
     def paint_vjp(self, mesh, x, mass, need_x=True, need_mass=True):
         """Cotangents of positions and masses from that of the mesh."""
@@ -1610,7 +1611,9 @@ def _multiple(x, c):
         return ZeroGradient
     if isinstance(c, float) and c == 1.0:
         return x
-    return numpy.multiply(x, c, out=_like_this(x)) if isinstance(c, float) and isinstance(x, numpy.ndarray) else x * c
+    if isinstance(c, float) and isinstance(x, numpy.ndarray):
+        return numpy.multiply(x, c, out=_like_this(x))
+    return x * c
 
 
 def _copy(x):
@@ -1645,11 +1648,8 @@ def _sum_products(a, b):
     return float(numpy.einsum('i,i->', numpy.ravel(a), numpy.ravel(b), dtype='f8'))
 
 
-def factors_of_step(pt, ai, af, pm=None):
+def factors_of_step(pt, ai, af):
     """The coefficients of the two kicks and the drift between them: kick, drift, kick."""
-    if isinstance(pt, SymbolicBackground):
-        table = allbcast(step_factors(pt.Om0, [ai, af], pt.Ok0), pm.comm)
-        return [pick(table, i) for i in range(3)]
     ac = (ai * af) ** 0.5
     return (float(KickFactor(pt, ai, ai, ac) * 1.5 * pt.Om0), float(DriftFactor(pt, ai, ac, af)),
             float(KickFactor(pt, ac, af, af) * 1.5 * pt.Om0))

@@ -87,11 +87,13 @@ def _divergence(out, step, meshes, strides, halos, shape, axes, factors, start, 
             if axes > 1:
                 a, b, c, d = _neighbours(meshes[1], halos[1], shape, strides, 1, i, j)
                 for k in range(n):
-                    o[k] += factors[1] * (8 * (c[uintp(k * w)] - b[uintp(k * w)]) - (d[uintp(k * w)] - a[uintp(k * w)]))
+                    m = uintp(k * w)
+                    o[k] += factors[1] * (8 * (c[m] - b[m]) - (d[m] - a[m]))
             if axes > 2:
                 a, b, c, d = _neighbours(meshes[0], halos[0], shape, strides, 0, i, j)
                 for k in range(n):
-                    o[k] += factors[0] * (8 * (c[uintp(k * w)] - b[uintp(k * w)]) - (d[uintp(k * w)] - a[uintp(k * w)]))
+                    m = uintp(k * w)
+                    o[k] += factors[0] * (8 * (c[m] - b[m]) - (d[m] - a[m]))
 
 
 def gradient(outs, mesh, factors, halos, beside=None):

@@ -197,7 +197,8 @@ def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
     whole = False
 
     # The loop that gathers
-    def gather(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, out, out_step, speed, slope, coef, coef_step, given, add):
+    def gather(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, out, out_step, speed,
+               slope, coef, coef_step, given, add):
         shape, stride, scale, translate, origin, period = box
         low, high = 0, shape[0]
         for p in range(start, end):
