@@ -12,7 +12,7 @@ from pmesh.pm import BaseComplexField, Field, RealField
 from vmad_lit import Builder, operator
 from vmad_lit.core.error import BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.lib import fastpm, linalg
+from vmad_lit.lib import fastpm, linalg, loops
 from vmad_lit.lib.fastpm import ParticleMesh
 
 COMM = MPI.COMM_WORLD
@@ -673,3 +673,42 @@ class TestZerosOfSomeRanks:
             results = self.compare('vjp', name, silent, chosen)
             if len(chosen) == len(outputs) and len(silent) == COMM.size:
                 assert all(fastpm._is_zero(result) for result in results)
+
+
+@pytest.mark.parametrize('nmesh', [[8, 6, 4], [3, 2, 5], [2, 3], [7, 5], [1, 4, 4]], ids=str)
+@pytest.mark.parametrize('dtype', ['f4', 'f8'])
+def test_ranks_of_particles_are_those_that_numpy_finds(nmesh, dtype, monkeypatch):
+    """The loop that finds the ranks, beside passes over all particles; also outside of the box and on its edges."""
+    pm = ParticleMesh(nmesh, BoxSize=numpy.arange(1.0, len(nmesh) + 1), comm=COMM)
+    rng = numpy.random.default_rng(COMM.rank)
+    x = rng.uniform(-2, 3, size=(40 + COMM.rank, len(nmesh))) * pm.BoxSize
+    x[:20] = numpy.round(x[:20] * pm.Nmesh / pm.BoxSize * 2) / 2 * pm.BoxSize / pm.Nmesh
+    for count in 0, len(x):
+        for support in range(1, 7):
+            layouts = []
+            for which in loops, None:
+                monkeypatch.setattr(fastpm, 'loops', which)
+                layouts.append(fastpm._make_layout(x[:count].astype(dtype), pm, support))
+            found, want = layouts
+            assert numpy.array_equal(found.sendcounts, want.sendcounts)
+            assert numpy.array_equal(found.indices, want.indices)
+
+
+@pytest.mark.parametrize('dtype', ['f4', 'f8', 'c8', 'c16', 'i4', '?'])
+@pytest.mark.parametrize('shape', [(), (3,), (2, 2)])
+def test_rows_of_any_kind_travel(dtype, shape):
+    """There and back, each row comes multiplied by the number of its copies."""
+    pm = ParticleMesh([8, 6, 4], BoxSize=1.0, comm=COMM)
+    rng = numpy.random.default_rng(COMM.rank)
+    x = rng.uniform(size=(30 + 5 * COMM.rank, 3))
+    layout = fastpm._make_layout(x, pm, 4)
+    data = rng.integers(0, 2 if dtype == '?' else 50, size=(len(x),) + shape).astype(dtype)
+    copies = layout.gather(layout.exchange(numpy.ones(len(x)))).reshape((-1,) + (1,) * len(shape))
+    back = layout.gather(layout.exchange(data))
+    assert back.dtype == data.dtype and back.shape == data.shape
+    assert_allclose(back, data * copies if dtype != '?' else data)
+    positions = layout.exchange(x)
+    assert len(positions) == layout.recvlength
+    out = numpy.empty_like(data)
+    assert layout.gather(layout.exchange(data), out=out) is out
+    assert_allclose(out, back)

@@ -4,7 +4,7 @@ Cotangents of half-stored complex fields refer to the inner product in which a m
 its conjugate is not stored. Positions are arrays (N, ndim), in the units of the box.
 """
 import weakref
-from functools import partial
+from functools import cached_property, partial
 
 import numpy
 from mpi4py import MPI
@@ -550,6 +550,8 @@ def _touched_domains(x, pm, support):
 
 def _make_layout(x, pm, support):
     """A layout that sends each particle to exactly the ranks that hold cells of its window."""
+    if loops is not None:
+        return GhostLayout(pm.comm, len(x), *loops.find_ranks(x, *_axes_of_domains(pm), support, pm.comm.size))
     ranks = pm.domain.DomainAssign[_touched_domains(x, pm, support)]
     counts = numpy.zeros(pm.comm.size, dtype='i4')
     rows = [numpy.empty(0, dtype='i8')]
@@ -557,6 +559,21 @@ def _make_layout(x, pm, support):
         rows.append(numpy.flatnonzero((ranks == rank).any(axis=0)))
         counts[rank] = len(rows[-1])
     return GhostLayout(pm.comm, len(x), counts, numpy.concatenate(rows))
+
+
+def _axes_of_domains(pm):
+    """What `loops.find_ranks` wants to know of the domains of a mesh."""
+    def make():
+        shape, domain = pm.domain.shape, pm.domain
+        axes = [d for d in range(pm.ndim) if shape[d] > 1] or [0]
+        owners = []
+        for d in axes:
+            widths = numpy.diff(domain.edges[d])
+            owners.append(numpy.repeat(numpy.arange(len(widths)), widths) * int(numpy.prod(shape[d + 1:])))
+        scales = tuple(float(pm.affine.scale[d]) for d in axes)
+        return tuple(axes), scales, tuple(owners), numpy.asarray(domain.DomainAssign).ravel().astype('i8')
+
+    return _keep(pm, 'axes_of_domains', make)
 
 
 class GhostLayout(Layout):
@@ -576,10 +593,12 @@ class GhostLayout(Layout):
         if len(data) != self.recvlength:
             raise ValueError(f"the layout has {self.recvlength} particles on this rank, ghosts included, "
                              f"but the data is for {len(data)}")
-        rows = _deliver(self.comm, data, self.recvcounts, self.sendcounts)
-        total = numpy.zeros((self.sendlength,) + rows.shape[1:], dtype=rows.dtype)
-        for start, count in zip(_starts(self.sendcounts), self.sendcounts):
-            total[self.indices[start:start + count]] += rows[start:start + count]
+        stay, others = self._rows
+        to, fro = (self._abroad(self.recvcounts)[0], _starts(self.recvcounts)), self._abroad(self.sendcounts)
+        rows = _deliver(self.comm, data, to, fro, memory.empty((len(others),) + data.shape[1:], data.dtype))
+        total = memory.zeros((self.sendlength,) + rows.shape[1:], rows.dtype)
+        _add_rows(total, stay, data[self._own(self.recvcounts)], [len(stay)])
+        _add_rows(total, others, rows, fro[0])
         if out is None:
             return total
         out[...] = total
@@ -590,18 +609,40 @@ class GhostLayout(Layout):
         if len(data) != self.sendlength:
             raise ValueError(f"the layout was made for {self.sendlength} particles, "
                              f"but the data is for {len(data)}")
-        return _deliver(self.comm, data.take(self.indices, axis=0), self.sendcounts, self.recvcounts)
+        received = memory.empty((self.recvlength,) + data.shape[1:], data.dtype)
+        stay, others = self._rows
+        numpy.take(data, stay, axis=0, out=received[self._own(self.recvcounts)], mode='clip')
+        to, fro = self._abroad(self.sendcounts), (self._abroad(self.recvcounts)[0], _starts(self.recvcounts))
+        return _deliver(self.comm, data.take(others, axis=0), to, fro, received)
+
+    @cached_property
+    def _rows(self):
+        """The numbers of the rows that stay on this rank, and of those that go to others."""
+        own = self._own(self.sendcounts)
+        return self.indices[own], numpy.concatenate([self.indices[:own.start], self.indices[own.stop:]])
+
+    def _own(self, counts):
+        """Where the rows for or from this rank are."""
+        start = int(_starts(counts)[self.comm.rank])
+        return slice(start, start + int(counts[self.comm.rank]))
+
+    def _abroad(self, counts):
+        """The counts for all ranks but this one, and where their rows begin if they lie one after the other."""
+        counts = numpy.array(counts)
+        counts[self.comm.rank] = 0
+        return counts, _starts(counts)
 
 
-def _deliver(comm, rows, sendcounts, recvcounts):
-    """Rows from all ranks, by one `Alltoallv`; the counts are rows to and from each rank."""
+def _deliver(comm, rows, to, fro, received):
+    """Rows to and from all ranks by one `Alltoallv`, into `received`.
+
+    `to` and `fro` are how many rows there are for each rank, and where they begin.
+    """
     rows = numpy.ascontiguousarray(rows)
-    received = memory.empty((sum(recvcounts),) + rows.shape[1:], rows.dtype)
     row = MPI.BYTE.Create_contiguous(rows.dtype.itemsize * int(numpy.prod(rows.shape[1:])))
     row.Commit()
     try:
-        comm.Alltoallv([rows, (sendcounts, _starts(sendcounts)), row],
-                       [received, (recvcounts, _starts(recvcounts)), row])
+        comm.Alltoallv([rows, to, row], [received, fro, row])
     finally:
         row.Free()
     return received
@@ -609,6 +650,14 @@ def _deliver(comm, rows, sendcounts, recvcounts):
 
 def _starts(counts):
     return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype('i4')
+
+
+def _add_rows(total, indices, rows, counts):
+    """Add rows to those of `total` with some numbers, of which `counts` in a row are different."""
+    if loops is not None and loops.add_rows(total, indices, rows):
+        return
+    for start, count in zip(_starts(counts), counts):
+        total[indices[start:start + count]] += rows[start:start + count]
 
 
 class IdentityLayout:
@@ -1025,7 +1074,9 @@ def _halo(pm, value, axis):
     if len(pm.domain.edges[axis]) == 2:
         return None
     sends, receives, *counts = _keep(pm, ('halo', axis), lambda: _halo_plan(pm, axis))
-    planes = _deliver(pm.comm, numpy.moveaxis(value, axis, 0)[sends], *counts)
+    planes = numpy.moveaxis(value, axis, 0)[sends]
+    received = numpy.empty((len(receives),) + planes.shape[1:], planes.dtype)
+    planes = _deliver(pm.comm, planes, *((n, _starts(n)) for n in counts), received)
     shape = list(value.shape)
     shape[axis] = 4
     halo = numpy.empty(shape, value.dtype)

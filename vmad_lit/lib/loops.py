@@ -12,6 +12,72 @@ from vmad_lit.lib.window import _run as run_on_threads, _shares as share_out, _v
 
 
 @compiled
+def _find_ranks(places, rows, fill, pos, step, axes, scales, owners, assign, support, seen):
+    domains, count = numpy.zeros((3, support), 'i8'), numpy.ones(3, 'i8')
+    for p in range(len(pos) // step):
+        # Find the domains along each axis
+        for i in range(len(axes)):
+            x = pos[p * step + axes[i]] * scales[i]
+            first = int(numpy.floor(x + 0.5 * (support % 2))) - (support - 1) // 2
+            count[i] = 0
+            for k in range(support):
+                owner = owners[i][(first + k) % len(owners[i])]
+                if count[i] == 0 or domains[i, count[i] - 1] != owner:
+                    domains[i, count[i]] = owner
+                    count[i] += 1
+        for a in range(count[0]):
+            for b in range(count[1]):
+                for c in range(count[2]):
+                    rank = assign[domains[0, a] + domains[1, b] + domains[2, c]]
+                    if seen[rank] != p:
+                        seen[rank] = p
+                        if fill:
+                            rows[places[rank]] = p
+                        places[rank] += 1
+
+
+def find_ranks(pos, axes, scales, owners, assign, support, nrank):
+    """The particles to send to each rank that holds cells of their windows.
+
+    Parameters
+    ----------
+    pos : (N, ndim) positions
+    axes : those that are divided
+    scales : cells in a unit of length, along each of these
+    owners : for each of these axes the domain of each plane, as its share in the number of the domain
+    assign : the rank of each domain
+    support : of the window, in cells
+    nrank : the number of ranks
+
+    Returns
+    -------
+    counts, rows : how many particles there are for each rank, and their numbers, rank by rank
+    """
+    flat, counts = as_flat(numpy.ascontiguousarray(pos))[0], numpy.zeros(nrank, 'i8')
+    rest = flat, pos.shape[1], axes, scales, owners, assign, support
+    _find_ranks(counts, numpy.empty(0, 'i8'), False, *rest, numpy.full(nrank, -1))
+    rows, ends = numpy.empty(counts.sum(), 'i8'), numpy.cumsum(counts)
+    _find_ranks(ends - counts, rows, True, *rest, numpy.full(nrank, -1))
+    return counts.astype('i4'), rows
+
+
+@compiled
+def _add_rows(total, indices, rows, width):
+    for i in range(len(indices)):
+        for c in range(width):
+            total[indices[i] * width + c] += rows[i * width + c]
+
+
+def add_rows(total, indices, rows):
+    """Add rows to those of `total` with the numbers `indices`, if they are real or complex; tells whether."""
+    if total.dtype.char not in 'fdFD' or rows.dtype != total.dtype:
+        return False
+    flat = [as_flat(numpy.ascontiguousarray(x).view(x.real.dtype))[0] for x in (total, rows)]
+    _add_rows(flat[0], indices, flat[1], flat[0].size // max(1, len(total)))
+    return True
+
+
+@compiled
 def _row(mesh, halo, shape, strides, axis, i, j, step):
     """The row that is `step` planes further along an axis than that at i, j, from the mesh or its halo."""
     n, length = shape[axis], (shape[2] - 1) * strides[2] + 1
