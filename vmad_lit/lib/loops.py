@@ -16,15 +16,28 @@ def _find_ranks(places, rows, fill, pos, step, axes, scales, owners, assign, sup
     domains, count = numpy.zeros((3, support), 'i8'), numpy.ones(3, 'i8')
     for p in range(len(pos) // step):
         # Find the domains along each axis
+        alone, first = True, 0
         for i in range(len(axes)):
+            owner, n = owners[i], len(owners[i])
             x = pos[p * step + axes[i]] * scales[i]
-            first = int(numpy.floor(x + 0.5 * (support % 2))) - (support - 1) // 2
-            count[i] = 0
-            for k in range(support):
-                owner = owners[i][(first + k) % len(owners[i])]
-                if count[i] == 0 or domains[i, count[i] - 1] != owner:
-                    domains[i, count[i]] = owner
-                    count[i] += 1
+            plane = int(numpy.floor(x + 0.5 * (support % 2))) - (support - 1) // 2
+            plane = plane if 0 <= plane < n else plane % n
+            last, k = owner[uintp(plane)], 1
+            domains[i, 0] = last
+            for _ in range(support - 1):
+                plane = plane + 1 if plane + 1 < n else 0
+                if owner[uintp(plane)] != last:
+                    last = owner[uintp(plane)]
+                    domains[i, k] = last
+                    k += 1
+            count[i] = k
+            alone, first = alone and k == 1, first + domains[i, 0]
+        if alone:
+            rank = uintp(assign[uintp(first)])
+            if fill:
+                rows[uintp(places[rank])] = p
+            places[rank] += 1
+            continue
         for a in range(count[0]):
             for b in range(count[1]):
                 for c in range(count[2]):
