@@ -200,11 +200,15 @@ def breakdown(task):
 
     from vmad_lit.lib import fastpm, loops
 
+    windows = "paint", "readout", "spread", "gradient", "slopes", "paint_vjp", "paint_jvp", "readout_jvp"
+    differences = "gradient", "divergence", "difference", "second_invariant", "second_invariant_vjp"
+    updates = "advance", "kick_and_drift", "pull_kick_and_drift"
     kinds = {
-        "paint and read out": [(fastpm._Window, name) for name in vars(fastpm._Window) if name.startswith(("paint", "read"))],
-        "FFT": [(RealField, "r2c"), (BaseComplexField, "c2r")],
+        "paint and read out": [(fastpm._Window, name) for name in windows],
+        "FFT": [(RealField, "r2c"), (BaseComplexField, "c2r"), (fastpm, "_transform")],
         "transfer functions": [(fastpm, "_times")],
-        "differences": [(loops, "difference"), (loops, "second_invariant"), (loops, "second_invariant_vjp"), (fastpm, "_halo")],
+        "differences": [*((loops, name) for name in differences), (fastpm, "_halo")],
+        "kicks and drifts": [*((loops, name) for name in updates), (fastpm, "_multiple")],
         "decompose and exchange": [(fastpm, "_make_layout"), (fastpm, "_exchange"), (fastpm, "_gather")],
     }
     spent, running, before = dict.fromkeys(kinds, 0.0), [], []
