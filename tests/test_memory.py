@@ -1,12 +1,14 @@
 """Memory that is used again: nobody's numbers are overwritten, and no more is held than there should be."""
 import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmad_lit.core.tape import weigh
 from vmad_lit.lib import memory
 
 N = memory.LEAST // 8
@@ -53,6 +55,12 @@ def test_used_again_when_the_last_view_is_gone():
     assert memory.empty((N, 2)).ctypes.data != where
     del view
     assert memory.empty((2, N)).ctypes.data == where
+
+
+def test_arrays_are_weighed_once():
+    array = memory.empty((N, 2))
+    assert weigh([array, array.T, array], {}) == array.nbytes
+    assert weigh([array[1:], array], weakref.WeakValueDictionary()) == array.nbytes
 
 
 def test_new_memory_takes_the_place_of_what_is_idle():

@@ -1,4 +1,4 @@
-"""Compiled loops over meshes and rows: differences of neighbours, and updates in one pass.
+"""Compiled loops over particles, meshes and rows: who needs what, differences, and updates in one pass.
 
 Threads share the work as they do in the windows.
 """

@@ -17,7 +17,7 @@ _returned = deque()
 class _Piece:
     """What an array holds on to: a piece of memory that returns when the array and all its views are gone."""
 
-    __slots__ = 'memory', '__array_interface__'
+    __slots__ = 'memory', '__array_interface__', '__weakref__'
 
     def __init__(self, memory, shape, dtype):
         self.memory = memory
@@ -25,6 +25,11 @@ class _Piece:
 
     def __del__(self, put_back=_returned.append):
         put_back(self.memory)
+
+    @property
+    def nbytes(self):
+        """The size of the piece, for those who weigh arrays by what owns their memory."""
+        return self.memory.nbytes
 
 
 class _Store:
