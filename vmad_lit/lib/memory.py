@@ -21,7 +21,8 @@ class _Piece:
 
     def __init__(self, memory, shape, dtype):
         self.memory = memory
-        self.__array_interface__ = dict(version=3, shape=shape, typestr=dtype.str, data=(memory.ctypes.data, False))
+        self.__array_interface__ = dict(version=3, shape=shape, typestr=dtype.str,
+                                        data=(memory.ctypes.data, False))
 
     def __del__(self, put_back=_returned.append):
         put_back(self.memory)
@@ -43,16 +44,18 @@ class _Store:
         """A piece of so many bytes."""
         with self.lock:
             self.collect()
-            for i in reversed(range(len(self.idle))):
-                if self.idle[i].nbytes == nbytes:
-                    break
-            else:
+            piece = self.find(nbytes)
+            if piece is None:
                 self.make_room(nbytes)
-                i, self.held = len(self.idle), self.held + nbytes
-                self.idle.append(allocate(nbytes))
-            piece = self.idle.pop(i)
+                piece = allocate(nbytes)
+                self.held += nbytes
             self.peak = max(self.peak, self.used())
         return piece
+
+    def find(self, nbytes):
+        for i in reversed(range(len(self.idle))):
+            if self.idle[i].nbytes == nbytes:
+                return self.idle.pop(i)
 
     def collect(self):
         while _returned:
