@@ -9,6 +9,7 @@ pytest.importorskip("pmesh")
 from mpi4py import MPI
 
 from vmad_lit import Builder
+from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import fastpm
 from vmad_lit.lib.cosmology import Cosmology, MatterDominated
 from vmad_lit.lib.fastpm import FastPMSimulation, ParticleMesh
@@ -231,6 +232,26 @@ def test_a_force_that_keeps_positions_only(order):
     for a, b in zip(*results):
         np.testing.assert_allclose(a, b, atol=1e-12)
     assert sizes[0] - sizes[1] >= 8 * pm.Nmesh.prod()
+
+
+@pytest.mark.parametrize("given", ["dx", "p", "f"])
+def test_a_cotangent_that_is_zero_on_some_ranks_only(given):
+    """The others' cotangents pass through the same meshes: it must be as if the zero had been spelled out."""
+    pm, _ = make("uneven")
+    q = pm.generate_uniform_particle_grid(shift=0.5)
+    dx_i, p_i, w = np.random.default_rng(COMM.rank).normal(size=(3,) + q.shape)
+    with Builder() as m:
+        dx, p, f = fastpm.reversible_leapfrog(*m.input("dx_i", "p_i"), np.array([0.1, 0.3, 0.45, -0.2, 0.15]), q, pm)
+        m.output(dx=dx, p=p, f=f)
+    results = []
+    for zero in ZeroGradient, 0 * w:
+        cotangents = dict(_dx=w, _p=w, _f=w)
+        if COMM.rank == 0:
+            cotangents[f"_{given}"] = zero
+        _, pulled = m.compute_with_vjp(dict(dx_i=dx_i, p_i=p_i), cotangents)
+        results.append(pulled)
+    for a, b in zip(*results):
+        np.testing.assert_allclose(a, b, atol=1e-12)
 
 
 def test_nothing_but_the_end_is_kept():

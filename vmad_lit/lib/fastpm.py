@@ -1983,7 +1983,9 @@ class reversible_leapfrog:
         dtypes = _agree(pm.comm, _dx, _p, _f)
         if not any(dtypes):
             return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _factors=ZeroGradient)
-        _dx, _p = (_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype) for _y in (_dx, _p))
+        _dx, _p, _f = (_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype) for _y in (_dx, _p, _f))
+        if dtypes[2] is None:
+            _f = ZeroGradient
         dx, p = _copy(dx), _copy(p)
         _factors = numpy.zeros(len(factors))
         for i, f, record in reversible_leapfrog.undo(dx, p, factors, q, pm):
