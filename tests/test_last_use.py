@@ -19,41 +19,31 @@ class Watch:
         self.made, self.seen = [], []
         watch = self
 
-        @operator
-        class keep:
+        class watched:
             ain = {"x": "*"}
             aout = {"y": "*"}
-            hvp = ZeroGradient
 
             def apl(node, x):
                 return dict(y=x * 1.0, big=watch.array())
+
+            def vjp(node, _y, big):
+                watch.seen.append(watch.alive())
+                return dict(_x=_y + 0 * big[0])
+
+            def jvp(node, x_, big):
+                watch.seen.append(watch.alive())
+                return dict(y_=x_ + 0 * big[0])
+
+        @operator
+        class keep_extra(watched):
+            pass
+
+        @operator
+        class keep(watched):
+            hvp = ZeroGradient
 
             def rcd(node, x, y, big):
                 return dict(big=big)
-
-            def vjp(node, _y, big):
-                watch.seen.append(watch.alive())
-                return dict(_x=_y + 0 * big[0])
-
-            def jvp(node, x_, big):
-                watch.seen.append(watch.alive())
-                return dict(y_=x_ + 0 * big[0])
-
-        @operator
-        class keep_extra:
-            ain = {"x": "*"}
-            aout = {"y": "*"}
-
-            def apl(node, x):
-                return dict(y=x * 1.0, big=watch.array())
-
-            def vjp(node, _y, big):
-                watch.seen.append(watch.alive())
-                return dict(_x=_y + 0 * big[0])
-
-            def jvp(node, x_, big):
-                watch.seen.append(watch.alive())
-                return dict(y_=x_ + 0 * big[0])
 
         @autooperator("x -> y")
         def inner(x, n):

@@ -117,7 +117,6 @@ class Plan:
         self.size: int
         self._last_reads: dict[int, int] = {}
         self._spending: list[Step] | None = None
-        self._extras: set[int] = set()
         with undisturbed():
             self.nodes, self._last_use = find_needed(graph, self.vout)
             # Find out what is recorded
@@ -187,15 +186,17 @@ class Plan:
 
     def _add_step(self, function: Callable[..., None], *operands: Any) -> int:
         slot = self._new_slot()
-        self._note_reads([read for item in operands if type(item) in (int, list) for read in numbers_in(item)])
+        self._note_reads(operands)
         self.steps.append((function, None, slot, *operands))
         return slot
 
-    def _note_reads(self, slots: Iterable[int]) -> None:
-        """Note that the next step reads these slots, if they are on the tape."""
-        for slot in slots:
-            if slot < self.offset:
-                self._last_reads[slot] = len(self.steps)
+    def _note_reads(self, operands: Iterable[Any]) -> None:
+        """Note that the next step reads what of these are slots on the tape, or lists of slots."""
+        if self.base is None:
+            return
+        for operand in operands:
+            if type(operand) in (int, list):
+                self._last_reads.update((slot, len(self.steps)) for slot in numbers_in(operand) if slot < self.offset)
 
     def _record_of(self, node: Node) -> Any:
         """What the original of a derived node recorded: the slot of a dict, or a dict of slots by name."""
@@ -267,7 +268,6 @@ class Plan:
                 kept = self.records[node] = self._new_slot()
             elif operator.recorded:
                 extras = [(name, self._new_slot()) for name in operator.extras]
-                self._extras.update(slot for _, slot in extras)
                 places = dict(zip(names, ins))
                 self.records[node] = {
                     name: places[name] if name in places else self._target(symbol)
@@ -406,11 +406,11 @@ class Plan:
                 if slot not in outputs:
                     last = self._last_reads.get(slot, -1)
                     dropped.setdefault(last // block, []).append(slot)
-            extras = self.base._extras if self.base else set()
             tapes: dict[int, list[int]] = {}
-            for slot in extras:
-                if slot in self._last_reads:
-                    tapes.setdefault(self._last_reads[slot], []).append(slot)
+            for node, record in self.base.records.items() if self.base else ():
+                for name in node.primitive.operator.extras if type(record) is dict else ():
+                    if record[name] in self._last_reads:
+                        tapes.setdefault(self._last_reads[record[name]], []).append(record[name])
             self._spending = [(drop, None, dropped[-1])] if -1 in dropped else []
             for i, step in enumerate(self.steps):
                 if i in tapes:

@@ -593,12 +593,11 @@ class GhostLayout(Layout):
         if len(data) != self.recvlength:
             raise ValueError(f"the layout has {self.recvlength} particles on this rank, ghosts included, "
                              f"but the data is for {len(data)}")
-        stay, others = self._rows
-        to, fro = (self._abroad(self.recvcounts)[0], _starts(self.recvcounts)), self._abroad(self.sendcounts)
-        rows = _deliver(self.comm, data, to, fro, memory.empty((len(others),) + data.shape[1:], data.dtype))
+        stay, others, there, here, own = self._ways
+        rows = _deliver(self.comm, data, here, there, memory.empty((len(others),) + data.shape[1:], data.dtype))
         total = memory.zeros((self.sendlength,) + rows.shape[1:], rows.dtype)
-        _add_rows(total, stay, data[self._own(self.recvcounts)], [len(stay)])
-        _add_rows(total, others, rows, fro[0])
+        _add_rows(total, stay, data[own])
+        _add_rows(total, others, rows)
         if out is None:
             return total
         out[...] = total
@@ -610,27 +609,25 @@ class GhostLayout(Layout):
             raise ValueError(f"the layout was made for {self.sendlength} particles, "
                              f"but the data is for {len(data)}")
         received = memory.empty((self.recvlength,) + data.shape[1:], data.dtype)
-        stay, others = self._rows
-        numpy.take(data, stay, axis=0, out=received[self._own(self.recvcounts)], mode='clip')
-        to, fro = self._abroad(self.sendcounts), (self._abroad(self.recvcounts)[0], _starts(self.recvcounts))
-        return _deliver(self.comm, data.take(others, axis=0), to, fro, received)
+        stay, others, there, here, own = self._ways
+        numpy.take(data, stay, axis=0, out=received[own], mode='clip')
+        return _deliver(self.comm, data.take(others, axis=0), there, here, received)
 
     @cached_property
-    def _rows(self):
-        """The numbers of the rows that stay on this rank, and of those that go to others."""
-        own = self._own(self.sendcounts)
-        return self.indices[own], numpy.concatenate([self.indices[:own.start], self.indices[own.stop:]])
+    def _ways(self):
+        """What stays and what travels.
 
-    def _own(self, counts):
-        """Where the rows for or from this rank are."""
-        start = int(_starts(counts)[self.comm.rank])
-        return slice(start, start + int(counts[self.comm.rank]))
-
-    def _abroad(self, counts):
-        """The counts for all ranks but this one, and where their rows begin if they lie one after the other."""
-        counts = numpy.array(counts)
-        counts[self.comm.rank] = 0
-        return counts, _starts(counts)
+        The numbers of the rows that stay on this rank, and of those that go to others; how many go to each
+        and where they begin, one after the other; how many come from each, and where they belong among all
+        that are here; and the slice of these that never left.
+        """
+        me, (sent, received) = self.comm.rank, map(numpy.array, (self.sendcounts, self.recvcounts))
+        (first, start), stays = (int(_starts(counts)[me]) for counts in (sent, received)), int(sent[me])
+        others = numpy.concatenate([self.indices[:first], self.indices[first + stays:]])
+        places = _starts(received)
+        sent[me] = received[me] = 0
+        return (self.indices[first:first + stays], others, (sent, _starts(sent)), (received, places),
+                slice(start, start + stays))
 
 
 def _deliver(comm, rows, to, fro, received):
@@ -652,12 +649,10 @@ def _starts(counts):
     return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype('i4')
 
 
-def _add_rows(total, indices, rows, counts):
-    """Add rows to those of `total` with some numbers, of which `counts` in a row are different."""
-    if loops is not None and loops.add_rows(total, indices, rows):
-        return
-    for start, count in zip(_starts(counts), counts):
-        total[indices[start:start + count]] += rows[start:start + count]
+def _add_rows(total, indices, rows):
+    """Add rows to those of `total` with the numbers `indices`, each as often as it is there."""
+    if loops is None or not loops.add_rows(total, indices, rows):
+        numpy.add.at(total, indices, rows)
 
 
 class IdentityLayout:
@@ -1121,16 +1116,13 @@ def _divergence(pm, meshes):
     return total
 
 
-def _interleaved(pm, count):
+def _interleaved(pm, count, make=memory.empty):
     """Arrays for this rank's part of a mesh, with the numbers of all of them for a point side by side."""
-    shape = pm.create(type=RealField).shape
-    return list(numpy.moveaxis(memory.empty(shape + (count,), pm.dtype), -1, 0))
+    shape = _keep(pm, 'local shape', lambda: pm.create(type=RealField).shape)
+    return list(numpy.moveaxis(make(shape + (count,), pm.dtype), -1, 0))
 
 
-def _interleaved_zeros(pm, count):
-    components = _interleaved(pm, count)
-    components[0].base.fill(0)
-    return components
+_interleaved_zeros = partial(_interleaved, make=memory.zeros)
 
 
 @operator
@@ -1616,7 +1608,7 @@ def DriftFactor(pt, ai, ac, af):
 def _advance(x, v, c, out=None):
     """x + c * v in the precision of x, as a new array or in `out`."""
     if _alike(x, v):
-        return loops.advance(memory.empty(x.shape, x.dtype) if out is None else out, x, v, c)
+        return loops.advance(memory.empty_like(x) if out is None else out, x, v, c)
     y = v * c
     return numpy.add(x, y, out=out if out is not None else y if x.dtype == y.dtype else None)
 
@@ -1663,18 +1655,14 @@ def _multiple(x, c):
     if isinstance(c, float) and c == 1.0:
         return x
     if isinstance(c, float) and isinstance(x, numpy.ndarray):
-        return numpy.multiply(x, c, out=_like_this(x))
+        return numpy.multiply(x, c, out=memory.empty_like(x))
     return x * c
 
 
 def _copy(x):
-    y = _like_this(x)
+    y = memory.empty_like(x)
     y[...] = x
     return y
-
-
-def _like_this(x):
-    return memory.empty(x.shape, x.dtype)
 
 
 def _plus(x, v, c):
@@ -1983,9 +1971,9 @@ class reversible_leapfrog:
         dtypes = _agree(pm.comm, _dx, _p, _f)
         if not any(dtypes):
             return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _factors=ZeroGradient)
-        _dx, _p, _f = (_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype) for _y in (_dx, _p, _f))
-        if dtypes[2] is None:
-            _f = ZeroGradient
+        if dtypes[2] is not None:
+            _f = _rows(0.0 if _is_zero(_f) else _f, dx.shape, dx.dtype)
+        _dx, _p = (_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype) for _y in (_dx, _p))
         dx, p = _copy(dx), _copy(p)
         _factors = numpy.zeros(len(factors))
         for i, f, record in reversible_leapfrog.undo(dx, p, factors, q, pm):

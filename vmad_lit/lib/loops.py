@@ -106,8 +106,12 @@ def _row(mesh, halo, shape, strides, axis, i, j, step):
 
 
 @compiled
-def _neighbours(mesh, halo, shape, strides, axis, i, j):
-    """The four rows around that at i, j along the first or the second axis."""
+def _neighbours(mesh, halo, shape, strides, axis, i, j, row):
+    """The four rows around that at i, j along an axis; along the last, parts of `row`, which holds it and its ends."""
+    if axis == 2:
+        _put_aside(row, mesh, shape, strides, i, j)
+        n = shape[2]
+        return row[:n], row[1:n + 1], row[3:n + 3], row[4:n + 4]
     return (_row(mesh, halo, shape, strides, axis, i, j, -2), _row(mesh, halo, shape, strides, axis, i, j, -1),
             _row(mesh, halo, shape, strides, axis, i, j, 1), _row(mesh, halo, shape, strides, axis, i, j, 2))
 
@@ -126,25 +130,16 @@ def _put_aside(row, mesh, shape, strides, i, j):
 
 @compiled
 def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, start, end):
-    n = shape[2]
+    n, w = shape[2], step[2]
     row = numpy.empty(n + 4, mesh.dtype)
     for i in range(start, end):
         for j in range(shape[1]):
-            first, w = i * step[0] + j * step[1], step[2]
-            if axes > 2:
-                a, b, c, d = _neighbours(mesh, halos[0], shape, strides, 0, i, j)
-                o = outs[0][first:]
+            first = i * step[0] + j * step[1]
+            for axis in range(3 - axes, 3):
+                a, b, c, d = _neighbours(mesh, halos[axis], shape, strides, axis, i, j, row)
+                o, factor = outs[axis][first:], factors[axis]
                 for k in range(n):
-                    o[uintp(k * w)] = factors[0] * (8 * (c[k] - b[k]) - (d[k] - a[k]))
-            if axes > 1:
-                a, b, c, d = _neighbours(mesh, halos[1], shape, strides, 1, i, j)
-                o = outs[1][first:]
-                for k in range(n):
-                    o[uintp(k * w)] = factors[1] * (8 * (c[k] - b[k]) - (d[k] - a[k]))
-            _put_aside(row, mesh, shape, strides, i, j)
-            o = outs[2][first:]
-            for k in range(n):
-                o[uintp(k * w)] = factors[2] * (8 * (row[k + 3] - row[k + 1]) - (row[k + 4] - row[k]))
+                    o[uintp(k * w)] = factor * (8 * (c[k] - b[k]) - (d[k] - a[k]))
             if len(beside):
                 own = i * strides[0] + j * strides[1]
                 o, a = outs[3][first:], beside[own:own + n]
@@ -154,25 +149,22 @@ def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, st
 
 @compiled
 def _divergence(out, step, meshes, strides, halos, shape, axes, factors, start, end):
-    n = shape[2]
+    n, w = shape[2], strides[2]
     row = numpy.empty(n + 4, meshes[2].dtype)
     for i in range(start, end):
         for j in range(shape[1]):
-            first, w = i * step[0] + j * step[1], strides[2]
+            first = i * step[0] + j * step[1]
             o = out[first:first + n]
-            _put_aside(row, meshes[2], shape, strides, i, j)
-            for k in range(n):
-                o[k] = factors[2] * (8 * (row[k + 3] - row[k + 1]) - (row[k + 4] - row[k]))
-            if axes > 1:
-                a, b, c, d = _neighbours(meshes[1], halos[1], shape, strides, 1, i, j)
-                for k in range(n):
-                    m = uintp(k * w)
-                    o[k] += factors[1] * (8 * (c[m] - b[m]) - (d[m] - a[m]))
-            if axes > 2:
-                a, b, c, d = _neighbours(meshes[0], halos[0], shape, strides, 0, i, j)
-                for k in range(n):
-                    m = uintp(k * w)
-                    o[k] += factors[0] * (8 * (c[m] - b[m]) - (d[m] - a[m]))
+            for axis in range(2, 2 - axes, -1):
+                a, b, c, d = _neighbours(meshes[axis], halos[axis], shape, strides, axis, i, j, row)
+                factor = factors[axis]
+                if axis == 2:
+                    for k in range(n):
+                        o[k] = factor * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+                else:
+                    for k in range(n):
+                        m = uintp(k * w)
+                        o[k] += factor * (8 * (c[m] - b[m]) - (d[m] - a[m]))
 
 
 def gradient(outs, mesh, factors, halos, beside=None):
@@ -208,8 +200,8 @@ def _over_planes(loop, out, step, mesh, strides, like, factors, halos, *more_arg
     more, none = 3 - like.ndim, numpy.empty(0, like.dtype)
     shape = (1,) * more + like.shape
     out, mesh = (tuple(x[:1] * more + x) if isinstance(x, list) else x for x in (out, mesh))
-    halos = [none] * more + [none if halo is None else _spread_out(halo, strides[2]) for halo in halos]
-    rest = tuple(halos[:2]), shape, like.ndim, (1.0,) * more + tuple(map(float, factors))
+    halos = [none] * more + [none if halo is None else _spread_out(halo, strides[2]) for halo in halos] + [none]
+    rest = tuple(halos), shape, like.ndim, (1.0,) * more + tuple(map(float, factors))
     share_planes(partial(loop, out, step, mesh, strides, *rest, *more_arguments), shape)
 
 
@@ -240,11 +232,7 @@ def _difference(out, step, mesh, strides, halo, shape, axis, factor, add, start,
     row = numpy.empty(n + 4, mesh.dtype)
     for i in range(start, end):
         for j in range(shape[1]):
-            if axis == 2:
-                _put_aside(row, mesh, shape, strides, i, j)
-                a, b, c, d = row[:n], row[1:n + 1], row[3:n + 3], row[4:n + 4]
-            else:
-                a, b, c, d = _neighbours(mesh, halo, shape, strides, axis, i, j)
+            a, b, c, d = _neighbours(mesh, halo, shape, strides, axis, i, j, row)
             first = i * step[0] + j * step[1]
             o = out[first:first + n]
             if add:
@@ -356,10 +344,7 @@ def _kick_and_drift(x_out, p_out, x, p, f, kick, drift, start, end):
 
 def kick_and_drift(x, p, f, kick, drift):
     """p + kick * f, and x plus drift times that, for C-ordered arrays of one shape and type."""
-    outs = [memory.empty(x.shape, x.dtype) for _ in range(2)]
-    flat = [out.reshape(-1) for out in outs] + [as_flat(a)[0] for a in (x, p, f)]
-    share(partial(_kick_and_drift, *flat, float(kick), float(drift)), x.size)
-    return outs
+    return _make_two(_kick_and_drift, [x, p, f], kick, drift)
 
 
 @compiled
@@ -371,7 +356,12 @@ def _pull_kick_and_drift(_p_out, _f, _x, _p, kick, drift, start, end):
 
 def pull_kick_and_drift(_x, _p, kick, drift):
     """The cotangents of the momentum and of the force from those of `kick_and_drift`."""
-    outs = [memory.empty(_x.shape, _x.dtype) for _ in range(2)]
-    flat = [out.reshape(-1) for out in outs] + [as_flat(a)[0] for a in (_x, _p)]
-    share(partial(_pull_kick_and_drift, *flat, float(kick), float(drift)), _x.size)
+    return _make_two(_pull_kick_and_drift, [_x, _p], kick, drift)
+
+
+def _make_two(loop, arrays, *numbers):
+    """Call a loop that fills two arrays, like those that it reads."""
+    outs = [memory.empty_like(arrays[0]) for _ in range(2)]
+    flat = [out.reshape(-1) for out in outs] + [as_flat(a)[0] for a in arrays]
+    share(partial(loop, *flat, *map(float, numbers)), arrays[0].size)
     return outs

@@ -93,6 +93,11 @@ def empty(shape, dtype='f8'):
     return numpy.asarray(_Piece(_store.take(int(nbytes)), shape, dtype))
 
 
+def empty_like(array):
+    """An array of the shape and type of another, in C order, with undefined contents."""
+    return empty(array.shape, array.dtype)
+
+
 def zeros(shape, dtype='f8'):
     """An array of zeros, as `numpy.zeros`."""
     array = empty(shape, dtype)

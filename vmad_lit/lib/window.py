@@ -666,7 +666,7 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
     cuts = _shares(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
         gather = _gather_loop(flats[0].dtype, pos.dtype, ndim, cells, n, speed is not None, slopes)
-        part = memory.empty(slope.shape) if first else slope
+        part = memory.empty_like(slope) if first else slope
         _run(gather, [
             (*flats, box, cuts[t], cuts[t + 1], pos, step,
              none if out is None else out.reshape(-1)[first:], width,
@@ -755,16 +755,20 @@ def paint_vjp(mesh, pos, mass=1.0, window='cic', transform=None, need_pos=True, 
     return (slope if need_pos else None), (out[:, 0] if need_mass else None)
 
 
+def _velocities(pos_, npart, ndim):
+    """The tangent of positions as flat memory with `ndim` numbers for each particle, also if it is one number."""
+    speed, step = _per_particle(pos_, npart, 'tangent of positions', ndim)
+    return speed if step else numpy.tile(speed, npart)
+
+
 def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window='cic', transform=None):
     """Add to `mesh` the tangent of painting along `pos_` (N, ndim) and `mass_` (N,); None is zero."""
     value = _mesh(mesh)
     change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), 'tangent of mass')
     speed, rate = None, 1.0
     if pos_ is not None:
-        speed, each = _per_particle(pos_, len(pos), 'tangent of positions', value.ndim)
+        speed = _velocities(pos_, len(pos), value.ndim)
         mass, mass_step = _per_particle(mass, len(pos), 'mass')
-        if not each:
-            speed = numpy.tile(speed, len(pos))
         if mass_step:
             speed = (speed.reshape(-1, value.ndim) * mass[:, None]).reshape(-1)
         else:
@@ -814,9 +818,7 @@ def readout_jvp(meshes, pos, pos_=None, meshes_=None, window='cic', transform=No
     out = memory.empty((len(pos), width))
     if pos_ is not None:
         values = _meshes(meshes if several else [meshes])
-        speed, step = _per_particle(pos_, len(pos), 'tangent of positions', values[0].ndim)
-        speed = speed if step else numpy.tile(speed, len(pos))
-        _gather(values, pos, window, transform, out=out, speed=speed)
+        _gather(values, pos, window, transform, out=out, speed=_velocities(pos_, len(pos), values[0].ndim))
     if meshes_ is not None:
         values = _meshes(meshes_ if several else [meshes_])
         _gather(values, pos, window, transform, out=out, add=pos_ is not None)
