@@ -266,27 +266,66 @@ def test_advance_and_scale(dtype):
 
 
 @pytest.mark.parametrize('dtype', ['f4', 'f8', 'mixed'])
-def test_kick_and_drift(dtype):
+def test_leap(dtype):
+    """A kick and a drift by the force, as an operator and as three, with derivatives by all that goes in."""
+    pm = make_mesh(dtype='f4' if dtype == 'f4' else 'f8')
+    q = pm.generate_uniform_particle_grid(shift=0.5).astype(pm.dtype)
     rng = np.random.default_rng(4 + COMM.rank)
-    dx, p, f = rng.normal(size=(3, 5 + COMM.rank, 3)).astype('f8' if dtype == 'mixed' else dtype)
+    dx, p = rng.normal(size=(2, *q.shape)).astype(pm.dtype)
     if dtype == 'mixed':
         p = np.asfortranarray(p)
-    for i in 0, 1:
-        check(lambda dx, p, f, kick, drift: fastpm.kick_and_drift(dx, p, f, *(allbcast(c, COMM) for c in (kick, drift)))[i],
-              dx, p, f, 0.7, -0.3, comm=COMM, universal=('x3', 'x4'), truth=[dx - 0.3 * (p + 0.7 * f), p + 0.7 * f][i])
-
-
-def test_both_results_of_a_kick_and_drift_at_once():
-    rng = np.random.default_rng(5 + COMM.rank)
-    arrays = rng.normal(size=(3, 40, 3))
-    check_dot_product(fastpm.kick_and_drift, *arrays, 0.7, -0.3, comm=None)
     with Builder() as m:
-        dx, p = fastpm.kick_and_drift(*m.input('dx', 'p', 'f'), 0.7, -0.3)
-        m.output(dx=dx, p=p)
-    _dx, _p = rng.normal(size=(2, 40, 3))
-    _, gradient = m.compute_with_vjp(dict(zip(('dx', 'p', 'f'), arrays)), dict(_dx=_dx, _p=_p))
-    for got, expected in zip(gradient, (_dx, _p - 0.3 * _dx, 0.7 * (_p - 0.3 * _dx))):
-        np.testing.assert_allclose(got, expected)
+        dx_i, p_i, kick, drift = m.input('dx_i', 'p_i', 'kick', 'drift')
+        f, _ = fastpm.gravity(dx_i, q, pm)
+        after = fastpm.advance(p_i, f, kick)
+        m.output(dx=fastpm.advance(dx_i, after, drift), p=after)
+    init = dict(dx_i=dx, p_i=p, kick=0.7, drift=-0.3)
+    expected = m.compute(['dx', 'p'], init)
+    for i, name in enumerate(('dx', 'p')):
+        check(lambda dx_i, p_i, kick, drift: fastpm.leap(dx_i, p_i, *(allbcast(c, COMM) for c in (kick, drift)), q, pm)[i],
+              *init.values(), comm=COMM, universal=('x2', 'x3'), truth=expected[i])
+
+
+@pytest.mark.parametrize('keep_potential', [True, False])
+def test_both_results_of_a_leap_at_once(keep_potential):
+    pm = make_mesh()
+    q = pm.generate_uniform_particle_grid(shift=0.5)
+    rng = np.random.default_rng(5 + COMM.rank)
+    dx, p, _dx, _p = rng.normal(size=(4, *q.shape))
+    init, cotangents = dict(dx_i=dx, p_i=p), dict(_dx=_dx, _p=_p)
+    results = []
+    for one in True, False:
+        with Builder() as m:
+            dx_i, p_i = m.input('dx_i', 'p_i')
+            if one:
+                out = fastpm.leap(dx_i, p_i, 0.7, -0.3, q, pm, keep_potential)
+            else:
+                f, _ = fastpm.gravity(dx_i, q, pm)
+                after = fastpm.advance(p_i, f, 0.7)
+                out = fastpm.advance(dx_i, after, -0.3), after
+            m.output(**dict(zip(('dx', 'p'), out)))
+        results.append([*m.compute_with_vjp(init, cotangents), *m.compute_with_jvp(['dx', 'p'], init, dict(dx_i_=_dx, p_i_=_p))])
+    for got, expected in zip(*results):
+        for a, b in zip(got, expected):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+    # What was given is as it was
+    again = np.random.default_rng(5 + COMM.rank).normal(size=(4, *q.shape))
+    for a, b in zip((dx, p, _dx, _p), again):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('dtype', ['f4', 'f8', 'mixed'])
+def test_superpose(dtype):
+    rng = np.random.default_rng(6 + COMM.rank)
+    dx1, dx2 = rng.normal(size=(2, 5 + COMM.rank, 3)).astype('f8' if dtype == 'mixed' else dtype)
+    if dtype == 'mixed':
+        dx2 = np.asfortranarray(dx2)
+    c = dict(D1=0.7, D2=-0.3, Gf1=1.2, Gf2=0.4)
+    truth = [c['D1'] * dx1 + c['D2'] * dx2, c['Gf1'] * dx1 + c['Gf2'] * dx2]
+    for i in 0, 1:
+        check(lambda dx1, dx2, *c: fastpm.superpose(dx1, dx2, *(allbcast(x, COMM) for x in c))[i],
+              dx1, dx2, *c.values(), comm=COMM, universal=('x2', 'x3', 'x4', 'x5'), truth=truth[i])
+        check(lambda dx1, dx2: fastpm.superpose(dx1, dx2, *c.values())[i], dx1, dx2, comm=COMM, truth=truth[i])
 
 
 def test_coefficients_in_turn():

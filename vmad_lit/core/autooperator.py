@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
 from typing import Any
 
-from .autodiff import ZERO
+from .autodiff import ZERO, derive
 from .error import BadArgument, ModelError, did_you_mean
+from .execution import Plan
 from .graph import Node
 from .model import Builder, Model
 from .operator import InstanceOperator, Operator, Primitive, declare
@@ -56,6 +57,7 @@ class AutoOperator(Operator):
         of_vjp = *("_" + name for name in self.aout), *(name + "_" for name in self.ain)
         self.hvp = Primitive(self, "hvp", differentiate, [*known, *of_vjp])
         self.rcd = None
+        self.overwrites = {*self.ain, *("_" + name for name in self.aout)}
         self._find_recorded()
 
     def build(self, /, **hyperargs: Any) -> Model:
@@ -144,6 +146,13 @@ class AutoOperator(Operator):
     def forgetful(self) -> AutoOperator:
         """A variant that keeps no tape, and makes it anew when a derivative is computed."""
         return self._vary(_keeps_tape=False)
+
+    def own_results(self, node: Node, plan: Plan) -> Collection[str]:
+        try:
+            inside = find_plan(node, plan)
+        except Exception:
+            return ()  # the run will meet it again, and tell where
+        return inside[0].own_outputs if inside else ()
 
     def model_of(self, node: Node) -> Model | None:
         constants: dict[str, Any] = {
@@ -252,7 +261,7 @@ def compute(node: Any, **arguments: Any) -> dict[str, Any]:
     if operator.__bound_tape__ is not None:
         return {name: operator.__bound_tape__.out[name] for name in operator.aout}
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs)[0]
+    return model._run(find_wanted(node), inputs, given_away=find_owned(node))[0]
 
 
 def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
@@ -268,6 +277,36 @@ def find_wanted(node: Any) -> list[str]:
     return [name for name in node.operator.aout if node.varin["_" + name] is not ZERO]
 
 
+def find_owned(node: Any) -> tuple[str, ...]:
+    """The inputs that may be overwritten."""
+    return tuple(name for name in node.primitive.ain if node.owns(name))
+
+
+def find_used(node: Any) -> list[str]:
+    """The results that somebody wants."""
+    return [name for name, symbol in node.varout.items() if symbol is not Ignored]
+
+
+def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
+    """The plan inside a node of a plan, and its model, if they are known before the run."""
+    operator = node.operator
+    if type(operator) is not AutoOperator or not operator._keeps_tape or operator.__bound_tape__ is not None:
+        return None
+    if node.primitive.kind == "apl":
+        model = operator.model_of(node)
+        if model is None:
+            return None
+        return model._plan(tuple(find_wanted(node)), plan.record, True, find_owned(node)), model
+    # Find the plan of a derivative
+    if node.primitive.kind != "vjp" or plan.base is None:
+        return None
+    inside = find_plan(plan.base.acting.get(node.forward, node.forward), plan.base)
+    if inside is None:
+        return None
+    vjp, wanted = derive(*inside, "vjp"), find_used(node)
+    return vjp._plan(tuple(wanted), False, True, find_owned(node)), vjp
+
+
 def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if TAPE in arguments:
         return arguments[TAPE]
@@ -275,17 +314,17 @@ def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if operator.__bound_tape__ is not None:
         return operator.__bound_tape__
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, record=True)[1]
+    return model._run(find_wanted(node), inputs, record=True, given_away=find_owned(node))[1]
 
 
 def differentiate(node: Any, **arguments: Any) -> Any:
-    wanted = [name for name, symbol in node.varout.items() if symbol is not Ignored]
+    wanted = find_used(node)
     tape = find_tape(node, arguments)
     if not node.operator._keeps_tape:
         tape.use_up()
     derived = dict(vjp=tape.get_vjp, jvp=tape.get_jvp, hvp=tape.get_hvp)[node.primitive.kind]()
     given = {name: arguments[name] for name in node.primitive.ain if name in derived._inputs}
-    return derived.compute(wanted, given, return_dict=True)
+    return derived._run(wanted, derived._fitting(given), given_away=find_owned(node))[0]
 
 
 def autooperator(*spec: Any) -> Any:

@@ -7,15 +7,15 @@ import inspect
 import io
 import pickle
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import Any, TypeVar
 
 from .autodiff import add_up
-from .autooperator import AutoOperator, InstanceAutoOperator, find_model
+from .autooperator import AutoOperator, InstanceAutoOperator, find_model, find_owned
 from .error import BadArgument, BrokenPrimitive, did_you_mean
-from .execution import describe
+from .execution import Plan, describe
 from .model import Model
 from .operator import InstanceOperator, Operator, Primitive, ZeroGradient
 from .symbol import Ignored
@@ -23,6 +23,7 @@ from .symbol import Ignored
 HISTORY = "history of the chain"
 
 T = TypeVar("T")
+Names = tuple[str, ...]
 
 
 def checkpoint(
@@ -242,6 +243,7 @@ class Chain(Operator):
         self.jvp = Primitive(self, "jvp", push_forward_chain, [HISTORY, *tangents])
         self.hvp = Primitive(self, "hvp", differentiate_vjp_of_chain, [HISTORY, *cotangents, *tangents])
         self.rcd = None
+        self.overwrites = {*self.state_names, *cotangents}
         self._find_recorded()
 
     def _build(self, hyperargs: dict[str, Any]) -> Models:
@@ -283,13 +285,30 @@ class Steps:
     def __init__(self, chain: Chain, models: Models, parameters: dict[str, Any]):
         self.chain, self.models, self.parameters = chain, models, parameters
 
-    def run(self, i: int, state: tuple[Any, ...], record: bool = False) -> tuple[tuple[Any, ...], Any]:
-        """Run a step; returns the next state, and the tape or None."""
-        init = {**self.parameters, **dict(zip(self.chain.state_names, state))}
-        out, tape = self.models[i]._run(self.chain.aout, init, record)
-        if record:
-            out = tape.let_go()
-        return tuple(out.values()), tape
+    def run(self, i: int, state: tuple[Any, ...], private: Names = ()) -> tuple[tuple[Any, ...], Names]:
+        """Run a step; returns the next state and what of it is private."""
+        model, vout = self.models[i], self.chain.aout
+        out, _ = model._run(vout, self.inputs(state), given_away=private)
+        return tuple(out.values()), self.own(model._plan(tuple(vout), False, True, private))
+
+    def record(self, i: int, state: tuple[Any, ...], private: Names = ()) -> tuple[tuple[Any, ...], Names, Any]:
+        """Run a step; returns the next state, what of it is private, and the tape."""
+        _, tape = self.models[i]._run(self.chain.aout, self.inputs(state), record=True, given_away=private)
+        own = self.own(tape.plan)
+        return tuple(tape.let_go().values()), own, tape
+
+    def record_only(self, i: int, state: tuple[Any, ...]) -> Any:
+        """The tape of a step whose result nobody needs, for one sweep."""
+        _, tape = self.models[i]._run(self.chain.aout, self.inputs(state), record=True, results=False)
+        tape.use_up()
+        return tape
+
+    def inputs(self, state: tuple[Any, ...]) -> dict[str, Any]:
+        return {**self.parameters, **dict(zip(self.chain.state_names, state))}
+
+    def own(self, plan: Plan) -> Names:
+        """What of the next state nobody else holds, by its names as inputs."""
+        return tuple(name for name, y in zip(self.chain.state_names, plan.vout) if y in plan.own_outputs)
 
 
 def prepare(node: Any, arguments: dict[str, Any]) -> tuple[Steps, tuple[Any, ...]]:
@@ -303,8 +322,9 @@ def prepare(node: Any, arguments: dict[str, Any]) -> tuple[Steps, tuple[Any, ...
 
 def run_chain(node: Any, **arguments: Any) -> dict[str, Any]:
     steps, state = prepare(node, arguments)
+    private = find_owned(node)
     for i in range(steps.chain.n):
-        state, _ = steps.run(i, state)
+        state, private = steps.run(i, state, private)
     return dict(zip(steps.chain.aout, state))
 
 
@@ -345,12 +365,13 @@ class Walk:
     def __init__(self, steps: Steps, state: Any, disk: Disk):
         self.steps, self.disk = steps, disk
         self.at, self.state = 0, state
+        self.private: Names = ()
         self.states: dict[tuple[str, int], InMemory | OnDisk] = {}
         self.tapes: dict[int, Any] = {}
         self.cotangents: Any = None
 
-    def follow(self, actions: Iterable[Any]) -> None:
-        for action in actions:
+    def follow(self, actions: Sequence[Any]) -> None:
+        for action, self.next in zip(actions, [*actions[1:], None]):
             getattr(self, type(action).__name__.lower())(action)
 
     def forward(self, action: Any) -> None:
@@ -361,15 +382,21 @@ class Walk:
         for i in range(action.n0, min(action.n1, self.steps.chain.n)):
             if action.write_adj_deps and place == "DISK":
                 self.keep(place)
-            record = action.write_adj_deps and place != "DISK"
-            self.state, tape = self.steps.run(i, self.state, record)
+            if action.write_adj_deps and place != "DISK":
+                if i + 1 == action.n1 and type(self.next).__name__ == "Reverse":
+                    self.state, self.tapes[i] = None, self.steps.record_only(i, self.state)
+                else:
+                    self.state, self.private, self.tapes[i] = self.steps.record(i, self.state, self.private)
+            else:
+                self.state, self.private = self.steps.run(i, self.state, self.private)
             self.at += 1
-            if record:
-                self.tapes[i] = tape
 
     def keep(self, place: str) -> None:
-        on_disk = place == "DISK"
-        self.states[place, self.at] = self.disk.keep(self.state) if on_disk else InMemory(self.state)
+        if place == "DISK":
+            self.states[place, self.at] = self.disk.keep(self.state)
+        else:
+            self.states[place, self.at] = InMemory(self.state)
+            self.private = ()
 
     def expect(self, n: int) -> None:
         if self.at != n:
@@ -382,6 +409,7 @@ class Walk:
                 raise BadArgument(f"the schedule wants back what it did not keep, of step {action.n}")
         elif action.to_storage.name == "WORK":
             self.at, self.state = action.n, kept.get()
+            self.private = tuple(self.steps.chain.state_names) if isinstance(kept, OnDisk) else ()
         elif action.to_storage.name != "NONE":
             moved = self.disk.keep(kept.get()) if action.to_storage.name == "DISK" else InMemory(kept.get())
             self.states[action.to_storage.name, action.n] = moved
@@ -399,7 +427,7 @@ class Walk:
         if i in self.tapes:
             return self.tapes.pop(i)
         self.expect(i)
-        return self.steps.run(i, state, record=True)[1]
+        return self.steps.record_only(i, state)
 
 
 class InMemory:
@@ -662,12 +690,14 @@ class Cotangents:
         The cotangents of the last state.
     wanted : list of str
         The parameters whose cotangents somebody wants.
+    private : tuple of str
+        The cotangents of the state, by name, that may be overwritten.
     """
 
     form = "_{}"
 
-    def __init__(self, chain: Chain, of_state: list[Any], wanted: list[str]):
-        self.chain, self.of_state = chain, of_state
+    def __init__(self, chain: Chain, of_state: list[Any], wanted: list[str], private: Names = ()):
+        self.chain, self.of_state, self.private = chain, of_state, private
         self.of_parameters: dict[str, Any] = dict.fromkeys(wanted, ZeroGradient)
         self._own: dict[str, Any] = dict.fromkeys(wanted)
         self.outnames = [self.form.format(name) for name in [*chain.state_names, *wanted]]
@@ -676,7 +706,11 @@ class Cotangents:
     def pull_back(self, tape: Any) -> None:
         """Go back over a step."""
         cotangents = {"_" + name: value for name, value in zip(self.chain.aout, self.of_state)}
-        self.collect(tape.get_vjp().compute(self.outnames, cotangents))
+        vjp, vout = tape.get_vjp(), tuple(self.outnames)
+        pulled, _ = vjp._run(vout, vjp._fitting(cotangents), given_away=self.private)
+        own = vjp._plan(vout, False, True, self.private).own_outputs
+        self.private = tuple(name for name, x in zip(cotangents, pulled) if x in own)
+        self.collect(list(pulled.values()))
 
     def collect(self, pulled: list[Any]) -> None:
         self.steps_left -= 1
@@ -694,7 +728,7 @@ class Cotangents:
 
 def pull_back_chain(node: Any, **arguments: Any) -> dict[str, Any]:
     chain, of_state = node.operator, [arguments["_" + name] for name in node.operator.aout]
-    cotangents = Cotangents(chain, of_state, wanted_parameters(node, "_{}"))
+    cotangents = Cotangents(chain, of_state, wanted_parameters(node, "_{}"), find_owned(node))
     arguments[HISTORY].go_back(cotangents)
     return cotangents.result()
 
@@ -711,14 +745,21 @@ class StepsWithTangents:
         self.chain, self.steps = steps.chain, steps
         self.parameters = {name + "_": arguments[name + "_"] for name in steps.chain.parameter_names}
 
-    def run(self, i: int, state: tuple[Any, Any], record: bool = False) -> tuple[tuple[Any, Any], Any]:
-        """Run a step: the next state and tangent, and the tape with the tangents before, or None."""
+    def run(self, i: int, state: tuple[Any, Any], private: Names = ()) -> tuple[tuple[Any, Any], Names]:
+        """Run a step: the next state and tangent, of which nothing is private."""
+        return self.record(i, state)[0], ()
+
+    def record(self, i: int, state: tuple[Any, Any], private: Names = ()) -> tuple[tuple[Any, Any], Names, Any]:
+        """Run a step: the next state and tangent, of which nothing is private, and the tape with the tangents before."""
         values, tangents = state
-        out, tape = self.steps.run(i, values, record=True)
+        out, _, tape = self.steps.record(i, values)
         of_state = {name + "_": tangent for name, tangent in zip(self.chain.state_names, tangents)}
         before = {**of_state, **self.parameters}
         pushed = tape.get_jvp().compute([name + "_" for name in self.chain.aout], before)
-        return (out, tuple(pushed)), ((tape, before) if record else None)
+        return (out, tuple(pushed)), (), (tape, before)
+
+    def record_only(self, i: int, state: tuple[Any, Any]) -> Any:
+        return self.record(i, state)[2]
 
 
 def with_tangents(node: Any, arguments: dict[str, Any]) -> tuple[StepsWithTangents, tuple[Any, Any]]:

@@ -37,11 +37,16 @@ def find_needed(
         varout = node.varout
         if not varout or not used.isdisjoint(varout.values()) or not used.isdisjoint(flatten(varout)):
             needed.append(node)
-            for symbol in node.varin.values():
-                for leaf in leaves(symbol) if isinstance(symbol, List) else (symbol,):
-                    last_use.setdefault(leaf, node)
+            note_use(last_use, node)
     needed.reverse()
     return needed, last_use
+
+
+def note_use(last_use: dict[Any, Node | None], node: Node) -> None:
+    """Note that a node uses its arguments, unless it is known that a later one does."""
+    for symbol in node.varin.values():
+        for leaf in leaves(symbol) if isinstance(symbol, List) else (symbol,):
+            last_use.setdefault(leaf, node)
 
 
 def flatten(symbols: Symbols) -> list[BaseSymbol]:
@@ -82,6 +87,10 @@ class Plan:
         Whether slots may be used again; not if somebody wants to look at values by name.
     base : Plan, optional
         For a derived graph the recording plan of the original, whose slots precede ours.
+    given_away : collection of str
+        The inputs whose values may be overwritten.
+    results : bool
+        Whether the outputs are wanted, or only the tape of a run that computes them.
 
     Attributes
     ----------
@@ -96,8 +105,12 @@ class Plan:
         its `rcd` returned, or a dict from names to slots.
     unrecorded : list of int
         The slots of outputs that no node recorded.
+    own_outputs : tuple of str
+        The outputs that are new arrays, which nobody else holds.
     derived : dict
         The models derived from this plan, so that they are made only once.
+    acting : dict
+        From nodes to those that stand for them.
     """
 
     def __init__(
@@ -107,18 +120,25 @@ class Plan:
         record: bool = False,
         reuse: bool = True,
         base: Plan | None = None,
+        given_away: Collection[str] = (),
+        results: bool = True,
     ) -> None:
         self.vout = tuple(vout)
         self.record = record
         self.base = base
         self.records: dict[Node, Any] = {}
         self.derived: dict[str, Any] = {}
+        self.acting: dict[Node, Node] = {}
         self.steps: list[Step] = []
         self.size: int
         self._last_reads: dict[int, int] = {}
         self._spending: list[Step] | None = None
         with undisturbed():
             self.nodes, self._last_use = find_needed(graph, self.vout)
+            if not results:
+                self._last_use = {}
+                for node in reversed(self.nodes):
+                    note_use(self._last_use, node)
             # Find out what is recorded
             self.active: set[BaseSymbol] = set()
             recording: list[Node] = []
@@ -140,6 +160,9 @@ class Plan:
             self._constants: dict[BaseSymbol, int] = {}
             self._free: list[int] | None = [] if reuse else None
             self._may_change_values = reuse and not record
+            self._private: set[Any] = set()
+            if reuse:
+                self._private.update(graph._inputs[name] for name in given_away if name in graph._inputs)
             self._totals: dict[BaseSymbol, int] = {}
             # Plan all nodes
             self.inputs = {
@@ -147,11 +170,17 @@ class Plan:
             }
             for node in self.nodes:
                 self._plan_node(node)
-            self.outputs = [self._target(graph._outputs[name]) for name in self.vout]
+            wanted = [graph._outputs[name] for name in self.vout] if results else []
+            self.outputs = [self._target(symbol) for symbol in wanted]
             recorded = {slot for record in self.records.values() for slot in numbers_in(record)}
             self.unrecorded = [slot for slot in numbers_in(self.outputs) if slot not in recorded]
+            self.own_outputs = tuple(
+                name
+                for name, symbol in zip(self.vout, wanted)
+                if symbol in self._private and wanted.count(symbol) == 1 and self._slots[symbol] not in recorded
+            )
             self.size = self.offset + len(self.template)
-            del self._last_use, self._recorded, self._free, self._totals
+            del self._last_use, self._recorded, self._free, self._totals, self._private
 
     def _new_slot(self, value: Value = None) -> int:
         self.template.append(value)
@@ -260,10 +289,16 @@ class Plan:
         clear += free[others:]
         # Tell the operator what nobody uses
         used = [name for name, _ in outs]
-        if any(name not in used and symbol is not Ignored for name, symbol in node.varout.items()):
-            acting = node.only_with(used)
-        else:
-            acting = node
+        owned = self._find_owned(node, dead, primitive.operator.overwrites)
+        unused = any(name not in used and symbol is not Ignored for name, symbol in node.varout.items())
+        acting = node.acting(used, owned) if owned or unused else node
+        if self._free is not None:
+            own = primitive.operator.own_results(acting, self)
+            if primitive.operator.hands_on and primitive.kind == "vjp" and len(outs) == 1:
+                own = used if self._find_owned(node, dead, primitive.ain) else []
+            self._private.update(node.varout[name] for name in own)
+        if acting is not node:
+            self.acting[node] = acting
         # Arrange for the record
         recorded = self._recorded.get(node)
         extras: list[tuple[str, int]] = []
@@ -325,6 +360,19 @@ class Plan:
         if isinstance(symbol, List):
             return [self._give_slots(item) for item in symbol]
         return self._give_slot(symbol) if symbol in self._last_use else None
+
+    def _find_owned(self, node: Node, dead: list[int], names: Iterable[str]) -> list[str]:
+        """Those of some arguments that nobody needs but this node."""
+        if not self._private:
+            return []
+        symbols: list[Any] = [*node.varin.values()]
+        return [
+            name
+            for name in names
+            if (symbol := node.varin.get(name)) in self._private
+            and self._slots[symbol] in dead
+            and symbols.count(symbol) == 1
+        ]
 
     def _plan_total(self, node: Node, a: int, b: int, out: int, dead: int) -> Step:
         """The step of a sum of two, which may be one of a row of sums."""
@@ -421,10 +469,22 @@ class Plan:
             for i, step in enumerate(self.steps):
                 if i in tapes:
                     self._spending.append((hand_over, None, tapes[i]))
-                self._spending.append(step)
+                self._spending.append(self._with_its_record(i, step))
                 if i % block == block - 1 and i // block in dropped:
                     self._spending.append((drop, None, dropped[i // block]))
         return self._spending
+
+    def _with_its_record(self, i: int, step: Step) -> Step:
+        """A step, which may overwrite what only it and the tape have, if it is the last to read that."""
+        function, node, *others = step
+        if node is None or not node.operator.overwrites:
+            return step
+        record = self._record_of(node)
+        if type(record) is not int or self._last_reads.get(record) != i:
+            return step
+        owned = {*node._owned, *node.operator.overwrites}.difference(node.primitive.ain)
+        used = [name for name, symbol in node.varout.items() if symbol is not Ignored]
+        return (function, node.acting(used, {*node._owned, *owned}), *others)
 
 
 # Small steps

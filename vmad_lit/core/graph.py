@@ -36,7 +36,7 @@ class Node:
         Room for the operator to remember something about this node between runs.
     """
 
-    __slots__ = ("primitive", "varin", "varout", "number", "forward", "cache", "_origin")
+    __slots__ = ("primitive", "varin", "varout", "number", "forward", "cache", "_origin", "_owned")
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class Node:
         self.forward = forward
         self.cache: Any = None
         self._origin = origin
+        self._owned: Collection[str] = ()
 
     def __getitem__(self, argname: str) -> BaseSymbol:
         """The symbol that was given for an argument."""
@@ -70,11 +71,16 @@ class Node:
         form = {"apl": "{}", "jvp": "{}_", "vjp": "_{}", "hvp": "_{}_"}[self.primitive.kind]
         return self.varout[form.format(name)] is not Ignored
 
-    def only_with(self, names: Collection[str]) -> Node:
-        """This node for a run that needs only some of its results."""
-        varout = {name: symbol if name in names else Ignored for name, symbol in self.varout.items()}
+    def owns(self, name: str) -> bool:
+        """Whether the value of an argument may be overwritten; only of one that the operator declares in
+        `overwrites`."""
+        return name in self._owned
+
+    def acting(self, used: Collection[str], owned: Collection[str]) -> Node:
+        """A node that stands for this one in a run which needs only some results, and gives some arguments away."""
+        varout = {name: symbol if name in used else Ignored for name, symbol in self.varout.items()}
         node = Node(self.primitive, self.varin, varout, self._origin, self.forward or self)
-        node.number = self.number
+        node.number, node._owned = self.number, owned
         return node
 
     @property

@@ -30,8 +30,15 @@ class Model(Graph):
         self._tape: Tape | None = None
         self._optional: dict[str, Value] = {}
 
-    def _plan(self, vout: tuple[str, ...], record: bool, reuse: bool) -> Plan:
-        key = vout, record, reuse, len(self), len(self._outputs)
+    def _plan(
+        self,
+        vout: tuple[str, ...],
+        record: bool,
+        reuse: bool,
+        given_away: tuple[str, ...] = (),
+        results: bool = True,
+    ) -> Plan:
+        key = vout, record, reuse, given_away, results, len(self), len(self._outputs)
         plan = self._plans.get(key)
         if plan is None:
             for name in vout:
@@ -39,7 +46,7 @@ class Model(Graph):
                     raise UnexpectedOutput(
                         f"the model has no output '{name}'" + did_you_mean(name, list(self._outputs))
                     )
-            plan = self._plans[key] = Plan(self, vout, record, reuse, self._base)
+            plan = self._plans[key] = Plan(self, vout, record, reuse, self._base, given_away, results)
         return plan
 
     def _run(
@@ -48,9 +55,12 @@ class Model(Graph):
         init: dict[str, Value],
         record: bool = False,
         monitor: Monitor | None = None,
+        given_away: tuple[str, ...] = (),
+        results: bool = True,
     ) -> tuple[dict[str, Value], Any]:
-        """Compute some outputs; returns a dict of them, and the tape or None."""
-        plan = self._plan(tuple(vout), record, monitor is None)
+        """Compute some outputs; returns a dict of them, and the tape or None. The values of the inputs
+        `given_away` may be overwritten. Without `results` only the tape is wanted."""
+        plan = self._plan(tuple(vout), record, monitor is None, given_away, results)
         slots = None
         if self._tape is not None:
             slots = self._tape.slots

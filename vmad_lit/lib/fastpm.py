@@ -47,7 +47,18 @@ def _add_to_field(total, part):
     return add_to_array(total.value, part.value)
 
 
-IN_PLACE.update(dict.fromkeys((RealField, TransposedComplexField, UntransposedComplexField), _add_to_field))
+def _sum_of_fields(a, b):
+    """The sum of two fields of one kind."""
+    if a.pm is not b.pm:
+        return a + b
+    total = a.pm.create(type=type(a))
+    numpy.add(a.value, b.value, out=total.value)
+    return total
+
+
+_kinds = RealField, TransposedComplexField, UntransposedComplexField
+IN_PLACE.update(dict.fromkeys(_kinds, _add_to_field))
+PLUS.update(dict.fromkeys(_kinds, _sum_of_fields))
 
 if hasattr(LocalBuffer, 'allocate'):
     LocalBuffer.allocate = staticmethod(partial(memory.empty, dtype='u1'))
@@ -244,7 +255,11 @@ def _agree(comm, *derivatives):
 
 def _rows(x_, shape, dtype):
     """A tangent or cotangent as an array that can be sent; a zero, or another number, is spelled out."""
-    return numpy.full(shape, x_, dtype) if numpy.ndim(x_) == 0 else numpy.asarray(x_, dtype)
+    if numpy.ndim(x_) > 0:
+        return numpy.asarray(x_, dtype)
+    rows = memory.empty(shape, dtype)
+    rows.fill(x_)
+    return rows
 
 
 @operator
@@ -320,12 +335,13 @@ def _coordinates(x, kind):
     return labels
 
 
-def fixed_transfer(tf):
+def fixed_transfer(tf, pointwise=False):
     """Declare that a function of the mode labels depends on them alone, so that results may be kept.
 
-    For transfer functions and for digitizers. Do not use it on a function that reads variables that change.
+    For transfer functions and for digitizers. Do not use it on a function that reads variables that change. A
+    function that is `pointwise` returns a number for each mode, which depends on the labels of that mode alone.
     """
-    tf.fixed_transfer = True
+    tf.fixed_transfer, tf.pointwise = True, pointwise
     return tf
 
 
@@ -336,11 +352,21 @@ def _evaluate(x, f, kind):
     kept = _keep(x.pm, 'fixed_transfer', weakref.WeakKeyDictionary).setdefault(f, {})
     if (kind, type(x)) not in kept:
         # Evaluate, and arrange the result in memory like the field
-        result = f(_coordinates(x, kind))
-        if numpy.shape(result) == x.shape:
-            arranged = numpy.empty_like(x.value, result.dtype)
-            arranged[...] = result
-            result = arranged
+        labels = _coordinates(x, kind)
+        if getattr(f, 'pointwise', False):
+            result, n = None, len(labels[0])
+            for rows in (slice(begin, begin + 8) for begin in range(0, max(n, 1), 8)):
+                slab = xslab([labels[0][rows], *labels[1:]])
+                slab.BoxSize, slab.Nmesh = labels.BoxSize, labels.Nmesh
+                part = f(slab)
+                result = numpy.empty_like(x.value, part.dtype) if result is None else result
+                result[rows] = part
+        else:
+            result = f(labels)
+            if numpy.shape(result) == x.shape:
+                arranged = numpy.empty_like(x.value, result.dtype)
+                arranged[...] = result
+                result = arranged
         kept[kind, type(x)] = result
     return kept[kind, type(x)]
 
@@ -383,7 +409,7 @@ def _field(like, value):
     return value if isinstance(value, kind) else pm.create(type=kind, value=value)
 
 
-@fixed_transfer
+@partial(fixed_transfer, pointwise=True)
 def fourier_space_laplace(k):
     """The inverse Laplacian in Fourier space, -1 / k^2, and 0 for the mean."""
     k2 = k.normp(2)
@@ -722,9 +748,8 @@ class decompose:
     `smoothing` is the window that will be used, by default that of `pm`; or a distance in cells.
     """
 
-    ain = {'x': 'ndarray'}
+    ain = {}
     aout = {'layout': '*Layout'}
-    hvp = ZeroGradient
 
     def apl(node, x, pm, smoothing=None):
         x = _positions(x, pm)
@@ -735,12 +760,6 @@ class decompose:
             return dict(layout=_make_layout(x, pm, _support(resampler)))
         layout = pm.decompose(x, smoothing=smoothing)
         return dict(layout=GhostLayout(pm.comm, len(x), layout.sendcounts, layout.indices, layout.recvcounts))
-
-    def vjp(node, _layout):
-        return dict(_x=ZeroGradient)
-
-    def jvp(node, x_):
-        return dict(layout_=ZeroGradient)
 
 
 @operator
@@ -908,6 +927,7 @@ class paint:
     ain = {'x': 'ndarray', 'mass': '*', 'layout': '*Layout'}
     aout = {'mesh': 'RealField'}
     collective = True
+    makes_own = True
 
     def apl(node, x, mass, layout, pm, resampler=None):
         x, mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
@@ -1140,6 +1160,7 @@ class readout_neg_gradient:
     ain = {'mesh': 'RealField', 'x': 'ndarray', 'layout': '*Layout'}
     aout = {'value': 'ndarray'}
     collective = True
+    makes_own = True
 
     def apl(node, mesh, x, layout, resampler=None):
         if not _differences_serve(mesh.pm, order=1):
@@ -1199,9 +1220,17 @@ class force:
         return _times(modes, _evaluate(modes, fourier_space_laplace, 'wavenumber'), modes, factor)
 
     @staticmethod
-    def kept(potk, order):
-        """What of the potential the meshes of the force are made from: itself on the mesh, or its modes."""
-        return potk.c2r() if _differences_serve(potk.pm, order) else potk
+    def find_factor(x, pm):
+        """The mass of a particle: the inverse of their mean number in a cell. Collective."""
+        return float(pm.Nmesh.prod()) / max(pm.comm.allreduce(len(x)), 1)
+
+    @staticmethod
+    def kept(potk, order, out=Ellipsis):
+        """What of the potential the meshes of the force are made from: itself on the mesh, or its modes.
+
+        It is made in the memory of the modes, or in `out`; in a new field for None.
+        """
+        return potk.c2r(out=out) if _differences_serve(potk.pm, order) else potk
 
     @staticmethod
     def find_potential(pot, w, local_x, factor, order):
@@ -1231,13 +1260,24 @@ class force:
             _potk = _times(_k, numpy.conj(tf), out=_k) + _potk
         return _potk
 
+    @staticmethod
+    def pull(w, local_x, _f, pot, factor, order, _potk=None):
+        """The meshes whose slopes at the particles, times `_f` and one, are the cotangent of the positions."""
+        _from_f = force.pull_meshes(w, local_x, _f, order)
+        _rho = force.pull_density(_from_f if _potk is None else _potk + _from_f, factor)
+        return force.meshes(force.find_potential(pot, w, local_x, factor, order), order, _rho)
+
+    @staticmethod
+    def pull_density(_potk, factor):
+        """Cotangent of the mass of particles on the mesh from that of the modes of the potential, which is overwritten."""
+        return force.solve(_potk, factor / float(_potk.pm.Nmesh.prod())).c2r(out=Ellipsis)
+
     # The force and its derivatives
     def apl(node, x, layout, pm, order=1, keep_potential=True):
         w = _Window(pm)
-        local_x = _exchange(layout, _positions(x, pm))
-        factor = float(pm.Nmesh.prod()) / max(pm.comm.allreduce(len(x)), 1)
+        local_x, factor = _exchange(layout, _positions(x, pm)), force.find_factor(x, pm)
         potk = force.potential(w.paint(local_x, factor))
-        pot = force.kept(potk, order)
+        pot = force.kept(potk, order, None if node.wants('potk') else Ellipsis)
         f = _gather(layout, w.readout(force.meshes(pot, order), local_x))
         return dict(f=_as_given(f, x), potk=potk, pot=pot, factor=factor)
 
@@ -1252,16 +1292,11 @@ class force:
         local_x = _exchange(layout, _positions(x, pm))
         if of_potk is not None:
             _p = pm.create(type=ComplexField, value=_potk)
-        if of_f is not None:
-            _f = _exchange(layout, _rows(_f, numpy.shape(x), of_f))
-            _from_f = force.pull_meshes(w, local_x, _f, order)
-            _p = _from_f if _p is None else _p + _from_f
-        _rho = force.solve(_p, factor / float(pm.Nmesh.prod())).c2r(out=Ellipsis)
         if of_f is None:
-            _x = w.slopes([_rho], local_x)
+            _x = w.slopes([force.pull_density(_p, factor)], local_x)
         else:
-            pot = force.find_potential(pot, w, local_x, factor, order)
-            _x = w.slopes(force.meshes(pot, order, _rho), local_x, _f)
+            _f = _exchange(layout, _rows(_f, numpy.shape(x), of_f))
+            _x = w.slopes(force.pull(w, local_x, _f, pot, factor, order, _p), local_x, _f)
         return dict(_x=_as_given(_gather(layout, _x), x), _layout=ZeroGradient)
 
     def jvp(node, x_, x, layout, pm, order, pot, factor):
@@ -1272,7 +1307,7 @@ class force:
         local_x, x_ = _exchange(layout, _positions(x, pm)), _exchange(layout, _rows(x_, numpy.shape(x), dtype))
         potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
         pot = force.find_potential(pot, w, local_x, factor, order)
-        meshes, meshes_ = (force.meshes(p, order) for p in (pot, force.kept(potk_, order)))
+        meshes, meshes_ = (force.meshes(p, order) for p in (pot, force.kept(potk_, order, None)))
         return dict(f_=_as_given(_gather(layout, w.readout_jvp(meshes, local_x, x_, meshes_)), x), potk_=potk_)
 
 
@@ -1303,7 +1338,7 @@ def induce_correlation(wnk, powerspectrum, pm):
         return color_modes(wnk, powerspectrum(find_wavenumbers(pm)), pm)
     volume = float(numpy.prod(pm.BoxSize))
 
-    @fixed_transfer
+    @partial(fixed_transfer, pointwise=True)
     def amplitude(k):
         k = k.normp(2) ** 0.5
         with numpy.errstate(divide='ignore', invalid='ignore'):
@@ -1439,9 +1474,9 @@ class second_order_source:
 
     @staticmethod
     def matrix(mesh):
-        """The second derivatives of a real field: (n, ...)."""
+        """The second derivatives of a real field, a list of arrays."""
         pairs = second_order_source.elements(mesh.ndim)
-        result = memory.empty((len(pairs),) + mesh.shape, mesh.dtype)
+        result = [memory.empty(mesh.shape, mesh.dtype) for _ in pairs]
         first = mesh.pm.create(type=RealField).value
         for axis in range(mesh.ndim):
             _difference(mesh.pm, mesh.value, axis, -1.0, first)
@@ -1665,6 +1700,22 @@ def _copy(x):
     return y
 
 
+def _own(node, name, x_, x):
+    """A tangent or cotangent of x that may be overwritten: a copy, unless it may be anyway; for a zero, zeros."""
+    y = _room(node, name, x_, x)
+    if y is not x_:
+        y[...] = x_
+    return y
+
+
+def _room(node, name, value, like):
+    """The array of an argument, if it may be overwritten by one `like` another; or a new one."""
+    alike = getattr(value, 'dtype', None) == like.dtype and value.shape == like.shape
+    if alike and node.owns(name) and value.flags.c_contiguous and value.flags.writeable:
+        return value
+    return memory.empty_like(like)
+
+
 def _plus(x, v, c):
     """x + c * v, where any of them may be zero."""
     if _is_zero(v) or _is_zero(c):
@@ -1694,52 +1745,126 @@ def factors_of_step(pt, ai, af):
             float(KickFactor(pt, ac, af, af) * 1.5 * pt.Om0))
 
 
-@operator
-class kick_and_drift:
-    """A kick and the drift after it: p = p_i + kick * f, and dx = dx_i + drift * p.
+class _Gravity:
+    """The force on particles at `x`, and its transpose, for some of them at a time.
 
-    All arrays have the same shape; the coefficients are numbers, as in `advance`.
+    `layout`, `pot` and `factor` are those that an earlier object had for the same positions, or None.
     """
 
-    ain = {'dx_i': 'ndarray', 'p_i': 'ndarray', 'f': 'ndarray', 'kick': '*', 'drift': '*'}
+    def __init__(self, x, pm, layout=None, pot=None, factor=None):
+        self.x, self.pm, self.pot, self._window = x, pm, pot, _Window(pm)
+        self.layout = decompose.apl.impl(None, x=x, pm=pm)['layout'] if layout is None else layout
+        self.factor = force.find_factor(x, pm) if factor is None else factor
+        self._local_x = _exchange(self.layout, _positions(x, pm))
+
+    def blocks(self):
+        """The rows of some particles after others; all at once, if they travel between ranks."""
+        if not isinstance(self.layout, IdentityLayout):
+            yield slice(None)
+            return
+        for start in range(0, len(self.x), self.BLOCK):
+            yield slice(start, start + self.BLOCK)
+
+    def force(self):
+        """Rows of particles, and the force on them."""
+        if self.pot is None:
+            self.pot = force.find_potential(None, self._window, self._local_x, self.factor, 1)
+        meshes = force.meshes(self.pot, 1)
+        for rows in self.blocks():
+            yield rows, self._bring_back(self._window.readout(meshes, self._local_x[rows]))
+
+    def pull(self, _f):
+        """Rows of particles, and the cotangents of their positions from that of the force on all."""
+        _f, pot, self.pot = _exchange(self.layout, _f), self.pot, None
+        meshes = force.pull(self._window, self._local_x, _f, pot, self.factor, 1)
+        del pot
+        for rows in self.blocks():
+            yield rows, self._bring_back(self._window.slopes(meshes, self._local_x[rows], _f[rows]))
+
+    def push(self, x_):
+        """The tangent of the force on all particles from that of the positions."""
+        record = dict(x=self.x, layout=self.layout, pm=self.pm, order=1, pot=self.pot, factor=self.factor)
+        return force.jvp.impl(None, x_=x_, **record)['f_']
+
+    def _bring_back(self, values):
+        values = values if isinstance(self.layout, IdentityLayout) else _gather(self.layout, values)
+        return _as_given(values, self.x)
+
+    BLOCK = 1 << 17  # particles: some megabytes of their forces
+
+
+def _kick_and_drift(gravity, dx_i, p_i, kick, drift, dx, p, f=None):
+    """p_i + kick * f into `p`, and dx_i plus drift times that into `dx`; the force into `f`, if it is given."""
+    for rows, part in gravity.force():
+        if f is not None:
+            f[rows] = part
+        arrays = dx_i[rows], p_i[rows], part, dx[rows], p[rows]
+        if _alike(*arrays):
+            loops.kick_and_drift(*arrays, kick, drift)
+        else:
+            _advance(p_i[rows], part, kick, out=p[rows])
+            _advance(dx_i[rows], p[rows], drift, out=dx[rows])
+
+
+@operator
+class leap:
+    """A kick by the force at the positions, and the drift after it.
+
+    Parameters
+    ----------
+    dx_i, p_i : (N, ndim) displacements and momenta
+    kick, drift : numbers, as in `advance`
+    q : (N, ndim) lattice
+    pm : ParticleMesh on which the force is computed
+    keep_potential : see `force`
+
+    Returns
+    -------
+    p : (N, ndim), p_i + kick * f, with the force of `gravity` at dx_i
+    dx : (N, ndim), dx_i + drift * p
+    """
+
+    ain = {'dx_i': 'ndarray', 'p_i': 'ndarray', 'kick': '*', 'drift': '*'}
     aout = {'dx': 'ndarray', 'p': 'ndarray'}
+    collective = True
+    makes_own = True
+    overwrites = 'dx_i', 'p_i', '_dx', '_p'
 
-    def apl(node, dx_i, p_i, f, kick, drift):
-        if _alike(dx_i, p_i, f):
-            dx, p = loops.kick_and_drift(dx_i, p_i, f, kick, drift)
-        else:
-            p = _advance(p_i, f, kick)
-            dx = _advance(dx_i, p, drift)
-        return dict(dx=dx, p=p)
+    def apl(node, dx_i, p_i, kick, drift, q, pm, keep_potential=True):
+        gravity = _Gravity(_advance(q, dx_i, 1.0), pm)
+        if not node.wants('dx') and not node.wants('p') and node.is_literal('kick') and node.is_literal('drift'):
+            return dict(dx=None, p=None, f=None, gravity=gravity)
+        dx, p = _room(node, 'dx_i', dx_i, dx_i), _room(node, 'p_i', p_i, p_i)
+        f = None if node.is_literal('kick') else memory.empty_like(p)
+        _kick_and_drift(gravity, dx_i, p_i, float(kick), float(drift), dx, p, f)
+        return dict(dx=dx, p=p, f=f, gravity=gravity)
 
-    def rcd(node, dx_i, p_i, f, kick, drift, dx, p):
-        return dict(kick=kick, drift=drift, f=None if node.is_literal('kick') else f,
-                    p=None if node.is_literal('drift') else p)
+    def rcd(node, dx_i, p_i, kick, drift, q, pm, keep_potential, dx, p, f, gravity):
+        return dict(x=gravity.x, layout=gravity.layout, pot=gravity.pot if keep_potential else None,
+                    factor=gravity.factor, kick=kick, drift=drift, pm=pm,
+                    f=f, p=None if node.is_literal('drift') else _copy(p))
 
-    def vjp(node, _dx, _p, f, p, kick, drift):
-        if not (_is_zero(_dx) or _is_zero(_p)) and _alike(_dx, _p):
-            _p_i, _f = loops.pull_kick_and_drift(_dx, _p, kick, drift)
-        else:
-            _p_i = _plus(_p, _dx, drift)
-            _f = _multiple(_p_i, kick)
-        return dict(_dx_i=_dx, _p_i=_p_i, _f=_f,
-                    _kick=_sum_products(_p_i, f) if node.wants('kick') else ZeroGradient,
-                    _drift=_sum_products(_dx, p) if node.wants('drift') else ZeroGradient)
+    def vjp(node, _dx, _p, x, layout, pot, factor, f, p, kick, drift, pm):
+        # Pull the cotangents back through a leap
+        dtypes = [dtype for dtype in _agree(pm.comm, _dx, _p) if dtype is not None]
+        if not dtypes:
+            return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _kick=ZeroGradient, _drift=ZeroGradient)
+        _dx, _p = (_rows(0.0 if _is_zero(_y) else _y, x.shape, numpy.result_type(*dtypes)) for _y in (_dx, _p))
+        _kick = _drift = ZeroGradient
+        if node.wants('drift'):
+            _drift = _sum_products(_dx, p)
+        _p_i = _advance(_p, _dx, float(drift), out=_room(node, '_p', _p, _p))
+        if node.wants('kick'):
+            _kick = _sum_products(_p_i, f)
+        _dx_i = _room(node, '_dx', _dx, _dx)
+        for rows, part in _Gravity(x, pm, layout, pot, factor).pull(_p_i):
+            _advance(_dx[rows], part, float(kick), out=_dx_i[rows])
+        return dict(_dx_i=_dx_i, _p_i=_p_i, _kick=_kick, _drift=_drift)
 
-    def jvp(node, dx_i_, p_i_, f_, kick_, drift_, f, p, kick, drift):
+    def jvp(node, dx_i_, p_i_, kick_, drift_, x, layout, pot, factor, f, p, kick, drift, pm):
+        f_ = _Gravity(x, pm, layout, pot, factor).push(dx_i_)
         p_ = _plus(_plus(p_i_, f_, kick), f, kick_)
         return dict(dx_=_plus(_plus(dx_i_, p_, drift), p, drift_), p_=p_)
-
-    def hvp(node, _dx, _p, f_, p_i_, kick_, drift_, f, kick, drift):
-        # The changes of the cotangents
-        _p_i, _p_i_ = _plus(_p, _dx, drift), _multiple(_dx, drift_)
-        _kick_ = _drift_ = ZeroGradient
-        if node.wants('kick'):
-            _kick_ = _sum_products(_p_i, f_) + _sum_products(_p_i_, f)
-        if node.wants('drift'):
-            _drift_ = _sum_products(_dx, _plus(_plus(p_i_, f_, kick), f, kick_))
-        return dict(_dx_i_=ZeroGradient, _p_i_=_p_i_, _f_=_plus(_multiple(_p_i_, kick), _p_i, kick_),
-                    _kick_=_kick_, _drift_=_drift_)
 
 
 class Steps:
@@ -1809,8 +1934,7 @@ def leapfrog_step(dx_i, p_i, q, steps, pm, i, keep_potential=True):
     -------
     dx, p : displacements at the next stage, and momenta in the middle of the step
     """
-    f, potk = gravity(dx_i, q, pm, keep_potential)
-    return kick_and_drift(dx_i, p_i, f, steps.kick(i), steps.drift(i))
+    return leap(dx_i, p_i, steps.kick(i), steps.drift(i), q, pm, keep_potential)
 
 
 @operator
@@ -1858,7 +1982,7 @@ class pick:
 
 
 @autooperator('dx_i, p_i -> dx, p, f')
-def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False, keep_potential=True):
+def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False, keep_potential=True, disk=None, folder=None):
     """Evolve particles through kick-drift-kick steps between the given scale factors.
 
     Parameters
@@ -1868,9 +1992,11 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False, keep_pote
     stages : sequence of scale factors
     pt : background, such as `MatterDominated`
     pm : ParticleMesh on which the force is computed
-    ram : how many states to keep for the derivatives, which recompute steps between them; None keeps all steps
+    ram, disk : how many states to keep in memory and on disk for the derivatives, which recompute steps between
+        them; if both are None, all steps are kept
     reversible : keep the last state only, and undo the steps for the derivatives, see `reversible_leapfrog`
     keep_potential : keep the potential of each step besides the positions, see `force`
+    folder : where to put the states on disk, see `checkpoint`
 
     Returns
     -------
@@ -1880,17 +2006,17 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False, keep_pote
     steps = Steps(pt, check_stages(stages), pm)
     if reversible:
         # Evolve by steps that can be undone
-        if ram is not None:
-            raise ValueError("either keep states (ram) or undo the steps (reversible), not both")
+        if ram is not None or disk is not None:
+            raise ValueError("either keep states (ram, disk) or undo the steps (reversible), not both")
         dx, p, f = reversible_leapfrog(dx_i, p_i, steps.factors, q, pm)
         return dx, p, scale(f, 1.5 * steps.Om0)
     dx, p = dx_i, p_i
-    if ram is None or steps.n == 0:
+    if ram is None and disk is None or steps.n == 0:
         for i in range(steps.n):
             dx, p = leapfrog_step(dx, p, q, steps, pm, i, keep_potential)
     else:
         # Evolve with checkpoints
-        chain = checkpoint(leapfrog_step, n=steps.n, ram=ram)
+        chain = checkpoint(leapfrog_step, n=steps.n, ram=ram or 0, disk=disk or 0, folder=folder)
         dx, p = chain(dx, p, q=q, steps=steps, pm=pm, keep_potential=keep_potential)
     f, potk = gravity(dx, q, pm, keep_potential)
     return dx, advance(p, f, steps.kick(steps.n)), scale(f, 1.5 * steps.Om0)
@@ -1926,97 +2052,159 @@ class reversible_leapfrog:
     ain = {'dx_i': 'ndarray', 'p_i': 'ndarray', 'factors': '*'}
     aout = {'dx': 'ndarray', 'p': 'ndarray', 'f': 'ndarray'}
     collective = True
+    makes_own = True
+    overwrites = 'dx_i', 'p_i', 'dx', 'p', '_dx', '_p'
 
-    # Force, kick and drift
+    # Steps back
     @staticmethod
-    def gravity(dx, q, pm):
-        """The force, and the arguments of its derivatives."""
-        x = _advance(q, dx, 1.0)
-        layout = decompose.apl.impl(None, x=x, pm=pm)['layout']
-        result = force.apl.impl(None, x=x, layout=layout, pm=pm)
-        return result['f'], dict(x=x, layout=layout, pm=pm, order=1, pot=result['pot'], factor=result['factor'])
+    def undo(dx, p, factors, q, pm, kicked=True, _p=ZeroGradient):
+        """From the state at the end: the state before each kick i, last first.
 
-    @staticmethod
-    def undo(dx, p, factors, q, pm):
-        """From the last state: the state at the beginning of each kick, last first, with its force and record.
-
-        Yields (i, f, record) while `dx` and `p`, which are overwritten, are those before kick i.
+        Yields (i, gravity, _p . f), while `dx`, `p`, which are overwritten, are the state and `gravity` knows
+        the force there. If `kicked` is false the last kick has not been taken, and `gravity` is None.
         """
-        for i in reversed(range(len(factors) // 2 + 1)):
-            yield i, *reversible_leapfrog.take_back(dx, p, factors[2 * i], q, pm)
+        n = len(factors) // 2
+        for i in reversed(range(n + 1)):
+            if i < n or kicked:
+                yield i, *reversible_leapfrog.take_back(dx, p, factors[2 * i], q, pm, _p)
+            else:
+                yield i, None, 0.0
             if i > 0:
                 _advance(dx, p, -factors[2 * i - 1], out=dx)
 
     @staticmethod
-    def take_back(dx, p, kick, q, pm):
-        """Undo a kick in place; returns its force and record."""
-        f, record = reversible_leapfrog.gravity(dx, q, pm)
-        _advance(p, f, -kick, out=p)
-        return f, record
+    def take_back(dx, p, kick, q, pm, _p):
+        """Undo a kick in place."""
+        gravity, product = _Gravity(_advance(q, dx, 1.0), pm), 0.0
+        for rows, f in gravity.force():
+            product += _sum_products(_p[rows], f)
+            _advance(p[rows], f, -kick, out=p[rows])
+        return gravity, product
 
     # There and back
     def apl(node, dx_i, p_i, factors, q, pm):
-        dx, p = numpy.array(dx_i), numpy.array(p_i)
-        for kick, drift in zip(factors[::2], [*factors[1::2], 0.0]):
-            f, _ = reversible_leapfrog.gravity(dx, q, pm)
-            _advance(p, f, kick, out=p)
-            if drift:
-                _advance(dx, p, drift, out=dx)
+        dx, p, f, n = _own(node, 'dx_i', dx_i, dx_i), _own(node, 'p_i', p_i, p_i), None, len(factors) // 2
+        for i in range(n):
+            gravity = _Gravity(_advance(q, dx, 1.0), pm)
+            _kick_and_drift(gravity, dx, p, factors[2 * i], factors[2 * i + 1], dx, p)
+            del gravity
+        if node.wants('p') or node.wants('f'):
+            f = memory.empty_like(p)
+            _kick_and_drift(_Gravity(_advance(q, dx, 1.0), pm), dx, p, factors[2 * n], 0.0, dx, p, f)
         return dict(dx=dx, p=p, f=f)
 
     def rcd(node, dx_i, p_i, factors, q, pm, dx, p, f):
-        return dict(dx=dx, p=p, factors=factors, q=q, pm=pm)
+        return dict(dx=_copy(dx), p=_copy(p) if node.wants('p') else p, factors=factors, q=q, pm=pm,
+                    kicked=f is not None)
 
-    def vjp(node, _dx, _p, _f, dx, p, factors, q, pm):
-        dtypes = _agree(pm.comm, _dx, _p, _f)
+    def vjp(node, _dx, _p, _f, dx, p, factors, q, pm, kicked):
+        of_dx, of_p, of_f = dtypes = _agree(pm.comm, _dx, _p, _f)
         if not any(dtypes):
             return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _factors=ZeroGradient)
-        if dtypes[2] is not None:
-            _f = _rows(0.0 if _is_zero(_f) else _f, dx.shape, dx.dtype)
-        _dx, _p = (_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype) for _y in (_dx, _p))
-        dx, p = _copy(dx), _copy(p)
-        _factors = numpy.zeros(len(factors))
-        for i, f, record in reversible_leapfrog.undo(dx, p, factors, q, pm):
+        _dx, _p = (_own(node, name, _y, dx) for name, _y in (('_dx', _dx), ('_p', _p)))
+        dx, p = (x if node.owns(name) else _copy(x) for name, x in (('dx', dx), ('p', p)))
+        _factors, of_forces = numpy.zeros(len(factors)), _p if node.wants('factors') else ZeroGradient
+        for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked, of_forces):
             # Pull the cotangents back through a kick and the drift before it
-            if node.wants('factors'):
-                _factors[2 * i] = _sum_products(_p, f)
-            kick = float(factors[2 * i])
-            if _is_zero(_f):
-                _f = _p
-            else:
-                _f, kick = _plus(_f, _p, kick), 1.0
-            del f
-            _x = force.vjp.impl(None, _f=_f, _potk=ZeroGradient, **record)['_x']
-            del record
-            _dx, _f = _plus(_dx, _x, kick), ZeroGradient
+            kick, _factors[2 * i] = float(factors[2 * i]), product
+            pulled = []
+            if 2 * i + 1 == len(factors) and of_f is not None:
+                pulled, kick = gravity.pull(_advance(_rows(0.0 if _is_zero(_f) else _f, dx.shape, dx.dtype), _p, kick)), 1.0
+            elif 2 * i + 1 < len(factors) or of_p is not None:
+                pulled = gravity.pull(_p)
+            for rows, part in pulled:
+                _advance(_dx[rows], part, kick, out=_dx[rows])
+                del part
+            del gravity, pulled
             if i > 0:
                 if node.wants('factors'):
                     _factors[2 * i - 1] = _sum_products(_dx, p)
-                _p = _plus(_p, _dx, float(factors[2 * i - 1]))
+                _advance(_p, _dx, float(factors[2 * i - 1]), out=_p)
         return dict(_dx_i=_dx, _p_i=_p, _factors=_factors)
 
-    def jvp(node, dx_i_, p_i_, factors_, dx, p, factors, q, pm):
+    def jvp(node, dx_i_, p_i_, factors_, dx, p, factors, q, pm, kicked):
         dtypes = _agree(pm.comm, dx_i_, p_i_, factors_)
         if not any(dtypes):
             return dict(dx_=ZeroGradient, p_=ZeroGradient, f_=ZeroGradient)
-        dx_, p_ = (numpy.array(_rows(0.0 if _is_zero(x_) else x_, dx.shape, dx.dtype)) for x_ in (dx_i_, p_i_))
+        dx_, p_ = (_own(node, name, x_, dx) for name, x_ in (('dx_i_', dx_i_), ('p_i_', p_i_)))
         factors_ = _rows(0.0 if _is_zero(factors_) else factors_, (len(factors),), 'f8')
-        dx, p = _copy(dx), _copy(p)
-        for _ in reversible_leapfrog.undo(dx, p, factors, q, pm):
-            pass
+        dx, p = (x if node.owns(name) else _copy(x) for name, x in (('dx', dx), ('p', p)))
+        for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked):
+            del gravity
         # Push the tangents forward with the steps
+        f_ = ZeroGradient
         for i, (kick, kick_) in enumerate(zip(factors[::2], factors_[::2])):
-            f, record = reversible_leapfrog.gravity(dx, q, pm)
-            f_ = force.jvp.impl(None, x_=dx_, **record)['f_']
-            for v, c in (f_, kick), (f, kick_):
-                _advance(p_, v, c, out=p_)
-            _advance(p, f, kick, out=p)
-            if 2 * i + 1 < len(factors):
-                drift, drift_ = factors[2 * i + 1], factors_[2 * i + 1]
-                for v, c in (p_, drift), (p, drift_):
-                    _advance(dx_, v, c, out=dx_)
-                _advance(dx, p, drift, out=dx)
+            more = 2 * i + 1 < len(factors)
+            if not (more or node.wants('p') or node.wants('f')):
+                break
+            drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
+            gravity, f = _Gravity(_advance(q, dx, 1.0), pm), memory.empty_like(p) if kick_ else ZeroGradient
+            _kick_and_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
+            f_ = gravity.push(dx_)
+            for x_, v, c in (p_, f_, kick), (p_, f, kick_), (dx_, p_, drift), (dx_, p, drift_):
+                if c:
+                    _advance(x_, v, c, out=x_)
         return dict(dx_=dx_, p_=p_, f_=f_)
+
+
+def _mix(a, b, matrix, outs):
+    """The product of a matrix (2, 2) of numbers with a pair of arrays, in two arrays, which may be these."""
+    if _alike(a, b, *outs):
+        loops.mix(a, b, matrix, outs)
+    else:
+        sums = [a * row[0] + b * row[1] for row in matrix]
+        for out, value in zip(outs, sums):
+            out[...] = value
+    return outs
+
+
+@operator
+class superpose:
+    """Displacements and momenta from those of first and second order: D1 dx1 + D2 dx2, and Gf1 dx1 + Gf2 dx2.
+
+    `dx1`, `dx2` : (N, ndim); the coefficients are numbers, as in `advance`
+    """
+
+    ain = {'dx1': 'ndarray', 'dx2': 'ndarray', 'D1': '*', 'D2': '*', 'Gf1': '*', 'Gf2': '*'}
+    aout = {'dx': 'ndarray', 'p': 'ndarray'}
+    makes_own = True
+    overwrites = 'dx1', 'dx2', '_dx', '_p'
+
+    def apl(node, dx1, dx2, D1, D2, Gf1, Gf2):
+        matrix = [[float(D1), float(D2)], [float(Gf1), float(Gf2)]]
+        if all(map(node.is_literal, ('D1', 'D2', 'Gf1', 'Gf2'))):
+            outs = _room(node, 'dx1', dx1, dx1), _room(node, 'dx2', dx2, dx2)
+        else:
+            outs = memory.empty_like(dx1), memory.empty_like(dx2)
+        dx, p = _mix(dx1, dx2, matrix, outs)
+        return dict(dx=dx, p=p)
+
+    def rcd(node, dx1, dx2, D1, D2, Gf1, Gf2, dx, p):
+        constant = all(map(node.is_literal, ('D1', 'D2', 'Gf1', 'Gf2')))
+        return dict(like=(dx1.shape, dx1.dtype), arrays=None if constant else (dx1, dx2),
+                    matrix=numpy.array([[D1, D2], [Gf1, Gf2]], dtype='f8'))
+
+    def vjp(node, _dx, _p, like, arrays, matrix):
+        _of = dict.fromkeys(('D1', 'D2', 'Gf1', 'Gf2'), ZeroGradient)
+        if arrays is not None:
+            products = [_sum_products(_y, x) for _y in (_dx, _p) for x in arrays]
+            _of.update((name, _c) for name, _c in zip(_of, products) if node.wants(name))
+        _dx, _p = (_rows(0.0 if _is_zero(_y) else _y, *like) for _y in (_dx, _p))
+        outs = _room(node, '_dx', _dx, _dx), _room(node, '_p', _p, _p)
+        _dx1, _dx2 = _mix(_dx, _p, matrix.T, outs)
+        return dict(_dx1=_dx1, _dx2=_dx2, **{'_' + name: _c for name, _c in _of.items()})
+
+    def jvp(node, dx1_, dx2_, D1_, D2_, Gf1_, Gf2_, like, arrays, matrix):
+        dx1, dx2 = (ZeroGradient, ZeroGradient) if arrays is None else arrays
+        return {name: _plus(_plus(_plus(_multiple(dx1_, c1), dx2_, c2), dx1, c1_), dx2, c2_)
+                for name, (c1, c2), c1_, c2_ in (('dx_', matrix[0].tolist(), D1_, D2_), ('p_', matrix[1].tolist(), Gf1_, Gf2_))}
+
+    def hvp(node, _dx, _p, dx1_, dx2_, D1_, D2_, Gf1_, Gf2_):
+        # The changes of the cotangents of a superposition
+        changes = dict(_dx1_=_plus(_multiple(_dx, D1_), _p, Gf1_), _dx2_=_plus(_multiple(_dx, D2_), _p, Gf2_))
+        for name, _y, x_ in ('D1', _dx, dx1_), ('D2', _dx, dx2_), ('Gf1', _p, dx1_), ('Gf2', _p, dx2_):
+            changes[f'_{name}_'] = _sum_products(_y, x_) if node.wants(name) else ZeroGradient
+        return changes
 
 
 @autooperator('rhok -> dx, p')
@@ -2036,10 +2224,7 @@ def firststep(rhok, q, a, pt, pm):
     dx, p : (N, ndim)
     """
     dx1, dx2 = lpt(rhok, q, pm)
-    D1, D2, Gf1, Gf2 = factors_of_start(pt, a, pm)
-    dx = advance(scale(dx1, D1), dx2, D2)
-    p = advance(scale(dx1, Gf1), dx2, Gf2)
-    return dx, p
+    return superpose(dx1, dx2, *factors_of_start(pt, a, pm))
 
 
 def factors_of_start(pt, a, pm):
@@ -2099,11 +2284,11 @@ class FastPMSimulation:
     pm : ParticleMesh of the initial conditions
     B : the mesh of the force has B times as many points along each axis
     q : (N, ndim) lattice; by default a particle in the middle of each cell of `pm`
-    ram, reversible, keep_potential : what the derivatives keep, see `leapfrog`
+    ram, reversible, keep_potential, disk, folder : what the derivatives keep, and where, see `leapfrog`
 
     Attributes
     ----------
-    stages, pm, q, ram, reversible, keep_potential : as given
+    stages, pm, q, ram, reversible, keep_potential, disk, folder : as given
     pt : the background
     fpm : ParticleMesh of the force
     """
@@ -2111,10 +2296,11 @@ class FastPMSimulation:
     __symbols__ = 'pt',
 
     def __init__(self, stages, cosmology, pm, B=1, q=None, ram=None, reversible=False,
-                 keep_potential=True):
+                 keep_potential=True, disk=None, folder=None):
         self.stages = numpy.array(check_stages(stages))
         self.pt = find_background(cosmology, stages)
-        self.pm, self.ram, self.reversible, self.keep_potential = pm, ram, reversible, keep_potential
+        self.pm, self.reversible, self.keep_potential = pm, reversible, keep_potential
+        self.ram, self.disk, self.folder = ram, disk, folder
         # Make the mesh of the force
         if not B > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
             raise ValueError(f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}")
@@ -2144,4 +2330,4 @@ class FastPMSimulation:
         """The simulation: displacements, momenta and force times 1.5 * Om0 at the last stage."""
         dx, p = self.firststep(rhok)
         return leapfrog(dx, p, self.q, self.stages, self.pt, self.fpm, self.ram,
-                        self.reversible, self.keep_potential)
+                        self.reversible, self.keep_potential, self.disk, self.folder)

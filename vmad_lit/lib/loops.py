@@ -286,11 +286,11 @@ def _quadratic(out, factor, ndim, a, b, start, end):
         s = t = u = 0.0
         for c in range(len(a)):
             if c < ndim:
-                t += a[c, p]
-                u += b[c, p]
-                s += a[c, p] * b[c, p]
+                t += a[c][p]
+                u += b[c][p]
+                s += a[c][p] * b[c][p]
             else:
-                s += 2 * a[c, p] * b[c, p]
+                s += 2 * a[c][p] * b[c][p]
         out[p] = factor * (t * u - s)
 
 
@@ -300,27 +300,27 @@ def _quadratic_vjp(out, factor, ndim, a, start, end):
         s = 2 * factor * out[p]
         t = 0.0
         for c in range(ndim):
-            t += a[c, p]
+            t += a[c][p]
         for c in range(len(a)):
-            a[c, p] = s * (t - a[c, p]) if c < ndim else -2 * s * a[c, p]
+            a[c][p] = s * (t - a[c][p]) if c < ndim else -2 * s * a[c][p]
 
 
 def second_invariant(a, b, ndim, factor):
-    """`factor` times (tr A tr B - tr AB) at each point, for symmetric matrices in rows, the diagonal first."""
-    out = memory.empty(a.shape[1:], a.dtype)
-    share(partial(_quadratic, out.reshape(-1), factor, ndim, _rows_of_points(a), _rows_of_points(b)), out.size)
+    """`factor` times (tr A tr B - tr AB) at each point, for symmetric matrices as lists of meshes, the diagonal first."""
+    out = memory.empty_like(a[0])
+    share(partial(_quadratic, out.reshape(-1), factor, ndim, _flatten(a), _flatten(b)), out.size)
     return out
 
 
 def second_invariant_vjp(_out, a, ndim, factor):
     """The cotangent of A in `second_invariant(a, a, ...)`, which overwrites `a`."""
-    loop = partial(_quadratic_vjp, numpy.ascontiguousarray(_out).reshape(-1), factor, ndim, _rows_of_points(a))
+    loop = partial(_quadratic_vjp, numpy.ascontiguousarray(_out).reshape(-1), factor, ndim, _flatten(a))
     share(loop, a[0].size)
     return a
 
 
-def _rows_of_points(a):
-    return a.reshape(len(a), -1)
+def _flatten(meshes):
+    return tuple(mesh.reshape(-1) for mesh in meshes)
 
 
 @compiled
@@ -336,32 +336,27 @@ def advance(out, x, v, c):
 
 
 @compiled
-def _kick_and_drift(x_out, p_out, x, p, f, kick, drift, start, end):
+def _kick_and_drift(x, p, f, x_out, p_out, kick, drift, start, end):
     for i in range(start, end):
         p_out[i] = p[i] + kick * f[i]
         x_out[i] = x[i] + drift * p_out[i]
 
 
-def kick_and_drift(x, p, f, kick, drift):
-    """p + kick * f, and x plus drift times that, for C-ordered arrays of one shape and type."""
-    return _make_two(_kick_and_drift, [x, p, f], kick, drift)
+def kick_and_drift(x, p, f, x_out, p_out, kick, drift):
+    """p + kick * f into `p_out`, and x plus drift times that into `x_out`, for C-ordered arrays of one shape and type."""
+    flat = [as_flat(a)[0] for a in (x, p, f, x_out, p_out)]
+    share(partial(_kick_and_drift, *flat, float(kick), float(drift)), x.size)
 
 
 @compiled
-def _pull_kick_and_drift(_p_out, _f, _x, _p, kick, drift, start, end):
+def _mix(a_out, b_out, a, b, aa, ab, ba, bb, start, end):
     for i in range(start, end):
-        _p_out[i] = _p[i] + drift * _x[i]
-        _f[i] = kick * _p_out[i]
+        x, y = a[i], b[i]
+        a_out[i] = aa * x + ab * y
+        b_out[i] = ba * x + bb * y
 
 
-def pull_kick_and_drift(_x, _p, kick, drift):
-    """The cotangents of the momentum and of the force from those of `kick_and_drift`."""
-    return _make_two(_pull_kick_and_drift, [_x, _p], kick, drift)
-
-
-def _make_two(loop, arrays, *numbers):
-    """Call a loop that fills two arrays, like those that it reads."""
-    outs = [memory.empty_like(arrays[0]) for _ in range(2)]
-    flat = [out.reshape(-1) for out in outs] + [as_flat(a)[0] for a in arrays]
-    share(partial(loop, *flat, *map(float, numbers)), arrays[0].size)
-    return outs
+def mix(a, b, matrix, outs):
+    """The product of a matrix (2, 2) of numbers with a pair of C-ordered arrays of one shape and type, in `outs`."""
+    flat = [as_flat(x)[0] for x in (*outs, a, b)]
+    share(partial(_mix, *flat, *map(float, numpy.ravel(matrix))), a.size)

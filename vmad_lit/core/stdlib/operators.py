@@ -199,6 +199,8 @@ class binary:
 class add(binary):
     """`x1 + x2`"""
 
+    hands_on = True
+
     def apl(node, x1, x2):
         return x1 + x2
 
@@ -223,6 +225,8 @@ class add(binary):
 @operator
 class sub(binary):
     """`x1 - x2`"""
+
+    hands_on = True
 
     def apl(node, x1, x2):
         return x1 - x2
