@@ -296,6 +296,8 @@ class TestFields:
 
 WINDOWS = ['nnb', 'cic', 'tsc', 'pcs', 'lanczos2', 'linear'] if COMM.size == 1 else ['cic', 'pcs', 'lanczos2']
 
+SMOOTH = {'nnb', 'cic', 'tsc', 'pcs'}  # windows with second derivatives
+
 
 @pytest.mark.parametrize('resampler', WINDOWS)
 @pytest.mark.parametrize('nmesh', meshes(), ids=str)
@@ -305,39 +307,45 @@ class TestParticles:
     def setup(self, nmesh, resampler):
         # pmesh's tables of the Lanczos window and of its derivative agree to some digits only
         self.tol = dict(eps=1e-6, rtol=2e-3 if resampler == 'lanczos2' else 1e-5)
+        self.resampler = resampler
         pm = make(nmesh, resampler=resampler)
         return pm, particles(pm)
+
+    def prove(self, function, inputs, tangents, **options):
+        """Both first derivatives, and second ones where the window has them."""
+        second = check(function, inputs, tangents, **self.tol, **options)
+        assert second == (self.resampler in SMOOTH)
 
     def test_paint(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)
         layout = fastpm.decompose.apl.impl(None, x=x, pm=pm)['layout']
         mass = 1 + per_particle(4) ** 2
-        check(lambda x, mass: fastpm.paint(x, mass, layout, pm), dict(x=x, mass=mass),
-              dict(x=per_particle(5, pm.ndim), mass=per_particle(6)), **self.tol)
-        check(lambda x, mass: fastpm.paint(x, mass, fastpm.decompose(x, pm), pm), dict(x=x, mass=0.7),
-              dict(x=per_particle(5, pm.ndim), mass=0.3), **self.tol)
+        self.prove(lambda x, mass: fastpm.paint(x, mass, layout, pm), dict(x=x, mass=mass),
+                   dict(x=per_particle(5, pm.ndim), mass=per_particle(6)))
+        self.prove(lambda x, mass: fastpm.paint(x, mass, fastpm.decompose(x, pm), pm), dict(x=x, mass=0.7),
+                   dict(x=per_particle(5, pm.ndim), mass=0.3))
 
     def test_readout(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)
-        check(lambda mesh, x: fastpm.readout(mesh, x, fastpm.decompose(x, pm)), dict(mesh=real(pm), x=x),
-              dict(mesh=real(pm, 2), x=per_particle(5, pm.ndim)), **self.tol)
+        self.prove(lambda mesh, x: fastpm.readout(mesh, x, fastpm.decompose(x, pm)), dict(mesh=real(pm), x=x),
+                   dict(mesh=real(pm, 2), x=per_particle(5, pm.ndim)))
 
     def test_readout_all(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)
-        check(lambda meshes, x: fastpm.readout_all(meshes, x, fastpm.decompose(x, pm)),
-              dict(meshes=[real(pm, i) for i in range(4)], x=x),
-              dict(meshes=[real(pm, i + 9) for i in range(4)], x=per_particle(5, pm.ndim)), **self.tol)
+        self.prove(lambda meshes, x: fastpm.readout_all(meshes, x, fastpm.decompose(x, pm)),
+                   dict(meshes=[real(pm, i) for i in range(4)], x=x),
+                   dict(meshes=[real(pm, i + 9) for i in range(4)], x=per_particle(5, pm.ndim)))
 
     def test_readout_neg_gradient(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)
-        check(lambda mesh, x: fastpm.readout_neg_gradient(mesh, x, fastpm.decompose(x, pm)),
-              dict(mesh=real(pm), x=x), dict(mesh=real(pm, 2), x=per_particle(5, pm.ndim)), **self.tol)
+        self.prove(lambda mesh, x: fastpm.readout_neg_gradient(mesh, x, fastpm.decompose(x, pm)),
+                   dict(mesh=real(pm), x=x), dict(mesh=real(pm, 2), x=per_particle(5, pm.ndim)))
 
     def test_force(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)
         for outputs, pick in ((['f', 'p'], slice(0, 2)), (['f'], 0), (['p'], 1)):
-            check(lambda x: fastpm.force(x, fastpm.decompose(x, pm), pm)[pick], dict(x=x),
-                  dict(x=per_particle(5, pm.ndim)), outputs=outputs, **self.tol)
+            self.prove(lambda x: fastpm.force(x, fastpm.decompose(x, pm), pm)[pick], dict(x=x),
+                       dict(x=per_particle(5, pm.ndim)), outputs=outputs)
 
     def test_force_is_the_chain_of_operators(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)

@@ -17,6 +17,7 @@ from pmesh.window import FindResampler
 from vmad_lit import autooperator, operator
 from vmad_lit.core.autodiff import IN_PLACE, PLUS
 from vmad_lit.core.checkpoint import checkpoint, keep_on_disk_by
+from vmad_lit.core.error import BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import add_to_array
 from vmad_lit.core.symbol import Symbol
@@ -828,13 +829,19 @@ class _Window:
             return window.readout(meshes, x, **self.args)
         return numpy.stack([self.field(mesh).readout(x, resampler=self.resampler) for mesh in meshes], axis=-1)
 
-    def spread(self, x, value, out):
-        """Add the columns of `value` (N, n) to the n meshes of `out`, and return them: the adjoint of `readout`."""
-        if self.compiled:
+    def spread(self, x, value, out, x_=None):
+        """Add the columns of `value` (N, n) to the n meshes of `out`, and return them: the adjoint of `readout`.
+
+        With `x_`, the change of that along a tangent of the positions.
+        """
+        if not self.compiled:
+            for c, mesh in enumerate(out):
+                column = value[:, c]
+                mesh[...] += (self.paint(x, column) if x_ is None else self.paint_jvp(x, column, x_)).value
+        elif x_ is None:
             window.readout_vjp(None, x, value, out=out, need_pos=False, **self.args)
         else:
-            for c, mesh in enumerate(out):
-                mesh[...] += self.paint(x, value[:, c]).value
+            window.spread_jvp(out, x, value, x_, **self.args)
         return out
 
     # Derivatives of painting and reading out
@@ -883,6 +890,16 @@ class _Window:
         if x_ is not None:
             value_ = numpy.stack([(self.gradient(mesh, x) * x_).sum(axis=-1) for mesh in meshes], axis=-1)
         return value_ if meshes_ is None else value_ + self.readout(meshes_, x)
+
+    # Second derivatives of painting and reading out
+    def slopes_jvp(self, meshes, x, factors=None, x_=None, meshes_=None, factors_=None):
+        """Tangent of `slopes`; None is zero."""
+        if not self.compiled:
+            raise BrokenPrimitive(
+                f"the window {self.resampler.kind} of pmesh has no hvp: it has first derivatives only. An exact second "
+                f"derivative wants a mesh with the window nnb, cic, tsc or pcs, and numba; or use the Gauss-Newton "
+                f"product (compute_with_gnDp)")
+        return window.slopes_jvp(meshes, x, factors, x_, meshes_, factors_, **self.args)
 
 
 def _masses(mass):
@@ -936,6 +953,26 @@ class paint:
         x, mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
         return dict(mesh_=_Window(pm, resampler).paint_jvp(x, mass, x_, mass_))
 
+    def hvp(node, _mesh, x_, mass_, x, mass, layout, pm, resampler):
+        # Change the cotangents of positions and masses
+        of_mesh, of_x, of_mass = _agree(pm.comm, _mesh, x_, mass_)
+        _x_ = _mass_ = ZeroGradient
+        if of_mesh is None or of_x is None and of_mass is None:
+            return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
+        w, meshes = _Window(pm, resampler), [_real(pm, _mesh)]
+        local_x, local_mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
+        x_ = None if of_x is None else _exchange(layout, _rows(x_, numpy.shape(x), of_x))
+        if node.wants('x'):
+            if of_mass is not None:
+                mass_ = _exchange(layout, _masses(_rows(mass_, len(x), of_mass)))[:, None]
+            factors = local_mass[:, None] if numpy.ndim(mass) else local_mass
+            _x_ = w.slopes_jvp(meshes, local_x, factors, x_, factors_=None if of_mass is None else mass_)
+            _x_ = _as_given(_gather(layout, _x_), x)
+        if node.wants('mass') and of_x is not None:
+            _mass_ = w.readout_jvp(meshes, local_x, x_)[:, 0]
+            _mass_ = pm.comm.allreduce(float(_mass_.sum())) if numpy.ndim(mass) == 0 else _gather(layout, _mass_)
+        return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
+
 
 def _as_given(_x, x):
     """A cotangent in the precision of its value, if that is a floating point array."""
@@ -977,6 +1014,15 @@ class readout_all:
         meshes_ = [_real(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
         return dict(value_=_read_jvp(pm, meshes, meshes_, x, x_, layout, resampler))
 
+    def hvp(node, _value, meshes_, x_, meshes, x, layout, resampler, pm, count):
+        meshes_ = [ZeroGradient] * count if _is_zero(meshes_) else meshes_
+        of_value, of_x, *of_meshes = _agree(pm.comm, _value, x_, *meshes_)
+        _value = None if of_value is None else _rows(_value, (len(x), count), of_value)
+        x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
+        meshes_ = [_real(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
+        _x_, _meshes_ = _read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, 'meshes', _zeros)
+        return dict(_meshes_=_meshes_ if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient)
+
 
 @operator
 class readout:
@@ -1005,6 +1051,14 @@ class readout:
         value_ = _read_jvp(pm, [mesh], meshes_, x, x_, layout, resampler)
         return dict(value_=value_ if _is_zero(value_) else value_[:, 0])
 
+    def hvp(node, _value, mesh_, x_, mesh, x, layout, resampler, pm):
+        of_value, of_x, of_mesh = _agree(pm.comm, _value, x_, mesh_)
+        _value = None if of_value is None else _rows(_value, len(x), of_value).reshape(-1, 1)
+        x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
+        meshes_ = None if of_mesh is None else [_real(pm, mesh_)]
+        _x_, _meshes_ = _read_hvp(node, _value, x_, meshes_, [mesh], x, layout, resampler, pm, 'mesh', _zeros)
+        return dict(_mesh_=_meshes_[0] if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient)
+
 
 def _read(pm, meshes, x, layout, resampler):
     return _gather(layout, _Window(pm, resampler).readout(meshes, _exchange(layout, _positions(x, pm))))
@@ -1029,6 +1083,20 @@ def _read_jvp(pm, meshes, meshes_, x, x_, layout, resampler):
         return ZeroGradient
     local_x, x_ = _exchange(layout, _positions(x, pm)), None if x_ is None else _exchange(layout, x_)
     return _gather(layout, _Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
+
+
+def _read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, name, zeros):
+    """The changes of what `_read_vjp` returns, along tangents of positions and meshes; None is zero."""
+    if _value is None or x_ is None and meshes_ is None:
+        return ZeroGradient, None
+    w, _x_ = _Window(pm, resampler), ZeroGradient
+    local_x, _value = _exchange(layout, _positions(x, pm)), _exchange(layout, _value)
+    x_ = None if x_ is None else _exchange(layout, x_)
+    if node.wants('x'):
+        _x_ = _as_given(_gather(layout, w.slopes_jvp(meshes, local_x, _value, x_, meshes_)), x)
+    if x_ is None or not node.wants(name):
+        return _x_, None
+    return _x_, w.spread(local_x, _value, zeros(pm, _value.shape[1]), x_)
 
 
 def _zeros(pm, count):
@@ -1163,6 +1231,20 @@ class readout_neg_gradient:
         x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
         return dict(value_=_read_jvp(pm, meshes, meshes_, x, x_, layout, resampler))
 
+    def hvp(node, _value, mesh_, x_, mesh, x, layout, resampler, pm):
+        of_value, of_x, of_mesh = _agree(pm.comm, _value, x_, mesh_)
+        if of_value is None or of_x is None and of_mesh is None:
+            return dict(_mesh_=ZeroGradient, _x_=ZeroGradient, _layout_=ZeroGradient)
+        _value = _rows(_value, (len(x), pm.ndim), of_value)
+        x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
+        wanted = node.wants('x')
+        meshes = _neg_gradient(mesh) if wanted and of_x is not None else None
+        meshes_ = _neg_gradient(_real(pm, mesh_)) if wanted and of_mesh is not None else None
+        _x_, _meshes_ = _read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, 'mesh',
+                                  _interleaved_zeros)
+        return dict(_mesh_=ZeroGradient if _meshes_ is None else _divergence(pm, _meshes_), _x_=_x_,
+                    _layout_=ZeroGradient)
+
 
 @operator
 class force:
@@ -1218,18 +1300,23 @@ class force:
                 for d in range(pm.ndim)] + ([] if beside is None else [beside])
 
     @staticmethod
-    def pull_meshes(w, local_x, _f, order):
-        """Cotangent of the modes of the potential from that of the force at the particles."""
+    def pull_meshes(w, local_x, _f, order, x_=None):
+        """Cotangent of the modes of the potential from that of the force at the particles; or its change along x_."""
         pm = w.pm
         if _differences_serve(pm, order):
-            return _transform(_divergence(pm, w.spread(local_x, _f, _interleaved_zeros(pm, pm.ndim))))
+            return _transform(_divergence(pm, w.spread(local_x, _f, _interleaved_zeros(pm, pm.ndim), x_)))
         # Pull the components back through their transforms
         _potk = 0
-        for d, _mesh in enumerate(w.spread(local_x, _f, _zeros(pm, pm.ndim))):
+        for d, _mesh in enumerate(w.spread(local_x, _f, _zeros(pm, pm.ndim), x_)):
             _k = _transform(_mesh)
             tf = _evaluate(_k, fourier_space_neg_gradient(d, pm, order), 'wavenumber')
             _potk = _times(_k, numpy.conj(tf), out=_k) + _potk
         return _potk
+
+    @staticmethod
+    def pull_density(_p, factor):
+        """Cotangent of the density from that of the modes of the potential, in their memory."""
+        return force.solve(_p, factor / float(_p.pm.Nmesh.prod())).c2r(out=Ellipsis)
 
     # The force and its derivatives
     def apl(node, x, layout, pm, order=1, keep_potential=True):
@@ -1274,6 +1361,26 @@ class force:
         pot = force.find_potential(pot, w, local_x, factor, order)
         meshes, meshes_ = (force.meshes(p, order) for p in (pot, force.kept(potk_, order)))
         return dict(f_=_as_given(_gather(layout, w.readout_jvp(meshes, local_x, x_, meshes_)), x), potk_=potk_)
+
+    def hvp(node, _f, _potk, x_, x, layout, pm, order, pot, factor):
+        # Change the cotangent of the positions
+        of_f, of_potk, of_x = _agree(pm.comm, _f, _potk, x_)
+        if of_x is None or of_f is None and of_potk is None:
+            return dict(_x_=ZeroGradient, _layout_=ZeroGradient)
+        w = _Window(pm)
+        local_x, x_ = _exchange(layout, _positions(x, pm)), _exchange(layout, _rows(x_, numpy.shape(x), of_x))
+        _p = None if of_potk is None else pm.create(type=ComplexField, value=_potk)
+        if of_f is None:
+            _x_ = w.slopes_jvp([force.pull_density(_p, factor)], local_x, x_=x_)
+        else:
+            _f = _exchange(layout, _rows(_f, numpy.shape(x), of_f))
+            _from_f = force.pull_meshes(w, local_x, _f, order)
+            _rho = force.pull_density(_from_f if _p is None else _p + _from_f, factor)
+            _rho_ = force.pull_density(force.pull_meshes(w, local_x, _f, order, x_), factor)
+            pot = force.find_potential(pot, w, local_x, factor, order)
+            pot_ = force.kept(force.potential(w.paint_jvp(local_x, factor, x_)), order)
+            _x_ = w.slopes_jvp(force.meshes(pot, order, _rho), local_x, _f, x_, force.meshes(pot_, order, _rho_))
+        return dict(_x_=_as_given(_gather(layout, _x_), x), _layout_=ZeroGradient)
 
 
 def _transform(x):
