@@ -939,7 +939,7 @@ class paint:
         local_x, local_mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
         _x, _mass = _Window(pm, resampler).paint_vjp(_real(pm, _mesh), local_x, local_mass, need_x, need_mass)
         if need_mass:
-            _mass = pm.comm.allreduce(float(_mass.sum())) if numpy.ndim(mass) == 0 else _gather(layout, _mass)
+            _mass = paint.of_masses(pm, layout, _mass, mass)
         return dict(_x=_as_given(_gather(layout, _x), x) if need_x else ZeroGradient,
                     _mass=_mass if need_mass else ZeroGradient,
                     _layout=ZeroGradient)
@@ -969,9 +969,15 @@ class paint:
             _x_ = w.slopes_jvp(meshes, local_x, factors, x_, factors_=None if of_mass is None else mass_)
             _x_ = _as_given(_gather(layout, _x_), x)
         if node.wants('mass') and of_x is not None:
-            _mass_ = w.readout_jvp(meshes, local_x, x_)[:, 0]
-            _mass_ = pm.comm.allreduce(float(_mass_.sum())) if numpy.ndim(mass) == 0 else _gather(layout, _mass_)
+            _mass_ = paint.of_masses(pm, layout, w.readout_jvp(meshes, local_x, x_)[:, 0], mass)
         return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
+
+    @staticmethod
+    def of_masses(pm, layout, _mass, mass):
+        """The cotangent of masses, or of one mass for all, from that of each particle here."""
+        if numpy.ndim(mass) == 0:
+            return pm.comm.allreduce(float(_mass.sum()))
+        return _as_given(_gather(layout, _mass), mass)
 
 
 def _as_given(_x, x):
@@ -2124,6 +2130,42 @@ class reversible_leapfrog:
                     _advance(dx_, v, c, out=dx_)
                 _advance(dx, p, drift, out=dx)
         return dict(dx_=dx_, p_=p_, f_=f_)
+
+    def hvp(node, _dx, _p, _f, dx_i_, p_i_, factors_, dx, p, factors, q, pm):
+        # Walk back with the state, its tangent, its cotangent and the change of that
+        dtypes = _agree(pm.comm, _dx, _p, _f, dx_i_, p_i_, factors_)
+        if not any(dtypes[:3]) or not any(dtypes[3:]):
+            return dict(_dx_i_=ZeroGradient, _p_i_=ZeroGradient, _factors_=ZeroGradient)
+        _dx, _p, _f = (_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype) for _y in (_dx, _p, _f))
+        there = reversible_leapfrog.jvp.impl(None, dx_i_, p_i_, factors_, dx, p, factors, q, pm)
+        dx_, p_, _dx_, _p_ = there['dx_'], there['p_'], ZeroGradient, ZeroGradient
+        factors_ = _rows(0.0 if _is_zero(factors_) else factors_, (len(factors),), 'f8')
+        dx, p = _copy(dx), _copy(p)
+        _factors_ = numpy.zeros(len(factors))
+        for i, f, record in reversible_leapfrog.undo(dx, p, factors, q, pm):
+            # Pull back through the kick, and undo its tangent
+            kick, kick_ = float(factors[2 * i]), float(factors_[2 * i])
+            f_ = force.jvp.impl(None, x_=dx_, **record)['f_']
+            for v, c in (f_, kick), (f, kick_):
+                _advance(p_, v, -c, out=p_)
+            if node.wants('factors'):
+                _factors_[2 * i] = _sum_products(_p_, f) + _sum_products(_p, f_)
+            del f, f_
+            _f, _f_ = _plus(_f, _p, kick), _plus(_multiple(_p_, kick), _p, kick_)
+            _dx_ = _plus(_dx_, force.vjp.impl(None, _f=_f_, _potk=ZeroGradient, **record)['_x'], 1.0)
+            _dx_ = _plus(_dx_, force.hvp.impl(None, _f=_f, _potk=ZeroGradient, x_=dx_, **record)['_x_'], 1.0)
+            _dx = _plus(_dx, force.vjp.impl(None, _f=_f, _potk=ZeroGradient, **record)['_x'], 1.0)
+            del record
+            _f = ZeroGradient
+            if i > 0:
+                # Pull back through the drift, and undo its tangent
+                drift, drift_ = float(factors[2 * i - 1]), float(factors_[2 * i - 1])
+                if node.wants('factors'):
+                    _factors_[2 * i - 1] = _sum_products(_dx_, p) + _sum_products(_dx, p_)
+                _p, _p_ = _plus(_p, _dx, drift), _plus(_plus(_p_, _dx_, drift), _dx, drift_)
+                for v, c in (p_, drift), (p, drift_):
+                    _advance(dx_, v, -c, out=dx_)
+        return dict(_dx_i_=_dx_, _p_i_=_p_, _factors_=_factors_)
 
 
 @autooperator('rhok -> dx, p')
