@@ -389,13 +389,13 @@ def taylor_rates(trial, steps=None, order=2, allow_zero=False):
 
 
 def converges(r, order):
-    """Whether the remainder falls at the rate `order`, as far as it is more than rounding."""
+    """Whether the remainder falls at the rate `order`, as far as two rates can be told from rounding."""
     if not numpy.isfinite(r.first).all():
         return False
     above = r.first[1:] > r.floor[1:]
     ratios = (r.first[:-1] + r.floor[:-1])[above] / (r.first[1:] - r.floor[1:])[above]
     rates = numpy.log(ratios) / numpy.log(r.steps[:-1] / r.steps[1:])[above]
-    return len(rates) == 0 or bool(rates[-1] > order - 0.25) or bool(numpy.median(rates) > order - 0.1)
+    return len(rates) < 2 or bool(rates[-1] > order - 0.25) or bool(numpy.median(rates) > order - 0.1)
 
 
 def describe_slopes(r, order, remainder="|f(x + h v) - f(x) - h J v|"):

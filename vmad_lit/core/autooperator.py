@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from typing import Any
 
+from .autodiff import ZERO
 from .error import BadArgument, ModelError, did_you_mean
 from .graph import Node
 from .model import Builder, Model
@@ -251,13 +252,20 @@ def compute(node: Any, **arguments: Any) -> dict[str, Any]:
     if operator.__bound_tape__ is not None:
         return {name: operator.__bound_tape__.out[name] for name in operator.aout}
     model, inputs = find_model(node, arguments)
-    return model._run(operator.aout, inputs)[0]
+    return model._run(find_wanted(node), inputs)[0]
 
 
 def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
     tape = find_tape(node, arguments)
     out = tape.out if node.operator.__bound_tape__ is not None else tape.let_go()
-    return {**{name: out[name] for name in node.operator.aout}, TAPE: tape}
+    return {**{name: out[name] for name in find_wanted(node)}, TAPE: tape}
+
+
+def find_wanted(node: Any) -> list[str]:
+    """The outputs that the application of an autooperator, or a derivative of it, has to do with."""
+    if node.primitive.kind in ("apl", "jvp"):
+        return [name for name in node.operator.aout if node.wants(name)]
+    return [name for name in node.operator.aout if node.varin["_" + name] is not ZERO]
 
 
 def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
@@ -267,16 +275,16 @@ def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if operator.__bound_tape__ is not None:
         return operator.__bound_tape__
     model, inputs = find_model(node, arguments)
-    return model._run(operator.aout, inputs, record=True)[1]
+    return model._run(find_wanted(node), inputs, record=True)[1]
 
 
 def differentiate(node: Any, **arguments: Any) -> Any:
-    given = {name: arguments[name] for name in node.primitive.ain}
     wanted = [name for name, symbol in node.varout.items() if symbol is not Ignored]
     tape = find_tape(node, arguments)
     if not node.operator._keeps_tape:
         tape.use_up()
     derived = dict(vjp=tape.get_vjp, jvp=tape.get_jvp, hvp=tape.get_hvp)[node.primitive.kind]()
+    given = {name: arguments[name] for name in node.primitive.ain if name in derived._inputs}
     return derived.compute(wanted, given, return_dict=True)
 
 

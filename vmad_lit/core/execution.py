@@ -12,7 +12,7 @@ from typing import Any
 from .error import BrokenPrimitive, ExecutionError, ResolveError, did_you_mean
 from .graph import Graph, Node, Symbols
 from .operator import ZeroGradient
-from .symbol import AttrSymbol, BaseSymbol, List, Literal, Symbol, Value, leaves
+from .symbol import AttrSymbol, BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
 
 Slots = list[Value]  # all values of a run
 Step = tuple[Any, ...]  # a function, the node that it is for (or None), and what else the function needs
@@ -258,6 +258,12 @@ class Plan:
                 lists = True
                 outs.append((name, self._give_slots(symbol)))
         clear += free[others:]
+        # Tell the operator what nobody uses
+        used = [name for name, _ in outs]
+        if any(name not in used and symbol is not Ignored for name, symbol in node.varout.items()):
+            acting = node.only_with(used)
+        else:
+            acting = node
         # Arrange for the record
         recorded = self._recorded.get(node)
         extras: list[tuple[str, int]] = []
@@ -295,22 +301,22 @@ class Plan:
             if primitive.operator.grow and self._may_change_values:
                 step = self._plan_total(node, ins[0], ins[1], out, spent)
             elif len(ins) == 2:
-                step = call_two, node, function, *ins, name, out, spent
+                step = call_two, acting, function, *ins, name, out, spent
             else:
-                step = call, node, function, gatherer(ins), name, out, spent
+                step = call, acting, function, gatherer(ins), name, out, spent
         elif single and kept is not None and linear is None:
-            step = call_and_record, node, function, gatherer(ins), *outs[0], kept, clear
+            step = call_and_record, acting, function, gatherer(ins), *outs[0], kept, clear
         elif linear is not None and not clear and not lists and len(linear) == 1:
             # Choose the step of a derivative
             if single and ins[0] == linear[0] and (record is None or len(ins) == 1):
-                step = differentiate_one, node, function, ins[0], gatherer(ins[1:]), record, *outs[0]
+                step = differentiate_one, acting, function, ins[0], gatherer(ins[1:]), record, *outs[0]
             else:
-                step = differentiate, node, function, gatherer(ins), record, linear[0], outs
+                step = differentiate, acting, function, gatherer(ins), record, linear[0], outs
         elif linear is not None and single and len(clear) < 2 and len(linear) == 2:
             ((name, out),) = outs
-            step = differentiate_two, node, function, gatherer(ins), record, *linear, name, out, (clear or [out])[0]
+            step = differentiate_two, acting, function, gatherer(ins), record, *linear, name, out, (clear or [out])[0]
         else:
-            step = execute, node, function, gatherer(ins), record, linear, outs, extras, kept, clear
+            step = execute, acting, function, gatherer(ins), record, linear, outs, extras, kept, clear
         self._note_reads(ins if record is None else [*ins, record[1]])
         self.steps.append(step)
 

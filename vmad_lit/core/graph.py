@@ -6,7 +6,7 @@ import html
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -64,10 +64,18 @@ class Node:
         varin = self.varin if self.forward is None else self.forward.varin
         return isinstance(varin[argname], Literal)
 
-    def wants(self, argname: str) -> bool:
-        """In a vjp or hvp: whether anybody wants the cotangent of the argument, or its tangent."""
-        name = "_" + argname if self.primitive.kind == "vjp" else f"_{argname}_"
-        return self.varout[name] is not Ignored
+    def wants(self, name: str) -> bool:
+        """Whether anybody wants a result; in a jvp its tangent, in a vjp or hvp the cotangent of an
+        argument, or the tangent of that."""
+        form = {"apl": "{}", "jvp": "{}_", "vjp": "_{}", "hvp": "_{}_"}[self.primitive.kind]
+        return self.varout[form.format(name)] is not Ignored
+
+    def only_with(self, names: Collection[str]) -> Node:
+        """This node for a run that needs only some of its results."""
+        varout = {name: symbol if name in names else Ignored for name, symbol in self.varout.items()}
+        node = Node(self.primitive, self.varin, varout, self._origin, self.forward or self)
+        node.number = self.number
+        return node
 
     @property
     def operator(self) -> Operator:
