@@ -14,6 +14,7 @@ from vmad_lit.core.error import BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import fastpm, linalg, loops
 from vmad_lit.lib.fastpm import ParticleMesh
+from vmad_lit.testing import check_second_order
 
 COMM = MPI.COMM_WORLD
 
@@ -296,6 +297,8 @@ class TestFields:
 
 WINDOWS = ['nnb', 'cic', 'tsc', 'pcs', 'lanczos2', 'linear'] if COMM.size == 1 else ['cic', 'pcs', 'lanczos2']
 
+SMOOTH = {'nnb', 'cic', 'tsc', 'pcs'}  # windows with second derivatives
+
 
 @pytest.mark.parametrize('resampler', WINDOWS)
 @pytest.mark.parametrize('nmesh', meshes(), ids=str)
@@ -305,39 +308,51 @@ class TestParticles:
     def setup(self, nmesh, resampler):
         # pmesh's tables of the Lanczos window and of its derivative agree to some digits only
         self.tol = dict(eps=1e-6, rtol=2e-3 if resampler == 'lanczos2' else 1e-5)
+        self.resampler = resampler
         pm = make(nmesh, resampler=resampler)
         return pm, particles(pm)
+
+    def prove(self, function, inputs, tangents, **options):
+        """Both first derivatives, and second ones where the window has them."""
+        second = check(function, inputs, tangents, **self.tol, **options)
+        assert second == (self.resampler in SMOOTH)
 
     def test_paint(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)
         layout = fastpm.decompose.apl.impl(None, x=x, pm=pm)['layout']
         mass = 1 + per_particle(4) ** 2
-        check(lambda x, mass: fastpm.paint(x, mass, layout, pm), dict(x=x, mass=mass),
-              dict(x=per_particle(5, pm.ndim), mass=per_particle(6)), **self.tol)
-        check(lambda x, mass: fastpm.paint(x, mass, fastpm.decompose(x, pm), pm), dict(x=x, mass=0.7),
-              dict(x=per_particle(5, pm.ndim), mass=0.3), **self.tol)
+        self.prove(lambda x, mass: fastpm.paint(x, mass, layout, pm), dict(x=x, mass=mass),
+                   dict(x=per_particle(5, pm.ndim), mass=per_particle(6)))
+        self.prove(lambda x, mass: fastpm.paint(x, mass, fastpm.decompose(x, pm), pm), dict(x=x, mass=0.7),
+                   dict(x=per_particle(5, pm.ndim), mass=0.3))
 
     def test_readout(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)
-        check(lambda mesh, x: fastpm.readout(mesh, x, fastpm.decompose(x, pm)), dict(mesh=real(pm), x=x),
-              dict(mesh=real(pm, 2), x=per_particle(5, pm.ndim)), **self.tol)
+        self.prove(lambda mesh, x: fastpm.readout(mesh, x, fastpm.decompose(x, pm)), dict(mesh=real(pm), x=x),
+                   dict(mesh=real(pm, 2), x=per_particle(5, pm.ndim)))
 
     def test_readout_all(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)
-        check(lambda meshes, x: fastpm.readout_all(meshes, x, fastpm.decompose(x, pm)),
-              dict(meshes=[real(pm, i) for i in range(4)], x=x),
-              dict(meshes=[real(pm, i + 9) for i in range(4)], x=per_particle(5, pm.ndim)), **self.tol)
+        self.prove(lambda meshes, x: fastpm.readout_all(meshes, x, fastpm.decompose(x, pm)),
+                   dict(meshes=[real(pm, i) for i in range(4)], x=x),
+                   dict(meshes=[real(pm, i + 9) for i in range(4)], x=per_particle(5, pm.ndim)))
 
     def test_readout_neg_gradient(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)
-        check(lambda mesh, x: fastpm.readout_neg_gradient(mesh, x, fastpm.decompose(x, pm)),
-              dict(mesh=real(pm), x=x), dict(mesh=real(pm, 2), x=per_particle(5, pm.ndim)), **self.tol)
+        self.prove(lambda mesh, x: fastpm.readout_neg_gradient(mesh, x, fastpm.decompose(x, pm)),
+                   dict(mesh=real(pm), x=x), dict(mesh=real(pm, 2), x=per_particle(5, pm.ndim)))
 
     def test_force(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)
         for outputs, pick in ((['f', 'p'], slice(0, 2)), (['f'], 0), (['p'], 1)):
-            check(lambda x: fastpm.force(x, fastpm.decompose(x, pm), pm)[pick], dict(x=x),
-                  dict(x=per_particle(5, pm.ndim)), outputs=outputs, **self.tol)
+            self.prove(lambda x: fastpm.force(x, fastpm.decompose(x, pm), pm)[pick], dict(x=x),
+                       dict(x=per_particle(5, pm.ndim)), outputs=outputs)
+
+    def test_force_without_differences_or_potential(self, nmesh, resampler):
+        pm, x = self.setup(nmesh, resampler)
+        for options in dict(order=0), dict(keep_potential=False):
+            self.prove(lambda x: fastpm.force(x, fastpm.decompose(x, pm), pm, **options), dict(x=x),
+                       dict(x=per_particle(5, pm.ndim)), outputs=['f', 'p'])
 
     def test_force_is_the_chain_of_operators(self, nmesh, resampler):
         pm, x = self.setup(nmesh, resampler)
@@ -368,7 +383,10 @@ class TestParticles:
                 m.output(rho=fastpm.paint(s, w, layout, mesh), f=f)
             rho, f = m.compute(['rho', 'f'], init=dict(x=pos, mass=mass))
             (rho, f), (_x, _m) = m.compute_with_vjp(init=dict(x=pos, mass=mass), v=dict(_rho=rho, _f=f))
-            results.append((rho, f, _x, _m))
+            results.append([rho, f, _x, _m])
+            if resampler in SMOOTH:
+                v = dict(x_=numpy.sin(pos), mass_=numpy.cos(mass), _rho=rho, _f=f)
+                results[-1] += m.compute_with_hvp(['rho', 'f'], init=dict(x=pos, mass=mass), v=v)[2]
         mine, full = results
         assert_allclose(mine[0].value, full[0].value[mine[0].slices], atol=1e-10)
         for a, b in zip(mine[1:], full[1:]):
@@ -431,6 +449,65 @@ def test_single_precision(resampler):
     assert results[0][3].dtype == 'f4' and results[0][0].dtype == 'f4'
     for a, b in zip(*results):
         assert_allclose(a, b, atol=2e-4 * max(abs(b).max(initial=0), 1))
+
+
+def objective(pm, mesh, x, mass):
+    """A number made by all operators between particles and meshes."""
+    layout = fastpm.decompose(x, pm)
+    f, potk = fastpm.force(x, layout, pm)
+    rho = fastpm.paint(x, mass, layout, pm)
+    values = [fastpm.readout(mesh, x, layout), fastpm.readout_all([rho, mesh], x, layout),
+              fastpm.readout_neg_gradient(mesh, x, layout), f]
+    y = fastpm.cdot(rho, fastpm.c2r(potk))
+    for value in values:
+        y = y + fastpm.to_scalar(fastpm.paint(x, linalg.sum(value * value, axis=-1) if value is not values[0]
+                                              else value * value, layout, pm))
+    return y
+
+
+@pytest.mark.parametrize('nmesh, resampler', [([5, 8, 4], 'cic'), ([2, 4, 6], 'tsc'), ([7, 6], 'pcs')], ids=str)
+def test_the_hessian_of_a_number(nmesh, resampler):
+    """Symmetric, and the derivative of the gradient to second order in the step; also if a rank has no particles."""
+    pm = make(nmesh, resampler=resampler)
+    x, mass = particles(pm), 1 + per_particle(4) ** 2
+    steps = (1e-5, 5e-6, 2.5e-6) if resampler != 'pcs' else (1e-3, 5e-4, 2.5e-4, 1.25e-4)
+    def function(mesh, x, mass):
+        return objective(pm, mesh, x, mass)
+    rates = check_second_order(function, real(pm), x, mass, comm=COMM, steps=steps)
+    assert 1.8 < rates[-1] < 2.2
+
+
+def test_the_hessian_in_single_precision():
+    results = []
+    for dtype in 'f4', 'f8':
+        pm = make([4, 6, 8], dtype=dtype, resampler='tsc')
+        x, mass, v, u = (a.astype(dtype) for a in (particles(pm), 1 + per_particle(4) ** 2, per_particle(5, 3), per_particle(6)))
+        with Builder() as m:
+            m.output(y=objective(pm, *m.input('mesh', 'x', 'mass')))
+        given = dict(mesh_=real(pm, 2), x_=v, mass_=u)
+        results.append(m.compute_with_hvp('y', dict(mesh=real(pm), x=x, mass=mass), given)[2])
+    for a, b in zip(*results):
+        a, b = getattr(a, 'value', a), getattr(b, 'value', b)
+        assert a.dtype == 'f4' and b.dtype == 'f8'
+        assert_allclose(a, b, atol=1e-3 * max(COMM.allgather(abs(b).max(initial=0))))
+
+
+def test_windows_without_second_derivatives(monkeypatch):
+    def run(resampler):
+        pm = make([8, 12, 8], resampler=resampler)
+        with Builder() as m:
+            x = m.input('x')
+            m.output(y=fastpm.to_scalar(fastpm.paint(x, 1.0, fastpm.decompose(x, pm), pm)))
+        init, v = dict(x=particles(pm)), dict(x_=per_particle(4, 3))
+        m.compute_with_gnDp('y', init, v)
+        return m.compute_with_hvp('y', init, v)
+
+    run('cic')
+    with pytest.raises(BrokenPrimitive, match='lanczos2 of pmesh has no hvp.*nnb, cic, tsc or pcs.*compute_with_gnDp'):
+        run('lanczos2')
+    monkeypatch.setattr(fastpm, 'window', None)
+    with pytest.raises(BrokenPrimitive, match='no hvp.*numba'):
+        run('cic')
 
 
 def test_complex_meshes():
@@ -576,6 +653,8 @@ class capricious:
     def jvp(node, x_, sweep, silent, zero):
         return dict(y_=ZEROS[zero](x_) if sweep == 'jvp' and COMM.rank in silent else x_)
 
+    hvp = ZeroGradient
+
 
 def communicating():
     """Operators whose derivatives communicate, and neighbours of theirs: (function, inputs, tangents) by name."""
@@ -614,6 +693,8 @@ def communicating():
                     dict(mesh=fields[0], x=x), dict(mesh=fields[1], x=x_)),
         'readout_all': (lambda a, b, x: fastpm.readout_all([a, b], x, layout),
                         dict(a=fields[0], b=fields[1], x=x), dict(a=fields[2], b=fields[3], x=x_)),
+        'readout_neg_gradient': (lambda mesh, x: fastpm.readout_neg_gradient(mesh, x, layout),
+                                 dict(mesh=fields[0], x=x), dict(mesh=fields[1], x=x_)),
         'force': (lambda x: fastpm.force(x, layout, pm), dict(x=x), dict(x=x_)),
         'force in single precision': (lambda x: fastpm.force(x, layout, pm),
                                       dict(x=x.astype('f4')), dict(x=x_.astype('f4'))),
@@ -634,7 +715,7 @@ SILENT = {'rank 0': {0}, 'the others': set(range(1, COMM.size)), 'all': set(rang
 class TestZerosOfSomeRanks:
     """The sweeps go through, and give what they give for zeros that all ranks spell out."""
 
-    def sweep(self, sweep, name, silent, zero, chosen):
+    def sweep(self, sweep, name, silent, zero, chosen, second=False):
         function, inputs, tangents = communicating()[name]
         with Builder() as m:
             def pass_on(symbol, label):
@@ -645,19 +726,22 @@ class TestZerosOfSomeRanks:
             results = results if isinstance(results, list) else [results]
             m.output(**{label: pass_on(result, label) for label, result in zip(labels, results)})
         values = m.compute(labels, init=inputs)
-        if sweep == 'jvp':
-            return m.compute_with_jvp(labels, init=inputs, v={k + '_': v for k, v in tangents.items()})[1]
+        pushed = {k + '_': v for k, v in tangents.items()}
         v = {'_' + label: cotangent(value, 50 + i) for i, (label, value) in enumerate(zip(labels, values))}
+        if second:
+            return m.compute_with_hvp(labels, init=inputs, v={**pushed, **v})[2]
+        if sweep == 'jvp':
+            return m.compute_with_jvp(labels, init=inputs, v=pushed)[1]
         return m.compute_with_vjp(init=inputs, v=v)[1]
 
-    def compare(self, sweep, name, silent, chosen):
-        mine, want = (self.sweep(sweep, name, silent, zero, chosen) for zero in ZEROS)
+    def compare(self, sweep, name, silent, chosen, second=False):
+        mine, want = (self.sweep(sweep, name, silent, zero, chosen, second) for zero in ZEROS)
         for a, b in zip(mine, want):
             difference = numpy.asarray(getattr(a, 'value', a)) - numpy.asarray(getattr(b, 'value', b))
             assert_allclose(difference, 0, atol=1e-5 if 'single' in name else 1e-12)
         # What the other ranks have to say arrives somewhere
-        heard = COMM.allreduce(sum(float(abs(numpy.asarray(getattr(a, 'value', a))).sum()) for a in mine))
-        assert heard > 0 or len(silent) == COMM.size
+        heard = COMM.allreduce(sum(float(abs(numpy.asarray(getattr(a, 'value', a), 'c16')).sum()) for a in mine))
+        assert heard > 0 or len(silent) == COMM.size or second
         return mine
 
     def test_tangents(self, name, silent):
@@ -673,6 +757,14 @@ class TestZerosOfSomeRanks:
             results = self.compare('vjp', name, silent, chosen)
             if len(chosen) == len(outputs) and len(silent) == COMM.size:
                 assert all(fastpm._is_zero(result) for result in results)
+
+    def test_changes_of_cotangents(self, name, silent):
+        inputs, outputs = communicating()[name][1], ['y0', 'y1'] if name.startswith('force') else ['y0']
+        for sweep, names in ('jvp', list(inputs)), ('vjp', outputs):
+            for chosen in some_of(names):
+                results = self.compare(sweep, name, silent, chosen, second=True)
+                if len(chosen) == len(names) and len(silent) == COMM.size:
+                    assert all(fastpm._is_zero(result) for result in results)
 
 
 @pytest.mark.parametrize('nmesh', [[8, 6, 4], [3, 2, 5], [2, 3], [7, 5], [1, 4, 4]], ids=str)

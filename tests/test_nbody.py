@@ -13,7 +13,8 @@ from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import fastpm
 from vmad_lit.lib.cosmology import Cosmology, MatterDominated
 from vmad_lit.lib.fastpm import FastPMSimulation, ParticleMesh
-from vmad_lit.testing import check_dot_product, check_taylor
+from vmad_lit.lib.mpi import allbcast
+from vmad_lit.testing import check_dot_product, check_second_order, check_taylor
 
 COMM = MPI.COMM_WORLD
 PT = MatterDominated(0.3)
@@ -97,6 +98,28 @@ def test_taylor(case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_hessian(case):
+    """The product of the Hessian with a vector is the derivative of the gradient, and the Hessian is symmetric."""
+    pm, B = make(case)
+    sim, m = build(pm, B)
+
+    def chi2(wnk):
+        dx, p, f = sim.run(fastpm.induce_correlation(wnk, power, pm))
+        x = sim.q + dx
+        return fastpm.to_scalar(fastpm.paint(x, 1.0, fastpm.decompose(x, pm), pm) - 1.0)
+
+    assert check_second_order(chi2, noise(pm), comm=COMM, steps=(1e-6, 5e-7, 2.5e-7))[-1] > 1.9
+    x, v, w = noise(pm), noise(pm, 2), {name: np.sin((i + 1) * sim.q) for i, name in enumerate(["_dx", "_p", "_f"])}
+    step = 1e-6
+    for outs, given in (["chi2"], {}), (["dx", "p", "f"], w):
+        _, _, [product] = m.compute_with_hvp(outs, dict(wnk=x), dict(wnk_=v, **given))
+        there, back = (m.compute_with_vjp(dict(wnk=x + v * h), given or dict(_chi2=1.0))[1][0].value for h in (step, -step))
+        size = max(COMM.allgather(abs(product.value).max(initial=0)))
+        assert size > 0
+        np.testing.assert_allclose(product.value, (there - back) / (2 * step), atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_any_number_of_ranks(case):
     """The particles of this rank move as they do in a run on a single rank, and so does the gradient."""
     pm, B = make(case)
@@ -114,6 +137,9 @@ def test_any_number_of_ranks(case):
     _, [expected] = reference.compute_with_vjp(dict(wnk=noise(alone)), dict(_chi2=1.0))
     gradient, expected = gradient.c2r(), expected.c2r()
     np.testing.assert_allclose(gradient.value, expected.value[pm.create("real").slices], atol=1e-9 * abs(expected.value).max())
+    product = m.compute_with_hvp("chi2", dict(wnk=noise(pm)), dict(wnk_=noise(pm, 2)))[2][0].c2r()
+    expected = reference.compute_with_hvp("chi2", dict(wnk=noise(alone)), dict(wnk_=noise(alone, 2)))[2][0].c2r()
+    np.testing.assert_allclose(product.value, expected.value[pm.create("real").slices], atol=1e-8 * abs(expected.value).max())
 
 
 def test_conservation():
@@ -178,9 +204,11 @@ def test_few_states_give_the_same_gradient(options):
         model = sim.run.build()
         outs, [_rhok] = model.compute_with_vjp(dict(rhok=noise(pm)), dict(_dx=w, _p=w, _f=w))
         _, tangents = model.compute_with_jvp(["dx", "p", "f"], dict(rhok=noise(pm)), dict(rhok_=noise(pm, 2)))
-        results.append([*outs, *tangents, _rhok.value])
+        v = dict(rhok_=noise(pm, 2), _dx=w, _p=w, _f=w)
+        _, _, [product] = model.compute_with_hvp(["dx", "p", "f"], dict(rhok=noise(pm)), v)
+        results.append([*outs, *tangents, _rhok.value, product.value])
     for a, b in zip(*results):
-        np.testing.assert_allclose(a, b, atol=1e-12 * abs(a).max(initial=0))
+        np.testing.assert_allclose(a, b, atol=1e-12 * max(COMM.allgather(abs(a).max(initial=0))))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -193,7 +221,8 @@ def test_steps_undone_give_the_same_gradient(case):
         model = sim.run.build()
         outs, [_rhok] = model.compute_with_vjp(dict(rhok=noise(pm)), w)
         _, tangents = model.compute_with_jvp(["dx", "p", "f"], dict(rhok=noise(pm)), dict(rhok_=noise(pm, 2)))
-        results.append([*outs, *tangents, _rhok.value])
+        _, _, [product] = model.compute_with_hvp(["dx", "p", "f"], dict(rhok=noise(pm)), dict(rhok_=noise(pm, 2), **w))
+        results.append([*outs, *tangents, product.value, _rhok.value])
     for a, b in zip(*results):
         assert abs(a).max(initial=0) > 0 or not a.size
         np.testing.assert_allclose(a, b, atol=1e-8 * max(COMM.allgather(abs(a).max(initial=0))))
@@ -214,6 +243,35 @@ def test_reversible_leapfrog(dtype):
         check_taylor(*arguments, q=q, pm=pm, comm=COMM, steps=(4e-5, 2e-5, 1e-5))
 
 
+@pytest.mark.parametrize("resampler, steps", [("cic", (4e-5, 2e-5, 1e-5)), ("pcs", (4e-3, 2e-3, 1e-3))])
+def test_reversible_leapfrog_to_second_order(resampler, steps):
+    pm = ParticleMesh([6, 10, 7], BoxSize=[12.0, 20.0, 14.0], comm=COMM, resampler=resampler)
+    q = pm.generate_uniform_particle_grid(shift=0.5)
+    dx_i, p_i = np.random.default_rng(COMM.rank).normal(size=(2,) + q.shape)
+
+    def leapfrog(dx_i, p_i, factors):
+        return fastpm.reversible_leapfrog(dx_i, p_i, allbcast(factors, COMM), q, pm)
+
+    for factors in np.array([0.3]), np.array([0.1, 0.3, 0.45, -0.2, 0.15]):
+        assert check_second_order(leapfrog, dx_i, p_i, factors, comm=COMM, universal="factors", steps=steps)[-1] > 1.9
+
+
+def test_second_order_of_steps_undone_in_single_precision():
+    results = []
+    for dtype in "f4", "f8":
+        pm, _ = make("tsc", dtype=dtype)
+        q = pm.generate_uniform_particle_grid(shift=0.5).astype(dtype)
+        arrays = np.random.default_rng(COMM.rank).normal(size=(5,) + q.shape).astype(dtype)
+        with Builder() as m:
+            dx, p, f = fastpm.reversible_leapfrog(*m.input("dx_i", "p_i"), np.array([0.1, 0.3, 0.45, -0.2, 0.15]), q, pm)
+            m.output(dx=dx)
+        v = dict(zip(("dx_i_", "p_i_", "_dx"), arrays[2:]))
+        results.append(m.compute_with_hvp(["dx"], dict(dx_i=arrays[0], p_i=arrays[1]), v)[2])
+    for a, b in zip(*results):
+        assert a.dtype == "f4" and b.dtype == "f8"
+        np.testing.assert_allclose(a, b, atol=1e-3 * max(COMM.allgather(abs(b).max(initial=0))))
+
+
 @pytest.mark.parametrize("order", [0, 1])
 def test_a_force_that_keeps_positions_only(order):
     """The same derivatives, and a tape without the potential."""
@@ -227,14 +285,15 @@ def test_a_force_that_keeps_positions_only(order):
             m.output(f=fastpm.force(pos, fastpm.decompose(pos, pm), pm, order=order, keep_potential=keep)[0])
         f, tape = m.compute("f", dict(x=x), return_tape=True)
         pulled, pushed = tape.get_vjp().compute("_x", dict(_f=_f)), tape.get_jvp().compute("f_", dict(x_=x_))
-        results.append([f, pulled, pushed])
+        product = tape.get_hvp().compute("_x_", dict(_f=_f, x_=x_))
+        results.append([f, pulled, pushed, product])
         sizes.append(COMM.allreduce(tape.nbytes))
     for a, b in zip(*results):
         np.testing.assert_allclose(a, b, atol=1e-12)
     assert sizes[0] - sizes[1] >= 8 * pm.Nmesh.prod()
 
 
-@pytest.mark.parametrize("given", ["dx", "p", "f"])
+@pytest.mark.parametrize("given", ["dx", "p", "f", "dx p f"])
 def test_a_cotangent_that_is_zero_on_some_ranks_only(given):
     """The others' cotangents pass through the same meshes: it must be as if the zero had been spelled out."""
     pm, _ = make("uneven")
@@ -247,10 +306,15 @@ def test_a_cotangent_that_is_zero_on_some_ranks_only(given):
     for zero in ZeroGradient, 0 * w:
         cotangents = dict(_dx=w, _p=w, _f=w)
         if COMM.rank == 0:
-            cotangents[f"_{given}"] = zero
+            cotangents.update({f"_{name}": zero for name in given.split()})
         _, pulled = m.compute_with_vjp(dict(dx_i=dx_i, p_i=p_i), cotangents)
         results.append(pulled)
+        for silent in [], ["p_i_"], ["dx_i_", "p_i_"]:
+            v = {name: zero if name in silent and COMM.rank == 0 else x(q) for name, x in dict(dx_i_=np.sin, p_i_=np.cos).items()}
+            results[-1] += m.compute_with_hvp(["dx", "p", "f"], dict(dx_i=dx_i, p_i=p_i), {**v, **cotangents})[2]
     for a, b in zip(*results):
+        assert COMM.size == 1 or COMM.allreduce(float(np.sum(abs(b)))) > 0
+        a, b = (0 * w if value is ZeroGradient else value for value in (a, b))
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 

@@ -11,6 +11,7 @@ from mpi4py import MPI
 from numpy.testing import assert_allclose
 from pmesh.pm import ParticleMesh
 from pmesh.window import Affine, FindResampler
+from scipy.interpolate import BSpline
 
 from vmad_lit.lib import window
 
@@ -165,6 +166,117 @@ def test_any_slab_against_pmesh(slab):
     assert_allclose(window.readout(mesh, x, **args), paint.readout(mesh, exact, transform=transform), **tol)
     slope = numpy.array([read.readout(mesh, exact, diffdir=d, transform=transform) for d in range(len(shape))])
     assert_allclose(window.gradient(mesh, x, **args), slope.T, **tol)
+
+
+def spline(support, r, order):
+    """The B-spline of this support, or a derivative of it, at distances."""
+    w = BSpline.basis_element(numpy.arange(support + 1) - support / 2, extrapolate=False)
+    return numpy.nan_to_num(w.derivative(order)(r) if order < support else numpy.zeros_like(r))
+
+
+def weights(support, x, shape, transform, derivatives):
+    """The derivatives, as many along each axis as said, of the window of each particle by its position, at all
+    cells of a slab: (N, n0, ...)."""
+    result = numpy.ones((len(x),) + (1,) * len(shape))
+    for d, n in enumerate(shape):
+        scale, period = transform.scale[d], transform.period[d]
+        r = numpy.arange(n) - (x[:, d, None] * scale + transform.translate[d])
+        images = numpy.arange(-12, 13) * period if period else numpy.zeros(1)
+        along = sum(spline(support, r + image, derivatives[d]) for image in images) * (-scale) ** derivatives[d]
+        result = result * along.reshape((len(x),) + (1,) * d + (n,) + (1,) * (len(shape) - d - 1))
+    return result
+
+
+def unit(ndim, *axes):
+    return [axes.count(d) for d in range(ndim)]
+
+
+@settings(max_examples=60)
+@given(slabs(), st.integers(1, 6), st.data())
+def test_second_derivatives_are_those_of_splines(slab, n, data):
+    """Anywhere in any geometry, beside dense sums over all cells, which know of B-splines from elsewhere."""
+    shape, transform, x, name, dtype, rng = slab
+    support, ndim, N = window.SUPPORT[name], len(shape), len(x)
+    args = dict(window=name, transform=transform)
+    tol = dict(rtol=1e-9, atol=1e-9) if dtype == 'f8' else dict(rtol=1e-4, atol=1e-4)
+    columns = data.draw(st.integers(0, n))
+    meshes, meshes_ = rng.normal(size=(2, n) + shape).astype(dtype)
+    k, k_, v = rng.normal(size=(N, columns)), rng.normal(size=(N, columns)), rng.normal(size=(N, ndim))
+    ones = numpy.concatenate([k, numpy.ones((N, n - columns))], axis=1)
+    exact = x.astype('f8')
+    slope = numpy.stack([weights(support, exact, shape, transform, unit(ndim, d)) for d in range(ndim)])
+    bend = numpy.array([[weights(support, exact, shape, transform, unit(ndim, d, e)) for e in range(ndim)]
+                        for d in range(ndim)])
+    cells = tuple(range(1, ndim + 1))
+    want = numpy.zeros((N, ndim))
+    for c in range(n):
+        for d in range(ndim):
+            turned = sum(bend[d, e] * v[:, e].reshape((N,) + (1,) * ndim) for e in range(ndim))
+            want[:, d] += ones[:, c] * ((turned * meshes[c]).sum(axis=cells) + (slope[d] * meshes_[c]).sum(axis=cells))
+            if c < columns:
+                want[:, d] += k_[:, c] * (slope[d] * meshes[c]).sum(axis=cells)
+    got = window.slopes_jvp(list(meshes), x, k, v, list(meshes_), k_ if columns else None, **args)
+    assert_allclose(got, want, **tol)
+    parts = [window.slopes_jvp(list(meshes), x, k, v, **args), window.slopes_jvp(None, x, k, meshes_=list(meshes_), **args)]
+    if columns:
+        parts.append(window.slopes_jvp(list(meshes), x, k, factors_=k_, **args))
+    assert_allclose(sum(parts), want, **tol)
+    value = rng.normal(size=(N, n))
+    out = list(numpy.zeros((n,) + shape, dtype))
+    assert window.spread_jvp(out, x, value, v, **args) is out
+    moved = sum(slope[d] * v[:, d].reshape((N,) + (1,) * ndim) for d in range(ndim))
+    for c in range(n):
+        assert_allclose(out[c], numpy.tensordot(value[:, c], moved, 1), **tol)
+
+
+def test_second_derivatives_with_one_number_for_all():
+    rng = numpy.random.default_rng(2)
+    pos, meshes, v = rng.uniform(0, 5, size=(40, 2)), list(rng.normal(size=(3, 5, 4))), rng.normal(size=(40, 2))
+    rows = numpy.full((40, 3), 2.0)
+    want = window.slopes_jvp(meshes, pos, rows, v, meshes[::-1], 3.0 * rows, 'pcs')
+    assert_allclose(window.slopes_jvp(meshes, pos, 2.0, v, meshes[::-1], 6.0, 'pcs'), want, atol=1e-12)
+    along = window.slopes_jvp(meshes, pos, rows, numpy.full((40, 2), 0.5), window='pcs')
+    assert_allclose(window.slopes_jvp(meshes, pos, rows, 0.5, window='pcs'), along, atol=1e-12)
+    one, all_ = ([numpy.zeros((5, 4)) for mesh in meshes] for i in range(2))
+    window.spread_jvp(one, pos, 2.0, v, 'pcs')
+    window.spread_jvp(all_, pos, rows, v, 'pcs')
+    assert_allclose(one, all_, atol=1e-12)
+
+
+def test_second_derivatives_in_any_memory():
+    """Interleaved meshes, meshes that do not lie alike, wide positions, on one thread or several."""
+    rng = numpy.random.default_rng(3)
+    pos, value, v = rng.uniform(-16, 32, size=(20000, 3)), rng.normal(size=(20000, 4)), rng.normal(size=(20000, 3))
+    vector = rng.normal(size=(16, 8, 8, 4))
+    apart = [vector[..., c].copy() for c in range(4)]
+    want = window.slopes_jvp(apart, pos, value, v, window='tsc')
+    zeros = lambda: [numpy.zeros((16, 8, 8)) for c in range(4)]
+    spread = window.spread_jvp(zeros(), pos, value, v, 'tsc')
+    for n in 1, 2, 3:
+        window.set_threads(n)
+        for meshes in list(numpy.moveaxis(vector, -1, 0)), [numpy.asfortranarray(apart[0]), *apart[1:]]:
+            wide = numpy.concatenate([pos, pos], axis=1)
+            assert_allclose(window.slopes_jvp(meshes, wide, value, v, window='tsc'), want, rtol=0, atol=1e-11)
+        unlike = [numpy.zeros((16, 8, 8), order='F'), *zeros()[1:]]
+        for out in zeros(), list(numpy.moveaxis(numpy.zeros_like(vector), -1, 0)), unlike:
+            for mesh, expected in zip(window.spread_jvp(out, pos, value, v, 'tsc'), spread):
+                assert_allclose(mesh, expected, rtol=0, atol=1e-10)
+    window.set_threads(None)
+
+
+def test_second_derivatives_of_nothing():
+    none, mesh = numpy.empty((0, 3)), numpy.ones((4, 4, 4))
+    assert window.slopes_jvp([mesh], none, None, none).shape == (0, 3)
+    assert not window.spread_jvp([0 * mesh], none, numpy.empty((0, 1)), none)[0].any()
+    pos, empty = numpy.ones((5, 3)), numpy.empty((0, 4, 4))
+    assert not window.slopes_jvp([empty], pos, None, pos, transform=Affine(3, 1.0, 0.0, 4)).any()
+    assert window.spread_jvp([empty], pos, numpy.ones((5, 1)), pos, transform=Affine(3, 1.0, 0.0, 4))[0].size == 0
+    with pytest.raises(ValueError, match='tangent of positions'):
+        window.slopes_jvp([mesh], pos, None, numpy.ones((5, 2)))
+    with pytest.raises(ValueError, match='columns of factors'):
+        window.slopes_jvp([mesh], pos, numpy.ones((5, 2)), pos)
+    with pytest.raises(ValueError, match='nnb, cic, tsc, pcs'):
+        window.slopes_jvp([mesh], pos, None, pos, window='lanczos2')
 
 
 def test_several_slopes_in_one_sum():

@@ -17,6 +17,7 @@ from pmesh.window import FindResampler
 from vmad_lit import autooperator, operator
 from vmad_lit.core.autodiff import IN_PLACE, PLUS
 from vmad_lit.core.checkpoint import checkpoint, keep_on_disk_by
+from vmad_lit.core.error import BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import add_to_array
 from vmad_lit.core.symbol import Symbol
@@ -847,13 +848,19 @@ class _Window:
             return window.readout(meshes, x, **self.args)
         return numpy.stack([self.field(mesh).readout(x, resampler=self.resampler) for mesh in meshes], axis=-1)
 
-    def spread(self, x, value, out):
-        """Add the columns of `value` (N, n) to the n meshes of `out`, and return them: the adjoint of `readout`."""
-        if self.compiled:
+    def spread(self, x, value, out, x_=None):
+        """Add the columns of `value` (N, n) to the n meshes of `out`, and return them: the adjoint of `readout`.
+
+        With `x_`, the change of that along a tangent of the positions.
+        """
+        if not self.compiled:
+            for c, mesh in enumerate(out):
+                column = value[:, c]
+                mesh[...] += (self.paint(x, column) if x_ is None else self.paint_jvp(x, column, x_)).value
+        elif x_ is None:
             window.readout_vjp(None, x, value, out=out, need_pos=False, **self.args)
         else:
-            for c, mesh in enumerate(out):
-                mesh[...] += self.paint(x, value[:, c]).value
+            window.spread_jvp(out, x, value, x_, **self.args)
         return out
 
     # Derivatives of painting and reading out
@@ -903,6 +910,16 @@ class _Window:
             value_ = numpy.stack([(self.gradient(mesh, x) * x_).sum(axis=-1) for mesh in meshes], axis=-1)
         return value_ if meshes_ is None else value_ + self.readout(meshes_, x)
 
+    # Second derivatives of painting and reading out
+    def slopes_jvp(self, meshes, x, factors=None, x_=None, meshes_=None, factors_=None):
+        """Tangent of `slopes`; None is zero."""
+        if not self.compiled:
+            raise BrokenPrimitive(
+                f"the window {self.resampler.kind} of pmesh has no hvp: it has first derivatives only. An exact second "
+                f"derivative wants a mesh with the window nnb, cic, tsc or pcs, and numba; or use the Gauss-Newton "
+                f"product (compute_with_gnDp)")
+        return window.slopes_jvp(meshes, x, factors, x_, meshes_, factors_, **self.args)
+
 
 def _masses(mass):
     mass = numpy.asarray(mass)
@@ -942,7 +959,7 @@ class paint:
         local_x, local_mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
         _x, _mass = _Window(pm, resampler).paint_vjp(_real(pm, _mesh), local_x, local_mass, need_x, need_mass)
         if need_mass:
-            _mass = pm.comm.allreduce(float(_mass.sum())) if numpy.ndim(mass) == 0 else _gather(layout, _mass)
+            _mass = paint.of_masses(pm, layout, _mass, mass)
         return dict(_x=_as_given(_gather(layout, _x), x) if need_x else ZeroGradient,
                     _mass=_mass if need_mass else ZeroGradient,
                     _layout=ZeroGradient)
@@ -955,6 +972,32 @@ class paint:
         mass_ = None if of_mass is None else _exchange(layout, _masses(_rows(mass_, len(x), of_mass)))
         x, mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
         return dict(mesh_=_Window(pm, resampler).paint_jvp(x, mass, x_, mass_))
+
+    def hvp(node, _mesh, x_, mass_, x, mass, layout, pm, resampler):
+        # Change the cotangents of positions and masses
+        of_mesh, of_x, of_mass = _agree(pm.comm, _mesh, x_, mass_)
+        _x_ = _mass_ = ZeroGradient
+        if of_mesh is None or of_x is None and of_mass is None:
+            return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
+        w, meshes = _Window(pm, resampler), [_real(pm, _mesh)]
+        local_x, local_mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
+        x_ = None if of_x is None else _exchange(layout, _rows(x_, numpy.shape(x), of_x))
+        if node.wants('x'):
+            if of_mass is not None:
+                mass_ = _exchange(layout, _masses(_rows(mass_, len(x), of_mass)))[:, None]
+            factors = local_mass[:, None] if numpy.ndim(mass) else local_mass
+            _x_ = w.slopes_jvp(meshes, local_x, factors, x_, factors_=None if of_mass is None else mass_)
+            _x_ = _as_given(_gather(layout, _x_), x)
+        if node.wants('mass') and of_x is not None:
+            _mass_ = paint.of_masses(pm, layout, w.readout_jvp(meshes, local_x, x_)[:, 0], mass)
+        return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
+
+    @staticmethod
+    def of_masses(pm, layout, _mass, mass):
+        """The cotangent of masses, or of one mass for all, from that of each particle here."""
+        if numpy.ndim(mass) == 0:
+            return pm.comm.allreduce(float(_mass.sum()))
+        return _as_given(_gather(layout, _mass), mass)
 
 
 def _as_given(_x, x):
@@ -997,6 +1040,15 @@ class readout_all:
         meshes_ = [_real(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
         return dict(value_=_read_jvp(pm, meshes, meshes_, x, x_, layout, resampler))
 
+    def hvp(node, _value, meshes_, x_, meshes, x, layout, resampler, pm, count):
+        meshes_ = [ZeroGradient] * count if _is_zero(meshes_) else meshes_
+        of_value, of_x, *of_meshes = _agree(pm.comm, _value, x_, *meshes_)
+        _value = None if of_value is None else _rows(_value, (len(x), count), of_value)
+        x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
+        meshes_ = [_real(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
+        _x_, _meshes_ = _read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, 'meshes', _zeros)
+        return dict(_meshes_=_meshes_ if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient)
+
 
 @operator
 class readout:
@@ -1025,6 +1077,14 @@ class readout:
         value_ = _read_jvp(pm, [mesh], meshes_, x, x_, layout, resampler)
         return dict(value_=value_ if _is_zero(value_) else value_[:, 0])
 
+    def hvp(node, _value, mesh_, x_, mesh, x, layout, resampler, pm):
+        of_value, of_x, of_mesh = _agree(pm.comm, _value, x_, mesh_)
+        _value = None if of_value is None else _rows(_value, len(x), of_value).reshape(-1, 1)
+        x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
+        meshes_ = None if of_mesh is None else [_real(pm, mesh_)]
+        _x_, _meshes_ = _read_hvp(node, _value, x_, meshes_, [mesh], x, layout, resampler, pm, 'mesh', _zeros)
+        return dict(_mesh_=_meshes_[0] if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient)
+
 
 def _read(pm, meshes, x, layout, resampler):
     return _gather(layout, _Window(pm, resampler).readout(meshes, _exchange(layout, _positions(x, pm))))
@@ -1049,6 +1109,20 @@ def _read_jvp(pm, meshes, meshes_, x, x_, layout, resampler):
         return ZeroGradient
     local_x, x_ = _exchange(layout, _positions(x, pm)), None if x_ is None else _exchange(layout, x_)
     return _gather(layout, _Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
+
+
+def _read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, name, zeros):
+    """The changes of what `_read_vjp` returns, along tangents of positions and meshes; None is zero."""
+    if _value is None or x_ is None and meshes_ is None:
+        return ZeroGradient, None
+    w, _x_ = _Window(pm, resampler), ZeroGradient
+    local_x, _value = _exchange(layout, _positions(x, pm)), _exchange(layout, _value)
+    x_ = None if x_ is None else _exchange(layout, x_)
+    if node.wants('x'):
+        _x_ = _as_given(_gather(layout, w.slopes_jvp(meshes, local_x, _value, x_, meshes_)), x)
+    if x_ is None or not node.wants(name):
+        return _x_, None
+    return _x_, w.spread(local_x, _value, zeros(pm, _value.shape[1]), x_)
 
 
 def _zeros(pm, count):
@@ -1184,6 +1258,20 @@ class readout_neg_gradient:
         x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
         return dict(value_=_read_jvp(pm, meshes, meshes_, x, x_, layout, resampler))
 
+    def hvp(node, _value, mesh_, x_, mesh, x, layout, resampler, pm):
+        of_value, of_x, of_mesh = _agree(pm.comm, _value, x_, mesh_)
+        if of_value is None or of_x is None and of_mesh is None:
+            return dict(_mesh_=ZeroGradient, _x_=ZeroGradient, _layout_=ZeroGradient)
+        _value = _rows(_value, (len(x), pm.ndim), of_value)
+        x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
+        wanted = node.wants('x')
+        meshes = _neg_gradient(mesh) if wanted and of_x is not None else None
+        meshes_ = _neg_gradient(_real(pm, mesh_)) if wanted and of_mesh is not None else None
+        _x_, _meshes_ = _read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, 'mesh',
+                                  _interleaved_zeros)
+        return dict(_mesh_=ZeroGradient if _meshes_ is None else _divergence(pm, _meshes_), _x_=_x_,
+                    _layout_=ZeroGradient)
+
 
 @operator
 class force:
@@ -1247,14 +1335,14 @@ class force:
                 for d in range(pm.ndim)] + ([] if beside is None else [beside])
 
     @staticmethod
-    def pull_meshes(w, local_x, _f, order):
-        """Cotangent of the modes of the potential from that of the force at the particles."""
+    def pull_meshes(w, local_x, _f, order, x_=None):
+        """Cotangent of the modes of the potential from that of the force at the particles; or its change along x_."""
         pm = w.pm
         if _differences_serve(pm, order):
-            return _transform(_divergence(pm, w.spread(local_x, _f, _interleaved_zeros(pm, pm.ndim))))
+            return _transform(_divergence(pm, w.spread(local_x, _f, _interleaved_zeros(pm, pm.ndim), x_)))
         # Pull the components back through their transforms
         _potk = 0
-        for d, _mesh in enumerate(w.spread(local_x, _f, _zeros(pm, pm.ndim))):
+        for d, _mesh in enumerate(w.spread(local_x, _f, _zeros(pm, pm.ndim), x_)):
             _k = _transform(_mesh)
             tf = _evaluate(_k, fourier_space_neg_gradient(d, pm, order), 'wavenumber')
             _potk = _times(_k, numpy.conj(tf), out=_k) + _potk
@@ -1309,6 +1397,24 @@ class force:
         pot = force.find_potential(pot, w, local_x, factor, order)
         meshes, meshes_ = (force.meshes(p, order) for p in (pot, force.kept(potk_, order, None)))
         return dict(f_=_as_given(_gather(layout, w.readout_jvp(meshes, local_x, x_, meshes_)), x), potk_=potk_)
+
+    def hvp(node, _f, _potk, x_, x, layout, pm, order, pot, factor):
+        # Change the cotangent of the positions
+        of_f, of_potk, of_x = _agree(pm.comm, _f, _potk, x_)
+        if of_x is None or of_f is None and of_potk is None:
+            return dict(_x_=ZeroGradient, _layout_=ZeroGradient)
+        w = _Window(pm)
+        local_x, x_ = _exchange(layout, _positions(x, pm)), _exchange(layout, _rows(x_, numpy.shape(x), of_x))
+        _p = None if of_potk is None else pm.create(type=ComplexField, value=_potk)
+        if of_f is None:
+            _x_ = w.slopes_jvp([force.pull_density(_p, factor)], local_x, x_=x_)
+        else:
+            _f = _exchange(layout, _rows(_f, numpy.shape(x), of_f))
+            meshes = force.pull(w, local_x, _f, pot, factor, order, _p)
+            _rho_ = force.pull_density(force.pull_meshes(w, local_x, _f, order, x_), factor)
+            pot_ = force.kept(force.potential(w.paint_jvp(local_x, factor, x_)), order)
+            _x_ = w.slopes_jvp(meshes, local_x, _f, x_, force.meshes(pot_, order, _rho_))
+        return dict(_x_=_as_given(_gather(layout, _x_), x), _layout_=ZeroGradient)
 
 
 def _transform(x):
@@ -1781,10 +1887,19 @@ class _Gravity:
         for rows in self.blocks():
             yield rows, self._bring_back(self._window.slopes(meshes, self._local_x[rows], _f[rows]))
 
+    def record(self):
+        """What the derivatives of the force ask for; the potential is computed once."""
+        self.pot = force.find_potential(self.pot, self._window, self._local_x, self.factor, 1)
+        return dict(x=self.x, layout=self.layout, pm=self.pm, order=1, pot=self.pot, factor=self.factor)
+
     def push(self, x_):
         """The tangent of the force on all particles from that of the positions."""
-        record = dict(x=self.x, layout=self.layout, pm=self.pm, order=1, pot=self.pot, factor=self.factor)
-        return force.jvp.impl(None, x_=x_, **record)['f_']
+        return force.jvp.impl(None, x_=x_, **self.record())['f_']
+
+    def pull_change(self, _f, _f_, x_):
+        """The change of the cotangent of all positions, from that of the force, its change, and a tangent."""
+        record = dict(_potk=ZeroGradient, **self.record())
+        return _plus(force.vjp.impl(None, _f=_f_, **record)['_x'], force.hvp.impl(None, _f=_f, x_=x_, **record)['_x_'], 1.0)
 
     def _bring_back(self, values):
         values = values if isinstance(self.layout, IdentityLayout) else _gather(self.layout, values)
@@ -1865,6 +1980,18 @@ class leap:
         f_ = _Gravity(x, pm, layout, pot, factor).push(dx_i_)
         p_ = _plus(_plus(p_i_, f_, kick), f, kick_)
         return dict(dx_=_plus(_plus(dx_i_, p_, drift), p, drift_), p_=p_)
+
+    def hvp(node, _dx, _p, dx_i_, p_i_, kick_, drift_, x, layout, pot, factor, f, kick, drift, pm):
+        # Change the cotangents of a leap
+        gravity, _kick_, _drift_ = _Gravity(x, pm, layout, pot, factor), ZeroGradient, ZeroGradient
+        _p_i, _p_i_ = _plus(_p, _dx, drift), _multiple(_dx, drift_)
+        _f, _f_ = _multiple(_p_i, kick), _plus(_multiple(_p_i_, kick), _p_i, kick_)
+        _dx_i_ = gravity.pull_change(_f, _f_, dx_i_)
+        if node.wants('kick') or node.wants('drift'):
+            f_ = gravity.push(dx_i_)
+            _kick_ = _sum_products(_p_i, f_) + _sum_products(_p_i_, f)
+            _drift_ = _sum_products(_dx, _plus(_plus(p_i_, f_, kick), f, kick_))
+        return dict(_dx_i_=_dx_i_, _p_i_=_p_i_, _kick_=_kick_, _drift_=_drift_)
 
 
 class Steps:
@@ -2109,7 +2236,8 @@ class reversible_leapfrog:
             kick, _factors[2 * i] = float(factors[2 * i]), product
             pulled = []
             if 2 * i + 1 == len(factors) and of_f is not None:
-                pulled, kick = gravity.pull(_advance(_rows(0.0 if _is_zero(_f) else _f, dx.shape, dx.dtype), _p, kick)), 1.0
+                _f = _rows(0.0 if _is_zero(_f) else _f, dx.shape, dx.dtype)
+                pulled, kick = gravity.pull(_advance(_f, _p, kick)), 1.0
             elif 2 * i + 1 < len(factors) or of_p is not None:
                 pulled = gravity.pull(_p)
             for rows, part in pulled:
@@ -2131,11 +2259,12 @@ class reversible_leapfrog:
         dx, p = (x if node.owns(name) else _copy(x) for name, x in (('dx', dx), ('p', p)))
         for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked):
             del gravity
+        last = node.wants('p') or node.wants('f')
         # Push the tangents forward with the steps
         f_ = ZeroGradient
         for i, (kick, kick_) in enumerate(zip(factors[::2], factors_[::2])):
             more = 2 * i + 1 < len(factors)
-            if not (more or node.wants('p') or node.wants('f')):
+            if not (more or last):
                 break
             drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
             gravity, f = _Gravity(_advance(q, dx, 1.0), pm), memory.empty_like(p) if kick_ else ZeroGradient
@@ -2145,6 +2274,56 @@ class reversible_leapfrog:
                 if c:
                     _advance(x_, v, c, out=x_)
         return dict(dx_=dx_, p_=p_, f_=f_)
+
+    def hvp(node, _dx, _p, _f, dx_i_, p_i_, factors_, dx, p, factors, q, pm, kicked):
+        # Walk back with the state, its tangent, its cotangent and the change of that
+        dtypes = _agree(pm.comm, _dx, _p, _f, dx_i_, p_i_, factors_)
+        if not any(dtypes[:3]) or not any(dtypes[3:]):
+            return dict(_dx_i_=ZeroGradient, _p_i_=ZeroGradient, _factors_=ZeroGradient)
+        _dx, _p, _f = (_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype) for _y in (_dx, _p, _f))
+        dx_, p_ = (numpy.array(_rows(0.0 if _is_zero(x_) else x_, dx.shape, dx.dtype)) for x_ in (dx_i_, p_i_))
+        factors_ = _rows(0.0 if _is_zero(factors_) else factors_, (len(factors),), 'f8')
+        _dx_, _p_, _factors_ = ZeroGradient, ZeroGradient, numpy.zeros(len(factors))
+        dx, p, last = _copy(dx), _copy(p), kicked
+        for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked):
+            del gravity
+        # Push the tangents forward with the steps
+        f_ = ZeroGradient
+        for i, (kick, kick_) in enumerate(zip(factors[::2], factors_[::2])):
+            more = 2 * i + 1 < len(factors)
+            if not (more or last):
+                break
+            drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
+            gravity, f = _Gravity(_advance(q, dx, 1.0), pm), memory.empty_like(p) if kick_ else ZeroGradient
+            _kick_and_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
+            f_ = gravity.push(dx_)
+            for x_, v, c in (p_, f_, kick), (p_, f, kick_), (dx_, p_, drift), (dx_, p, drift_):
+                if c:
+                    _advance(x_, v, c, out=x_)
+        for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked):
+            if gravity is not None:
+                # Pull back through the kick, and undo its tangent
+                kick, kick_ = float(factors[2 * i]), float(factors_[2 * i])
+                f, f_ = memory.empty_like(p), gravity.push(dx_)
+                for rows, part in gravity.force():
+                    f[rows] = part
+                for v, c in (f_, kick), (f, kick_):
+                    _advance(p_, v, -c, out=p_)
+                _factors_[2 * i] = _sum_products(_p_, f) + _sum_products(_p, f_)
+                del f, f_
+                _f, _f_ = _plus(_f, _p, kick), _plus(_multiple(_p_, kick), _p, kick_)
+                _dx_ = _plus(_dx_, gravity.pull_change(_f, _f_, dx_), 1.0)
+                _dx = _plus(_dx, force.vjp.impl(None, _f=_f, _potk=ZeroGradient, **gravity.record())['_x'], 1.0)
+                _f = ZeroGradient
+                del gravity
+            if i > 0:
+                # Pull back through the drift, and undo its tangent
+                drift, drift_ = float(factors[2 * i - 1]), float(factors_[2 * i - 1])
+                _factors_[2 * i - 1] = _sum_products(_dx_, p) + _sum_products(_dx, p_)
+                _p, _p_ = _plus(_p, _dx, drift), _plus(_plus(_p_, _dx_, drift), _dx, drift_)
+                for v, c in (p_, drift), (p, drift_):
+                    _advance(dx_, v, -c, out=dx_)
+        return dict(_dx_i_=_dx_, _p_i_=_p_, _factors_=_factors_)
 
 
 def _mix(a, b, matrix, outs):

@@ -1,8 +1,9 @@
-"""Compiled window functions: particles to meshes and back, with all first derivatives.
+"""Compiled window functions: particles to meshes and back, with all first and second derivatives.
 
-Two loops do the work, ``scatter`` and ``gather``; they are compiled by numba for each window and
-dimension when first used, and kept on disk. Everything else is a thin layer that names the cases:
-:func:`paint`, :func:`readout`, :func:`gradient` and the products with their Jacobians.
+Two loops do the work, ``scatter`` and ``gather``, and a third, ``curve``, the second derivatives; they are
+compiled by numba for each window and dimension when first used, and kept on disk. Everything else is a thin
+layer that names the cases: :func:`paint`, :func:`readout`, :func:`gradient` and the products with their
+Jacobians.
 
 A mesh is the part of a periodic mesh that this process holds, as pmesh lays it out: ``transform``
 (a :class:`pmesh.window.Affine`, or anything with ``scale``, ``translate`` and ``period``) maps a
@@ -90,11 +91,11 @@ def _offsets(first, period, low, high, stride, whole):
 
 
 @lru_cache(maxsize=None)
-def _scatter_loop(mesh, position, ndim, support, n, whole, moving, alone):
+def _scatter_loop(mesh, position, ndim, support, n, whole, moving, alone, spreading=False):
     """The compiled loop that adds particles to `n` meshes, for these types of `mesh` and `position`.
 
-    `whole`: all cells are here along all axes but the first. `moving`: the tangent of painting one mesh.
-    `alone`: there is one thread.
+    `whole`: all cells are here along all axes but the first. `moving`: the tangent of painting one mesh; or
+    (`spreading`) of adding to several meshes, each its own masses. `alone`: there is one thread.
     """
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
@@ -141,14 +142,15 @@ def _scatter_loop(mesh, position, ndim, support, n, whole, moving, alone):
                 m1 = mass[p * mass_step + 1] if n > 1 else 0.0
                 m2 = mass[p * mass_step + 2] if n > 2 else 0.0
                 m3 = mass[p * mass_step + 3] if n > 3 else 0.0
-                unit = m0 if n == 1 else 1.0
+                unit = 0.0 if spreading else m0 if n == 1 else 1.0
                 # Take the velocity of the particle
                 vx = vy = vz = 0.0
                 if moving:
                     vx = speed[p * ndim] * scale[0]
                     vy = speed[p * ndim + 1] * scale[1] if ndim > 1 else 0.0
                     vz = speed[p * ndim + 2] * scale[2] if ndim > 2 else 0.0
-                vx, vy, vz = rate * vx, rate * vy, rate * vz
+                factor = m0 if spreading and n == 1 else rate
+                vx, vy, vz = factor * vx, factor * vy, factor * vz
                 # Add to the cells
                 for ia in range(support):
                     if cx[ia] < 0:
@@ -217,6 +219,7 @@ def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
                 cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             if slopes:
                 # Sum the gradients of the meshes
+                # Take the coefficients of the meshes
                 k0 = coef[p * coef_step] if given > 0 else 1.0
                 k1 = (coef[p * coef_step + 1] if given > 1 else 1.0) if n > 1 else 0.0
                 k2 = (coef[p * coef_step + 2] if given > 2 else 1.0) if n > 2 else 0.0
@@ -585,9 +588,9 @@ def _groups(views):
         yield first, len(flats), flats + flats[:1] * (TOGETHER - len(flats))
 
 
-def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1.0):
+def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1.0, spreading=False):
     """Add to each of `meshes` the window of each particle times its column of `mass`, and its change along
-    `rate` times `speed`."""
+    `rate` times `speed`; or (`spreading`) the column times the change of the window along `speed`."""
     cells = _find_support(window)
     ndim = meshes[0].ndim
     pos = check_positions(pos, ndim)
@@ -604,13 +607,14 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1
                 raise TypeError(f"a mesh to paint must be of floating point numbers, not {mesh.dtype}")
             aside = numpy.zeros(mesh.shape, dtype='f8')
             column = numpy.ascontiguousarray(mass[c::mass_step]) if mass_step else mass[c:c + 1]
-            _scatter([aside], pos.reshape(-1, step), column, min(mass_step, 1), window, transform, speed, rate)
+            _scatter([aside], pos.reshape(-1, step), column, min(mass_step, 1), window, transform, speed, rate,
+                     spreading)
             mesh += aside
         return
     edges, mask = _owners(cells, box, pos, step)
     for first, n, flats in _groups(views):
         scatter = _scatter_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _is_whole(box), speed is not None,
-                                len(edges) == 2)
+                                len(edges) == 2, spreading)
         _run(scatter, [
             (*flats, box, edges[t], edges[t + 1], t, mask, BLOCK, pos, step, mass[first:], mass_step,
              mass[:0] if speed is None else speed, rate)
@@ -634,6 +638,15 @@ def _owners(cells, box, pos, step):
     return edges, mask
 
 
+def _readable(meshes):
+    """The first of meshes that lie in memory alike, and the views of all: those given, or else copies."""
+    views = [_view(mesh) for mesh in meshes]
+    if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
+        meshes = [numpy.require(mesh, 'f8', 'CA') for mesh in meshes]
+        views = [_view(mesh) for mesh in meshes]
+    return meshes[0], views
+
+
 def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=0, slope=None, given=None,
             add=False):
     """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is there.
@@ -649,12 +662,9 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
     slopes = coef is not None
     if slope is None:
         slope = memory.empty((npart if slopes else 0, ndim))
-    views = [_view(mesh) for mesh in meshes]
-    if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
-        meshes = [numpy.require(mesh, 'f8', 'CA') for mesh in meshes]
-        views = [_view(mesh) for mesh in meshes]
-    box = _box(meshes[0], transform)
-    if not npart or not meshes[0].size:
+    mesh, views = _readable(meshes)
+    box = _box(mesh, transform)
+    if not npart or not mesh.size:
         for result in (None if add else out, slope):
             if result is not None:
                 result.fill(0)
@@ -785,11 +795,16 @@ def slopes(meshes, pos, factors=None, window='cic', transform=None):
     of them; meshes beyond, or all if it is None, have the factor one.
     """
     values = _meshes(list(meshes))
-    given = 0 if factors is None else numpy.shape(factors)[-1] if numpy.ndim(factors) else len(values)
-    if given > len(values):
-        raise ValueError(f"there are {given} columns of factors for {len(values)} meshes")
-    coef, step = (numpy.empty(0), 0) if not given else _per_particle(factors, len(pos), 'factors', given)
+    coef, step, given = _coefficients(factors, len(pos), len(values))
     return _gather(values, pos, window, transform, coef=coef, coef_step=step, given=given)
+
+
+def _coefficients(factors, npart, count):
+    """The factors of `count` meshes as flat memory, their step, and for how many of the meshes they are."""
+    given = 0 if factors is None else numpy.shape(factors)[-1] if numpy.ndim(factors) else count
+    if given > count:
+        raise ValueError(f"there are {given} columns of factors for {count} meshes")
+    return (*(_per_particle(factors, npart, 'factors', given) if given else (numpy.empty(0), 0)), given)
 
 
 def readout_vjp(meshes, pos, value, window='cic', transform=None, out=None, need_pos=True):
@@ -825,3 +840,157 @@ def readout_jvp(meshes, pos, pos_=None, meshes_=None, window='cic', transform=No
     elif pos_ is None:
         out.fill(0)
     return out if several else out[:, 0]
+
+
+@njit(**_compiled)
+def _spline_bends(support, x):
+    """The second derivatives of the B-spline of this support at `x`, in the cells of `_spline`."""
+    if support == 3:
+        return 1.0, -2.0, 1.0, 0.0
+    if support == 4:
+        u = x - numpy.floor(x)
+        return 1.0 - u, 3.0 * u - 2.0, 1.0 - 3.0 * u, u
+    return 0.0, 0.0, 0.0, 0.0
+
+
+@lru_cache(maxsize=None)
+def _curve_loop(mesh, position, ndim, support, n):
+    """The compiled loop that adds the Hessians of `n` meshes, with coefficients, times a velocity to `slope`."""
+    support1 = support if ndim > 1 else 1
+    support2 = support if ndim > 2 else 1
+    whole, moving = False, True
+
+    # The loop that multiplies by Hessians
+    def curve(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, speed, slope, coef, coef_step, given):
+        shape, stride, scale, translate, origin, period = box
+        low, high = 0, shape[0]
+        for p in range(start, end):
+            # Locate the particle on each axis
+            i, wx, dx = _spline(support, pos[p * step] * scale[0] + translate[0])
+            cx = _offsets(i + origin[0], period[0], low, high, stride[0], False)
+            if ndim > 1:
+                i, wy, dy = _spline(support1, pos[p * step + 1] * scale[1] + translate[1])
+                cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], whole)
+            else:
+                cy, wy, dy = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+            if ndim > 2:
+                i, wz, dz = _spline(support2, pos[p * step + 2] * scale[2] + translate[2])
+                cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], whole)
+            else:
+                cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+            # Take the second derivatives of the weights
+            bx = _spline_bends(support, pos[p * step] * scale[0] + translate[0])
+            by = bz = (0.0, 0.0, 0.0, 0.0)
+            if ndim > 1:
+                by = _spline_bends(support1, pos[p * step + 1] * scale[1] + translate[1])
+            if ndim > 2:
+                bz = _spline_bends(support2, pos[p * step + 2] * scale[2] + translate[2])
+            # Take the velocity of the particle
+            vx = vy = vz = 0.0
+            if moving:
+                vx = speed[p * ndim] * scale[0]
+                vy = speed[p * ndim + 1] * scale[1] if ndim > 1 else 0.0
+                vz = speed[p * ndim + 2] * scale[2] if ndim > 2 else 0.0
+            # Take the coefficients of the meshes
+            k0 = coef[p * coef_step] if given > 0 else 1.0
+            k1 = (coef[p * coef_step + 1] if given > 1 else 1.0) if n > 1 else 0.0
+            k2 = (coef[p * coef_step + 2] if given > 2 else 1.0) if n > 2 else 0.0
+            k3 = (coef[p * coef_step + 3] if given > 3 else 1.0) if n > 3 else 0.0
+            xx = xy = xz = yy = yz = zz = 0.0
+            for ia in range(support):
+                if cx[ia] < 0:
+                    continue
+                r = ry = rz = ryy = ryz = rzz = 0.0
+                for ib in range(support1):
+                    if cy[ib] < 0:
+                        continue
+                    first = cx[ia] + cy[ib]
+                    q = qz = qzz = 0.0
+                    for ic in range(support2):
+                        if cz[ic] < 0:
+                            continue
+                        i = uintp(first + cz[ic])
+                        # Value of the cell, summed over the meshes
+                        v = float(mesh0[i])
+                        if n > 1:
+                            v = k0 * v + k1 * mesh1[i]
+                        if n > 2:
+                            v += k2 * mesh2[i]
+                        if n > 3:
+                            v += k3 * mesh3[i]
+                        q += v * wz[ic]
+                        qz += v * dz[ic]
+                        qzz += v * bz[ic]
+                    # Add a row of cells
+                    r += q * wy[ib]
+                    ry += q * dy[ib]
+                    rz += qz * wy[ib]
+                    ryy += q * by[ib]
+                    ryz += qz * dy[ib]
+                    rzz += qzz * wy[ib]
+                # Add a plane of cells to the Hessian
+                xx += r * bx[ia]
+                xy += ry * dx[ia]
+                xz += rz * dx[ia]
+                yy += ryy * wx[ia]
+                yz += ryz * wx[ia]
+                zz += rzz * wx[ia]
+            # Hand out the product with the velocity
+            if n == 1:
+                vx, vy, vz = k0 * vx, k0 * vy, k0 * vz
+            slope[p * ndim] += (xx * vx + xy * vy + xz * vz) * scale[0]
+            if ndim > 1:
+                slope[p * ndim + 1] += (xy * vx + yy * vy + yz * vz) * scale[1]
+            if ndim > 2:
+                slope[p * ndim + 2] += (xz * vx + yz * vy + zz * vz) * scale[2]
+
+    reals = float64[::1]
+    return _compile(curve, *4 * [_array(mesh)], BOX, int64, int64, _array(position), int64, reals, reals, reals,
+                    int64, int64)
+
+
+def _curve(meshes, pos, coef, coef_step, given, speed, slope, window, transform):
+    """Add to `slope` (N, ndim) the Hessians of meshes, with coefficients for the first `given`, times `speed`."""
+    cells = _find_support(window)
+    ndim = meshes[0].ndim
+    pos = check_positions(pos, ndim)
+    npart, step = pos.shape
+    mesh, views = _readable(meshes)
+    box = _box(mesh, transform)
+    if not npart or not mesh.size:
+        return
+    pos, cuts = _flat(pos), _shares(npart, 4 * BLOCK)
+    for first, n, flats in _groups(views):
+        curve = _curve_loop(flats[0].dtype, pos.dtype, ndim, cells, n)
+        _run(curve, [
+            (*flats, box, cuts[t], cuts[t + 1], pos, step, speed, slope.reshape(-1), coef[first:], coef_step,
+             max(0, given - first))
+            for t in range(len(cuts) - 1)])
+
+
+def slopes_jvp(meshes, pos, factors=None, pos_=None, meshes_=None, factors_=None, window='cic', transform=None):
+    """Tangent of `slopes(meshes, pos, factors)` along `pos_` (N, ndim), `meshes_`, and `factors_`; None is zero.
+
+    `factors_` is shaped as the factors. The meshes may be None if neither positions nor factors change.
+    """
+    if meshes_ is None:
+        slope = memory.zeros((len(pos), _meshes(list(meshes))[0].ndim))
+    else:
+        slope = slopes(meshes_, pos, factors, window, transform)
+    if factors_ is not None:
+        count = numpy.shape(factors_)[-1] if numpy.ndim(factors_) else len(meshes)
+        slope += slopes(list(meshes)[:count], pos, factors_, window, transform)
+    if pos_ is not None:
+        values = _meshes(list(meshes))
+        speed = _velocities(pos_, len(pos), values[0].ndim)
+        _curve(values, pos, *_coefficients(factors, len(pos), len(values)), speed, slope, window, transform)
+    return slope
+
+
+def spread_jvp(out, pos, value, pos_, window='cic', transform=None):
+    """Add to the n meshes of `out` the change along `pos_` of what `readout_vjp` adds for `value` (N, n)."""
+    targets = [_mesh(mesh) for mesh in out]
+    mass, step = _per_particle(value, len(pos), 'cotangent of the values', len(targets))
+    speed = _velocities(pos_, len(pos), targets[0].ndim)
+    _scatter(targets, pos, mass, step, window, transform, speed, spreading=True)
+    return out
