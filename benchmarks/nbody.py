@@ -15,8 +15,8 @@ Systems that are not installed are left out. vmad does not bring its background,
 compiled by jit, which is not counted; it starts from its own growth functions and takes steps with our coefficients, on the
 cores of one process. `--peer-python` names the Python of another environment, to be tried for peers that are not in this one.
 
---scaling   also this package on 1 to 4 ranks, and over 4 to 32 steps with the full tape, checkpoints, and a
-            leapfrog that integrates backwards; and where its time goes, by kernel
+--scaling   also this package on 1 to 4 ranks, and over 4 to 32 steps with the full tape, checkpoints in memory and
+            on disk, and a leapfrog that integrates backwards; these over 4 steps on the next larger mesh, too
 """
 
 import argparse
@@ -34,7 +34,7 @@ import numpy as np
 from .common import clock, describe, machine, save, table
 
 SYSTEMS = "vmad_lit", "vmad", "jaxpm"
-POLICIES = dict(full={}, checkpoints=dict(ram=2), reversible=dict(reversible=True))
+POLICIES = dict(full={}, checkpoints=dict(ram=2), disk=dict(disk=32), reversible=dict(reversible=True))
 STAGES = np.linspace(0.1, 1.0, 5)
 
 
@@ -200,9 +200,9 @@ def breakdown(task):
 
     from vmad_lit.lib import fastpm, loops
 
-    windows = "paint", "readout", "spread", "gradient", "slopes", "paint_vjp", "paint_jvp", "readout_jvp"
+    windows = "paint", "readout", "spread", "gradient", "slopes", "paint_vjp", "paint_jvp", "readout_jvp", "slopes_jvp"
     differences = "gradient", "divergence", "difference", "second_invariant", "second_invariant_vjp"
-    updates = "advance", "kick_and_drift", "pull_kick_and_drift"
+    updates = "advance", "kick_and_drift", "mix"
     kinds = {
         "paint and read out": [(fastpm._Window, name) for name in windows],
         "FFT": [(RealField, "r2c"), (BaseComplexField, "c2r"), (fastpm, "_transform")],
@@ -352,13 +352,15 @@ def main(argv=None):
     more = {}
     if args.scaling:
         more = dict(ranks_results=[], steps_n=args.scaling, steps=study_steps(args.scaling))
+        more.update(policies_n=2 * args.scaling, policies=study_steps(2 * args.scaling, [4]))
         for ranks in 1, 2, 3, 4:
             for result in study([args.scaling], args.repeat, ranks, systems=["vmad_lit"]):
                 more["ranks_results"].append(dict(ranks=ranks, **result))
         print("\nRanks\n")
         table(["ranks", *columns], [[str(r["ranks"]), *(r["vmad_lit"][c] for c in columns)] for r in more["ranks_results"]])
         print("\nSteps\n")
-        table(["policy, steps", "gradient", "memory"], [[f"{r['policy']}, {r['steps']}", r["gradient"], r["memory"]] for r in more["steps"]])
+        rows = [(n, r) for n, part in ((args.scaling, "steps"), (2 * args.scaling, "policies")) for r in more[part]]
+        table(["policy, steps", "gradient", "memory"], [[f"{n}^3 {r['policy']}, {r['steps']}", r["gradient"], r["memory"]] for n, r in rows])
     if args.json:
         save(args.json, host, unit="seconds, megabytes", ranks=args.ranks, results=results, **more)
 

@@ -287,26 +287,6 @@ def find_used(node: Any) -> list[str]:
     return [name for name, symbol in node.varout.items() if symbol is not Ignored]
 
 
-def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
-    """The plan inside a node of a plan, and its model, if they are known before the run."""
-    operator = node.operator
-    if type(operator) is not AutoOperator or not operator._keeps_tape or operator.__bound_tape__ is not None:
-        return None
-    if node.primitive.kind == "apl":
-        model = operator.model_of(node)
-        if model is None:
-            return None
-        return model._plan(tuple(find_wanted(node)), plan.record, True, find_owned(node)), model
-    # Find the plan of a derivative
-    if node.primitive.kind != "vjp" or plan.base is None:
-        return None
-    inside = find_plan(plan.base.acting.get(node.forward, node.forward), plan.base)
-    if inside is None:
-        return None
-    vjp, wanted = derive(*inside, "vjp"), find_used(node)
-    return vjp._plan(tuple(wanted), False, True, find_owned(node)), vjp
-
-
 def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if TAPE in arguments:
         return arguments[TAPE]
@@ -325,6 +305,26 @@ def differentiate(node: Any, **arguments: Any) -> Any:
     derived = dict(vjp=tape.get_vjp, jvp=tape.get_jvp, hvp=tape.get_hvp)[node.primitive.kind]()
     given = {name: arguments[name] for name in node.primitive.ain if name in derived._inputs}
     return derived._run(wanted, derived._fitting(given), given_away=find_owned(node))[0]
+
+
+def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
+    """The plan inside a node of a plan, and its model, if they are known before the run."""
+    operator = node.operator
+    if type(operator) is not AutoOperator or not operator._keeps_tape or operator.__bound_tape__ is not None:
+        return None
+    if node.primitive.kind == "apl":
+        model = operator.model_of(node)
+        if model is None:
+            return None
+        return model._plan(tuple(find_wanted(node)), plan.record, True, find_owned(node)), model
+    # Find the plan of a derivative
+    if node.primitive.kind != "vjp" or plan.base is None:
+        return None
+    inside = find_plan(plan.base.acting.get(node.forward, node.forward), plan.base)
+    if inside is None:
+        return None
+    vjp, wanted = derive(*inside, "vjp"), find_used(node)
+    return vjp._plan(tuple(wanted), False, True, find_owned(node)), vjp
 
 
 def autooperator(*spec: Any) -> Any:

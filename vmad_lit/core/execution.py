@@ -296,6 +296,8 @@ class Plan:
             own = primitive.operator.own_results(acting, self)
             if primitive.operator.hands_on and primitive.kind == "vjp" and len(outs) == 1:
                 own = used if self._find_owned(node, dead, primitive.ain) else []
+            if self._private:
+                self._private.difference_update(flatten(varin))
             self._private.update(node.varout[name] for name in own)
         if acting is not node:
             self.acting[node] = acting
@@ -362,7 +364,7 @@ class Plan:
         return self._give_slot(symbol) if symbol in self._last_use else None
 
     def _find_owned(self, node: Node, dead: list[int], names: Iterable[str]) -> list[str]:
-        """Those of some arguments that nobody needs but this node."""
+        """Those of some arguments that nobody has seen before this node, and nobody needs after it."""
         if not self._private:
             return []
         symbols: list[Any] = [*node.varin.values()]

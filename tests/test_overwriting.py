@@ -1,0 +1,250 @@
+"""Operators overwrite what only they have, and nothing else."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from vmad_lit import Builder, autooperator, operator
+from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.execution import Plan
+from vmad_lit.core.operator import ZeroGradient
+
+SEEN: list[tuple[str, bool]] = []
+
+
+def place(node, name, x):
+    """The array itself, if it may be overwritten, or a new one."""
+    SEEN.append((name, node.owns(name)))
+    return x if node.owns(name) else np.empty_like(x)
+
+
+@operator
+class double:
+    """2 x + 1, in place where that is allowed."""
+
+    ain = "x"
+    aout = "y"
+    makes_own = True
+    overwrites = "x", "_y"
+
+    def apl(node, x):
+        y = place(node, "x", x)
+        np.multiply(x, 2.0, out=y)
+        y += 1.0
+        return dict(y=y)
+
+    def vjp(node, _y):
+        return dict(_x=np.multiply(_y, 2.0, out=place(node, "_y", _y)))
+
+    def jvp(node, x_):
+        return dict(y_=2.0 * x_)
+
+    hvp = ZeroGradient
+
+
+@operator
+class same:
+    """x itself: the result is nobody's own."""
+
+    ain = "x"
+    aout = "y"
+
+    def apl(node, x):
+        return dict(y=x)
+
+    def vjp(node, _y):
+        return dict(_x=_y)
+
+
+@autooperator("x -> y")
+def twice(x):
+    return double(double(x))
+
+
+@autooperator("x -> y")
+def around(x):
+    return twice(x)
+
+
+def model(*steps):
+    with Builder() as m:
+        y = m.input("x")
+        for step in steps:
+            y = step(y)
+        m.output(y=y)
+    return m
+
+
+def owned(task):
+    SEEN.clear()
+    result = task()
+    return result, [own for _, own in SEEN]
+
+
+X = np.arange(3.0)
+
+
+def test_results_of_such_operators_are_overwritten():
+    x = X.copy()
+    y, own = owned(lambda: model(double, double, double).compute("y", dict(x=x)))
+    assert own == [False, True, True]
+    assert_array_equal(y, 8 * X + 7)
+    assert_array_equal(x, X)
+
+
+def test_cotangents_are_overwritten_but_those_of_the_caller():
+    x, _y = X.copy(), np.ones(3)
+    (_, [_x]), own = owned(lambda: model(double, double).compute_with_vjp(dict(x=x), dict(_y=_y)))
+    assert own == [False, True, False, True]
+    assert_array_equal(_x, [4, 4, 4])
+    assert_array_equal(_y, np.ones(3))
+    assert_array_equal(x, X)
+
+
+@pytest.mark.parametrize("steps", [(double, same, double), (same, double)])
+def test_what_somebody_else_may_have_is_not(steps):
+    x = X.copy()
+    m = model(*steps)
+    _, own = owned(lambda: m.compute("y", dict(x=x)))
+    assert not any(own)
+    assert_array_equal(x, X)
+
+
+def test_what_is_used_again_is_not():
+    with Builder() as m:
+        x = m.input("x")
+        y = double(x)
+        z = double(y)
+        m.output(y=y, z=z, w=double(z) + z)
+    (y, z, w), own = owned(lambda: m.compute(["y", "z", "w"], dict(x=X.copy())))
+    assert not any(own)
+    for got, expected in zip((y, z, w), (2 * X + 1, 4 * X + 3, 12 * X + 10)):
+        assert_array_equal(got, expected)
+    assert owned(lambda: m.compute("z", dict(x=X.copy())))[1] == [False, True]
+
+
+def test_an_argument_twice_is_not():
+    @operator
+    class plus:
+        ain = "a", "b"
+        aout = "y"
+        makes_own = True
+        overwrites = "a", "b"
+
+        def apl(node, a, b):
+            SEEN.append(("a", node.owns("a")))
+            return dict(y=a + b)
+
+        def vjp(node, _y):
+            return dict(_a=_y.copy(), _b=_y.copy())
+
+    with Builder() as m:
+        y = double(m.input("x"))
+        m.output(y=plus(y, y))
+    assert owned(lambda: m.compute("y", dict(x=X)))[1] == [False, False]
+
+
+def test_through_autooperators():
+    x = X.copy()
+    m = model(double, twice, around)
+    y, own = owned(lambda: m.compute("y", dict(x=x)))
+    assert own == [False, True, True, True, True]
+    assert_array_equal(y, 32 * X + 31)
+    (_, [_x]), own = owned(lambda: m.compute_with_vjp(dict(x=x), dict(_y=np.ones(3))))
+    assert own[5:] == [False, True, True, True, True]
+    assert_array_equal(_x, np.full(3, 32.0))
+    assert_array_equal(x, X)
+
+
+def test_sums_hand_cotangents_on():
+    m = model(double, lambda y: y + np.ones(3), double)
+    (_, [_x]), own = owned(lambda: m.compute_with_vjp(dict(x=X), dict(_y=np.ones(3))))
+    assert own == [False, False, False, True]
+    assert_array_equal(_x, np.full(3, 4.0))
+
+
+def test_not_while_somebody_watches():
+    _, own = owned(lambda: model(double, double).compute("y", dict(x=X), monitor=lambda *args: None))
+    assert own == [False, False]
+
+
+def test_a_tape_is_as_it_was():
+    """A tape serves many sweeps with the same result; a private one, in its last sweep, gives away what it has."""
+
+    @operator
+    class keeps:
+        ain = "x"
+        aout = "y"
+        overwrites = "x",
+
+        def apl(node, x):
+            return dict(y=x * x)
+
+        def rcd(node, x, y):
+            return dict(x=x.copy())
+
+        def vjp(node, _y, x):
+            return dict(_x=np.multiply(2 * _y, x, out=place(node, "x", x)))
+
+        def jvp(node, x_, x):
+            return dict(y_=2 * x * x_)
+
+    m, x = model(keeps), X + 1
+    _, tape = m.compute("y", dict(x=x), return_tape=True)
+    for _ in range(3):
+        _x, own = owned(lambda: tape.get_vjp().compute("_x", dict(_y=np.ones(3))))
+        assert own == [False]
+        assert_array_equal(_x, 2 * x)
+    (_, [_x]), own = owned(lambda: m.compute_with_vjp(dict(x=x), dict(_y=np.ones(3))))
+    assert own == [True]
+    assert_array_equal(_x, 2 * x)
+    assert_array_equal(x, X + 1)
+
+
+@pytest.mark.parametrize("options", [dict(ram=1), dict(ram=2), dict(ram=0, disk=3), dict(ram=5), dict(schedule="two-level", period=2)], ids=str)
+def test_chains(options):
+    chain, x = checkpoint(twice, n=5, **options), X.copy()
+    m, plain = model(chain), model(*[twice] * 5)
+    y, own = owned(lambda: m.compute("y", dict(x=x)))
+    assert own == [False] + 9 * [True]
+    assert_array_equal(y, plain.compute("y", dict(x=x)))
+    (y, [_x]), own = owned(lambda: m.compute_with_vjp(dict(x=x), dict(_y=np.ones(3))))
+    assert any(own)
+    assert_array_equal(_x, plain.compute_with_vjp(dict(x=x), dict(_y=np.ones(3)))[1][0])
+    # A tape of a chain can be swept again
+    _, tape = m.compute("y", dict(x=x), return_tape=True)
+    for _ in range(3):
+        assert_array_equal(tape.get_vjp().compute("_x", dict(_y=np.ones(3))), _x)
+    assert_array_equal(x, X)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([double, same, twice, around]), st.integers(0, 9)), min_size=1, max_size=8),
+       st.sets(st.integers(0, 8), min_size=1), st.integers(0, 3))
+def test_any_graph(calls, wanted, seed):
+    """Whatever is made of what: outputs, cotangents and what was given are those of operators that never overwrite."""
+    with Builder() as m:
+        values = [m.input("x")]
+        for step, source in calls:
+            values.append(step(values[source % len(values)]))
+        names = [f"y{i}" for i in sorted(wanted) if i < len(values)] or ["y0"]
+        m.output(**{name: values[int(name[1:])] for name in names})
+    x = np.random.default_rng(seed).normal(size=4)
+    cotangents = {"_" + name: np.random.default_rng(seed + i).normal(size=4) for i, name in enumerate(names)}
+    given_ = {name: c.copy() for name, c in cotangents.items()}
+    results = []
+    find = Plan._find_owned
+    for method in find, lambda *args: []:
+        Plan._find_owned = method
+        try:
+            m._plans.clear()
+            out, pulled = m.compute_with_vjp(dict(x=x.copy()), cotangents)
+            results.append([*out, *pulled, *m.compute(names, dict(x=x.copy()))])
+        finally:
+            Plan._find_owned = find
+        for name, c in cotangents.items():
+            assert_array_equal(c, given_[name])
+    for a, b in zip(*results):
+        assert_array_equal(a, b)
