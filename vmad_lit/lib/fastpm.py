@@ -1854,11 +1854,13 @@ def factors_of_step(pt, ai, af):
 class _Gravity:
     """The force on particles at `x`, and its transpose, for some of them at a time.
 
-    `layout`, `pot` and `factor` are those that an earlier object had for the same positions, or None.
+    `layout`, `pot` and `factor` are those that an earlier object had for the same positions, or None. `again` is
+    None, or a function that makes the positions of some rows, so that they need not be held.
     """
 
-    def __init__(self, x, pm, layout=None, pot=None, factor=None):
+    def __init__(self, x, pm, layout=None, pot=None, factor=None, again=None):
         self.x, self.pm, self.pot, self._window = x, pm, pot, _Window(pm)
+        self._count, self._like, self._again = len(x), numpy.empty(0, x.dtype), again
         self.layout = decompose.apl.impl(None, x=x, pm=pm)['layout'] if layout is None else layout
         self.factor = force.find_factor(x, pm) if factor is None else factor
         self._local_x = _exchange(self.layout, _positions(x, pm))
@@ -1868,7 +1870,7 @@ class _Gravity:
         if not isinstance(self.layout, IdentityLayout):
             yield slice(None)
             return
-        for start in range(0, len(self.x), self.BLOCK):
+        for start in range(0, self._count, self.BLOCK):
             yield slice(start, start + self.BLOCK)
 
     def force(self):
@@ -1880,12 +1882,18 @@ class _Gravity:
             yield rows, self._bring_back(self._window.readout(meshes, self._local_x[rows]))
 
     def pull(self, _f):
-        """Rows of particles, and the cotangents of their positions from that of the force on all."""
-        _f, pot, self.pot = _exchange(self.layout, _f), self.pot, None
-        meshes = force.pull(self._window, self._local_x, _f, pot, self.factor, 1)
-        del pot
+        """Rows of particles, and the cotangents of their positions from that of the force on all; once."""
+        _f, x = _exchange(self.layout, _f), self._local_x
+        _potk = force.pull_meshes(self._window, x, _f, 1)
+        pot, self.pot = force.find_potential(self.pot, self._window, x, self.factor, 1), None
+        find = x.__getitem__
+        if self._again is not None and isinstance(self.layout, IdentityLayout):
+            find = self._again
+            del x, self.x, self._local_x
+        meshes = force.meshes(pot, 1, force.pull_density(_potk, self.factor))
+        del pot, _potk
         for rows in self.blocks():
-            yield rows, self._bring_back(self._window.slopes(meshes, self._local_x[rows], _f[rows]))
+            yield rows, self._bring_back(self._window.slopes(meshes, find(rows), _f[rows]))
 
     def record(self):
         """What the derivatives of the force ask for; the potential is computed once."""
@@ -1903,7 +1911,7 @@ class _Gravity:
 
     def _bring_back(self, values):
         values = values if isinstance(self.layout, IdentityLayout) else _gather(self.layout, values)
-        return _as_given(values, self.x)
+        return _as_given(values, self._like)
 
     BLOCK = 1 << 17  # particles: some megabytes of their forces
 
@@ -2202,7 +2210,7 @@ class reversible_leapfrog:
     @staticmethod
     def take_back(dx, p, kick, q, pm, _p):
         """Undo a kick in place."""
-        gravity, product = _Gravity(_advance(q, dx, 1.0), pm), 0.0
+        gravity, product = _Gravity(_advance(q, dx, 1.0), pm, again=lambda rows: _advance(q[rows], dx[rows], 1.0)), 0.0
         for rows, f in gravity.force():
             product += _sum_products(_p[rows], f)
             _advance(p[rows], f, -kick, out=p[rows])

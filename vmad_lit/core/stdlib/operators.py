@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy
 
-from ..autodiff import IN_PLACE
+from ..autodiff import IN_PLACE, PLUS
 from ..graph import Symbols
 from ..operator import Operator, ZeroGradient, operator
 from ..symbol import BaseSymbol, Literal, Value
@@ -202,7 +202,8 @@ class add(binary):
     hands_on = True
 
     def apl(node, x1, x2):
-        return x1 + x2
+        cls = type(x1)
+        return PLUS[cls](x1, x2) if cls in PLUS and cls is type(x2) else x1 + x2
 
     def rcd(node, x1, x2, y):
         return dict(kind1=kind(x1), kind2=kind(x2))
