@@ -277,6 +277,8 @@ def dot_products(trial, rtol=None, allow_zero=False):
     rtol = trial.eps**0.6 if rtol is None else rtol
     pushed = {name: trial.jvp({name: v[name]}) for name in trial.varied}
     pulled = {name: trial.vjp({name: w[name]}) for name in trial.results}
+    Jv, JTw = trial.jvp(v), trial.vjp(w)
+    rounding = trial.eps * max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
     for x in trial.varied:
         for y in trial.results:
             # Compare the two sides for one input and one result
@@ -286,9 +288,8 @@ def dot_products(trial, rtol=None, allow_zero=False):
                 trial.norm({y: w[y]}) * trial.norm({y: pushed[x][y]}),
                 trial.norm({x: pulled[y][x]}) * trial.norm({x: v[x]}),
             )
-            if not abs(left - right) <= rtol * scale:
-                raise AssertionError(describe_products(trial.name, x, y, left, right, rtol * scale))
-    Jv, JTw = trial.jvp(v), trial.vjp(w)
+            if not abs(left - right) <= rtol * scale + rounding:
+                raise AssertionError(describe_products(trial.name, x, y, left, right, rtol * scale + rounding))
     left = sum(trial.inner(y, w[y], Jv[y]) for y in trial.results)
     right = sum(trial.inner(x, JTw[x], v[x]) for x in trial.varied)
     scale = max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
