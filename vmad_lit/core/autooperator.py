@@ -14,7 +14,7 @@ from .execution import Plan
 from .graph import Node
 from .model import Builder, Model
 from .operator import InstanceOperator, Operator, Primitive, declare
-from .symbol import Ignored, Literal, Symbol
+from .symbol import Literal, Symbol
 from .tape import Tape
 
 TAPE = "tape of the model"
@@ -282,11 +282,6 @@ def find_owned(node: Any) -> tuple[str, ...]:
     return tuple(name for name in node.primitive.ain if node.owns(name))
 
 
-def find_used(node: Any) -> list[str]:
-    """The results that somebody wants."""
-    return [name for name, symbol in node.varout.items() if symbol is not Ignored]
-
-
 def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if TAPE in arguments:
         return arguments[TAPE]
@@ -298,13 +293,12 @@ def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
 
 
 def differentiate(node: Any, **arguments: Any) -> Any:
-    wanted = find_used(node)
     tape = find_tape(node, arguments)
     if not node.operator._keeps_tape:
         tape.use_up()
     derived = dict(vjp=tape.get_vjp, jvp=tape.get_jvp, hvp=tape.get_hvp)[node.primitive.kind]()
     given = {name: arguments[name] for name in node.primitive.ain if name in derived._inputs}
-    return derived._run(wanted, derived._fitting(given), given_away=find_owned(node))[0]
+    return derived._run(node.used, derived._fitting(given), given_away=find_owned(node))[0]
 
 
 def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
@@ -323,8 +317,8 @@ def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
     inside = find_plan(plan.base.acting.get(node.forward, node.forward), plan.base)
     if inside is None:
         return None
-    vjp, wanted = derive(*inside, "vjp"), find_used(node)
-    return vjp._plan(tuple(wanted), False, True, find_owned(node)), vjp
+    vjp = derive(*inside, "vjp")
+    return vjp._plan(tuple(node.used), False, True, find_owned(node)), vjp
 
 
 def autooperator(*spec: Any) -> Any:

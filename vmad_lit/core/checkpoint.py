@@ -18,7 +18,6 @@ from .error import BadArgument, BrokenPrimitive, did_you_mean
 from .execution import Plan, describe
 from .model import Model
 from .operator import InstanceOperator, Operator, Primitive, ZeroGradient
-from .symbol import Ignored
 
 HISTORY = "history of the chain"
 
@@ -728,14 +727,13 @@ class Cotangents:
 
 def pull_back_chain(node: Any, **arguments: Any) -> dict[str, Any]:
     chain, of_state = node.operator, [arguments["_" + name] for name in node.operator.aout]
-    cotangents = Cotangents(chain, of_state, wanted_parameters(node, "_{}"), find_owned(node))
+    cotangents = Cotangents(chain, of_state, wanted_parameters(node), find_owned(node))
     arguments[HISTORY].go_back(cotangents)
     return cotangents.result()
 
 
-def wanted_parameters(node: Any, form: str) -> list[str]:
-    names: list[str] = node.operator.parameter_names
-    return [name for name in names if node.varout[form.format(name)] is not Ignored]
+def wanted_parameters(node: Any) -> list[str]:
+    return [name for name in node.operator.parameter_names if node.wants(name)]
 
 
 class StepsWithTangents:
@@ -800,6 +798,6 @@ def differentiate_vjp_of_chain(node: Any, **arguments: Any) -> dict[str, Any]:
     chain, of_state = node.operator, [arguments["_" + name] for name in node.operator.aout]
     steps, start = with_tangents(node, arguments)
     history = History(go_forward(steps, start, Disk(chain.folder, arguments[HISTORY].disk.comm)), start)
-    changes = Changes(chain, of_state, wanted_parameters(node, "_{}_"))
+    changes = Changes(chain, of_state, wanted_parameters(node))
     history.go_back(changes)
     return changes.result()

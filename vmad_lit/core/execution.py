@@ -484,9 +484,8 @@ class Plan:
         record = self._record_of(node)
         if type(record) is not int or self._last_reads.get(record) != i:
             return step
-        owned = {*node._owned, *node.operator.overwrites}.difference(node.primitive.ain)
-        used = [name for name, symbol in node.varout.items() if symbol is not Ignored]
-        return (function, node.acting(used, {*node._owned, *owned}), *others)
+        recorded = set(node.operator.overwrites).difference(node.primitive.ain)
+        return (function, node.acting(node.used, recorded.union(node._owned)), *others)
 
 
 # Small steps

@@ -71,6 +71,11 @@ class Node:
         form = {"apl": "{}", "jvp": "{}_", "vjp": "_{}", "hvp": "_{}_"}[self.primitive.kind]
         return self.varout[form.format(name)] is not Ignored
 
+    @property
+    def used(self) -> list[str]:
+        """The names of the results that somebody wants."""
+        return [name for name, symbol in self.varout.items() if symbol is not Ignored]
+
     def owns(self, name: str) -> bool:
         """Whether the value of an argument may be overwritten; only of one that the operator declares in
         `overwrites`."""

@@ -1807,7 +1807,7 @@ def _copy(x):
 
 
 def _own(node, name, x_, x):
-    """A tangent or cotangent of x that may be overwritten: a copy, unless it may be anyway; for a zero, zeros."""
+    """A value, tangent or cotangent of x that may be overwritten: a copy, unless it may be anyway; for a zero, zeros."""
     y = _room(node, name, x_, x)
     if y is not x_:
         y[...] = x_
@@ -2237,7 +2237,7 @@ class reversible_leapfrog:
         if not any(dtypes):
             return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _factors=ZeroGradient)
         _dx, _p = (_own(node, name, _y, dx) for name, _y in (('_dx', _dx), ('_p', _p)))
-        dx, p = (x if node.owns(name) else _copy(x) for name, x in (('dx', dx), ('p', p)))
+        dx, p = (_own(node, name, x, x) for name, x in (('dx', dx), ('p', p)))
         _factors, of_forces = numpy.zeros(len(factors)), _p if node.wants('factors') else ZeroGradient
         for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked, of_forces):
             # Pull the cotangents back through a kick and the drift before it
@@ -2264,7 +2264,7 @@ class reversible_leapfrog:
             return dict(dx_=ZeroGradient, p_=ZeroGradient, f_=ZeroGradient)
         dx_, p_ = (_own(node, name, x_, dx) for name, x_ in (('dx_i_', dx_i_), ('p_i_', p_i_)))
         factors_ = _rows(0.0 if _is_zero(factors_) else factors_, (len(factors),), 'f8')
-        dx, p = (x if node.owns(name) else _copy(x) for name, x in (('dx', dx), ('p', p)))
+        dx, p = (_own(node, name, x, x) for name, x in (('dx', dx), ('p', p)))
         for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked):
             del gravity
         last = node.wants('p') or node.wants('f')
@@ -2289,7 +2289,7 @@ class reversible_leapfrog:
         if not any(dtypes[:3]) or not any(dtypes[3:]):
             return dict(_dx_i_=ZeroGradient, _p_i_=ZeroGradient, _factors_=ZeroGradient)
         _dx, _p, _f = (_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype) for _y in (_dx, _p, _f))
-        dx_, p_ = (numpy.array(_rows(0.0 if _is_zero(x_) else x_, dx.shape, dx.dtype)) for x_ in (dx_i_, p_i_))
+        dx_, p_ = (_own(node, name, x_, dx) for name, x_ in (('dx_i_', dx_i_), ('p_i_', p_i_)))
         factors_ = _rows(0.0 if _is_zero(factors_) else factors_, (len(factors),), 'f8')
         _dx_, _p_, _factors_ = ZeroGradient, ZeroGradient, numpy.zeros(len(factors))
         dx, p, last = _copy(dx), _copy(p), kicked

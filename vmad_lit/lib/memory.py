@@ -1,7 +1,7 @@
 """Large arrays in memory that is used again, without page faults.
 
 The memory of an array that was made here returns when the last view of it is gone, and serves the next
-array of as many bytes. Together with what is in use it is never more than was once in use at a time.
+arrays: whole, or in parts if more would be held than was once in use at a time.
 """
 from collections import deque
 from mmap import mmap
