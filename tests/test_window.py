@@ -361,7 +361,7 @@ def test_one_process_at_a_time_compiles(tmp_path, monkeypatch):
     code = ("import numpy\nfrom vmad_lit.lib import window\n"
             "window.readout(numpy.ones(4), numpy.ones((3, 1)))\n"
             "f = numpy.dtype('f8')\n"
-            "print(sum(window._gather_loop(f, f, 1, 2, 1, False, False).stats.cache_misses.values()))")
+            "print(sum(window._gather_loop(f, f, 1, 2, 1, 0, False, False).stats.cache_misses.values()))")
     env = dict(os.environ, NUMBA_CACHE_DIR=str(tmp_path))
     several = [subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, text=True)
                for i in range(3)]

@@ -91,80 +91,88 @@ def add_rows(total, indices, rows):
 
 
 @compiled
-def _row(mesh, halo, shape, strides, axis, i, j, step):
-    """The row that is `step` planes further along an axis than that at i, j, from the mesh or its halo."""
-    n, length = shape[axis], (shape[2] - 1) * strides[2] + 1
-    place = (i if axis == 0 else j) + step
-    if len(halo) == 0:
-        place = place % n
-    if 0 <= place < n:
-        first = (place if axis == 0 else i) * strides[0] + (place if axis == 1 else j) * strides[1]
-        return mesh[first:first + length]
-    place = place + 2 if place < 0 else place - n + 2
-    first = (place * shape[1] + j if axis == 0 else i * 4 + place) * shape[2] * strides[2]
-    return halo[first:first + length]
+def _put_difference(out, first, step, source, rows, stride, n, factor, add):
+    """The differences of four rows of `source` into the row of `out` at `first`, or added to it."""
+    a, b, c, d = rows
+    if stride == 1 and step == 1:
+        for k in range(n):
+            i, j = uintp(first + k), uintp(k)
+            x = factor * (8 * (source[c + j] - source[b + j]) - (source[d + j] - source[a + j]))
+            out[i] = out[i] + x if add else x
+    else:
+        for k in range(n):
+            i, j = uintp(first + k * step), uintp(k * stride)
+            x = factor * (8 * (source[c + j] - source[b + j]) - (source[d + j] - source[a + j]))
+            out[i] = out[i] + x if add else x
 
 
 @compiled
-def _neighbours(mesh, halo, shape, strides, axis, i, j, row):
-    """The four rows around that at i, j along an axis; along the last, parts of `row`, which holds it and its ends."""
+def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, aside, factor, add):
+    """The difference along an axis for the row at i, j of a mesh, by way of `aside` where it is needed."""
+    n, own = shape[2], i * strides[0] + j * strides[1]
     if axis == 2:
-        _put_aside(row, mesh, shape, strides, i, j)
-        n = shape[2]
-        return row[:n], row[1:n + 1], row[3:n + 3], row[4:n + 4]
-    return (_row(mesh, halo, shape, strides, axis, i, j, -2), _row(mesh, halo, shape, strides, axis, i, j, -1),
-            _row(mesh, halo, shape, strides, axis, i, j, 1), _row(mesh, halo, shape, strides, axis, i, j, 2))
-
-
-@compiled
-def _put_aside(row, mesh, shape, strides, i, j):
-    """Copy the row at i, j with two more numbers at either end."""
-    n, step = shape[2], strides[2]
-    source = mesh[i * strides[0] + j * strides[1]:]
-    for k in range(n):
-        row[k + 2] = source[uintp(k * step)]
-    for k in range(2):
-        row[k] = row[2 + (k - 2) % n]
-        row[n + 2 + k] = row[2 + k % n]
+        # Copy the row with its ends
+        for k in range(n):
+            aside[uintp(k + 2)] = mesh[uintp(own + k * strides[2])]
+        for k in range(2):
+            aside[k] = aside[2 + (k - 2) % n]
+            aside[n + 2 + k] = aside[2 + k % n]
+        rows = uintp(0), uintp(1), uintp(3), uintp(4)
+        _put_difference(out, first, step, aside, rows, 1, n, factor, add)
+        return
+    place, count, stride = (i, shape[0], strides[0]) if axis == 0 else (j, shape[1], strides[1])
+    if len(halo) == 0 or 2 <= place < count - 2:
+        start = own - place * stride
+        rows = (uintp(start + (place - 2) % count * stride), uintp(start + (place - 1) % count * stride),
+                uintp(start + (place + 1) % count * stride), uintp(start + (place + 2) % count * stride))
+        _put_difference(out, first, step, mesh, rows, strides[2], n, factor, add)
+        return
+    # Copy the four rows
+    for m in range(4):
+        plane = place + (m - 2 if m < 2 else m - 1)
+        if 0 <= plane < count:
+            source = own + (plane - place) * stride
+            for k in range(n):
+                aside[uintp(m * n + k)] = mesh[uintp(source + k * strides[2])]
+        else:
+            plane = plane + 2 if plane < 0 else plane - count + 2
+            source = (plane * shape[1] + j if axis == 0 else i * 4 + plane) * n
+            for k in range(n):
+                aside[uintp(m * n + k)] = halo[uintp(source + k)]
+    rows = uintp(0), uintp(n), uintp(2 * n), uintp(3 * n)
+    _put_difference(out, first, step, aside, rows, 1, n, factor, add)
 
 
 @compiled
 def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, start, end):
-    n, w = shape[2], step[2]
-    row = numpy.empty(n + 4, mesh.dtype)
+    n, w, aside = shape[2], step[2], numpy.empty(4 * shape[2] + 4, mesh.dtype)
+    (out0, out1, out2, out3), (halo0, halo1, halo2) = outs, halos
     for i in range(start, end):
         for j in range(shape[1]):
             first = i * step[0] + j * step[1]
-            for axis in range(3 - axes, 3):
-                a, b, c, d = _neighbours(mesh, halos[axis], shape, strides, axis, i, j, row)
-                o, factor = outs[axis][first:], factors[axis]
-                for k in range(n):
-                    o[uintp(k * w)] = factor * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+            if axes > 2:
+                _put_derivative(out0, first, w, mesh, strides, halo0, shape, 0, i, j, aside, factors[0], False)
+            if axes > 1:
+                _put_derivative(out1, first, w, mesh, strides, halo1, shape, 1, i, j, aside, factors[1], False)
+            _put_derivative(out2, first, w, mesh, strides, halo2, shape, 2, i, j, aside, factors[2], False)
             if len(beside):
                 own = i * strides[0] + j * strides[1]
-                o, a = outs[3][first:], beside[own:own + n]
                 for k in range(n):
-                    o[uintp(k * w)] = a[k]
+                    out3[uintp(first + k * w)] = beside[uintp(own + k)]
 
 
 @compiled
 def _divergence(out, step, meshes, strides, halos, shape, axes, factors, start, end):
-    n, w = shape[2], strides[2]
-    row = numpy.empty(n + 4, meshes[2].dtype)
+    aside = numpy.empty(4 * shape[2] + 4, meshes[2].dtype)
+    (mesh0, mesh1, mesh2), (halo0, halo1, halo2) = meshes, halos
     for i in range(start, end):
         for j in range(shape[1]):
             first = i * step[0] + j * step[1]
-            o = out[first:first + n]
-            for axis in range(2, 2 - axes, -1):
-                a, b, c, d = _neighbours(meshes[axis], halos[axis], shape, strides, axis, i, j, row)
-                factor = factors[axis]
-                if axis == 2:
-                    for k in range(n):
-                        o[k] = factor * (8 * (c[k] - b[k]) - (d[k] - a[k]))
-                else:
-                    for k in range(n):
-                        m = uintp(k * w)
-                        o[k] += factor * (8 * (c[m] - b[m]) - (d[m] - a[m]))
+            _put_derivative(out, first, 1, mesh2, strides, halo2, shape, 2, i, j, aside, factors[2], False)
+            if axes > 1:
+                _put_derivative(out, first, 1, mesh1, strides, halo1, shape, 1, i, j, aside, factors[1], True)
+            if axes > 2:
+                _put_derivative(out, first, 1, mesh0, strides, halo0, shape, 0, i, j, aside, factors[0], True)
 
 
 def gradient(outs, mesh, factors, halos, beside=None):
@@ -200,18 +208,9 @@ def _over_planes(loop, out, step, mesh, strides, like, factors, halos, *more_arg
     more, none = 3 - like.ndim, numpy.empty(0, like.dtype)
     shape = (1,) * more + like.shape
     out, mesh = (tuple(x[:1] * more + x) if isinstance(x, list) else x for x in (out, mesh))
-    halos = [none] * more + [none if halo is None else _spread_out(halo, strides[2]) for halo in halos] + [none]
+    halos = [none] * more + [none if halo is None else halo.reshape(-1) for halo in halos] + [none]
     rest = tuple(halos), shape, like.ndim, (1.0,) * more + tuple(map(float, factors))
     share_planes(partial(loop, out, step, mesh, strides, *rest, *more_arguments), shape)
-
-
-def _spread_out(halo, step):
-    """The numbers of a halo in every `step`-th place, as those of its mesh are."""
-    if step == 1:
-        return halo.reshape(-1)
-    places = numpy.empty((halo.size, step), halo.dtype)
-    places[:, 0] = halo.reshape(-1)
-    return places.reshape(-1)
 
 
 def share_planes(loop, shape):
@@ -228,19 +227,11 @@ def _as_flat_3d(mesh):
 
 @compiled
 def _difference(out, step, mesh, strides, halo, shape, axis, factor, add, start, end):
-    n = shape[2]
-    row = numpy.empty(n + 4, mesh.dtype)
+    aside = numpy.empty(4 * shape[2] + 4, mesh.dtype)
     for i in range(start, end):
         for j in range(shape[1]):
-            a, b, c, d = _neighbours(mesh, halo, shape, strides, axis, i, j, row)
             first = i * step[0] + j * step[1]
-            o = out[first:first + n]
-            if add:
-                for k in range(n):
-                    o[k] += factor * (8 * (c[k] - b[k]) - (d[k] - a[k]))
-            else:
-                for k in range(n):
-                    o[k] = factor * (8 * (c[k] - b[k]) - (d[k] - a[k]))
+            _put_derivative(out, first, step[2], mesh, strides, halo, shape, axis, i, j, aside, factor, add)
 
 
 def difference(out, mesh, axis, factor, halo, add=False):
@@ -282,45 +273,49 @@ def share(loop, n):
 
 @compiled
 def _quadratic(out, factor, ndim, a, b, start, end):
+    (a0, a1, a2, a01, a02, a12), (b0, b1, b2, b01, b02, b12) = a, b
     for p in range(start, end):
-        s = t = u = 0.0
-        for c in range(len(a)):
-            if c < ndim:
-                t += a[c][p]
-                u += b[c][p]
-                s += a[c][p] * b[c][p]
-            else:
-                s += 2 * a[c][p] * b[c][p]
+        t, u, s = a0[p], b0[p], a0[p] * b0[p]
+        if ndim > 1:
+            t, u, s = t + a1[p], u + b1[p], s + a1[p] * b1[p] + 2 * a01[p] * b01[p]
+        if ndim > 2:
+            t, u, s = t + a2[p], u + b2[p], s + a2[p] * b2[p] + 2 * (a02[p] * b02[p] + a12[p] * b12[p])
         out[p] = factor * (t * u - s)
 
 
 @compiled
 def _quadratic_vjp(out, factor, ndim, a, start, end):
+    a0, a1, a2, a01, a02, a12 = a
     for p in range(start, end):
         s = 2 * factor * out[p]
-        t = 0.0
-        for c in range(ndim):
-            t += a[c][p]
-        for c in range(len(a)):
-            a[c][p] = s * (t - a[c][p]) if c < ndim else -2 * s * a[c][p]
+        t = a0[p] + (a1[p] if ndim > 1 else 0.0) + (a2[p] if ndim > 2 else 0.0)
+        a0[p] = s * (t - a0[p])
+        if ndim > 1:
+            a1[p], a01[p] = s * (t - a1[p]), -2 * s * a01[p]
+        if ndim > 2:
+            a2[p], a02[p], a12[p] = s * (t - a2[p]), -2 * s * a02[p], -2 * s * a12[p]
 
 
 def second_invariant(a, b, ndim, factor):
     """`factor` times (tr A tr B - tr AB) at each point, for symmetric matrices as lists of meshes, the diagonal first."""
     out = memory.empty_like(a[0])
-    share(partial(_quadratic, out.reshape(-1), factor, ndim, _flatten(a), _flatten(b)), out.size)
+    share(partial(_quadratic, out.reshape(-1), factor, ndim, _flatten(a, ndim), _flatten(b, ndim)), out.size)
     return out
 
 
 def second_invariant_vjp(_out, a, ndim, factor):
     """The cotangent of A in `second_invariant(a, a, ...)`, which overwrites `a`."""
-    loop = partial(_quadratic_vjp, numpy.ascontiguousarray(_out).reshape(-1), factor, ndim, _flatten(a))
-    share(loop, a[0].size)
+    flat = numpy.ascontiguousarray(_out).reshape(-1)
+    share(partial(_quadratic_vjp, flat, factor, ndim, _flatten(a, ndim)), a[0].size)
     return a
 
 
-def _flatten(meshes):
-    return tuple(mesh.reshape(-1) for mesh in meshes)
+def _flatten(meshes, ndim):
+    """The elements of a matrix as those of one in three dimensions; nothing is in those that are not there."""
+    flat = [mesh.reshape(-1) for mesh in meshes]
+    none = flat[0][:0]
+    diagonal, others = flat[:ndim], flat[ndim:]
+    return tuple(diagonal + [none] * (3 - ndim) + others + [none] * (3 - len(others)))
 
 
 @compiled

@@ -10,11 +10,12 @@ A mesh is the part of a periodic mesh that this process holds, as pmesh lays it 
 position to the mesh by ``pos * scale + translate``, indices are folded with ``period`` (0 for an
 axis that is not periodic), and what then falls outside the array is left out.
 """
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import floor
 import os
+from queue import SimpleQueue
+from threading import Thread
 import time
 
 import numpy
@@ -70,7 +71,7 @@ def _spline(support, x):
 @njit(**_compiled)
 def _fold(i, period):
     """The cell `i` of a mesh of this period."""
-    return i if 0 <= i < period else i % period
+    return i if uintp(i) < uintp(period) else i % period
 
 
 @njit(**_compiled)
@@ -91,11 +92,11 @@ def _offsets(first, period, low, high, stride, whole):
 
 
 @lru_cache(maxsize=None)
-def _scatter_loop(mesh, position, ndim, support, n, whole, moving, alone, spreading=False):
+def _scatter_loop(mesh, position, ndim, support, n, asked, moving, spreading=False):
     """The compiled loop that adds particles to `n` meshes, for these types of `mesh` and `position`.
 
-    `whole`: all cells are here along all axes but the first. `moving`: the tangent of painting one mesh; or
-    (`spreading`) of adding to several meshes, each its own masses. `alone`: there is one thread.
+    Along the first `asked` axes cells may be elsewhere. `moving`: the tangent of painting one mesh; or
+    (`spreading`) of adding to several meshes, each its own masses.
     """
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
@@ -104,63 +105,63 @@ def _scatter_loop(mesh, position, ndim, support, n, whole, moving, alone, spread
     def scatter(mesh0, mesh1, mesh2, mesh3, box, low, high, owner, mask, block, pos, step, mass, mass_step, speed, rate):
         shape, stride, scale, translate, origin, period = box
         npart = len(pos) // step
-        listed = numpy.empty(block, dtype='i8')
+        listed = numpy.empty(block if asked > 0 else 0, dtype='i8')
         for b in range(len(mask)):
             if not (mask[b] >> owner) & uint64(1):
                 continue
             start = b * block
             count = min(npart, start + block) - start
-            shared = not alone and mask[b] != uint64(1) << owner
+            shared = asked > 0 and mask[b] != uint64(1) << owner
             if shared:
                 # List the particles of the block that are near
                 near = 0
                 reach = support + 1
                 for k in range(count):
-                    x = pos[(start + k) * step] * scale[0] + translate[0]
+                    x = pos[uintp((start + k) * step)] * scale[0] + translate[0]
                     i = floor(x + 0.5 * (support % 2)) - (support - 1) // 2 - 1 + origin[0]
                     i = _fold(i, period[0])
-                    listed[near] = start + k
+                    listed[uintp(near)] = start + k
                     near += ((i < high) & (i + reach >= low)) | (i + reach - period[0] >= low)
                 count = near
             for k in range(count):
-                p = listed[k] if shared else start + k
+                p = listed[uintp(k)] if shared else start + k
                 # Locate the particle on each axis
-                i, wx, dx = _spline(support, pos[p * step] * scale[0] + translate[0])
-                cx = _offsets(i + origin[0], period[0], low, high, stride[0], False)
+                i, wx, dx = _spline(support, pos[uintp(p * step)] * scale[0] + translate[0])
+                cx = _offsets(i + origin[0], period[0], low, high, stride[0], asked < 1)
                 if ndim > 1:
-                    i, wy, dy = _spline(support1, pos[p * step + 1] * scale[1] + translate[1])
-                    cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], whole)
+                    i, wy, dy = _spline(support1, pos[uintp(p * step + 1)] * scale[1] + translate[1])
+                    cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], asked < 2)
                 else:
                     cy, wy, dy = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
                 if ndim > 2:
-                    i, wz, dz = _spline(support2, pos[p * step + 2] * scale[2] + translate[2])
-                    cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], whole)
+                    i, wz, dz = _spline(support2, pos[uintp(p * step + 2)] * scale[2] + translate[2])
+                    cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], asked < 3)
                 else:
                     cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
                 # Take the masses of the particle
-                m0 = mass[p * mass_step]
-                m1 = mass[p * mass_step + 1] if n > 1 else 0.0
-                m2 = mass[p * mass_step + 2] if n > 2 else 0.0
-                m3 = mass[p * mass_step + 3] if n > 3 else 0.0
+                m0 = mass[uintp(p * mass_step)]
+                m1 = mass[uintp(p * mass_step + 1)] if n > 1 else 0.0
+                m2 = mass[uintp(p * mass_step + 2)] if n > 2 else 0.0
+                m3 = mass[uintp(p * mass_step + 3)] if n > 3 else 0.0
                 unit = 0.0 if spreading else m0 if n == 1 else 1.0
                 # Take the velocity of the particle
                 vx = vy = vz = 0.0
                 if moving:
-                    vx = speed[p * ndim] * scale[0]
-                    vy = speed[p * ndim + 1] * scale[1] if ndim > 1 else 0.0
-                    vz = speed[p * ndim + 2] * scale[2] if ndim > 2 else 0.0
+                    vx = speed[uintp(p * ndim)] * scale[0]
+                    vy = speed[uintp(p * ndim + 1)] * scale[1] if ndim > 1 else 0.0
+                    vz = speed[uintp(p * ndim + 2)] * scale[2] if ndim > 2 else 0.0
                 factor = m0 if spreading and n == 1 else rate
                 vx, vy, vz = factor * vx, factor * vy, factor * vz
                 # Add to the cells
                 for ia in range(support):
-                    if cx[ia] < 0:
+                    if asked > 0 and cx[ia] < 0:
                         continue
                     # Weight of a plane of cells
                     a = unit * wx[ia]
                     if moving:
                         a += vx * dx[ia]
                     for ib in range(support1):
-                        if not whole and cy[ib] < 0:
+                        if asked > 1 and cy[ib] < 0:
                             continue
                         # Weight of a row of cells
                         first = cx[ia] + cy[ib]
@@ -169,7 +170,7 @@ def _scatter_loop(mesh, position, ndim, support, n, whole, moving, alone, spread
                             w += vy * wx[ia] * dy[ib]
                             d = vz * wx[ia] * wy[ib]
                         for ic in range(support2):
-                            if not whole and cz[ic] < 0:
+                            if asked > 2 and cz[ic] < 0:
                                 continue
                             i = uintp(first + cz[ic])
                             # Weight of a cell
@@ -192,11 +193,13 @@ def _scatter_loop(mesh, position, ndim, support, n, whole, moving, alone, spread
 
 
 @lru_cache(maxsize=None)
-def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
-    """The compiled loop that reads `n` meshes, their change (`moving`) or their gradients (`slopes`)."""
+def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
+    """The compiled loop that reads `n` meshes, their change (`moving`) or their gradients (`slopes`).
+
+    Along the first `asked` axes cells may be elsewhere.
+    """
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
-    whole = False
 
     # The loop that gathers
     def gather(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, out, out_step, speed,
@@ -205,37 +208,38 @@ def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
         low, high = 0, shape[0]
         for p in range(start, end):
             # Locate the particle on each axis
-            i, wx, dx = _spline(support, pos[p * step] * scale[0] + translate[0])
-            cx = _offsets(i + origin[0], period[0], low, high, stride[0], False)
+            i, wx, dx = _spline(support, pos[uintp(p * step)] * scale[0] + translate[0])
+            cx = _offsets(i + origin[0], period[0], low, high, stride[0], asked < 1)
             if ndim > 1:
-                i, wy, dy = _spline(support1, pos[p * step + 1] * scale[1] + translate[1])
-                cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], whole)
+                i, wy, dy = _spline(support1, pos[uintp(p * step + 1)] * scale[1] + translate[1])
+                cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], asked < 2)
             else:
                 cy, wy, dy = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             if ndim > 2:
-                i, wz, dz = _spline(support2, pos[p * step + 2] * scale[2] + translate[2])
-                cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], whole)
+                i, wz, dz = _spline(support2, pos[uintp(p * step + 2)] * scale[2] + translate[2])
+                cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], asked < 3)
             else:
                 cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             if slopes:
                 # Sum the gradients of the meshes
                 # Take the coefficients of the meshes
-                k0 = coef[p * coef_step] if given > 0 else 1.0
-                k1 = (coef[p * coef_step + 1] if given > 1 else 1.0) if n > 1 else 0.0
-                k2 = (coef[p * coef_step + 2] if given > 2 else 1.0) if n > 2 else 0.0
-                k3 = (coef[p * coef_step + 3] if given > 3 else 1.0) if n > 3 else 0.0
+                first = p * coef_step
+                k0 = coef[uintp(first)] if given > 0 else 1.0
+                k1 = (coef[uintp(first + 1)] if given > 1 else 1.0) if n > 1 else 0.0
+                k2 = (coef[uintp(first + 2)] if given > 2 else 1.0) if n > 2 else 0.0
+                k3 = (coef[uintp(first + 3)] if given > 3 else 1.0) if n > 3 else 0.0
                 s = tx = ty = tz = 0.0
                 for ia in range(support):
-                    if cx[ia] < 0:
+                    if asked > 0 and cx[ia] < 0:
                         continue
                     r = ry = rz = 0.0
                     for ib in range(support1):
-                        if not whole and cy[ib] < 0:
+                        if asked > 1 and cy[ib] < 0:
                             continue
                         first = cx[ia] + cy[ib]
                         q = qz = 0.0
                         for ic in range(support2):
-                            if not whole and cz[ic] < 0:
+                            if asked > 2 and cz[ic] < 0:
                                 continue
                             i = uintp(first + cz[ic])
                             # Value of the cell, summed over the meshes
@@ -261,31 +265,31 @@ def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
                 if n == 1:
                     tx, ty, tz = k0 * tx, k0 * ty, k0 * tz
                     if out_step > 0:
-                        out[p * out_step] = s
-                slope[p * ndim] = tx * scale[0]
+                        out[uintp(p * out_step)] = s
+                slope[uintp(p * ndim)] = tx * scale[0]
                 if ndim > 1:
-                    slope[p * ndim + 1] = ty * scale[1]
+                    slope[uintp(p * ndim + 1)] = ty * scale[1]
                 if ndim > 2:
-                    slope[p * ndim + 2] = tz * scale[2]
+                    slope[uintp(p * ndim + 2)] = tz * scale[2]
             else:
                 # Sum the values of the meshes
                 unit = 0.0 if moving else 1.0
                 # Take the velocity of the particle
                 vx = vy = vz = 0.0
                 if moving:
-                    vx = speed[p * ndim] * scale[0]
-                    vy = speed[p * ndim + 1] * scale[1] if ndim > 1 else 0.0
-                    vz = speed[p * ndim + 2] * scale[2] if ndim > 2 else 0.0
+                    vx = speed[uintp(p * ndim)] * scale[0]
+                    vy = speed[uintp(p * ndim + 1)] * scale[1] if ndim > 1 else 0.0
+                    vz = speed[uintp(p * ndim + 2)] * scale[2] if ndim > 2 else 0.0
                 s0 = s1 = s2 = s3 = 0.0
                 for ia in range(support):
-                    if cx[ia] < 0:
+                    if asked > 0 and cx[ia] < 0:
                         continue
                     # Weight of a plane of cells
                     a = unit * wx[ia]
                     if moving:
                         a += vx * dx[ia]
                     for ib in range(support1):
-                        if not whole and cy[ib] < 0:
+                        if asked > 1 and cy[ib] < 0:
                             continue
                         # Weight of a row of cells
                         first = cx[ia] + cy[ib]
@@ -294,7 +298,7 @@ def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
                             w += vy * wx[ia] * dy[ib]
                             d = vz * wx[ia] * wy[ib]
                         for ic in range(support2):
-                            if not whole and cz[ic] < 0:
+                            if asked > 2 and cz[ic] < 0:
                                 continue
                             i = uintp(first + cz[ic])
                             # Weight of a cell
@@ -309,18 +313,19 @@ def _gather_loop(mesh, position, ndim, support, n, moving, slopes):
                             if n > 3:
                                 s3 += weight * mesh3[i]
                 # Hand out the values
+                first = p * out_step
                 if add:
-                    s0 += out[p * out_step]
-                    s1 += out[p * out_step + 1] if n > 1 else 0.0
-                    s2 += out[p * out_step + 2] if n > 2 else 0.0
-                    s3 += out[p * out_step + 3] if n > 3 else 0.0
-                out[p * out_step] = s0
+                    s0 += out[uintp(first)]
+                    s1 += out[uintp(first + 1)] if n > 1 else 0.0
+                    s2 += out[uintp(first + 2)] if n > 2 else 0.0
+                    s3 += out[uintp(first + 3)] if n > 3 else 0.0
+                out[uintp(first)] = s0
                 if n > 1:
-                    out[p * out_step + 1] = s1
+                    out[uintp(first + 1)] = s1
                 if n > 2:
-                    out[p * out_step + 2] = s2
+                    out[uintp(first + 2)] = s2
                 if n > 3:
-                    out[p * out_step + 3] = s3
+                    out[uintp(first + 3)] = s3
 
     reals = float64[::1]
     return _compile(gather, *4 * [_array(mesh)], BOX, int64, int64, _array(position), int64,
@@ -394,13 +399,15 @@ def _census_loop(position):
             everyone |= bit
         for b in range(start, end):
             low = high = pos[b * block * step] * scale
+            odd = 0.0
             for p in range(b * block, min(npart, (b + 1) * block)):
-                x = pos[p * step] * scale
+                x = pos[uintp(p * step)] * scale
                 low = min(low, x)
                 high = max(high, x)
+                odd += x - x
             # Mark the owners of the planes between
             bits = everyone
-            if 0 <= high - low < nplane - support - 2:
+            if 0 <= high - low + odd < nplane - support - 2:
                 bits = uint64(0)
                 first = floor(low + translate) - support + origin
                 last = floor(high + translate) + support + origin
@@ -450,25 +457,44 @@ def get_threads():
 
 
 @lru_cache(maxsize=None)
-def _pool(pid, threads):
-    """Worker threads of the process `pid`; the calling thread works too."""
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix='vmad_lit-window')
+def _crew(pid, threads):
+    """The queue of the worker threads of the process `pid`; the calling thread works too."""
+    tasks = SimpleQueue()
+    for _ in range(threads - 1):
+        Thread(target=_work, args=(tasks,), name='vmad_lit-window', daemon=True).start()
+    return tasks
+
+
+def _work(tasks):
+    """Take a function, its arguments, and the queue for its error, or None; for ever."""
+    while True:
+        function, arguments, done = tasks.get()
+        error = None
+        try:
+            function(*arguments)
+        except BaseException as e:
+            error = e
+        del function, arguments
+        done.put(error)
+        del done, error
 
 
 def _run(function, tasks):
-    """Call `function` with each tuple of `tasks`, one of them here and the rest on the pool."""
-    if len(tasks) > 1:
-        pool = _pool(os.getpid(), len(tasks))
-        futures = [pool.submit(function, *task) for task in tasks[1:]]
-        try:
-            function(*tasks[0])
-        finally:
-            errors = [future.exception() for future in futures]
-        for error in errors:
-            if error is not None:
-                raise error
-    elif tasks:
+    """Call `function` with each tuple of `tasks`, one of them here and the rest on other threads."""
+    if len(tasks) < 2:
+        for task in tasks:
+            function(*task)
+        return
+    crew, done = _crew(os.getpid(), len(tasks)), SimpleQueue()
+    for task in tasks[1:]:
+        crew.put((function, task, done))
+    try:
         function(*tasks[0])
+    finally:
+        errors = [done.get() for _ in tasks[1:]]
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 def _shares(n, least):
@@ -499,8 +525,11 @@ def _view(mesh):
     if any(s < 0 or s % size for s in mesh.strides):
         return None
     strides = tuple(s // size for s in mesh.strides)
-    extent = 1 + sum((n - 1) * s for n, s in zip(mesh.shape, strides)) if mesh.size else 0
-    flat = as_strided(mesh, (extent,), (size,))
+    if mesh.flags.c_contiguous:
+        flat = mesh.reshape(-1)
+    else:
+        extent = 1 + sum((n - 1) * s for n, s in zip(mesh.shape, strides)) if mesh.size else 0
+        flat = as_strided(mesh, (extent,), (size,))
     return (flat if flat.flags.writeable else numpy.asarray(_Memory(flat))), strides
 
 
@@ -575,10 +604,10 @@ def _box(mesh, transform):
             tuple(int(n) or NEVER for n in period) + (1,) * more)
 
 
-def _is_whole(box):
-    """Whether the planes of a mesh are here with all their cells."""
+def _asked(box):
+    """Along how many axes, the first ones, cells of the periodic mesh may be elsewhere: none, one, or all."""
     shape, period = box[0], box[-1]
-    return shape[1:] == period[1:]
+    return 0 if shape == period else 1 if shape[1:] == period[1:] else 3
 
 
 def _groups(views):
@@ -613,12 +642,25 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1
         return
     edges, mask = _owners(cells, box, pos, step)
     for first, n, flats in _groups(views):
-        scatter = _scatter_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _is_whole(box), speed is not None,
-                                len(edges) == 2, spreading)
-        _run(scatter, [
-            (*flats, box, edges[t], edges[t + 1], t, mask, BLOCK, pos, step, mass[first:], mass_step,
-             mass[:0] if speed is None else speed, rate)
-            for t in range(len(edges) - 1)])
+        find_loop = partial(_scatter_loop, flats[0].dtype, pos.dtype, ndim, cells, n, moving=speed is not None,
+                            spreading=spreading)
+        rest = BLOCK, pos, step, mass[first:], mass_step, mass[:0] if speed is None else speed, rate
+        _run(_scatter_blocks, [(_turns(find_loop, _asked(box), mask, t, len(edges) == 2), *flats, box, edges[t],
+                                edges[t + 1], t, rest) for t in range(len(edges) - 1)])
+
+
+def _turns(find_loop, asked, mask, owner, alone):
+    """The loops to call for an owner, and the mask for each."""
+    if asked > 0 or alone:
+        return [(find_loop(asked), mask)]
+    mine = mask == numpy.uint64(1) << numpy.uint64(owner)
+    return [(find_loop(0), numpy.where(mine, mask, 0)), (find_loop(1), numpy.where(mine, 0, mask))]
+
+
+def _scatter_blocks(turns, *arguments):
+    *arguments, rest = arguments
+    for scatter, mask in turns:
+        scatter(*arguments, mask, *rest)
 
 
 def _owners(cells, box, pos, step):
@@ -675,7 +717,7 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
     given = len(meshes) if given is None else given
     cuts = _shares(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
-        gather = _gather_loop(flats[0].dtype, pos.dtype, ndim, cells, n, speed is not None, slopes)
+        gather = _gather_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box), speed is not None, slopes)
         part = memory.empty_like(slope) if first else slope
         _run(gather, [
             (*flats, box, cuts[t], cuts[t + 1], pos, step,
@@ -854,11 +896,11 @@ def _spline_bends(support, x):
 
 
 @lru_cache(maxsize=None)
-def _curve_loop(mesh, position, ndim, support, n):
+def _curve_loop(mesh, position, ndim, support, n, asked):
     """The compiled loop that adds the Hessians of `n` meshes, with coefficients, times a velocity to `slope`."""
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
-    whole, moving = False, True
+    moving = True
 
     # The loop that multiplies by Hessians
     def curve(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, speed, slope, coef, coef_step, given):
@@ -866,48 +908,49 @@ def _curve_loop(mesh, position, ndim, support, n):
         low, high = 0, shape[0]
         for p in range(start, end):
             # Locate the particle on each axis
-            i, wx, dx = _spline(support, pos[p * step] * scale[0] + translate[0])
-            cx = _offsets(i + origin[0], period[0], low, high, stride[0], False)
+            i, wx, dx = _spline(support, pos[uintp(p * step)] * scale[0] + translate[0])
+            cx = _offsets(i + origin[0], period[0], low, high, stride[0], asked < 1)
             if ndim > 1:
-                i, wy, dy = _spline(support1, pos[p * step + 1] * scale[1] + translate[1])
-                cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], whole)
+                i, wy, dy = _spline(support1, pos[uintp(p * step + 1)] * scale[1] + translate[1])
+                cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], asked < 2)
             else:
                 cy, wy, dy = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             if ndim > 2:
-                i, wz, dz = _spline(support2, pos[p * step + 2] * scale[2] + translate[2])
-                cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], whole)
+                i, wz, dz = _spline(support2, pos[uintp(p * step + 2)] * scale[2] + translate[2])
+                cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], asked < 3)
             else:
                 cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             # Take the second derivatives of the weights
-            bx = _spline_bends(support, pos[p * step] * scale[0] + translate[0])
+            bx = _spline_bends(support, pos[uintp(p * step)] * scale[0] + translate[0])
             by = bz = (0.0, 0.0, 0.0, 0.0)
             if ndim > 1:
-                by = _spline_bends(support1, pos[p * step + 1] * scale[1] + translate[1])
+                by = _spline_bends(support1, pos[uintp(p * step + 1)] * scale[1] + translate[1])
             if ndim > 2:
-                bz = _spline_bends(support2, pos[p * step + 2] * scale[2] + translate[2])
+                bz = _spline_bends(support2, pos[uintp(p * step + 2)] * scale[2] + translate[2])
             # Take the velocity of the particle
             vx = vy = vz = 0.0
             if moving:
-                vx = speed[p * ndim] * scale[0]
-                vy = speed[p * ndim + 1] * scale[1] if ndim > 1 else 0.0
-                vz = speed[p * ndim + 2] * scale[2] if ndim > 2 else 0.0
+                vx = speed[uintp(p * ndim)] * scale[0]
+                vy = speed[uintp(p * ndim + 1)] * scale[1] if ndim > 1 else 0.0
+                vz = speed[uintp(p * ndim + 2)] * scale[2] if ndim > 2 else 0.0
             # Take the coefficients of the meshes
-            k0 = coef[p * coef_step] if given > 0 else 1.0
-            k1 = (coef[p * coef_step + 1] if given > 1 else 1.0) if n > 1 else 0.0
-            k2 = (coef[p * coef_step + 2] if given > 2 else 1.0) if n > 2 else 0.0
-            k3 = (coef[p * coef_step + 3] if given > 3 else 1.0) if n > 3 else 0.0
+            first = p * coef_step
+            k0 = coef[uintp(first)] if given > 0 else 1.0
+            k1 = (coef[uintp(first + 1)] if given > 1 else 1.0) if n > 1 else 0.0
+            k2 = (coef[uintp(first + 2)] if given > 2 else 1.0) if n > 2 else 0.0
+            k3 = (coef[uintp(first + 3)] if given > 3 else 1.0) if n > 3 else 0.0
             xx = xy = xz = yy = yz = zz = 0.0
             for ia in range(support):
-                if cx[ia] < 0:
+                if asked > 0 and cx[ia] < 0:
                     continue
                 r = ry = rz = ryy = ryz = rzz = 0.0
                 for ib in range(support1):
-                    if cy[ib] < 0:
+                    if asked > 1 and cy[ib] < 0:
                         continue
                     first = cx[ia] + cy[ib]
                     q = qz = qzz = 0.0
                     for ic in range(support2):
-                        if cz[ic] < 0:
+                        if asked > 2 and cz[ic] < 0:
                             continue
                         i = uintp(first + cz[ic])
                         # Value of the cell, summed over the meshes
@@ -938,11 +981,11 @@ def _curve_loop(mesh, position, ndim, support, n):
             # Hand out the product with the velocity
             if n == 1:
                 vx, vy, vz = k0 * vx, k0 * vy, k0 * vz
-            slope[p * ndim] += (xx * vx + xy * vy + xz * vz) * scale[0]
+            slope[uintp(p * ndim)] += (xx * vx + xy * vy + xz * vz) * scale[0]
             if ndim > 1:
-                slope[p * ndim + 1] += (xy * vx + yy * vy + yz * vz) * scale[1]
+                slope[uintp(p * ndim + 1)] += (xy * vx + yy * vy + yz * vz) * scale[1]
             if ndim > 2:
-                slope[p * ndim + 2] += (xz * vx + yz * vy + zz * vz) * scale[2]
+                slope[uintp(p * ndim + 2)] += (xz * vx + yz * vy + zz * vz) * scale[2]
 
     reals = float64[::1]
     return _compile(curve, *4 * [_array(mesh)], BOX, int64, int64, _array(position), int64, reals, reals, reals,
@@ -961,7 +1004,7 @@ def _curve(meshes, pos, coef, coef_step, given, speed, slope, window, transform)
         return
     pos, cuts = _flat(pos), _shares(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
-        curve = _curve_loop(flats[0].dtype, pos.dtype, ndim, cells, n)
+        curve = _curve_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box))
         _run(curve, [
             (*flats, box, cuts[t], cuts[t + 1], pos, step, speed, slope.reshape(-1), coef[first:], coef_step,
              max(0, given - first))
