@@ -337,6 +337,32 @@ def test_results_fill_what_is_given():
     assert not window.gradient(numpy.empty((0, 4)), pos, out=numpy.ones((40, 2))).any()
 
 
+@pytest.mark.parametrize('count', [1, 2, 4, 5, 9])
+@pytest.mark.parametrize('ndim', [1, 2, 3])
+def test_results_are_added_to_what_is_there(count, ndim):
+    """`base` plus `factor` times the result, in new memory, in memory that is given, or in that of `base`."""
+    rng = numpy.random.default_rng(11)
+    pos, value = rng.uniform(-5, 10, size=(40, ndim)), rng.normal(size=(40, count))
+    meshes = list(rng.normal(size=(count,) + (5, 4, 6)[:ndim]))
+    for find, width in (lambda **to: window.readout(meshes, pos, **to), count), \
+                       (lambda **to: window.slopes(meshes, pos, value, **to), ndim):
+        base, plain = rng.normal(size=(40, width)), find()
+        want = base - 0.7 * plain
+        assert_allclose(find(base=base, factor=-0.7), want, rtol=0, atol=1e-13)
+        assert_allclose(find(base=base.astype('f4')), base.astype('f4') + plain, rtol=0, atol=1e-13)
+        out = numpy.full((40, width), numpy.nan)
+        assert find(base=base, factor=-0.7, out=out) is out
+        assert_allclose(out, want, rtol=0, atol=1e-13)
+        find(base=base, factor=-0.7, out=base)
+        assert_allclose(base, want, rtol=0, atol=1e-13)
+        with pytest.raises(ValueError, match='base must have the shape'):
+            find(base=base[:-1])
+    none = numpy.empty((0, 4, 6)[:ndim])
+    transform = Affine(ndim, 1.0, 0.0, 4)
+    base = rng.normal(size=(40, 2))
+    assert (window.readout([none] * 2, pos, transform=transform, base=base, factor=3.0) == base).all()
+
+
 def test_odd_addresses():
     """Memory that does not begin at a multiple of its items' size."""
     def odd(array):
@@ -467,6 +493,23 @@ def test_positions_that_are_not_numbers_do_not_reach_beyond_the_mesh():
     pos = numpy.array([[numpy.nan, 1.0], [numpy.inf, 1.0], [1e300, 1.0], [1.0, 1.0]])
     mesh = window.paint(numpy.zeros((4, 4)), pos)
     assert mesh.shape == (4, 4) and numpy.isfinite(mesh[:, 3]).all()
+
+
+@pytest.mark.parametrize('bad', [numpy.nan, numpy.inf, -numpy.inf, 1e300, -1e18])
+@pytest.mark.parametrize('at', [0, 20000, 30000])
+def test_threads_share_blocks_with_positions_that_are_not_numbers(bad, at):
+    """Such a particle may be anywhere, so that no thread has its block for itself."""
+    lattice = numpy.indices((32, 32, 32)).reshape(3, -1).T + 0.25
+    lattice[at, 0] = bad
+    found = []
+    for n in (1, 2):
+        window.set_threads(n)
+        found.append(window.paint(numpy.zeros((32, 32, 32)), lattice))
+    box = window._box(found[0], None)
+    edges, mask = window._owners(2, box, lattice.reshape(-1), 3)
+    window.set_threads(None)
+    assert_allclose(found[1], found[0], rtol=1e-13)
+    assert mask[at // window.BLOCK] == 3 and {1, 2} < set(mask)
 
 
 def test_errors_say_what_is_wanted():

@@ -842,10 +842,10 @@ class _Window:
         mass = numpy.asarray(mass, dtype='f8')
         return self.pm.paint(x, mass=mass, resampler=self.resampler, out=mesh, hold=True)
 
-    def readout(self, meshes, x):
-        """The values (N, n) of n meshes."""
+    def readout(self, meshes, x, **to):
+        """The values (N, n) of n meshes; only our loops can add them `to` something, see `window.readout`."""
         if self.compiled:
-            return window.readout(meshes, x, **self.args)
+            return window.readout(meshes, x, **self.args, **to)
         return numpy.stack([self.field(mesh).readout(x, resampler=self.resampler) for mesh in meshes], axis=-1)
 
     def spread(self, x, value, out, x_=None):
@@ -872,10 +872,13 @@ class _Window:
         return numpy.stack([mesh.readout(x, resampler=self.differentiable, gradient=d)
                             for d in range(self.pm.ndim)], axis=-1)
 
-    def slopes(self, meshes, x, factors=None):
-        """The sum of the gradients of meshes, each times its column of `factors` (N, n); if none is left, times one."""
+    def slopes(self, meshes, x, factors=None, **to):
+        """The sum of the gradients of meshes, each times its column of `factors` (N, n); if none is left, times one.
+
+        Only our loops can add it `to` something, see `window.slopes`.
+        """
         if self.compiled:
-            return window.slopes(meshes, x, factors, **self.args)
+            return window.slopes(meshes, x, factors, **self.args, **to)
         given = 0 if factors is None else factors.shape[1]
         columns = [factors[:, c, None] if c < given else 1.0 for c in range(len(meshes))]
         return sum(self.gradient(mesh, x) * column for mesh, column in zip(meshes, columns))
@@ -1418,9 +1421,9 @@ class force:
 
 
 def _transform(x):
-    """The modes of a real field times the number of points, N times r2c, in the memory of the field."""
-    modes = TransposedComplexField(x.pm, base=x._base)
-    x.pm.plans['ipforwardT'].execute(x._base, modes._base)
+    """The modes of a real field times the number of points: N times r2c."""
+    modes = TransposedComplexField(x.pm)
+    x.pm.plans['forwardT'].execute(x._base, modes._base)
     return modes
 
 
@@ -1852,7 +1855,7 @@ def factors_of_step(pt, ai, af):
 
 
 class _Gravity:
-    """The force on particles at `x`, and its transpose, for some of them at a time.
+    """The force on particles at `x`, and its transpose, which add to what is there.
 
     `layout`, `pot` and `factor` are those that an earlier object had for the same positions, or None. `again` is
     None, or a function that makes the positions of some rows, so that they need not be held.
@@ -1863,41 +1866,36 @@ class _Gravity:
         self._count, self._like, self._again = len(x), numpy.empty(0, x.dtype), again
         self.layout = decompose.apl.impl(None, x=x, pm=pm)['layout'] if layout is None else layout
         self.factor = force.find_factor(x, pm) if factor is None else factor
+        self._stays = isinstance(self.layout, IdentityLayout)
         self._local_x = _exchange(self.layout, _positions(x, pm))
 
-    def blocks(self):
-        """The rows of some particles after others; all at once, if they travel between ranks."""
-        if not isinstance(self.layout, IdentityLayout):
-            yield slice(None)
-            return
-        for start in range(0, self._count, self.BLOCK):
-            yield slice(start, start + self.BLOCK)
+    def kick(self, p, c, out):
+        """p + c * force into `out`, which may be `p`."""
+        meshes = self._meshes()
+        self._add(lambda rows, **to: self._window.readout(meshes, self._local_x[rows], **to), p, c, out)
 
     def force(self):
         """Rows of particles, and the force on them."""
-        if self.pot is None:
-            self.pot = force.find_potential(None, self._window, self._local_x, self.factor, 1)
-        meshes = force.meshes(self.pot, 1)
-        for rows in self.blocks():
+        meshes = self._meshes()
+        for rows in self._blocks():
             yield rows, self._bring_back(self._window.readout(meshes, self._local_x[rows]))
 
-    def pull(self, _f):
-        """Rows of particles, and the cotangents of their positions from that of the force on all; once."""
+    def pull(self, _f, _x, c, out):
+        """_x plus c times the cotangent of the positions from that of the force, into `out`, which may be `_x`; once."""
         _f, x = _exchange(self.layout, _f), self._local_x
         _potk = force.pull_meshes(self._window, x, _f, 1)
         pot, self.pot = force.find_potential(self.pot, self._window, x, self.factor, 1), None
-        find = x.__getitem__
-        if self._again is not None and isinstance(self.layout, IdentityLayout):
+        find, apart = x.__getitem__, self._again is not None and self._stays
+        if apart:
             find = self._again
-            del x, self.x, self._local_x
+            del self.x, self._local_x
         meshes = force.meshes(pot, 1, force.pull_density(_potk, self.factor))
-        del pot, _potk
-        for rows in self.blocks():
-            yield rows, self._bring_back(self._window.slopes(meshes, find(rows), _f[rows]))
+        del pot, _potk, x
+        self._add(lambda rows, **to: self._window.slopes(meshes, find(rows), _f[rows], **to), _x, c, out, apart)
 
     def record(self):
         """What the derivatives of the force ask for; the potential is computed once."""
-        self.pot = force.find_potential(self.pot, self._window, self._local_x, self.factor, 1)
+        self._find_potential()
         return dict(x=self.x, layout=self.layout, pm=self.pm, order=1, pot=self.pot, factor=self.factor)
 
     def push(self, x_):
@@ -1909,24 +1907,48 @@ class _Gravity:
         record = dict(_potk=ZeroGradient, **self.record())
         return _plus(force.vjp.impl(None, _f=_f_, **record)['_x'], force.hvp.impl(None, _f=_f, x_=x_, **record)['_x_'], 1.0)
 
+    # Add what is found for particles
+    def _add(self, find, base, c, out, apart=False):
+        """base + c * what `find` finds for rows of particles, into `out`; for some at a time (`apart`) if need be."""
+        direct = self._stays and self._window.compiled and _alike(base, out) and out.dtype == 'f8'
+        for rows in [slice(None)] if direct and not apart else self._blocks():
+            if direct:
+                find(rows, out=out[rows], base=base[rows], factor=c)
+            else:
+                _advance(base[rows], self._bring_back(find(rows)), c, out=out[rows])
+
+    def _blocks(self):
+        """The rows of some particles after others; all at once, if they travel between ranks."""
+        if not self._stays:
+            yield slice(None)
+            return
+        for start in range(0, self._count, self.BLOCK):
+            yield slice(start, start + self.BLOCK)
+
     def _bring_back(self, values):
-        values = values if isinstance(self.layout, IdentityLayout) else _gather(self.layout, values)
-        return _as_given(values, self._like)
+        return _as_given(values if self._stays else _gather(self.layout, values), self._like)
+
+    def _find_potential(self):
+        self.pot = force.find_potential(self.pot, self._window, self._local_x, self.factor, 1)
+
+    def _meshes(self):
+        """The components of the force on the mesh."""
+        self._find_potential()
+        return force.meshes(self.pot, 1)
 
     BLOCK = 1 << 17  # particles: some megabytes of their forces
 
 
 def _kick_and_drift(gravity, dx_i, p_i, kick, drift, dx, p, f=None):
     """p_i + kick * f into `p`, and dx_i plus drift times that into `dx`; the force into `f`, if it is given."""
-    for rows, part in gravity.force():
-        if f is not None:
+    if f is None:
+        gravity.kick(p_i, kick, p)
+    else:
+        for rows, part in gravity.force():
             f[rows] = part
-        arrays = dx_i[rows], p_i[rows], part, dx[rows], p[rows]
-        if _alike(*arrays):
-            loops.kick_and_drift(*arrays, kick, drift)
-        else:
-            _advance(p_i[rows], part, kick, out=p[rows])
-            _advance(dx_i[rows], p[rows], drift, out=dx[rows])
+        _advance(p_i, f, kick, out=p)
+    if drift or dx is not dx_i:
+        _advance(dx_i, p, drift, out=dx)
 
 
 @operator
@@ -1980,8 +2002,7 @@ class leap:
         if node.wants('kick'):
             _kick = _sum_products(_p_i, f)
         _dx_i = _room(node, '_dx', _dx, _dx)
-        for rows, part in _Gravity(x, pm, layout, pot, factor).pull(_p_i):
-            _advance(_dx[rows], part, float(kick), out=_dx_i[rows])
+        _Gravity(x, pm, layout, pot, factor).pull(_p_i, _dx, float(kick), _dx_i)
         return dict(_dx_i=_dx_i, _p_i=_p_i, _kick=_kick, _drift=_drift)
 
     def jvp(node, dx_i_, p_i_, kick_, drift_, x, layout, pot, factor, f, p, kick, drift, pm):
@@ -2211,6 +2232,9 @@ class reversible_leapfrog:
     def take_back(dx, p, kick, q, pm, _p):
         """Undo a kick in place."""
         gravity, product = _Gravity(_advance(q, dx, 1.0), pm, again=lambda rows: _advance(q[rows], dx[rows], 1.0)), 0.0
+        if _is_zero(_p):
+            gravity.kick(p, -float(kick), p)
+            return gravity, product
         for rows, f in gravity.force():
             product += _sum_products(_p[rows], f)
             _advance(p[rows], f, -kick, out=p[rows])
@@ -2242,16 +2266,12 @@ class reversible_leapfrog:
         for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked, of_forces):
             # Pull the cotangents back through a kick and the drift before it
             kick, _factors[2 * i] = float(factors[2 * i]), product
-            pulled = []
             if 2 * i + 1 == len(factors) and of_f is not None:
                 _f = _rows(0.0 if _is_zero(_f) else _f, dx.shape, dx.dtype)
-                pulled, kick = gravity.pull(_advance(_f, _p, kick)), 1.0
+                gravity.pull(_advance(_f, _p, kick), _dx, 1.0, _dx)
             elif 2 * i + 1 < len(factors) or of_p is not None:
-                pulled = gravity.pull(_p)
-            for rows, part in pulled:
-                _advance(_dx[rows], part, kick, out=_dx[rows])
-                del part
-            del gravity, pulled
+                gravity.pull(_p, _dx, kick, _dx)
+            del gravity
             if i > 0:
                 if node.wants('factors'):
                     _factors[2 * i - 1] = _sum_products(_dx, p)

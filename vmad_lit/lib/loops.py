@@ -331,19 +331,6 @@ def advance(out, x, v, c):
 
 
 @compiled
-def _kick_and_drift(x, p, f, x_out, p_out, kick, drift, start, end):
-    for i in range(start, end):
-        p_out[i] = p[i] + kick * f[i]
-        x_out[i] = x[i] + drift * p_out[i]
-
-
-def kick_and_drift(x, p, f, x_out, p_out, kick, drift):
-    """p + kick * f into `p_out`, and x plus drift times that into `x_out`, for C-ordered arrays of one shape and type."""
-    flat = [as_flat(a)[0] for a in (x, p, f, x_out, p_out)]
-    share(partial(_kick_and_drift, *flat, float(kick), float(drift)), x.size)
-
-
-@compiled
 def _mix(a_out, b_out, a, b, aa, ab, ba, bb, start, end):
     for i in range(start, end):
         x, y = a[i], b[i]

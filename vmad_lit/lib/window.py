@@ -24,7 +24,7 @@ from numpy.lib.stride_tricks import as_strided
 from vmad_lit.lib import memory
 
 try:
-    from numba import boolean, float64, from_dtype, int64, njit, types, uint64, uintp
+    from numba import float64, from_dtype, int64, njit, types, uint64, uintp
 except ImportError as error:
     raise ImportError(
         "vmad_lit.lib.window compiles its loops with numba, which is not installed; "
@@ -203,7 +203,7 @@ def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
 
     # The loop that gathers
     def gather(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, out, out_step, speed,
-               slope, coef, coef_step, given, add):
+               slope, coef, coef_step, given, base, factor):
         shape, stride, scale, translate, origin, period = box
         low, high = 0, shape[0]
         for p in range(start, end):
@@ -266,11 +266,17 @@ def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
                     tx, ty, tz = k0 * tx, k0 * ty, k0 * tz
                     if out_step > 0:
                         out[uintp(p * out_step)] = s
-                slope[uintp(p * ndim)] = tx * scale[0]
+                first = p * ndim
+                tx, ty, tz = tx * scale[0], ty * scale[1], tz * scale[2]
+                if len(base):
+                    tx = base[uintp(first)] + factor * tx
+                    ty = base[uintp(first + 1)] + factor * ty if ndim > 1 else 0.0
+                    tz = base[uintp(first + 2)] + factor * tz if ndim > 2 else 0.0
+                slope[uintp(first)] = tx
                 if ndim > 1:
-                    slope[uintp(p * ndim + 1)] = ty * scale[1]
+                    slope[uintp(first + 1)] = ty
                 if ndim > 2:
-                    slope[uintp(p * ndim + 2)] = tz * scale[2]
+                    slope[uintp(first + 2)] = tz
             else:
                 # Sum the values of the meshes
                 unit = 0.0 if moving else 1.0
@@ -314,11 +320,11 @@ def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
                                 s3 += weight * mesh3[i]
                 # Hand out the values
                 first = p * out_step
-                if add:
-                    s0 += out[uintp(first)]
-                    s1 += out[uintp(first + 1)] if n > 1 else 0.0
-                    s2 += out[uintp(first + 2)] if n > 2 else 0.0
-                    s3 += out[uintp(first + 3)] if n > 3 else 0.0
+                if len(base):
+                    s0 = base[uintp(first)] + factor * s0
+                    s1 = base[uintp(first + 1)] + factor * s1 if n > 1 else 0.0
+                    s2 = base[uintp(first + 2)] + factor * s2 if n > 2 else 0.0
+                    s3 = base[uintp(first + 3)] + factor * s3 if n > 3 else 0.0
                 out[uintp(first)] = s0
                 if n > 1:
                     out[uintp(first + 1)] = s1
@@ -329,7 +335,7 @@ def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
 
     reals = float64[::1]
     return _compile(gather, *4 * [_array(mesh)], BOX, int64, int64, _array(position), int64,
-                    reals, int64, reals, reals, reals, int64, int64, boolean)
+                    reals, int64, reals, reals, reals, int64, int64, reals, float64)
 
 
 def _array(dtype):
@@ -690,12 +696,12 @@ def _readable(meshes):
 
 
 def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=0, slope=None, given=None,
-            add=False):
+            base=None, factor=1.0):
     """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is there.
 
     Both in one go only for a single mesh. The slopes fill `slope` (N, ndim), or a new array. There are
-    coefficients for the first `given` meshes, by default for all; the others have one. Values are added to
-    those in `out` if asked for.
+    coefficients for the first `given` meshes, by default for all; the others have one. With `base`, what comes
+    out is that plus `factor` times the values, or else the slopes.
     """
     cells = _find_support(window)
     ndim = meshes[0].ndim
@@ -707,14 +713,15 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
     mesh, views = _readable(meshes)
     box = _box(mesh, transform)
     if not npart or not mesh.size:
-        for result in (None if add else out, slope):
-            if result is not None:
-                result.fill(0)
+        for result in (out, slope):
+            if result is not None and len(result):
+                result[...] = 0.0 if base is None else base
         return slope
     pos = _flat(pos)
     none = numpy.empty(0)
     width = 0 if out is None else len(meshes)
     given = len(meshes) if given is None else given
+    base = none if base is None else base.reshape(-1)
     cuts = _shares(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
         gather = _gather_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box), speed is not None, slopes)
@@ -723,10 +730,11 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
             (*flats, box, cuts[t], cuts[t + 1], pos, step,
              none if out is None else out.reshape(-1)[first:], width,
              none if speed is None else speed, part.reshape(-1),
-             none if coef is None else coef[first:], coef_step, max(0, given - first), add)
+             none if coef is None else coef[first:], coef_step, max(0, given - first),
+             base[first:] if not slopes else base if not first else none, float(factor))
             for t in range(len(cuts) - 1)])
-        if first:
-            slope += part
+        if first and slopes:
+            slope += part * factor if len(base) else part
     return slope
 
 
@@ -765,16 +773,18 @@ def paint(mesh, pos, mass=1.0, window='cic', transform=None):
     return mesh
 
 
-def readout(meshes, pos, window='cic', transform=None, out=None):
+def readout(meshes, pos, window='cic', transform=None, out=None, base=None, factor=1.0):
     """Values of meshes at positions: (N,) for one mesh, (N, n) for a list of n, in float64.
 
-    They fill `out` if it is given, a C-ordered array of that shape and type. A position that is not a
-    number gives NaN or the value of some cell of the mesh, never one of the memory around it.
+    They fill `out` if it is given, a C-ordered array of that shape and type. With `base`, another such array or
+    `out` itself, the result is base + factor * values. A position that is not a number gives NaN or the value
+    of some cell of the mesh, never one of the memory around it.
     """
     several = isinstance(meshes, (list, tuple))
     values = _meshes(meshes if several else [meshes])
     out = _result(out, (len(pos), len(values)) if several else (len(pos),))
-    _gather(values, pos, window, transform, out=out.reshape(len(pos), len(values)))
+    _gather(values, pos, window, transform, out=out.reshape(len(pos), len(values)), base=_base(base, out),
+            factor=factor)
     return out
 
 
@@ -793,6 +803,15 @@ def _result(out, shape):
         found = f"{out.dtype} of shape {out.shape}" if isinstance(out, numpy.ndarray) else type(out).__name__
         raise ValueError(f"out must be a writeable C-ordered float64 array of shape {shape}, not {found}")
     return out
+
+
+def _base(base, out):
+    """What the result is added to as memory like that of `out`; or None."""
+    if base is None:
+        return None
+    if numpy.shape(base) != out.shape:
+        raise ValueError(f"base must have the shape of the result, {out.shape}, not {numpy.shape(base)}")
+    return _flat(numpy.require(base, 'f8', 'CA')).reshape(out.shape)
 
 
 def paint_vjp(mesh, pos, mass=1.0, window='cic', transform=None, need_pos=True, need_mass=True):
@@ -830,15 +849,17 @@ def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window='cic', transfor
     return mesh
 
 
-def slopes(meshes, pos, factors=None, window='cic', transform=None):
+def slopes(meshes, pos, factors=None, window='cic', transform=None, out=None, base=None, factor=1.0):
     """The sum of the gradients of meshes at positions, each times its column of factors: (N, ndim), float64.
 
     `factors` has a row for each particle and a column for each of the first meshes, or is one number for all
-    of them; meshes beyond, or all if it is None, have the factor one.
+    of them; meshes beyond, or all if it is None, have the factor one. `out`, `base` and `factor` as in `readout`.
     """
     values = _meshes(list(meshes))
     coef, step, given = _coefficients(factors, len(pos), len(values))
-    return _gather(values, pos, window, transform, coef=coef, coef_step=step, given=given)
+    out = _result(out, (len(pos), values[0].ndim))
+    return _gather(values, pos, window, transform, coef=coef, coef_step=step, slope=out, given=given,
+                   base=_base(base, out), factor=factor)
 
 
 def _coefficients(factors, npart, count):
@@ -878,7 +899,7 @@ def readout_jvp(meshes, pos, pos_=None, meshes_=None, window='cic', transform=No
         _gather(values, pos, window, transform, out=out, speed=_velocities(pos_, len(pos), values[0].ndim))
     if meshes_ is not None:
         values = _meshes(meshes_ if several else [meshes_])
-        _gather(values, pos, window, transform, out=out, add=pos_ is not None)
+        _gather(values, pos, window, transform, out=out, base=None if pos_ is None else out)
     elif pos_ is None:
         out.fill(0)
     return out if several else out[:, 0]

@@ -318,11 +318,11 @@ class Plan:
             raise ValueError(f"the plan was made for a transform {made} place, the buffers are not")
         # Run the steps between two memories
         source, last = i._memory, len(self._steps) - 1
-        scratch = numpy.empty(self._scratch, dtype="u1")
+        scratch = LocalBuffer.allocate(self._scratch)
         for index, step in enumerate(self._steps):
             target = scratch if (last - index) % 2 else o._memory
             if index == 0 and target is source and not step.in_place:
-                target = numpy.empty(step.nbytes, dtype="u1")
+                target = LocalBuffer.allocate(step.nbytes)
             step(source, target)
             source = target
         if source is not o._memory:  # a single step, in place
