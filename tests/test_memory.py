@@ -1,5 +1,6 @@
 """Memory that is used again: nobody's numbers are overwritten, and no more is held than there should be."""
 import gc
+import os
 import threading
 import weakref
 
@@ -72,6 +73,83 @@ def test_new_memory_takes_the_place_of_what_is_idle():
     assert held == 100 * N * 8
     del large
     assert memory.release() == 100 * N * 8
+
+
+def test_arrays_of_a_rhythm_are_packed():
+    """Arrays of several sizes that come and go alike in each round take no more room in the hundredth than in the first."""
+    def a_round():
+        waves = [memory.empty(N * (1 + i % 4)) for i in range(12)]
+        del waves[::2]
+        waves += [memory.empty(3 * N) for _ in range(4)]
+        del waves[1::3]
+        return memory.empty(5 * N)
+
+    a_round()
+    region = memory._store.idle[0][0]
+    high = region.high
+    for _ in range(100):
+        a_round()
+    assert region.high == high
+
+
+@pytest.mark.parametrize("refuse", ["RLIMIT_AS", "overcommit", "sysconf", "the system"])
+def test_without_addresses_to_spare(refuse, monkeypatch):
+    """Where addresses are counted, each array has a region of its own, as long as there is none to share."""
+    resource = pytest.importorskip("resource")
+    if refuse == "RLIMIT_AS":
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (1 << 40, 1 << 40))
+    elif refuse == "overcommit":
+        monkeypatch.setattr(memory, "_accounts_for_addresses", lambda: True)
+    elif refuse == "sysconf":
+        monkeypatch.delattr(memory.os, "sysconf")
+    else:
+        monkeypatch.setattr(memory, "_affordable", lambda: 1 << 60)
+    a, b = memory.zeros(N), memory.zeros(2 * N)
+    where = b.ctypes.data
+    del b
+    c, d = memory.zeros(N), memory.zeros(N)
+    assert sorted([c.ctypes.data, d.ctypes.data]) == [where, where + 8 * N]
+    c.fill(3)
+    assert not a.any() and not d.any()
+    del c, d
+    assert memory.release() == 16 * N
+
+
+def test_the_system_says_when_there_is_no_memory(monkeypatch):
+    monkeypatch.setattr(memory, "_affordable", lambda: 0)
+    with pytest.raises(MemoryError, match="no 1152921504606846976 bytes"):
+        memory.empty(1 << 60, "u1")
+
+
+def test_whether_the_kernel_counts_addresses(tmp_path):
+    (tmp_path / "setting").write_text("2\n")
+    assert memory._accounts_for_addresses(tmp_path / "setting")
+    (tmp_path / "setting").write_text("0\n")
+    assert not memory._accounts_for_addresses(tmp_path / "setting")
+    assert not memory._accounts_for_addresses(tmp_path / "missing")
+
+
+def test_pages_that_were_given_back_are_new():
+    keep, array = memory.empty(N), memory.empty(8 * N)
+    keep.fill(7)
+    array.fill(5)
+    where = array.ctypes.data
+    del array
+    assert memory.release() == 64 * N
+    again = memory.empty(8 * N)
+    assert again.ctypes.data == where and (again[1024:-1024] == 0).all() and (keep == 7).all()
+
+
+@pytest.mark.serial
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_forks_has_its_copies():
+    array = memory.zeros(N)
+    child = os.fork()
+    if not child:
+        array.fill(1)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not array.any()
 
 
 def test_release_tells_how_much_it_was():

@@ -155,13 +155,8 @@ class AutoOperator(Operator):
         return inside[0].own_outputs if inside else ()
 
     def model_of(self, node: Node) -> Model | None:
-        constants: dict[str, Any] = {
-            name: node.varin[name] for name in self.argnames if name not in self.ain
-        }
-        if any(type(symbol) is not Literal for symbol in constants.values()):
-            return None
-        values = {name: symbol._value for name, symbol in constants.items()}
-        return find_model(node, {**node.varin, **values})[0]
+        model: Model | None = find_known_model(node)
+        return model
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else InstanceAutoOperator(self, instance)
@@ -236,6 +231,16 @@ def find_model(node: Any, arguments: Mapping[str, Any]) -> tuple[Model, dict[str
     ):
         home.cache = hyperargs, share_model(home, hyperargs)
     return home.cache[1], inputs
+
+
+def find_known_model(node: Any) -> Any:
+    """The model of an autooperator, if its hyper-parameters are known before the run; or None."""
+    operator = node.operator
+    constants = {name: node.varin[name] for name in operator.argnames if name not in operator.ain}
+    if any(type(symbol) is not Literal for symbol in constants.values()):
+        return None
+    values = {name: symbol._value for name, symbol in constants.items()}
+    return find_model(node, {**node.varin, **values})[0]
 
 
 def share_model(node: Any, hyperargs: Mapping[str, Any]) -> Any:

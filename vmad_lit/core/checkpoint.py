@@ -7,13 +7,13 @@ import inspect
 import io
 import pickle
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import Any, TypeVar
 
-from .autodiff import add_up
-from .autooperator import AutoOperator, InstanceAutoOperator, find_model, find_owned
+from .autodiff import add_up, derive
+from .autooperator import AutoOperator, InstanceAutoOperator, find_known_model, find_model, find_owned
 from .error import BadArgument, BrokenPrimitive, did_you_mean
 from .execution import Plan, describe
 from .model import Model
@@ -256,6 +256,22 @@ class Chain(Operator):
             self._opened[names] = Chain(step, self.n, self.schedule, self.folder, self.comm)
         return self._opened[names]
 
+    # What a chain makes anew
+    def own_results(self, node: Any, plan: Any) -> Collection[str]:
+        if node.primitive.kind != "vjp" or node.forward is None or self.n == 0:
+            return ()
+        cotangents = ["_" + name for name in self.state_names]
+        vout = tuple(cotangents + ["_" + name for name in wanted_parameters(node)])
+        try:
+            models = find_known_model(node.forward)
+            if models is None:
+                return ()
+            tapes = [models[0]._plan(tuple(self.aout), True, True, (), results) for results in (True, False)]
+            vjps = [derive(tape, models[0], "vjp")._plan(vout, False, True) for tape in tapes]
+        except Exception:
+            return ()  # the run will meet it again, and tell where
+        return [name for name in cotangents if all(name in vjp.own_outputs for vjp in vjps)]
+
     # The script of a chain
     @cached_property
     def script(self) -> Script:
@@ -361,8 +377,8 @@ class Script:
 class Walk:
     """Somebody who follows a script: the number of the next step, the state before it, what is kept."""
 
-    def __init__(self, steps: Steps, state: Any, disk: Disk):
-        self.steps, self.disk = steps, disk
+    def __init__(self, steps: Steps, state: Any, disk: Disk, given: Names = ()):
+        self.steps, self.disk, self.given = steps, disk, given
         self.at, self.state = 0, state
         self.private: Names = ()
         self.states: dict[tuple[str, int], InMemory | OnDisk] = {}
@@ -393,6 +409,8 @@ class Walk:
     def keep(self, place: str) -> None:
         if place == "DISK":
             self.states[place, self.at] = self.disk.keep(self.state)
+            if self.at == 0:
+                self.private = self.given
         else:
             self.states[place, self.at] = InMemory(self.state)
             self.private = ()
@@ -442,6 +460,9 @@ class InMemory:
 class Disk:
     """An anonymous temporary file for states. All ranks of `comm` keep a state, or none does."""
 
+    #: Makes memory of so many bytes; a program may put a function of its own in its place.
+    allocate: Callable[[int], Any] = bytearray
+
     def __init__(self, folder: str | None, comm: Any):
         self.folder, self.comm = folder, comm
         self._file: Any = None
@@ -474,10 +495,10 @@ class Disk:
             ) from error
         return room
 
-    def read(self, room: tuple[int, int], sizes: list[int]) -> list[bytearray]:
+    def read(self, room: tuple[int, int], sizes: list[int]) -> list[Any]:
         """Read chunks of the given sizes from a room."""
         self._file.seek(room[0])
-        chunks = [bytearray(size) for size in sizes]
+        chunks = [self.allocate(size) for size in sizes]
         for chunk in chunks:
             self._transfer(self._file.readinto, memoryview(chunk))
         return chunks
@@ -576,7 +597,7 @@ class Writer(pickle.Pickler):
 class Reader(pickle.Unpickler):
     """Makes a state again from what a `Writer` wrote."""
 
-    def __init__(self, header: bytearray, buffers: list[bytearray], in_memory: list[Any]):
+    def __init__(self, header: Any, buffers: list[Any], in_memory: list[Any]):
         super().__init__(io.BytesIO(header), buffers=buffers)
         self._in_memory = in_memory
 
@@ -623,9 +644,9 @@ def find_comm(arguments: Iterable[Any]) -> Any:
     return None
 
 
-def go_forward(steps: Any, start: Any, disk: Disk) -> Walk:
-    """A walk from the start to the end of the forward run."""
-    walk = Walk(steps, start, disk)
+def go_forward(steps: Any, start: Any, disk: Disk, given: Names = ()) -> Walk:
+    """A walk from the start to the end of the forward run; what is `given` may be overwritten once it is on disk."""
+    walk = Walk(steps, start, disk, given)
     walk.follow(steps.chain.script.forward)
     walk.expect(steps.chain.n)
     return walk
@@ -634,7 +655,8 @@ def go_forward(steps: Any, start: Any, disk: Disk) -> Walk:
 def run_chain_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
     steps, start = prepare(node, arguments)
     chain = steps.chain
-    walk = go_forward(steps, start, Disk(chain.folder, chain.comm or find_comm(arguments.values())))
+    disk = Disk(chain.folder, chain.comm or find_comm(arguments.values()))
+    walk = go_forward(steps, start, disk, find_owned(node))
     return {**dict(zip(chain.aout, walk.state)), HISTORY: History(walk, start)}
 
 
@@ -666,7 +688,8 @@ class History:
                 f"the schedule of {chain!r} keeps nothing for a reverse sweep; choose another than 'none'"
             )
         if self._kept is None:
-            walk = go_forward(self.steps, self.start.get(), self.disk)
+            again = chain.state_names if isinstance(self.start, OnDisk) else ()
+            walk = go_forward(self.steps, self.start.get(), self.disk, tuple(again))
         else:
             walk = Walk(self.steps, None, self.disk)
             walk.at = chain.n

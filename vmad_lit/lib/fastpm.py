@@ -16,7 +16,7 @@ from pmesh.window import FindResampler
 
 from vmad_lit import autooperator, operator
 from vmad_lit.core.autodiff import IN_PLACE, PLUS
-from vmad_lit.core.checkpoint import checkpoint, keep_on_disk_by
+from vmad_lit.core.checkpoint import Disk, checkpoint, keep_on_disk_by
 from vmad_lit.core.error import BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import add_to_array
@@ -63,6 +63,7 @@ PLUS.update(dict.fromkeys(_kinds, _sum_of_fields))
 
 if hasattr(LocalBuffer, 'allocate'):
     LocalBuffer.allocate = staticmethod(partial(memory.empty, dtype='u1'))
+Disk.allocate = staticmethod(partial(memory.empty, dtype='u1'))
 
 _kept = weakref.WeakKeyDictionary()
 
@@ -1994,11 +1995,15 @@ class leap:
         dtypes = [dtype for dtype in _agree(pm.comm, _dx, _p) if dtype is not None]
         if not dtypes:
             return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _kick=ZeroGradient, _drift=ZeroGradient)
-        _dx, _p = (_rows(0.0 if _is_zero(_y) else _y, x.shape, numpy.result_type(*dtypes)) for _y in (_dx, _p))
-        _kick = _drift = ZeroGradient
+        dtype, _kick, _drift = numpy.result_type(*dtypes), ZeroGradient, ZeroGradient
+        _dx = _rows(0.0 if _is_zero(_dx) else _dx, x.shape, dtype)
         if node.wants('drift'):
             _drift = _sum_products(_dx, p)
-        _p_i = _advance(_p, _dx, float(drift), out=_room(node, '_p', _p, _p))
+        if _is_zero(_p):
+            _p_i = numpy.multiply(_dx, float(drift), out=memory.empty_like(_dx))
+        else:
+            _p = _rows(_p, x.shape, dtype)
+            _p_i = _advance(_p, _dx, float(drift), out=_room(node, '_p', _p, _p))
         if node.wants('kick'):
             _kick = _sum_products(_p_i, f)
         _dx_i = _room(node, '_dx', _dx, _dx)

@@ -1,10 +1,11 @@
 """Large arrays in memory that is used again, without page faults.
 
 The memory of an array that was made here returns when the last view of it is gone, and serves the next
-arrays: whole, or in parts if more would be held than was once in use at a time.
+arrays.
 """
 from collections import deque
-from mmap import mmap
+import mmap
+import os
 from threading import Lock
 
 import numpy
@@ -40,38 +41,23 @@ class _Store:
 
     def __init__(self):
         self.idle, self.lock = [], Lock()
-        self.held = self.peak = 0
 
     def take(self, nbytes):
         """A piece of so many bytes, or a few more."""
         nbytes = -(-nbytes // LINE) * LINE
         with self.lock:
             self.collect()
-            piece = self.find(nbytes, 1.05 * nbytes) or self.make(nbytes) or self.find(nbytes) or self.make(nbytes, True)
-            self.peak = max(self.peak, self.used())
-        return piece
-
-    def find(self, nbytes, most=float('inf')):
-        """An idle piece that is large enough, and not larger than `most`: the smallest, and of these the latest."""
-        fitting = [i for i, (_, begin, end) in enumerate(self.idle) if nbytes <= end - begin <= most]
-        if not fitting:
-            return None
-        region, begin, end = self.idle.pop(min(reversed(fitting), key=lambda i: _size(self.idle[i])))
-        if end - begin > nbytes:
-            self.idle.append((region, begin + nbytes, end))
+            fitting = [piece for piece in self.idle if _size(piece) >= nbytes]
+            if not fitting:
+                region = reserve(nbytes)
+                fitting = [(region, 0, len(region))]
+                self.idle += fitting
+            region, begin, end = piece = min(fitting, key=lambda piece: piece[0].address + piece[1])
+            self.idle.remove(piece)
+            if end - begin > nbytes:
+                self.idle.append((region, begin + nbytes, end))
+            region.high = max(region.high, begin + nbytes)
         return region, begin, begin + nbytes
-
-    def make(self, nbytes, give_back=False):
-        """New memory; unless so many bytes more were too much, and we do not give back what is idle."""
-        most = max(self.peak, self.used() + nbytes)
-        whole = [piece for piece in self.idle if _size(piece) == len(piece[0])]
-        while give_back and whole and self.held + nbytes > most:
-            self.idle.remove(whole[0])
-            self.held -= _size(whole.pop(0))
-        if not give_back and self.held + nbytes > most:
-            return None
-        self.held += nbytes
-        return Region(nbytes), 0, nbytes
 
     def collect(self):
         while _returned:
@@ -82,26 +68,68 @@ class _Store:
                 begin, end = min(begin, piece[1]), max(end, piece[2])
             self.idle.append((region, begin, end))
 
-    def used(self):
-        return self.held - sum(map(_size, self.idle))
-
-
-class Region:
-    """Memory from the operating system, to which it returns when the region is gone."""
-
-    def __init__(self, nbytes):
-        self.bytes = numpy.frombuffer(mmap(-1, nbytes), 'u1')
-        self.address = self.bytes.ctypes.data
-
-    def __len__(self):
-        return len(self.bytes)
-
 
 def _size(piece):
     return piece[2] - piece[1]
 
 
 _store = _Store()
+
+
+class Region:
+    """A range of addresses from the operating system, to which it returns when nobody uses it."""
+
+    def __init__(self, nbytes):
+        try:
+            self.map = mmap.mmap(-1, nbytes, **_private)
+        except (OSError, OverflowError) as error:
+            raise MemoryError(f"the system has no {nbytes} bytes of memory for an array") from error
+        self.bytes = numpy.frombuffer(self.map, 'u1')
+        self.address = self.bytes.ctypes.data
+        self.high = 0  # where the part ends that has been in use since the last `release`
+
+    def __len__(self):
+        return len(self.bytes)
+
+    def discard(self, begin, end):
+        """Give back the pages of a part that is idle; they are found anew when they are needed."""
+        begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end and hasattr(mmap, 'MADV_DONTNEED'):
+            self.map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+_private = {}
+if hasattr(mmap, 'MAP_PRIVATE'):
+    _private['flags'] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, 'MAP_NORESERVE', 0)
+
+
+def reserve(nbytes):
+    """A region of at least so many bytes."""
+    try:
+        return Region(max(nbytes, _affordable()))
+    except MemoryError:
+        return Region(nbytes)
+
+
+def _affordable():
+    """How many addresses we may ask for without harm: as many as there are bytes of memory, or none."""
+    try:
+        import resource
+        limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+        if limited or _accounts_for_addresses():
+            return 0
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    except (ImportError, AttributeError, ValueError, OSError):
+        return 0
+
+
+def _accounts_for_addresses(setting='/proc/sys/vm/overcommit_memory'):
+    """Whether the kernel hands out no more addresses than it has memory for."""
+    try:
+        with open(setting) as file:
+            return file.read().strip() == '2'
+    except OSError:
+        return False
 
 
 def empty(shape, dtype='f8'):
@@ -129,12 +157,15 @@ def zeros(shape, dtype='f8'):
 
 
 def release():
-    """Give all idle memory back, and return how many bytes that were."""
+    """Give all idle memory back; returns how many bytes of it had been in use."""
+    count = 0
     with _store.lock:
         _store.collect()
-        whole = [piece for piece in _store.idle if _size(piece) == len(piece[0])]
-        count = sum(map(_size, whole))
-        _store.idle = [piece for piece in _store.idle if piece not in whole]
-        _store.held -= count
-        _store.peak = _store.held
+        for region, begin, end in _store.idle:
+            used = max(begin, min(end, region.high))
+            region.discard(begin, used)
+            count += used - begin
+            if begin < region.high <= end:
+                region.high = begin
+        _store.idle = [piece for piece in _store.idle if _size(piece) < len(piece[0])]
     return count
