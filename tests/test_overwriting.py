@@ -220,8 +220,36 @@ def test_chains(options):
     assert_array_equal(x, X)
 
 
+@pytest.mark.parametrize("options, first", [(dict(ram=0, disk=5), True), (dict(ram=1), False), (dict(schedule="tapes"), False)], ids=str)
+def test_a_chain_in_a_graph(options, first):
+    """A chain overwrites the state that it is given once that is on disk, and gives away the cotangents of the first state."""
+    chain, x = checkpoint(twice, n=3, **options), X.copy()
+    m, plain = model(double, chain, double), model(double, *[twice] * 3, double)
+    ([y], [_x]), own = owned(lambda: m.compute_with_vjp(dict(x=x), dict(_y=np.ones(3))))
+    assert own[:2] == [False, first]
+    assert own[-1] is True
+    assert_array_equal(y, plain.compute("y", dict(x=x)))
+    assert_array_equal(_x, plain.compute_with_vjp(dict(x=x), dict(_y=np.ones(3)))[1][0])
+    # A tape can be swept again, and its cotangents are not those of the first sweep
+    _, tape = m.compute("y", dict(x=x), return_tape=True)
+    for _ in range(3):
+        _y = np.ones(3)
+        assert_array_equal(tape.get_vjp().compute("_x", dict(_y=_y)), _x)
+        assert_array_equal(_y, np.ones(3))
+    assert_array_equal(x, X)
+
+
+@autooperator("x -> y")
+def pass_on(x):
+    return same(x)
+
+
+CHAINS = [checkpoint(step, n=n, **options) for step in (twice, pass_on) for n, options in
+          ((1, dict(ram=1)), (3, dict(ram=1)), (3, dict(ram=0, disk=3)), (2, dict(schedule="tapes")))]
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([double, same, twice, around]), st.integers(0, 9)), min_size=1, max_size=8),
+@given(st.lists(st.tuples(st.sampled_from([double, same, twice, around, *CHAINS]), st.integers(0, 9)), min_size=1, max_size=8),
        st.sets(st.integers(0, 8), min_size=1), st.integers(0, 3))
 def test_any_graph(calls, wanted, seed):
     """Whatever is made of what: outputs, cotangents and what was given are those of operators that never overwrite."""

@@ -213,6 +213,9 @@ def library() -> Any:
         import checkpoint_schedules
     except ImportError:
         raise ImportError("checkpoint needs the package checkpoint_schedules") from None
+    # Keep the library from compiling what is run in no time
+    multistage = checkpoint_schedules.multistage
+    multistage.n_advance = getattr(multistage.n_advance, "py_func", multistage.n_advance)
     return checkpoint_schedules
 
 
@@ -258,7 +261,7 @@ class Chain(Operator):
 
     # What a chain makes anew
     def own_results(self, node: Any, plan: Any) -> Collection[str]:
-        if node.primitive.kind != "vjp" or node.forward is None or self.n == 0:
+        if node.primitive.kind != "vjp" or node.forward is None:
             return ()
         cotangents = ["_" + name for name in self.state_names]
         vout = tuple(cotangents + ["_" + name for name in wanted_parameters(node)])
