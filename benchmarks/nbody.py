@@ -202,13 +202,13 @@ def breakdown(task):
 
     windows = "paint", "readout", "spread", "gradient", "slopes", "paint_vjp", "paint_jvp", "readout_jvp", "slopes_jvp"
     differences = "gradient", "divergence", "difference", "second_invariant", "second_invariant_vjp"
-    updates = "advance", "kick_and_drift", "mix"
+    updates = "advance", "mix"
     kinds = {
         "paint and read out": [(fastpm._Window, name) for name in windows],
         "FFT": [(RealField, "r2c"), (BaseComplexField, "c2r"), (fastpm, "_transform")],
         "transfer functions": [(fastpm, "_times")],
         "differences": [*((loops, name) for name in differences), (fastpm, "_halo")],
-        "kicks and drifts": [*((loops, name) for name in updates), (fastpm, "_multiple")],
+        "drifts and sums": [*((loops, name) for name in updates), (fastpm, "_multiple")],
         "decompose and exchange": [(fastpm, "_make_layout"), (fastpm, "_exchange"), (fastpm, "_gather")],
     }
     spent, running, before = dict.fromkeys(kinds, 0.0), [], []
