@@ -6,6 +6,8 @@ arrays.
 from collections import deque
 import mmap
 import os
+import platform
+import sys
 from threading import Lock
 
 import numpy
@@ -98,9 +100,12 @@ class Region:
             self.map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
+#: Do not count addresses as memory. Python has a name for it from 3.13 on; on these machines it is this number.
+NORESERVE = getattr(mmap, 'MAP_NORESERVE', 0x4000 if sys.platform == 'linux' and platform.machine() in ('x86_64', 'aarch64') else 0)
+
 _private = {}
 if hasattr(mmap, 'MAP_PRIVATE'):
-    _private['flags'] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, 'MAP_NORESERVE', 0)
+    _private['flags'] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
 
 
 def reserve(nbytes):
@@ -116,7 +121,7 @@ def _affordable():
     try:
         import resource
         limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-        if limited or _accounts_for_addresses():
+        if limited or not NORESERVE or _accounts_for_addresses():
             return 0
         return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     except (ImportError, AttributeError, ValueError, OSError):
