@@ -115,6 +115,17 @@ def test_without_addresses_to_spare(refuse, monkeypatch):
     assert memory.release() == 16 * N
 
 
+def test_regions_that_are_too_small_go_back(monkeypatch):
+    """Where each array has a region of its own, those of small arrays are not held beside those of large ones."""
+    monkeypatch.setattr(memory, "_affordable", lambda: 0)
+    keep, small = memory.zeros(N), [memory.empty(N) for _ in range(10)]
+    del small
+    large = memory.empty(20 * N)
+    assert memory.release() == 0
+    del large
+    assert memory.release() == 20 * N * 8 and not keep.any()
+
+
 def test_the_system_says_when_there_is_no_memory(monkeypatch):
     monkeypatch.setattr(memory, "_affordable", lambda: 0)
     with pytest.raises(MemoryError, match="no 1152921504606846976 bytes"):

@@ -429,7 +429,7 @@ class Walk:
                 raise BadArgument(f"the schedule wants back what it did not keep, of step {action.n}")
         elif action.to_storage.name == "WORK":
             self.at, self.state = action.n, kept.get()
-            self.private = tuple(self.steps.chain.state_names) if isinstance(kept, OnDisk) else ()
+            self.private = private_when_back(self.steps.chain, kept)
         elif action.to_storage.name != "NONE":
             moved = self.disk.keep(kept.get()) if action.to_storage.name == "DISK" else InMemory(kept.get())
             self.states[action.to_storage.name, action.n] = moved
@@ -647,6 +647,11 @@ def find_comm(arguments: Iterable[Any]) -> Any:
     return None
 
 
+def private_when_back(chain: Chain, kept: InMemory | OnDisk) -> Names:
+    """What of a kept state nobody else holds when it comes back: all, if it is read from disk."""
+    return tuple(chain.state_names) if isinstance(kept, OnDisk) else ()
+
+
 def go_forward(steps: Any, start: Any, disk: Disk, given: Names = ()) -> Walk:
     """A walk from the start to the end of the forward run; what is `given` may be overwritten once it is on disk."""
     walk = Walk(steps, start, disk, given)
@@ -691,8 +696,7 @@ class History:
                 f"the schedule of {chain!r} keeps nothing for a reverse sweep; choose another than 'none'"
             )
         if self._kept is None:
-            again = chain.state_names if isinstance(self.start, OnDisk) else ()
-            walk = go_forward(self.steps, self.start.get(), self.disk, tuple(again))
+            walk = go_forward(self.steps, self.start.get(), self.disk, private_when_back(chain, self.start))
         else:
             walk = Walk(self.steps, None, self.disk)
             walk.at = chain.n

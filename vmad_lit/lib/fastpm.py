@@ -1881,6 +1881,12 @@ class _Gravity:
         for rows in self._blocks():
             yield rows, self._bring_back(self._window.readout(meshes, self._local_x[rows]))
 
+    def write_force(self, out):
+        """The force on all particles, into `out`."""
+        for rows, part in self.force():
+            out[rows] = part
+        return out
+
     def pull(self, _f, _x, c, out):
         """_x plus c times the cotangent of the positions from that of the force, into `out`, which may be `_x`; once."""
         _f, x = _exchange(self.layout, _f), self._local_x
@@ -1945,9 +1951,7 @@ def _kick_and_drift(gravity, dx_i, p_i, kick, drift, dx, p, f=None):
     if f is None:
         gravity.kick(p_i, kick, p)
     else:
-        for rows, part in gravity.force():
-            f[rows] = part
-        _advance(p_i, f, kick, out=p)
+        _advance(p_i, gravity.write_force(f), kick, out=p)
     if drift or dx is not dx_i:
         _advance(dx_i, p, drift, out=dx)
 
@@ -2000,6 +2004,7 @@ class leap:
         if node.wants('drift'):
             _drift = _sum_products(_dx, p)
         if _is_zero(_p):
+            # In memory of its own even if the drift is one, since _dx may be overwritten
             _p_i = numpy.multiply(_dx, float(drift), out=memory.empty_like(_dx))
         else:
             _p = _rows(_p, x.shape, dtype)
@@ -2337,9 +2342,7 @@ class reversible_leapfrog:
             if gravity is not None:
                 # Pull back through the kick, and undo its tangent
                 kick, kick_ = float(factors[2 * i]), float(factors_[2 * i])
-                f, f_ = memory.empty_like(p), gravity.push(dx_)
-                for rows, part in gravity.force():
-                    f[rows] = part
+                f_, f = gravity.push(dx_), gravity.write_force(memory.empty_like(p))
                 for v, c in (f_, kick), (f, kick_):
                     _advance(p_, v, -c, out=p_)
                 _factors_[2 * i] = _sum_products(_p_, f) + _sum_products(_p, f_)

@@ -51,6 +51,7 @@ class _Store:
             self.collect()
             fitting = [piece for piece in self.idle if _size(piece) >= nbytes]
             if not fitting:
+                self.give_back()
                 region = reserve(nbytes)
                 fitting = [(region, 0, len(region))]
                 self.idle += fitting
@@ -69,6 +70,10 @@ class _Store:
                 self.idle.remove(piece)
                 begin, end = min(begin, piece[1]), max(end, piece[2])
             self.idle.append((region, begin, end))
+
+    def give_back(self):
+        """Let go of the regions that are idle as a whole."""
+        self.idle = [piece for piece in self.idle if _size(piece) < len(piece[0])]
 
 
 def _size(piece):
@@ -172,5 +177,5 @@ def release():
             count += used - begin
             if begin < region.high <= end:
                 region.high = begin
-        _store.idle = [piece for piece in _store.idle if _size(piece) < len(piece[0])]
+        _store.give_back()
     return count

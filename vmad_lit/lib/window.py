@@ -651,8 +651,8 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1
         find_loop = partial(_scatter_loop, flats[0].dtype, pos.dtype, ndim, cells, n, moving=speed is not None,
                             spreading=spreading)
         rest = BLOCK, pos, step, mass[first:], mass_step, mass[:0] if speed is None else speed, rate
-        _run(_scatter_blocks, [(_turns(find_loop, _asked(box), mask, t, len(edges) == 2), *flats, box, edges[t],
-                                edges[t + 1], t, rest) for t in range(len(edges) - 1)])
+        _run(_scatter_in_turns, [(_turns(find_loop, _asked(box), mask, t, len(edges) == 2),
+                                  (*flats, box, edges[t], edges[t + 1], t), rest) for t in range(len(edges) - 1)])
 
 
 def _turns(find_loop, asked, mask, owner, alone):
@@ -663,10 +663,9 @@ def _turns(find_loop, asked, mask, owner, alone):
     return [(find_loop(0), numpy.where(mine, mask, 0)), (find_loop(1), numpy.where(mine, 0, mask))]
 
 
-def _scatter_blocks(turns, *arguments):
-    *arguments, rest = arguments
+def _scatter_in_turns(turns, place, rest):
     for scatter, mask in turns:
-        scatter(*arguments, mask, *rest)
+        scatter(*place, mask, *rest)
 
 
 def _owners(cells, box, pos, step):
