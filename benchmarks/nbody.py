@@ -200,9 +200,9 @@ def breakdown(task):
 
     from vmad_lit.lib import fastpm, loops
 
-    windows = "paint", "readout", "spread", "gradient", "slopes", "paint_vjp", "paint_jvp", "readout_jvp", "slopes_jvp"
+    windows = "paint", "readout", "spread", "gradient", "slopes", "paint_vjp", "paint_jvp", "readout_jvp", "weighted_gradient_jvp"
     differences = "gradient", "divergence", "difference", "second_invariant", "second_invariant_vjp"
-    updates = "advance", "mix"
+    updates = "axpy", "mix"
     kinds = {
         "paint and read out": [(fastpm._Window, name) for name in windows],
         "FFT": [(RealField, "r2c"), (BaseComplexField, "c2r"), (fastpm, "_transform")],

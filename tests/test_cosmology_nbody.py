@@ -176,7 +176,7 @@ def test_numbers_make_no_nodes_of_the_background():
     lambda rhok, c, q, pm: fastpm.nbody(rhok, q, STAGES, c.background(), pm)[1],
     lambda rhok, c, q, pm: fastpm.firststep(rhok, q, 0.3, c.background(), pm)[1],
     lambda rhok, c, q, pm: fastpm.leapfrog(*fastpm.lpt(rhok, q, pm), q, STAGES, c.background(), pm)[1],
-    lambda rhok, c, q, pm: fastpm.leapfrog_step(*fastpm.lpt(rhok, q, pm), q, fastpm.Steps(c.background(), STAGES, pm), pm, 0)[1],
+    lambda rhok, c, q, pm: fastpm.leapfrog_step(*fastpm.lpt(rhok, q, pm), q, fastpm.StepFactors(c.background(), STAGES, pm), pm, 0)[1],
     lambda rhok, c, q, pm: fastpm.FastPMSimulation([0.5], c.background(), pm).run(rhok)[2],
     lambda rhok, c, q, pm: fastpm.FastPMSimulation(STAGES, c, pm).firststep(rhok)[1],
 ], ids=['nbody', 'background', 'firststep', 'leapfrog', 'step', 'one stage', 'method'])
@@ -264,7 +264,7 @@ def test_spectra_of_symbols(transfer):
 def test_advance_and_scale(dtype):
     rng = np.random.default_rng(3 + COMM.rank)
     x, v = rng.normal(size=(2, 5 + COMM.rank, 3)).astype(dtype)
-    check(lambda x, v, c: fastpm.advance(x, v, allbcast(c, COMM)), x, v, 0.7, comm=COMM, universal='x2',
+    check(lambda x, v, c: fastpm.axpy(x, v, allbcast(c, COMM)), x, v, 0.7, comm=COMM, universal='x2',
           truth=x + np.dtype(dtype).type(0.7) * v)
     check(lambda v, c: fastpm.scale(v, allbcast(c, COMM)), v, 0.7, comm=COMM, universal='x1')
     check(fastpm.pick, np.arange(6.0).reshape(2, 3), 4, truth=4.0)
@@ -282,12 +282,12 @@ def test_leap(dtype):
     with Builder() as m:
         dx_i, p_i, kick, drift = m.input('dx_i', 'p_i', 'kick', 'drift')
         f, _ = fastpm.gravity(dx_i, q, pm)
-        after = fastpm.advance(p_i, f, kick)
-        m.output(dx=fastpm.advance(dx_i, after, drift), p=after)
+        after = fastpm.axpy(p_i, f, kick)
+        m.output(dx=fastpm.axpy(dx_i, after, drift), p=after)
     init = dict(dx_i=dx, p_i=p, kick=0.7, drift=-0.3)
     expected = m.compute(['dx', 'p'], init)
     for i, name in enumerate(('dx', 'p')):
-        check(lambda dx_i, p_i, kick, drift: fastpm.leap(dx_i, p_i, *(allbcast(c, COMM) for c in (kick, drift)), q, pm)[i],
+        check(lambda dx_i, p_i, kick, drift: fastpm.kick_drift(dx_i, p_i, *(allbcast(c, COMM) for c in (kick, drift)), q, pm)[i],
               *init.values(), comm=COMM, universal=('x2', 'x3'), truth=expected[i])
 
 
@@ -303,11 +303,11 @@ def test_both_results_of_a_leap_at_once(keep_potential):
         with Builder() as m:
             dx_i, p_i = m.input('dx_i', 'p_i')
             if one:
-                out = fastpm.leap(dx_i, p_i, 0.7, -0.3, q, pm, keep_potential)
+                out = fastpm.kick_drift(dx_i, p_i, 0.7, -0.3, q, pm, keep_potential)
             else:
                 f, _ = fastpm.gravity(dx_i, q, pm)
-                after = fastpm.advance(p_i, f, 0.7)
-                out = fastpm.advance(dx_i, after, -0.3), after
+                after = fastpm.axpy(p_i, f, 0.7)
+                out = fastpm.axpy(dx_i, after, -0.3), after
             m.output(**dict(zip(('dx', 'p'), out)))
         results.append([*m.compute_with_vjp(init, cotangents), *m.compute_with_jvp(['dx', 'p'], init, dict(dx_i_=_dx, p_i_=_p))])
     for got, expected in zip(*results):
@@ -338,13 +338,13 @@ def test_coefficients_in_turn():
     pt = Planck15.background(a=np.array([0.2, 0.3, 0.5, 1.0]))
     stages = [0.2, 0.5, 0.9, 1.0]
     a, b, c = (fastpm.factors_of_step(pt, *ends) for ends in zip(stages[:-1], stages[1:]))
-    steps = fastpm.Steps(pt, stages, make_mesh())
+    steps = fastpm.StepFactors(pt, stages, make_mesh())
     np.testing.assert_allclose(steps.factors, [a[0], a[1], a[2] + b[0], b[1], b[2] + c[0], c[1], c[2]], rtol=1e-14)
     assert steps.n == 3 and steps.kick(1) == steps.factors[2] and steps.drift(1) == steps.factors[3]
     with Builder() as m:
-        symbolic = fastpm.Steps(SymbolicBackground(m.input('Om0')), stages, make_mesh())
+        symbolic = fastpm.StepFactors(SymbolicBackground(m.input('Om0')), stages, make_mesh())
         m.output(factors=symbolic.factors, kick=symbolic.kick(2))
-    exact = fastpm.Steps(MatterDominated(0.3), stages, make_mesh()).factors
+    exact = fastpm.StepFactors(MatterDominated(0.3), stages, make_mesh()).factors
     factors, kick = m.compute(['factors', 'kick'], dict(Om0=0.3))
     np.testing.assert_allclose(factors, exact, rtol=1e-6)
     assert kick == factors[4]

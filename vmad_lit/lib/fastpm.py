@@ -249,7 +249,7 @@ def _take_apart(field):
     return lambda value: pm.create(kind, value=value), field.value
 
 
-def _agree(comm, *derivatives):
+def _common_dtypes(comm, *derivatives):
     """The common dtype of each tangent or cotangent on all ranks; None for what is zero on all of them.
 
     All ranks must call it. It tells them what has to be computed, and where a zero has to be spelled out.
@@ -288,14 +288,14 @@ class r2c:
         return dict(y=x.r2c(), pm=x.pm)
 
     def vjp(node, _y, pm):
-        (dtype,) = _agree(pm.comm, _y)
+        (dtype,) = _common_dtypes(pm.comm, _y)
         if dtype is None:
             return dict(_x=ZeroGradient)
         _y = _y if isinstance(_y, BaseComplexField) else pm.create(type=ComplexField, value=_y)
         return dict(_x=_y.r2c_vjp())
 
     def jvp(node, x_, pm):
-        (dtype,) = _agree(pm.comm, x_)
+        (dtype,) = _common_dtypes(pm.comm, x_)
         return dict(y_=ZeroGradient if dtype is None else _real(pm, x_).r2c())
 
 
@@ -312,13 +312,13 @@ class c2r:
         return dict(y=x.c2r(), pm=x.pm, kind=type(x))
 
     def vjp(node, _y, pm, kind):
-        (dtype,) = _agree(pm.comm, _y)
+        (dtype,) = _common_dtypes(pm.comm, _y)
         if dtype is None:
             return dict(_x=ZeroGradient)
         return dict(_x=_real(pm, _y).c2r_vjp(out=pm.create(type=kind)))
 
     def jvp(node, x_, pm, kind):
-        (dtype,) = _agree(pm.comm, x_)
+        (dtype,) = _common_dtypes(pm.comm, x_)
         if dtype is None:
             return dict(y_=ZeroGradient)
         x_ = x_ if isinstance(x_, BaseComplexField) else pm.create(type=kind, value=x_)
@@ -526,7 +526,7 @@ class apply_digitized:
         return dict(y=_times(x, _spread(factors, ind, conj, 1)), bins=(ind, conj))
 
     def vjp(node, _y, x, tf, bins, mode):
-        (dtype,) = _agree(x.pm.comm, _y)
+        (dtype,) = _common_dtypes(x.pm.comm, _y)
         if dtype is None:
             return dict(_x=ZeroGradient, _tf=ZeroGradient)
         _y = _like(x, _y)
@@ -556,7 +556,7 @@ class apply_digitized:
         return x.pm.comm.allreduce(sums)
 
     def hvp(node, _y, x_, tf_, x, tf, bins, mode):
-        of_y, of_x, of_tf = _agree(x.pm.comm, _y, x_, tf_)
+        of_y, of_x, of_tf = _common_dtypes(x.pm.comm, _y, x_, tf_)
         if of_y is None or of_x is None and of_tf is None:
             return dict(_x_=ZeroGradient, _tf_=ZeroGradient)
         _y = _like(x, _y)
@@ -840,7 +840,7 @@ def _carry(function, layout, x_, shape):
     """A tangent or cotangent, of a value of this shape, through `_exchange` or `_gather`."""
     if layout is None or shape == ():
         return ZeroGradient if _is_zero(x_) else x_
-    (dtype,) = _agree(layout.comm, x_)
+    (dtype,) = _common_dtypes(layout.comm, x_)
     return ZeroGradient if dtype is None else function(layout, _rows(x_, shape, dtype))
 
 
@@ -908,13 +908,13 @@ class _Window:
             [mesh.readout(x, resampler=self.differentiable, gradient=d) for d in range(self.pm.ndim)], axis=-1
         )
 
-    def slopes(self, meshes, x, factors=None, **to):
+    def weighted_gradient(self, meshes, x, factors=None, **to):
         """The sum of the gradients of meshes, each times its column of `factors` (N, n); if none is left, times one.
 
-        Only our loops can add it `to` something, see `window.slopes`.
+        Only our loops can add it `to` something, see `window.weighted_gradient`.
         """
         if self.compiled:
-            return window.slopes(meshes, x, factors, **self.args, **to)
+            return window.weighted_gradient(meshes, x, factors, **self.args, **to)
         given = 0 if factors is None else factors.shape[1]
         columns = [factors[:, c, None] if c < given else 1.0 for c in range(len(meshes))]
         return sum(self.gradient(mesh, x) * column for mesh, column in zip(meshes, columns))
@@ -953,15 +953,15 @@ class _Window:
         return value_ if meshes_ is None else value_ + self.readout(meshes_, x)
 
     # Second derivatives of painting and reading out
-    def slopes_jvp(self, meshes, x, factors=None, x_=None, meshes_=None, factors_=None):
-        """Tangent of `slopes`; None is zero."""
+    def weighted_gradient_jvp(self, meshes, x, factors=None, x_=None, meshes_=None, factors_=None):
+        """Tangent of `weighted_gradient`; None is zero."""
         if not self.compiled:
             raise BrokenPrimitive(
                 f"the window {self.resampler.kind} of pmesh has no hvp: it has first derivatives only. An exact second "
                 f"derivative wants a mesh with the window nnb, cic, tsc or pcs, and numba; or use the Gauss-Newton "
                 f"product (compute_with_gnDp)"
             )
-        return window.slopes_jvp(meshes, x, factors, x_, meshes_, factors_, **self.args)
+        return window.weighted_gradient_jvp(meshes, x, factors, x_, meshes_, factors_, **self.args)
 
 
 def _masses(mass):
@@ -987,7 +987,7 @@ class paint:
     ain = {"x": "ndarray", "mass": "*", "layout": "*Layout"}
     aout = {"mesh": "RealField"}
     collective = True
-    makes_own = True
+    fresh = True
 
     def apl(node, x, mass, layout, pm, resampler=None):
         x, mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
@@ -995,7 +995,7 @@ class paint:
 
     def vjp(node, _mesh, x, mass, layout, pm, resampler):
         # Pull the cotangent of a mesh back to its particles
-        (dtype,) = _agree(pm.comm, _mesh)
+        (dtype,) = _common_dtypes(pm.comm, _mesh)
         if dtype is None:
             return dict(_x=ZeroGradient, _mass=ZeroGradient, _layout=ZeroGradient)
         need_x, need_mass = not node.is_literal("x"), not node.is_literal("mass")
@@ -1010,7 +1010,7 @@ class paint:
         )
 
     def jvp(node, x_, mass_, x, mass, layout, pm, resampler):
-        of_x, of_mass = _agree(pm.comm, x_, mass_)
+        of_x, of_mass = _common_dtypes(pm.comm, x_, mass_)
         if of_x is None and of_mass is None:
             return dict(mesh_=ZeroGradient)
         x_ = None if of_x is None else _exchange(layout, _rows(x_, numpy.shape(x), of_x))
@@ -1020,20 +1020,22 @@ class paint:
 
     def hvp(node, _mesh, x_, mass_, x, mass, layout, pm, resampler):
         # Change the cotangents of positions and masses
-        of_mesh, of_x, of_mass = _agree(pm.comm, _mesh, x_, mass_)
+        of_mesh, of_x, of_mass = _common_dtypes(pm.comm, _mesh, x_, mass_)
         _x_ = _mass_ = ZeroGradient
         if of_mesh is None or of_x is None and of_mass is None:
             return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
         w, meshes = _Window(pm, resampler), [_real(pm, _mesh)]
         local_x, local_mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
         x_ = None if of_x is None else _exchange(layout, _rows(x_, numpy.shape(x), of_x))
-        if node.wants("x"):
+        if node.needs("x"):
             if of_mass is not None:
                 mass_ = _exchange(layout, _masses(_rows(mass_, len(x), of_mass)))[:, None]
             factors = local_mass[:, None] if numpy.ndim(mass) else local_mass
-            _x_ = w.slopes_jvp(meshes, local_x, factors, x_, factors_=None if of_mass is None else mass_)
+            _x_ = w.weighted_gradient_jvp(
+                meshes, local_x, factors, x_, factors_=None if of_mass is None else mass_
+            )
             _x_ = _as_given(_gather(layout, _x_), x)
-        if node.wants("mass") and of_x is not None:
+        if node.needs("mass") and of_x is not None:
             _mass_ = paint.of_masses(pm, layout, w.readout_jvp(meshes, local_x, x_)[:, 0], mass)
         return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
 
@@ -1086,14 +1088,14 @@ class readout_all:
 
     def jvp(node, meshes_, x_, meshes, x, layout, resampler, pm, count):
         meshes_ = [ZeroGradient] * count if _is_zero(meshes_) else meshes_
-        of_x, *of_meshes = _agree(pm.comm, x_, *meshes_)
+        of_x, *of_meshes = _common_dtypes(pm.comm, x_, *meshes_)
         x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
         meshes_ = [_real(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
         return dict(value_=_read_jvp(pm, meshes, meshes_, x, x_, layout, resampler))
 
     def hvp(node, _value, meshes_, x_, meshes, x, layout, resampler, pm, count):
         meshes_ = [ZeroGradient] * count if _is_zero(meshes_) else meshes_
-        of_value, of_x, *of_meshes = _agree(pm.comm, _value, x_, *meshes_)
+        of_value, of_x, *of_meshes = _common_dtypes(pm.comm, _value, x_, *meshes_)
         _value = None if of_value is None else _rows(_value, (len(x), count), of_value)
         x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
         meshes_ = [_real(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
@@ -1127,14 +1129,14 @@ class readout:
         return dict(_mesh=_meshes[0] if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
 
     def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
-        of_x, of_mesh = _agree(pm.comm, x_, mesh_)
+        of_x, of_mesh = _common_dtypes(pm.comm, x_, mesh_)
         x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
         meshes_ = None if of_mesh is None else [_real(pm, mesh_)]
         value_ = _read_jvp(pm, [mesh], meshes_, x, x_, layout, resampler)
         return dict(value_=value_ if _is_zero(value_) else value_[:, 0])
 
     def hvp(node, _value, mesh_, x_, mesh, x, layout, resampler, pm):
-        of_value, of_x, of_mesh = _agree(pm.comm, _value, x_, mesh_)
+        of_value, of_x, of_mesh = _common_dtypes(pm.comm, _value, x_, mesh_)
         _value = None if of_value is None else _rows(_value, len(x), of_value).reshape(-1, 1)
         x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
         meshes_ = None if of_mesh is None else [_real(pm, mesh_)]
@@ -1150,14 +1152,18 @@ def _read(pm, meshes, x, layout, resampler):
 
 def _read_vjp(node, _value, meshes, x, layout, resampler, pm, name, count, zeros):
     """The cotangents of positions and of `count` meshes, added to what `zeros(pm, count)` makes; or None."""
-    (dtype,) = _agree(pm.comm, _value)
+    (dtype,) = _common_dtypes(pm.comm, _value)
     if dtype is None:
         return ZeroGradient, None
     need_x, need_meshes = not node.is_literal("x"), not node.is_literal(name)
     w = _Window(pm, resampler)
     _value = _exchange(layout, _rows(_value, (len(x), count), dtype))
     local_x = _exchange(layout, _positions(x, pm))
-    _x = _as_given(_gather(layout, w.slopes(meshes, local_x, _value)), x) if need_x else ZeroGradient
+    _x = (
+        _as_given(_gather(layout, w.weighted_gradient(meshes, local_x, _value)), x)
+        if need_x
+        else ZeroGradient
+    )
     return _x, w.spread(local_x, _value, zeros(pm, count)) if need_meshes else None
 
 
@@ -1176,9 +1182,9 @@ def _read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, name,
     w, _x_ = _Window(pm, resampler), ZeroGradient
     local_x, _value = _exchange(layout, _positions(x, pm)), _exchange(layout, _value)
     x_ = None if x_ is None else _exchange(layout, x_)
-    if node.wants("x"):
-        _x_ = _as_given(_gather(layout, w.slopes_jvp(meshes, local_x, _value, x_, meshes_)), x)
-    if x_ is None or not node.wants(name):
+    if node.needs("x"):
+        _x_ = _as_given(_gather(layout, w.weighted_gradient_jvp(meshes, local_x, _value, x_, meshes_)), x)
+    if x_ is None or not node.needs(name):
         return _x_, None
     return _x_, w.spread(local_x, _value, zeros(pm, _value.shape[1]), x_)
 
@@ -1297,7 +1303,7 @@ class readout_neg_gradient:
     ain = {"mesh": "RealField", "x": "ndarray", "layout": "*Layout"}
     aout = {"value": "ndarray"}
     collective = True
-    makes_own = True
+    fresh = True
 
     def apl(node, mesh, x, layout, resampler=None):
         if not _differences_serve(mesh.pm, order=1):
@@ -1322,19 +1328,19 @@ class readout_neg_gradient:
         )
 
     def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
-        of_x, of_mesh = _agree(pm.comm, x_, mesh_)
+        of_x, of_mesh = _common_dtypes(pm.comm, x_, mesh_)
         meshes = None if of_x is None else _neg_gradient(mesh)
         meshes_ = None if of_mesh is None else _neg_gradient(_real(pm, mesh_))
         x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
         return dict(value_=_read_jvp(pm, meshes, meshes_, x, x_, layout, resampler))
 
     def hvp(node, _value, mesh_, x_, mesh, x, layout, resampler, pm):
-        of_value, of_x, of_mesh = _agree(pm.comm, _value, x_, mesh_)
+        of_value, of_x, of_mesh = _common_dtypes(pm.comm, _value, x_, mesh_)
         if of_value is None or of_x is None and of_mesh is None:
             return dict(_mesh_=ZeroGradient, _x_=ZeroGradient, _layout_=ZeroGradient)
         _value = _rows(_value, (len(x), pm.ndim), of_value)
         x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
-        wanted = node.wants("x")
+        wanted = node.needs("x")
         meshes = _neg_gradient(mesh) if wanted and of_x is not None else None
         meshes_ = _neg_gradient(_real(pm, mesh_)) if wanted and of_mesh is not None else None
         _x_, _meshes_ = _read_hvp(
@@ -1441,7 +1447,7 @@ class force:
         w = _Window(pm)
         local_x, factor = _exchange(layout, _positions(x, pm)), force.find_factor(x, pm)
         potk = force.potential(w.paint(local_x, factor))
-        pot = force.kept(potk, order, None if node.wants("potk") else Ellipsis)
+        pot = force.kept(potk, order, None if node.needs("potk") else Ellipsis)
         f = _gather(layout, w.readout(force.meshes(pot, order), local_x))
         return dict(f=_as_given(f, x), potk=potk, pot=pot, factor=factor)
 
@@ -1451,7 +1457,7 @@ class force:
         )
 
     def vjp(node, _f, _potk, x, layout, pm, order, pot, factor):
-        of_f, of_potk = _agree(pm.comm, _f, _potk)
+        of_f, of_potk = _common_dtypes(pm.comm, _f, _potk)
         if of_f is None and of_potk is None:
             return dict(_x=ZeroGradient, _layout=ZeroGradient)
         w, _p = _Window(pm), None
@@ -1459,14 +1465,14 @@ class force:
         if of_potk is not None:
             _p = pm.create(type=ComplexField, value=_potk)
         if of_f is None:
-            _x = w.slopes([force.pull_density(_p, factor)], local_x)
+            _x = w.weighted_gradient([force.pull_density(_p, factor)], local_x)
         else:
             _f = _exchange(layout, _rows(_f, numpy.shape(x), of_f))
-            _x = w.slopes(force.pull(w, local_x, _f, pot, factor, order, _p), local_x, _f)
+            _x = w.weighted_gradient(force.pull(w, local_x, _f, pot, factor, order, _p), local_x, _f)
         return dict(_x=_as_given(_gather(layout, _x), x), _layout=ZeroGradient)
 
     def jvp(node, x_, x, layout, pm, order, pot, factor):
-        (dtype,) = _agree(pm.comm, x_)
+        (dtype,) = _common_dtypes(pm.comm, x_)
         if dtype is None:
             return dict(f_=ZeroGradient, potk_=ZeroGradient)
         w = _Window(pm)
@@ -1483,20 +1489,20 @@ class force:
 
     def hvp(node, _f, _potk, x_, x, layout, pm, order, pot, factor):
         # Change the cotangent of the positions
-        of_f, of_potk, of_x = _agree(pm.comm, _f, _potk, x_)
+        of_f, of_potk, of_x = _common_dtypes(pm.comm, _f, _potk, x_)
         if of_x is None or of_f is None and of_potk is None:
             return dict(_x_=ZeroGradient, _layout_=ZeroGradient)
         w = _Window(pm)
         local_x, x_ = _exchange(layout, _positions(x, pm)), _exchange(layout, _rows(x_, numpy.shape(x), of_x))
         _p = None if of_potk is None else pm.create(type=ComplexField, value=_potk)
         if of_f is None:
-            _x_ = w.slopes_jvp([force.pull_density(_p, factor)], local_x, x_=x_)
+            _x_ = w.weighted_gradient_jvp([force.pull_density(_p, factor)], local_x, x_=x_)
         else:
             _f = _exchange(layout, _rows(_f, numpy.shape(x), of_f))
             meshes = force.pull(w, local_x, _f, pot, factor, order, _p)
             _rho_ = force.pull_density(force.pull_meshes(w, local_x, _f, order, x_), factor)
             pot_ = force.kept(force.potential(w.paint_jvp(local_x, factor, x_)), order)
-            _x_ = w.slopes_jvp(meshes, local_x, _f, x_, force.meshes(pot_, order, _rho_))
+            _x_ = w.weighted_gradient_jvp(meshes, local_x, _f, x_, force.meshes(pot_, order, _rho_))
         return dict(_x_=_as_given(_gather(layout, _x_), x), _layout_=ZeroGradient)
 
 
@@ -1623,7 +1629,7 @@ def lpt1(rhok, q, pm, layout=None):
     -------
     dx1 : (N, ndim), the displacement for D1 = 1, in the precision of q
     """
-    return _fall(_potential(rhok, pm), q, pm, decompose(q, pm) if layout is None else layout)
+    return _displacement(_potential(rhok, pm), q, pm, decompose(q, pm) if layout is None else layout)
 
 
 def _potential(rhok, pm):
@@ -1632,7 +1638,7 @@ def _potential(rhok, pm):
     return c2r(potential) if _differences_serve(pm, order=1) else potential
 
 
-def _fall(potential, q, pm, layout):
+def _displacement(potential, q, pm, layout):
     """Minus the gradient of a `_potential` at q, in the precision of q."""
     if _differences_serve(pm, order=1):
         dx = readout_neg_gradient(potential, q, layout)
@@ -1708,20 +1714,20 @@ class second_order_source:
         return dict(potential=potential)
 
     def vjp(node, _source, potential):
-        (dtype,) = _agree(potential.pm.comm, _source)
+        (dtype,) = _common_dtypes(potential.pm.comm, _source)
         if dtype is None:
             return dict(_potential=ZeroGradient)
         return dict(_potential=second_order_source.pull(_source, potential))
 
     def jvp(node, potential_, potential):
-        (dtype,) = _agree(potential.pm.comm, potential_)
+        (dtype,) = _common_dtypes(potential.pm.comm, potential_)
         if dtype is None:
             return dict(source_=ZeroGradient)
         return dict(source_=second_order_source.product(_real(potential.pm, potential_), potential) * 2.0)
 
     def hvp(node, _source, potential_, potential):
         pm = potential.pm
-        if any(dtype is None for dtype in _agree(pm.comm, _source, potential_)):
+        if any(dtype is None for dtype in _common_dtypes(pm.comm, _source, potential_)):
             return dict(_potential_=ZeroGradient)
         return dict(_potential_=second_order_source.pull(_source, _real(pm, potential_)))
 
@@ -1789,7 +1795,7 @@ def lpt(rhok, q, pm):
     """
     layout = decompose(q, pm)
     potential = _potential(rhok, pm)
-    dx1 = _fall(potential, q, pm, layout)
+    dx1 = _displacement(potential, q, pm, layout)
     dx2 = lpt1(r2c(_source(potential, pm)), q, pm, layout)
     return dx1, dx2
 
@@ -1810,7 +1816,7 @@ def gravity(dx, q, pm, keep_potential=True):
     f : (N, ndim), minus the gradient of the potential whose Laplacian is the density contrast
     potk : complex field, the modes of the potential. It costs nothing if it is not used
     """
-    x = advance(q, dx, 1.0)
+    x = axpy(q, dx, 1.0)
     return force(x, decompose(x, pm), pm, keep_potential=keep_potential)
 
 
@@ -1831,10 +1837,10 @@ def DriftFactor(pt, ai, ac, af):
     return 1 / (ac**3 * pt.E(ac)) * (pt.Gp(af) - pt.Gp(ai)) / pt.gp(ac)
 
 
-def _advance(x, v, c, out=None):
+def _add_multiple(x, v, c, out=None):
     """x + c * v in the precision of x, as a new array or in `out`."""
     if _alike(x, v):
-        return loops.advance(memory.empty_like(x) if out is None else out, x, v, c)
+        return loops.axpy(memory.empty_like(x) if out is None else out, x, v, c)
     y = v * c
     return numpy.add(x, y, out=out if out is not None else y if x.dtype == y.dtype else None)
 
@@ -1850,7 +1856,7 @@ def _alike(*arrays):
 
 
 @operator
-class advance:
+class axpy:
     """x + c * v, for arrays of the same shape and a number c.
 
     On several ranks a `c` that is differentiated is a distributed value, such as `allbcast` gives.
@@ -1860,7 +1866,7 @@ class advance:
     aout = {"y": "ndarray"}
 
     def apl(node, x, v, c):
-        return dict(y=_advance(x, v, c))
+        return dict(y=_add_multiple(x, v, c))
 
     def rcd(node, x, v, c, y):
         return dict(c=c, v=None if node.is_literal("c") else v)
@@ -1868,8 +1874,8 @@ class advance:
     def vjp(node, _y, v, c):
         return dict(
             _x=_y,
-            _v=_multiple(_y, c) if node.wants("v") else ZeroGradient,
-            _c=_sum_products(_y, v) if node.wants("c") else ZeroGradient,
+            _v=_multiple(_y, c) if node.needs("v") else ZeroGradient,
+            _c=_sum_products(_y, v) if node.needs("c") else ZeroGradient,
         )
 
     def jvp(node, x_, v_, c_, v, c):
@@ -1879,7 +1885,7 @@ class advance:
         return dict(
             _x_=ZeroGradient,
             _v_=_multiple(_y, c_),
-            _c_=_sum_products(_y, v_) if node.wants("c") else ZeroGradient,
+            _c_=_sum_products(_y, v_) if node.needs("c") else ZeroGradient,
         )
 
 
@@ -1920,12 +1926,12 @@ def _plus(x, v, c):
     """x + c * v, where any of them may be zero."""
     if _is_zero(v) or _is_zero(c):
         return x
-    return _multiple(v, c) if _is_zero(x) else _advance(x, v, c)
+    return _multiple(v, c) if _is_zero(x) else _add_multiple(x, v, c)
 
 
 def _sum_of_arrays(a, b):
     """a + b, in memory that is used again if it is large."""
-    return _advance(a, b, 1.0) if a.nbytes >= memory.LEAST and _alike(a, b) else a + b
+    return _add_multiple(a, b, 1.0) if a.nbytes >= memory.LEAST and _alike(a, b) else a + b
 
 
 PLUS[numpy.ndarray] = _sum_of_arrays
@@ -1992,7 +1998,11 @@ class _Gravity:
         meshes = force.meshes(pot, 1, force.pull_density(_potk, self.factor))
         del pot, _potk, x
         self._add(
-            lambda rows, **to: self._window.slopes(meshes, find(rows), _f[rows], **to), _x, c, out, apart
+            lambda rows, **to: self._window.weighted_gradient(meshes, find(rows), _f[rows], **to),
+            _x,
+            c,
+            out,
+            apart,
         )
 
     def record(self):
@@ -2021,7 +2031,7 @@ class _Gravity:
             if direct:
                 find(rows, out=out[rows], base=base[rows], factor=c)
             else:
-                _advance(base[rows], self._bring_back(find(rows)), c, out=out[rows])
+                _add_multiple(base[rows], self._bring_back(find(rows)), c, out=out[rows])
 
     def _blocks(self):
         """The rows of some particles after others; all at once, if they travel between ranks."""
@@ -2045,24 +2055,24 @@ class _Gravity:
     BLOCK = 1 << 17  # particles: some megabytes of their forces
 
 
-def _kick_and_drift(gravity, dx_i, p_i, kick, drift, dx, p, f=None):
+def _apply_kick_drift(gravity, dx_i, p_i, kick, drift, dx, p, f=None):
     """p_i + kick * f into `p`, and dx_i plus drift times that into `dx`; the force into `f`, if it is given."""
     if f is None:
         gravity.kick(p_i, kick, p)
     else:
-        _advance(p_i, gravity.write_force(f), kick, out=p)
+        _add_multiple(p_i, gravity.write_force(f), kick, out=p)
     if drift or dx is not dx_i:
-        _advance(dx_i, p, drift, out=dx)
+        _add_multiple(dx_i, p, drift, out=dx)
 
 
 @operator
-class leap:
+class kick_drift:
     """A kick by the force at the positions, and the drift after it.
 
     Parameters
     ----------
     dx_i, p_i : (N, ndim) displacements and momenta
-    kick, drift : numbers, as in `advance`
+    kick, drift : numbers, as in `axpy`
     q : (N, ndim) lattice
     pm : ParticleMesh on which the force is computed
     keep_potential : see `force`
@@ -2076,21 +2086,21 @@ class leap:
     ain = {"dx_i": "ndarray", "p_i": "ndarray", "kick": "*", "drift": "*"}
     aout = {"dx": "ndarray", "p": "ndarray"}
     collective = True
-    makes_own = True
-    overwrites = "dx_i", "p_i", "_dx", "_p"
+    fresh = True
+    inplace = "dx_i", "p_i", "_dx", "_p"
 
     def apl(node, dx_i, p_i, kick, drift, q, pm, keep_potential=True):
-        gravity = _Gravity(_advance(q, dx_i, 1.0), pm)
+        gravity = _Gravity(_add_multiple(q, dx_i, 1.0), pm)
         if (
-            not node.wants("dx")
-            and not node.wants("p")
+            not node.needs("dx")
+            and not node.needs("p")
             and node.is_literal("kick")
             and node.is_literal("drift")
         ):
             return dict(dx=None, p=None, f=None, gravity=gravity)
         dx, p = _room(node, "dx_i", dx_i, dx_i), _room(node, "p_i", p_i, p_i)
         f = None if node.is_literal("kick") else memory.empty_like(p)
-        _kick_and_drift(gravity, dx_i, p_i, float(kick), float(drift), dx, p, f)
+        _apply_kick_drift(gravity, dx_i, p_i, float(kick), float(drift), dx, p, f)
         return dict(dx=dx, p=p, f=f, gravity=gravity)
 
     def rcd(node, dx_i, p_i, kick, drift, q, pm, keep_potential, dx, p, f, gravity):
@@ -2107,21 +2117,21 @@ class leap:
         )
 
     def vjp(node, _dx, _p, x, layout, pot, factor, f, p, kick, drift, pm):
-        # Pull the cotangents back through a leap
-        dtypes = [dtype for dtype in _agree(pm.comm, _dx, _p) if dtype is not None]
+        # Pull the cotangents back through a kick and a drift
+        dtypes = [dtype for dtype in _common_dtypes(pm.comm, _dx, _p) if dtype is not None]
         if not dtypes:
             return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _kick=ZeroGradient, _drift=ZeroGradient)
         dtype, _kick, _drift = numpy.result_type(*dtypes), ZeroGradient, ZeroGradient
         _dx = _rows(0.0 if _is_zero(_dx) else _dx, x.shape, dtype)
-        if node.wants("drift"):
+        if node.needs("drift"):
             _drift = _sum_products(_dx, p)
         if _is_zero(_p):
             # In memory of its own even if the drift is one, since _dx may be overwritten
             _p_i = numpy.multiply(_dx, float(drift), out=memory.empty_like(_dx))
         else:
             _p = _rows(_p, x.shape, dtype)
-            _p_i = _advance(_p, _dx, float(drift), out=_room(node, "_p", _p, _p))
-        if node.wants("kick"):
+            _p_i = _add_multiple(_p, _dx, float(drift), out=_room(node, "_p", _p, _p))
+        if node.needs("kick"):
             _kick = _sum_products(_p_i, f)
         _dx_i = _room(node, "_dx", _dx, _dx)
         _Gravity(x, pm, layout, pot, factor).pull(_p_i, _dx, float(kick), _dx_i)
@@ -2133,19 +2143,19 @@ class leap:
         return dict(dx_=_plus(_plus(dx_i_, p_, drift), p, drift_), p_=p_)
 
     def hvp(node, _dx, _p, dx_i_, p_i_, kick_, drift_, x, layout, pot, factor, f, kick, drift, pm):
-        # Change the cotangents of a leap
+        # Change the cotangents of a kick and a drift
         gravity, _kick_, _drift_ = _Gravity(x, pm, layout, pot, factor), ZeroGradient, ZeroGradient
         _p_i, _p_i_ = _plus(_p, _dx, drift), _multiple(_dx, drift_)
         _f, _f_ = _multiple(_p_i, kick), _plus(_multiple(_p_i_, kick), _p_i, kick_)
         _dx_i_ = gravity.pull_change(_f, _f_, dx_i_)
-        if node.wants("kick") or node.wants("drift"):
+        if node.needs("kick") or node.needs("drift"):
             f_ = gravity.push(dx_i_)
             _kick_ = _sum_products(_p_i, f_) + _sum_products(_p_i_, f)
             _drift_ = _sum_products(_dx, _plus(_plus(p_i_, f_, kick), f, kick_))
         return dict(_dx_i_=_dx_i_, _p_i_=_p_i_, _kick_=_kick_, _drift_=_drift_)
 
 
-class Steps:
+class StepFactors:
     """The coefficients of the kicks and drifts between scale factors, in turn.
 
     Parameters
@@ -2203,7 +2213,7 @@ def leapfrog_step(dx_i, p_i, q, steps, pm, i, keep_potential=True):
     ----------
     dx_i, p_i : (N, ndim) displacements and momenta; the momenta are those in the middle of the step before
     q : (N, ndim) lattice
-    steps : `Steps`
+    steps : `StepFactors`
     pm : ParticleMesh on which the force is computed
     i : the number of the stage
     keep_potential : see `force`
@@ -2212,12 +2222,12 @@ def leapfrog_step(dx_i, p_i, q, steps, pm, i, keep_potential=True):
     -------
     dx, p : displacements at the next stage, and momenta in the middle of the step
     """
-    return leap(dx_i, p_i, steps.kick(i), steps.drift(i), q, pm, keep_potential)
+    return kick_drift(dx_i, p_i, steps.kick(i), steps.drift(i), q, pm, keep_potential)
 
 
 @operator
 class scale:
-    """c * v, for an array and a number c; as `advance`."""
+    """c * v, for an array and a number c; as `axpy`."""
 
     ain = {"v": "ndarray", "c": "*"}
     aout = {"y": "ndarray"}
@@ -2229,13 +2239,13 @@ class scale:
         return dict(c=c, v=None if node.is_literal("c") else v)
 
     def vjp(node, _y, v, c):
-        return dict(_v=_multiple(_y, float(c)), _c=_sum_products(_y, v) if node.wants("c") else ZeroGradient)
+        return dict(_v=_multiple(_y, float(c)), _c=_sum_products(_y, v) if node.needs("c") else ZeroGradient)
 
     def jvp(node, v_, c_, v, c):
         return dict(y_=_plus(_multiple(v_, float(c)), v, c_))
 
     def hvp(node, _y, v_, c_):
-        return dict(_v_=_y * c_, _c_=_sum_products(_y, v_) if node.wants("c") else ZeroGradient)
+        return dict(_v_=_y * c_, _c_=_sum_products(_y, v_) if node.needs("c") else ZeroGradient)
 
 
 @operator
@@ -2283,7 +2293,7 @@ def leapfrog(
     dx, p : displacements and momenta at stages[-1]
     f : the force there, times 1.5 * Om0
     """
-    steps = Steps(pt, check_stages(stages), pm)
+    steps = StepFactors(pt, check_stages(stages), pm)
     if reversible:
         # Evolve by steps that can be undone
         if ram is not None or disk is not None:
@@ -2299,7 +2309,7 @@ def leapfrog(
         chain = checkpoint(leapfrog_step, n=steps.n, ram=ram or 0, disk=disk or 0, folder=folder)
         dx, p = chain(dx, p, q=q, steps=steps, pm=pm, keep_potential=keep_potential)
     f, potk = gravity(dx, q, pm, keep_potential)
-    return dx, advance(p, f, steps.kick(steps.n)), scale(f, 1.5 * steps.Om0)
+    return dx, axpy(p, f, steps.kick(steps.n)), scale(f, 1.5 * steps.Om0)
 
 
 def check_stages(stages):
@@ -2320,7 +2330,7 @@ class reversible_leapfrog:
     Parameters
     ----------
     dx_i, p_i : (N, ndim) displacements and momenta at the first stage
-    factors : (2 n + 1,) coefficients of the kicks and drifts of n steps in turn, as of `Steps`
+    factors : (2 n + 1,) coefficients of the kicks and drifts of n steps in turn, as of `StepFactors`
     q : (N, ndim) lattice
     pm : ParticleMesh on which the force is computed
 
@@ -2332,10 +2342,10 @@ class reversible_leapfrog:
     ain = {"dx_i": "ndarray", "p_i": "ndarray", "factors": "*"}
     aout = {"dx": "ndarray", "p": "ndarray", "f": "ndarray"}
     collective = True
-    makes_own = True
-    overwrites = "dx_i", "p_i", "dx", "p", "_dx", "_p"
+    fresh = True
+    inplace = "dx_i", "p_i", "dx", "p", "_dx", "_p"
 
-    # Steps back
+    # Undo the steps
     @staticmethod
     def undo(dx, p, factors, q, pm, kicked=True, _p=ZeroGradient):
         """From the state at the end: the state before each kick i, last first.
@@ -2350,13 +2360,13 @@ class reversible_leapfrog:
             else:
                 yield i, None, 0.0
             if i > 0:
-                _advance(dx, p, -factors[2 * i - 1], out=dx)
+                _add_multiple(dx, p, -factors[2 * i - 1], out=dx)
 
     @staticmethod
     def take_back(dx, p, kick, q, pm, _p):
         """Undo a kick in place."""
         gravity, product = (
-            _Gravity(_advance(q, dx, 1.0), pm, again=lambda rows: _advance(q[rows], dx[rows], 1.0)),
+            _Gravity(_add_multiple(q, dx, 1.0), pm, again=lambda rows: _add_multiple(q[rows], dx[rows], 1.0)),
             0.0,
         )
         if _is_zero(_p):
@@ -2364,25 +2374,25 @@ class reversible_leapfrog:
             return gravity, product
         for rows, f in gravity.force():
             product += _sum_products(_p[rows], f)
-            _advance(p[rows], f, -kick, out=p[rows])
+            _add_multiple(p[rows], f, -kick, out=p[rows])
         return gravity, product
 
     # There and back
     def apl(node, dx_i, p_i, factors, q, pm):
         dx, p, f, n = _own(node, "dx_i", dx_i, dx_i), _own(node, "p_i", p_i, p_i), None, len(factors) // 2
         for i in range(n):
-            gravity = _Gravity(_advance(q, dx, 1.0), pm)
-            _kick_and_drift(gravity, dx, p, factors[2 * i], factors[2 * i + 1], dx, p)
+            gravity = _Gravity(_add_multiple(q, dx, 1.0), pm)
+            _apply_kick_drift(gravity, dx, p, factors[2 * i], factors[2 * i + 1], dx, p)
             del gravity
-        if node.wants("p") or node.wants("f"):
+        if node.needs("p") or node.needs("f"):
             f = memory.empty_like(p)
-            _kick_and_drift(_Gravity(_advance(q, dx, 1.0), pm), dx, p, factors[2 * n], 0.0, dx, p, f)
+            _apply_kick_drift(_Gravity(_add_multiple(q, dx, 1.0), pm), dx, p, factors[2 * n], 0.0, dx, p, f)
         return dict(dx=dx, p=p, f=f)
 
     def rcd(node, dx_i, p_i, factors, q, pm, dx, p, f):
         return dict(
             dx=_copy(dx),
-            p=_copy(p) if node.wants("p") else p,
+            p=_copy(p) if node.needs("p") else p,
             factors=factors,
             q=q,
             pm=pm,
@@ -2390,29 +2400,29 @@ class reversible_leapfrog:
         )
 
     def vjp(node, _dx, _p, _f, dx, p, factors, q, pm, kicked):
-        of_dx, of_p, of_f = dtypes = _agree(pm.comm, _dx, _p, _f)
+        of_dx, of_p, of_f = dtypes = _common_dtypes(pm.comm, _dx, _p, _f)
         if not any(dtypes):
             return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _factors=ZeroGradient)
         _dx, _p = (_own(node, name, _y, dx) for name, _y in (("_dx", _dx), ("_p", _p)))
         dx, p = (_own(node, name, x, x) for name, x in (("dx", dx), ("p", p)))
-        _factors, of_forces = numpy.zeros(len(factors)), _p if node.wants("factors") else ZeroGradient
+        _factors, of_forces = numpy.zeros(len(factors)), _p if node.needs("factors") else ZeroGradient
         for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked, of_forces):
             # Pull the cotangents back through a kick and the drift before it
             kick, _factors[2 * i] = float(factors[2 * i]), product
             if 2 * i + 1 == len(factors) and of_f is not None:
                 _f = _rows(0.0 if _is_zero(_f) else _f, dx.shape, dx.dtype)
-                gravity.pull(_advance(_f, _p, kick), _dx, 1.0, _dx)
+                gravity.pull(_add_multiple(_f, _p, kick), _dx, 1.0, _dx)
             elif 2 * i + 1 < len(factors) or of_p is not None:
                 gravity.pull(_p, _dx, kick, _dx)
             del gravity
             if i > 0:
-                if node.wants("factors"):
+                if node.needs("factors"):
                     _factors[2 * i - 1] = _sum_products(_dx, p)
-                _advance(_p, _dx, float(factors[2 * i - 1]), out=_p)
+                _add_multiple(_p, _dx, float(factors[2 * i - 1]), out=_p)
         return dict(_dx_i=_dx, _p_i=_p, _factors=_factors)
 
     def jvp(node, dx_i_, p_i_, factors_, dx, p, factors, q, pm, kicked):
-        dtypes = _agree(pm.comm, dx_i_, p_i_, factors_)
+        dtypes = _common_dtypes(pm.comm, dx_i_, p_i_, factors_)
         if not any(dtypes):
             return dict(dx_=ZeroGradient, p_=ZeroGradient, f_=ZeroGradient)
         dx_, p_ = (_own(node, name, x_, dx) for name, x_ in (("dx_i_", dx_i_), ("p_i_", p_i_)))
@@ -2420,7 +2430,7 @@ class reversible_leapfrog:
         dx, p = (_own(node, name, x, x) for name, x in (("dx", dx), ("p", p)))
         for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked):
             del gravity
-        last = node.wants("p") or node.wants("f")
+        last = node.needs("p") or node.needs("f")
         # Push the tangents forward with the steps
         f_ = ZeroGradient
         for i, (kick, kick_) in enumerate(zip(factors[::2], factors_[::2])):
@@ -2428,17 +2438,20 @@ class reversible_leapfrog:
             if not (more or last):
                 break
             drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
-            gravity, f = _Gravity(_advance(q, dx, 1.0), pm), memory.empty_like(p) if kick_ else ZeroGradient
-            _kick_and_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
+            gravity, f = (
+                _Gravity(_add_multiple(q, dx, 1.0), pm),
+                memory.empty_like(p) if kick_ else ZeroGradient,
+            )
+            _apply_kick_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
             f_ = gravity.push(dx_)
             for x_, v, c in (p_, f_, kick), (p_, f, kick_), (dx_, p_, drift), (dx_, p, drift_):
                 if c:
-                    _advance(x_, v, c, out=x_)
+                    _add_multiple(x_, v, c, out=x_)
         return dict(dx_=dx_, p_=p_, f_=f_)
 
     def hvp(node, _dx, _p, _f, dx_i_, p_i_, factors_, dx, p, factors, q, pm, kicked):
         # Walk back with the state, its tangent, its cotangent and the change of that
-        dtypes = _agree(pm.comm, _dx, _p, _f, dx_i_, p_i_, factors_)
+        dtypes = _common_dtypes(pm.comm, _dx, _p, _f, dx_i_, p_i_, factors_)
         if not any(dtypes[:3]) or not any(dtypes[3:]):
             return dict(_dx_i_=ZeroGradient, _p_i_=ZeroGradient, _factors_=ZeroGradient)
         _dx, _p, _f = (_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype) for _y in (_dx, _p, _f))
@@ -2455,19 +2468,22 @@ class reversible_leapfrog:
             if not (more or last):
                 break
             drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
-            gravity, f = _Gravity(_advance(q, dx, 1.0), pm), memory.empty_like(p) if kick_ else ZeroGradient
-            _kick_and_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
+            gravity, f = (
+                _Gravity(_add_multiple(q, dx, 1.0), pm),
+                memory.empty_like(p) if kick_ else ZeroGradient,
+            )
+            _apply_kick_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
             f_ = gravity.push(dx_)
             for x_, v, c in (p_, f_, kick), (p_, f, kick_), (dx_, p_, drift), (dx_, p, drift_):
                 if c:
-                    _advance(x_, v, c, out=x_)
+                    _add_multiple(x_, v, c, out=x_)
         for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked):
             if gravity is not None:
                 # Pull back through the kick, and undo its tangent
                 kick, kick_ = float(factors[2 * i]), float(factors_[2 * i])
                 f_, f = gravity.push(dx_), gravity.write_force(memory.empty_like(p))
                 for v, c in (f_, kick), (f, kick_):
-                    _advance(p_, v, -c, out=p_)
+                    _add_multiple(p_, v, -c, out=p_)
                 _factors_[2 * i] = _sum_products(_p_, f) + _sum_products(_p, f_)
                 del f, f_
                 _f, _f_ = _plus(_f, _p, kick), _plus(_multiple(_p_, kick), _p, kick_)
@@ -2483,7 +2499,7 @@ class reversible_leapfrog:
                 _factors_[2 * i - 1] = _sum_products(_dx_, p) + _sum_products(_dx, p_)
                 _p, _p_ = _plus(_p, _dx, drift), _plus(_plus(_p_, _dx_, drift), _dx, drift_)
                 for v, c in (p_, drift), (p, drift_):
-                    _advance(dx_, v, -c, out=dx_)
+                    _add_multiple(dx_, v, -c, out=dx_)
         return dict(_dx_i_=_dx_, _p_i_=_p_, _factors_=_factors_)
 
 
@@ -2502,13 +2518,13 @@ def _mix(a, b, matrix, outs):
 class superpose:
     """Displacements and momenta from those of first and second order: D1 dx1 + D2 dx2, and Gf1 dx1 + Gf2 dx2.
 
-    `dx1`, `dx2` : (N, ndim); the coefficients are numbers, as in `advance`
+    `dx1`, `dx2` : (N, ndim); the coefficients are numbers, as in `axpy`
     """
 
     ain = {"dx1": "ndarray", "dx2": "ndarray", "D1": "*", "D2": "*", "Gf1": "*", "Gf2": "*"}
     aout = {"dx": "ndarray", "p": "ndarray"}
-    makes_own = True
-    overwrites = "dx1", "dx2", "_dx", "_p"
+    fresh = True
+    inplace = "dx1", "dx2", "_dx", "_p"
 
     def apl(node, dx1, dx2, D1, D2, Gf1, Gf2):
         matrix = [[float(D1), float(D2)], [float(Gf1), float(Gf2)]]
@@ -2531,7 +2547,7 @@ class superpose:
         _of = dict.fromkeys(("D1", "D2", "Gf1", "Gf2"), ZeroGradient)
         if arrays is not None:
             products = [_sum_products(_y, x) for _y in (_dx, _p) for x in arrays]
-            _of.update((name, _c) for name, _c in zip(_of, products) if node.wants(name))
+            _of.update((name, _c) for name, _c in zip(_of, products) if node.needs(name))
         _dx, _p = (_rows(0.0 if _is_zero(_y) else _y, *like) for _y in (_dx, _p))
         outs = _room(node, "_dx", _dx, _dx), _room(node, "_p", _p, _p)
         _dx1, _dx2 = _mix(_dx, _p, matrix.T, outs)
@@ -2551,7 +2567,7 @@ class superpose:
         # The changes of the cotangents of a superposition
         changes = dict(_dx1_=_plus(_multiple(_dx, D1_), _p, Gf1_), _dx2_=_plus(_multiple(_dx, D2_), _p, Gf2_))
         for name, _y, x_ in ("D1", _dx, dx1_), ("D2", _dx, dx2_), ("Gf1", _p, dx1_), ("Gf2", _p, dx2_):
-            changes[f"_{name}_"] = _sum_products(_y, x_) if node.wants(name) else ZeroGradient
+            changes[f"_{name}_"] = _sum_products(_y, x_) if node.needs(name) else ZeroGradient
         return changes
 
 

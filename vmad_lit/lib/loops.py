@@ -313,7 +313,7 @@ def second_invariant(a, b, ndim, factor):
 
 
 def second_invariant_vjp(_out, a, ndim, factor):
-    """The cotangent of A in `second_invariant(a, a, ...)`, which overwrites `a`."""
+    """The cotangent of A in `second_invariant(a, a, ...)`, which inplace `a`."""
     flat = numpy.ascontiguousarray(_out).reshape(-1)
     share(partial(_quadratic_vjp, flat, factor, ndim, _flatten(a, ndim)), a[0].size)
     return a
@@ -328,14 +328,14 @@ def _flatten(meshes, ndim):
 
 
 @compiled
-def _advance(out, x, v, c, start, end):
+def _add_multiple(out, x, v, c, start, end):
     for i in range(start, end):
         out[i] = x[i] + c * v[i]
 
 
-def advance(out, x, v, c):
+def axpy(out, x, v, c):
     """x + c * v into `out`, for C-ordered arrays of one shape and type; `out` may be `x`."""
-    share(partial(_advance, out.reshape(-1), as_flat(x)[0], as_flat(v)[0], float(c)), out.size)
+    share(partial(_add_multiple, out.reshape(-1), as_flat(x)[0], as_flat(v)[0], float(c)), out.size)
     return out
 
 

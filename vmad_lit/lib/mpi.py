@@ -35,7 +35,7 @@ def dense(x_, kind, comm):
     return x_
 
 
-def agree(comm, x):
+def gather_kinds(comm, x):
     """The shapes of a value on all ranks, and the dtype that holds them all; None if it is not an array."""
     kinds = comm.allgather(describe(x))
     if any(type(kind) is str for kind in kinds):
@@ -81,7 +81,7 @@ def total(x, comm):
     """The sum of a value over the ranks."""
     if x is ZeroGradient:
         return x
-    shapes, dtype = agree(comm, x)
+    shapes, dtype = gather_kinds(comm, x)
     if any(kind in ("list", "tuple") for kind in shapes):
         raise TypeError("a list cannot be summed over ranks; reduce its items one by one")
     if dtype is None:
@@ -208,7 +208,7 @@ class bcast:
 
 def find_counts(comm, x):
     """The number of rows on each rank and the common dtype of a distributed array, else None, None."""
-    shapes, dtype = agree(comm, x)
+    shapes, dtype = gather_kinds(comm, x)
     if dtype is None:
         return None, None
     if all(shape == () for shape in shapes):
