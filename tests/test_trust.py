@@ -102,7 +102,8 @@ def test_the_squared_norm_of_test_classes():
 PROVED_IN = {
     **{f"vmad_lit.{name}": "test_operators.py" for name in ("core.stdlib.operators", "core.stdlib.utils", "lib.unary", "lib.binary", "lib.linalg")},
     "vmad_lit.lib.mpi": "test_mpi.py",
-    "vmad_lit.lib.fastpm": "test_mesh.py test_cosmology_nbody.py test_nbody.py test_checkpoint.py",
+    **{f"vmad_lit.lib.{name}": "test_mesh.py" for name in ("mesh", "transfer", "exchange", "painting", "force", "lpt")},
+    **{f"vmad_lit.lib.{name}": "test_cosmology_nbody.py test_nbody.py test_checkpoint.py" for name in ("axpy", "nbody")},
     "vmad_lit.lib.cosmology": "test_cosmology.py test_cosmology_nbody.py",
     "vmad_lit.lib.spectra": "test_spectra.py",
     "vmad_lit.testing": "test_trust.py",
