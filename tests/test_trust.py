@@ -21,7 +21,7 @@ from vmad_lit.testing import check, check_second_order, squared_norm  # noqa: E4
 
 COMM = MPI.COMM_WORLD
 
-# A distributed operator of our own: uneven parts, the first of which is empty
+# A partitioned operator of our own: uneven parts, the first of which is empty
 
 
 def total(x, comm):
@@ -29,7 +29,7 @@ def total(x, comm):
 
 
 class Fractions:
-    """The elements of a distributed array as fractions of their sum over all ranks."""
+    """The elements of a partitioned array as fractions of their sum over all ranks."""
 
     ain, aout = "x", "y"
     collective = True

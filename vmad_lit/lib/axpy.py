@@ -36,7 +36,7 @@ def alike(*arrays):
 class axpy:
     """x + c * v, for arrays of the same shape and a number c.
 
-    On several ranks a `c` that is differentiated is a distributed value, such as `allbcast` gives.
+    On several ranks a `c` that is differentiated is a partitioned value, such as `allbcast` gives.
     """
 
     ain = {"x": "ndarray", "v": "ndarray", "c": "*"}

@@ -223,7 +223,9 @@ class force:
     @staticmethod
     def solve(modes, factor):
         """The inverse Laplacian of modes, times a number, in their memory."""
-        return multiply_field(modes, evaluate_transfer(modes, fourier_space_laplace, "wavenumber"), modes, factor)
+        return multiply_field(
+            modes, evaluate_transfer(modes, fourier_space_laplace, "wavenumber"), modes, factor
+        )
 
     @staticmethod
     def find_factor(x, pm):
@@ -250,7 +252,9 @@ class force:
         if isinstance(pot, RealField):
             return _neg_gradient(pot, beside)
         return [
-            multiply_field(pot, evaluate_transfer(pot, fourier_space_neg_gradient(d, pm, order), "wavenumber")).c2r()
+            multiply_field(
+                pot, evaluate_transfer(pot, fourier_space_neg_gradient(d, pm, order), "wavenumber")
+            ).c2r()
             for d in range(pm.ndim)
         ] + ([] if beside is None else [beside])
 
@@ -331,7 +335,10 @@ class force:
         if of_x is None or of_f is None and of_potk is None:
             return dict(_x_=ZeroGradient, _layout_=ZeroGradient)
         w = Window(pm)
-        local_x, x_ = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, as_rows(x_, numpy.shape(x), of_x))
+        local_x, x_ = (
+            exchange_rows(layout, as_positions(x, pm)),
+            exchange_rows(layout, as_rows(x_, numpy.shape(x), of_x)),
+        )
         _p = None if of_potk is None else pm.create(type=ComplexField, value=_potk)
         if of_f is None:
             _x_ = w.weighted_gradient_jvp([force.pull_density(_p, factor)], local_x, x_=x_)

@@ -239,7 +239,9 @@ class second_order_source:
         (dtype,) = common_dtypes(potential.pm.comm, potential_)
         if dtype is None:
             return dict(source_=ZeroGradient)
-        return dict(source_=second_order_source.product(as_real_field(potential.pm, potential_), potential) * 2.0)
+        return dict(
+            source_=second_order_source.product(as_real_field(potential.pm, potential_), potential) * 2.0
+        )
 
     def hvp(node, _source, potential_, potential):
         pm = potential.pm

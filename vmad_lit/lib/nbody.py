@@ -515,7 +515,12 @@ class reversible_leapfrog:
 
     # There and back
     def apl(node, dx_i, p_i, factors, q, pm):
-        dx, p, f, n = own_copy(node, "dx_i", dx_i, dx_i), own_copy(node, "p_i", p_i, p_i), None, len(factors) // 2
+        dx, p, f, n = (
+            own_copy(node, "dx_i", dx_i, dx_i),
+            own_copy(node, "p_i", p_i, p_i),
+            None,
+            len(factors) // 2,
+        )
         for i in range(n):
             gravity = ForceAt(add_multiple(q, dx, 1.0), pm)
             _apply_kick_drift(gravity, dx, p, factors[2 * i], factors[2 * i + 1], dx, p)
@@ -633,7 +638,10 @@ class reversible_leapfrog:
                 # Pull back through the drift, and undo its tangent
                 drift, drift_ = float(factors[2 * i - 1]), float(factors_[2 * i - 1])
                 _factors_[2 * i - 1] = sum_products(_dx_, p) + sum_products(_dx, p_)
-                _p, _p_ = plus_multiple(_p, _dx, drift), plus_multiple(plus_multiple(_p_, _dx_, drift), _dx, drift_)
+                _p, _p_ = (
+                    plus_multiple(_p, _dx, drift),
+                    plus_multiple(plus_multiple(_p_, _dx_, drift), _dx, drift_),
+                )
                 for v, c in (p_, drift), (p, drift_):
                     add_multiple(dx_, v, -c, out=dx_)
         return dict(_dx_i_=_dx_, _p_i_=_p_, _factors_=_factors_)
@@ -692,7 +700,9 @@ class superpose:
     def jvp(node, dx1_, dx2_, D1_, D2_, Gf1_, Gf2_, like, arrays, matrix):
         dx1, dx2 = (ZeroGradient, ZeroGradient) if arrays is None else arrays
         return {
-            name: plus_multiple(plus_multiple(plus_multiple(multiple(dx1_, c1), dx2_, c2), dx1, c1_), dx2, c2_)
+            name: plus_multiple(
+                plus_multiple(plus_multiple(multiple(dx1_, c1), dx2_, c2), dx1, c1_), dx2, c2_
+            )
             for name, (c1, c2), c1_, c2_ in (
                 ("dx_", matrix[0].tolist(), D1_, D2_),
                 ("p_", matrix[1].tolist(), Gf1_, Gf2_),
@@ -701,7 +711,10 @@ class superpose:
 
     def hvp(node, _dx, _p, dx1_, dx2_, D1_, D2_, Gf1_, Gf2_):
         # The changes of the cotangents of a superposition
-        changes = dict(_dx1_=plus_multiple(multiple(_dx, D1_), _p, Gf1_), _dx2_=plus_multiple(multiple(_dx, D2_), _p, Gf2_))
+        changes = dict(
+            _dx1_=plus_multiple(multiple(_dx, D1_), _p, Gf1_),
+            _dx2_=plus_multiple(multiple(_dx, D2_), _p, Gf2_),
+        )
         for name, _y, x_ in ("D1", _dx, dx1_), ("D2", _dx, dx2_), ("Gf1", _p, dx1_), ("Gf2", _p, dx2_):
             changes[f"_{name}_"] = sum_products(_y, x_) if node.needs(name) else ZeroGradient
         return changes

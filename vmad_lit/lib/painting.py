@@ -172,7 +172,9 @@ class paint:
             return dict(_x=ZeroGradient, _mass=ZeroGradient, _layout=ZeroGradient)
         need_x, need_mass = not node.is_literal("x"), not node.is_literal("mass")
         local_x, local_mass = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, _masses(mass))
-        _x, _mass = Window(pm, resampler).paint_vjp(as_real_field(pm, _mesh), local_x, local_mass, need_x, need_mass)
+        _x, _mass = Window(pm, resampler).paint_vjp(
+            as_real_field(pm, _mesh), local_x, local_mass, need_x, need_mass
+        )
         if need_mass:
             _mass = paint.of_masses(pm, layout, _mass, mass)
         return dict(
@@ -312,14 +314,18 @@ class readout:
         _value = None if of_value is None else as_rows(_value, len(x), of_value).reshape(-1, 1)
         x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
         meshes_ = None if of_mesh is None else [as_real_field(pm, mesh_)]
-        _x_, _meshes_ = read_hvp(node, _value, x_, meshes_, [mesh], x, layout, resampler, pm, "mesh", zero_fields)
+        _x_, _meshes_ = read_hvp(
+            node, _value, x_, meshes_, [mesh], x, layout, resampler, pm, "mesh", zero_fields
+        )
         return dict(
             _mesh_=_meshes_[0] if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient
         )
 
 
 def read(pm, meshes, x, layout, resampler):
-    return gather_rows(layout, Window(pm, resampler).readout(meshes, exchange_rows(layout, as_positions(x, pm))))
+    return gather_rows(
+        layout, Window(pm, resampler).readout(meshes, exchange_rows(layout, as_positions(x, pm)))
+    )
 
 
 def read_vjp(node, _value, meshes, x, layout, resampler, pm, name, count, zeros):
@@ -343,7 +349,10 @@ def read_jvp(pm, meshes, meshes_, x, x_, layout, resampler):
     """The tangent of the values, from those of positions and meshes; None is zero."""
     if x_ is None and meshes_ is None:
         return ZeroGradient
-    local_x, x_ = exchange_rows(layout, as_positions(x, pm)), None if x_ is None else exchange_rows(layout, x_)
+    local_x, x_ = (
+        exchange_rows(layout, as_positions(x, pm)),
+        None if x_ is None else exchange_rows(layout, x_),
+    )
     return gather_rows(layout, Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
 
 
@@ -355,7 +364,9 @@ def read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, name, 
     local_x, _value = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, _value)
     x_ = None if x_ is None else exchange_rows(layout, x_)
     if node.needs("x"):
-        _x_ = in_dtype_of(gather_rows(layout, w.weighted_gradient_jvp(meshes, local_x, _value, x_, meshes_)), x)
+        _x_ = in_dtype_of(
+            gather_rows(layout, w.weighted_gradient_jvp(meshes, local_x, _value, x_, meshes_)), x
+        )
     if x_ is None or not node.needs(name):
         return _x_, None
     return _x_, w.spread(local_x, _value, zeros(pm, _value.shape[1]), x_)

@@ -215,7 +215,7 @@ def shot_noise(mass, pm):
 
 @operator
 class cross_power:
-    """The cross spectrum of two complex fields, universal; multipoles and the rest are up to the shells.
+    """The cross spectrum of two complex fields, replicated; multipoles and the rest are up to the shells.
 
     Parameters
     ----------
@@ -262,7 +262,7 @@ def _alike(x, value):
 
 @operator
 class power:
-    """The power spectrum of a complex field, universal; multipoles and all the rest are up to the shells.
+    """The power spectrum of a complex field, replicated; multipoles and all the rest are up to the shells.
 
     Parameters
     ----------

@@ -119,7 +119,7 @@ def redshift_space(x, p, factor, comm, los=None, observer=None):
     Parameters
     ----------
     x, p : (N, ndim) positions, and momenta a^2 dx/dt / H0 as in FastPM
-    factor : number, 1 / (a^2 E), see `redshift_factor`; universal
+    factor : number, 1 / (a^2 E), see `redshift_factor`; replicated
     comm : MPI communicator
     los, observer : see `along_sight`
 
@@ -199,7 +199,7 @@ def lagrangian_fields(rhok, q, pm, terms=BIAS_TERMS):
 def lagrangian_weights(rhok, b, q, pm, terms=BIAS_TERMS):
     """The weights of particles as biased tracers, 1 + sum of b times the fields (Modi, Chen & White 2020).
 
-    `b` are the bias parameters (nterms,), universal; for the rest see `lagrangian_fields`. The weights are
+    `b` are the bias parameters (nterms,), replicated; for the rest see `lagrangian_fields`. The weights are
     those of Lagrangian space: carried along with the particles, they make a tracer of linear bias 1 + b1.
     """
     fields = lagrangian_fields(rhok, q, pm, terms)
