@@ -309,7 +309,6 @@ class tenfold(one_to_one):
         return 10.0 * _y
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("n", [10, 100])
 def test_memory_of_a_fan(n):
     """However often a large array is used, its cotangent takes the total and one part."""
@@ -325,7 +324,6 @@ def test_memory_of_a_fan(n):
     assert arrays < 3.2  # two parts and their sum, at the first sum
 
 
-@pytest.mark.serial
 def test_a_large_sum_is_made_in_one_array(monkeypatch):
     """Of a hundred uses, one sum is a new array."""
     made = []

@@ -16,6 +16,8 @@ from vmad_lit.lib import catalogue  # noqa: E402
 from vmad_lit.lib.cosmology import MatterDominated  # noqa: E402
 from vmad_lit.lib.fastpm import FastPMSimulation, ParticleMesh  # noqa: E402
 
+pytestmark = pytest.mark.collective
+
 COMM = MPI.COMM_WORLD
 
 
@@ -156,6 +158,7 @@ def test_bad_input_is_refused_on_all_ranks(path, monkeypatch):
     assert not os.path.exists(path)
 
 
+@pytest.mark.serial
 def test_a_subset_is_random_and_knows_no_ranks():
     ids = np.arange(100000)
     for fraction in 0, 0.1, 0.5, 1:

@@ -609,7 +609,6 @@ def run_program(text, *arguments, **kwargs):
     )
 
 
-@pytest.mark.serial
 def test_a_killed_run_leaves_no_files(tmp_path):
     done = run_program(
         """
@@ -628,7 +627,6 @@ def test_a_killed_run_leaves_no_files(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.serial
 def test_a_full_disk_is_explained(tmp_path):
     done = run_program(
         """
@@ -651,7 +649,6 @@ def test_a_full_disk_is_explained(tmp_path):
     assert again == "True"
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
 def test_a_full_file_system(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], capture_output=True).returncode:
@@ -677,7 +674,6 @@ def test_folders_that_will_not_do(tmp_path):
             m.compute(["x", "p"], INIT, return_tape=True)
 
 
-@pytest.mark.serial
 def test_a_folder_without_permission(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
@@ -751,6 +747,7 @@ def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
 # -- Fields and ranks --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize("policy", [dict(ram=2), dict(ram=1, disk=2), dict(schedule="disk"),
                                     dict(schedule="two-level", period=3, ram=1), dict(schedule="mixed", disk=2)])
 @pytest.mark.parametrize("kind", ["real", "complex", "untransposedcomplex"])
@@ -784,6 +781,7 @@ def test_fields_on_disk(policy, kind):
     assert_same(derivatives(checkpoint(step, 6, **policy)), derivatives(full))
 
 
+@pytest.mark.collective
 def test_a_simulation_with_states_on_disk():
     pytest.importorskip("pmesh")
     from vmad_lit.lib import fastpm
@@ -815,6 +813,7 @@ def test_a_simulation_with_states_on_disk():
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize("found", [True, False])
 def test_a_full_disk_of_one_rank_stops_all(found):
     """The ranks go through collective calls: if only one of them raised, the others would wait for ever."""

@@ -21,6 +21,8 @@ from vmad_lit.contrib.optimize import LBFGS, GradientDescent, State, TrustRegion
 from vmad_lit.contrib.vectorspace import VectorSpace
 from vmad_lit.lib import mpi
 
+pytestmark = pytest.mark.collective
+
 COMM = MPI.COMM_WORLD
 N = 12
 RNG = np.random.default_rng(7)
@@ -287,6 +289,7 @@ def test_gauss_newton_agrees_with_the_model_s_own():
 
 # epochs
 
+@pytest.mark.serial
 def test_scheduler():
     schedule = EpochScheduler()
     assert schedule.min_nepochs == 1 and schedule.get_args(5) == {}

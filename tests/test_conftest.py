@@ -4,16 +4,16 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
 from tools.mpirun import environment, launcher
+from tools.tangle import Book
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.serial
-
 try:
     launcher()
     import mpi4py  # noqa: F401
@@ -36,7 +36,6 @@ def project(tmp_path):
         addopts = -p no:cacheprovider --import-mode=importlib
         pythonpath = .
         doctest_optionflags = ELLIPSIS NORMALIZE_WHITESPACE FLOAT_CMP
-        markers = serial: one rank only
         """))
     (tmp_path / "tests").mkdir()
     (tmp_path / "book" / "chapters").mkdir(parents=True)
@@ -199,29 +198,153 @@ def test_without_mpi4py_everything_works_on_one_rank(project):
     assert "3 passed" in done.text
 
 
+# -- the book and the package ---------------------------------------------------------------------------------
+
+
+def test_a_package_that_is_older_than_its_chapters_is_told_first(project):
+    with_module(project)
+    run = partial(project.run, "-q", "-o", "addopts=", "-p", "cacheprovider", "tests")
+    project.test("def test_it(): pass\n")
+    assert "OLDER" in run().text.splitlines()[0]  # it.py was written by hand
+    (project.root / "it.py").write_text(tangled(project))
+    assert "OLDER" not in run().text
+    chapter = project.root / "book" / "chapters" / "01-it.md"
+    text = chapter.read_text()
+    for wrong, named in ("return x + x", "it.py"), ("# <<No such chunk>>", "01-it.md:11"):
+        chapter.write_text(text.replace("return x + x", wrong + "  # changed"))
+        for _ in range(2):  # the second time from memory
+            first = run().text.splitlines()[0]
+            assert "OLDER" in first and named in first
+
+
+def tangled(project):
+    book = Book.load(project.root)
+    return book.tangle()["it.py"].text
+
+
+# -- communicators ----------------------------------------------------------------------------------------------
+
+
+@needs_mpi
+def test_the_marks_are_checked(project):
+    project.test("""\
+        import copy, pickle
+        import pytest
+        from mpi4py import MPI
+        from mpi4py.MPI import COMM_WORLD
+
+        HALF = COMM_WORLD.Split(0)
+        CART = MPI.COMM_WORLD.Create_cart([1]).Sub([True])
+
+        def test_rank_unmarked(): COMM_WORLD.rank
+        def test_split_unmarked(): HALF.allreduce(1)
+        def test_cart_unmarked(): CART.Get_coords(0)
+        @pytest.fixture
+        def size(): return MPI.COMM_WORLD.size
+        def test_fixture_unmarked(size): pass
+
+        @pytest.mark.collective
+        def test_nothing_marked(): MPI.COMM_SELF.Barrier()
+
+        def test_nothing(): MPI.COMM_SELF.allreduce(1)
+        @pytest.mark.serial
+        def test_serial(): COMM_WORLD.Barrier()
+        @pytest.mark.collective
+        def test_collective(): HALF.Barrier()
+        @pytest.mark.collective
+        def test_skipped(): pytest.skip("asks nothing")
+        def test_it_is_still_a_communicator():
+            assert isinstance(COMM_WORLD, MPI.Intracomm) and COMM_WORLD == MPI.Intracomm(COMM_WORLD)
+            assert pickle.loads(pickle.dumps(COMM_WORLD)) is MPI.COMM_WORLD
+
+        @pytest.mark.collective
+        class TestMany:
+            def test_one(self): COMM_WORLD.rank
+            @pytest.mark.serial
+            def test_other(self): pass
+        """)
+    for number, mark in enumerate(["collective cells", "collective", "serial"]):
+        project.chapter(f"""\
+            ---
+            file_format: mystnb
+            tests: {mark}
+            ---
+            # It
+
+            ```pycon
+            >>> 1
+            1
+            ```
+
+            ```{{code-cell}} python
+            from mpi4py import MPI
+            MPI.COMM_WORLD.rank
+            ```
+            """, f"0{number}-it.md")
+    done = project.run("-rfp")
+    failed = {row.split("::")[-1].split()[0] for row in done.text.splitlines() if row.startswith("FAILED")}
+    unmarked = {f"test_{name}_unmarked" for name in ("rank", "split", "cart", "fixture")}
+    assert failed == {*unmarked, "test_it_is_still_a_communicator", "test_nothing_marked", "examples"}, done.text
+    assert "FAILED book/chapters/01-it.md::examples" in done.text
+    assert done.text.count("mark it `collective`") == 5 and done.text.count("and uses no communicator") == 2
+    assert "7 failed, 10 passed, 1 skipped" in done.text
+
+
 # -- ranks --------------------------------------------------------------------------------------------------
 
 
 @needs_mpi
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_rank_0_alone_speaks(project, ranks):
+def test_rank_0_alone_speaks_and_tests_of_one_rank_stay_away(project):
     with_module(project)
+    project.chapter("""\
+        ---
+        tests: collective examples
+        ---
+        # It
+
+        ```pycon
+        >>> from mpi4py import MPI
+        >>> MPI.COMM_WORLD.size
+        3
+        ```
+
+        ```{code-cell} python
+        assert False
+        ```
+        """, "02-it.md")
     project.test("""\
         from mpi4py import MPI
+        from hypothesis import given, settings, strategies as st
         import pytest
 
+        @pytest.mark.collective
         def test_sum():
             print("noise")
             assert MPI.COMM_WORLD.allreduce(1) == MPI.COMM_WORLD.size
 
+        seen = []
+
+        @pytest.mark.collective
+        @given(st.integers())
+        def test_examples_are_few_and_those_of_all_ranks(n):
+            seen.append(n)
+            assert MPI.COMM_WORLD.allreduce(n) == 3 * n
+
+        @pytest.mark.collective
+        def test_how_many():
+            assert MPI.COMM_WORLD.bcast(len(seen)) == settings().max_examples == 10
+
+        def test_unmarked():
+            assert False
+
         @pytest.mark.serial
         def test_one_rank_only():
-            assert MPI.COMM_WORLD.size == 1
+            assert False
         """)
-    done = project.run(ranks=ranks)
+    done = project.run(ranks=3)
     assert done.returncode == 0, done.text
-    assert done.text.count("3 passed, 1 deselected") == 1
-    assert f"ranks: {ranks}" in done.text
+    assert done.text.count("4 passed, 5 deselected") == 1
+    assert "ranks: 3" in done.text
 
 
 @needs_mpi
@@ -229,6 +352,9 @@ def test_rank_0_alone_speaks(project, ranks):
 def test_a_failure_on_one_rank_is_a_failure_and_the_rest_goes_on(project, culprit):
     project.test(f"""\
         from mpi4py import MPI
+        import pytest
+
+        pytestmark = pytest.mark.collective
 
         def test_one_rank_fails():
             if MPI.COMM_WORLD.rank == {culprit}:
@@ -249,6 +375,8 @@ def test_setup_that_fails_or_skips_on_one_rank_keeps_the_ranks_in_step(project):
     project.test("""\
         from mpi4py import MPI
         import pytest
+
+        pytestmark = pytest.mark.collective
 
         @pytest.fixture
         def broken():
@@ -285,7 +413,9 @@ def test_setup_that_fails_or_skips_on_one_rank_keeps_the_ranks_in_step(project):
 def test_a_rank_that_fails_inside_a_collective_call_ends_the_job_with_its_report(project, culprit):
     project.test(f"""\
         from mpi4py import MPI
+        import pytest
 
+        @pytest.mark.collective
         def test_hang():
             if MPI.COMM_WORLD.rank == {culprit}:
                 raise ValueError("the others wait in vain")
@@ -302,6 +432,9 @@ def test_a_rank_that_fails_inside_a_collective_call_ends_the_job_with_its_report
 def test_ranks_must_collect_the_same_tests(project):
     project.test("""\
         from mpi4py import MPI
+        import pytest
+
+        pytestmark = pytest.mark.collective
 
         if MPI.COMM_WORLD.rank == 1:
             def test_here_only(): pass
@@ -316,6 +449,9 @@ def test_ranks_must_collect_the_same_tests(project):
 @needs_mpi
 def test_a_chapter_that_fails_on_one_rank_names_its_line(project):
     project.chapter("""\
+        ---
+        tests: collective
+        ---
         # It
 
         ```pycon
@@ -325,28 +461,10 @@ def test_a_chapter_that_fails_on_one_rank_names_its_line(project):
         ```
 
         ```{code-cell} python
-        assert MPI.COMM_WORLD.rank == 0
+        from mpi4py import MPI; assert MPI.COMM_WORLD.rank == 0
         ```
-        """.replace("assert MPI", "from mpi4py import MPI; assert MPI"))
+        """)
     done = project.run("-o", "mpi_grace=5", ranks=2)
     assert done.returncode == 1
     assert "2 failed" in done.text
-    assert "01-it.md:5: DocTestFailure" in done.text and "01-it.md:10: AssertionError" in done.text
-
-
-@needs_mpi
-def test_a_chapter_may_stay_on_one_rank(project):
-    project.chapter("""\
-        ---
-        file_format: mystnb
-        tests: serial
-        ---
-        # It
-
-        ```{code-cell} python
-        from mpi4py import MPI
-        assert MPI.COMM_WORLD.size == 1
-        ```
-        """)
-    assert "1 passed" in project.run().text
-    assert "1 deselected" in project.run(ranks=2).text
+    assert "01-it.md:8: DocTestFailure" in done.text and "01-it.md:13: AssertionError" in done.text

@@ -434,6 +434,7 @@ def test_constant_parameters_cost_no_derivative(monkeypatch):
     assert len(steps) == 1
 
 
+@pytest.mark.collective
 def test_wavenumbers_may_be_distributed():
     """Each rank has its own wavenumbers; the gradient on every rank is that of the sum over all of them."""
     MPI = pytest.importorskip('mpi4py.MPI')

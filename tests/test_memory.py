@@ -151,7 +151,6 @@ def test_pages_that_were_given_back_are_new():
     assert again.ctypes.data == where and (again[1024:-1024] == 0).all() and (keep == 7).all()
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_that_forks_has_its_copies():
     array = memory.zeros(N)

@@ -17,6 +17,8 @@ from vmad_lit.lib.fastpm import ParticleMesh
 from vmad_lit.lib.mesh import is_zero
 from vmad_lit.testing import check_second_order
 
+pytestmark = pytest.mark.collective
+
 COMM = MPI.COMM_WORLD
 
 BOX = [8.0, 6.0, 10.0]
@@ -577,6 +579,7 @@ def test_errors_name_what_was_expected():
         run(fastpm.as_complex_field, numpy.zeros((2, 2)), pm)
 
 
+@pytest.mark.serial
 def test_one_rank_needs_no_exchange():
     pm = make([4, 6, 8], MPI.COMM_SELF)
     x = numpy.zeros((5, 3))

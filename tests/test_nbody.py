@@ -16,6 +16,8 @@ from vmad_lit.lib.fastpm import FastPMSimulation, ParticleMesh
 from vmad_lit.lib.mpi import allbcast
 from vmad_lit.testing import check_dot_product, check_second_order, check_taylor
 
+pytestmark = pytest.mark.collective
+
 COMM = MPI.COMM_WORLD
 PT = MatterDominated(0.3)
 STAGES = [0.1, 0.4, 1.0]
@@ -399,6 +401,7 @@ def test_zero_power_at_k0():
     assert np.isfinite(c.value).all() and abs(c.cmean() if hasattr(c, "cmean") else 0) < 1e-12
 
 
+@pytest.mark.serial
 def test_second_order_on_a_line_is_zero():
     pm = ParticleMesh([16], BoxSize=8.0, comm=MPI.COMM_SELF)
     source = fastpm.lpt2src.build(pm=pm).compute("rho_lpt2", dict(rhok=noise(pm)))

@@ -178,6 +178,7 @@ def test_product_space_names_what_does_not_fit():
         vs.dot(np.ones(2), np.ones(2))
 
 
+@pytest.mark.collective
 def test_the_distributed_part_is_summed_and_the_universal_part_is_not():
     vs = ProductSpace({'field': distributed(), 'bias': VectorSpace()})
     v = {'field': np.ones(COMM.rank + 1), 'bias': 2.0}
@@ -185,6 +186,7 @@ def test_the_distributed_part_is_summed_and_the_universal_part_is_not():
     assert vs.comm is COMM
 
 
+@pytest.mark.collective
 def test_agree():
     vs = distributed()
     assert vs.replicate(np.array(2)) == 2.0
@@ -517,6 +519,7 @@ def test_wrong_preconditioners_are_found():
             LBFGS().minimize(Problem(rosen, rosen_der, preconditioner=bad), np.array([-1.2, 1.0]))
 
 
+@pytest.mark.collective
 def test_monitors():
     seen = []
     state = LBFGS().minimize(Problem(rosen, rosen_der), np.array([-1.2, 1.0]),
@@ -562,6 +565,7 @@ def test_table_and_representations():
         state['nonsense']
 
 
+@pytest.mark.collective
 def test_progress_bar(capsys):
     pytest.importorskip('tqdm')
     LBFGS().minimize(Problem(rosen, rosen_der), np.array([-1.2, 1.0]), progress=True)
@@ -588,6 +592,7 @@ def test_scipy_minimize(method):
 
 # saving
 
+@pytest.mark.collective
 @pytest.mark.parametrize('optimizer', [LBFGS(m=4), TrustRegionCG(), GradientDescent(gtol=1e-4)],
                          ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize('whiten', [False, True])
@@ -618,6 +623,7 @@ def test_resumed_equals_uninterrupted(optimizer, whiten, folder):
     assert os.path.exists(path) and not os.path.exists(path + '.tmp')
 
 
+@pytest.mark.collective
 def test_resume_when_there_is_nothing_yet(folder):
     vs = distributed()
     path = os.path.join(folder, 'state.npz')
@@ -632,6 +638,7 @@ def test_resume_when_there_is_nothing_yet(folder):
         State.resume(path, vs, np.zeros(4))
 
 
+@pytest.mark.collective
 def test_a_crash_while_saving_leaves_the_old_state(folder, monkeypatch):
     vs = distributed()
     path = os.path.join(folder, 'state.npz')
@@ -657,6 +664,7 @@ def test_a_crash_while_saving_leaves_the_old_state(folder, monkeypatch):
     assert sorted(os.listdir(folder))[0] == 'state.npz' and len(os.listdir(folder)) == COMM.size
 
 
+@pytest.mark.collective
 def test_files_that_are_not_a_state(folder):
     vs, path = distributed(), os.path.join(folder, 'state.npz')
     state = LBFGS(maxiter=2).minimize(Problem(rosen, rosen_der, vs=VectorSpace(comm=COMM)), np.zeros(2))
@@ -676,6 +684,7 @@ def test_files_that_are_not_a_state(folder):
         State.load(path, vs, np.zeros(2))
 
 
+@pytest.mark.collective
 def test_state_of_another_rank_count(folder):
     path = os.path.join(folder, 'state.npz')
     state = LBFGS(maxiter=2).minimize(Problem(rosen, rosen_der), np.zeros(2))
@@ -698,6 +707,7 @@ def split(x):
     return x[edges[COMM.rank]:edges[COMM.rank + 1]]
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize('optimizer', [LBFGS(maxiter=30), TrustRegionCG(maxiter=15),
                                        GradientDescent(maxiter=12)], ids=lambda o: type(o).__name__)
 def test_same_iterates_on_any_number_of_ranks(optimizer):
@@ -726,6 +736,7 @@ def test_same_iterates_on_any_number_of_ranks(optimizer):
     assert len(set(COMM.allgather((state.nit, state.fev, state.y, state.gnorm)))) == 1
 
 
+@pytest.mark.collective
 def test_distributed_state_there_and_back(folder):
     path, vs = os.path.join(folder, 'state.npz'), distributed()
     b = split(np.sin(np.arange(30.0)))
@@ -741,6 +752,7 @@ def test_distributed_state_there_and_back(folder):
     assert len(os.listdir(folder)) == COMM.size
 
 
+@pytest.mark.collective
 def test_an_objective_that_is_not_reduced_is_refused():
     if COMM.size == 1:
         pytest.skip("needs two ranks")
@@ -749,6 +761,7 @@ def test_an_objective_that_is_not_reduced_is_refused():
         LBFGS().minimize(problem, np.ones(COMM.rank + 1))
 
 
+@pytest.mark.collective
 def test_fields(folder):
     pm_module = pytest.importorskip('pmesh.pm')
     pm = pm_module.ParticleMesh(Nmesh=[4, 4, 4], BoxSize=4.0, comm=COMM)
@@ -772,6 +785,7 @@ def test_fields(folder):
         vs.dot(truth, truth.c2r())
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize('mesh', [[4, 4, 4], [4, 4, 5], [5, 3, 7], [4, 5]])
 def test_the_product_of_complex_fields_is_that_of_the_real_ones(mesh):
     pm = pytest.importorskip('pmesh.pm').ParticleMesh(Nmesh=mesh, BoxSize=4.0, comm=COMM)

@@ -18,6 +18,8 @@ from vmad_lit.lib.cosmology import LinearPower, Planck15  # noqa: E402
 from vmad_lit.lib.fastpm import ParticleMesh  # noqa: E402
 from vmad_lit.lib.spectra import Shells  # noqa: E402
 
+pytestmark = pytest.mark.collective
+
 comm = MPI.COMM_WORLD
 power = LinearPower(Planck15)
 
@@ -249,6 +251,7 @@ def test_demo_refuses_the_state_of_another_mesh(folder):
     assert status == 2 and "the state cannot be used" in text
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("bad", ["/nowhere/at/all.png", "picture.txt"])
 def test_demo_looks_for_its_folders_first(bad, capsys):
     with pytest.raises(SystemExit):
@@ -256,7 +259,7 @@ def test_demo_looks_for_its_folders_first(bad, capsys):
     assert "--output" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(comm.size > 1, reason="starts processes of its own")
+@pytest.mark.serial
 def test_demo_as_a_program(tmp_path):
     run = [sys.executable, "-m", "vmad_lit.demo"]
     help = subprocess.run([*run, "--help"], capture_output=True, text=True, timeout=120)

@@ -17,6 +17,8 @@ from vmad_lit.lib.fastpm import ParticleMesh
 from vmad_lit.lib.spectra import Shells
 from vmad_lit.testing import check, check_rank_invariance
 
+pytestmark = pytest.mark.collective
+
 COMM = MPI.COMM_WORLD
 BOX = [8.0, 6.0, 10.0]
 
@@ -360,6 +362,7 @@ def test_second_derivatives_of_redshift_space(sight):
             np.testing.assert_allclose(0 * x if product is ZeroGradient else product, expected, atol=1e-7)
 
 
+@pytest.mark.serial
 def test_an_observer_sees_nothing_of_herself():
     x = np.array([[1.0, 2.0, 3.0], [2.0, 2.0, 3.0]])
     p = np.ones((2, 3))

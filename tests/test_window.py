@@ -26,7 +26,7 @@ MESHES = {1: [[7], [1], [8]], 2: [[5, 8], [4, 2]], 3: [[4, 3, 5], [2, 4, 4], [7,
 
 def particles(pm, seed=0, n=60, edges=True):
     """Positions in general, on cell boundaries and mid-cell, on the edge of the box and far outside."""
-    rng = numpy.random.default_rng(seed + 10 * COMM.rank)
+    rng = numpy.random.default_rng(seed + 10 * pm.comm.rank)
     pos = rng.uniform(-2, 3, size=(n, pm.ndim)) * pm.BoxSize
     if edges:
         cell = pm.BoxSize / pm.Nmesh
@@ -54,23 +54,26 @@ def test_every_function_against_pmesh(name, nmesh):
     check_against_pmesh(make(nmesh), name)
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize('name', window.SUPPORT)
 @pytest.mark.parametrize('nmesh', [[4, 3, 5], [2, 4, 4], [5, 8]], ids=str)
 def test_slabs_with_ghosts(name, nmesh):
     check_against_pmesh(make(nmesh, COMM), name, edges=COMM.size == 1)
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize('name', window.SUPPORT)
 def test_slabs_with_particles_on_boundaries(name):
     """Where positions are exact in units of the mesh, pmesh's ranks agree on cells, and we with them."""
     check_against_pmesh(make([4, 3, 5], COMM, box=[2.0, 6.0, 5.0]), name)
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize('name', window.SUPPORT)
 def test_ranks_agree_on_the_cells(name):
     """Particles within a rounding error of cell boundaries, and outside of the box, lose no mass."""
     serial, pm = make([8, 9, 5]), make([8, 9, 5], COMM)
-    pos, rng = particles(serial, seed=1 - 10 * COMM.rank, n=600)
+    pos, rng = particles(serial, seed=1, n=600)
     pos *= 1 + 3e-16 * rng.integers(-1, 2, size=pos.shape)
     want = window.paint(serial.create('real', value=0), pos, 1.0, name, serial.affine)
     mine = pos[COMM.rank::COMM.size]
@@ -79,6 +82,7 @@ def test_ranks_agree_on_the_cells(name):
     assert_allclose(got.value, want.value[got.slices], atol=1e-12)
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize('name, dtype, postype', [('cic', 'f4', 'f8'), ('cic', 'f4', 'f4')])
 def test_single_precision(name, dtype, postype):
     check_against_pmesh(make([4, 3, 5], COMM, dtype), name, postype, edges=False)
@@ -381,7 +385,6 @@ def test_odd_addresses():
         assert_allclose(window.paint_jvp(numpy.zeros((5, 5)), pos[:1], m, pos[:1]).sum(), 0, atol=1e-14)
 
 
-@pytest.mark.serial
 def test_one_process_at_a_time_compiles(tmp_path, monkeypatch):
     """The others wait for it, and do not compile what it has compiled; they do not wait for ever."""
     code = ("import numpy\nfrom vmad_lit.lib import window\n"
