@@ -37,6 +37,9 @@ ROOT = Path(__file__).resolve().parent
 LAUNCHED = any(name in os.environ for name in ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
 
 
+pytest.register_assert_rewrite("helpers")
+
+
 def pytest_addoption(parser):
     parser.addini("mpi_grace", "seconds to wait for the other ranks after a test", default="60")
 
@@ -75,6 +78,13 @@ def pytest_collection_modifyitems(config, items):
 
 def is_collective(item):
     return item.get_closest_marker("collective") is not None and item.get_closest_marker("serial") is None
+
+
+@pytest.fixture
+def folder(tmp_path, request):
+    """The path of an empty folder, the same on all ranks."""
+    ranks = request.config.pluginmanager.get_plugin("ranks")
+    return ranks.comm.bcast(str(tmp_path)) if ranks else str(tmp_path)
 
 
 # -- Chapters that are newer than the package -----------------------------------------------------------------------

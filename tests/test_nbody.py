@@ -8,6 +8,7 @@ pytest.importorskip("pmesh")
 
 from mpi4py import MPI
 
+from helpers import join
 from vmad_lit import Builder
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import fastpm
@@ -127,7 +128,7 @@ def test_any_number_of_ranks(case):
     pm, B = make(case)
     alone, _ = make(case, MPI.COMM_SELF)
     sim, m = build(pm, B)
-    serial, reference = build(alone, B, q=np.concatenate(COMM.allgather(sim.q)))
+    serial, reference = build(alone, B, q=join(sim.q))
     names = ["dx", "p", "f"]
     results = m.compute(names, dict(wnk=noise(pm)))
     expected = reference.compute(names, dict(wnk=noise(alone)))

@@ -1,10 +1,8 @@
 """Optimisers over vector spaces: against SciPy and analytic solutions, on several ranks, resumed."""
 import math
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from mpi4py import MPI
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.optimize import rosen, rosen_der, rosen_hess_prod
 
+from helpers import split
 from vmad_lit.contrib.optimize import (
     EPS,
     LBFGS,
@@ -41,16 +40,6 @@ OPTIMIZERS = [LBFGS(gtol=1e-9, maxiter=2000), TrustRegionCG(gtol=1e-9, maxiter=2
 
 def distributed(comm=COMM):
     return VectorSpace(dot=lambda a, b: comm.allreduce(real_inner_product(a, b)), comm=comm)
-
-
-@pytest.fixture
-def folder():
-    """A folder that all ranks see, removed at the end."""
-    path = COMM.bcast(tempfile.mkdtemp() if COMM.rank == 0 else None)
-    yield path
-    COMM.Barrier()
-    if COMM.rank == 0:
-        shutil.rmtree(path)
 
 
 def beale(v):
@@ -699,13 +688,6 @@ def test_state_of_another_rank_count(folder):
 
 
 # several ranks
-
-def split(x):
-    """This rank's part of x: uneven, with nothing on rank 1."""
-    shares = np.array([(0 if rank == 1 else rank + 1) for rank in range(COMM.size)])
-    edges = np.concatenate([[0], np.cumsum(shares) * len(x) // shares.sum()])
-    return x[edges[COMM.rank]:edges[COMM.rank + 1]]
-
 
 @pytest.mark.collective
 @pytest.mark.parametrize('optimizer', [LBFGS(maxiter=30), TrustRegionCG(maxiter=15),

@@ -40,12 +40,6 @@ def everywhere(field):
     return field.pm.comm.allreduce(whole)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """The temporary folder of rank 0."""
-    return comm.bcast(str(tmp_path))
-
-
 def test_white_noise_has_unit_variance_and_does_not_know_ranks():
     a = cosmo4d.white_noise(mesh(16), 3)
     assert abs(a.cnorm() / 16**3 - 1) < 0.1
