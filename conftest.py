@@ -21,8 +21,10 @@ others than on another number of ranks.  ``examples(n)`` of ``tests/helpers.py``
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import sys
 import tempfile
 import time
 import traceback
@@ -45,7 +47,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    os.environ.setdefault("MPLBACKEND", "Agg")
+    os.environ["MPLBACKEND"] = "Agg"
     config.addinivalue_line("markers", "collective: uses a communicator; run under mpirun too, as no other test is")
     config.addinivalue_line("markers", "serial: uses a communicator, of one rank only; left out under mpirun")
     watch_communicators()
@@ -56,7 +58,7 @@ def pytest_configure(config):
         pass
     else:  # no failures for being slow on a busy machine
         settings.register_profile("project", deadline=None)
-        settings.register_profile("ranks", deadline=None, max_examples=10, derandomize=True, database=None)
+        settings.register_profile("ranks", deadline=None, max_examples=40, derandomize=True, database=None)
         settings.load_profile("ranks" if ranks else "project")
     if ranks is not None:
         config.pluginmanager.register(ranks, "ranks")
@@ -78,6 +80,19 @@ def pytest_collection_modifyitems(config, items):
 
 def is_collective(item):
     return item.get_closest_marker("collective") is not None and item.get_closest_marker("serial") is None
+
+
+class Heap:
+    """What imports have left in memory is set aside, or each ``gc.collect()`` of a test would walk through it again."""
+
+    modules = 0
+
+    @classmethod
+    def set_aside(cls):
+        if len(sys.modules) > cls.modules + 50:
+            cls.modules = len(sys.modules)
+            gc.collect()
+            gc.freeze()
 
 
 @pytest.fixture
@@ -174,6 +189,7 @@ def watch_communicators():
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item):
+    Heap.set_aside()
     item.asked_before = Watch.asked
     return (yield)
 
@@ -310,9 +326,8 @@ class Cells(pytest.Item):
     cells: list[Cell]
 
     def runtest(self):
-        pytest.importorskip("matplotlib").use("Agg")
-        import matplotlib.pyplot as plt
-
+        if any("matplotlib" in cell.source for cell in self.cells):
+            pytest.importorskip("matplotlib")
         namespace = {"__name__": "__main__", "__file__": str(self.path)}
         here = os.getcwd()
         with tempfile.TemporaryDirectory() as scratch:  # as in the build: what a cell writes does not stay
@@ -323,7 +338,8 @@ class Cells(pytest.Item):
                         cell.run(namespace, self.path)
             finally:
                 os.chdir(here)
-                plt.close("all")
+                if "matplotlib.pyplot" in sys.modules:
+                    sys.modules["matplotlib.pyplot"].close("all")
 
     def repr_failure(self, excinfo):
         if isinstance(excinfo.value, CellFailed):

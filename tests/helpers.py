@@ -25,6 +25,13 @@ def examples(n):
     return max(1, n * settings().max_examples // 100)
 
 
+def soaking():
+    """Whether there is time for all cases (`make soak`)."""
+    from hypothesis import settings
+
+    return settings().max_examples > 100
+
+
 # Ranks
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from vmad_lit import Builder, operator
 from vmad_lit.core import autodiff
 from vmad_lit.core.operator import ZeroGradient
@@ -148,7 +149,7 @@ def build(names):
     names=st.lists(st.sampled_from(sorted(PARTIAL)), min_size=1, max_size=8),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 def test_nobody_else_is_written_to(names, seed):
     KEPT.clear()
     rng = np.random.default_rng(seed)

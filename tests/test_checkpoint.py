@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from vmad_lit import Builder, autooperator, operator
 from vmad_lit.core import checkpoint as module
 from vmad_lit.core.checkpoint import checkpoint
@@ -147,7 +148,7 @@ def policies(draw):
 
 
 @given(n=st.integers(1, 14), policy=policies())
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_any_schedule_gives_the_same_derivatives(n, policy):
     assert_same_derivatives(model(checkpoint(kick_drift, n, **policy)), n)
 
@@ -229,7 +230,7 @@ def test_without_a_reverse_sweep():
 
 
 @given(n=st.integers(1, 9), policy=policies(), seed=st.integers(0, 100))
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_the_hessian_is_the_change_of_the_gradient(n, policy, seed):
     m = model(checkpoint(kick_drift, n, **policy))
     rng = np.random.default_rng(seed)
@@ -286,7 +287,7 @@ def test_an_operator_without_second_derivative_is_named():
 
 
 @given(inner=policies(), outer=policies())
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_a_chain_of_chains(inner, outer):
     chain = checkpoint(kick_drift, 3, **inner)
 
@@ -359,7 +360,7 @@ def test_a_step_may_be_a_method():
 
 
 @given(policy=policies())
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_a_tape_may_be_swept_again(policy):
     m = model(checkpoint(kick_drift, 7, **policy))
     _, tape = m.compute(["x", "p"], INIT, return_tape=True)

@@ -23,23 +23,27 @@ else:
     needs_mpi = pytest.mark.timeout(120)
 
 
-@pytest.fixture
-def project(tmp_path):
+def make_project(root):
     """A project of its own, with our conftest.py and a function ``run``."""
-    shutil.copy(ROOT / "conftest.py", tmp_path)
-    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "conftest.py", root)
+    (root / "tools").mkdir()
     for name in ("tangle.py", "mpirun.py"):
-        shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
-    (tmp_path / "pytest.ini").write_text(dedent("""\
+        shutil.copy(ROOT / "tools" / name, root / "tools")
+    (root / "pytest.ini").write_text(dedent("""\
         [pytest]
         testpaths = tests book/chapters
         addopts = -p no:cacheprovider --import-mode=importlib
         pythonpath = .
         doctest_optionflags = ELLIPSIS NORMALIZE_WHITESPACE FLOAT_CMP
         """))
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "book" / "chapters").mkdir(parents=True)
-    return Project(tmp_path)
+    (root / "tests").mkdir()
+    (root / "book" / "chapters").mkdir(parents=True)
+    return Project(root)
+
+
+@pytest.fixture
+def project(tmp_path):
+    return make_project(tmp_path)
 
 
 class Project:
@@ -114,36 +118,16 @@ def with_module(project, text=CHAPTER):
     (project.root / "it.py").write_text("def double(x):\n    return x + x\n")
 
 
-def test_examples_and_cells_of_a_chapter_are_run(project):
+@pytest.fixture(scope="module")
+def chapters(tmp_path_factory):
+    """The report of one run of many chapters."""
+    project = make_project(tmp_path_factory.mktemp("chapters"))
     with_module(project)
-    done = project.run("-v")
-    assert done.returncode == 0, done.text
-    assert "01-it.md::examples PASSED" in done.text and "01-it.md::cells PASSED" in done.text
-
-
-def test_a_wrong_example_is_reported_with_the_line_of_the_chapter(project):
-    with_module(project, CHAPTER.replace("    4\n", "    5\n"))
-    done = project.run()
-    assert done.returncode == 1
-    assert "01-it.md:24: DocTestFailure" in done.text
-    assert "1 failed, 1 passed" in done.text
-
-
-def test_a_failing_cell_is_reported_with_the_line_of_the_chapter(project):
-    with_module(project, CHAPTER.replace("x == 6", "x == 7"))
-    done = project.run()
-    assert done.returncode == 1
-    assert "book/chapters/01-it.md:37: AssertionError" in done.text
-    assert "assert x == 7" in done.text
-
-
-def test_a_cell_that_is_not_python_is_reported_with_the_line_of_the_chapter(project):
-    with_module(project, CHAPTER.replace("x == 6", "x == = 6"))
-    done = project.run()
-    assert "01-it.md:37: SyntaxError" in done.text
-
-
-def test_line_magics_are_for_the_page_alone_and_tags_are_kept(project):
+    # It is a chapter like the others, of which the first alone makes a file.
+    text = CHAPTER.replace('```python {#it file="it.py"}', "```python")
+    project.chapter(text.replace("    4\n", "    5\n"), "02-wrong-example.md")
+    project.chapter(text.replace("x == 6", "x == 7"), "03-failing-cell.md")
+    project.chapter(text.replace("x == 6", "x == = 6"), "04-no-python.md")
     project.chapter("""\
         # It
 
@@ -167,26 +151,50 @@ def test_line_magics_are_for_the_page_alone_and_tags_are_kept(project):
         ```{code-cell} python
         assert x == 1
         ```
-        """)
-    done = project.run()
-    assert done.returncode == 0, done.text
+        """, "05-magics.md")
+    for wrong in False, True:
+        project.chapter(f"""\
+            # It
+
+            ```{{code-cell}} python
+            %%mpirun -n 2
+            from mpi4py import MPI
+            assert MPI.COMM_WORLD.allreduce(1) == {3 if wrong else 2}
+            ```
+            """, f"06-mpirun-{wrong}.md")
+    return project.run("-v")
+
+
+def test_examples_and_cells_of_a_chapter_are_run(chapters):
+    assert "01-it.md::examples PASSED" in chapters.text and "01-it.md::cells PASSED" in chapters.text
+    assert chapters.returncode == 1
+
+
+def test_a_wrong_example_is_reported_with_the_line_of_the_chapter(chapters):
+    assert "02-wrong-example.md:24: DocTestFailure" in chapters.text
+    assert "02-wrong-example.md::examples FAILED" in chapters.text
+    assert "02-wrong-example.md::cells PASSED" in chapters.text
+
+
+def test_a_failing_cell_is_reported_with_the_line_of_the_chapter(chapters):
+    assert "book/chapters/03-failing-cell.md:37: AssertionError" in chapters.text
+    assert "assert x == 7" in chapters.text
+    assert "03-failing-cell.md::examples PASSED" in chapters.text
+
+
+def test_a_cell_that_is_not_python_is_reported_with_the_line_of_the_chapter(chapters):
+    assert "04-no-python.md:37: SyntaxError" in chapters.text
+
+
+def test_line_magics_are_for_the_page_alone_and_tags_are_kept(chapters):
+    assert "05-magics.md::cells PASSED" in chapters.text
 
 
 @needs_mpi
 @pytest.mark.parametrize("wrong", [False, True])
-def test_mpirun_cells_run_on_their_own_ranks(project, wrong):
-    project.chapter(f"""\
-        # It
-
-        ```{{code-cell}} python
-        %%mpirun -n 2
-        from mpi4py import MPI
-        assert MPI.COMM_WORLD.allreduce(1) == {3 if wrong else 2}
-        ```
-        """)
-    done = project.run()
-    assert done.returncode == int(wrong), done.text
-    assert not wrong or ("01-it.md:4: under mpirun -n 2" in done.text and "AssertionError" in done.text)
+def test_mpirun_cells_run_on_their_own_ranks(chapters, wrong):
+    assert f"06-mpirun-{wrong}.md::cells {'FAILED' if wrong else 'PASSED'}" in chapters.text
+    assert ("06-mpirun-True.md:4: under mpirun -n 2" in chapters.text) and "AssertionError" in chapters.text
 
 
 def test_without_mpi4py_everything_works_on_one_rank(project):
@@ -332,7 +340,7 @@ def test_rank_0_alone_speaks_and_tests_of_one_rank_stay_away(project):
 
         @pytest.mark.collective
         def test_how_many():
-            assert MPI.COMM_WORLD.bcast(len(seen)) == settings().max_examples == 10
+            assert MPI.COMM_WORLD.bcast(len(seen)) == settings().max_examples == 40
 
         def test_unmarked():
             assert False
@@ -347,27 +355,35 @@ def test_rank_0_alone_speaks_and_tests_of_one_rank_stay_away(project):
     assert "ranks: 3" in done.text
 
 
-@needs_mpi
-@pytest.mark.parametrize("culprit", [0, 1, 2])
-def test_a_failure_on_one_rank_is_a_failure_and_the_rest_goes_on(project, culprit):
-    project.test(f"""\
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """The report of one run in which each rank fails once."""
+    project = make_project(tmp_path_factory.mktemp("failures"))
+    project.test("""\
         from mpi4py import MPI
         import pytest
 
         pytestmark = pytest.mark.collective
 
-        def test_one_rank_fails():
-            if MPI.COMM_WORLD.rank == {culprit}:
-                raise ValueError("this rank has its day")
+        @pytest.mark.parametrize("culprit", [0, 1, 2])
+        def test_one_rank_fails(culprit):
+            if MPI.COMM_WORLD.rank == culprit:
+                raise ValueError(f"rank {culprit} has its day")
 
         def test_afterwards():
             assert MPI.COMM_WORLD.allreduce(1) == 3
         """)
-    done = project.run(ranks=3)
-    assert done.returncode == 1, done.text
-    assert done.text.count("1 failed, 1 passed") == 1
-    assert "ValueError: this rank has its day" in done.text
-    assert culprit == 0 or f"rank {culprit}" in done.text
+    return project.run("-v", ranks=3)
+
+
+@needs_mpi
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+def test_a_failure_on_one_rank_is_a_failure_and_the_rest_goes_on(failures, culprit):
+    assert failures.returncode == 1, failures.text
+    assert failures.text.count("3 failed, 1 passed") == 1
+    assert f"test_one_rank_fails[{culprit}] FAILED" in failures.text
+    assert f"ValueError: rank {culprit} has its day" in failures.text
+    assert culprit == 0 or f"-- rank {culprit} --" in failures.text
 
 
 @needs_mpi

@@ -13,7 +13,7 @@ from mpi4py import MPI
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.optimize import rosen, rosen_der, rosen_hess_prod
 
-from helpers import split
+from helpers import examples, split
 from vmad_lit.contrib.optimize import (
     EPS,
     LBFGS,
@@ -33,7 +33,7 @@ from vmad_lit.contrib.optimize import (
 from vmad_lit.contrib.vectorspace import FieldSpace, ProductSpace, VectorSpace, real_inner_product
 
 COMM = MPI.COMM_WORLD
-quick = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=examples(40), derandomize=True, suppress_health_check=list(HealthCheck))
 OPTIMIZERS = [LBFGS(gtol=1e-9, maxiter=2000), TrustRegionCG(gtol=1e-9, maxiter=2000),
               GradientDescent(gtol=1e-8)]
 

@@ -5,6 +5,7 @@ import numpy
 import pytest
 
 pytest.importorskip("mpi4py")
+from helpers import examples
 pfft = pytest.importorskip("pfft")
 if "ducc0" not in getattr(pfft, "__version__", ""):
     pytest.skip("the site's own pfft is installed, not the book's", allow_module_level=True)
@@ -120,7 +121,7 @@ def test_any_ends_of_any_kind(shape, flags):
 
 
 @pytest.mark.collective
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(shape=st.lists(st.integers(1, 9), min_size=2, max_size=3).map(tuple), data=st.data())
 def test_the_blocks_tile_the_mesh(shape, data):
     np = data.draw(st.sampled_from(meshes(len(shape))))
