@@ -12,6 +12,7 @@ import sys
 from threading import Lock
 
 import numpy
+from numpy.lib.stride_tricks import as_strided
 
 #: Bytes from which on it pays to keep memory, and whose multiples pieces are.
 LEAST, LINE = 1 << 18, 64
@@ -36,7 +37,7 @@ class _Piece:
 
     @property
     def nbytes(self):
-        """The size of the piece, for those who nbytes_of arrays by what owns their memory."""
+        """The size of the piece, for those who weigh arrays by what owns their memory."""
         return _size(self.memory)
 
 
@@ -186,3 +187,31 @@ def release():
                 region.high = begin
         _store.give_back()
     return count
+
+
+class _Writeable:
+    """Hands memory to NumPy without the read-only flag."""
+
+    def __init__(self, array):
+        self.__array_interface__ = dict(array.__array_interface__, data=(array.ctypes.data, False))
+        self.base = array
+
+
+def flatten(array):
+    """The elements of a contiguous array as a flat one, writeable as such, for loops that do not write to it."""
+    flat = array.reshape(-1)
+    return flat if flat.flags.writeable else numpy.asarray(_Writeable(flat))
+
+
+def as_flat(array):
+    """Memory of an array of real numbers as a flat array, and its strides in elements; None if there is no such view."""
+    size = array.dtype.itemsize
+    if array.dtype.char not in "fd" or not array.dtype.isnative or not array.flags.aligned:
+        return None
+    if any(s < 0 or s % size for s in array.strides):
+        return None
+    strides = tuple(s // size for s in array.strides)
+    if array.flags.c_contiguous:
+        return flatten(array), strides
+    extent = 1 + sum((n - 1) * s for n, s in zip(array.shape, strides)) if array.size else 0
+    return flatten(as_strided(array, (extent,), (size,))), strides

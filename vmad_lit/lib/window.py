@@ -11,26 +11,17 @@ position to the mesh by ``pos * scale + translate``, indices are folded with ``p
 axis that is not periodic), and what then falls outside the array is left out.
 """
 
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from math import floor
-import os
-from queue import SimpleQueue
-from threading import Thread
-import time
 
 import numpy
-from numpy.lib.stride_tricks import as_strided
 
 from vmad_lit.lib import memory
+from vmad_lit.lib.compiled import compiled
+from vmad_lit.lib.memory import as_flat, flatten
+from vmad_lit.lib.threads import get_threads, run_on_threads, set_threads, share_out
 
-try:
-    from numba import float64, from_dtype, int64, njit, types, uint64, uintp
-except ImportError as error:
-    raise ImportError(
-        "vmad_lit.lib.window compiles its loops with numba, which is not installed; "
-        "install numba, or use the windows of pmesh"
-    ) from error
+from numba import float64, from_dtype, int64, types, uint64, uintp
 
 #: Number of cells that each window covers along an axis.
 SUPPORT = {"nnb": 1, "cic": 2, "tsc": 3, "pcs": 4}
@@ -44,10 +35,10 @@ TOGETHER = 4
 #: The type of a geometry: shape, stride, scale, translate, origin and period, each for three axes.
 BOX = types.Tuple([types.UniTuple(kind, 3) for kind in (int64, int64, float64, float64, int64, int64)])
 
-_compiled = dict(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+_run, _shares, _view = run_on_threads, share_out, as_flat
 
 
-@njit(**_compiled)
+@compiled
 def _spline(support, x):
     """First cell, weights and derivatives of the B-spline of this support at `x`.
 
@@ -76,19 +67,19 @@ def _spline(support, x):
     )
 
 
-@njit(**_compiled)
+@compiled
 def _fold(i, period):
     """The cell `i` of a mesh of this period."""
     return i if uintp(i) < uintp(period) else i % period
 
 
-@njit(**_compiled)
+@compiled
 def _offset(cell, low, high, stride, whole):
     """Offset of a folded cell in memory, or -1 if it is not among the local cells `low` to `high`."""
     return cell * stride if whole or low <= cell < high else -1
 
 
-@njit(**_compiled)
+@compiled
 def _offsets(first, period, low, high, stride, whole):
     """Offsets of the cells from `first` on, as many as the widest window has; `whole`: all are local."""
     a = _fold(first, period)
@@ -217,7 +208,7 @@ def _scatter_loop(mesh, position, ndim, support, n, asked, moving, spreading=Fal
                                 mesh3[i] += weight * m3
 
     reals = float64[::1]
-    return _compile(
+    return compiled(
         scatter,
         *4 * [_array(mesh)],
         BOX,
@@ -395,7 +386,7 @@ def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
                     out[uintp(first + 3)] = s3
 
     reals = float64[::1]
-    return _compile(
+    return compiled(
         gather,
         *4 * [_array(mesh)],
         BOX,
@@ -417,57 +408,6 @@ def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
 
 def _array(dtype):
     return types.Array(from_dtype(dtype), 1, "C")
-
-
-def _compile(function, *signature):
-    """Compile a function for these types, or read it from disk if this or another process did so before."""
-    loop = njit(**_compiled)(function)
-    with _locked(loop.stats.cache_path):
-        loop.compile(signature)
-    loop.disable_compile()
-    return loop
-
-
-def compiled(function):
-    """A compiled function; each of its cases is compiled by one process at a time."""
-    loop = njit(**_compiled)(function)
-    compile_case = loop._compile_for_args
-
-    def in_turn(*args, **kwargs):
-        with _locked(loop.stats.cache_path):
-            return compile_case(*args, **kwargs)
-
-    loop._compile_for_args = in_turn
-    return loop
-
-
-#: Seconds to wait for another process that compiles.
-PATIENCE = 120
-
-
-@contextmanager
-def _locked(folder):
-    """Hold the lock of a folder, so that one process at a time compiles; without it if that cannot be."""
-    try:
-        import fcntl
-
-        os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, "vmad_lit.lock"), "a")
-    except (ImportError, OSError, TypeError):
-        yield False
-        return
-    with file:
-        # Wait for the lock
-        held, start = False, time.monotonic()
-        while not held and time.monotonic() - start < PATIENCE:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
-            except BlockingIOError:
-                time.sleep(0.02)
-            except OSError:
-                break
-        yield held
 
 
 @lru_cache(maxsize=None)
@@ -502,121 +442,13 @@ def _census_loop(position):
             mask[b] = bits
 
     axis = float64, float64, int64, int64
-    return _compile(
+    return compiled(
         census, int64, *axis, uint64[::1], int64, int64, uint64[::1], int64, _array(position), int64
     )
 
 
 #: Particles in a block of the census.
 BLOCK = 1024
-
-#: Owners are bits of a word, so there can be no more threads than that.
-MAX_THREADS = 64
-
-_threads = None
-
-
-def set_threads(n):
-    """Use `n` threads in this process; None goes back to what the environment says."""
-    global _threads
-    if n is not None and not 1 <= n <= MAX_THREADS:
-        raise ValueError(f"the number of threads must be between 1 and {MAX_THREADS}, not {n}")
-    _threads = n
-
-
-def get_threads():
-    """The number of threads in use: `set_threads`, else the environment, else the cores for each rank."""
-    if _threads is not None:
-        return _threads
-    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        value = os.environ.get(name, "").split(",")[0]
-        if value.isdigit() and int(value) > 0:
-            return min(int(value), MAX_THREADS)
-    # Share the cores among the ranks of the node
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = 1
-    for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
-        if os.environ.get(name, "").isdigit():
-            ranks = max(1, int(os.environ[name]))
-            break
-    return max(1, min(cores // ranks, MAX_THREADS))
-
-
-@lru_cache(maxsize=None)
-def _crew(pid, threads):
-    """The queue of the worker threads of the process `pid`; the calling thread works too."""
-    tasks = SimpleQueue()
-    for _ in range(threads - 1):
-        Thread(target=_work, args=(tasks,), name="vmad_lit-window", daemon=True).start()
-    return tasks
-
-
-def _work(tasks):
-    """Take a function, its arguments, and the queue for its error, or None; for ever."""
-    while True:
-        function, arguments, done = tasks.get()
-        error = None
-        try:
-            function(*arguments)
-        except BaseException as e:
-            error = e
-        del function, arguments
-        done.put(error)
-        del done, error
-
-
-def _run(function, tasks):
-    """Call `function` with each tuple of `tasks`, one of them here and the rest on other threads."""
-    if len(tasks) < 2:
-        for task in tasks:
-            function(*task)
-        return
-    crew, done = _crew(os.getpid(), len(tasks)), SimpleQueue()
-    for task in tasks[1:]:
-        crew.put((function, task, done))
-    try:
-        function(*tasks[0])
-    finally:
-        errors = [done.get() for _ in tasks[1:]]
-    for error in errors:
-        if error is not None:
-            raise error
-
-
-def _shares(n, least):
-    """Edges that cut `range(n)` into about equal parts of at least `least`, one for each thread."""
-    parts = max(1, min(get_threads(), n // least))
-    return [n * t // parts for t in range(parts + 1)]
-
-
-class _Memory:
-    """Hands memory to NumPy without the read-only flag."""
-
-    def __init__(self, array):
-        self.__array_interface__ = dict(array.__array_interface__, data=(array.ctypes.data, False))
-        self.base = array
-
-
-def _flat(array):
-    """The elements of a contiguous array as a flat array, for the loops only."""
-    flat = array.reshape(-1)
-    return flat if flat.flags.writeable else numpy.asarray(_Memory(flat))
-
-
-def _view(mesh):
-    """Memory of a mesh as a flat array, and its strides in elements; None if it cannot be seen so."""
-    size = mesh.dtype.itemsize
-    if mesh.dtype.char not in "fd" or not mesh.dtype.isnative or not mesh.flags.aligned:
-        return None
-    if any(s < 0 or s % size for s in mesh.strides):
-        return None
-    strides = tuple(s // size for s in mesh.strides)
-    if mesh.flags.c_contiguous:
-        flat = mesh.reshape(-1)
-    else:
-        extent = 1 + sum((n - 1) * s for n, s in zip(mesh.shape, strides)) if mesh.size else 0
-        flat = as_strided(mesh, (extent,), (size,))
-    return (flat if flat.flags.writeable else numpy.asarray(_Memory(flat))), strides
 
 
 def check_positions(pos, ndim):
@@ -651,7 +483,7 @@ def _per_particle(value, npart, what, width=None):
         raise ValueError(
             f"{what} must be one number or have the shape {shape}, but the shape is {value.shape}"
         )
-    return _flat(numpy.require(value, "f8", "CA")), width or 1
+    return flatten(numpy.require(value, "f8", "CA")), width or 1
 
 
 def support(window):
@@ -719,8 +551,8 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1
     if not len(pos) or not meshes[0].size:
         return
     step = pos.shape[1]
-    pos = _flat(pos)
-    views = [_view(mesh) for mesh in meshes]
+    pos = flatten(pos)
+    views = [as_flat(mesh) for mesh in meshes]
     # Paint aside what cannot be painted in place
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
         for c, mesh in enumerate(meshes):
@@ -754,7 +586,7 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1
             spreading=spreading,
         )
         rest = BLOCK, pos, step, mass[first:], mass_step, mass[:0] if speed is None else speed, rate
-        _run(
+        run_on_threads(
             _scatter_in_turns,
             [
                 (
@@ -784,15 +616,15 @@ def _owners(cells, box, pos, step):
     """Edges of the planes owned by each thread, and for each block of particles the owners it touches."""
     nplane = box[0][0]
     nblock = -(-(len(pos) // step) // BLOCK)
-    edges = _shares(nplane, cells + 2)
+    edges = share_out(nplane, cells + 2)
     if len(edges) == 2 or nblock < 2 * (len(edges) - 1):
         return [0, nplane], numpy.ones(nblock, dtype="u8")
     mask = numpy.zeros(nblock, dtype="u8")
     bits = numpy.uint64(1) << numpy.arange(len(edges) - 1, dtype="u8")
     owners = numpy.repeat(bits, numpy.diff(edges))
-    cuts = _shares(nblock, 1)
+    cuts = share_out(nblock, 1)
     axis = tuple(values[0] for values in box[2:])
-    _run(
+    run_on_threads(
         _census_loop(pos.dtype),
         [(cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step) for t in range(len(cuts) - 1)],
     )
@@ -801,10 +633,10 @@ def _owners(cells, box, pos, step):
 
 def _readable(meshes):
     """The first of meshes that lie in memory alike, and the views of all: those given, or else copies."""
-    views = [_view(mesh) for mesh in meshes]
+    views = [as_flat(mesh) for mesh in meshes]
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
         meshes = [numpy.require(mesh, "f8", "CA") for mesh in meshes]
-        views = [_view(mesh) for mesh in meshes]
+        views = [as_flat(mesh) for mesh in meshes]
     return meshes[0], views
 
 
@@ -842,18 +674,18 @@ def _gather(
             if result is not None and len(result):
                 result[...] = 0.0 if base is None else base
         return slope
-    pos = _flat(pos)
+    pos = flatten(pos)
     none = numpy.empty(0)
     width = 0 if out is None else len(meshes)
     given = len(meshes) if given is None else given
     base = none if base is None else base.reshape(-1)
-    cuts = _shares(npart, 4 * BLOCK)
+    cuts = share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
         gather = _gather_loop(
             flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box), speed is not None, slopes
         )
         part = memory.empty_like(slope) if first else slope
-        _run(
+        run_on_threads(
             gather,
             [
                 (
@@ -961,7 +793,7 @@ def _base(base, out):
         return None
     if numpy.shape(base) != out.shape:
         raise ValueError(f"base must have the shape of the result, {out.shape}, not {numpy.shape(base)}")
-    return _flat(numpy.require(base, "f8", "CA")).reshape(out.shape)
+    return flatten(numpy.require(base, "f8", "CA")).reshape(out.shape)
 
 
 def paint_vjp(mesh, pos, mass=1.0, window="cic", transform=None, need_pos=True, need_mass=True):
@@ -1068,7 +900,7 @@ def readout_jvp(meshes, pos, pos_=None, meshes_=None, window="cic", transform=No
     return out if several else out[:, 0]
 
 
-@njit(**_compiled)
+@compiled
 def _spline_curvatures(support, x):
     """The second derivatives of the B-spline of this support at `x`, in the cells of `_spline`."""
     if support == 3:
@@ -1174,7 +1006,7 @@ def _hessian_product_loop(mesh, position, ndim, support, n, asked):
                 slope[uintp(p * ndim + 2)] += (xz * vx + yz * vy + zz * vz) * scale[2]
 
     reals = float64[::1]
-    return _compile(
+    return compiled(
         hessian_product,
         *4 * [_array(mesh)],
         BOX,
@@ -1200,10 +1032,10 @@ def _hessian_product(meshes, pos, coef, coef_step, given, speed, slope, window, 
     box = _box(mesh, transform)
     if not npart or not mesh.size:
         return
-    pos, cuts = _flat(pos), _shares(npart, 4 * BLOCK)
+    pos, cuts = flatten(pos), share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
         hessian_product = _hessian_product_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box))
-        _run(
+        run_on_threads(
             hessian_product,
             [
                 (
