@@ -352,6 +352,15 @@ def test_ranks_share_the_work(tmp_path, monkeypatch):
     assert comm.allreduce(np.array(count(loop))).tolist() == [comm.size - 1, 1]
 
 
+@pytest.mark.serial
+def test_one_process_at_a_time_compiles(place):
+    """The others wait for it, and do not compile what it has compiled."""
+    code = ("from vmad_lit.lib.compiled import compiled\nf = compiled(lambda x: x**3 + x)\nassert f(2.0) == f(2) == 10\n"
+            "print(sum(f.stats.cache_misses.values()))")
+    several = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert sum(int(process.communicate()[0]) for process in several) == 2 == len(kept(place))
+
+
 def test_threads_share_the_work(load):
     """One thread wants the loop, another its helper, and nobody waits for ever."""
     for attempt in range(3):

@@ -265,7 +265,7 @@ def _in_turn(path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = True
             except BlockingIOError:
-                time.sleep(0.02)
+                time.sleep(0.05)
             except OSError:
                 break
         yield
@@ -274,17 +274,18 @@ def _in_turn(path):
                 os.unlink(file.name)
 
 
-def compiled(function, *signature):
+def compiled(function, *signature, **options):
     """A function compiled by numba, each case once for all processes: when it is called, or now, for a signature.
 
     Numba takes the global variables that a function uses for constants. With types of arguments as
-    `signature` the function serves these alone, and is compiled at once.
+    `signature` the function serves these alone, and is compiled at once. `options`: others for numba.
     """
-    loop = numba.njit(**OPTIONS)(function)
+    loop = numba.njit(**OPTIONS, **options)(function)
     compile_case, name = loop.compile, function.__qualname__
     loop._cache = cache = Cache(loop)
 
     def compile_in_turn(types):
+        types = tuple(numba.types.unliteral(kind) for kind in types)
         if types in loop.overloads:
             return compile_case(types)
         with global_compiler_lock:
@@ -298,3 +299,8 @@ def compiled(function, *signature):
         loop.compile(signature)
         loop.disable_compile()
     return loop
+
+
+def inlined(function):
+    """A compiled function that becomes a part of each loop that calls it."""
+    return compiled(function, forceinline=True)

@@ -1,7 +1,4 @@
-"""Compiled loops over particles, meshes and rows: who needs what, differences, and updates in one pass.
-
-Threads share the work as they do in the windows.
-"""
+"""Compiled loops over particles, meshes and rows: who needs what, differences, and updates in one pass."""
 
 from functools import partial
 
@@ -9,7 +6,9 @@ import numpy
 from numba import uintp
 
 from vmad_lit.lib import memory
-from vmad_lit.lib.window import _run as run_on_threads, _shares as share_out, _view as as_flat, compiled
+from vmad_lit.lib.compiled import compiled, inlined
+from vmad_lit.lib.memory import as_flat
+from vmad_lit.lib.threads import share
 
 
 @compiled
@@ -30,12 +29,6 @@ def multiply(out, x, factor, scale=1.0):
         return False
     share(partial(_multiply, *(a.reshape(-1) for a in turned), float(scale)), out.size)
     return True
-
-
-def share(loop, n):
-    """Call a loop with the two ends of each thread's share of n points."""
-    edges = share_out(n, 1 << 17)
-    run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
 
 
 @compiled
@@ -117,7 +110,7 @@ def add_rows(total, indices, rows):
     return True
 
 
-@compiled
+@inlined
 def _put_difference(out, first, step, source, rows, stride, n, factor, add):
     """The differences of four rows of `source` into the row of `out` at `first`, or added to it."""
     a, b, c, d = rows
@@ -133,10 +126,12 @@ def _put_difference(out, first, step, source, rows, stride, n, factor, add):
             out[i] = out[i] + x if add else x
 
 
-@compiled
+@inlined
 def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, aside, factor, add):
     """The difference along an axis for the row at i, j of a mesh, by way of `aside` where it is needed."""
     n, own = shape[2], i * strides[0] + j * strides[1]
+    place, count, stride = (i, shape[0], strides[0]) if axis == 0 else (j, shape[1], strides[1])
+    source, between = aside, 1
     if axis == 2:
         # Copy the row with its ends
         for k in range(n):
@@ -145,10 +140,8 @@ def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, as
             aside[k] = aside[2 + (k - 2) % n]
             aside[n + 2 + k] = aside[2 + k % n]
         rows = uintp(0), uintp(1), uintp(3), uintp(4)
-        _put_difference(out, first, step, aside, rows, 1, n, factor, add)
-        return
-    place, count, stride = (i, shape[0], strides[0]) if axis == 0 else (j, shape[1], strides[1])
-    if len(halo) == 0 or 2 <= place < count - 2:
+    elif len(halo) == 0 or 2 <= place < count - 2:
+        source, between = mesh, strides[2]
         start = own - place * stride
         rows = (
             uintp(start + (place - 2) % count * stride),
@@ -156,22 +149,21 @@ def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, as
             uintp(start + (place + 1) % count * stride),
             uintp(start + (place + 2) % count * stride),
         )
-        _put_difference(out, first, step, mesh, rows, strides[2], n, factor, add)
-        return
-    # Copy the four rows
-    for m in range(4):
-        plane = place + (m - 2 if m < 2 else m - 1)
-        if 0 <= plane < count:
-            source = own + (plane - place) * stride
-            for k in range(n):
-                aside[uintp(m * n + k)] = mesh[uintp(source + k * strides[2])]
-        else:
-            plane = plane + 2 if plane < 0 else plane - count + 2
-            source = (plane * shape[1] + j if axis == 0 else i * 4 + plane) * n
-            for k in range(n):
-                aside[uintp(m * n + k)] = halo[uintp(source + k)]
-    rows = uintp(0), uintp(n), uintp(2 * n), uintp(3 * n)
-    _put_difference(out, first, step, aside, rows, 1, n, factor, add)
+    else:
+        # Copy the four rows
+        for m in range(4):
+            plane = place + (m - 2 if m < 2 else m - 1)
+            if 0 <= plane < count:
+                start = own + (plane - place) * stride
+                for k in range(n):
+                    aside[uintp(m * n + k)] = mesh[uintp(start + k * strides[2])]
+            else:
+                plane = plane + 2 if plane < 0 else plane - count + 2
+                start = (plane * shape[1] + j if axis == 0 else i * 4 + plane) * n
+                for k in range(n):
+                    aside[uintp(m * n + k)] = halo[uintp(start + k)]
+        rows = uintp(0), uintp(n), uintp(2 * n), uintp(3 * n)
+    _put_difference(out, first, step, source, rows, between, n, factor, add)
 
 
 @compiled
@@ -251,8 +243,7 @@ def _over_planes(loop, out, step, mesh, strides, like, factors, halos, *more_arg
 def share_planes(loop, shape):
     """Call a loop with the two ends of each thread's share of the planes of a mesh."""
     enough = -(-(1 << 17) // max(1, shape[1] * shape[2]))  # planes, for the work to be worth a thread
-    edges = share_out(shape[0], enough)
-    run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
+    share(loop, shape[0], enough)
 
 
 def _as_flat_3d(mesh):

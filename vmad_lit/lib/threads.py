@@ -82,3 +82,9 @@ def share_out(n, least):
     """Edges that cut `range(n)` into about equal parts of at least `least`, one for each thread."""
     parts = max(1, min(get_threads(), n // least))
     return [n * t // parts for t in range(parts + 1)]
+
+
+def share(loop, n, least=1 << 17):
+    """Call a loop with the two ends of each thread's part of `range(n)`, of at least `least`."""
+    edges = share_out(n, least)
+    run_on_threads(loop, list(zip(edges[:-1], edges[1:])))

@@ -17,7 +17,7 @@ from math import floor
 import numpy
 
 from vmad_lit.lib import memory
-from vmad_lit.lib.compiled import compiled
+from vmad_lit.lib.compiled import compiled, inlined
 from vmad_lit.lib.memory import as_flat, flatten
 from vmad_lit.lib.threads import get_threads, run_on_threads, set_threads, share_out
 
@@ -35,10 +35,8 @@ TOGETHER = 4
 #: The type of a geometry: shape, stride, scale, translate, origin and period, each for three axes.
 BOX = types.Tuple([types.UniTuple(kind, 3) for kind in (int64, int64, float64, float64, int64, int64)])
 
-_run, _shares, _view = run_on_threads, share_out, as_flat
 
-
-@compiled
+@inlined
 def _spline(support, x):
     """First cell, weights and derivatives of the B-spline of this support at `x`.
 
@@ -67,19 +65,19 @@ def _spline(support, x):
     )
 
 
-@compiled
+@inlined
 def _fold(i, period):
     """The cell `i` of a mesh of this period."""
     return i if uintp(i) < uintp(period) else i % period
 
 
-@compiled
+@inlined
 def _offset(cell, low, high, stride, whole):
     """Offset of a folded cell in memory, or -1 if it is not among the local cells `low` to `high`."""
     return cell * stride if whole or low <= cell < high else -1
 
 
-@compiled
+@inlined
 def _offsets(first, period, low, high, stride, whole):
     """Offsets of the cells from `first` on, as many as the widest window has; `whole`: all are local."""
     a = _fold(first, period)
@@ -900,7 +898,7 @@ def readout_jvp(meshes, pos, pos_=None, meshes_=None, window="cic", transform=No
     return out if several else out[:, 0]
 
 
-@compiled
+@inlined
 def _spline_curvatures(support, x):
     """The second derivatives of the B-spline of this support at `x`, in the cells of `_spline`."""
     if support == 3:
