@@ -24,6 +24,7 @@ cannot be written, or was edited by hand. ``trace`` passes on the status of the 
 The same things are there for programs: ``Book.load(root)`` reads the chapters once; its blocks, its files and
 the map between lines of the package and lines of the chapters serve Sphinx, pytest and coverage alike.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -50,15 +51,29 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 from mdit_py_plugins.front_matter import front_matter_plugin
 from mdit_py_plugins.myst_blocks import myst_block_plugin
 
-__all__ = ["Block", "Book", "Drift", "Problem", "Reference", "TangleError", "Tangled", "Tracer",
-           "WriteError", "Written", "main", "slug"]
+__all__ = [
+    "Block",
+    "Book",
+    "Drift",
+    "Problem",
+    "Reference",
+    "TangleError",
+    "Tangled",
+    "Tracer",
+    "WriteError",
+    "Written",
+    "main",
+    "slug",
+]
 
 #: Directives whose content is text, not Markdown; every other directive is searched for fences of its own.
-VERBATIM = frozenset("""
+VERBATIM = frozenset(
+    """
     code code-block code-cell sourcecode doctest testcode testoutput testsetup parsed-literal prompt
     literalinclude math raw eval-rst mermaid graphviz digraph csv-table bibliography toctree
     autosummary automodule
-    """.split())
+    """.split()
+)
 
 #: Of these, the ones whose argument names a programming language.
 CODE_DIRECTIVES = frozenset(["code", "code-block", "code-cell", "sourcecode"])
@@ -147,7 +162,7 @@ class Block:
     directive: str | None = None
     arguments: str = ""
     classes: tuple[str, ...] = ()
-    depth: int = 0                      # number of directives around it
+    depth: int = 0  # number of directives around it
     references: tuple[Reference, ...] = ()
 
     @property
@@ -183,12 +198,12 @@ class Block:
     @property
     def options(self) -> str:
         """The option lines of a directive (``:tags: [hide-input]``), as written."""
-        return "".join(line + "\n" for line in self.lines[:self._option_lines])
+        return "".join(line + "\n" for line in self.lines[: self._option_lines])
 
     @property
     def code(self) -> str:
         """The body of a directive without its option lines; for any other fence the body."""
-        return "".join(line + "\n" for line in self.lines[self._option_lines:])
+        return "".join(line + "\n" for line in self.lines[self._option_lines :])
 
     @property
     def code_line(self) -> int:
@@ -238,7 +253,7 @@ def _markdown() -> MarkdownIt:
         md.use(plugin)
     md.use(dollarmath_plugin, allow_labels=True)
     md.enable("table")
-    return md.disable(["inline", "text_join"])      # only the blocks of a page matter here
+    return md.disable(["inline", "text_join"])  # only the blocks of a page matter here
 
 
 class _Attributes:
@@ -252,7 +267,7 @@ class _Attributes:
         self._read(text)
 
     def _read(self, text: str) -> None:
-        at = 1                                      # after the opening brace
+        at = 1  # after the opening brace
         while True:
             while at < len(text) and text[at] in " \t":
                 at += 1
@@ -260,7 +275,7 @@ class _Attributes:
                 self.errors.append("the attributes have no closing brace '}'")
                 return
             if text[at] == "}":
-                rest = text[at + 1:].strip()
+                rest = text[at + 1 :].strip()
                 if rest:
                     self.errors.append(f"unexpected {rest!r} after the attributes")
                 return
@@ -276,14 +291,14 @@ class _Attributes:
 
     def _read_value(self, key: str, text: str, at: int) -> int:
         """Read the value that begins at a position; return the position after it."""
-        quote = text[at:at + 1]
-        if quote in ('"', "'") and quote in text[at + 1:]:
+        quote = text[at : at + 1]
+        if quote in ('"', "'") and quote in text[at + 1 :]:
             end = text.index(quote, at + 1)
-            value, after = text[at + 1:end], end + 1
+            value, after = text[at + 1 : end], end + 1
         elif quote in ('"', "'"):
             self.errors.append(f"the value of {key!r} has no closing quote {quote}")
             after = len(text) - text.endswith("}")
-            value = text[at + 1:after].strip()
+            value = text[at + 1 : after].strip()
         else:
             after = at
             while after < len(text) and text[after] not in " \t}":
@@ -306,7 +321,7 @@ class _Attributes:
         elif word.startswith(".") and len(word) > 1:
             self.classes.append(word[1:])
         else:
-            self.errors.append(f"cannot make sense of {word!r}: expected #id, .class or key=\"value\"")
+            self.errors.append(f'cannot make sense of {word!r}: expected #id, .class or key="value"')
 
 
 def _path_error(path: str) -> str | None:
@@ -339,7 +354,7 @@ class _Chapter:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
-            self._problem(line, f"not UTF-8: {error.reason} {data[error.start:error.start + 1]!r}")
+            self._problem(line, f"not UTF-8: {error.reason} {data[error.start : error.start + 1]!r}")
             return
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         if "\0" in text:
@@ -359,7 +374,7 @@ class _Chapter:
                 continue
             line = first_line + token.map[0]
             height = token.map[1] - token.map[0] - token.content.count("\n")
-            if height < 2:                          # the parser closes what the author left open
+            if height < 2:  # the parser closes what the author left open
                 nested = depth or token.type == "colon_fence"
                 hint = "; an outer fence must be longer than those within it" if nested else ""
                 self._problem(line, f"the fence {token.markup} is not closed{hint}")
@@ -373,8 +388,17 @@ class _Chapter:
                 self._search(token.content, line + 1, depth + 1)
             elif directive is not None:
                 language = arguments.split()[0] if directive in CODE_DIRECTIVES and arguments else ""
-                self.blocks.append(Block(self.name, line, token.content, language, directive=directive,
-                                         arguments=arguments, depth=depth))
+                self.blocks.append(
+                    Block(
+                        self.name,
+                        line,
+                        token.content,
+                        language,
+                        directive=directive,
+                        arguments=arguments,
+                        depth=depth,
+                    )
+                )
             else:
                 self._code(line, info, token.content, depth)
 
@@ -390,12 +414,13 @@ class _Chapter:
         language, brace, rest = info.partition("{")
         words = language.split()
         language = words[0] if words else ""
-        if len(words) > 1 and "#" not in rest:      # ```text some remark {so}: nobody's attributes
+        if len(words) > 1 and "#" not in rest:  # ```text some remark {so}: nobody's attributes
             brace = ""
         attributes = _Attributes("{" + rest) if brace else None
         if attributes is None:
-            self.blocks.append(Block(self.name, line, body, language, depth=depth,
-                                     arguments=" ".join(words[1:])))
+            self.blocks.append(
+                Block(self.name, line, body, language, depth=depth, arguments=" ".join(words[1:]))
+            )
             return
         if len(words) > 1:
             attributes.errors.append(f"unexpected {' '.join(words[1:])!r} between language and attributes")
@@ -410,19 +435,32 @@ class _Chapter:
         if id is not None and slug(id) != id:
             good = slug(id)
             hint = f": write #{good}" if good else ""
-            self._problem(line, f"bad id {id!r}: lower-case letters and digits, "
-                                f"joined by single hyphens{hint}")
+            self._problem(
+                line, f"bad id {id!r}: lower-case letters and digits, joined by single hyphens{hint}"
+            )
             id = good or id
         if file is not None:
             if id is None and not attributes.errors:
-                self._problem(line, f"the block that begins {file!r} has no id: "
-                                    f'write {{#name file="{file}"}}')
+                self._problem(
+                    line, f'the block that begins {file!r} has no id: write {{#name file="{file}"}}'
+                )
             error = _path_error(file)
             if error:
                 self._problem(line, error)
         references = tuple(self._references(line, body)) if id is not None else ()
-        self.blocks.append(Block(self.name, line, body, language, id, file, classes=tuple(attributes.classes),
-                                 depth=depth, references=references))
+        self.blocks.append(
+            Block(
+                self.name,
+                line,
+                body,
+                language,
+                id,
+                file,
+                classes=tuple(attributes.classes),
+                depth=depth,
+                references=references,
+            )
+        )
 
     def _references(self, line: int, body: str) -> Iterator[Reference]:
         for number, text in enumerate(body.split("\n")[:-1], line + 1):
@@ -433,10 +471,11 @@ class _Chapter:
             if not stripped.startswith("# <<") or not stripped.endswith(">>"):
                 self._problem(number, f"{stripped!r} is not a reference: write '# <<Title of the chunk>>'")
             elif not slug(title):
-                self._problem(number, f"the reference {stripped!r} names no chunk: "
-                                      "its title has no letter or digit")
+                self._problem(
+                    number, f"the reference {stripped!r} names no chunk: its title has no letter or digit"
+                )
             else:
-                yield Reference(number, text[:len(text) - len(text.lstrip())], title, slug(title))
+                yield Reference(number, text[: len(text) - len(text.lstrip())], title, slug(title))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -456,7 +495,7 @@ def _ends_definition(lines: Sequence[str]) -> bool:
     for line in reversed(lines):
         if line and not line.startswith((" ", "\t", "#", ")", "]", "}", '"""', "'''")):
             return line.startswith(("def ", "class ", "async def ", "@"))
-    return True                                     # an indented block continues a definition
+    return True  # an indented block continues a definition
 
 
 def _blank_lines(path: str, before: Sequence[str], after: Sequence[str]) -> int:
@@ -560,8 +599,14 @@ class Book:
 
     def block_at(self, chapter: str, line: int) -> Block | None:
         """The block that a line of a chapter stands in, its fences included."""
-        return next((block for block in self.blocks
-                     if block.chapter == chapter and block.line <= line <= block.end_line), None)
+        return next(
+            (
+                block
+                for block in self.blocks
+                if block.chapter == chapter and block.line <= line <= block.end_line
+            ),
+            None,
+        )
 
     # -- whether it holds together ---------------------------------------------------------------------------
 
@@ -569,8 +614,8 @@ class Book:
         def problem(block: Block, message: str, line: int | None = None) -> None:
             self.problems.append(Problem(block.chapter, line or block.line, message))
 
-        begun: dict[str, Block] = {}                # id -> the block that names its file
-        made: dict[str, Block] = {}                 # file -> the block that begins it
+        begun: dict[str, Block] = {}  # id -> the block that names its file
+        made: dict[str, Block] = {}  # file -> the block that begins it
         for block in self.blocks:
             if block.id is None or block.file is None:
                 continue
@@ -579,34 +624,53 @@ class Book:
                 begun[block.id] = block
                 if self.chunks[block.id][0] is not block:
                     early = self.chunks[block.id][0]
-                    problem(block, f"#{block.id} has a block before this one, which names its file: "
-                                   f"at {early.chapter}:{early.line}")
+                    problem(
+                        block,
+                        f"#{block.id} has a block before this one, which names its file: "
+                        f"at {early.chapter}:{early.line}",
+                    )
             elif first.file == block.file:
-                problem(block, f"#{block.id} names its file already at {first.chapter}:{first.line}; "
-                               f"append with {{#{block.id}}} alone")
+                problem(
+                    block,
+                    f"#{block.id} names its file already at {first.chapter}:{first.line}; "
+                    f"append with {{#{block.id}}} alone",
+                )
             else:
-                problem(block, f"#{block.id} cannot be {block.file!r}: it is {first.file!r} "
-                               f"since {first.chapter}:{first.line}")
+                problem(
+                    block,
+                    f"#{block.id} cannot be {block.file!r}: it is {first.file!r} "
+                    f"since {first.chapter}:{first.line}",
+                )
             other = made.setdefault(block.file, block)
             if other.id != block.id:
-                problem(block, f"{block.file!r} is made by #{other.id} already, "
-                               f"at {other.chapter}:{other.line}")
+                problem(
+                    block, f"{block.file!r} is made by #{other.id} already, at {other.chapter}:{other.line}"
+                )
         for path, block in made.items():
             for parent in PurePosixPath(path).parents:
                 if str(parent) in made:
-                    problem(block, f"{path!r} needs a folder where {str(parent)!r} is a file, "
-                                   f"at {made[str(parent)].chapter}:{made[str(parent)].line}")
+                    problem(
+                        block,
+                        f"{path!r} needs a folder where {str(parent)!r} is a file, "
+                        f"at {made[str(parent)].chapter}:{made[str(parent)].line}",
+                    )
         for block in self.blocks:
             for reference in block.references:
                 if reference.id not in self.chunks:
                     names = sorted(set(self.chunks) - set(begun))
                     close = difflib.get_close_matches(reference.id, names, n=1)
                     hint = f"; did you mean #{close[0]}?" if close else ""
-                    problem(block, f"no chunk #{reference.id} for the reference "
-                                   f"<<{reference.title}>>{hint}", reference.line)
+                    problem(
+                        block,
+                        f"no chunk #{reference.id} for the reference <<{reference.title}>>{hint}",
+                        reference.line,
+                    )
                 elif reference.id in begun:
-                    problem(block, f"<<{reference.title}>> is not a chunk but the file "
-                                   f"{begun[reference.id].file!r}", reference.line)
+                    problem(
+                        block,
+                        f"<<{reference.title}>> is not a chunk but the file {begun[reference.id].file!r}",
+                        reference.line,
+                    )
         self._check_use(set(begun), problem)
 
     def _check_use(self, begun: set[str], problem) -> None:
@@ -619,10 +683,13 @@ class Book:
             for block in self.chunks[id]:
                 for reference in block.references:
                     if state.get(reference.id) == "open":
-                        circle = [*path[path.index(reference.id):], reference.id]
+                        circle = [*path[path.index(reference.id) :], reference.id]
                         circular.update(circle)
-                        problem(block, "the chunk includes itself: " + " -> ".join(f"#{i}" for i in circle),
-                                reference.line)
+                        problem(
+                            block,
+                            "the chunk includes itself: " + " -> ".join(f"#{i}" for i in circle),
+                            reference.line,
+                        )
                     elif reference.id in self.chunks and reference.id not in state:
                         visit(reference.id, [*path, reference.id])
             state[id] = "done"
@@ -630,7 +697,7 @@ class Book:
         for id in begun:
             if id not in state:
                 visit(id, [id])
-        used = set(state)                           # what the files reach
+        used = set(state)  # what the files reach
         for id in self.chunks:
             if id not in state:
                 visit(id, [id])
@@ -734,8 +801,13 @@ class Book:
         found = []
         for package in self.packages:
             for folder, folders, names in os.walk(self.root / package):
-                folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))
-                              and name not in ("build", "dist") and not name.endswith(".egg-info")]
+                folders[:] = [
+                    name
+                    for name in folders
+                    if not name.startswith((".", "__pycache__"))
+                    and name not in ("build", "dist")
+                    and not name.endswith(".egg-info")
+                ]
                 for name in names:
                     path = (Path(folder) / name).relative_to(self.root).as_posix()
                     if name.endswith(".py") and not name.startswith(".") and path not in self.roots:
@@ -766,8 +838,9 @@ class Book:
         """A unified diff from the file on disk to the book, each hunk headed by its chapter line."""
         tangled = self.tangle()[path]
         out = []
-        diff = difflib.unified_diff(_lines(text), _lines(tangled.text), name or path, f"{path} (book)",
-                                    lineterm="")
+        diff = difflib.unified_diff(
+            _lines(text), _lines(tangled.text), name or path, f"{path} (book)", lineterm=""
+        )
         for line in diff:
             if line.startswith("@@"):
                 start = int(line.split("+")[1].split(" ")[0].split(",")[0])
@@ -847,8 +920,11 @@ class _State:
         with contextlib.suppress(OSError, ValueError):
             known = json.loads((self.folder / "state.json").read_text("utf-8"))
             if isinstance(known, dict):
-                self.known = {path: [str(name) for name in names] for path, names in known.items()
-                              if isinstance(names, list) and _path_error(path) is None}
+                self.known = {
+                    path: [str(name) for name in names]
+                    for path, names in known.items()
+                    if isinstance(names, list) and _path_error(path) is None
+                }
 
     @staticmethod
     def name(data: bytes) -> str:
@@ -939,9 +1015,10 @@ class _Writer:
         """One tangler at a time (where the system can lock a file)."""
         try:
             import fcntl
+
             (self.root / STATE).mkdir(exist_ok=True)
             stream = open(self.root / STATE / "lock", "w")
-        except (ImportError, OSError):              # another system, or a read-only tree that is up to date
+        except (ImportError, OSError):  # another system, or a read-only tree that is up to date
             yield
             return
         with stream:
@@ -988,8 +1065,12 @@ class _Writer:
     def _committed(self, path: str) -> bytes | None:
         """The file as the last commit has it."""
         try:
-            done = subprocess.run(["git", "-C", str(self.root), "cat-file", "blob", f"HEAD:./{path}"],
-                                  stdin=subprocess.DEVNULL, capture_output=True, check=False)
+            done = subprocess.run(
+                ["git", "-C", str(self.root), "cat-file", "blob", f"HEAD:./{path}"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+            )
         except OSError:
             return None
         return done.stdout if done.returncode == 0 else None
@@ -1019,8 +1100,10 @@ class _Writer:
             verb = {"insert": "added", "delete": "removed before", "replace": "changed"}[kind]
             lines = f"{verb} {lines}" if kind == "delete" else f"{lines} {verb}"
             out.append(f"    {lines}: {self._owner(path, before, first, last)}")
-        out.append(f"  Take the edit into the chapter and tangle again, or drop it (git checkout -- {path}); "
-                   "--force overwrites it.")
+        out.append(
+            f"  Take the edit into the chapter and tangle again, or drop it (git checkout -- {path}); "
+            "--force overwrites it."
+        )
         return out
 
     def _owner(self, path: str, before: Sequence[str], first: int, last: int) -> str:
@@ -1045,7 +1128,7 @@ class _Writer:
         if not changed:
             return
         known = dict(self.state.known)
-        for path in changed:                        # a run that is cut short leaves either text: own both
+        for path in changed:  # a run that is cut short leaves either text: own both
             owned = [self.state.name(self.old[path])] if self.old[path] is not None else []
             known[path] = [*owned, self.state.name(self.new[path])]
         current, folders, renamed = STATE, [], []
@@ -1090,8 +1173,11 @@ class _Writer:
         """Files of earlier runs to remove, and remarks on those that nobody makes and that stay."""
         gone = [path for path in self.state.known if path not in self.new and self.old[path] is not None]
         remove = [path for path in gone if self.state.name(self.old[path]) in self.state.known[path]]
-        notes = [f"{path} is made by no chapter any more, but was edited by hand: it stays"
-                 for path in gone if path not in remove]
+        notes = [
+            f"{path} is made by no chapter any more, but was edited by hand: it stays"
+            for path in gone
+            if path not in remove
+        ]
         notes += [f"{path} is made by no chapter" for path in self.book.strays() if path not in gone]
         return remove, notes
 
@@ -1101,7 +1187,7 @@ class _Writer:
             target.unlink()
         except OSError:
             return False
-        for folder in target.parents:               # and the folders that are empty now
+        for folder in target.parents:  # and the folders that are empty now
             if folder == self.root:
                 break
             try:
@@ -1112,10 +1198,13 @@ class _Writer:
 
     def _remember(self, removed: Sequence[str]) -> None:
         known = {path: [self.state.name(data)] for path, data in self.new.items()}
-        known |= {path: names for path, names in self.state.known.items()
-                  if path not in self.new and path not in removed and self.old[path] is not None}
+        known |= {
+            path: names
+            for path, names in self.state.known.items()
+            if path not in self.new and path not in removed and self.old[path] is not None
+        }
         if known != self.state.known:
-            with contextlib.suppress(OSError):      # what _replace noted before the renames will do
+            with contextlib.suppress(OSError):  # what _replace noted before the renames will do
                 self.state.save(known, self.new.values())
 
 
@@ -1143,9 +1232,10 @@ class Tracer:
         self.pattern = re.compile(
             r'(?P<open>(?<=File ")[^"\n]*[\\/])?'
             rf'(?P<prefix>(?:(?<=m)(?<=\dm)|(?<![\w.\-\\/])(?<!\x1b\[))(?:[^\s"\'<>()\[|:\x1b]*[\\/])?)?'
-            rf'(?P<file>{known})'
+            rf"(?P<file>{known})"
             rf'(?P<between>{colour}["\']?{colour}(?::|\(|,? line ){colour})'
-            r'(?P<line>\d+)(?!\d)(?P<column>:\d+(?!\d))?')
+            r"(?P<line>\d+)(?!\d)(?P<column>:\d+(?!\d))?"
+        )
 
     def rewrite(self, text: str) -> str:
         return self.pattern.sub(self._replace, text) if self.alias and self.known.search(text) else text
@@ -1153,7 +1243,7 @@ class Tracer:
     def _replace(self, match: re.Match[str]) -> str:
         start = match.start("file")
         if match["open"] is None and match["prefix"] is None and start:
-            return match[0]                         # the tail of another word: not_vmad_lit/x.py
+            return match[0]  # the tail of another word: not_vmad_lit/x.py
         path = self.alias[match["file"].replace("\\", "/")]
         number = int(match["line"])
         try:
@@ -1211,7 +1301,7 @@ def _trace_command(tracer: Tracer, command: Sequence[str]) -> int:
         while selector.get_map():
             try:
                 ready = selector.select(0.2)
-            except KeyboardInterrupt:               # the command got it too: let it say its last words
+            except KeyboardInterrupt:  # the command got it too: let it say its last words
                 continue
             for key, _ in ready:
                 stream = key.fileobj
@@ -1224,7 +1314,7 @@ def _trace_command(tracer: Tracer, command: Sequence[str]) -> int:
                 if cut:
                     show(stream, pending[stream][:cut])
                     pending[stream] = pending[stream][cut:]
-            if not ready:                           # a prompt, or a bar that waits: show the unfinished line
+            if not ready:  # a prompt, or a bar that waits: show the unfinished line
                 for stream, data in pending.items():
                     if data:
                         show(stream, data)
@@ -1239,10 +1329,17 @@ def _trace_command(tracer: Tracer, command: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tangle", description="Make the package out of the book.",
-        epilog="Exit status: 0 all is well, 1 drift (--check), 2 errors or edits by hand.")
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, metavar="DIR",
-                        help="root of the repository (default: the folder above this program)")
+        prog="tangle",
+        description="Make the package out of the book.",
+        epilog="Exit status: 0 all is well, 1 drift (--check), 2 errors or edits by hand.",
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path(__file__).resolve().parent.parent,
+        metavar="DIR",
+        help="root of the repository (default: the folder above this program)",
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; diff and status 1 on drift")
     parser.add_argument("--force", action="store_true", help="overwrite files that were edited by hand")
     commands = parser.add_subparsers(dest="command", metavar="where | trace | list")
@@ -1258,7 +1355,7 @@ def _where(book: Book, place: str) -> list[str]:
     file, _, line = place.rpartition(":")
     if not file or not line.isdecimal():
         raise LookupError(f"{place!r} is not of the form FILE:LINE")
-    known = {*book.tangle(), *book.chapters}        # seen from the current folder, else from the root
+    known = {*book.tangle(), *book.chapters}  # seen from the current folder, else from the root
     here = book.relative(Path(file).absolute())
     here = here if here in known else book.relative(file)
     if here not in book.chapters:
@@ -1266,8 +1363,10 @@ def _where(book: Book, place: str) -> list[str]:
     found = book.tangled_at(here, int(line))
     if not found:
         block = book.block_at(here, int(line))
-        raise LookupError(f"{here}:{line} is not a line of the package: " + (
-            "it stands in " + repr(block)[1:-1] if block else "it stands in the prose"))
+        raise LookupError(
+            f"{here}:{line} is not a line of the package: "
+            + ("it stands in " + repr(block)[1:-1] if block else "it stands in the prose")
+        )
     return [f"{path}:{number}" for path, number in found]
 
 
@@ -1287,8 +1386,10 @@ def _check(book: Book) -> int:
     for drift in drifts:
         print(drift.message, file=sys.stderr)
     if drifts:
-        print("The chapters are the source: run 'python tools/tangle.py', or take the edit into the chapter.",
-              file=sys.stderr)
+        print(
+            "The chapters are the source: run 'python tools/tangle.py', or take the edit into the chapter.",
+            file=sys.stderr,
+        )
     return 1 if drifts else 0
 
 
@@ -1306,14 +1407,16 @@ def _write(book: Book, force: bool) -> int:
 def _trace(book: Book, run: Sequence[str]) -> int:
     try:
         tracer = Tracer(book)
-    except TangleError as error:                    # show the tool's own words rather than nothing
+    except TangleError as error:  # show the tool's own words rather than nothing
         print(f"trace: the book has errors, so places stay as they are\n{error}", file=sys.stderr)
         tracer = Tracer(Book(book.root, [], []))
     else:
         stale = [drift.path for drift in book.check() if drift.path in tracer.made]
         if stale:
-            print(f"trace: not what the book makes now: {', '.join(stale)}; "
-                  "run 'python tools/tangle.py' first", file=sys.stderr)
+            print(
+                f"trace: not what the book makes now: {', '.join(stale)}; run 'python tools/tangle.py' first",
+                file=sys.stderr,
+            )
     command = run[1:] if run[:1] == ["--"] else run
     if command:
         return _trace_command(tracer, command)
