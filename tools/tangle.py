@@ -746,7 +746,10 @@ class Book:
             included: list[_Line] = []
             for part in self.chunks[reference.id]:
                 piece = _strip(self._expand(part))
-                included += [("", None)] * bool(included and piece) + piece
+                if included and piece:
+                    texts = [text for text, _ in included], [text for text, _ in piece]
+                    included += [("", None)] * (1 if reference.indent else _blank_lines(".py", *texts))
+                included += piece
             lines += [(reference.indent + text if text else "", origin) for text, origin in included]
         return lines
 

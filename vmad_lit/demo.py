@@ -17,39 +17,54 @@ def parse(argv=None):
     add = parser.add_argument
     add("--nmesh", type=int, default=64, metavar="N", help="mesh cells and particles per side (default 64)")
     add(
-        "--boxsize", type=float, default=None, metavar="L",
-        help="side of the box in Mpc/h (default 4 per cell)"
+        "--boxsize",
+        type=float,
+        default=None,
+        metavar="L",
+        help="side of the box in Mpc/h (default 4 per cell)",
     )
     add(
-        "--steps", type=int, default=4,
-        help="N-body steps from a = 0.1 to 1; 0: LPT; -1: linear theory (default 4)"
+        "--steps",
+        type=int,
+        default=4,
+        help="N-body steps from a = 0.1 to 1; 0: LPT; -1: linear theory (default 4)",
     )
     add(
-        "--noise", type=float, default=None, metavar="SIGMA",
+        "--noise",
+        type=float,
+        default=None,
+        metavar="SIGMA",
         help="standard deviation of the noise of 1 + delta in a cell "
-        "(default 0.5; from counts if particles are given)"
+        "(default 0.5; from counts if particles are given)",
     )
     add("--maxiter", type=int, default=100, help="iterations of L-BFGS (default 100)")
     add(
-        "--smoothing", type=float, default=0.0, metavar="R",
-        help="compare densities smoothed at R Mpc/h (default 0: not smoothed)"
+        "--smoothing",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="compare densities smoothed at R Mpc/h (default 0: not smoothed)",
     )
     add(
-        "--seed", type=int, default=42,
-        help="seed of the true field; the noise has the next one (default 42)"
+        "--seed", type=int, default=42, help="seed of the true field; the noise has the next one (default 42)"
     )
     add(
-        "--from", dest="source", metavar="FILE",
-        help="use a density (N, N, N) or particle positions (n, 3) from a .npy or .npz file instead"
+        "--from",
+        dest="source",
+        metavar="FILE",
+        help="use a density (N, N, N) or particle positions (n, 3) from a .npy or .npz file instead",
     )
     add(
-        "--output", default="reconstruction.png", metavar="PNG",
-        help="the picture (default reconstruction.png)"
+        "--output",
+        default="reconstruction.png",
+        metavar="PNG",
+        help="the picture (default reconstruction.png)",
     )
     add("--save", metavar="FOLDER", help="write data and reconstructed fields to .npy files")
     add(
-        "--state", metavar="NPZ",
-        help="keep the state of the minimisation here, and go on from it if it exists"
+        "--state",
+        metavar="NPZ",
+        help="keep the state of the minimisation here, and go on from it if it exists",
     )
     add("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
@@ -309,15 +324,21 @@ def draw(path, pm, data, x, final, shells, curves, say):
             width = 2.5 * max(numpy.std(reference), 1e-12)
             extent = [0, pm.BoxSize[1], 0, pm.BoxSize[0]]
             ax.imshow(
-                image, origin="lower", extent=extent, vmin=centre - width, vmax=centre + width,
-                cmap="magma" if centre else "RdBu_r"
+                image,
+                origin="lower",
+                extent=extent,
+                vmin=centre - width,
+                vmax=centre + width,
+                cmap="magma" if centre else "RdBu_r",
             )
             ax.set(title=title, xticks=[], yticks=[])
         ax = axes.flat[-1]
         for (title, (r, t)), colour in zip(curves.items(), ("C0", "C1")):
             ax.plot(shells.k, r, colour, label=f"r(k), {title.partition(',')[0]}")
             ax.plot(shells.k, t, colour, linestyle="--", label=f"t(k), {title.partition(',')[0]}")
-        ax.set(xlabel="k [h/Mpc]", xlim=(0, None), ylim=(0, 1.1), title="cross-correlation, transfer function")
+        ax.set(
+            xlabel="k [h/Mpc]", xlim=(0, None), ylim=(0, 1.1), title="cross-correlation, transfer function"
+        )
         ax.legend(fontsize="small")
         for ax in axes.flat[len(images) : -1]:
             ax.axis("off")

@@ -132,18 +132,16 @@ class Trial:
         else:
             self.init = {}
             self.model = self._build(subject, args, kwargs, constant)
-        self.varied = [
-            name for name, x in self.init.items() if is_differentiable(x) and name not in constant
-        ]
+        self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
         if not self.varied:
-            raise BadArgument(
-                f"{self.name} has no input that could be varied; given were {list(self.init)}"
-            )
+            raise BadArgument(f"{self.name} has no input that could be varied; given were {list(self.init)}")
         # Run the model with a tape
         vout = list(self.model._outputs)
         self.out, self.tape = self.model.compute(vout, self.init, return_tape=True, return_dict=True)
         self.results = [name for name in vout if is_differentiable(self.out[name])]
-        known = precisions([self.init[name] for name in self.varied], [self.out[name] for name in self.results])
+        known = precisions(
+            [self.init[name] for name in self.varied], [self.out[name] for name in self.results]
+        )
         self.eps = max(known, default=float(numpy.finfo("f8").eps))
         self.uniform = len(known) == 1
 
@@ -289,7 +287,9 @@ def dot_products(trial, rtol=None, allow_zero=False):
                 trial.norm({x: pulled[y][x]}) * trial.norm({x: v[x]}),
             )
             if not abs(left - right) <= rtol * scale + rounding:
-                raise AssertionError(describe_products(trial.name, x, y, left, right, rtol * scale + rounding))
+                raise AssertionError(
+                    describe_products(trial.name, x, y, left, right, rtol * scale + rounding)
+                )
     left = sum(trial.inner(y, w[y], Jv[y]) for y in trial.results)
     right = sum(trial.inner(x, JTw[x], v[x]) for x in trial.varied)
     scale = max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
@@ -353,8 +353,16 @@ def rates_of(r, which="first"):
 
 
 def check_taylor(
-    subject, *args, steps=None, comm=None, universal=(), constant=(), seed=20, order=2,
-    allow_zero=False, **kwargs
+    subject,
+    *args,
+    steps=None,
+    comm=None,
+    universal=(),
+    constant=(),
+    seed=20,
+    order=2,
+    allow_zero=False,
+    **kwargs,
 ):
     """Assert that the tangent is the derivative: |f(x + h v) - f(x) - h J v| falls as h squared.
 
@@ -406,8 +414,16 @@ def describe_slopes(r, order, remainder="|f(x + h v) - f(x) - h J v|"):
 
 
 def check_gradient(
-    objective, *args, gradient=None, steps=None, comm=None, universal=(), constant=(), seed=20,
-    order=2, **kwargs
+    objective,
+    *args,
+    gradient=None,
+    steps=None,
+    comm=None,
+    universal=(),
+    constant=(),
+    seed=20,
+    order=2,
+    **kwargs,
 ):
     """Assert that a gradient is the derivative of a real scalar objective, by the Taylor test.
 
@@ -441,8 +457,7 @@ def check_gradient(
     r = expand(trial, function, values, {y: slope}, trial.init, v, steps)
     if not converges(r, order):
         raise AssertionError(
-            f"{trial.name}: the gradient is not the derivative of the objective; "
-            + describe_slopes(r, order)
+            f"{trial.name}: the gradient is not the derivative of the objective; " + describe_slopes(r, order)
         )
     return rates_of(r)
 
@@ -456,9 +471,7 @@ class Numeric(Trial):
         self.universal = {universal} if isinstance(universal, str) else set(universal)
         self.function, self.kwargs = function, kwargs
         self.init = {f"x{i}": x for i, x in enumerate(args)}
-        self.varied = [
-            name for name, x in self.init.items() if is_differentiable(x) and name not in constant
-        ]
+        self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
         self.out, self.results = self.value(self.init), ["y"]
         self.eps = max(precisions(list(self.init.values())), default=float(numpy.finfo("f8").eps))
 
@@ -544,8 +557,17 @@ hvp."""
 
 
 def check(
-    subject, *args, truth=None, comm=None, universal=(), constant=(), seed=20, rtol=None, steps=None,
-    allow_zero=False, **kwargs
+    subject,
+    *args,
+    truth=None,
+    comm=None,
+    universal=(),
+    constant=(),
+    seed=20,
+    rtol=None,
+    steps=None,
+    allow_zero=False,
+    **kwargs,
 ):
     """Prove an operator, a model, or a function that builds a model, at given inputs.
 
@@ -607,8 +629,11 @@ def check_value(trial, name, value, expected):
             f"{trial.name}: '{name}' has shape {numpy.shape(value)}, expected {numpy.shape(expected)}"
         )
     numpy.testing.assert_allclose(
-        value, expected, rtol=trial.eps**0.8, atol=trial.eps**0.8,
-        err_msg=f"{trial.name}: the value of '{name}'"
+        value,
+        expected,
+        rtol=trial.eps**0.8,
+        atol=trial.eps**0.8,
+        err_msg=f"{trial.name}: the value of '{name}'",
     )
 
 

@@ -3,6 +3,7 @@
 References: U. Seljak, G. Aslanyan, Y. Feng & C. Modi, JCAP 12 (2017) 009;
 Y. Feng, U. Seljak & M. Zaldarriaga, JCAP 07 (2018) 043.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -107,9 +108,13 @@ class MPIChiSquareProblem(Problem):
             m.output(y=sum(chisquare[1:], start=chisquare[0]), **outputs)
         self.model = m
         self._tape, self.forwards = None, 0
-        super().__init__(objective=self._forward, gradient=self._pull_back,
-                         hessian_vector_product=self._gauss_newton, preconditioner=preconditioner,
-                         vs=MPIVectorSpace(comm) if vectorspace is None else vectorspace)
+        super().__init__(
+            objective=self._forward,
+            gradient=self._pull_back,
+            hessian_vector_product=self._gauss_newton,
+            preconditioner=preconditioner,
+            vs=MPIVectorSpace(comm) if vectorspace is None else vectorspace,
+        )
 
     def _visit(self, x):
         super()._visit(x)
@@ -246,8 +251,9 @@ class MAPInversion:
 
     def problem_factory(self, d, **args):
         """The problem for the data `d` and the scheduled parameters; to be overridden."""
-        raise NotImplementedError(f"{type(self).__name__} must define problem_factory(self, d, ...), "
-                                  "which returns a problem")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define problem_factory(self, d, ...), which returns a problem"
+        )
 
     @property
     def nepochs(self) -> int:
@@ -284,8 +290,9 @@ class MAPInversion:
                     monitor_epoch(Epoch(epoch, max(epochs) + 1))
                 problem = self.get_problem(d, epoch)
                 vars(self.optimizer).update(self._options(epoch))
-                state = self.optimizer.minimize(problem, s1, monitor=monitor_progress,
-                                                **({"progress": True} if progress else {}))
+                state = self.optimizer.minimize(
+                    problem, s1, monitor=monitor_progress, **({"progress": True} if progress else {})
+                )
                 self.states.append(state)
                 s1 = state["x"]
         finally:
@@ -299,8 +306,9 @@ class MAPInversion:
         known = self.optimizer.options() if hasattr(self.optimizer, "options") else args
         for name in args:
             if name not in known:
-                raise ValueError(f"the optimiser has no option {name!r} to be scheduled; "
-                                 f"it has {', '.join(known)}")
+                raise ValueError(
+                    f"the optimiser has no option {name!r} to be scheduled; it has {', '.join(known)}"
+                )
         return args
 
     @classmethod

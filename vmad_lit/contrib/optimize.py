@@ -4,6 +4,7 @@ Nothing here looks into a vector. Every method is written with the operations of
 :class:`~vmad_lit.contrib.vectorspace.VectorSpace`, so it runs on whatever has such a space, on any number
 of ranks. Reference: J. Nocedal & S. Wright, Numerical Optimization, 2nd edition (2006), cited below as NW.
 """
+
 from __future__ import annotations
 
 import json
@@ -37,8 +38,10 @@ class Preconditioner:
     @classmethod
     def symmetric(cls, apply, solve):
         """The preconditioner of a symmetric P, from functions that apply it and its inverse."""
+
         def either(v, direction):
             return apply(v) if direction == 1 else solve(v)
+
         return cls(either, either)
 
     @classmethod
@@ -64,17 +67,23 @@ class Preconditioner:
 
     def check(self, vs, x, g, rtol=1e-3):
         """Raise ValueError unless `Pvp` and `vPp` fit together on the vectors `x` and `g`."""
-        for there, back, v in ((self.whiten, self.unwhiten, x),
-                               (self.whiten_gradient, self.unwhiten_gradient, g)):
+        for there, back, v in (
+            (self.whiten, self.unwhiten, x),
+            (self.whiten_gradient, self.unwhiten_gradient, g),
+        ):
             error = vs.norm(vs.addmul(back(there(v)), v, -1))
             if not error <= rtol * vs.norm(v):
                 names = f"{there.__name__} and {back.__name__}"
-                raise ValueError(f"the preconditioner's {names} are not inverses: there and back moves a "
-                                 f"vector of length {vs.norm(v):.3g} by {error:.3g}")
+                raise ValueError(
+                    f"the preconditioner's {names} are not inverses: there and back moves a "
+                    f"vector of length {vs.norm(v):.3g} by {error:.3g}"
+                )
         before, after = vs.dot(g, g), vs.dot(self.whiten(g), self.whiten_gradient(g))
         if not abs(after - before) <= rtol * before:
-            raise ValueError("the preconditioner's whiten_gradient is not the inverse transpose of its "
-                             f"whiten: <Pg, P^-T g> = {after:.6g}, but <g, g> = {before:.6g}")
+            raise ValueError(
+                "the preconditioner's whiten_gradient is not the inverse transpose of its "
+                f"whiten: <Pg, P^-T g> = {after:.6g}, but <g, g> = {before:.6g}"
+            )
 
 
 class Problem:
@@ -100,8 +109,16 @@ class Problem:
         how often the objective, the gradient and the Hessian-vector product have been evaluated.
     """
 
-    def __init__(self, objective=None, gradient=None, hessian_vector_product=None, vs=None,
-                 preconditioner=None, value_and_gradient=None, precond=None):
+    def __init__(
+        self,
+        objective=None,
+        gradient=None,
+        hessian_vector_product=None,
+        vs=None,
+        preconditioner=None,
+        value_and_gradient=None,
+        precond=None,
+    ):
         if objective is None and value_and_gradient is None:
             raise ValueError("a problem needs an objective (or a value_and_gradient)")
         self.vs = VectorSpace() if vs is None else vs
@@ -343,8 +360,16 @@ class StrongWolfe:
 class History(list):
     """The table of iterations: a list of dictionaries; ``history['y']`` is a column as an array."""
 
-    FORMATS = {"nit": "5d", "y": "14.7e", "gnorm": "10.3e", "step": "10.3e",
-               "fev": "5d", "gev": "5d", "hev": "5d", "seconds": "8.2f"}
+    FORMATS = {
+        "nit": "5d",
+        "y": "14.7e",
+        "gnorm": "10.3e",
+        "step": "10.3e",
+        "fev": "5d",
+        "gev": "5d",
+        "hev": "5d",
+        "seconds": "8.2f",
+    }
 
     def __getitem__(self, key):
         return np.array([row[key] for row in self]) if isinstance(key, str) else super().__getitem__(key)
@@ -360,6 +385,7 @@ class History(list):
     def _repr_html_(self):
         def row(cells, tag):
             return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
         body = "".join(row(cells, "td") for cells in self._cells())
         return f"<table>{row(self.FORMATS, 'th')}{body}</table>"
 
@@ -423,8 +449,11 @@ class State:
         size, rank = (1, 0) if comm is None else (comm.size, comm.rank)
         token = f"{self.nit}-{os.urandom(4).hex()}"
         token = token if size == 1 else comm.bcast(token)
-        arrays = {f"{name}:{i}": array for name, vector in self._named_vectors().items()
-                  for i, array in enumerate(self.vs.to_arrays(vector))}
+        arrays = {
+            f"{name}:{i}": array
+            for name, vector in self._named_vectors().items()
+            for i, array in enumerate(self.vs.to_arrays(vector))
+        }
         if rank == 0:
             arrays["state"] = np.array(json.dumps(self._plain(size, token)))
         error = None
@@ -454,9 +483,15 @@ class State:
         """Everything that is not a vector, ready for JSON."""
         skip = {"vs", "x", "g", "Px", "Pg", "vectors", "history"}
         plain = {name: value for name, value in vars(self).items() if name not in skip}
-        return {"format": 1, "ranks": size, "generation": token, "plain": plain,
-                "history": list(self.history), "whitened": self.Px is not self.x,
-                "memory": {name: len(many) for name, many in self.vectors.items()}}
+        return {
+            "format": 1,
+            "ranks": size,
+            "generation": token,
+            "plain": plain,
+            "history": list(self.history),
+            "whitened": self.Px is not self.x,
+            "memory": {name: len(many) for name, many in self.vectors.items()},
+        }
 
     @classmethod
     def load(cls, path, vs, like):
@@ -482,6 +517,7 @@ class State:
             error = exception
         if vs.any(error):
             raise error or OSError(f"another rank cannot read its part of {path!r}")
+
         # Make the state again
         def vector(name):
             count = sum(key.rpartition(":")[0] == name for key in arrays)
@@ -527,9 +563,11 @@ def _write_npz(path, arrays):
 
 def autosave(path, every=10):
     """A monitor that saves the state to `path` at every `every`-th iteration."""
+
     def monitor(state):
         if state.nit % every == 0:
             state.save(path)
+
     return monitor
 
 
@@ -557,15 +595,19 @@ class Optimizer:
     def __init__(self, **options):
         for name, value in options.items():
             if name not in self.options():
-                raise TypeError(f"{type(self).__name__} has no option {name!r}; "
-                                f"it has {', '.join(self.options())}")
+                raise TypeError(
+                    f"{type(self).__name__} has no option {name!r}; it has {', '.join(self.options())}"
+                )
             setattr(self, name, value)
 
     @classmethod
     def options(cls) -> dict:
         """The options of this optimiser and their defaults."""
-        return {name: getattr(cls, name) for kind in reversed(cls.__mro__)
-                for name in vars(kind).get("__annotations__", {})}
+        return {
+            name: getattr(cls, name)
+            for kind in reversed(cls.__mro__)
+            for name in vars(kind).get("__annotations__", {})
+        }
 
     def __repr__(self):
         values = (f"{name}={getattr(self, name)!r}" for name in self.options())
@@ -631,8 +673,10 @@ class Optimizer:
         if not math.isfinite(point.y):
             raise ValueError(f"the objective is {point.y} at the starting point x0; choose another x0")
         if not math.isfinite(problem.vs.norm(point.Pg)):
-            raise ValueError("the gradient has components that are not finite at the starting point x0 "
-                             f"(the objective is {point.y:.6g} there)")
+            raise ValueError(
+                "the gradient has components that are not finite at the starting point x0 "
+                f"(the objective is {point.y:.6g} there)"
+            )
         if problem.preconditioner is not None:
             problem.preconditioner.check(problem.vs, point.x, point.g)
         self._take(problem, state, point)
@@ -656,8 +700,12 @@ class Optimizer:
         """Whether to stop here; sets `converged` and `message`."""
         moved = state.nit > 0 and state.step > 0
         if state.Pgnorm <= max(self.gtol * state.Pgnorm0, self.gatol):
-            self.give_up(state, True, f"converged: |g| = {state.Pgnorm:.3g}, "
-                                      f"{state.Pgnorm / (state.Pgnorm0 or 1):.3g} of its first value")
+            self.give_up(
+                state,
+                True,
+                f"converged: |g| = {state.Pgnorm:.3g}, "
+                f"{state.Pgnorm / (state.Pgnorm0 or 1):.3g} of its first value",
+            )
         elif moved and 0 <= -state.dy < self.ftol * abs(state.y):
             self.give_up(state, True, f"converged: the objective fell by {-state.dy:.3g} only")
         elif moved and state.dxnorm < self.xtol * state.xnorm:
@@ -774,8 +822,11 @@ class LBFGS(Optimizer):
             if lost_in_rounding(-slope / 2, state.y):
                 return self.give_up(state, True, "converged: to the rounding of the objective")
             if not state.vectors["S"]:
-                return self.give_up(state, False, "the line search failed along the gradient: is it right, "
-                                                  "and the objective smooth?")
+                return self.give_up(
+                    state,
+                    False,
+                    "the line search failed along the gradient: is it right, and the objective smooth?",
+                )
             self.forget(state)
         self.remember(vs, state, trial.point)
         state.numbers["idle"] = 0 if trial.y < state.y else state.numbers.get("idle", 0) + 1
@@ -804,7 +855,7 @@ class LBFGS(Optimizer):
         S, R, rho = state.vectors["S"], state.vectors["R"], state.numbers["rho"]
         for memory, new in ((S, s), (R, r), (rho, 1 / sr)):
             memory.append(new)
-            del memory[:-self.m]
+            del memory[: -self.m]
         state.numbers["gamma"] = sr / rr
 
 
@@ -850,7 +901,7 @@ class TrustRegionCG(Optimizer):
                 return vs.accumulate(p, d, edge), vs.accumulate(r, Hd, edge), True
             p, r = vs.accumulate(p, d, step), vs.accumulate(r, Hd, step)
             rr, last = vs.dot(r, r), rr
-            if rr <= rtol ** 2 * target:
+            if rr <= rtol**2 * target:
                 break
             d = vs.addmul(vs.scale(-1.0, r), d, rr / last)
         return p, r, False
@@ -866,8 +917,12 @@ class TrustRegionCG(Optimizer):
             # End where nothing can be gained
             if not surface:
                 return self.give_up(state, True, "converged: to the rounding of the objective")
-            return self.give_up(state, False, f"the trust region has shrunk to {radius:.3g}: "
-                                              "are the gradient and the Hessian-vector product right?")
+            return self.give_up(
+                state,
+                False,
+                f"the trust region has shrunk to {radius:.3g}: "
+                "are the gradient and the Hessian-vector product right?",
+            )
         point = Point(problem, Px=vs.addmul(state.Px, p, 1.0))
         ratio = (state.y - point.y) / promised if math.isfinite(point.y) else -math.inf
         if ratio > self.eta and not math.isfinite(vs.norm(point.Pg)):
@@ -886,7 +941,7 @@ class TrustRegionCG(Optimizer):
             return self.radius
         curvature = vs.dot(state.Pg, hvp(state.Pg))
         if curvature > 0:
-            return min(10 * state.Pgnorm ** 3 / curvature, self.maxradius)
+            return min(10 * state.Pgnorm**3 / curvature, self.maxradius)
         return min(max(1.0, vs.norm(state.Px)), self.maxradius)
 
 
@@ -921,22 +976,23 @@ class GradientDescent(Optimizer):
         """One step downhill."""
         vs, numbers = problem.vs, state.numbers
         recent = numbers.setdefault("recent", [state.y])
-        p, slope = vs.scale(-1.0, state.Pg), -state.Pgnorm ** 2
+        p, slope = vs.scale(-1.0, state.Pg), -(state.Pgnorm**2)
         line = Line(problem, state.Px, state.y, p, slope, reference=max(recent))
         trial = self.linesearch(line, numbers.get("rate", min(1.0, 1 / state.Pgnorm)))
         if trial is None and lost_in_rounding(numbers.get("rate", 1.0) * slope, state.y):
             return self.give_up(state, True, "converged: to the rounding of the objective")
         if trial is None:
-            return self.give_up(state, False, "the line search failed: is the gradient right, "
-                                              "and the objective smooth?")
+            return self.give_up(
+                state, False, "the line search failed: is the gradient right, and the objective smooth?"
+            )
         recent.append(trial.y)
-        del recent[:-self.window]
+        del recent[: -self.window]
         numbers["rate"] = 2 * trial.t
         if self.barzilai_borwein:
             r = vs.addmul(trial.point.Pg, state.Pg, -1)
             curvature = vs.dot(p, r)
             if curvature > 0:
-                numbers["rate"] = trial.t * state.Pgnorm ** 2 / curvature
+                numbers["rate"] = trial.t * state.Pgnorm**2 / curvature
         return trial.point, trial.t * state.Pgnorm
 
 
@@ -947,10 +1003,12 @@ def scipy_minimize(problem, x0, method="L-BFGS-B", **options):
     problem is passed on to the methods that use one.
     """
     import scipy.optimize
+
     vs, start = problem.vs, Point(problem, x=x0)
     if vs.comm is not None and vs.comm.size > 1:
-        raise ValueError("scipy_minimize is for one process, and this problem is spread over "
-                         f"{vs.comm.size}; use LBFGS")
+        raise ValueError(
+            f"scipy_minimize is for one process, and this problem is spread over {vs.comm.size}; use LBFGS"
+        )
     like = start.Px
 
     def flatten(vector):
@@ -968,8 +1026,11 @@ def scipy_minimize(problem, x0, method="L-BFGS-B", **options):
         return vs.from_arrays(arrays, like)
 
     if not np.isclose(vs.dot(start.Pg, start.Pg), np.sum(flatten(start.Pg) ** 2), rtol=1e-6):
-        raise ValueError("SciPy knows only the plain sum of squares as inner product, and this vector "
-                         "space has another (half-stored complex fields have); use LBFGS")
+        raise ValueError(
+            "SciPy knows only the plain sum of squares as inner product, and this vector "
+            "space has another (half-stored complex fields have); use LBFGS"
+        )
+
     # Hand the problem to SciPy
     def value_and_gradient(flat):
         point = Point(problem, Px=unflatten(flat))

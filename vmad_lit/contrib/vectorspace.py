@@ -4,11 +4,12 @@ A space knows how to form ``a + b * c ** p`` and the inner product of two vector
 :class:`VectorSpace` does so for numbers and NumPy arrays, :class:`FieldSpace` for pmesh fields, and
 :class:`ProductSpace` for tuples, lists and dictionaries of vectors of other spaces.
 """
+
 from __future__ import annotations
 
 import numpy as np
 
-CACHED = 2 ** 13  # numbers in a part of an array that stays in the cache
+CACHED = 2**13  # numbers in a part of an array that stays in the cache
 
 
 def slabs(array):
@@ -23,8 +24,9 @@ def real_inner_product(a, b) -> float:
     if a.shape != b.shape:
         raise ValueError(f"the inner product needs two arrays of one shape, got {a.shape} and {b.shape}")
     a, b, wide = np.atleast_1d(a), np.atleast_1d(b), np.result_type(a, b, np.float64)
-    return float(sum(np.vdot(a[i].astype(wide, copy=False), b[i].astype(wide, copy=False)).real
-                     for i in slabs(a)))
+    return float(
+        sum(np.vdot(a[i].astype(wide, copy=False), b[i].astype(wide, copy=False)).real for i in slabs(a))
+    )
 
 
 def multiply_add(out, a, b, c):
@@ -114,15 +116,19 @@ class VectorSpace:
         """
         array = np.asarray(value)
         if array.size != 1 or array.dtype.kind not in "fiub":
-            raise TypeError(f"an objective must return one real number, got {type(value).__name__} "
-                            f"with shape {array.shape} and dtype {array.dtype}")
+            raise TypeError(
+                f"an objective must return one real number, got {type(value).__name__} "
+                f"with shape {array.shape} and dtype {array.dtype}"
+            )
         number = float(array.reshape(()))
         if self.comm is None or self.comm.size == 1:
             return number
         numbers = self.comm.allgather(number)
         if not np.allclose(numbers, numbers[0], rtol=1e-6, atol=0, equal_nan=True):
-            raise ValueError(f"the objective differs between ranks, {numbers}: sum the contributions of "
-                             "the ranks (allreduce) before returning it")
+            raise ValueError(
+                f"the objective differs between ranks, {numbers}: sum the contributions of "
+                "the ranks (allreduce) before returning it"
+            )
         return numbers[0]
 
     def any(self, flag) -> bool:
@@ -136,7 +142,7 @@ class VectorSpace:
 
     def from_arrays(self, arrays, like):
         """The inverse of :meth:`to_arrays`; `like` is a vector of the kind that is wanted."""
-        array, = arrays
+        (array,) = arrays
         if array.shape != np.shape(like):
             raise ValueError(f"expected an array of shape {np.shape(like)}, got {array.shape}")
         if isinstance(like, np.ndarray):
@@ -147,7 +153,7 @@ class VectorSpace:
 def scalar(c, p=1):
     """``c ** p``, as a plain Python number if it is a number."""
     c = c.item() if isinstance(c, np.generic) else c
-    return c if p == 1 else c ** p
+    return c if p == 1 else c**p
 
 
 def is_zero(a) -> bool:
@@ -157,8 +163,14 @@ def is_zero(a) -> bool:
 
 def alike(a, b, c) -> bool:
     """Whether a and b are arrays of one shape and floating-point type, and c is a number that keeps it."""
-    return (type(a) is type(b) is np.ndarray and a.shape == b.shape and a.dtype == b.dtype and a.ndim > 0
-            and a.dtype.kind in "fc" and isinstance(c, (int, float)))
+    return (
+        type(a) is type(b) is np.ndarray
+        and a.shape == b.shape
+        and a.dtype == b.dtype
+        and a.ndim > 0
+        and a.dtype.kind in "fc"
+        and isinstance(c, (int, float))
+    )
 
 
 def local_field_product(a, b) -> float:
@@ -192,8 +204,9 @@ class FieldSpace(VectorSpace):
     def dot(self, a, b) -> float:
         """The inner product over the whole mesh."""
         if type(a) is not type(b) or not is_field(a):
-            raise TypeError("expected two pmesh fields of one kind, "
-                            f"got {type(a).__name__} and {type(b).__name__}")
+            raise TypeError(
+                f"expected two pmesh fields of one kind, got {type(a).__name__} and {type(b).__name__}"
+            )
         return a.pm.comm.allreduce(local_field_product(a, b))
 
     def addmul(self, a, b, c, p=1):
@@ -240,10 +253,12 @@ class FieldSpace(VectorSpace):
         """A field on the mesh of `like` with the values given."""
         if not is_field(like):
             return super().from_arrays(arrays, like)
-        array, = arrays
+        (array,) = arrays
         if array.shape != like.shape:
-            raise ValueError(f"expected the values of a {type(like).__name__} of local shape {like.shape}, "
-                             f"got {array.shape}")
+            raise ValueError(
+                f"expected the values of a {type(like).__name__} of local shape {like.shape}, "
+                f"got {array.shape}"
+            )
         return like.pm.create(type=type(like), value=array)
 
 
@@ -267,8 +282,10 @@ class ProductSpace(VectorSpace):
         keys = [key for key, _ in _items(b)]
         zero = is_zero(a)
         if not zero and [key for key, _ in _items(a)] != keys and set(dict(_items(a))) != set(keys):
-            raise ValueError(f"two vectors of a product space differ in their components: "
-                             f"{[key for key, _ in _items(a)]} and {keys}")
+            raise ValueError(
+                f"two vectors of a product space differ in their components: "
+                f"{[key for key, _ in _items(a)]} and {keys}"
+            )
         return [(self._space(key), 0 if zero else a[key], b[key]) for key in keys]
 
     def _space(self, key):
@@ -277,8 +294,10 @@ class ProductSpace(VectorSpace):
         try:
             return self.spaces[key]
         except LookupError:
-            raise ValueError(f"no space is known for component {key!r}; "
-                             f"known are {[key for key, _ in _items(self.spaces)]}") from None
+            raise ValueError(
+                f"no space is known for component {key!r}; "
+                f"known are {[key for key, _ in _items(self.spaces)]}"
+            ) from None
 
     def addmul(self, a, b, c, p=1):
         """``a + b * c ** p``, component by component."""
@@ -322,8 +341,9 @@ def _items(vector):
         return list(vector.items())
     if isinstance(vector, (list, tuple)):
         return list(enumerate(vector))
-    raise TypeError("a vector of a product space is a dictionary, list or tuple, "
-                    f"not {type(vector).__name__}")
+    raise TypeError(
+        f"a vector of a product space is a dictionary, list or tuple, not {type(vector).__name__}"
+    )
 
 
 def _like(vector, parts):

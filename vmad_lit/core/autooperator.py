@@ -78,7 +78,9 @@ class AutoOperator(Operator):
         expected = [name for name in self.argnames if name not in self.ain]
         for name in hyperargs:
             if name not in expected:
-                raise BadArgument(f"{self.__name__} has no hyper-parameter '{name}'" + did_you_mean(name, expected))
+                raise BadArgument(
+                    f"{self.__name__} has no hyper-parameter '{name}'" + did_you_mean(name, expected)
+                )
         for name in expected:
             if name not in hyperargs:
                 raise ModelError(f"to build its model, {self.__name__} needs the hyper-parameter '{name}'")
@@ -248,9 +250,12 @@ def share_model(node: Any, hyperargs: Mapping[str, Any]) -> Any:
     operator, graph = node.operator, node.graph
     if graph is None or not all(node.is_literal(name) for name in hyperargs):
         return operator._build(hyperargs)
-    key = operator, *(
-        (type(value), value) if type(value) in (int, float, str) else id(value)
-        for value in hyperargs.values()
+    key = (
+        operator,
+        *(
+            (type(value), value) if type(value) in (int, float, str) else id(value)
+            for value in hyperargs.values()
+        ),
     )
     if key not in graph.shared:
         graph.shared[key] = operator._build(hyperargs)
@@ -382,9 +387,7 @@ def from_class(prototype: Any) -> AutoOperator:
     return make(prototype, parameters, lambda m, arguments: prototype.main(m, **arguments))
 
 
-def make(
-    prototype: Any, parameters: Iterable[inspect.Parameter], call: Callable[..., Any]
-) -> AutoOperator:
+def make(prototype: Any, parameters: Iterable[inspect.Parameter], call: Callable[..., Any]) -> AutoOperator:
     ain, aout = declare(prototype.ain), declare(prototype.aout)
     parameters = list(parameters)
     argnames = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -76,9 +76,7 @@ def checkpoint(
         The step is none, or the numbers do not make a schedule.
     """
     if isinstance(step, InstanceAutoOperator):
-        chain = checkpoint(
-            step.base, n, ram, disk, folder, schedule, period=period, costs=costs, comm=comm
-        )
+        chain = checkpoint(step.base, n, ram, disk, folder, schedule, period=period, costs=costs, comm=comm)
         return InstanceOperator(chain, step.instance)
     # Check the step and the number of steps
     if not isinstance(step, AutoOperator):
@@ -142,9 +140,7 @@ def of_library(costs: dict[str, float] | None) -> dict[str, float]:
 
 def mixed(n: int, ram: int = 0, disk: int = 0) -> Any:
     if (ram < 1) == (disk < 1):
-        raise BadArgument(
-            f"a mixed schedule is all in memory or all on disk; got ram = {ram}, disk = {disk}"
-        )
+        raise BadArgument(f"a mixed schedule is all in memory or all on disk; got ram = {ram}, disk = {disk}")
     storage = library().StorageType.RAM if ram else library().StorageType.DISK
     return library().MixedCheckpointSchedule(n, ram or disk, storage=storage)
 
@@ -309,7 +305,9 @@ class Steps:
         out, _ = model._run(vout, self.inputs(state), given_away=private)
         return tuple(out.values()), self.own(model._plan(tuple(vout), False, True, private))
 
-    def record(self, i: int, state: tuple[Any, ...], private: Names = ()) -> tuple[tuple[Any, ...], Names, Any]:
+    def record(
+        self, i: int, state: tuple[Any, ...], private: Names = ()
+    ) -> tuple[tuple[Any, ...], Names, Any]:
         """Run a step; returns the next state, what of it is private, and the tape."""
         _, tape = self.models[i]._run(self.chain.aout, self.inputs(state), record=True, given_away=private)
         own = self.own(tape.plan)
@@ -777,7 +775,9 @@ class StepsWithTangents:
         """Run a step: the next state and tangent, of which nothing is private."""
         return self.record(i, state)[0], ()
 
-    def record(self, i: int, state: tuple[Any, Any], private: Names = ()) -> tuple[tuple[Any, Any], Names, Any]:
+    def record(
+        self, i: int, state: tuple[Any, Any], private: Names = ()
+    ) -> tuple[tuple[Any, Any], Names, Any]:
         """Run a step: the next state and tangent, of which nothing is private, and the tape with the tangents before."""
         values, tangents = state
         out, _, tape = self.steps.record(i, values)

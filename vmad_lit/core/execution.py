@@ -19,18 +19,14 @@ Step = tuple[Any, ...]  # a function, the node that it is for (or None), and wha
 Target = Any  # the number of a slot, or a (nested) list of such numbers
 
 
-def find_needed(
-    graph: Graph, vout: Iterable[str]
-) -> tuple[list[Node], dict[Any, Node | None]]:
+def find_needed(graph: Graph, vout: Iterable[str]) -> tuple[list[Node], dict[Any, Node | None]]:
     """The nodes that have to run to compute the outputs named in `vout`, in order, and when values
     are used last.
 
     The latter is a dict from each symbol that is used to the node that uses it last; for an output
     that is None.
     """
-    last_use: dict[Any, Node | None] = {
-        leaf: None for name in vout for leaf in leaves(graph._outputs[name])
-    }
+    last_use: dict[Any, Node | None] = {leaf: None for name in vout for leaf in leaves(graph._outputs[name])}
     used = last_use.keys()
     needed = []
     for node in reversed(graph):
@@ -166,7 +162,9 @@ class Plan:
             self._totals: dict[BaseSymbol, int] = {}
             # Plan all nodes
             self.inputs = {
-                name: self._give_slot(symbol) for name, symbol in graph._inputs.items() if symbol in self._last_use
+                name: self._give_slot(symbol)
+                for name, symbol in graph._inputs.items()
+                if symbol in self._last_use
             }
             for node in self.nodes:
                 self._plan_node(node)
@@ -177,7 +175,9 @@ class Plan:
             self.own_outputs = tuple(
                 name
                 for name, symbol in zip(self.vout, wanted)
-                if symbol in self._private and wanted.count(symbol) == 1 and self._slots[symbol] not in recorded
+                if symbol in self._private
+                and wanted.count(symbol) == 1
+                and self._slots[symbol] not in recorded
             )
             self.size = self.offset + len(self.template)
             del self._last_use, self._recorded, self._free, self._totals, self._private
@@ -225,7 +225,9 @@ class Plan:
             return
         for operand in operands:
             if type(operand) in (int, list):
-                self._last_reads.update((slot, len(self.steps)) for slot in numbers_in(operand) if slot < self.offset)
+                self._last_reads.update(
+                    (slot, len(self.steps)) for slot in numbers_in(operand) if slot < self.offset
+                )
 
     def _record_of(self, node: Node) -> Any:
         """What the original of a derived node recorded: the slot of a dict, or a dict of slots by name."""
@@ -268,7 +270,9 @@ class Plan:
                 else:
                     lists = True
                     slot = self._slot(self._target(symbol))
-                    leaf_slots = {slots[leaf] for leaf in leaves(symbol) if leaf in slots and last_use[leaf] is node}
+                    leaf_slots = {
+                        slots[leaf] for leaf in leaves(symbol) if leaf in slots and last_use[leaf] is node
+                    }
                     dead += sorted(leaf_slots.difference(dead))
                     if name not in self._recorded.get(node, ()):
                         clear.append(slot)
@@ -326,7 +330,8 @@ class Plan:
             linear = [
                 slot
                 for name, slot in zip(names, ins)
-                if name in primitive.ain and not (type(varin[name]) is Literal and varin[name]._value is ZeroGradient)
+                if name in primitive.ain
+                and not (type(varin[name]) is Literal and varin[name]._value is ZeroGradient)
             ]
             if primitive.kind == "hvp":
                 of_names = dict(zip(names, ins))
@@ -351,7 +356,17 @@ class Plan:
                 step = differentiate, acting, function, gatherer(ins), record, linear[0], outs
         elif linear is not None and single and len(clear) < 2 and len(linear) == 2:
             ((name, out),) = outs
-            step = differentiate_two, acting, function, gatherer(ins), record, *linear, name, out, (clear or [out])[0]
+            step = (
+                differentiate_two,
+                acting,
+                function,
+                gatherer(ins),
+                record,
+                *linear,
+                name,
+                out,
+                (clear or [out])[0],
+            )
         else:
             step = execute, acting, function, gatherer(ins), record, linear, outs, extras, kept, clear
         self._note_reads(ins if record is None else [*ins, record[1]])
@@ -525,6 +540,7 @@ def scatter(s: Slots, target: Target, value: Value) -> None:
         for item, v in zip(target, value):
             scatter(s, item, v)
 
+
 def product(s: Slots, step: Step) -> None:
     """ZeroGradient if the values of all slots of any of some groups are, else None."""
     _, _, slot, *factors = step
@@ -561,6 +577,7 @@ def gatherer(slots: Sequence[int]) -> Callable[[Slots], Any]:
         return itemgetter(*slots)
     return itemgetter(slice(slots[0], slots[0] + 1) if slots else slice(0))
 
+
 def grow_total(s: Slots, step: Step) -> None:
     """Add to a sum that only the engine knows."""
     _, _, grow, a, b, out, dead, own, continued = step
@@ -568,6 +585,7 @@ def grow_total(s: Slots, step: Step) -> None:
     s[own] = mine if continued else None
     s[dead] = None
     s[out] = total
+
 
 def call_and_record(s: Slots, step: Step) -> None:
     """Call a function that has one result, and record what its `rcd` wants to."""
@@ -586,6 +604,7 @@ def call_and_record(s: Slots, step: Step) -> None:
     for slot in clear:
         s[slot] = None
 
+
 @lru_cache(None)
 def taker(names: tuple[str, ...]) -> Callable[[dict[str, Value]], Any]:
     """A function that takes values by name, in a row, from a dict."""
@@ -600,6 +619,7 @@ def take_recorded(s: Slots, record: tuple[Callable[..., Any], int], node: Any) -
     except KeyError:
         return [find_extra(node.forward, name, s[kept]) for name in node.primitive.from_record]
 
+
 def differentiate_one(s: Slots, step: Step) -> None:
     """Call a derivative that has one tangent or cotangent, and one result."""
     _, node, function, linear, gather, record, name, out = step
@@ -611,6 +631,7 @@ def differentiate_one(s: Slots, step: Step) -> None:
         if r.__class__ is int and r == 0:
             r = ZeroGradient
     s[out] = r
+
 
 def differentiate(s: Slots, step: Step) -> None:
     """Call a derivative of which only one argument can be something else than zero."""
@@ -629,6 +650,7 @@ def differentiate(s: Slots, step: Step) -> None:
         value = r[name] if name in r else the_only(r, name, node)
         s[out] = value if value.__class__ is not int or value else ZeroGradient
 
+
 def differentiate_two(s: Slots, step: Step) -> None:
     """Call a derivative that has two tangents and one result."""
     _, node, function, gather, record, i, j, name, out, dead = step
@@ -642,6 +664,7 @@ def differentiate_two(s: Slots, step: Step) -> None:
         r = the_only(r, name, node)
     s[dead] = None
     s[out] = r if r.__class__ is not int or r else ZeroGradient
+
 
 def execute(s: Slots, step: Step) -> None:
     """Call any function."""
@@ -669,6 +692,7 @@ def execute(s: Slots, step: Step) -> None:
     for slot in clear:
         s[slot] = None
 
+
 def as_dict(r: Any, node: Node) -> dict[str, Value]:
     """What a function returned, as a dict."""
     names = node.primitive.outnames
@@ -686,6 +710,7 @@ def as_dict(r: Any, node: Node) -> dict[str, Value]:
 def is_zero(value: Value) -> bool:
     """Whether a tangent or cotangent is ZeroGradient, or a list of nothing else."""
     return all(map(is_zero, value)) if type(value) is list else value is ZeroGradient
+
 
 def broken(node: Node, r: Any) -> ExecutionError:
     got = f"a dict with {list(r)}" if isinstance(r, dict) else f"an object of type {type(r).__name__}"
@@ -706,6 +731,7 @@ def find_extra(node: Node, key: str, r: dict[str, Value]) -> Value:
         f"recorded; recorded are {list(r)}"
     )
 
+
 class Spent(list[Value]):
     """The slots of a tape that nobody will use again."""
 
@@ -721,6 +747,7 @@ def hand_over(s: Slots, step: Step) -> None:
         use_up = getattr(s[slot], "use_up", None)
         if use_up is not None:
             use_up()
+
 
 def describe(value: Value) -> str:
     """A few words about a value: its type, and its shape and dtype if it has any."""

@@ -262,6 +262,7 @@ class Graph(list[Node]):
     def _draw(self, lines: list[str], prefix: str, depth: int) -> None:
         """Append the lines for all nodes, whose names in the picture begin with a prefix."""
         made_by: dict[BaseSymbol, str] = {}
+
         # Draw the inputs, the nodes and the outputs
         def arrows(symbol: BaseSymbol, target: str) -> None:
             for leaf in leaves(symbol):
@@ -270,7 +271,6 @@ class Graph(list[Node]):
                 elif isinstance(leaf, Recorded):
                     lines.append(f"  {quote(prefix + repr(leaf))} [label={quote(repr(leaf))}, shape=note];")
                     lines.append(f"  {quote(prefix + repr(leaf))} -> {target};")
-
 
         for name, given in self._inputs.items():
             made_by[given] = quote(f"{prefix}in: {name}")
@@ -348,9 +348,7 @@ def find_graph(arguments: Iterable[BaseSymbol]) -> Graph:
 def alive(ref: Callable[[], Graph | None]) -> Graph:
     graph = ref()
     if graph is None:
-        raise InferError(
-            "the model of these symbols no longer exists; keep a reference to it while building"
-        )
+        raise InferError("the model of these symbols no longer exists; keep a reference to it while building")
     return graph
 
 
@@ -377,7 +375,8 @@ def fold(
     header = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     return (
         f"<details><summary>{html.escape(clip(summary))}</summary><table><tr>{header}</tr>"
-        + "".join(rows) + "</table></details>"
+        + "".join(rows)
+        + "</table></details>"
     )
 
 
@@ -393,6 +392,7 @@ def in_bytes(size: float) -> str:
             break
         size /= 1000
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
 
 def quote(text: str) -> str:
     """A string of the language of Graphviz."""

@@ -274,9 +274,7 @@ class Model(Graph):
                 raise BadArgument(
                     f"the derived model has no input '{name}'" + did_you_mean(name, list(self._inputs))
                 )
-        return {
-            name: fit(name, as_zero(x), forms[name]) if name in forms else x for name, x in init.items()
-        }
+        return {name: fit(name, as_zero(x), forms[name]) if name in forms else x for name, x in init.items()}
 
 
 class Builder(Model):
@@ -296,6 +294,7 @@ def as_zero(value: Value) -> Value:
         return [as_zero(item) for item in value]
     return ZeroGradient if ZeroGradient.is_zero(value) else value
 
+
 def names_of(vout: Names) -> list[str]:
     return [vout] if isinstance(vout, str) else list(vout)
 
@@ -306,6 +305,7 @@ def select(out: dict[str, Value], vout: Names, return_dict: bool = False) -> Any
         return {name: out[name] for name in names_of(vout)}
     return out[vout] if isinstance(vout, str) else [out[name] for name in vout]
 
+
 def without(name: str, prefix: str | None, suffix: str | None) -> str:
     """The name of a variable, from that of its cotangent (prefix) or tangent (suffix)."""
     if prefix and not name.startswith(prefix) or suffix and not name.endswith(suffix):
@@ -314,6 +314,7 @@ def without(name: str, prefix: str | None, suffix: str | None) -> str:
             f"did you mean '{prefix or ''}{name}{suffix or ''}'?"
         )
     return name[1:] if prefix else name[:-1]
+
 
 def is_real_number(value: Value) -> bool:
     """Whether a value is a real number, or an array without axes that holds one."""

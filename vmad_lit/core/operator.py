@@ -349,13 +349,17 @@ class Operator:
         for name, value in kwargs.items():
             # Sort a keyword argument in
             if name in given:
-                raise BadArgument(f"{self.__name__} got the argument '{name}' twice, by position and by keyword")
+                raise BadArgument(
+                    f"{self.__name__} got the argument '{name}' twice, by position and by keyword"
+                )
             if name in apl.argnames:
                 given[name] = value
             elif name in apl.outnames:
                 places[name] = value
             else:
-                raise BadArgument(f"{self.__name__} has no argument '{name}'{did_you_mean(name, apl.argnames)}")
+                raise BadArgument(
+                    f"{self.__name__} has no argument '{name}'{did_you_mean(name, apl.argnames)}"
+                )
         for name in apl.argnames:
             # Fill in a default, or complain
             if name not in given:

@@ -45,6 +45,7 @@ def form_of(value: Value) -> Any:
         return [form_of(item) for item in value]
     return value if type(value) is Form else Form(value)
 
+
 def fit(name: str, derivative: Value, form: Any) -> Value:
     """A tangent or cotangent for a value of some form; raises BadArgument if it does not fit."""
     if derivative is ZeroGradient:
@@ -56,8 +57,10 @@ def fit(name: str, derivative: Value, form: Any) -> Value:
         return [fit(f"{name}[{i}]", item, part) for i, (item, part) in enumerate(zip(derivative, form))]
     if form.shape is None:
         return derivative  # of a type that we know nothing about
-    if type(given) is list or given.shape != form.shape or (
-        (given.whole or form.whole) != (form.whole or given.whole)
+    if (
+        type(given) is list
+        or given.shape != form.shape
+        or ((given.whole or form.whole) != (form.whole or given.whole))
     ):
         # Take a number for an array, or complain
         if type(given) is not list and given.shape == () and form.kind.__name__ == "ndarray":

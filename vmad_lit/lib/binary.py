@@ -43,12 +43,14 @@ class binary_ufunc:
             if node.is_literal(name):
                 return ZeroGradient
             return fit(scaled(_y, conj(slope(fprime, x1, x2))), kind(x))
+
         return dict(_x1=pull("x1", x1, node.prototype.fprime1), _x2=pull("x2", x2, node.prototype.fprime2))
 
     def jvp(node, x1_, x2_, x1, x2):
         # Push the tangent of each operand that has one
         def push(x_, fprime):
             return x_ if x_ is ZeroGradient else scaled(x_, slope(fprime, x1, x2))
+
         return widen(
             push(x1_, node.prototype.fprime1) + push(x2_, node.prototype.fprime2), kind(x1), kind(x2)
         )
@@ -67,6 +69,7 @@ class binary_ufunc:
                 if x_ is not ZeroGradient:
                     slope_ = slope_ + scaled(x_, slope(fsecond, x1, x2))
             return fit(scaled(_y, conj(slope_)), kind(x))
+
         second = node.prototype
         return dict(
             _x1_=bend("x1", x1, second.fsecond11, second.fsecond12),
@@ -217,6 +220,17 @@ class power(stdlib.pow.prototype):
 
 
 __all__ = [
-    "binary_ufunc", "maximum", "minimum", "fmax", "fmin", "hypot", "arctan2", "logaddexp",
-    "add", "subtract", "multiply", "divide", "power",
+    "binary_ufunc",
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "hypot",
+    "arctan2",
+    "logaddexp",
+    "add",
+    "subtract",
+    "multiply",
+    "divide",
+    "power",
 ]

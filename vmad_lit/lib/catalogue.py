@@ -2,6 +2,7 @@
 
 A file has columns of a catalogue in its group `particles`, meshes in its group `fields`, and attributes.
 """
+
 import os
 
 import numpy
@@ -32,7 +33,7 @@ class Block:
     @classmethod
     def of_rows(cls, comm, values, dtype):
         lengths = comm.allgather(len(values))
-        start = (sum(lengths[:comm.rank]),) + (0,) * (values.ndim - 1)
+        start = (sum(lengths[: comm.rank]),) + (0,) * (values.ndim - 1)
         return cls((sum(lengths), *values.shape[1:]), start, values, dtype)
 
     @classmethod
@@ -54,7 +55,7 @@ class Block:
             run = self.values[index]
             rows = max(1, CHUNK // max(1, run[:1].size * self.dtype.itemsize))
             for begin in range(0, len(run), rows):
-                file.write(numpy.ascontiguousarray(run[begin:begin + rows], dtype=self.dtype).tobytes())
+                file.write(numpy.ascontiguousarray(run[begin : begin + rows], dtype=self.dtype).tobytes())
 
 
 def save(path, comm, columns=None, fields=None, attributes=None, dtype=None):
@@ -83,12 +84,13 @@ def save(path, comm, columns=None, fields=None, attributes=None, dtype=None):
         offsets = on_root(comm, lambda: _lay_out(partial, blocks, attributes or {}))
 
         def write():
-            with open(partial, 'r+b') as file:
+            with open(partial, "r+b") as file:
                 for name, block in blocks.items():
                     if offsets[name] is not None:
                         block.write(file, offsets[name])
                 file.flush()
                 os.fsync(file.fileno())
+
         run_together(comm, write)
     except Exception:
         if comm.rank == 0 and os.path.exists(partial):
@@ -102,10 +104,12 @@ def _lay_out(path, blocks, attributes):
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    with h5py.File(path, 'w') as file:
+    with h5py.File(path, "w") as file:
         file.attrs.update(attributes)
-        return {name: file.create_dataset(name, b.shape, b.dtype, dcpl=creation.copy()).id.get_offset()
-                for name, b in blocks.items()}
+        return {
+            name: file.create_dataset(name, b.shape, b.dtype, dcpl=creation.copy()).id.get_offset()
+            for name, b in blocks.items()
+        }
 
 
 def _blocks(comm, columns, fields, dtype):
@@ -115,9 +119,10 @@ def _blocks(comm, columns, fields, dtype):
     if len({len(values) if values.ndim else -1 for values in columns.values()}) > 1:
         complaint = f"columns must have the same number of rows, not {_shapes(columns)}"
     for name, values in columns.items():
-        if values.ndim == 0 or values.dtype.kind not in 'biuf':
-            complaint = (f"column {name!r} must be an array of numbers with a row for each particle, "
-                         f"not {values!r}")
+        if values.ndim == 0 or values.dtype.kind not in "biuf":
+            complaint = (
+                f"column {name!r} must be an array of numbers with a row for each particle, not {values!r}"
+            )
     for name, field in fields.items():
         if not isinstance(field, RealField):
             complaint = f"field {name!r} must be a RealField, not a {type(field).__name__}"
@@ -126,9 +131,8 @@ def _blocks(comm, columns, fields, dtype):
     kinds = comm.allgather((mine, list(fields)))
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"all ranks must write the same columns and fields; ranks 0, 1, .. have {kinds}")
-    blocks = {f'particles/{name}': Block.of_rows(comm, v, _in_file(v, dtype))
-              for name, v in columns.items()}
-    blocks.update((f'fields/{name}', Block.of_field(f, _in_file(f, dtype))) for name, f in fields.items())
+    blocks = {f"particles/{name}": Block.of_rows(comm, v, _in_file(v, dtype)) for name, v in columns.items()}
+    blocks.update((f"fields/{name}", Block.of_field(f, _in_file(f, dtype))) for name, f in fields.items())
     return blocks
 
 
@@ -137,7 +141,7 @@ def _shapes(columns):
 
 
 def _in_file(values, dtype):
-    return numpy.dtype(dtype if dtype is not None and values.dtype.kind == 'f' else values.dtype)
+    return numpy.dtype(dtype if dtype is not None and values.dtype.kind == "f" else values.dtype)
 
 
 def load(path, comm, names=None):
@@ -148,15 +152,16 @@ def load(path, comm, names=None):
     run_together(comm, _need_h5py)
 
     def read():
-        with h5py.File(path, 'r') as file:
-            group = file.get('particles', {})
+        with h5py.File(path, "r") as file:
+            group = file.get("particles", {})
             columns = {}
             for name in group if names is None else names:
                 if name not in group:
                     raise KeyError(f"{path} has no column {name!r}, only {list(group)}")
                 n = len(group[name])
-                columns[name] = group[name][comm.rank * n // comm.size:(comm.rank + 1) * n // comm.size]
+                columns[name] = group[name][comm.rank * n // comm.size : (comm.rank + 1) * n // comm.size]
             return columns, dict(file.attrs)
+
     return run_together(comm, read)
 
 
@@ -165,38 +170,42 @@ def load_field(path, name, pm):
     run_together(pm.comm, _need_h5py)
 
     def read():
-        with h5py.File(path, 'r') as file:
-            group = file.get('fields', {})
+        with h5py.File(path, "r") as file:
+            group = file.get("fields", {})
             if name not in group:
                 raise KeyError(f"{path} has no field {name!r}, only {list(group)}")
             if group[name].shape != tuple(pm.Nmesh):
-                raise ValueError(f"{path}: the field {name!r} has the shape {group[name].shape}, "
-                                 f"expected the mesh {tuple(int(n) for n in pm.Nmesh)}")
+                raise ValueError(
+                    f"{path}: the field {name!r} has the shape {group[name].shape}, "
+                    f"expected the mesh {tuple(int(n) for n in pm.Nmesh)}"
+                )
             field = pm.create(type=RealField, value=0)
             if field.value.size:
                 field[...] = group[name][field.slices]
             return field
+
     return run_together(pm.comm, read)
 
 
 def lattice_ids(q, Nmesh, BoxSize):
     """The number of each particle's point on a lattice of Nmesh points, from its position (N, ndim)."""
-    cells = numpy.floor(q / (numpy.asarray(BoxSize) / Nmesh) + 1e-5).astype('i8')
-    return numpy.ravel_multi_index(tuple(cells.T), tuple(int(n) for n in Nmesh), mode='wrap').astype('i8')
+    cells = numpy.floor(q / (numpy.asarray(BoxSize) / Nmesh) + 1e-5).astype("i8")
+    return numpy.ravel_multi_index(tuple(cells.T), tuple(int(n) for n in Nmesh), mode="wrap").astype("i8")
 
 
 def chosen(ids, fraction, seed=0):
     """Whether each particle belongs to a random subset of the given fraction, decided by its ID alone."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"the fraction must be between 0 and 1, not {fraction}")
-    z = numpy.asarray(ids).astype('u8') + numpy.uint64((1 + seed) * 0x9E3779B97F4A7C15 % 2 ** 64)
+    z = numpy.asarray(ids).astype("u8") + numpy.uint64((1 + seed) * 0x9E3779B97F4A7C15 % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ (z >> numpy.uint64(shift))) * numpy.uint64(factor)
-    return ((z ^ (z >> numpy.uint64(31))) >> numpy.uint64(11)) * 2.0 ** -53 < fraction
+    return ((z ^ (z >> numpy.uint64(31))) >> numpy.uint64(11)) * 2.0**-53 < fraction
 
 
-def save_snapshot(path, sim, dx, p, a=None, lattice=None, fraction=1.0, dtype='f4', fields=None,
-                  **attributes):
+def save_snapshot(
+    path, sim, dx, p, a=None, lattice=None, fraction=1.0, dtype="f4", fields=None, **attributes
+):
     """Write the particles of a FastPM simulation to an HDF5 file. Collective.
 
     Columns are Position (Mpc/h, in the box), Velocity (peculiar, km/s) and ID.
@@ -219,7 +228,15 @@ def save_snapshot(path, sim, dx, p, a=None, lattice=None, fraction=1.0, dtype='f
     x = ((sim.q[keep] + dx[keep]) % pm.BoxSize).astype(dtype)
     x[x >= pm.BoxSize.astype(dtype)] = 0  # the last number below the box may be rounded to it
     columns = dict(Position=x, Velocity=velocity(p[keep], a), ID=ids[keep])
-    attributes = dict(BoxSize=pm.BoxSize, Nmesh=pm.Nmesh, ScaleFactor=a, Om0=float(sim.pt.Om0),
-                      Fraction=fraction, Particles=comm.allreduce(len(ids)),
-                      UnitLength='Mpc/h', UnitVelocity='km/s', **attributes)
+    attributes = dict(
+        BoxSize=pm.BoxSize,
+        Nmesh=pm.Nmesh,
+        ScaleFactor=a,
+        Om0=float(sim.pt.Om0),
+        Fraction=fraction,
+        Particles=comm.allreduce(len(ids)),
+        UnitLength="Mpc/h",
+        UnitVelocity="km/s",
+        **attributes,
+    )
     save(path, comm, columns, fields, attributes, dtype)

@@ -3,6 +3,7 @@
 Cotangents of half-stored complex fields refer to the inner product in which a mode counts twice if
 its conjugate is not stored. Positions are arrays (N, ndim), in the units of the box.
 """
+
 import weakref
 from functools import cached_property, partial
 
@@ -61,9 +62,9 @@ _kinds = RealField, TransposedComplexField, UntransposedComplexField
 IN_PLACE.update(dict.fromkeys(_kinds, _add_to_field))
 PLUS.update(dict.fromkeys(_kinds, _sum_of_fields))
 
-if hasattr(LocalBuffer, 'allocate'):
-    LocalBuffer.allocate = staticmethod(partial(memory.empty, dtype='u1'))
-Disk.allocate = staticmethod(partial(memory.empty, dtype='u1'))
+if hasattr(LocalBuffer, "allocate"):
+    LocalBuffer.allocate = staticmethod(partial(memory.empty, dtype="u1"))
+Disk.allocate = staticmethod(partial(memory.empty, dtype="u1"))
 
 _kept = weakref.WeakKeyDictionary()
 
@@ -78,35 +79,39 @@ def _keep(pm, key, make):
 
 def mode_weights(x):
     """How many modes each stored number of a complex field speaks for: 1 or 2, as a broadcastable array."""
+
     def make():
         i = numpy.asarray(x.i[-1])
-        alone = (i == (-i) % x.Nmesh[-1]) if x.compressed else numpy.ones_like(i, dtype='?')
+        alone = (i == (-i) % x.Nmesh[-1]) if x.compressed else numpy.ones_like(i, dtype="?")
         return numpy.where(alone, 1, 2).astype(x.real.dtype)
-    return _keep(x.pm, ('mode_weights', type(x)), make)
+
+    return _keep(x.pm, ("mode_weights", type(x)), make)
 
 
 def _cdot(self, other, metric=None):
     """Inner product of two complex fields over all modes, also those not stored; `metric(k)` weighs modes."""
-    if not isinstance(other, type(self)) and hasattr(other, 'pm'):
-        raise TypeError(f"the inner product is of two fields of one kind, not {type(self).__name__} "
-                        f"and {type(other).__name__}")
-    product = mode_weights(self) * self.value * numpy.conj(getattr(other, 'value', other))
+    if not isinstance(other, type(self)) and hasattr(other, "pm"):
+        raise TypeError(
+            f"the inner product is of two fields of one kind, not {type(self).__name__} "
+            f"and {type(other).__name__}"
+        )
+    product = mode_weights(self) * self.value * numpy.conj(getattr(other, "value", other))
     return _sum_modes(self, product, metric)
 
 
-def _cnorm(self, metric=None, norm=lambda x: x.real ** 2 + x.imag ** 2):
+def _cnorm(self, metric=None, norm=lambda x: x.real**2 + x.imag**2):
     """Sum of `norm` over all modes, also those not stored; `metric(k)` weighs modes."""
     return _sum_modes(self, mode_weights(self) * norm(self.value), metric)
 
 
 def _sum_modes(x, values, metric):
     if metric is not None:
-        values = values * metric(_coordinates(x, 'wavenumber').normp(2) ** 0.5)
+        values = values * metric(_coordinates(x, "wavenumber").normp(2) ** 0.5)
     return _total(x, values)
 
 
 def _total(x, values):
-    return x.pm.comm.allreduce(values.sum(dtype=numpy.result_type(values, 'f8')).item())
+    return x.pm.comm.allreduce(values.sum(dtype=numpy.result_type(values, "f8")).item())
 
 
 BaseComplexField.cdot, BaseComplexField.cnorm = _cdot, _cnorm
@@ -130,7 +135,7 @@ _create_coords = ParticleMesh.create_coords
 
 def _centred_coords(self, field_type, return_indices=False):
     labels = _create_coords(self, field_type, return_indices)
-    if field_type not in ('real', RealField) and not return_indices:
+    if field_type not in ("real", RealField) and not return_indices:
         for k, i, n, length in zip(labels, _create_coords(self, field_type, True), self.Nmesh, self.BoxSize):
             if n % 2:
                 k[i == n // 2] = 2 * numpy.pi / length * (n // 2)
@@ -153,23 +158,23 @@ def _local_inner(x, y):
         return 0.0
     y = _like(x, y)
     if isinstance(x, BaseComplexField):
-        return float((mode_weights(x) * (x.real * y.real + x.imag * y.imag)).sum(dtype='f8'))
-    return float(numpy.real(numpy.conj(x.value) * y.value).sum(dtype='f8'))
+        return float((mode_weights(x) * (x.real * y.real + x.imag * y.imag)).sum(dtype="f8"))
+    return float(numpy.real(numpy.conj(x.value) * y.value).sum(dtype="f8"))
 
 
 def _like(x, value):
     """A value (array, number or field) as a field like `x`, without a copy if it is one."""
     if type(value) is type(x) and value.pm is x.pm:
         return value
-    return x.pm.create(type=type(x), value=getattr(value, 'value', value))
+    return x.pm.create(type=type(x), value=getattr(value, "value", value))
 
 
 @operator
 class to_scalar:
     """Squared norm of a field, on all ranks: sum of squares, with the weights of half-stored modes."""
 
-    ain = {'x': '*Field'}
-    aout = {'y': '*'}
+    ain = {"x": "*Field"}
+    aout = {"y": "*"}
     collective = True
 
     def apl(node, x):
@@ -189,34 +194,39 @@ class to_scalar:
 class cdot:
     """Real inner product of two fields of one kind, on all ranks."""
 
-    ain = {'x1': '*Field', 'x2': '*Field'}
-    aout = {'y': '*'}
+    ain = {"x1": "*Field", "x2": "*Field"}
+    aout = {"y": "*"}
     collective = True
 
     def apl(node, x1, x2):
         if type(x1) is not type(x2):
-            raise TypeError(f"cdot needs two fields of one kind, not a {type(x1).__name__} "
-                            f"and a {type(x2).__name__}")
+            raise TypeError(
+                f"cdot needs two fields of one kind, not a {type(x1).__name__} and a {type(x2).__name__}"
+            )
         return dict(y=_inner((x1, x2)))
 
     def vjp(node, _y, x1, x2):
-        return dict(_x1=ZeroGradient if _is_zero(_y) or node.is_literal('x1') else x2 * _y,
-                    _x2=ZeroGradient if _is_zero(_y) or node.is_literal('x2') else x1 * _y)
+        return dict(
+            _x1=ZeroGradient if _is_zero(_y) or node.is_literal("x1") else x2 * _y,
+            _x2=ZeroGradient if _is_zero(_y) or node.is_literal("x2") else x1 * _y,
+        )
 
     def jvp(node, x1_, x2_, x1, x2):
         return dict(y_=_inner((x2, x1_), (x1, x2_)))
 
     def hvp(node, _y, x1_, x2_):
-        return dict(_x1_=ZeroGradient if _is_zero(_y) or _is_zero(x2_) else x2_ * _y,
-                    _x2_=ZeroGradient if _is_zero(_y) or _is_zero(x1_) else x1_ * _y)
+        return dict(
+            _x1_=ZeroGradient if _is_zero(_y) or _is_zero(x2_) else x2_ * _y,
+            _x2_=ZeroGradient if _is_zero(_y) or _is_zero(x1_) else x1_ * _y,
+        )
 
 
 @operator
 class as_complex_field:
     """Numbers (..., 2), real and imaginary parts of this rank's stored modes, as a complex field on `pm`."""
 
-    ain = {'x': '*'}
-    aout = {'y': '*ComplexField'}
+    ain = {"x": "*"}
+    aout = {"y": "*ComplexField"}
 
     def apl(node, x, pm):
         y = pm.create(type=ComplexField)
@@ -244,15 +254,16 @@ def _agree(comm, *derivatives):
 
     All ranks must call it. It tells them what has to be computed, and where a zero has to be spelled out.
     """
-    dtypes = [None if _is_zero(x_) else numpy.result_type(getattr(x_, 'dtype', x_)) for x_ in derivatives]
+    dtypes = [None if _is_zero(x_) else numpy.result_type(getattr(x_, "dtype", x_)) for x_ in derivatives]
     if comm.size == 1:
         return dtypes
     # Ask all ranks
-    letters = numpy.array([0 if dtype is None else ord(dtype.char) for dtype in dtypes], dtype='u1')
-    everybody = numpy.empty((comm.size, len(dtypes)), dtype='u1')
+    letters = numpy.array([0 if dtype is None else ord(dtype.char) for dtype in dtypes], dtype="u1")
+    everybody = numpy.empty((comm.size, len(dtypes)), dtype="u1")
     comm.Allgather(letters, everybody)
-    return [numpy.result_type(*map(chr, column[column > 0])) if column.any() else None
-            for column in everybody.T]
+    return [
+        numpy.result_type(*map(chr, column[column > 0])) if column.any() else None for column in everybody.T
+    ]
 
 
 def _rows(x_, shape, dtype):
@@ -268,8 +279,8 @@ def _rows(x_, shape, dtype):
 class r2c:
     """Fourier transform of a real field, with the factor 1/N."""
 
-    ain = {'x': 'RealField'}
-    aout = {'y': '*ComplexField'}
+    ain = {"x": "RealField"}
+    aout = {"y": "*ComplexField"}
     collective = True
     hvp = ZeroGradient
 
@@ -277,14 +288,14 @@ class r2c:
         return dict(y=x.r2c(), pm=x.pm)
 
     def vjp(node, _y, pm):
-        dtype, = _agree(pm.comm, _y)
+        (dtype,) = _agree(pm.comm, _y)
         if dtype is None:
             return dict(_x=ZeroGradient)
         _y = _y if isinstance(_y, BaseComplexField) else pm.create(type=ComplexField, value=_y)
         return dict(_x=_y.r2c_vjp())
 
     def jvp(node, x_, pm):
-        dtype, = _agree(pm.comm, x_)
+        (dtype,) = _agree(pm.comm, x_)
         return dict(y_=ZeroGradient if dtype is None else _real(pm, x_).r2c())
 
 
@@ -292,8 +303,8 @@ class r2c:
 class c2r:
     """Inverse Fourier transform of a complex field, without a factor."""
 
-    ain = {'x': '*ComplexField'}
-    aout = {'y': 'RealField'}
+    ain = {"x": "*ComplexField"}
+    aout = {"y": "RealField"}
     collective = True
     hvp = ZeroGradient
 
@@ -301,13 +312,13 @@ class c2r:
         return dict(y=x.c2r(), pm=x.pm, kind=type(x))
 
     def vjp(node, _y, pm, kind):
-        dtype, = _agree(pm.comm, _y)
+        (dtype,) = _agree(pm.comm, _y)
         if dtype is None:
             return dict(_x=ZeroGradient)
         return dict(_x=_real(pm, _y).c2r_vjp(out=pm.create(type=kind)))
 
     def jvp(node, x_, pm, kind):
-        dtype, = _agree(pm.comm, x_)
+        (dtype,) = _agree(pm.comm, x_)
         if dtype is None:
             return dict(y_=ZeroGradient)
         x_ = x_ if isinstance(x_, BaseComplexField) else pm.create(type=kind, value=x_)
@@ -322,13 +333,14 @@ def _real(pm, value):
 def _coordinates(x, kind):
     """Labels of a field's modes, as a list of broadcastable arrays with pmesh's `normp`."""
     if not isinstance(x, BaseComplexField):
-        raise TypeError(f"a transfer function applies to a complex field, not to a {type(x).__name__}; "
-                        f"use r2c first")
-    if kind == 'index':
+        raise TypeError(
+            f"a transfer function applies to a complex field, not to a {type(x).__name__}; use r2c first"
+        )
+    if kind == "index":
         labels = [i.copy() for i in x.i]
-    elif kind == 'wavenumber':
+    elif kind == "wavenumber":
         labels = [k.copy() for k in x.x]
-    elif kind == 'circular':
+    elif kind == "circular":
         labels = [k * (L / N).astype(k.dtype) for k, L, N in zip(x.x, x.BoxSize, x.Nmesh)]
     else:
         raise ValueError(f"kind must be 'wavenumber', 'circular' or 'index', not {kind!r}")
@@ -349,13 +361,13 @@ def fixed_transfer(tf, pointwise=False):
 
 def _evaluate(x, f, kind):
     """`f` of the labels of the modes of `x`; kept, if `f` is declared to be fixed."""
-    if not getattr(f, 'fixed_transfer', False):
+    if not getattr(f, "fixed_transfer", False):
         return f(_coordinates(x, kind))
-    kept = _keep(x.pm, 'fixed_transfer', weakref.WeakKeyDictionary).setdefault(f, {})
+    kept = _keep(x.pm, "fixed_transfer", weakref.WeakKeyDictionary).setdefault(f, {})
     if (kind, type(x)) not in kept:
         # Evaluate, and arrange the result in memory like the field
         labels = _coordinates(x, kind)
-        if getattr(f, 'pointwise', False):
+        if getattr(f, "pointwise", False):
             result, n = None, len(labels[0])
             for rows in (slice(begin, begin + 8) for begin in range(0, max(n, 1), 8)):
                 slab = xslab([labels[0][rows], *labels[1:]])
@@ -377,7 +389,7 @@ def _times(x, factor, out=None, scale=1.0):
     """A field times an array that broadcasts to it and a number, in the field's precision; in `out`, if given."""
     y = x.pm.create(type=type(x)) if out is None else out
     if loops is None or not loops.multiply(y.value, x.value, factor, scale):
-        numpy.multiply(x.value, factor if scale == 1.0 else factor * scale, out=y.value, casting='same_kind')
+        numpy.multiply(x.value, factor if scale == 1.0 else factor * scale, out=y.value, casting="same_kind")
     return y
 
 
@@ -389,11 +401,11 @@ class apply_transfer:
     represents a real field if `tf(-k)` is the conjugate of `tf(k)`.
     """
 
-    ain = {'x': '*ComplexField'}
-    aout = {'y': '*ComplexField'}
+    ain = {"x": "*ComplexField"}
+    aout = {"y": "*ComplexField"}
     hvp = ZeroGradient
 
-    def apl(node, x, tf, kind='wavenumber'):
+    def apl(node, x, tf, kind="wavenumber"):
         return dict(y=_times(x, _evaluate(x, tf, kind)), like=(x.pm, type(x)))
 
     def vjp(node, _y, tf, kind, like):
@@ -435,13 +447,15 @@ def fourier_space_neg_gradient(dir, pm, order=1):
     def make():
         if order == 0:
             return fixed_transfer(lambda k: -1j * k[dir] * (abs(k[dir]) < nyquist))
+
         # Make the four-point difference
         def difference(k):
             w = k[dir] * cell
             return -1j / (6 * cell) * (8 * numpy.sin(w) - numpy.sin(2 * w))
+
         return fixed_transfer(difference)
 
-    return _keep(pm, ('neg_gradient', dir, order), make)
+    return _keep(pm, ("neg_gradient", dir, order), make)
 
 
 def _spread(bins, ind, conj, default):
@@ -456,8 +470,9 @@ def _spread(bins, ind, conj, default):
 def _sum_bins(values, ind, nbin):
     """The sum of the values in each bin."""
     ind = numpy.where((ind < 0) | (ind >= nbin), nbin, ind).ravel()
-    real, imag = (numpy.bincount(ind, part.ravel(), minlength=nbin + 1)[:nbin]
-                  for part in (values.real, values.imag))
+    real, imag = (
+        numpy.bincount(ind, part.ravel(), minlength=nbin + 1)[:nbin] for part in (values.real, values.imag)
+    )
     return real + 1j * imag
 
 
@@ -475,19 +490,20 @@ class apply_digitized:
     mode : 'amplitude' or 'phase'
     """
 
-    ain = {'x': '*ComplexField', 'tf': '*'}
-    aout = {'y': '*ComplexField'}
+    ain = {"x": "*ComplexField", "tf": "*"}
+    aout = {"y": "*ComplexField"}
     collective = True
 
     @staticmethod
     def isotropic_wavenumber(kedges):
         """A digitizer of the modulus of k by bin edges; bin i is kedges[i] <= |k| < kedges[i + 1]."""
-        kedges = numpy.array(kedges, dtype='f8')
+        kedges = numpy.array(kedges, dtype="f8")
 
         @fixed_transfer
         def digitizer(k):
             ind = numpy.digitize(k.normp(2) ** 0.5, kedges) - 1
-            return ind, numpy.zeros_like(ind, dtype='?')
+            return ind, numpy.zeros_like(ind, dtype="?")
+
         return digitizer
 
     # The table applied, and its derivatives
@@ -497,28 +513,28 @@ class apply_digitized:
         tf = numpy.asarray(tf)
         if tf.ndim != 1:
             raise ValueError(f"the table must have one axis, not the shape {tf.shape}")
-        if mode == 'amplitude':
+        if mode == "amplitude":
             return tf, numpy.ones(1)
-        if mode == 'phase':
+        if mode == "phase":
             factors = numpy.exp(1j * tf)
             return factors, 1j * factors
         raise ValueError(f"mode must be 'amplitude' or 'phase', not {mode!r}")
 
-    def apl(node, x, tf, digitizer, kind='wavenumber', mode='amplitude'):
+    def apl(node, x, tf, digitizer, kind="wavenumber", mode="amplitude"):
         ind, conj = _evaluate(x, digitizer, kind)
         factors, _ = apply_digitized.factors(tf, mode)
         return dict(y=_times(x, _spread(factors, ind, conj, 1)), bins=(ind, conj))
 
     def vjp(node, _y, x, tf, bins, mode):
-        dtype, = _agree(x.pm.comm, _y)
+        (dtype,) = _agree(x.pm.comm, _y)
         if dtype is None:
             return dict(_x=ZeroGradient, _tf=ZeroGradient)
         _y = _like(x, _y)
         factors, derivative = apply_digitized.factors(tf, mode)
         _x = _tf = ZeroGradient
-        if not node.is_literal('x'):
+        if not node.is_literal("x"):
             _x = _times(_y, numpy.conj(_spread(factors, *bins, 1)))
-        if not node.is_literal('tf'):
+        if not node.is_literal("tf"):
             _tf = apply_digitized.cross_power(x, _y, bins, len(tf)) * numpy.conj(derivative)
         return dict(_x=_x, _tf=_tf if numpy.iscomplexobj(tf) else numpy.real(_tf))
 
@@ -551,27 +567,27 @@ class apply_digitized:
             _x_ = _times(_y, numpy.conj(_spread(change, *bins, 0)))
         if of_x is not None:
             _tf_ = apply_digitized.cross_power(_like(x, x_), _y, bins, len(tf)) * numpy.conj(derivative)
-        if change is not None and mode == 'phase':
+        if change is not None and mode == "phase":
             _tf_ = _tf_ + apply_digitized.cross_power(x, _y, bins, len(tf)) * numpy.conj(1j * change)
         return dict(_x_=_x_, _tf_=_tf_ if numpy.iscomplexobj(tf) else numpy.real(_tf_))
 
 
 def _touched_domains(x, pm, support):
     """The domains of the cells of each particle's window, with repetitions: (n, N)."""
-    domains = numpy.zeros((1, len(x)), dtype='i4')
+    domains = numpy.zeros((1, len(x)), dtype="i4")
     shift, left = 0.5 * (support % 2), (support - 1) // 2
     for d, edges in enumerate(pm.domain.edges):
         domains = domains * pm.domain.shape[d]
         if pm.domain.shape[d] == 1:
             continue
-        first = numpy.floor(x[:, d] * pm.affine.scale[d] + shift).astype('i8') - left
+        first = numpy.floor(x[:, d] * pm.affine.scale[d] + shift).astype("i8") - left
         first %= edges[-1]
-        owner = numpy.repeat(numpy.arange(len(edges) - 1, dtype='i4'), numpy.diff(edges))
+        owner = numpy.repeat(numpy.arange(len(edges) - 1, dtype="i4"), numpy.diff(edges))
         # Pick the planes that tell all domains
         widths = numpy.diff(edges)
         wide = widths[widths > 0].min() >= support - 1
         planes = sorted({0, support - 1}) if wide else range(support)
-        touched = [owner.take(first + plane, mode='wrap') for plane in planes]
+        touched = [owner.take(first + plane, mode="wrap") for plane in planes]
         domains = numpy.concatenate([domains + column for column in touched])
     return domains
 
@@ -579,10 +595,12 @@ def _touched_domains(x, pm, support):
 def _make_layout(x, pm, support):
     """A layout that sends each particle to exactly the ranks that hold cells of its window."""
     if loops is not None:
-        return GhostLayout(pm.comm, len(x), *loops.find_ranks(x, *_axes_of_domains(pm), support, pm.comm.size))
+        return GhostLayout(
+            pm.comm, len(x), *loops.find_ranks(x, *_axes_of_domains(pm), support, pm.comm.size)
+        )
     ranks = pm.domain.DomainAssign[_touched_domains(x, pm, support)]
-    counts = numpy.zeros(pm.comm.size, dtype='i4')
-    rows = [numpy.empty(0, dtype='i8')]
+    counts = numpy.zeros(pm.comm.size, dtype="i4")
+    rows = [numpy.empty(0, dtype="i8")]
     for rank in numpy.flatnonzero(numpy.bincount(ranks.ravel(), minlength=pm.comm.size)):
         rows.append(numpy.flatnonzero((ranks == rank).any(axis=0)))
         counts[rank] = len(rows[-1])
@@ -591,17 +609,18 @@ def _make_layout(x, pm, support):
 
 def _axes_of_domains(pm):
     """What `loops.find_ranks` wants to know of the domains of a mesh."""
+
     def make():
         shape, domain = pm.domain.shape, pm.domain
         axes = [d for d in range(pm.ndim) if shape[d] > 1] or [0]
         owners = []
         for d in axes:
             widths = numpy.diff(domain.edges[d])
-            owners.append(numpy.repeat(numpy.arange(len(widths)), widths) * int(numpy.prod(shape[d + 1:])))
+            owners.append(numpy.repeat(numpy.arange(len(widths)), widths) * int(numpy.prod(shape[d + 1 :])))
         scales = tuple(float(pm.affine.scale[d]) for d in axes)
-        return tuple(axes), scales, tuple(owners), numpy.asarray(domain.DomainAssign).ravel().astype('i8')
+        return tuple(axes), scales, tuple(owners), numpy.asarray(domain.DomainAssign).ravel().astype("i8")
 
-    return _keep(pm, 'axes_of_domains', make)
+    return _keep(pm, "axes_of_domains", make)
 
 
 class GhostLayout(Layout):
@@ -612,17 +631,21 @@ class GhostLayout(Layout):
         sent = tuple(self._send(data) for data in args)
         return sent[0] if len(sent) == 1 else sent or None
 
-    def gather(self, data, mode='sum', out=None):
+    def gather(self, data, mode="sum", out=None):
         """Rows for our own particles, from those of all their copies: the sum, or what pmesh calls `mode`."""
-        if not isinstance(mode, str) or mode != 'sum':
+        if not isinstance(mode, str) or mode != "sum":
             return super().gather(data, mode=mode, out=out)
         # Return the rows to where they came from, and add them up
         data = numpy.asarray(data)
         if len(data) != self.recvlength:
-            raise ValueError(f"the layout has {self.recvlength} particles on this rank, ghosts included, "
-                             f"but the data is for {len(data)}")
+            raise ValueError(
+                f"the layout has {self.recvlength} particles on this rank, ghosts included, "
+                f"but the data is for {len(data)}"
+            )
         stay, others, there, here, own = self._ways
-        rows = _deliver(self.comm, data, here, there, memory.empty((len(others),) + data.shape[1:], data.dtype))
+        rows = _deliver(
+            self.comm, data, here, there, memory.empty((len(others),) + data.shape[1:], data.dtype)
+        )
         total = memory.zeros((self.sendlength,) + rows.shape[1:], rows.dtype)
         _add_rows(total, stay, data[own])
         _add_rows(total, others, rows)
@@ -634,11 +657,12 @@ class GhostLayout(Layout):
     def _send(self, data):
         data = numpy.asarray(data)
         if len(data) != self.sendlength:
-            raise ValueError(f"the layout was made for {self.sendlength} particles, "
-                             f"but the data is for {len(data)}")
+            raise ValueError(
+                f"the layout was made for {self.sendlength} particles, but the data is for {len(data)}"
+            )
         received = memory.empty((self.recvlength,) + data.shape[1:], data.dtype)
         stay, others, there, here, own = self._ways
-        numpy.take(data, stay, axis=0, out=received[own], mode='clip')
+        numpy.take(data, stay, axis=0, out=received[own], mode="clip")
         return _deliver(self.comm, data.take(others, axis=0), there, here, received)
 
     @cached_property
@@ -651,11 +675,16 @@ class GhostLayout(Layout):
         """
         me, (sent, received) = self.comm.rank, map(numpy.array, (self.sendcounts, self.recvcounts))
         (first, start), stays = (int(_starts(counts)[me]) for counts in (sent, received)), int(sent[me])
-        others = numpy.concatenate([self.indices[:first], self.indices[first + stays:]])
+        others = numpy.concatenate([self.indices[:first], self.indices[first + stays :]])
         places = _starts(received)
         sent[me] = received[me] = 0
-        return (self.indices[first:first + stays], others, (sent, _starts(sent)), (received, places),
-                slice(start, start + stays))
+        return (
+            self.indices[first : first + stays],
+            others,
+            (sent, _starts(sent)),
+            (received, places),
+            slice(start, start + stays),
+        )
 
 
 def _deliver(comm, rows, to, fro, received):
@@ -674,7 +703,7 @@ def _deliver(comm, rows, to, fro, received):
 
 
 def _starts(counts):
-    return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype('i4')
+    return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype("i4")
 
 
 def _add_rows(total, indices, rows):
@@ -696,7 +725,7 @@ class IdentityLayout:
             self._check(data)
         return args[0] if len(args) == 1 else args or None
 
-    def gather(self, data, mode='sum', out=None):
+    def gather(self, data, mode="sum", out=None):
         """`data`, unchanged (or copied to `out`): there are no ghosts."""
         self._check(data)
         if out is None:
@@ -706,12 +735,13 @@ class IdentityLayout:
 
     def get_exchange_cost(self):
         """Nothing travels."""
-        return numpy.zeros(1, dtype='i8')
+        return numpy.zeros(1, dtype="i8")
 
     def _check(self, data):
         if len(data) != self.sendlength:
-            raise ValueError(f"the layout was made for {self.sendlength} particles, "
-                             f"but the data is for {len(data)}")
+            raise ValueError(
+                f"the layout was made for {self.sendlength} particles, but the data is for {len(data)}"
+            )
 
 
 def _exchange(layout, data):
@@ -736,11 +766,13 @@ def _positions(x, pm):
     """Positions as a floating point array (N, ndim), or an error that says so."""
     x = numpy.asarray(x)
     if x.ndim != 2 or x.shape[1] != pm.ndim:
-        raise ValueError(f"positions must have the shape (N, {pm.ndim}), a row for each particle, "
-                         f"but their shape is {x.shape}")
-    if x.dtype.kind not in 'fiub':
+        raise ValueError(
+            f"positions must have the shape (N, {pm.ndim}), a row for each particle, "
+            f"but their shape is {x.shape}"
+        )
+    if x.dtype.kind not in "fiub":
         raise TypeError(f"positions must be real numbers, but their type is {x.dtype}")
-    return x if x.dtype in ('f4', 'f8') and x.dtype.isnative else x.astype('f8')
+    return x if x.dtype in ("f4", "f8") and x.dtype.isnative else x.astype("f8")
 
 
 @operator
@@ -751,7 +783,7 @@ class decompose:
     """
 
     ain = {}
-    aout = {'layout': '*Layout'}
+    aout = {"layout": "*Layout"}
 
     def apl(node, x, pm, smoothing=None):
         x = _positions(x, pm)
@@ -768,8 +800,8 @@ class decompose:
 class exchange:
     """Send rows to the ranks where their particles are needed; ghosts are copies."""
 
-    ain = {'x': '*', 'layout': '*Layout'}
-    aout = {'y': '*'}
+    ain = {"x": "*", "layout": "*Layout"}
+    aout = {"y": "*"}
     collective = True
     hvp = ZeroGradient
 
@@ -788,8 +820,8 @@ class exchange:
 class gather:
     """Bring rows back to the particles they belong to; what ghosts contribute is summed."""
 
-    ain = {'x': '*', 'layout': '*Layout'}
-    aout = {'y': '*'}
+    ain = {"x": "*", "layout": "*Layout"}
+    aout = {"y": "*"}
     collective = True
     hvp = ZeroGradient
 
@@ -808,7 +840,7 @@ def _carry(function, layout, x_, shape):
     """A tangent or cotangent, of a value of this shape, through `_exchange` or `_gather`."""
     if layout is None or shape == ():
         return ZeroGradient if _is_zero(x_) else x_
-    dtype, = _agree(layout.comm, x_)
+    (dtype,) = _agree(layout.comm, x_)
     return ZeroGradient if dtype is None else function(layout, _rows(x_, shape, dtype))
 
 
@@ -824,7 +856,7 @@ class _Window:
     @property
     def differentiable(self):
         """pmesh's resampler for derivatives; those of its tuned pcs are in cells, of its cubic in lengths."""
-        return FindResampler('cubic') if self.resampler.kind == 'tunedpcs' else self.resampler
+        return FindResampler("cubic") if self.resampler.kind == "tunedpcs" else self.resampler
 
     # Paint and read out
     def empty(self):
@@ -840,14 +872,16 @@ class _Window:
         mesh = self.empty()
         if self.compiled:
             return window.paint(mesh, x, mass, **self.args)
-        mass = numpy.asarray(mass, dtype='f8')
+        mass = numpy.asarray(mass, dtype="f8")
         return self.pm.paint(x, mass=mass, resampler=self.resampler, out=mesh, hold=True)
 
     def readout(self, meshes, x, **to):
         """The values (N, n) of n meshes; only our loops can add them `to` something, see `window.readout`."""
         if self.compiled:
             return window.readout(meshes, x, **self.args, **to)
-        return numpy.stack([self.field(mesh).readout(x, resampler=self.resampler) for mesh in meshes], axis=-1)
+        return numpy.stack(
+            [self.field(mesh).readout(x, resampler=self.resampler) for mesh in meshes], axis=-1
+        )
 
     def spread(self, x, value, out, x_=None):
         """Add the columns of `value` (N, n) to the n meshes of `out`, and return them: the adjoint of `readout`.
@@ -870,8 +904,9 @@ class _Window:
         if self.compiled:
             return window.gradient(mesh, x, **self.args)
         mesh = self.field(mesh)
-        return numpy.stack([mesh.readout(x, resampler=self.differentiable, gradient=d)
-                            for d in range(self.pm.ndim)], axis=-1)
+        return numpy.stack(
+            [mesh.readout(x, resampler=self.differentiable, gradient=d) for d in range(self.pm.ndim)], axis=-1
+        )
 
     def slopes(self, meshes, x, factors=None, **to):
         """The sum of the gradients of meshes, each times its column of `factors` (N, n); if none is left, times one.
@@ -888,8 +923,10 @@ class _Window:
         """Cotangents of positions and masses from that of the mesh."""
         if self.compiled:
             return window.paint_vjp(mesh, x, mass, need_pos=need_x, need_mass=need_mass, **self.args)
-        return (self.gradient(mesh, x) * numpy.reshape(mass, (-1, 1)) if need_x else None,
-                mesh.readout(x, resampler=self.resampler) if need_mass else None)
+        return (
+            self.gradient(mesh, x) * numpy.reshape(mass, (-1, 1)) if need_x else None,
+            mesh.readout(x, resampler=self.resampler) if need_mass else None,
+        )
 
     def paint_jvp(self, x, mass, x_=None, mass_=None):
         """Tangent of the mesh."""
@@ -899,10 +936,11 @@ class _Window:
         if x_ is not None:
             speed = numpy.asarray(x_) * numpy.reshape(mass, (-1, 1))
             for d in range(self.pm.ndim):
-                self.pm.paint(x, mass=speed[:, d], resampler=self.differentiable, gradient=d, out=mesh,
-                              hold=True)
+                self.pm.paint(
+                    x, mass=speed[:, d], resampler=self.differentiable, gradient=d, out=mesh, hold=True
+                )
         if mass_ is not None:
-            self.pm.paint(x, mass=numpy.asarray(mass_, 'f8'), resampler=self.resampler, out=mesh, hold=True)
+            self.pm.paint(x, mass=numpy.asarray(mass_, "f8"), resampler=self.resampler, out=mesh, hold=True)
         return mesh
 
     def readout_jvp(self, meshes, x, x_=None, meshes_=None):
@@ -921,15 +959,16 @@ class _Window:
             raise BrokenPrimitive(
                 f"the window {self.resampler.kind} of pmesh has no hvp: it has first derivatives only. An exact second "
                 f"derivative wants a mesh with the window nnb, cic, tsc or pcs, and numba; or use the Gauss-Newton "
-                f"product (compute_with_gnDp)")
+                f"product (compute_with_gnDp)"
+            )
         return window.slopes_jvp(meshes, x, factors, x_, meshes_, factors_, **self.args)
 
 
 def _masses(mass):
     mass = numpy.asarray(mass)
-    if mass.dtype.kind not in 'fiub':
+    if mass.dtype.kind not in "fiub":
         raise TypeError(f"masses must be real numbers, but their type is {mass.dtype}")
-    return mass if mass.dtype.kind == 'f' else mass.astype('f8')
+    return mass if mass.dtype.kind == "f" else mass.astype("f8")
 
 
 @operator
@@ -945,8 +984,8 @@ class paint:
     resampler : window, by default that of `pm`
     """
 
-    ain = {'x': 'ndarray', 'mass': '*', 'layout': '*Layout'}
-    aout = {'mesh': 'RealField'}
+    ain = {"x": "ndarray", "mass": "*", "layout": "*Layout"}
+    aout = {"mesh": "RealField"}
     collective = True
     makes_own = True
 
@@ -956,17 +995,19 @@ class paint:
 
     def vjp(node, _mesh, x, mass, layout, pm, resampler):
         # Pull the cotangent of a mesh back to its particles
-        dtype, = _agree(pm.comm, _mesh)
+        (dtype,) = _agree(pm.comm, _mesh)
         if dtype is None:
             return dict(_x=ZeroGradient, _mass=ZeroGradient, _layout=ZeroGradient)
-        need_x, need_mass = not node.is_literal('x'), not node.is_literal('mass')
+        need_x, need_mass = not node.is_literal("x"), not node.is_literal("mass")
         local_x, local_mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
         _x, _mass = _Window(pm, resampler).paint_vjp(_real(pm, _mesh), local_x, local_mass, need_x, need_mass)
         if need_mass:
             _mass = paint.of_masses(pm, layout, _mass, mass)
-        return dict(_x=_as_given(_gather(layout, _x), x) if need_x else ZeroGradient,
-                    _mass=_mass if need_mass else ZeroGradient,
-                    _layout=ZeroGradient)
+        return dict(
+            _x=_as_given(_gather(layout, _x), x) if need_x else ZeroGradient,
+            _mass=_mass if need_mass else ZeroGradient,
+            _layout=ZeroGradient,
+        )
 
     def jvp(node, x_, mass_, x, mass, layout, pm, resampler):
         of_x, of_mass = _agree(pm.comm, x_, mass_)
@@ -986,13 +1027,13 @@ class paint:
         w, meshes = _Window(pm, resampler), [_real(pm, _mesh)]
         local_x, local_mass = _exchange(layout, _positions(x, pm)), _exchange(layout, _masses(mass))
         x_ = None if of_x is None else _exchange(layout, _rows(x_, numpy.shape(x), of_x))
-        if node.wants('x'):
+        if node.wants("x"):
             if of_mass is not None:
                 mass_ = _exchange(layout, _masses(_rows(mass_, len(x), of_mass)))[:, None]
             factors = local_mass[:, None] if numpy.ndim(mass) else local_mass
             _x_ = w.slopes_jvp(meshes, local_x, factors, x_, factors_=None if of_mass is None else mass_)
             _x_ = _as_given(_gather(layout, _x_), x)
-        if node.wants('mass') and of_x is not None:
+        if node.wants("mass") and of_x is not None:
             _mass_ = paint.of_masses(pm, layout, w.readout_jvp(meshes, local_x, x_)[:, 0], mass)
         return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
 
@@ -1006,7 +1047,7 @@ class paint:
 
 def _as_given(_x, x):
     """A cotangent in the precision of its value, if that is a floating point array."""
-    return _x.astype(x.dtype, copy=False) if getattr(x, 'dtype', None) in ('f4', 'f8') else _x
+    return _x.astype(x.dtype, copy=False) if getattr(x, "dtype", None) in ("f4", "f8") else _x
 
 
 @operator
@@ -1021,8 +1062,8 @@ class readout_all:
     resampler : window, by default that of the fields' ParticleMesh
     """
 
-    ain = {'meshes': '*', 'x': 'ndarray', 'layout': '*Layout'}
-    aout = {'value': 'ndarray'}
+    ain = {"meshes": "*", "x": "ndarray", "layout": "*Layout"}
+    aout = {"value": "ndarray"}
     collective = True
 
     def apl(node, meshes, x, layout, resampler=None):
@@ -1030,11 +1071,17 @@ class readout_all:
         return dict(value=_read(pm, list(meshes), x, layout, resampler), pm=pm)
 
     def rcd(node, meshes, x, layout, resampler, pm, **others):
-        return dict(x=x, layout=layout, resampler=resampler, pm=pm, count=len(meshes),
-                    meshes=None if node.is_literal('x') else list(meshes))
+        return dict(
+            x=x,
+            layout=layout,
+            resampler=resampler,
+            pm=pm,
+            count=len(meshes),
+            meshes=None if node.is_literal("x") else list(meshes),
+        )
 
     def vjp(node, _value, meshes, x, layout, resampler, pm, count):
-        _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, 'meshes', count, _zeros)
+        _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, "meshes", count, _zeros)
         return dict(_meshes=_meshes if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
 
     def jvp(node, meshes_, x_, meshes, x, layout, resampler, pm, count):
@@ -1050,28 +1097,33 @@ class readout_all:
         _value = None if of_value is None else _rows(_value, (len(x), count), of_value)
         x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
         meshes_ = [_real(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
-        _x_, _meshes_ = _read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, 'meshes', _zeros)
-        return dict(_meshes_=_meshes_ if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient)
+        _x_, _meshes_ = _read_hvp(
+            node, _value, x_, meshes_, meshes, x, layout, resampler, pm, "meshes", _zeros
+        )
+        return dict(
+            _meshes_=_meshes_ if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient
+        )
 
 
 @operator
 class readout:
     """The value of a real field at each position: (N,). See `readout_all` for the arguments."""
 
-    ain = {'mesh': 'RealField', 'x': 'ndarray', 'layout': '*Layout'}
-    aout = {'value': 'ndarray'}
+    ain = {"mesh": "RealField", "x": "ndarray", "layout": "*Layout"}
+    aout = {"value": "ndarray"}
     collective = True
 
     def apl(node, mesh, x, layout, resampler=None):
         return dict(value=_read(mesh.pm, [mesh], x, layout, resampler)[:, 0], pm=mesh.pm)
 
     def rcd(node, mesh, x, layout, resampler, pm, **others):
-        return dict(x=x, layout=layout, resampler=resampler, pm=pm,
-                    mesh=None if node.is_literal('x') else mesh)
+        return dict(
+            x=x, layout=layout, resampler=resampler, pm=pm, mesh=None if node.is_literal("x") else mesh
+        )
 
     def vjp(node, _value, mesh, x, layout, resampler, pm):
         _value = _value if _is_zero(_value) else numpy.reshape(_value, (-1, 1))
-        _x, _meshes = _read_vjp(node, _value, [mesh], x, layout, resampler, pm, 'mesh', 1, _zeros)
+        _x, _meshes = _read_vjp(node, _value, [mesh], x, layout, resampler, pm, "mesh", 1, _zeros)
         return dict(_mesh=_meshes[0] if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
 
     def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
@@ -1086,8 +1138,10 @@ class readout:
         _value = None if of_value is None else _rows(_value, len(x), of_value).reshape(-1, 1)
         x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
         meshes_ = None if of_mesh is None else [_real(pm, mesh_)]
-        _x_, _meshes_ = _read_hvp(node, _value, x_, meshes_, [mesh], x, layout, resampler, pm, 'mesh', _zeros)
-        return dict(_mesh_=_meshes_[0] if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient)
+        _x_, _meshes_ = _read_hvp(node, _value, x_, meshes_, [mesh], x, layout, resampler, pm, "mesh", _zeros)
+        return dict(
+            _mesh_=_meshes_[0] if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient
+        )
 
 
 def _read(pm, meshes, x, layout, resampler):
@@ -1096,10 +1150,10 @@ def _read(pm, meshes, x, layout, resampler):
 
 def _read_vjp(node, _value, meshes, x, layout, resampler, pm, name, count, zeros):
     """The cotangents of positions and of `count` meshes, added to what `zeros(pm, count)` makes; or None."""
-    dtype, = _agree(pm.comm, _value)
+    (dtype,) = _agree(pm.comm, _value)
     if dtype is None:
         return ZeroGradient, None
-    need_x, need_meshes = not node.is_literal('x'), not node.is_literal(name)
+    need_x, need_meshes = not node.is_literal("x"), not node.is_literal(name)
     w = _Window(pm, resampler)
     _value = _exchange(layout, _rows(_value, (len(x), count), dtype))
     local_x = _exchange(layout, _positions(x, pm))
@@ -1122,7 +1176,7 @@ def _read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, name,
     w, _x_ = _Window(pm, resampler), ZeroGradient
     local_x, _value = _exchange(layout, _positions(x, pm)), _exchange(layout, _value)
     x_ = None if x_ is None else _exchange(layout, x_)
-    if node.wants('x'):
+    if node.wants("x"):
         _x_ = _as_given(_gather(layout, w.slopes_jvp(meshes, local_x, _value, x_, meshes_)), x)
     if x_ is None or not node.wants(name):
         return _x_, None
@@ -1145,7 +1199,7 @@ def _halo_plan(pm, axis):
         return [plane % n for plane in around] if min(boxes[rank][1]) else []
 
     def other_axes(rank):
-        return [box[:axis] + box[axis + 1:] for box in boxes[rank]]
+        return [box[:axis] + box[axis + 1 :] for box in boxes[rank]]
 
     def held(rank, planes):
         begin, count = (corner[axis] for corner in boxes[rank])
@@ -1155,9 +1209,9 @@ def _halo_plan(pm, axis):
     sends, receives = [], []
     for rank in range(comm.size):
         aligned = other_axes(rank) == other_axes(me)
-        asked = numpy.array(wanted(rank), dtype='i8')
+        asked = numpy.array(wanted(rank), dtype="i8")
         sends.append(asked[held(me, asked)] - boxes[me][0][axis] if aligned else asked[:0])
-        receives.append(held(rank, numpy.array(wanted(me), dtype='i8')) if aligned else asked[:0])
+        receives.append(held(rank, numpy.array(wanted(me), dtype="i8")) if aligned else asked[:0])
     counts = ([len(planes) for planes in x] for x in (sends, receives))
     return *map(numpy.concatenate, (sends, receives)), *counts
 
@@ -1166,7 +1220,7 @@ def _halo(pm, value, axis):
     """Four planes of a mesh along an axis: two before this rank's first, two behind its last; or None."""
     if len(pm.domain.edges[axis]) == 2:
         return None
-    sends, receives, *counts = _keep(pm, ('halo', axis), lambda: _halo_plan(pm, axis))
+    sends, receives, *counts = _keep(pm, ("halo", axis), lambda: _halo_plan(pm, axis))
     planes = numpy.moveaxis(value, axis, 0)[sends]
     received = numpy.empty((len(receives),) + planes.shape[1:], planes.dtype)
     planes = _deliver(pm.comm, planes, *((n, _starts(n)) for n in counts), received)
@@ -1179,8 +1233,12 @@ def _halo(pm, value, axis):
 
 def _differences_serve(pm, order):
     """Whether the gradient is a difference of neighbours that our loops can take."""
-    return (loops is not None and order == 1 and numpy.dtype(pm.dtype).kind == 'f'
-            and len(pm.domain.edges[-1]) == 2)
+    return (
+        loops is not None
+        and order == 1
+        and numpy.dtype(pm.dtype).kind == "f"
+        and len(pm.domain.edges[-1]) == 2
+    )
 
 
 def _difference_factors(pm, sign):
@@ -1201,8 +1259,9 @@ def _neg_gradient(mesh, beside=None):
     pm = mesh.pm
     components = _interleaved(pm, pm.ndim + (beside is not None))
     halos = [_halo(pm, mesh.value, axis) for axis in range(pm.ndim - 1)]
-    loops.gradient(components, mesh.value, _difference_factors(pm, -1.0), halos,
-                   None if beside is None else beside.value)
+    loops.gradient(
+        components, mesh.value, _difference_factors(pm, -1.0), halos, None if beside is None else beside.value
+    )
     return components
 
 
@@ -1216,7 +1275,7 @@ def _divergence(pm, meshes):
 
 def _interleaved(pm, count, make=memory.empty):
     """Arrays for this rank's part of a mesh, with the numbers of all of them for a point side by side."""
-    shape = _keep(pm, 'local shape', lambda: pm.create(type=RealField).shape)
+    shape = _keep(pm, "local shape", lambda: pm.create(type=RealField).shape)
     return list(numpy.moveaxis(make(shape + (count,), pm.dtype), -1, 0))
 
 
@@ -1235,25 +1294,32 @@ class readout_neg_gradient:
     resampler : window, by default that of the field's ParticleMesh
     """
 
-    ain = {'mesh': 'RealField', 'x': 'ndarray', 'layout': '*Layout'}
-    aout = {'value': 'ndarray'}
+    ain = {"mesh": "RealField", "x": "ndarray", "layout": "*Layout"}
+    aout = {"value": "ndarray"}
     collective = True
     makes_own = True
 
     def apl(node, mesh, x, layout, resampler=None):
         if not _differences_serve(mesh.pm, order=1):
-            raise ValueError("differences need numba, real numbers, and a mesh whose last axis is whole; "
-                             "use c2r and apply_transfer with fourier_space_neg_gradient")
+            raise ValueError(
+                "differences need numba, real numbers, and a mesh whose last axis is whole; "
+                "use c2r and apply_transfer with fourier_space_neg_gradient"
+            )
         return dict(value=_read(mesh.pm, _neg_gradient(mesh), x, layout, resampler), pm=mesh.pm)
 
     def rcd(node, mesh, x, layout, resampler, pm, **others):
-        return dict(x=x, layout=layout, resampler=resampler, pm=pm,
-                    mesh=None if node.is_literal('x') else mesh)
+        return dict(
+            x=x, layout=layout, resampler=resampler, pm=pm, mesh=None if node.is_literal("x") else mesh
+        )
 
     def vjp(node, _value, mesh, x, layout, resampler, pm):
         meshes = None if mesh is None else _neg_gradient(mesh)
-        _x, _meshes = _read_vjp(node, _value, meshes, x, layout, resampler, pm, 'mesh', pm.ndim, _interleaved_zeros)
-        return dict(_mesh=ZeroGradient if _meshes is None else _divergence(pm, _meshes), _x=_x, _layout=ZeroGradient)
+        _x, _meshes = _read_vjp(
+            node, _value, meshes, x, layout, resampler, pm, "mesh", pm.ndim, _interleaved_zeros
+        )
+        return dict(
+            _mesh=ZeroGradient if _meshes is None else _divergence(pm, _meshes), _x=_x, _layout=ZeroGradient
+        )
 
     def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
         of_x, of_mesh = _agree(pm.comm, x_, mesh_)
@@ -1268,13 +1334,17 @@ class readout_neg_gradient:
             return dict(_mesh_=ZeroGradient, _x_=ZeroGradient, _layout_=ZeroGradient)
         _value = _rows(_value, (len(x), pm.ndim), of_value)
         x_ = None if of_x is None else _rows(x_, numpy.shape(x), of_x)
-        wanted = node.wants('x')
+        wanted = node.wants("x")
         meshes = _neg_gradient(mesh) if wanted and of_x is not None else None
         meshes_ = _neg_gradient(_real(pm, mesh_)) if wanted and of_mesh is not None else None
-        _x_, _meshes_ = _read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, 'mesh',
-                                  _interleaved_zeros)
-        return dict(_mesh_=ZeroGradient if _meshes_ is None else _divergence(pm, _meshes_), _x_=_x_,
-                    _layout_=ZeroGradient)
+        _x_, _meshes_ = _read_hvp(
+            node, _value, x_, meshes_, meshes, x, layout, resampler, pm, "mesh", _interleaved_zeros
+        )
+        return dict(
+            _mesh_=ZeroGradient if _meshes_ is None else _divergence(pm, _meshes_),
+            _x_=_x_,
+            _layout_=ZeroGradient,
+        )
 
 
 @operator
@@ -1296,8 +1366,8 @@ class force:
     potk : the modes of the potential
     """
 
-    ain = {'x': 'ndarray', 'layout': '*Layout'}
-    aout = {'f': 'ndarray', 'potk': '*ComplexField'}
+    ain = {"x": "ndarray", "layout": "*Layout"}
+    aout = {"f": "ndarray", "potk": "*ComplexField"}
     collective = True
 
     # The steps of the force
@@ -1309,7 +1379,7 @@ class force:
     @staticmethod
     def solve(modes, factor):
         """The inverse Laplacian of modes, times a number, in their memory."""
-        return _times(modes, _evaluate(modes, fourier_space_laplace, 'wavenumber'), modes, factor)
+        return _times(modes, _evaluate(modes, fourier_space_laplace, "wavenumber"), modes, factor)
 
     @staticmethod
     def find_factor(x, pm):
@@ -1335,8 +1405,10 @@ class force:
         pm = pot.pm
         if isinstance(pot, RealField):
             return _neg_gradient(pot, beside)
-        return [_times(pot, _evaluate(pot, fourier_space_neg_gradient(d, pm, order), 'wavenumber')).c2r()
-                for d in range(pm.ndim)] + ([] if beside is None else [beside])
+        return [
+            _times(pot, _evaluate(pot, fourier_space_neg_gradient(d, pm, order), "wavenumber")).c2r()
+            for d in range(pm.ndim)
+        ] + ([] if beside is None else [beside])
 
     @staticmethod
     def pull_meshes(w, local_x, _f, order, x_=None):
@@ -1348,7 +1420,7 @@ class force:
         _potk = 0
         for d, _mesh in enumerate(w.spread(local_x, _f, _zeros(pm, pm.ndim), x_)):
             _k = _transform(_mesh)
-            tf = _evaluate(_k, fourier_space_neg_gradient(d, pm, order), 'wavenumber')
+            tf = _evaluate(_k, fourier_space_neg_gradient(d, pm, order), "wavenumber")
             _potk = _times(_k, numpy.conj(tf), out=_k) + _potk
         return _potk
 
@@ -1369,12 +1441,14 @@ class force:
         w = _Window(pm)
         local_x, factor = _exchange(layout, _positions(x, pm)), force.find_factor(x, pm)
         potk = force.potential(w.paint(local_x, factor))
-        pot = force.kept(potk, order, None if node.wants('potk') else Ellipsis)
+        pot = force.kept(potk, order, None if node.wants("potk") else Ellipsis)
         f = _gather(layout, w.readout(force.meshes(pot, order), local_x))
         return dict(f=_as_given(f, x), potk=potk, pot=pot, factor=factor)
 
     def rcd(node, x, layout, pm, order, keep_potential, pot, factor, **others):
-        return dict(x=x, layout=layout, pm=pm, order=order, pot=pot if keep_potential else None, factor=factor)
+        return dict(
+            x=x, layout=layout, pm=pm, order=order, pot=pot if keep_potential else None, factor=factor
+        )
 
     def vjp(node, _f, _potk, x, layout, pm, order, pot, factor):
         of_f, of_potk = _agree(pm.comm, _f, _potk)
@@ -1392,15 +1466,20 @@ class force:
         return dict(_x=_as_given(_gather(layout, _x), x), _layout=ZeroGradient)
 
     def jvp(node, x_, x, layout, pm, order, pot, factor):
-        dtype, = _agree(pm.comm, x_)
+        (dtype,) = _agree(pm.comm, x_)
         if dtype is None:
             return dict(f_=ZeroGradient, potk_=ZeroGradient)
         w = _Window(pm)
-        local_x, x_ = _exchange(layout, _positions(x, pm)), _exchange(layout, _rows(x_, numpy.shape(x), dtype))
+        local_x, x_ = (
+            _exchange(layout, _positions(x, pm)),
+            _exchange(layout, _rows(x_, numpy.shape(x), dtype)),
+        )
         potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
         pot = force.find_potential(pot, w, local_x, factor, order)
         meshes, meshes_ = (force.meshes(p, order) for p in (pot, force.kept(potk_, order, None)))
-        return dict(f_=_as_given(_gather(layout, w.readout_jvp(meshes, local_x, x_, meshes_)), x), potk_=potk_)
+        return dict(
+            f_=_as_given(_gather(layout, w.readout_jvp(meshes, local_x, x_, meshes_)), x), potk_=potk_
+        )
 
     def hvp(node, _f, _potk, x_, x, layout, pm, order, pot, factor):
         # Change the cotangent of the positions
@@ -1424,11 +1503,11 @@ class force:
 def _transform(x):
     """The modes of a real field times the number of points: N times r2c."""
     modes = TransposedComplexField(x.pm)
-    x.pm.plans['forwardT'].execute(x._base, modes._base)
+    x.pm.plans["forwardT"].execute(x._base, modes._base)
     return modes
 
 
-@autooperator('wnk -> c')
+@autooperator("wnk -> c")
 def induce_correlation(wnk, powerspectrum, pm):
     """Modes of a Gaussian field from those of white noise.
 
@@ -1451,7 +1530,7 @@ def induce_correlation(wnk, powerspectrum, pm):
     @partial(fixed_transfer, pointwise=True)
     def amplitude(k):
         k = k.normp(2) ** 0.5
-        with numpy.errstate(divide='ignore', invalid='ignore'):
+        with numpy.errstate(divide="ignore", invalid="ignore"):
             factor = (powerspectrum(k) / volume) ** 0.5
         return numpy.where((k == 0) & ~numpy.isfinite(factor), 0, factor)
 
@@ -1460,23 +1539,24 @@ def induce_correlation(wnk, powerspectrum, pm):
 
 def find_wavenumbers(pm):
     """The distinct moduli of the wave vectors of a mesh but zero, ascending; the same on all ranks."""
+
     def make():
-        k = numpy.unique(_moduli(_coordinates(pm.create(type=ComplexField, value=0), 'wavenumber')))
+        k = numpy.unique(_moduli(_coordinates(pm.create(type=ComplexField, value=0), "wavenumber")))
         k = numpy.unique(numpy.concatenate(pm.comm.allgather(k)))
         k = k[k > 0]
         return k[numpy.diff(k, prepend=0.0) > _SAME * k]
 
-    return _keep(pm, 'wavenumbers', make)
+    return _keep(pm, "wavenumbers", make)
 
 
 _SAME = 1e-6  # wave numbers that differ relatively by less are one
 
 
 def _moduli(k):
-    return numpy.sqrt(sum(numpy.square(numpy.asarray(component, 'f8')) for component in k))
+    return numpy.sqrt(sum(numpy.square(numpy.asarray(component, "f8")) for component in k))
 
 
-@autooperator('wnk, power -> c')
+@autooperator("wnk, power -> c")
 def color_modes(wnk, power, pm):
     """Modes of a Gaussian field from those of white noise, for a power spectrum that has derivatives.
 
@@ -1502,17 +1582,17 @@ def _digitize_moduli(pm):
     @fixed_transfer
     def digitizer(labels):
         ind = numpy.searchsorted(edges, _moduli(labels))
-        return ind, numpy.zeros_like(ind, dtype='?')
+        return ind, numpy.zeros_like(ind, dtype="?")
 
-    return _keep(pm, 'digitize_moduli', lambda: digitizer)
+    return _keep(pm, "digitize_moduli", lambda: digitizer)
 
 
 @operator
 class in_precision:
     """An array in the precision of another dtype."""
 
-    ain = {'x': 'ndarray'}
-    aout = {'y': 'ndarray'}
+    ain = {"x": "ndarray"}
+    aout = {"y": "ndarray"}
     hvp = ZeroGradient
 
     def apl(node, x, dtype):
@@ -1528,7 +1608,7 @@ class in_precision:
         return dict(y_=x_.astype(dtype_y, copy=False))
 
 
-@autooperator('rhok -> dx1')
+@autooperator("rhok -> dx1")
 def lpt1(rhok, q, pm, layout=None):
     """First-order (Zel'dovich) displacement for a linear density contrast.
 
@@ -1557,10 +1637,11 @@ def _fall(potential, q, pm, layout):
     if _differences_serve(pm, order=1):
         dx = readout_neg_gradient(potential, q, layout)
     else:
-        components = [apply_transfer(potential, fourier_space_neg_gradient(d, pm, order=1))
-                      for d in range(pm.ndim)]
+        components = [
+            apply_transfer(potential, fourier_space_neg_gradient(d, pm, order=1)) for d in range(pm.ndim)
+        ]
         dx = readout_all([c2r(component) for component in components], q, layout)
-    return in_precision(dx, q.dtype) if q.dtype == 'f4' else dx
+    return in_precision(dx, q.dtype) if q.dtype == "f4" else dx
 
 
 _SECOND_ORDER = 0.5 * 3.0 / 7  # the factor of the two traces
@@ -1573,8 +1654,8 @@ class second_order_source:
     The density contrast whose Zel'dovich displacement is that of second order, see `lpt2src`.
     """
 
-    ain = {'potential': 'RealField'}
-    aout = {'source': 'RealField'}
+    ain = {"potential": "RealField"}
+    aout = {"source": "RealField"}
     collective = True
 
     @staticmethod
@@ -1627,13 +1708,13 @@ class second_order_source:
         return dict(potential=potential)
 
     def vjp(node, _source, potential):
-        dtype, = _agree(potential.pm.comm, _source)
+        (dtype,) = _agree(potential.pm.comm, _source)
         if dtype is None:
             return dict(_potential=ZeroGradient)
         return dict(_potential=second_order_source.pull(_source, potential))
 
     def jvp(node, potential_, potential):
-        dtype, = _agree(potential.pm.comm, potential_)
+        (dtype,) = _agree(potential.pm.comm, potential_)
         if dtype is None:
             return dict(source_=ZeroGradient)
         return dict(source_=second_order_source.product(_real(potential.pm, potential_), potential) * 2.0)
@@ -1652,10 +1733,10 @@ def fourier_space_second_derivative(i, j, pm):
     def make():
         return fixed_transfer(lambda k: (first(k) * second(k)).real)
 
-    return _keep(pm, ('second_derivative', i, j), make)
+    return _keep(pm, ("second_derivative", i, j), make)
 
 
-@autooperator('rhok -> rho_lpt2')
+@autooperator("rhok -> rho_lpt2")
 def lpt2src(rhok, pm):
     """The density contrast whose first-order displacement is the displacement of second order.
 
@@ -1683,14 +1764,14 @@ def _source(potential, pm):
         return c2r(apply_transfer(potential, fourier_space_second_derivative(i, j, pm)))
 
     diagonal = [second(d, d) for d in range(pm.ndim)]
-    pairs = second_order_source.elements(pm.ndim)[pm.ndim:]
+    pairs = second_order_source.elements(pm.ndim)[pm.ndim :]
     if not pairs:
         return diagonal[0] * 0.0
     source = sum(diagonal[i] * diagonal[j] - second(i, j) ** 2 for i, j in pairs)
     return source * (3.0 / 7)
 
 
-@autooperator('rhok -> dx1, dx2')
+@autooperator("rhok -> dx1, dx2")
 def lpt(rhok, q, pm):
     """Displacements of first and second order.
 
@@ -1713,7 +1794,7 @@ def lpt(rhok, q, pm):
     return dx1, dx2
 
 
-@autooperator('dx -> f, potk')
+@autooperator("dx -> f, potk")
 def gravity(dx, q, pm, keep_potential=True):
     """The force on particles at q + dx.
 
@@ -1761,8 +1842,11 @@ def _advance(x, v, c, out=None):
 def _alike(*arrays):
     """Whether our loops can go over these arrays together."""
     like = arrays[0]
-    return loops is not None and like.dtype in ('f4', 'f8') and all(
-        a.flags.c_contiguous and a.dtype == like.dtype and a.shape == like.shape for a in arrays)
+    return (
+        loops is not None
+        and like.dtype in ("f4", "f8")
+        and all(a.flags.c_contiguous and a.dtype == like.dtype and a.shape == like.shape for a in arrays)
+    )
 
 
 @operator
@@ -1772,25 +1856,31 @@ class advance:
     On several ranks a `c` that is differentiated is a distributed value, such as `allbcast` gives.
     """
 
-    ain = {'x': 'ndarray', 'v': 'ndarray', 'c': '*'}
-    aout = {'y': 'ndarray'}
+    ain = {"x": "ndarray", "v": "ndarray", "c": "*"}
+    aout = {"y": "ndarray"}
 
     def apl(node, x, v, c):
         return dict(y=_advance(x, v, c))
 
     def rcd(node, x, v, c, y):
-        return dict(c=c, v=None if node.is_literal('c') else v)
+        return dict(c=c, v=None if node.is_literal("c") else v)
 
     def vjp(node, _y, v, c):
-        return dict(_x=_y, _v=_multiple(_y, c) if node.wants('v') else ZeroGradient,
-                    _c=_sum_products(_y, v) if node.wants('c') else ZeroGradient)
+        return dict(
+            _x=_y,
+            _v=_multiple(_y, c) if node.wants("v") else ZeroGradient,
+            _c=_sum_products(_y, v) if node.wants("c") else ZeroGradient,
+        )
 
     def jvp(node, x_, v_, c_, v, c):
         return dict(y_=_plus(_plus(x_, v_, c), ZeroGradient if _is_zero(c_) else v, c_))
 
     def hvp(node, _y, v_, c_):
-        return dict(_x_=ZeroGradient, _v_=_multiple(_y, c_),
-                    _c_=_sum_products(_y, v_) if node.wants('c') else ZeroGradient)
+        return dict(
+            _x_=ZeroGradient,
+            _v_=_multiple(_y, c_),
+            _c_=_sum_products(_y, v_) if node.wants("c") else ZeroGradient,
+        )
 
 
 def _multiple(x, c):
@@ -1820,7 +1910,7 @@ def _own(node, name, x_, x):
 
 def _room(node, name, value, like):
     """The array of an argument, if it may be overwritten by one `like` another; or a new one."""
-    alike = getattr(value, 'dtype', None) == like.dtype and value.shape == like.shape
+    alike = getattr(value, "dtype", None) == like.dtype and value.shape == like.shape
     if alike and node.owns(name) and value.flags.c_contiguous and value.flags.writeable:
         return value
     return memory.empty_like(like)
@@ -1845,14 +1935,17 @@ def _sum_products(a, b):
     """The inner product of two arrays on this rank, added up in double precision."""
     if _is_zero(a) or _is_zero(b):
         return 0.0
-    return float(numpy.einsum('i,i->', numpy.ravel(a), numpy.ravel(b), dtype='f8'))
+    return float(numpy.einsum("i,i->", numpy.ravel(a), numpy.ravel(b), dtype="f8"))
 
 
 def factors_of_step(pt, ai, af):
     """The coefficients of the two kicks and the drift between them: kick, drift, kick."""
     ac = (ai * af) ** 0.5
-    return (float(KickFactor(pt, ai, ai, ac) * 1.5 * pt.Om0), float(DriftFactor(pt, ai, ac, af)),
-            float(KickFactor(pt, ac, af, af) * 1.5 * pt.Om0))
+    return (
+        float(KickFactor(pt, ai, ai, ac) * 1.5 * pt.Om0),
+        float(DriftFactor(pt, ai, ac, af)),
+        float(KickFactor(pt, ac, af, af) * 1.5 * pt.Om0),
+    )
 
 
 class _Gravity:
@@ -1865,7 +1958,7 @@ class _Gravity:
     def __init__(self, x, pm, layout=None, pot=None, factor=None, again=None):
         self.x, self.pm, self.pot, self._window = x, pm, pot, _Window(pm)
         self._count, self._like, self._again = len(x), numpy.empty(0, x.dtype), again
-        self.layout = decompose.apl.impl(None, x=x, pm=pm)['layout'] if layout is None else layout
+        self.layout = decompose.apl.impl(None, x=x, pm=pm)["layout"] if layout is None else layout
         self.factor = force.find_factor(x, pm) if factor is None else factor
         self._stays = isinstance(self.layout, IdentityLayout)
         self._local_x = _exchange(self.layout, _positions(x, pm))
@@ -1898,7 +1991,9 @@ class _Gravity:
             del self.x, self._local_x
         meshes = force.meshes(pot, 1, force.pull_density(_potk, self.factor))
         del pot, _potk, x
-        self._add(lambda rows, **to: self._window.slopes(meshes, find(rows), _f[rows], **to), _x, c, out, apart)
+        self._add(
+            lambda rows, **to: self._window.slopes(meshes, find(rows), _f[rows], **to), _x, c, out, apart
+        )
 
     def record(self):
         """What the derivatives of the force ask for; the potential is computed once."""
@@ -1907,17 +2002,21 @@ class _Gravity:
 
     def push(self, x_):
         """The tangent of the force on all particles from that of the positions."""
-        return force.jvp.impl(None, x_=x_, **self.record())['f_']
+        return force.jvp.impl(None, x_=x_, **self.record())["f_"]
 
     def pull_change(self, _f, _f_, x_):
         """The change of the cotangent of all positions, from that of the force, its change, and a tangent."""
         record = dict(_potk=ZeroGradient, **self.record())
-        return _plus(force.vjp.impl(None, _f=_f_, **record)['_x'], force.hvp.impl(None, _f=_f, x_=x_, **record)['_x_'], 1.0)
+        return _plus(
+            force.vjp.impl(None, _f=_f_, **record)["_x"],
+            force.hvp.impl(None, _f=_f, x_=x_, **record)["_x_"],
+            1.0,
+        )
 
     # Add what is found for particles
     def _add(self, find, base, c, out, apart=False):
         """base + c * what `find` finds for rows of particles, into `out`; for some at a time (`apart`) if need be."""
-        direct = self._stays and self._window.compiled and _alike(base, out) and out.dtype == 'f8'
+        direct = self._stays and self._window.compiled and _alike(base, out) and out.dtype == "f8"
         for rows in [slice(None)] if direct and not apart else self._blocks():
             if direct:
                 find(rows, out=out[rows], base=base[rows], factor=c)
@@ -1974,25 +2073,38 @@ class leap:
     dx : (N, ndim), dx_i + drift * p
     """
 
-    ain = {'dx_i': 'ndarray', 'p_i': 'ndarray', 'kick': '*', 'drift': '*'}
-    aout = {'dx': 'ndarray', 'p': 'ndarray'}
+    ain = {"dx_i": "ndarray", "p_i": "ndarray", "kick": "*", "drift": "*"}
+    aout = {"dx": "ndarray", "p": "ndarray"}
     collective = True
     makes_own = True
-    overwrites = 'dx_i', 'p_i', '_dx', '_p'
+    overwrites = "dx_i", "p_i", "_dx", "_p"
 
     def apl(node, dx_i, p_i, kick, drift, q, pm, keep_potential=True):
         gravity = _Gravity(_advance(q, dx_i, 1.0), pm)
-        if not node.wants('dx') and not node.wants('p') and node.is_literal('kick') and node.is_literal('drift'):
+        if (
+            not node.wants("dx")
+            and not node.wants("p")
+            and node.is_literal("kick")
+            and node.is_literal("drift")
+        ):
             return dict(dx=None, p=None, f=None, gravity=gravity)
-        dx, p = _room(node, 'dx_i', dx_i, dx_i), _room(node, 'p_i', p_i, p_i)
-        f = None if node.is_literal('kick') else memory.empty_like(p)
+        dx, p = _room(node, "dx_i", dx_i, dx_i), _room(node, "p_i", p_i, p_i)
+        f = None if node.is_literal("kick") else memory.empty_like(p)
         _kick_and_drift(gravity, dx_i, p_i, float(kick), float(drift), dx, p, f)
         return dict(dx=dx, p=p, f=f, gravity=gravity)
 
     def rcd(node, dx_i, p_i, kick, drift, q, pm, keep_potential, dx, p, f, gravity):
-        return dict(x=gravity.x, layout=gravity.layout, pot=gravity.pot if keep_potential else None,
-                    factor=gravity.factor, kick=kick, drift=drift, pm=pm,
-                    f=f, p=None if node.is_literal('drift') else _copy(p))
+        return dict(
+            x=gravity.x,
+            layout=gravity.layout,
+            pot=gravity.pot if keep_potential else None,
+            factor=gravity.factor,
+            kick=kick,
+            drift=drift,
+            pm=pm,
+            f=f,
+            p=None if node.is_literal("drift") else _copy(p),
+        )
 
     def vjp(node, _dx, _p, x, layout, pot, factor, f, p, kick, drift, pm):
         # Pull the cotangents back through a leap
@@ -2001,17 +2113,17 @@ class leap:
             return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _kick=ZeroGradient, _drift=ZeroGradient)
         dtype, _kick, _drift = numpy.result_type(*dtypes), ZeroGradient, ZeroGradient
         _dx = _rows(0.0 if _is_zero(_dx) else _dx, x.shape, dtype)
-        if node.wants('drift'):
+        if node.wants("drift"):
             _drift = _sum_products(_dx, p)
         if _is_zero(_p):
             # In memory of its own even if the drift is one, since _dx may be overwritten
             _p_i = numpy.multiply(_dx, float(drift), out=memory.empty_like(_dx))
         else:
             _p = _rows(_p, x.shape, dtype)
-            _p_i = _advance(_p, _dx, float(drift), out=_room(node, '_p', _p, _p))
-        if node.wants('kick'):
+            _p_i = _advance(_p, _dx, float(drift), out=_room(node, "_p", _p, _p))
+        if node.wants("kick"):
             _kick = _sum_products(_p_i, f)
-        _dx_i = _room(node, '_dx', _dx, _dx)
+        _dx_i = _room(node, "_dx", _dx, _dx)
         _Gravity(x, pm, layout, pot, factor).pull(_p_i, _dx, float(kick), _dx_i)
         return dict(_dx_i=_dx_i, _p_i=_p_i, _kick=_kick, _drift=_drift)
 
@@ -2026,7 +2138,7 @@ class leap:
         _p_i, _p_i_ = _plus(_p, _dx, drift), _multiple(_dx, drift_)
         _f, _f_ = _multiple(_p_i, kick), _plus(_multiple(_p_i_, kick), _p_i, kick_)
         _dx_i_ = gravity.pull_change(_f, _f_, dx_i_)
-        if node.wants('kick') or node.wants('drift'):
+        if node.wants("kick") or node.wants("drift"):
             f_ = gravity.push(dx_i_)
             _kick_ = _sum_products(_p_i, f_) + _sum_products(_p_i_, f)
             _drift_ = _sum_products(_dx, _plus(_plus(p_i_, f_, kick), f, kick_))
@@ -2049,7 +2161,7 @@ class Steps:
     Om0 : of the background
     """
 
-    __symbols__ = 'Om0', 'factors'
+    __symbols__ = "Om0", "factors"
 
     def __init__(self, pt, stages, pm):
         self.n = len(stages) - 1
@@ -2057,7 +2169,7 @@ class Steps:
             # Compute the coefficients from a symbol
             self.Om0 = allbcast(pt.Om0, pm.comm)
             table = allbcast(step_factors(pt.Om0, list(stages), pt.Ok0), pm.comm)
-            self.factors = einsum('ij,j->i', [join_kicks(self.n), reshape(table, (3 * self.n,))])
+            self.factors = einsum("ij,j->i", [join_kicks(self.n), reshape(table, (3 * self.n,))])
         else:
             steps = [factors_of_step(pt, ai, af) for ai, af in zip(stages[:-1], stages[1:])]
             self.Om0, self.factors = pt.Om0, join_kicks(self.n) @ numpy.ravel(steps)
@@ -2083,7 +2195,7 @@ def join_kicks(n):
     return matrix
 
 
-@autooperator('dx_i, p_i -> dx, p')
+@autooperator("dx_i, p_i -> dx, p")
 def leapfrog_step(dx_i, p_i, q, steps, pm, i, keep_potential=True):
     """The kick at a stage and the drift to the next.
 
@@ -2107,31 +2219,31 @@ def leapfrog_step(dx_i, p_i, q, steps, pm, i, keep_potential=True):
 class scale:
     """c * v, for an array and a number c; as `advance`."""
 
-    ain = {'v': 'ndarray', 'c': '*'}
-    aout = {'y': 'ndarray'}
+    ain = {"v": "ndarray", "c": "*"}
+    aout = {"y": "ndarray"}
 
     def apl(node, v, c):
         return dict(y=_multiple(v, float(c)))
 
     def rcd(node, v, c, y):
-        return dict(c=c, v=None if node.is_literal('c') else v)
+        return dict(c=c, v=None if node.is_literal("c") else v)
 
     def vjp(node, _y, v, c):
-        return dict(_v=_multiple(_y, float(c)), _c=_sum_products(_y, v) if node.wants('c') else ZeroGradient)
+        return dict(_v=_multiple(_y, float(c)), _c=_sum_products(_y, v) if node.wants("c") else ZeroGradient)
 
     def jvp(node, v_, c_, v, c):
         return dict(y_=_plus(_multiple(v_, float(c)), v, c_))
 
     def hvp(node, _y, v_, c_):
-        return dict(_v_=_y * c_, _c_=_sum_products(_y, v_) if node.wants('c') else ZeroGradient)
+        return dict(_v_=_y * c_, _c_=_sum_products(_y, v_) if node.wants("c") else ZeroGradient)
 
 
 @operator
 class pick:
     """A number of an array as a float, by its position in the order of rows."""
 
-    ain = {'x': 'ndarray'}
-    aout = {'y': '*'}
+    ain = {"x": "ndarray"}
+    aout = {"y": "*"}
 
     def apl(node, x, at):
         return dict(y=float(numpy.ravel(x)[at]), shape=numpy.shape(x))
@@ -2147,8 +2259,10 @@ class pick:
     hvp = ZeroGradient
 
 
-@autooperator('dx_i, p_i -> dx, p, f')
-def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False, keep_potential=True, disk=None, folder=None):
+@autooperator("dx_i, p_i -> dx, p, f")
+def leapfrog(
+    dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False, keep_potential=True, disk=None, folder=None
+):
     """Evolve particles through kick-drift-kick steps between the given scale factors.
 
     Parameters
@@ -2190,7 +2304,7 @@ def leapfrog(dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False, keep_pote
 
 def check_stages(stages):
     """The scale factors of a simulation as a list of floats."""
-    stages = numpy.atleast_1d(numpy.asarray(stages, dtype='f8'))
+    stages = numpy.atleast_1d(numpy.asarray(stages, dtype="f8"))
     if stages.ndim != 1 or len(stages) == 0 or not (stages > 0).all():
         raise ValueError(f"stages must be a sequence of positive scale factors, not {stages}")
     return stages.tolist()
@@ -2215,11 +2329,11 @@ class reversible_leapfrog:
     dx, p, f : (N, ndim) displacements, momenta, and the force of `gravity`, after the last step
     """
 
-    ain = {'dx_i': 'ndarray', 'p_i': 'ndarray', 'factors': '*'}
-    aout = {'dx': 'ndarray', 'p': 'ndarray', 'f': 'ndarray'}
+    ain = {"dx_i": "ndarray", "p_i": "ndarray", "factors": "*"}
+    aout = {"dx": "ndarray", "p": "ndarray", "f": "ndarray"}
     collective = True
     makes_own = True
-    overwrites = 'dx_i', 'p_i', 'dx', 'p', '_dx', '_p'
+    overwrites = "dx_i", "p_i", "dx", "p", "_dx", "_p"
 
     # Steps back
     @staticmethod
@@ -2241,7 +2355,10 @@ class reversible_leapfrog:
     @staticmethod
     def take_back(dx, p, kick, q, pm, _p):
         """Undo a kick in place."""
-        gravity, product = _Gravity(_advance(q, dx, 1.0), pm, again=lambda rows: _advance(q[rows], dx[rows], 1.0)), 0.0
+        gravity, product = (
+            _Gravity(_advance(q, dx, 1.0), pm, again=lambda rows: _advance(q[rows], dx[rows], 1.0)),
+            0.0,
+        )
         if _is_zero(_p):
             gravity.kick(p, -float(kick), p)
             return gravity, product
@@ -2252,27 +2369,33 @@ class reversible_leapfrog:
 
     # There and back
     def apl(node, dx_i, p_i, factors, q, pm):
-        dx, p, f, n = _own(node, 'dx_i', dx_i, dx_i), _own(node, 'p_i', p_i, p_i), None, len(factors) // 2
+        dx, p, f, n = _own(node, "dx_i", dx_i, dx_i), _own(node, "p_i", p_i, p_i), None, len(factors) // 2
         for i in range(n):
             gravity = _Gravity(_advance(q, dx, 1.0), pm)
             _kick_and_drift(gravity, dx, p, factors[2 * i], factors[2 * i + 1], dx, p)
             del gravity
-        if node.wants('p') or node.wants('f'):
+        if node.wants("p") or node.wants("f"):
             f = memory.empty_like(p)
             _kick_and_drift(_Gravity(_advance(q, dx, 1.0), pm), dx, p, factors[2 * n], 0.0, dx, p, f)
         return dict(dx=dx, p=p, f=f)
 
     def rcd(node, dx_i, p_i, factors, q, pm, dx, p, f):
-        return dict(dx=_copy(dx), p=_copy(p) if node.wants('p') else p, factors=factors, q=q, pm=pm,
-                    kicked=f is not None)
+        return dict(
+            dx=_copy(dx),
+            p=_copy(p) if node.wants("p") else p,
+            factors=factors,
+            q=q,
+            pm=pm,
+            kicked=f is not None,
+        )
 
     def vjp(node, _dx, _p, _f, dx, p, factors, q, pm, kicked):
         of_dx, of_p, of_f = dtypes = _agree(pm.comm, _dx, _p, _f)
         if not any(dtypes):
             return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _factors=ZeroGradient)
-        _dx, _p = (_own(node, name, _y, dx) for name, _y in (('_dx', _dx), ('_p', _p)))
-        dx, p = (_own(node, name, x, x) for name, x in (('dx', dx), ('p', p)))
-        _factors, of_forces = numpy.zeros(len(factors)), _p if node.wants('factors') else ZeroGradient
+        _dx, _p = (_own(node, name, _y, dx) for name, _y in (("_dx", _dx), ("_p", _p)))
+        dx, p = (_own(node, name, x, x) for name, x in (("dx", dx), ("p", p)))
+        _factors, of_forces = numpy.zeros(len(factors)), _p if node.wants("factors") else ZeroGradient
         for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked, of_forces):
             # Pull the cotangents back through a kick and the drift before it
             kick, _factors[2 * i] = float(factors[2 * i]), product
@@ -2283,7 +2406,7 @@ class reversible_leapfrog:
                 gravity.pull(_p, _dx, kick, _dx)
             del gravity
             if i > 0:
-                if node.wants('factors'):
+                if node.wants("factors"):
                     _factors[2 * i - 1] = _sum_products(_dx, p)
                 _advance(_p, _dx, float(factors[2 * i - 1]), out=_p)
         return dict(_dx_i=_dx, _p_i=_p, _factors=_factors)
@@ -2292,12 +2415,12 @@ class reversible_leapfrog:
         dtypes = _agree(pm.comm, dx_i_, p_i_, factors_)
         if not any(dtypes):
             return dict(dx_=ZeroGradient, p_=ZeroGradient, f_=ZeroGradient)
-        dx_, p_ = (_own(node, name, x_, dx) for name, x_ in (('dx_i_', dx_i_), ('p_i_', p_i_)))
-        factors_ = _rows(0.0 if _is_zero(factors_) else factors_, (len(factors),), 'f8')
-        dx, p = (_own(node, name, x, x) for name, x in (('dx', dx), ('p', p)))
+        dx_, p_ = (_own(node, name, x_, dx) for name, x_ in (("dx_i_", dx_i_), ("p_i_", p_i_)))
+        factors_ = _rows(0.0 if _is_zero(factors_) else factors_, (len(factors),), "f8")
+        dx, p = (_own(node, name, x, x) for name, x in (("dx", dx), ("p", p)))
         for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked):
             del gravity
-        last = node.wants('p') or node.wants('f')
+        last = node.wants("p") or node.wants("f")
         # Push the tangents forward with the steps
         f_ = ZeroGradient
         for i, (kick, kick_) in enumerate(zip(factors[::2], factors_[::2])):
@@ -2319,8 +2442,8 @@ class reversible_leapfrog:
         if not any(dtypes[:3]) or not any(dtypes[3:]):
             return dict(_dx_i_=ZeroGradient, _p_i_=ZeroGradient, _factors_=ZeroGradient)
         _dx, _p, _f = (_rows(0.0 if _is_zero(_y) else _y, dx.shape, dx.dtype) for _y in (_dx, _p, _f))
-        dx_, p_ = (_own(node, name, x_, dx) for name, x_ in (('dx_i_', dx_i_), ('p_i_', p_i_)))
-        factors_ = _rows(0.0 if _is_zero(factors_) else factors_, (len(factors),), 'f8')
+        dx_, p_ = (_own(node, name, x_, dx) for name, x_ in (("dx_i_", dx_i_), ("p_i_", p_i_)))
+        factors_ = _rows(0.0 if _is_zero(factors_) else factors_, (len(factors),), "f8")
         _dx_, _p_, _factors_ = ZeroGradient, ZeroGradient, numpy.zeros(len(factors))
         dx, p, last = _copy(dx), _copy(p), kicked
         for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked):
@@ -2349,7 +2472,9 @@ class reversible_leapfrog:
                 del f, f_
                 _f, _f_ = _plus(_f, _p, kick), _plus(_multiple(_p_, kick), _p, kick_)
                 _dx_ = _plus(_dx_, gravity.pull_change(_f, _f_, dx_), 1.0)
-                _dx = _plus(_dx, force.vjp.impl(None, _f=_f, _potk=ZeroGradient, **gravity.record())['_x'], 1.0)
+                _dx = _plus(
+                    _dx, force.vjp.impl(None, _f=_f, _potk=ZeroGradient, **gravity.record())["_x"], 1.0
+                )
                 _f = ZeroGradient
                 del gravity
             if i > 0:
@@ -2380,49 +2505,57 @@ class superpose:
     `dx1`, `dx2` : (N, ndim); the coefficients are numbers, as in `advance`
     """
 
-    ain = {'dx1': 'ndarray', 'dx2': 'ndarray', 'D1': '*', 'D2': '*', 'Gf1': '*', 'Gf2': '*'}
-    aout = {'dx': 'ndarray', 'p': 'ndarray'}
+    ain = {"dx1": "ndarray", "dx2": "ndarray", "D1": "*", "D2": "*", "Gf1": "*", "Gf2": "*"}
+    aout = {"dx": "ndarray", "p": "ndarray"}
     makes_own = True
-    overwrites = 'dx1', 'dx2', '_dx', '_p'
+    overwrites = "dx1", "dx2", "_dx", "_p"
 
     def apl(node, dx1, dx2, D1, D2, Gf1, Gf2):
         matrix = [[float(D1), float(D2)], [float(Gf1), float(Gf2)]]
-        if all(map(node.is_literal, ('D1', 'D2', 'Gf1', 'Gf2'))):
-            outs = _room(node, 'dx1', dx1, dx1), _room(node, 'dx2', dx2, dx2)
+        if all(map(node.is_literal, ("D1", "D2", "Gf1", "Gf2"))):
+            outs = _room(node, "dx1", dx1, dx1), _room(node, "dx2", dx2, dx2)
         else:
             outs = memory.empty_like(dx1), memory.empty_like(dx2)
         dx, p = _mix(dx1, dx2, matrix, outs)
         return dict(dx=dx, p=p)
 
     def rcd(node, dx1, dx2, D1, D2, Gf1, Gf2, dx, p):
-        constant = all(map(node.is_literal, ('D1', 'D2', 'Gf1', 'Gf2')))
-        return dict(like=(dx1.shape, dx1.dtype), arrays=None if constant else (dx1, dx2),
-                    matrix=numpy.array([[D1, D2], [Gf1, Gf2]], dtype='f8'))
+        constant = all(map(node.is_literal, ("D1", "D2", "Gf1", "Gf2")))
+        return dict(
+            like=(dx1.shape, dx1.dtype),
+            arrays=None if constant else (dx1, dx2),
+            matrix=numpy.array([[D1, D2], [Gf1, Gf2]], dtype="f8"),
+        )
 
     def vjp(node, _dx, _p, like, arrays, matrix):
-        _of = dict.fromkeys(('D1', 'D2', 'Gf1', 'Gf2'), ZeroGradient)
+        _of = dict.fromkeys(("D1", "D2", "Gf1", "Gf2"), ZeroGradient)
         if arrays is not None:
             products = [_sum_products(_y, x) for _y in (_dx, _p) for x in arrays]
             _of.update((name, _c) for name, _c in zip(_of, products) if node.wants(name))
         _dx, _p = (_rows(0.0 if _is_zero(_y) else _y, *like) for _y in (_dx, _p))
-        outs = _room(node, '_dx', _dx, _dx), _room(node, '_p', _p, _p)
+        outs = _room(node, "_dx", _dx, _dx), _room(node, "_p", _p, _p)
         _dx1, _dx2 = _mix(_dx, _p, matrix.T, outs)
-        return dict(_dx1=_dx1, _dx2=_dx2, **{'_' + name: _c for name, _c in _of.items()})
+        return dict(_dx1=_dx1, _dx2=_dx2, **{"_" + name: _c for name, _c in _of.items()})
 
     def jvp(node, dx1_, dx2_, D1_, D2_, Gf1_, Gf2_, like, arrays, matrix):
         dx1, dx2 = (ZeroGradient, ZeroGradient) if arrays is None else arrays
-        return {name: _plus(_plus(_plus(_multiple(dx1_, c1), dx2_, c2), dx1, c1_), dx2, c2_)
-                for name, (c1, c2), c1_, c2_ in (('dx_', matrix[0].tolist(), D1_, D2_), ('p_', matrix[1].tolist(), Gf1_, Gf2_))}
+        return {
+            name: _plus(_plus(_plus(_multiple(dx1_, c1), dx2_, c2), dx1, c1_), dx2, c2_)
+            for name, (c1, c2), c1_, c2_ in (
+                ("dx_", matrix[0].tolist(), D1_, D2_),
+                ("p_", matrix[1].tolist(), Gf1_, Gf2_),
+            )
+        }
 
     def hvp(node, _dx, _p, dx1_, dx2_, D1_, D2_, Gf1_, Gf2_):
         # The changes of the cotangents of a superposition
         changes = dict(_dx1_=_plus(_multiple(_dx, D1_), _p, Gf1_), _dx2_=_plus(_multiple(_dx, D2_), _p, Gf2_))
-        for name, _y, x_ in ('D1', _dx, dx1_), ('D2', _dx, dx2_), ('Gf1', _p, dx1_), ('Gf2', _p, dx2_):
-            changes[f'_{name}_'] = _sum_products(_y, x_) if node.wants(name) else ZeroGradient
+        for name, _y, x_ in ("D1", _dx, dx1_), ("D2", _dx, dx2_), ("Gf1", _p, dx1_), ("Gf2", _p, dx2_):
+            changes[f"_{name}_"] = _sum_products(_y, x_) if node.wants(name) else ZeroGradient
         return changes
 
 
-@autooperator('rhok -> dx, p')
+@autooperator("rhok -> dx, p")
 def firststep(rhok, q, a, pt, pm):
     """Displacements and momenta at scale factor a by second-order perturbation theory.
 
@@ -2458,14 +2591,14 @@ def find_background(cosmology, stages):
         return cosmology
     stages = numpy.array(check_stages(stages))
     support = numpy.sort(numpy.concatenate([(stages[1:] * stages[:-1]) ** 0.5, stages]))
-    if hasattr(cosmology, 'background'):
+    if hasattr(cosmology, "background"):
         return cosmology.background(a=support)
     if isinstance(cosmology.Om0, Symbol):
         return SymbolicBackground(cosmology.Om0)
     return MatterDominated(cosmology.Om0, a=support)
 
 
-@autooperator('rhok -> dx, p, f')
+@autooperator("rhok -> dx, p, f")
 def nbody(rhok, q, stages, cosmology, pm):
     """A FastPM simulation, with forces on the mesh of the initial conditions.
 
@@ -2508,17 +2641,30 @@ class FastPMSimulation:
     fpm : ParticleMesh of the force
     """
 
-    __symbols__ = 'pt',
+    __symbols__ = ("pt",)
 
-    def __init__(self, stages, cosmology, pm, B=1, q=None, ram=None, reversible=False,
-                 keep_potential=True, disk=None, folder=None):
+    def __init__(
+        self,
+        stages,
+        cosmology,
+        pm,
+        B=1,
+        q=None,
+        ram=None,
+        reversible=False,
+        keep_potential=True,
+        disk=None,
+        folder=None,
+    ):
         self.stages = numpy.array(check_stages(stages))
         self.pt = find_background(cosmology, stages)
         self.pm, self.reversible, self.keep_potential = pm, reversible, keep_potential
         self.ram, self.disk, self.folder = ram, disk, folder
         # Make the mesh of the force
         if not B > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
-            raise ValueError(f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}")
+            raise ValueError(
+                f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}"
+            )
         self.fpm = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int))
         self.q = numpy.ascontiguousarray(pm.generate_uniform_particle_grid(shift=0.5) if q is None else q)
 
@@ -2530,19 +2676,30 @@ class FastPMSimulation:
         """See the function `DriftFactor`."""
         return DriftFactor(self.pt, ai, ac, af)
 
-    @autooperator('rhok -> dx, p')
+    @autooperator("rhok -> dx, p")
     def firststep(self, rhok):
         """Displacements and momenta at the first stage."""
         return firststep(rhok, self.q, float(self.stages[0]), self.pt, self.pm)
 
-    @autooperator('dx -> f, potk')
+    @autooperator("dx -> f, potk")
     def gravity(self, dx):
         """The force on particles at q + dx, on the mesh of the force, and the potential."""
         return gravity(dx, self.q, self.fpm, self.keep_potential)
 
-    @autooperator('rhok -> dx, p, f')
+    @autooperator("rhok -> dx, p, f")
     def run(self, rhok):
         """The simulation: displacements, momenta and force times 1.5 * Om0 at the last stage."""
         dx, p = self.firststep(rhok)
-        return leapfrog(dx, p, self.q, self.stages, self.pt, self.fpm, self.ram,
-                        self.reversible, self.keep_potential, self.disk, self.folder)
+        return leapfrog(
+            dx,
+            p,
+            self.q,
+            self.stages,
+            self.pt,
+            self.fpm,
+            self.ram,
+            self.reversible,
+            self.keep_potential,
+            self.disk,
+            self.folder,
+        )

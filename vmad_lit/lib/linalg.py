@@ -251,8 +251,7 @@ class where:
         zero = numpy.zeros((), numpy.result_type(_y))
         _y = whole(_y, yshape)
         return dict(
-            _x1=fit(numpy.where(condition, _y, zero), kind1),
-            _x2=fit(numpy.where(condition, zero, _y), kind2)
+            _x1=fit(numpy.where(condition, _y, zero), kind1), _x2=fit(numpy.where(condition, zero, _y), kind2)
         )
 
     def jvp(node, x1_, x2_, condition, yshape):
@@ -893,10 +892,48 @@ BaseSymbol.__matmul__ = lambda self, other: matrix_product(self, other)
 BaseSymbol.__rmatmul__ = lambda self, other: matrix_product(other, self)
 
 __all__ = [
-    "abs", "add", "div", "mod", "mul", "pow", "sub", "binary_ufunc", "maximum", "minimum",
-    "fmax", "fmin", "hypot", "arctan2", "logaddexp", "subtract", "multiply", "divide", "power",
-    "broadcast_to", "clip", "concatenate", "conj", "copy", "cumsum", "dot", "einsum", "getitem",
-    "matmul", "matrix_product", "mean", "norm", "pack_complex", "reshape", "solve", "stack",
-    "sum", "sumat", "take", "to_scalar", "transpose", "unpack_complex", "where",
+    "abs",
+    "add",
+    "div",
+    "mod",
+    "mul",
+    "pow",
+    "sub",
+    "binary_ufunc",
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "hypot",
+    "arctan2",
+    "logaddexp",
+    "subtract",
+    "multiply",
+    "divide",
+    "power",
+    "broadcast_to",
+    "clip",
+    "concatenate",
+    "conj",
+    "copy",
+    "cumsum",
+    "dot",
+    "einsum",
+    "getitem",
+    "matmul",
+    "matrix_product",
+    "mean",
+    "norm",
+    "pack_complex",
+    "reshape",
+    "solve",
+    "stack",
+    "sum",
+    "sumat",
+    "take",
+    "to_scalar",
+    "transpose",
+    "unpack_complex",
+    "where",
 ]
 __all__ += unary.__all__

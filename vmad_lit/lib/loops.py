@@ -2,6 +2,7 @@
 
 Threads share the work as they do in the windows.
 """
+
 from functools import partial
 
 import numpy
@@ -13,7 +14,7 @@ from vmad_lit.lib.window import _run as run_on_threads, _shares as share_out, _v
 
 @compiled
 def _find_ranks(places, rows, fill, pos, step, axes, scales, owners, assign, support, seen):
-    domains, count = numpy.zeros((3, support), 'i8'), numpy.ones(3, 'i8')
+    domains, count = numpy.zeros((3, support), "i8"), numpy.ones(3, "i8")
     for p in range(len(pos) // step):
         # Find the domains along each axis
         alone, first = True, 0
@@ -66,12 +67,12 @@ def find_ranks(pos, axes, scales, owners, assign, support, nrank):
     -------
     counts, rows : how many particles there are for each rank, and their numbers, rank by rank
     """
-    flat, counts = as_flat(numpy.ascontiguousarray(pos))[0], numpy.zeros(nrank, 'i8')
+    flat, counts = as_flat(numpy.ascontiguousarray(pos))[0], numpy.zeros(nrank, "i8")
     rest = flat, pos.shape[1], axes, scales, owners, assign, support
-    _find_ranks(counts, numpy.empty(0, 'i8'), False, *rest, numpy.full(nrank, -1))
-    rows, ends = numpy.empty(counts.sum(), 'i8'), numpy.cumsum(counts)
+    _find_ranks(counts, numpy.empty(0, "i8"), False, *rest, numpy.full(nrank, -1))
+    rows, ends = numpy.empty(counts.sum(), "i8"), numpy.cumsum(counts)
     _find_ranks(ends - counts, rows, True, *rest, numpy.full(nrank, -1))
-    return counts.astype('i4'), rows
+    return counts.astype("i4"), rows
 
 
 @compiled
@@ -83,7 +84,7 @@ def _add_rows(total, indices, rows, width):
 
 def add_rows(total, indices, rows):
     """Add rows to those of `total` with the numbers `indices`, if they are real or complex; tells whether."""
-    if total.dtype.char not in 'fdFD' or rows.dtype != total.dtype:
+    if total.dtype.char not in "fdFD" or rows.dtype != total.dtype:
         return False
     flat = [as_flat(numpy.ascontiguousarray(x).view(x.real.dtype))[0] for x in (total, rows)]
     _add_rows(flat[0], indices, flat[1], flat[0].size // max(1, len(total)))
@@ -123,8 +124,12 @@ def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, as
     place, count, stride = (i, shape[0], strides[0]) if axis == 0 else (j, shape[1], strides[1])
     if len(halo) == 0 or 2 <= place < count - 2:
         start = own - place * stride
-        rows = (uintp(start + (place - 2) % count * stride), uintp(start + (place - 1) % count * stride),
-                uintp(start + (place + 1) % count * stride), uintp(start + (place + 2) % count * stride))
+        rows = (
+            uintp(start + (place - 2) % count * stride),
+            uintp(start + (place - 1) % count * stride),
+            uintp(start + (place + 1) % count * stride),
+            uintp(start + (place + 2) % count * stride),
+        )
         _put_difference(out, first, step, mesh, rows, strides[2], n, factor, add)
         return
     # Copy the four rows
@@ -151,9 +156,13 @@ def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, st
         for j in range(shape[1]):
             first = i * step[0] + j * step[1]
             if axes > 2:
-                _put_derivative(out0, first, w, mesh, strides, halo0, shape, 0, i, j, aside, factors[0], False)
+                _put_derivative(
+                    out0, first, w, mesh, strides, halo0, shape, 0, i, j, aside, factors[0], False
+                )
             if axes > 1:
-                _put_derivative(out1, first, w, mesh, strides, halo1, shape, 1, i, j, aside, factors[1], False)
+                _put_derivative(
+                    out1, first, w, mesh, strides, halo1, shape, 1, i, j, aside, factors[1], False
+                )
             _put_derivative(out2, first, w, mesh, strides, halo2, shape, 2, i, j, aside, factors[2], False)
             if len(beside):
                 own = i * strides[0] + j * strides[1]
@@ -255,11 +264,11 @@ def multiply(out, x, factor, scale=1.0):
     """x * factor * scale into `out`, if the three arrays lie alike in memory; tells whether they do."""
     if not (isinstance(factor, numpy.ndarray) and out.shape == x.shape == factor.shape and out.size):
         return False
-    axes = numpy.argsort([-s for s in out.strides], kind='stable')
+    axes = numpy.argsort([-s for s in out.strides], kind="stable")
     turned = [a.transpose(axes) for a in (out, x, factor)]
-    if not all(a.flags.c_contiguous and a.dtype.kind in 'fc' for a in turned) or out.dtype != x.dtype:
+    if not all(a.flags.c_contiguous and a.dtype.kind in "fc" for a in turned) or out.dtype != x.dtype:
         return False
-    if factor.dtype.kind == 'c' and x.dtype.kind == 'f':
+    if factor.dtype.kind == "c" and x.dtype.kind == "f":
         return False
     share(partial(_multiply, *(a.reshape(-1) for a in turned), float(scale)), out.size)
     return True

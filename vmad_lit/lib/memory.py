@@ -3,6 +3,7 @@
 The memory of an array that was made here returns when the last view of it is gone, and serves the next
 arrays.
 """
+
 from collections import deque
 import mmap
 import os
@@ -21,13 +22,14 @@ _returned = deque()
 class _Piece:
     """What an array holds on to: a piece of memory that returns when the array and all its views are gone."""
 
-    __slots__ = 'memory', '__array_interface__', '__weakref__'
+    __slots__ = "memory", "__array_interface__", "__weakref__"
 
     def __init__(self, memory, shape, dtype):
         self.memory = memory
         region, begin, end = memory
-        self.__array_interface__ = dict(version=3, shape=shape, typestr=dtype.str,
-                                        data=(region.address + begin, False))
+        self.__array_interface__ = dict(
+            version=3, shape=shape, typestr=dtype.str, data=(region.address + begin, False)
+        )
 
     def __del__(self, put_back=_returned.append):
         put_back(self.memory)
@@ -91,7 +93,7 @@ class Region:
             self.map = mmap.mmap(-1, nbytes, **_private)
         except (OSError, OverflowError) as error:
             raise MemoryError(f"the system has no {nbytes} bytes of memory for an array") from error
-        self.bytes = numpy.frombuffer(self.map, 'u1')
+        self.bytes = numpy.frombuffer(self.map, "u1")
         self.address = self.bytes.ctypes.data
         self.high = 0  # where the part ends that has been in use since the last `release`
 
@@ -101,16 +103,20 @@ class Region:
     def discard(self, begin, end):
         """Give back the pages of a part that is idle; they are found anew when they are needed."""
         begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        if begin < end and hasattr(mmap, 'MADV_DONTNEED'):
+        if begin < end and hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 #: Do not count addresses as memory. Python has a name for it from 3.13 on; on these machines it is this number.
-NORESERVE = getattr(mmap, 'MAP_NORESERVE', 0x4000 if sys.platform == 'linux' and platform.machine() in ('x86_64', 'aarch64') else 0)
+NORESERVE = getattr(
+    mmap,
+    "MAP_NORESERVE",
+    0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0,
+)
 
 _private = {}
-if hasattr(mmap, 'MAP_PRIVATE'):
-    _private['flags'] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+if hasattr(mmap, "MAP_PRIVATE"):
+    _private["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
 
 
 def reserve(nbytes):
@@ -125,24 +131,25 @@ def _affordable():
     """How many addresses we may ask for without harm: as many as there are bytes of memory, or none."""
     try:
         import resource
+
         limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
         if limited or not NORESERVE or _accounts_for_addresses():
             return 0
-        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ImportError, AttributeError, ValueError, OSError):
         return 0
 
 
-def _accounts_for_addresses(setting='/proc/sys/vm/overcommit_memory'):
+def _accounts_for_addresses(setting="/proc/sys/vm/overcommit_memory"):
     """Whether the kernel hands out no more addresses than it has memory for."""
     try:
         with open(setting) as file:
-            return file.read().strip() == '2'
+            return file.read().strip() == "2"
     except OSError:
         return False
 
 
-def empty(shape, dtype='f8'):
+def empty(shape, dtype="f8"):
     """An array with undefined contents, as `numpy.empty`."""
     dtype = numpy.dtype(dtype)
     shape = (shape,) if numpy.ndim(shape) == 0 else tuple(shape)
@@ -159,7 +166,7 @@ def empty_like(array):
     return empty(array.shape, array.dtype)
 
 
-def zeros(shape, dtype='f8'):
+def zeros(shape, dtype="f8"):
     """An array of zeros, as `numpy.zeros`."""
     array = empty(shape, dtype)
     array.fill(0)

@@ -1,4 +1,5 @@
 """Power spectra, cross spectra, multipoles and maps of pmesh fields: operators and plain functions."""
+
 import numpy
 from mpi4py import MPI
 from scipy.interpolate import BSpline
@@ -43,26 +44,30 @@ class Shells:
             nyquist = numpy.pi * (pm.Nmesh / pm.BoxSize).min()
             nbin = max(int(nyquist / fundamental - 0.5 + 1e-9), 1)
             edges = fundamental * (numpy.arange(nbin + 1) + 0.5)
-        self.edges = numpy.array(edges, dtype='f8')
+        self.edges = numpy.array(edges, dtype="f8")
         if self.edges.ndim != 1 or len(self.edges) < 2 or not (numpy.diff(self.edges) > 0).all():
             raise ValueError(f"the edges of shells must be at least two increasing numbers, not {edges}")
         # Check the multipoles and the line of sight
         self.one, self.poles = numpy.ndim(poles) == 0, [int(l) for l in numpy.atleast_1d(poles)]
         if any(l < 0 or l % 2 for l in self.poles):
-            raise ValueError(f"multipoles must be even, since the odd ones of a real field vanish; got {poles}")
+            raise ValueError(
+                f"multipoles must be even, since the odd ones of a real field vanish; got {poles}"
+            )
         if any(self.poles) and pm.ndim != 3:
-            raise ValueError(f"multipoles above 0 need a mesh of three dimensions, but this one has {pm.ndim}")
+            raise ValueError(
+                f"multipoles above 0 need a mesh of three dimensions, but this one has {pm.ndim}"
+            )
         if los is None or numpy.ndim(los) == 0:
             los = numpy.eye(pm.ndim)[-1 if los is None else los]
-        self.los = numpy.asarray(los, dtype='f8')
+        self.los = numpy.asarray(los, dtype="f8")
         if self.los.shape != (pm.ndim,) or not numpy.linalg.norm(self.los) > 0:
             raise ValueError(f"the line of sight must be an axis or {pm.ndim} numbers, not all 0; got {los}")
         self.los = self.los / numpy.linalg.norm(self.los)
         self._sorted = {}
         # Count the modes of each shell
-        modes, nbin = pm.create(type='complex'), len(self.edges) - 1
+        modes, nbin = pm.create(type="complex"), len(self.edges) - 1
         self._number, self.counts = numpy.append(numpy.arange(nbin), nbin), 1.0
-        modulus = sum(ki ** 2 for ki in wavenumbers(modes)) ** 0.5
+        modulus = sum(ki**2 for ki in wavenumbers(modes)) ** 0.5
         counts, total = self.average(modes, 1.0, [1.0, modulus])
         filled = counts > 0
         self._number = numpy.append(numpy.where(filled, numpy.cumsum(filled) - 1, filled.sum()), filled.sum())
@@ -78,22 +83,31 @@ class Shells:
     def sort(self, x):
         """The shell of each mode of a field like `x`, flat, and the factors g of the multipoles."""
         if not isinstance(x, BaseComplexField):
-            raise TypeError("a spectrum is made from a complex field, "
-                            f"not from a {type(x).__name__}; use r2c first")
+            raise TypeError(
+                f"a spectrum is made from a complex field, not from a {type(x).__name__}; use r2c first"
+            )
         if list(x.Nmesh) != list(self.pm.Nmesh) or not numpy.allclose(x.BoxSize, self.pm.BoxSize):
-            raise ValueError(f"the shells are of a mesh {list(self.pm.Nmesh)} in a box "
-                             f"{list(self.pm.BoxSize)}, but the field has {list(x.Nmesh)} in {list(x.BoxSize)}")
+            raise ValueError(
+                f"the shells are of a mesh {list(self.pm.Nmesh)} in a box "
+                f"{list(self.pm.BoxSize)}, but the field has {list(x.Nmesh)} in {list(x.BoxSize)}"
+            )
         if type(x) not in self._sorted:
             k = wavenumbers(x)
-            modulus = numpy.broadcast_to(sum(ki ** 2 for ki in k) ** 0.5, x.shape)
-            index = numpy.searchsorted(self.edges, modulus.ravel(), side='right') - 1
+            modulus = numpy.broadcast_to(sum(ki**2 for ki in k) ** 0.5, x.shape)
+            index = numpy.searchsorted(self.edges, modulus.ravel(), side="right") - 1
             index[index == len(self.edges) - 1] = -1
             # Compute the factors of the multipoles
             along = sum(ki * n for ki, n in zip(k, self.los))
-            mu = numpy.divide(along, modulus, out=numpy.zeros(x.shape), where=modulus > 0) if any(self.poles) else None
+            mu = (
+                numpy.divide(along, modulus, out=numpy.zeros(x.shape), where=modulus > 0)
+                if any(self.poles)
+                else None
+            )
             square = 1.0 if self.window is None else window_squared(k, x, self.window)
-            factors = [(2 * l + 1) * eval_legendre(l, mu) * (modulus > 0) / square if l else 1.0 / square
-                       for l in self.poles]
+            factors = [
+                (2 * l + 1) * eval_legendre(l, mu) * (modulus > 0) / square if l else 1.0 / square
+                for l in self.poles
+            ]
             self._sorted[type(x)] = self._number[index], factors
         return self._sorted[type(x)]
 
@@ -116,9 +130,9 @@ class Shells:
         product = numpy.zeros(x.shape)
         for x, y in pairs:
             if not _is_zero(y):
-                y = numpy.asarray(getattr(y, 'value', y))
-                product += numpy.multiply(x.value.real, y.real, dtype='f8')
-                product += numpy.multiply(x.value.imag, y.imag, dtype='f8')
+                y = numpy.asarray(getattr(y, "value", y))
+                product += numpy.multiply(x.value.real, y.real, dtype="f8")
+                product += numpy.multiply(x.value.imag, y.imag, dtype="f8")
         spectrum = self.volume * self.average(x, product, self.sort(x)[1])
         return spectrum[0] if self.one else spectrum
 
@@ -130,7 +144,7 @@ class Shells:
         table[:, :-1] *= self.volume / self.counts
         g = sum(factor * row[index].reshape(x.shape) for factor, row in zip(factors, table))
         y = x.pm.create(type=type(x))
-        numpy.multiply(x.value, g, out=y.value, casting='same_kind')
+        numpy.multiply(x.value, g, out=y.value, casting="same_kind")
         return y
 
     # Spectra as plain functions
@@ -146,7 +160,7 @@ class Shells:
         """The correlation coefficient r and the transfer function t of `a` with respect to `b`. Collective."""
         a, b = _modes(a), _modes(b)
         aa, bb, ab = self.cross((a, a)), self.cross((b, b)), self.cross((a, b))
-        with numpy.errstate(divide='ignore', invalid='ignore'):
+        with numpy.errstate(divide="ignore", invalid="ignore"):
             return ab / (aa * bb) ** 0.5, (aa / bb) ** 0.5
 
 
@@ -154,7 +168,7 @@ def wavenumbers(x):
     """The components of k for the modes of a field, a list of broadcastable arrays in double precision."""
     components = []
     for i, n, length in zip(x.i, x.Nmesh, x.BoxSize):
-        i = numpy.asarray(i, dtype='i8')
+        i = numpy.asarray(i, dtype="i8")
         components.append((i - n * (2 * i >= n)) * (2 * numpy.pi / length))
     return components
 
@@ -193,11 +207,11 @@ def aliased_window_squared(k, x, window):
 
 def shot_noise(mass, pm):
     """The shot noise of particles, V sum(m^2) / sum(m)^2, from the masses (N,) on this rank. Collective."""
-    mass = numpy.asarray(mass, dtype='f8')
-    square, total = pm.comm.allreduce(numpy.array([(mass ** 2).sum(), mass.sum()]))
+    mass = numpy.asarray(mass, dtype="f8")
+    square, total = pm.comm.allreduce(numpy.array([(mass**2).sum(), mass.sum()]))
     if not total > 0:
         raise ValueError(f"the total mass must be positive, but it is {total}")
-    return float(pm.BoxSize.prod() * square / total ** 2)
+    return float(pm.BoxSize.prod() * square / total**2)
 
 
 @operator
@@ -214,19 +228,21 @@ class cross_power:
     P : (nbin,) or (npoles, nbin), in units of the volume of the box
     """
 
-    ain = {'x1': '*ComplexField', 'x2': '*ComplexField'}
-    aout = {'P': 'ndarray'}
+    ain = {"x1": "*ComplexField", "x2": "*ComplexField"}
+    aout = {"P": "ndarray"}
     collective = True
 
     def apl(node, x1, x2, shells):
         if type(x1) is not type(x2):
-            raise TypeError(f"cross_power needs two fields of one kind, not a {type(x1).__name__} "
-                            f"and a {type(x2).__name__}")
+            raise TypeError(
+                f"cross_power needs two fields of one kind, not a {type(x1).__name__} "
+                f"and a {type(x2).__name__}"
+            )
         return dict(P=shells.cross((x1, x2)))
 
     def vjp(node, _P, x1, x2, shells):
-        _x1 = ZeroGradient if _is_zero(_P) or node.is_literal('x1') else shells.spread(x2, _P)
-        _x2 = ZeroGradient if _is_zero(_P) or node.is_literal('x2') else shells.spread(x1, _P)
+        _x1 = ZeroGradient if _is_zero(_P) or node.is_literal("x1") else shells.spread(x2, _P)
+        _x2 = ZeroGradient if _is_zero(_P) or node.is_literal("x2") else shells.spread(x1, _P)
         return dict(_x1=_x1, _x2=_x2)
 
     def jvp(node, x1_, x2_, x1, x2, shells):
@@ -234,8 +250,10 @@ class cross_power:
 
     def hvp(node, _P, x1_, x2_, x1, shells):
         none = _is_zero(_P)
-        return dict(_x1_=ZeroGradient if none or _is_zero(x2_) else shells.spread(_alike(x1, x2_), _P),
-                    _x2_=ZeroGradient if none or _is_zero(x1_) else shells.spread(_alike(x1, x1_), _P))
+        return dict(
+            _x1_=ZeroGradient if none or _is_zero(x2_) else shells.spread(_alike(x1, x2_), _P),
+            _x2_=ZeroGradient if none or _is_zero(x1_) else shells.spread(_alike(x1, x1_), _P),
+        )
 
 
 def _alike(x, value):
@@ -259,8 +277,8 @@ class power:
     P : (nbin,) or (npoles, nbin), in units of the volume of the box
     """
 
-    ain = {'x': '*ComplexField'}
-    aout = {'P': 'ndarray'}
+    ain = {"x": "*ComplexField"}
+    aout = {"P": "ndarray"}
     collective = True
 
     def apl(node, x, shells, shot_noise=0.0):
@@ -278,13 +296,13 @@ class power:
         return dict(_x_=shells.spread(_alike(x, x_), 2 * numpy.asarray(_P)))
 
 
-@autooperator('x1, x2 -> r')
+@autooperator("x1, x2 -> r")
 def correlation(x1, x2, shells):
     """The correlation coefficient r(k) of two complex fields, between -1 and 1, for each shell."""
     return cross_power(x1, x2, shells) / (power(x1, shells) * power(x2, shells)) ** 0.5
 
 
-@autooperator('x1, x2 -> t')
+@autooperator("x1, x2 -> t")
 def transfer(x1, x2, shells):
     """The transfer function t(k) of the complex field x1 with respect to x2, for each shell."""
     return (power(x1, shells) / power(x2, shells)) ** 0.5
@@ -321,7 +339,7 @@ def projection(field, axis=-1, start=0, thickness=None, root=None):
     mine = numpy.flatnonzero((mine - start) % planes < thickness)
     image = numpy.zeros([int(n) for d, n in enumerate(pm.Nmesh) if d != axis])
     place = tuple(part for d, part in enumerate(field.slices) if d != axis)
-    image[place] = numpy.take(field.value, mine, axis=axis).sum(axis=axis, dtype='f8')
+    image[place] = numpy.take(field.value, mine, axis=axis).sum(axis=axis, dtype="f8")
     if root is None:
         comm.Allreduce(MPI.IN_PLACE, image)
     elif comm.rank == root:

@@ -1,4 +1,5 @@
 """From particles to what is observed: densities, positions in redshift space, and biased tracers."""
+
 import functools
 
 import numpy
@@ -11,7 +12,7 @@ from vmad_lit.lib.mpi import allbcast
 _is_zero = type(ZeroGradient).is_zero
 
 
-@autooperator('x, mass -> rho')
+@autooperator("x, mass -> rho")
 def density(x, mass, q, pm):
     """The density of particles in units of its mean, 1 + delta.
 
@@ -33,7 +34,7 @@ def velocity(p, a):
 
 def redshift_factor(pt, a):
     """The factor 1 / (a^2 E) from momenta to displacements in redshift space; `pt` is the background."""
-    return float(1 / (a ** 2 * pt.E(a)))
+    return float(1 / (a**2 * pt.E(a)))
 
 
 def _dot(a, b):
@@ -48,7 +49,7 @@ class Sight:
         if (los is None) == (observer is None):
             raise ValueError("give either los, an axis or a direction, or the position of an observer")
         if observer is None:
-            n = numpy.eye(ndim)[los] if numpy.ndim(los) == 0 else numpy.array(los, dtype='f8')
+            n = numpy.eye(ndim)[los] if numpy.ndim(los) == 0 else numpy.array(los, dtype="f8")
             if n.shape != (ndim,) or not numpy.linalg.norm(n) > 0:
                 raise ValueError(f"los must be an axis or {ndim} numbers, not all 0; got {los}")
             self.n, self.w = (n / numpy.linalg.norm(n)).astype(x.dtype), 0
@@ -74,8 +75,8 @@ class along_sight:
     observer : (ndim,) the position of a near one
     """
 
-    ain = {'x': 'ndarray', 'v': 'ndarray'}
-    aout = {'y': 'ndarray'}
+    ain = {"x": "ndarray", "v": "ndarray"}
+    aout = {"y": "ndarray"}
 
     def apl(node, x, v, los=None, observer=None):
         n = Sight(x, los, observer).n
@@ -83,7 +84,7 @@ class along_sight:
 
     def vjp(node, _y, x, v, los, observer):
         s = Sight(x, los, observer)
-        across = observer is not None and not node.is_literal('x')
+        across = observer is not None and not node.is_literal("x")
         _x = s.across(v) * _dot(s.n, _y) + s.across(_y) * _dot(s.n, v) if across else ZeroGradient
         return dict(_x=_x, _v=_dot(s.n, _y) * s.n)
 
@@ -111,7 +112,7 @@ class along_sight:
         return dict(_x_=_x_, _v_=n_ * _dot(s.n, _y) + s.n * _dot(n_, _y))
 
 
-@autooperator('x, p, factor -> s')
+@autooperator("x, p, factor -> s")
 def redshift_space(x, p, factor, comm, los=None, observer=None):
     """Positions in redshift space, from positions and momenta.
 
@@ -140,6 +141,7 @@ def tidal_transfer(i, j):
         for d in {i, j} if i != j else ():
             product = product * (abs(k[d]) < numpy.pi / k.BoxSize[d] * (k.Nmesh[d] - 0.01))
         return product
+
     return transfer
 
 
@@ -159,10 +161,10 @@ def tidal_square(rhok, delta, pm):
     return total
 
 
-BIAS_TERMS = ('b1', 'b2', 'bs2', 'bnabla2')
+BIAS_TERMS = ("b1", "b2", "bs2", "bnabla2")
 
 
-@autooperator('rhok -> fields')
+@autooperator("rhok -> fields")
 def lagrangian_fields(rhok, q, pm, terms=BIAS_TERMS):
     """The terms of the Lagrangian bias expansion at the points of a lattice.
 
@@ -183,17 +185,17 @@ def lagrangian_fields(rhok, q, pm, terms=BIAS_TERMS):
     delta = fastpm.c2r(rhok)
     meshes = []
     for term in terms:
-        if term == 'b1':
+        if term == "b1":
             meshes.append(delta)
-        elif term == 'bnabla2':
+        elif term == "bnabla2":
             meshes.append(fastpm.c2r(fastpm.apply_transfer(rhok, laplace_transfer)))
         else:
-            square = delta * delta if term == 'b2' else tidal_square(rhok, delta, pm)
+            square = delta * delta if term == "b2" else tidal_square(rhok, delta, pm)
             meshes.append(square - linalg.mean(square))
     return fastpm.readout_all(meshes, q, fastpm.decompose(q, pm))
 
 
-@autooperator('rhok, b -> w')
+@autooperator("rhok, b -> w")
 def lagrangian_weights(rhok, b, q, pm, terms=BIAS_TERMS):
     """The weights of particles as biased tracers, 1 + sum of b times the fields (Modi, Chen & White 2020).
 
@@ -201,10 +203,10 @@ def lagrangian_weights(rhok, b, q, pm, terms=BIAS_TERMS):
     those of Lagrangian space: carried along with the particles, they make a tracer of linear bias 1 + b1.
     """
     fields = lagrangian_fields(rhok, q, pm, terms)
-    return linalg.einsum('ij,j->i', [fields, allbcast(b, pm.comm)]) + 1.0
+    return linalg.einsum("ij,j->i", [fields, allbcast(b, pm.comm)]) + 1.0
 
 
-@autooperator('rho, b -> y')
+@autooperator("rho, b -> y")
 def eulerian_bias(rho, b):
     """The density 1 + b (rho - 1) of tracers of linear bias b, a number, from that of matter."""
     return (rho - 1.0) * b + 1.0

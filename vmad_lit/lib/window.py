@@ -10,6 +10,7 @@ A mesh is the part of a periodic mesh that this process holds, as pmesh lays it 
 position to the mesh by ``pos * scale + translate``, indices are folded with ``period`` (0 for an
 axis that is not periodic), and what then falls outside the array is left out.
 """
+
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from math import floor
@@ -28,10 +29,11 @@ try:
 except ImportError as error:
     raise ImportError(
         "vmad_lit.lib.window compiles its loops with numba, which is not installed; "
-        "install numba, or use the windows of pmesh") from error
+        "install numba, or use the windows of pmesh"
+    ) from error
 
 #: Number of cells that each window covers along an axis.
-SUPPORT = {'nnb': 1, 'cic': 2, 'tsc': 3, 'pcs': 4}
+SUPPORT = {"nnb": 1, "cic": 2, "tsc": 3, "pcs": 4}
 
 #: The period of an axis that is not periodic: an index that no cell has.
 NEVER = 1 << 62
@@ -42,7 +44,7 @@ TOGETHER = 4
 #: The type of a geometry: shape, stride, scale, translate, origin and period, each for three axes.
 BOX = types.Tuple([types.UniTuple(kind, 3) for kind in (int64, int64, float64, float64, int64, int64)])
 
-_compiled = dict(cache=True, nogil=True, error_model='numpy', fastmath={'contract'})
+_compiled = dict(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 
 
 @njit(**_compiled)
@@ -62,10 +64,16 @@ def _spline(support, x):
         v, w = 0.5 - u, 0.5 + u
         return i, (0.5 * v * v, 0.75 - u * u, 0.5 * w * w, 0.0), (-v, -2.0 * u, w, 0.0)
     v = 1.0 - u
-    return (i,
-            (v * v * v / 6, (4 - 6 * u * u + 3 * u * u * u) / 6,
-             (4 - 6 * v * v + 3 * v * v * v) / 6, u * u * u / 6),
-            (-0.5 * v * v, (1.5 * u - 2.0) * u, (2.0 - 1.5 * v) * v, 0.5 * u * u))
+    return (
+        i,
+        (
+            v * v * v / 6,
+            (4 - 6 * u * u + 3 * u * u * u) / 6,
+            (4 - 6 * v * v + 3 * v * v * v) / 6,
+            u * u * u / 6,
+        ),
+        (-0.5 * v * v, (1.5 * u - 2.0) * u, (2.0 - 1.5 * v) * v, 0.5 * u * u),
+    )
 
 
 @njit(**_compiled)
@@ -87,8 +95,12 @@ def _offsets(first, period, low, high, stride, whole):
     b = a + 1 if a + 1 < period else 0
     c = b + 1 if b + 1 < period else 0
     d = c + 1 if c + 1 < period else 0
-    return (_offset(a, low, high, stride, whole), _offset(b, low, high, stride, whole),
-            _offset(c, low, high, stride, whole), _offset(d, low, high, stride, whole))
+    return (
+        _offset(a, low, high, stride, whole),
+        _offset(b, low, high, stride, whole),
+        _offset(c, low, high, stride, whole),
+        _offset(d, low, high, stride, whole),
+    )
 
 
 @lru_cache(maxsize=None)
@@ -102,10 +114,27 @@ def _scatter_loop(mesh, position, ndim, support, n, asked, moving, spreading=Fal
     support2 = support if ndim > 2 else 1
 
     # The loop that scatters
-    def scatter(mesh0, mesh1, mesh2, mesh3, box, low, high, owner, mask, block, pos, step, mass, mass_step, speed, rate):
+    def scatter(
+        mesh0,
+        mesh1,
+        mesh2,
+        mesh3,
+        box,
+        low,
+        high,
+        owner,
+        mask,
+        block,
+        pos,
+        step,
+        mass,
+        mass_step,
+        speed,
+        rate,
+    ):
         shape, stride, scale, translate, origin, period = box
         npart = len(pos) // step
-        listed = numpy.empty(block if asked > 0 else 0, dtype='i8')
+        listed = numpy.empty(block if asked > 0 else 0, dtype="i8")
         for b in range(len(mask)):
             if not (mask[b] >> owner) & uint64(1):
                 continue
@@ -188,8 +217,22 @@ def _scatter_loop(mesh, position, ndim, support, n, asked, moving, spreading=Fal
                                 mesh3[i] += weight * m3
 
     reals = float64[::1]
-    return _compile(scatter, *4 * [_array(mesh)], BOX, int64, int64, int64, uint64[::1], int64,
-                    _array(position), int64, reals, int64, reals, float64)
+    return _compile(
+        scatter,
+        *4 * [_array(mesh)],
+        BOX,
+        int64,
+        int64,
+        int64,
+        uint64[::1],
+        int64,
+        _array(position),
+        int64,
+        reals,
+        int64,
+        reals,
+        float64,
+    )
 
 
 @lru_cache(maxsize=None)
@@ -202,8 +245,26 @@ def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
     support2 = support if ndim > 2 else 1
 
     # The loop that gathers
-    def gather(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, out, out_step, speed,
-               slope, coef, coef_step, given, base, factor):
+    def gather(
+        mesh0,
+        mesh1,
+        mesh2,
+        mesh3,
+        box,
+        start,
+        end,
+        pos,
+        step,
+        out,
+        out_step,
+        speed,
+        slope,
+        coef,
+        coef_step,
+        given,
+        base,
+        factor,
+    ):
         shape, stride, scale, translate, origin, period = box
         low, high = 0, shape[0]
         for p in range(start, end):
@@ -334,12 +395,28 @@ def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
                     out[uintp(first + 3)] = s3
 
     reals = float64[::1]
-    return _compile(gather, *4 * [_array(mesh)], BOX, int64, int64, _array(position), int64,
-                    reals, int64, reals, reals, reals, int64, int64, reals, float64)
+    return _compile(
+        gather,
+        *4 * [_array(mesh)],
+        BOX,
+        int64,
+        int64,
+        _array(position),
+        int64,
+        reals,
+        int64,
+        reals,
+        reals,
+        reals,
+        int64,
+        int64,
+        reals,
+        float64,
+    )
 
 
 def _array(dtype):
-    return types.Array(from_dtype(dtype), 1, 'C')
+    return types.Array(from_dtype(dtype), 1, "C")
 
 
 def _compile(function, *signature):
@@ -373,8 +450,9 @@ def _locked(folder):
     """Hold the lock of a folder, so that one process at a time compiles; without it if that cannot be."""
     try:
         import fcntl
+
         os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, 'vmad_lit.lock'), 'a')
+        file = open(os.path.join(folder, "vmad_lit.lock"), "a")
     except (ImportError, OSError, TypeError):
         yield False
         return
@@ -424,7 +502,9 @@ def _census_loop(position):
             mask[b] = bits
 
     axis = float64, float64, int64, int64
-    return _compile(census, int64, *axis, uint64[::1], int64, int64, uint64[::1], int64, _array(position), int64)
+    return _compile(
+        census, int64, *axis, uint64[::1], int64, int64, uint64[::1], int64, _array(position), int64
+    )
 
 
 #: Particles in a block of the census.
@@ -448,15 +528,15 @@ def get_threads():
     """The number of threads in use: `set_threads`, else the environment, else the cores for each rank."""
     if _threads is not None:
         return _threads
-    for name in ('OMP_NUM_THREADS', 'NUMBA_NUM_THREADS'):
-        value = os.environ.get(name, '').split(',')[0]
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        value = os.environ.get(name, "").split(",")[0]
         if value.isdigit() and int(value) > 0:
             return min(int(value), MAX_THREADS)
     # Share the cores among the ranks of the node
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = 1
-    for name in ('MPI_LOCALNRANKS', 'OMPI_COMM_WORLD_LOCAL_SIZE', 'PMI_LOCAL_SIZE', 'SLURM_NTASKS_PER_NODE'):
-        if os.environ.get(name, '').isdigit():
+    for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if os.environ.get(name, "").isdigit():
             ranks = max(1, int(os.environ[name]))
             break
     return max(1, min(cores // ranks, MAX_THREADS))
@@ -467,7 +547,7 @@ def _crew(pid, threads):
     """The queue of the worker threads of the process `pid`; the calling thread works too."""
     tasks = SimpleQueue()
     for _ in range(threads - 1):
-        Thread(target=_work, args=(tasks,), name='vmad_lit-window', daemon=True).start()
+        Thread(target=_work, args=(tasks,), name="vmad_lit-window", daemon=True).start()
     return tasks
 
 
@@ -526,7 +606,7 @@ def _flat(array):
 def _view(mesh):
     """Memory of a mesh as a flat array, and its strides in elements; None if it cannot be seen so."""
     size = mesh.dtype.itemsize
-    if mesh.dtype.char not in 'fd' or not mesh.dtype.isnative or not mesh.flags.aligned:
+    if mesh.dtype.char not in "fd" or not mesh.dtype.isnative or not mesh.flags.aligned:
         return None
     if any(s < 0 or s % size for s in mesh.strides):
         return None
@@ -546,16 +626,18 @@ def check_positions(pos, ndim):
     """
     pos = numpy.asarray(pos)
     if pos.ndim != 2 or pos.shape[1] < ndim:
-        raise ValueError(f"positions must have the shape (N, {ndim}), one row for each particle, "
-                         f"but their shape is {pos.shape}")
-    return numpy.require(pos, _real_dtype(pos, 'positions'), 'CA')
+        raise ValueError(
+            f"positions must have the shape (N, {ndim}), one row for each particle, "
+            f"but their shape is {pos.shape}"
+        )
+    return numpy.require(pos, _real_dtype(pos, "positions"), "CA")
 
 
 def _real_dtype(array, what):
     kind, size = array.dtype.kind, array.dtype.itemsize
-    if kind not in 'fiub':
+    if kind not in "fiub":
         raise TypeError(f"{what} must be real numbers, but their type is {array.dtype}")
-    return numpy.dtype('f4' if kind == 'f' and size <= 4 else 'f8')
+    return numpy.dtype("f4" if kind == "f" and size <= 4 else "f8")
 
 
 def _per_particle(value, npart, what, width=None):
@@ -563,22 +645,23 @@ def _per_particle(value, npart, what, width=None):
     value = numpy.asarray(value)
     _real_dtype(value, what)
     if value.ndim == 0:
-        return numpy.full(width or 1, value, dtype='f8'), 0
+        return numpy.full(width or 1, value, dtype="f8"), 0
     shape = (npart,) if width is None else (npart, width)
     if value.shape != shape:
-        raise ValueError(f"{what} must be one number or have the shape {shape}, "
-                         f"but the shape is {value.shape}")
-    return _flat(numpy.require(value, 'f8', 'CA')), width or 1
+        raise ValueError(
+            f"{what} must be one number or have the shape {shape}, but the shape is {value.shape}"
+        )
+    return _flat(numpy.require(value, "f8", "CA")), width or 1
 
 
 def support(window):
     """The support of a window that is served here, by name or as pmesh's object, else None."""
     if isinstance(window, str):
         return SUPPORT.get(window.lower())
-    kind = str(getattr(window, 'kind', ''))
-    if kind.startswith('tuned') and kind[5:] in SUPPORT:
+    kind = str(getattr(window, "kind", ""))
+    if kind.startswith("tuned") and kind[5:] in SUPPORT:
         cells = SUPPORT[kind[5:]]
-        if getattr(window, 'support', cells) in (cells, -1):
+        if getattr(window, "support", cells) in (cells, -1):
             return cells
     return None
 
@@ -586,8 +669,9 @@ def support(window):
 def _find_support(window):
     found = support(window)
     if found is None:
-        raise ValueError(f"window must be one of {', '.join(SUPPORT)}, not {window!r}; "
-                         f"other windows are painted by pmesh")
+        raise ValueError(
+            f"window must be one of {', '.join(SUPPORT)}, not {window!r}; other windows are painted by pmesh"
+        )
     return found
 
 
@@ -602,12 +686,14 @@ def _box(mesh, transform):
         scale, translate, period = transform.scale, transform.translate, transform.period
     origin = [floor(t) for t in translate]
     more = 3 - ndim
-    return (tuple(map(int, shape)) + (1,) * more,
-            tuple(stride // mesh.itemsize for stride in mesh.strides) + (0,) * more,
-            tuple(map(float, scale)) + (1.0,) * more,
-            tuple(float(t - i) for t, i in zip(translate, origin)) + (0.0,) * more,
-            tuple(map(int, origin)) + (0,) * more,
-            tuple(int(n) or NEVER for n in period) + (1,) * more)
+    return (
+        tuple(map(int, shape)) + (1,) * more,
+        tuple(stride // mesh.itemsize for stride in mesh.strides) + (0,) * more,
+        tuple(map(float, scale)) + (1.0,) * more,
+        tuple(float(t - i) for t, i in zip(translate, origin)) + (0.0,) * more,
+        tuple(map(int, origin)) + (0,) * more,
+        tuple(int(n) or NEVER for n in period) + (1,) * more,
+    )
 
 
 def _asked(box):
@@ -619,7 +705,7 @@ def _asked(box):
 def _groups(views):
     """Where each group of meshes begins, how many they are, and their flat arrays, always four."""
     for first in range(0, len(views), TOGETHER):
-        flats = [flat for flat, _ in views[first:first + TOGETHER]]
+        flats = [flat for flat, _ in views[first : first + TOGETHER]]
         yield first, len(flats), flats + flats[:1] * (TOGETHER - len(flats))
 
 
@@ -638,21 +724,47 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1
     # Paint aside what cannot be painted in place
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
         for c, mesh in enumerate(meshes):
-            if mesh.dtype.kind != 'f':
+            if mesh.dtype.kind != "f":
                 raise TypeError(f"a mesh to paint must be of floating point numbers, not {mesh.dtype}")
-            aside = numpy.zeros(mesh.shape, dtype='f8')
-            column = numpy.ascontiguousarray(mass[c::mass_step]) if mass_step else mass[c:c + 1]
-            _scatter([aside], pos.reshape(-1, step), column, min(mass_step, 1), window, transform, speed, rate,
-                     spreading)
+            aside = numpy.zeros(mesh.shape, dtype="f8")
+            column = numpy.ascontiguousarray(mass[c::mass_step]) if mass_step else mass[c : c + 1]
+            _scatter(
+                [aside],
+                pos.reshape(-1, step),
+                column,
+                min(mass_step, 1),
+                window,
+                transform,
+                speed,
+                rate,
+                spreading,
+            )
             mesh += aside
         return
     edges, mask = _owners(cells, box, pos, step)
     for first, n, flats in _groups(views):
-        find_loop = partial(_scatter_loop, flats[0].dtype, pos.dtype, ndim, cells, n, moving=speed is not None,
-                            spreading=spreading)
+        find_loop = partial(
+            _scatter_loop,
+            flats[0].dtype,
+            pos.dtype,
+            ndim,
+            cells,
+            n,
+            moving=speed is not None,
+            spreading=spreading,
+        )
         rest = BLOCK, pos, step, mass[first:], mass_step, mass[:0] if speed is None else speed, rate
-        _run(_scatter_in_turns, [(_turns(find_loop, _asked(box), mask, t, len(edges) == 2),
-                                  (*flats, box, edges[t], edges[t + 1], t), rest) for t in range(len(edges) - 1)])
+        _run(
+            _scatter_in_turns,
+            [
+                (
+                    _turns(find_loop, _asked(box), mask, t, len(edges) == 2),
+                    (*flats, box, edges[t], edges[t + 1], t),
+                    rest,
+                )
+                for t in range(len(edges) - 1)
+            ],
+        )
 
 
 def _turns(find_loop, asked, mask, owner, alone):
@@ -674,14 +786,16 @@ def _owners(cells, box, pos, step):
     nblock = -(-(len(pos) // step) // BLOCK)
     edges = _shares(nplane, cells + 2)
     if len(edges) == 2 or nblock < 2 * (len(edges) - 1):
-        return [0, nplane], numpy.ones(nblock, dtype='u8')
-    mask = numpy.zeros(nblock, dtype='u8')
-    bits = numpy.uint64(1) << numpy.arange(len(edges) - 1, dtype='u8')
+        return [0, nplane], numpy.ones(nblock, dtype="u8")
+    mask = numpy.zeros(nblock, dtype="u8")
+    bits = numpy.uint64(1) << numpy.arange(len(edges) - 1, dtype="u8")
     owners = numpy.repeat(bits, numpy.diff(edges))
     cuts = _shares(nblock, 1)
     axis = tuple(values[0] for values in box[2:])
-    _run(_census_loop(pos.dtype), [(cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step)
-                                  for t in range(len(cuts) - 1)])
+    _run(
+        _census_loop(pos.dtype),
+        [(cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step) for t in range(len(cuts) - 1)],
+    )
     return edges, mask
 
 
@@ -689,13 +803,25 @@ def _readable(meshes):
     """The first of meshes that lie in memory alike, and the views of all: those given, or else copies."""
     views = [_view(mesh) for mesh in meshes]
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
-        meshes = [numpy.require(mesh, 'f8', 'CA') for mesh in meshes]
+        meshes = [numpy.require(mesh, "f8", "CA") for mesh in meshes]
         views = [_view(mesh) for mesh in meshes]
     return meshes[0], views
 
 
-def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=0, slope=None, given=None,
-            base=None, factor=1.0):
+def _gather(
+    meshes,
+    pos,
+    window,
+    transform,
+    out=None,
+    speed=None,
+    coef=None,
+    coef_step=0,
+    slope=None,
+    given=None,
+    base=None,
+    factor=1.0,
+):
     """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is there.
 
     Both in one go only for a single mesh. The slopes fill `slope` (N, ndim), or a new array. There are
@@ -723,15 +849,33 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
     base = none if base is None else base.reshape(-1)
     cuts = _shares(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
-        gather = _gather_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box), speed is not None, slopes)
+        gather = _gather_loop(
+            flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box), speed is not None, slopes
+        )
         part = memory.empty_like(slope) if first else slope
-        _run(gather, [
-            (*flats, box, cuts[t], cuts[t + 1], pos, step,
-             none if out is None else out.reshape(-1)[first:], width,
-             none if speed is None else speed, part.reshape(-1),
-             none if coef is None else coef[first:], coef_step, max(0, given - first),
-             base[first:] if not slopes else base if not first else none, float(factor))
-            for t in range(len(cuts) - 1)])
+        _run(
+            gather,
+            [
+                (
+                    *flats,
+                    box,
+                    cuts[t],
+                    cuts[t + 1],
+                    pos,
+                    step,
+                    none if out is None else out.reshape(-1)[first:],
+                    width,
+                    none if speed is None else speed,
+                    part.reshape(-1),
+                    none if coef is None else coef[first:],
+                    coef_step,
+                    max(0, given - first),
+                    base[first:] if not slopes else base if not first else none,
+                    float(factor),
+                )
+                for t in range(len(cuts) - 1)
+            ],
+        )
         if first and slopes:
             slope += part * factor if len(base) else part
     return slope
@@ -739,8 +883,8 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
 
 def _mesh(mesh):
     """The values of an array or field, the real part of complex ones."""
-    value = numpy.asarray(getattr(mesh, 'value', mesh))
-    return value.real if value.dtype.kind == 'c' else value
+    value = numpy.asarray(getattr(mesh, "value", mesh))
+    return value.real if value.dtype.kind == "c" else value
 
 
 def _meshes(meshes):
@@ -752,7 +896,7 @@ def _meshes(meshes):
     return values
 
 
-def paint(mesh, pos, mass=1.0, window='cic', transform=None):
+def paint(mesh, pos, mass=1.0, window="cic", transform=None):
     """Add particles to `mesh`, in place.
 
     Parameters
@@ -767,12 +911,12 @@ def paint(mesh, pos, mass=1.0, window='cic', transform=None):
     counts for one of them); it is never written beside the mesh.
     """
     value = _mesh(mesh)
-    mass, step = _per_particle(mass, len(pos), 'mass')
+    mass, step = _per_particle(mass, len(pos), "mass")
     _scatter([value], pos, mass, step, window, transform)
     return mesh
 
 
-def readout(meshes, pos, window='cic', transform=None, out=None, base=None, factor=1.0):
+def readout(meshes, pos, window="cic", transform=None, out=None, base=None, factor=1.0):
     """Values of meshes at positions: (N,) for one mesh, (N, n) for a list of n, in float64.
 
     They fill `out` if it is given, a C-ordered array of that shape and type. With `base`, another such array or
@@ -782,12 +926,19 @@ def readout(meshes, pos, window='cic', transform=None, out=None, base=None, fact
     several = isinstance(meshes, (list, tuple))
     values = _meshes(meshes if several else [meshes])
     out = _result(out, (len(pos), len(values)) if several else (len(pos),))
-    _gather(values, pos, window, transform, out=out.reshape(len(pos), len(values)), base=_base(base, out),
-            factor=factor)
+    _gather(
+        values,
+        pos,
+        window,
+        transform,
+        out=out.reshape(len(pos), len(values)),
+        base=_base(base, out),
+        factor=factor,
+    )
     return out
 
 
-def gradient(mesh, pos, window='cic', transform=None, out=None):
+def gradient(mesh, pos, window="cic", transform=None, out=None):
     """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), float64; as `readout`."""
     values = _meshes([mesh])
     out = _result(out, (len(pos), values[0].ndim))
@@ -798,7 +949,7 @@ def _result(out, shape):
     """`out`, if it is fit to hold a result of this shape, or a new array."""
     if out is None:
         return memory.empty(shape)
-    if not isinstance(out, numpy.ndarray) or out.shape != shape or out.dtype != 'f8' or not out.flags.carray:
+    if not isinstance(out, numpy.ndarray) or out.shape != shape or out.dtype != "f8" or not out.flags.carray:
         found = f"{out.dtype} of shape {out.shape}" if isinstance(out, numpy.ndarray) else type(out).__name__
         raise ValueError(f"out must be a writeable C-ordered float64 array of shape {shape}, not {found}")
     return out
@@ -810,35 +961,36 @@ def _base(base, out):
         return None
     if numpy.shape(base) != out.shape:
         raise ValueError(f"base must have the shape of the result, {out.shape}, not {numpy.shape(base)}")
-    return _flat(numpy.require(base, 'f8', 'CA')).reshape(out.shape)
+    return _flat(numpy.require(base, "f8", "CA")).reshape(out.shape)
 
 
-def paint_vjp(mesh, pos, mass=1.0, window='cic', transform=None, need_pos=True, need_mass=True):
+def paint_vjp(mesh, pos, mass=1.0, window="cic", transform=None, need_pos=True, need_mass=True):
     """Cotangents of positions (N, ndim) and masses (N,) from the cotangent of the painted mesh.
 
     What is not needed comes back as None. With one mass for all, the second is still for each particle.
     """
-    mass, step = _per_particle(mass, len(pos), 'mass')
+    mass, step = _per_particle(mass, len(pos), "mass")
     out = memory.empty((len(pos), 1)) if need_mass else None
-    slope = _gather(_meshes([mesh]), pos, window, transform, out=out,
-                    coef=mass if need_pos else None, coef_step=step)
+    slope = _gather(
+        _meshes([mesh]), pos, window, transform, out=out, coef=mass if need_pos else None, coef_step=step
+    )
     return (slope if need_pos else None), (out[:, 0] if need_mass else None)
 
 
 def _velocities(pos_, npart, ndim):
     """The tangent of positions as flat memory with `ndim` numbers for each particle, also if it is one number."""
-    speed, step = _per_particle(pos_, npart, 'tangent of positions', ndim)
+    speed, step = _per_particle(pos_, npart, "tangent of positions", ndim)
     return speed if step else numpy.tile(speed, npart)
 
 
-def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window='cic', transform=None):
+def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window="cic", transform=None):
     """Add to `mesh` the tangent of painting along `pos_` (N, ndim) and `mass_` (N,); None is zero."""
     value = _mesh(mesh)
-    change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), 'tangent of mass')
+    change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), "tangent of mass")
     speed, rate = None, 1.0
     if pos_ is not None:
         speed = _velocities(pos_, len(pos), value.ndim)
-        mass, mass_step = _per_particle(mass, len(pos), 'mass')
+        mass, mass_step = _per_particle(mass, len(pos), "mass")
         if mass_step:
             speed = (speed.reshape(-1, value.ndim) * mass[:, None]).reshape(-1)
         else:
@@ -848,7 +1000,7 @@ def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window='cic', transfor
     return mesh
 
 
-def slopes(meshes, pos, factors=None, window='cic', transform=None, out=None, base=None, factor=1.0):
+def slopes(meshes, pos, factors=None, window="cic", transform=None, out=None, base=None, factor=1.0):
     """The sum of the gradients of meshes at positions, each times its column of factors: (N, ndim), float64.
 
     `factors` has a row for each particle and a column for each of the first meshes, or is one number for all
@@ -857,8 +1009,18 @@ def slopes(meshes, pos, factors=None, window='cic', transform=None, out=None, ba
     values = _meshes(list(meshes))
     coef, step, given = _coefficients(factors, len(pos), len(values))
     out = _result(out, (len(pos), values[0].ndim))
-    return _gather(values, pos, window, transform, coef=coef, coef_step=step, slope=out, given=given,
-                   base=_base(base, out), factor=factor)
+    return _gather(
+        values,
+        pos,
+        window,
+        transform,
+        coef=coef,
+        coef_step=step,
+        slope=out,
+        given=given,
+        base=_base(base, out),
+        factor=factor,
+    )
 
 
 def _coefficients(factors, npart, count):
@@ -866,10 +1028,10 @@ def _coefficients(factors, npart, count):
     given = 0 if factors is None else numpy.shape(factors)[-1] if numpy.ndim(factors) else count
     if given > count:
         raise ValueError(f"there are {given} columns of factors for {count} meshes")
-    return (*(_per_particle(factors, npart, 'factors', given) if given else (numpy.empty(0), 0)), given)
+    return (*(_per_particle(factors, npart, "factors", given) if given else (numpy.empty(0), 0)), given)
 
 
-def readout_vjp(meshes, pos, value, window='cic', transform=None, out=None, need_pos=True):
+def readout_vjp(meshes, pos, value, window="cic", transform=None, out=None, need_pos=True):
     """Cotangents of `readout(meshes, pos)` from that of its result, `value`: (N,) or (N, n).
 
     The meshes' cotangents are added to `out` (a mesh, or a list of n); without it they are not computed.
@@ -878,7 +1040,7 @@ def readout_vjp(meshes, pos, value, window='cic', transform=None, out=None, need
     """
     several = isinstance(meshes if meshes is not None else out, (list, tuple))
     width = len(meshes if meshes is not None else out) if several else None
-    coef, step = _per_particle(value, len(pos), 'cotangent of the values', width)
+    coef, step = _per_particle(value, len(pos), "cotangent of the values", width)
     if out is not None:
         targets = [_mesh(mesh) for mesh in (out if several else [out])]
         _scatter(targets, pos, coef, step, window, transform)
@@ -888,7 +1050,7 @@ def readout_vjp(meshes, pos, value, window='cic', transform=None, out=None, need
     return _gather(values, pos, window, transform, coef=coef, coef_step=step)
 
 
-def readout_jvp(meshes, pos, pos_=None, meshes_=None, window='cic', transform=None):
+def readout_jvp(meshes, pos, pos_=None, meshes_=None, window="cic", transform=None):
     """Tangent of `readout(meshes, pos)` along `pos_` (N, ndim) and `meshes_`; None is zero."""
     several = isinstance(meshes if meshes is not None else meshes_, (list, tuple))
     width = len(meshes if meshes is not None else meshes_) if several else 1
@@ -1008,8 +1170,20 @@ def _curve_loop(mesh, position, ndim, support, n, asked):
                 slope[uintp(p * ndim + 2)] += (xz * vx + yz * vy + zz * vz) * scale[2]
 
     reals = float64[::1]
-    return _compile(curve, *4 * [_array(mesh)], BOX, int64, int64, _array(position), int64, reals, reals, reals,
-                    int64, int64)
+    return _compile(
+        curve,
+        *4 * [_array(mesh)],
+        BOX,
+        int64,
+        int64,
+        _array(position),
+        int64,
+        reals,
+        reals,
+        reals,
+        int64,
+        int64,
+    )
 
 
 def _curve(meshes, pos, coef, coef_step, given, speed, slope, window, transform):
@@ -1025,13 +1199,30 @@ def _curve(meshes, pos, coef, coef_step, given, speed, slope, window, transform)
     pos, cuts = _flat(pos), _shares(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
         curve = _curve_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box))
-        _run(curve, [
-            (*flats, box, cuts[t], cuts[t + 1], pos, step, speed, slope.reshape(-1), coef[first:], coef_step,
-             max(0, given - first))
-            for t in range(len(cuts) - 1)])
+        _run(
+            curve,
+            [
+                (
+                    *flats,
+                    box,
+                    cuts[t],
+                    cuts[t + 1],
+                    pos,
+                    step,
+                    speed,
+                    slope.reshape(-1),
+                    coef[first:],
+                    coef_step,
+                    max(0, given - first),
+                )
+                for t in range(len(cuts) - 1)
+            ],
+        )
 
 
-def slopes_jvp(meshes, pos, factors=None, pos_=None, meshes_=None, factors_=None, window='cic', transform=None):
+def slopes_jvp(
+    meshes, pos, factors=None, pos_=None, meshes_=None, factors_=None, window="cic", transform=None
+):
     """Tangent of `slopes(meshes, pos, factors)` along `pos_` (N, ndim), `meshes_`, and `factors_`; None is zero.
 
     `factors_` is shaped as the factors. The meshes may be None if neither positions nor factors change.
@@ -1050,10 +1241,10 @@ def slopes_jvp(meshes, pos, factors=None, pos_=None, meshes_=None, factors_=None
     return slope
 
 
-def spread_jvp(out, pos, value, pos_, window='cic', transform=None):
+def spread_jvp(out, pos, value, pos_, window="cic", transform=None):
     """Add to the n meshes of `out` the change along `pos_` of what `readout_vjp` adds for `value` (N, n)."""
     targets = [_mesh(mesh) for mesh in out]
-    mass, step = _per_particle(value, len(pos), 'cotangent of the values', len(targets))
+    mass, step = _per_particle(value, len(pos), "cotangent of the values", len(targets))
     speed = _velocities(pos_, len(pos), targets[0].ndim)
     _scatter(targets, pos, mass, step, window, transform, speed, spreading=True)
     return out
