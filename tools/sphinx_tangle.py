@@ -31,7 +31,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
-from tools.tangle import Block, Book, TangleError, slug
+from tools.tangle import Block, Book, TangleError, module_of, slug
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
@@ -359,14 +359,6 @@ class ApiPackage(SphinxDirective):
         section.document = self.state.document
         self.state.nested_parse(StringList(rows, source=file), self.content_offset, section)
         return section
-
-
-def module_of(file: str) -> str:
-    """The name under which a file of the book is imported."""
-    parts = file.removesuffix(".py").split("/")
-    if parts[0] == "providers":
-        parts = parts[2:]
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) if file.endswith(".py") else ""
 
 
 def public_members(module: Any) -> list[tuple[str, Any]]:
