@@ -147,23 +147,21 @@ class Order:
         return self._names(module) if module in self.paths else {}
 
     def _circles(self, graph: Mapping[str, Mapping[str, Origin]]) -> Iterator[Problem]:
-        """One circle through each module that is in one, the shortest."""
+        """The circles in which modules import each other: a shortest one through the module that is built first."""
         told: set[str] = set()
-        by_chapter = sorted(graph, key=lambda module: self.rank[self._built(module, None).chapter])
-        for module in by_chapter:
-            paths = [[module]]
+        for module in sorted(graph, key=lambda name: self.rank[self._built(name, None).chapter]):
+            paths = [] if module in told else [[module]]
             seen: set[str] = set()
-            while paths and module not in told:
-                path = paths.pop(0)
-                for step in graph.get(path[-1], ()):
-                    if step == module:
-                        told.update(path)
-                        circle = " -> ".join([*path, module])
-                        yield Problem(*graph[path[-1]][module], f"modules import each other: {circle}")
-                        break
-                    if step not in seen:
-                        seen.add(step)
-                        paths.append([*path, step])
+            for path in paths:  # which grows as we go
+                steps = graph.get(path[-1], {})
+                if module in steps:
+                    told.update(path)
+                    circle = [*path, module]
+                    at = graph[module][circle[1]]
+                    yield Problem(*at, f"modules import each other: {' -> '.join(circle)}")
+                    break
+                paths += [[*path, step] for step in steps if step not in seen]
+                seen |= steps.keys()
 
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
