@@ -211,7 +211,7 @@ def test_wider_cotangents_widen_the_sum():
     def total():
         own, a = None, ZeroGradient
         for b in wide:
-            a, own = autodiff.add_up(a, b, own)
+            a, own = autodiff.add_cotangents(a, b, own)
         return a
 
     np.testing.assert_array_equal(total(), sum(wide))
@@ -227,14 +227,14 @@ def test_lists_are_added_item_by_item(zero):
     expected = [sum(p[k] for p in parts if p is not ZeroGradient and p[k] is not ZeroGradient) for k in (0, 1)]
     own, a = None, ZeroGradient
     for b in [*parts, *parts]:
-        a, own = autodiff.add_up(a, b, own)
+        a, own = autodiff.add_cotangents(a, b, own)
     for got, single in zip(a, expected):
         np.testing.assert_array_equal(got, 2 * single)
     for i, part in enumerate(parts):
         if part is not ZeroGradient:
             np.testing.assert_array_equal(part[1], np.full(3, 2 * 10.0**i))
     with pytest.raises(ValueError, match="zip"):
-        autodiff.add_up([1.0], [1.0, 2.0], None)
+        autodiff.add_cotangents([1.0], [1.0, 2.0], None)
 
 
 @operator

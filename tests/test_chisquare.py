@@ -42,7 +42,7 @@ def gather(x):
 
 @operator
 class mix:
-    """A times the vector that is spread over the ranks: a distributed linear operator."""
+    """A times the vector that is spread over the ranks: a partitioned linear operator."""
 
     ain, aout = "x", "y"
 
@@ -54,7 +54,7 @@ class mix:
 
 
 @operator
-class bend:
+class curvature:
     ain, aout = "x", "y"
 
     def apl(node, x):
@@ -69,7 +69,7 @@ class bend:
 
 @autooperator("s -> f, s1")
 def forward(s):
-    return bend(mix(s) + s * s * 0.1), s
+    return curvature(mix(s) + s * s * 0.1), s
 
 
 @autooperator("f, s1 -> r")

@@ -376,7 +376,7 @@ def test_forgetting_saves_memory(counting):
 
 def test_nested_lists():
     @operator
-    class weigh:
+    class nbytes_of:
         ain = "x"
         aout = "y"
 
@@ -393,13 +393,13 @@ def test_nested_lists():
 
     with Builder() as m:
         a, b = m.input("a", "b")
-        m.output(y=weigh([(a, b), a]), z=[a, [b, 1.0]])
+        m.output(y=nbytes_of([(a, b), a]), z=[a, [b, 1.0]])
     y, (_a, _b) = m.compute_with_vjp(dict(a=1.0, b=10.0), dict(_y=1.0))
     assert (y, _a, _b) == ([37.0], 7.0, 3.0)
     assert m.compute("z", dict(a=1.0, b=10.0)) == [1.0, [10.0, 1.0]]
     _, (_a, _b) = m.compute_with_vjp(dict(a=1.0, b=10.0), dict(_z=[2.0, [3.0, 4.0]]))
     assert (_a, _b) == (2.0, 3.0)
-    check(weigh, [[np.ones(2), np.ones(2)], np.ones(2)])
+    check(nbytes_of, [[np.ones(2), np.ones(2)], np.ones(2)])
 
 
 def test_a_list_as_one_value():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmad_lit.core.tape import weigh
+from vmad_lit.core.tape import nbytes_of
 from vmad_lit.lib import memory
 
 N = memory.LEAST // 8
@@ -60,8 +60,8 @@ def test_used_again_when_the_last_view_is_gone():
 
 def test_arrays_are_weighed_once():
     array = memory.empty((N, 2))
-    assert weigh([array, array.T, array], {}) == array.nbytes
-    assert weigh([array[1:], array], weakref.WeakValueDictionary()) == array.nbytes
+    assert nbytes_of([array, array.T, array], {}) == array.nbytes
+    assert nbytes_of([array[1:], array], weakref.WeakValueDictionary()) == array.nbytes
 
 
 def test_new_memory_takes_the_place_of_what_is_idle():

@@ -187,15 +187,15 @@ def test_the_distributed_part_is_summed_and_the_universal_part_is_not():
 
 def test_agree():
     vs = distributed()
-    assert vs.agree(np.array(2)) == 2.0
-    assert vs.agree(1 + 1e-15 * COMM.rank) == 1.0
-    assert math.isnan(vs.agree(math.nan))
+    assert vs.replicate(np.array(2)) == 2.0
+    assert vs.replicate(1 + 1e-15 * COMM.rank) == 1.0
+    assert math.isnan(vs.replicate(math.nan))
     for bad in (np.ones(2), 1j, 'x', None):
         with pytest.raises(TypeError, match="one real number"):
-            vs.agree(bad)
+            vs.replicate(bad)
     if COMM.size > 1:
         with pytest.raises(ValueError, match="differs between ranks"):
-            vs.agree(COMM.rank)
+            vs.replicate(COMM.rank)
     assert vs.any(COMM.rank == COMM.size - 1)
     assert not vs.any(False)
 

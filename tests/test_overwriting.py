@@ -26,8 +26,8 @@ class double:
 
     ain = "x"
     aout = "y"
-    makes_own = True
-    overwrites = "x", "_y"
+    fresh = True
+    inplace = "x", "_y"
 
     def apl(node, x):
         y = place(node, "x", x)
@@ -130,8 +130,8 @@ def test_an_argument_twice_is_not():
     class plus:
         ain = "a", "b"
         aout = "y"
-        makes_own = True
-        overwrites = "a", "b"
+        fresh = True
+        inplace = "a", "b"
 
         def apl(node, a, b):
             SEEN.append(("a", node.owns("a")))
@@ -177,7 +177,7 @@ def test_a_tape_is_as_it_was():
     class keeps:
         ain = "x"
         aout = "y"
-        overwrites = "x",
+        inplace = "x",
 
         def apl(node, x):
             return dict(y=x * x)
@@ -222,7 +222,7 @@ def test_chains(options):
 
 @pytest.mark.parametrize("options, first", [(dict(ram=0, disk=5), True), (dict(ram=1), False), (dict(schedule="tapes"), False)], ids=str)
 def test_a_chain_in_a_graph(options, first):
-    """A chain overwrites the state that it is given once that is on disk, and gives away the cotangents of the first state."""
+    """A chain inplace the state that it is given once that is on disk, and gives away the cotangents of the first state."""
     chain, x = checkpoint(twice, n=3, **options), X.copy()
     m, plain = model(double, chain, double), model(double, *[twice] * 3, double)
     ([y], [_x]), own = owned(lambda: m.compute_with_vjp(dict(x=x), dict(_y=np.ones(3))))
@@ -263,15 +263,15 @@ def test_any_graph(calls, wanted, seed):
     cotangents = {"_" + name: np.random.default_rng(seed + i).normal(size=4) for i, name in enumerate(names)}
     given_ = {name: c.copy() for name, c in cotangents.items()}
     results = []
-    find = Plan._find_owned
+    find = Plan._find_donated
     for method in find, lambda *args: []:
-        Plan._find_owned = method
+        Plan._find_donated = method
         try:
             m._plans.clear()
             out, pulled = m.compute_with_vjp(dict(x=x.copy()), cotangents)
             results.append([*out, *pulled, *m.compute(names, dict(x=x.copy()))])
         finally:
-            Plan._find_owned = find
+            Plan._find_donated = find
         for name, c in cotangents.items():
             assert_array_equal(c, given_[name])
     for a, b in zip(*results):

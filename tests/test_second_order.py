@@ -36,13 +36,13 @@ class product:
         return x1 * x2
 
     def vjp(node, _y, x1, x2):
-        return dict(_x1=_y * np.conj(x2), _x2=_y * np.conj(x1) if node.wants("x2") else ZeroGradient)
+        return dict(_x1=_y * np.conj(x2), _x2=_y * np.conj(x1) if node.needs("x2") else ZeroGradient)
 
     def jvp(node, x1_, x2_, x1, x2):
         return x1_ * x2 + x1 * x2_
 
     def hvp(node, _y, x1_, x2_):
-        return dict(_x1_=_y * np.conj(x2_), _x2_=_y * np.conj(x1_) if node.wants("x2") else ZeroGradient)
+        return dict(_x1_=_y * np.conj(x2_), _x2_=_y * np.conj(x1_) if node.needs("x2") else ZeroGradient)
 
 
 @operator

@@ -15,7 +15,7 @@ from vmad_lit.core.checkpoint import checkpoint
 from vmad_lit.core.model import Model
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.profile import Profile, progress
-from vmad_lit.core.tape import weigh
+from vmad_lit.core.tape import nbytes_of
 from vmad_lit.lib import linalg
 
 
@@ -157,16 +157,16 @@ def test_the_repr_of_a_node_with_a_long_list_is_short():
 
 def test_an_array_is_weighed_once():
     a = np.ones(1000)
-    assert weigh(a, {}) == 8000
-    assert weigh([a, a[:5], {"b": a.reshape(10, 100)}, (a.T,)], {}) == 8000
-    assert weigh(a[:5], {}) == 8000  # a slice keeps all of it alive
-    assert weigh([np.broadcast_to(np.ones(1), (100,)), 1.0, "text", None, ZeroGradient], {}) == 8
+    assert nbytes_of(a, {}) == 8000
+    assert nbytes_of([a, a[:5], {"b": a.reshape(10, 100)}, (a.T,)], {}) == 8000
+    assert nbytes_of(a[:5], {}) == 8000  # a slice keeps all of it alive
+    assert nbytes_of([np.broadcast_to(np.ones(1), (100,)), 1.0, "text", None, ZeroGradient], {}) == 8
 
     class Holder:
         def __init__(self):
             self.indices, self.n = a, 5
 
-    assert weigh([Holder(), a], {}) == 8000
+    assert nbytes_of([Holder(), a], {}) == 8000
 
 
 def test_the_bytes_of_a_tape():
@@ -188,11 +188,11 @@ def test_the_bytes_of_a_chain_follow_its_states(ram):
     pytest.importorskip("checkpoint_schedules")
 
     @autooperator("x -> y")
-    def advance(x):
+    def axpy(x):
         return scale(x)
 
     with Builder() as m:
-        m.output(y=checkpoint(advance, n=20, ram=ram)(m.input("x")))
+        m.output(y=checkpoint(axpy, n=20, ram=ram)(m.input("x")))
     y, tape = m.compute("y", dict(x=np.ones(1000)), return_tape=True)
     assert ram * 8000 <= tape.nbytes <= (ram + 2) * 8000
 
@@ -207,7 +207,7 @@ def test_the_bytes_of_fields():
     field = pm.create("real", value=1.0)
     y, tape = m.compute("y", dict(x=field), return_tape=True)
     assert field.value.nbytes <= tape.nbytes <= 3 * max(field.value.nbytes, 64)
-    assert weigh([field, field, field.value], {}) == weigh(field, {})
+    assert nbytes_of([field, field, field.value], {}) == nbytes_of(field, {})
 
 
 # Pictures
@@ -363,11 +363,11 @@ def test_chains_and_forgetful_autooperators_are_measured_inside():
     pytest.importorskip("checkpoint_schedules")
 
     @autooperator("x -> y")
-    def advance(x):
+    def axpy(x):
         return scale(x)
 
     with Builder() as m:
-        m.output(y=advance.forgetful(checkpoint(advance, n=8, ram=2)(m.input("x"))))
+        m.output(y=axpy.forgetful(checkpoint(axpy, n=8, ram=2)(m.input("x"))))
     with Profile() as p:
         m.compute_with_vjp(dict(x=1.0), dict(_y=1.0))
     rows = {row.name: row for row in p.by_operator()}

@@ -205,21 +205,21 @@ def test_second_derivatives_are_those_of_splines(slab, n, data):
     ones = numpy.concatenate([k, numpy.ones((N, n - columns))], axis=1)
     exact = x.astype('f8')
     slope = numpy.stack([weights(support, exact, shape, transform, unit(ndim, d)) for d in range(ndim)])
-    bend = numpy.array([[weights(support, exact, shape, transform, unit(ndim, d, e)) for e in range(ndim)]
+    curvature = numpy.array([[weights(support, exact, shape, transform, unit(ndim, d, e)) for e in range(ndim)]
                         for d in range(ndim)])
     cells = tuple(range(1, ndim + 1))
     want = numpy.zeros((N, ndim))
     for c in range(n):
         for d in range(ndim):
-            turned = sum(bend[d, e] * v[:, e].reshape((N,) + (1,) * ndim) for e in range(ndim))
+            turned = sum(curvature[d, e] * v[:, e].reshape((N,) + (1,) * ndim) for e in range(ndim))
             want[:, d] += ones[:, c] * ((turned * meshes[c]).sum(axis=cells) + (slope[d] * meshes_[c]).sum(axis=cells))
             if c < columns:
                 want[:, d] += k_[:, c] * (slope[d] * meshes[c]).sum(axis=cells)
-    got = window.slopes_jvp(list(meshes), x, k, v, list(meshes_), k_ if columns else None, **args)
+    got = window.weighted_gradient_jvp(list(meshes), x, k, v, list(meshes_), k_ if columns else None, **args)
     assert_allclose(got, want, **tol)
-    parts = [window.slopes_jvp(list(meshes), x, k, v, **args), window.slopes_jvp(None, x, k, meshes_=list(meshes_), **args)]
+    parts = [window.weighted_gradient_jvp(list(meshes), x, k, v, **args), window.weighted_gradient_jvp(None, x, k, meshes_=list(meshes_), **args)]
     if columns:
-        parts.append(window.slopes_jvp(list(meshes), x, k, factors_=k_, **args))
+        parts.append(window.weighted_gradient_jvp(list(meshes), x, k, factors_=k_, **args))
     assert_allclose(sum(parts), want, **tol)
     value = rng.normal(size=(N, n))
     out = list(numpy.zeros((n,) + shape, dtype))
@@ -233,10 +233,10 @@ def test_second_derivatives_with_one_number_for_all():
     rng = numpy.random.default_rng(2)
     pos, meshes, v = rng.uniform(0, 5, size=(40, 2)), list(rng.normal(size=(3, 5, 4))), rng.normal(size=(40, 2))
     rows = numpy.full((40, 3), 2.0)
-    want = window.slopes_jvp(meshes, pos, rows, v, meshes[::-1], 3.0 * rows, 'pcs')
-    assert_allclose(window.slopes_jvp(meshes, pos, 2.0, v, meshes[::-1], 6.0, 'pcs'), want, atol=1e-12)
-    along = window.slopes_jvp(meshes, pos, rows, numpy.full((40, 2), 0.5), window='pcs')
-    assert_allclose(window.slopes_jvp(meshes, pos, rows, 0.5, window='pcs'), along, atol=1e-12)
+    want = window.weighted_gradient_jvp(meshes, pos, rows, v, meshes[::-1], 3.0 * rows, 'pcs')
+    assert_allclose(window.weighted_gradient_jvp(meshes, pos, 2.0, v, meshes[::-1], 6.0, 'pcs'), want, atol=1e-12)
+    along = window.weighted_gradient_jvp(meshes, pos, rows, numpy.full((40, 2), 0.5), window='pcs')
+    assert_allclose(window.weighted_gradient_jvp(meshes, pos, rows, 0.5, window='pcs'), along, atol=1e-12)
     one, all_ = ([numpy.zeros((5, 4)) for mesh in meshes] for i in range(2))
     window.spread_jvp(one, pos, 2.0, v, 'pcs')
     window.spread_jvp(all_, pos, rows, v, 'pcs')
@@ -249,14 +249,14 @@ def test_second_derivatives_in_any_memory():
     pos, value, v = rng.uniform(-16, 32, size=(20000, 3)), rng.normal(size=(20000, 4)), rng.normal(size=(20000, 3))
     vector = rng.normal(size=(16, 8, 8, 4))
     apart = [vector[..., c].copy() for c in range(4)]
-    want = window.slopes_jvp(apart, pos, value, v, window='tsc')
+    want = window.weighted_gradient_jvp(apart, pos, value, v, window='tsc')
     zeros = lambda: [numpy.zeros((16, 8, 8)) for c in range(4)]
     spread = window.spread_jvp(zeros(), pos, value, v, 'tsc')
     for n in 1, 2, 3:
         window.set_threads(n)
         for meshes in list(numpy.moveaxis(vector, -1, 0)), [numpy.asfortranarray(apart[0]), *apart[1:]]:
             wide = numpy.concatenate([pos, pos], axis=1)
-            assert_allclose(window.slopes_jvp(meshes, wide, value, v, window='tsc'), want, rtol=0, atol=1e-11)
+            assert_allclose(window.weighted_gradient_jvp(meshes, wide, value, v, window='tsc'), want, rtol=0, atol=1e-11)
         unlike = [numpy.zeros((16, 8, 8), order='F'), *zeros()[1:]]
         for out in zeros(), list(numpy.moveaxis(numpy.zeros_like(vector), -1, 0)), unlike:
             for mesh, expected in zip(window.spread_jvp(out, pos, value, v, 'tsc'), spread):
@@ -266,17 +266,17 @@ def test_second_derivatives_in_any_memory():
 
 def test_second_derivatives_of_nothing():
     none, mesh = numpy.empty((0, 3)), numpy.ones((4, 4, 4))
-    assert window.slopes_jvp([mesh], none, None, none).shape == (0, 3)
+    assert window.weighted_gradient_jvp([mesh], none, None, none).shape == (0, 3)
     assert not window.spread_jvp([0 * mesh], none, numpy.empty((0, 1)), none)[0].any()
     pos, empty = numpy.ones((5, 3)), numpy.empty((0, 4, 4))
-    assert not window.slopes_jvp([empty], pos, None, pos, transform=Affine(3, 1.0, 0.0, 4)).any()
+    assert not window.weighted_gradient_jvp([empty], pos, None, pos, transform=Affine(3, 1.0, 0.0, 4)).any()
     assert window.spread_jvp([empty], pos, numpy.ones((5, 1)), pos, transform=Affine(3, 1.0, 0.0, 4))[0].size == 0
     with pytest.raises(ValueError, match='tangent of positions'):
-        window.slopes_jvp([mesh], pos, None, numpy.ones((5, 2)))
+        window.weighted_gradient_jvp([mesh], pos, None, numpy.ones((5, 2)))
     with pytest.raises(ValueError, match='columns of factors'):
-        window.slopes_jvp([mesh], pos, numpy.ones((5, 2)), pos)
+        window.weighted_gradient_jvp([mesh], pos, numpy.ones((5, 2)), pos)
     with pytest.raises(ValueError, match='nnb, cic, tsc, pcs'):
-        window.slopes_jvp([mesh], pos, None, pos, window='lanczos2')
+        window.weighted_gradient_jvp([mesh], pos, None, pos, window='lanczos2')
 
 
 def test_several_slopes_in_one_sum():
@@ -314,12 +314,12 @@ def test_slopes_are_sums_of_gradients(count, ndim):
         factors = rng.normal(size=(40, columns))
         ones = numpy.concatenate([factors, numpy.ones((40, count - columns))], axis=1)
         want = sum(window.gradient(mesh, pos, 'tsc') * ones[:, c, None] for c, mesh in enumerate(meshes))
-        assert_allclose(window.slopes(meshes, pos, factors if columns else None, 'tsc'), want, atol=1e-12)
-    assert_allclose(window.slopes(meshes, pos, 2.0), 2.0 * window.slopes(meshes, pos), atol=1e-12)
+        assert_allclose(window.weighted_gradient(meshes, pos, factors if columns else None, 'tsc'), want, atol=1e-12)
+    assert_allclose(window.weighted_gradient(meshes, pos, 2.0), 2.0 * window.weighted_gradient(meshes, pos), atol=1e-12)
     with pytest.raises(ValueError, match='columns of factors'):
-        window.slopes(meshes, pos, numpy.ones((40, count + 1)))
+        window.weighted_gradient(meshes, pos, numpy.ones((40, count + 1)))
     with pytest.raises(ValueError, match='factors must be'):
-        window.slopes(meshes, pos, numpy.ones((39, count)))
+        window.weighted_gradient(meshes, pos, numpy.ones((39, count)))
 
 
 def test_results_fill_what_is_given():
@@ -345,7 +345,7 @@ def test_results_are_added_to_what_is_there(count, ndim):
     pos, value = rng.uniform(-5, 10, size=(40, ndim)), rng.normal(size=(40, count))
     meshes = list(rng.normal(size=(count,) + (5, 4, 6)[:ndim]))
     for find, width in (lambda **to: window.readout(meshes, pos, **to), count), \
-                       (lambda **to: window.slopes(meshes, pos, value, **to), ndim):
+                       (lambda **to: window.weighted_gradient(meshes, pos, value, **to), ndim):
         base, plain = rng.normal(size=(40, width)), find()
         want = base - 0.7 * plain
         assert_allclose(find(base=base, factor=-0.7), want, rtol=0, atol=1e-13)
@@ -395,8 +395,8 @@ def test_one_process_at_a_time_compiles(tmp_path, monkeypatch):
 
     # The loops of which the types are found out when they are called
     code = ("import numpy\nfrom vmad_lit.lib import loops\nx = numpy.ones((4, 2))\n"
-            "assert (loops.advance(x.copy(), x, x, 2.0) == 3).all()\n"
-            "assert (loops.advance(x.astype('f4'), x.astype('f4'), x.astype('f4'), 2.0) == 3).all()\n"
+            "assert (loops.axpy(x.copy(), x, x, 2.0) == 3).all()\n"
+            "assert (loops.axpy(x.astype('f4'), x.astype('f4'), x.astype('f4'), 2.0) == 3).all()\n"
             "print(sum(loops._advance.stats.cache_misses.values()))")
     several = [subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, text=True)
                for i in range(3)]

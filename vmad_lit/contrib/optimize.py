@@ -136,7 +136,7 @@ class Problem:
                 self._evaluate_both(x)
             else:
                 self.fev += 1
-                self._value = self.vs.agree(self._objective(x))
+                self._value = self.vs.replicate(self._objective(x))
         return self._value
 
     def gradient(self, x):
@@ -178,7 +178,7 @@ class Problem:
         self.fev += 1
         self.gev += 1
         value, slope = self._both(x)
-        self._value, self._slope = self.vs.agree(value), self.vs.copy(slope)
+        self._value, self._slope = self.vs.replicate(value), self.vs.copy(slope)
 
 
 class Point:

@@ -109,7 +109,7 @@ class VectorSpace:
         difference = self.addmul(a, b, -1)
         return self.dot(difference, difference) == 0.0
 
-    def agree(self, value) -> float:
+    def replicate(self, value) -> float:
         """`value` as a real number that is the same on every rank.
 
         Raises TypeError if it is not one real number, ValueError if ranks disagree by more than rounding.

@@ -62,7 +62,7 @@ class Sweep:
                 return True
         return False
 
-    def fresh(self, *label: Any) -> Symbol:
+    def new_symbol(self, *label: Any) -> Symbol:
         """A new symbol in the derived model, with the ingredients of its name."""
         symbol = Symbol.__new__(Symbol)
         symbol._label = label
@@ -99,7 +99,7 @@ class ForwardSweep(Sweep):
     def place(self, symbol: BaseSymbol) -> BaseSymbol:
         if isinstance(symbol, List):
             return List([self.place(item) for item in symbol])
-        return self.fresh("{}_", symbol)
+        return self.new_symbol("{}_", symbol)
 
 
 class ReverseSweep(Sweep):
@@ -165,8 +165,8 @@ class ReverseSweep(Sweep):
     def place(self, symbol: BaseSymbol, node: Node | None, mark: str = "") -> BaseSymbol:
         if symbol in self.plan.active:
             if node is None:
-                return self.fresh(self.form + "@output", symbol)
-            return self.fresh(self.form + "@{.name}" + mark, symbol, node)
+                return self.new_symbol(self.form + "@output", symbol)
+            return self.new_symbol(self.form + "@{.name}" + mark, symbol, node)
         if isinstance(symbol, List):
             return List([self.place(item, node, mark) for item in symbol])
         return Ignored
@@ -179,7 +179,7 @@ class ReverseSweep(Sweep):
         elif partial is not Ignored:
             so_far = self.derivative.get(symbol)
             if so_far is not None:
-                total = self.fresh(self.form, symbol)
+                total = self.new_symbol(self.form, symbol)
                 origin = None if node else caller()
                 self.model.append(
                     Node(accumulate.apl, dict(a=so_far, b=partial), dict(y=total), origin, node)
@@ -196,14 +196,14 @@ class accumulate:
     aout = "y"
 
     def apl(node: Any, a: Value, b: Value) -> Value:
-        return add_up(a, b, None)[0]
+        return add_cotangents(a, b, None)[0]
 
     @staticmethod
     def grow(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
-        return add_up(a, b, own)
+        return add_cotangents(a, b, own)
 
 
-def add_up(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
+def add_cotangents(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
     """The sum of a total `a` and a partial cotangent `b`, and what of it is our own.
 
     `own` is what the previous call returned with the total: an object that this function has made by
@@ -215,7 +215,7 @@ def add_up(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
         return b, None
     cls = type(a)
     if cls is list:
-        pairs = [add_up(*items) for items in zip(a, b, own or [None] * len(a), strict=True)]
+        pairs = [add_cotangents(*items) for items in zip(a, b, own or [None] * len(a), strict=True)]
         return [total for total, _ in pairs], [mine for _, mine in pairs]
     if a is own is not None and cls is type(b) and IN_PLACE[cls](a, b):
         return a, own

@@ -57,7 +57,7 @@ class AutoOperator(Operator):
         of_vjp = *("_" + name for name in self.aout), *(name + "_" for name in self.ain)
         self.hvp = Primitive(self, "hvp", differentiate, [*known, *of_vjp])
         self.rcd = None
-        self.overwrites = {*self.ain, *("_" + name for name in self.aout)}
+        self.inplace = {*self.ain, *("_" + name for name in self.aout)}
         self._find_recorded()
 
     def build(self, /, **hyperargs: Any) -> Model:
@@ -149,12 +149,12 @@ class AutoOperator(Operator):
         """A variant that keeps no tape, and makes it anew when a derivative is computed."""
         return self._vary(_keeps_tape=False)
 
-    def own_results(self, node: Node, plan: Plan) -> Collection[str]:
+    def fresh_results(self, node: Node, plan: Plan) -> Collection[str]:
         try:
             inside = find_plan(node, plan)
         except Exception:
             return ()  # the run will meet it again, and tell where
-        return inside[0].own_outputs if inside else ()
+        return inside[0].fresh_outputs if inside else ()
 
     def model_of(self, node: Node) -> Model | None:
         model: Model | None = find_known_model(node)
@@ -271,7 +271,7 @@ def compute(node: Any, **arguments: Any) -> dict[str, Any]:
     if operator.__bound_tape__ is not None:
         return {name: operator.__bound_tape__.out[name] for name in operator.aout}
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, given_away=find_owned(node))[0]
+    return model._run(find_wanted(node), inputs, donated=find_donated(node))[0]
 
 
 def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
@@ -283,11 +283,11 @@ def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
 def find_wanted(node: Any) -> list[str]:
     """The outputs that the application of an autooperator, or a derivative of it, has to do with."""
     if node.primitive.kind in ("apl", "jvp"):
-        return [name for name in node.operator.aout if node.wants(name)]
+        return [name for name in node.operator.aout if node.needs(name)]
     return [name for name in node.operator.aout if node.varin["_" + name] is not ZERO]
 
 
-def find_owned(node: Any) -> tuple[str, ...]:
+def find_donated(node: Any) -> tuple[str, ...]:
     """The inputs that may be overwritten."""
     return tuple(name for name in node.primitive.ain if node.owns(name))
 
@@ -299,16 +299,16 @@ def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if operator.__bound_tape__ is not None:
         return operator.__bound_tape__
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, record=True, given_away=find_owned(node))[1]
+    return model._run(find_wanted(node), inputs, record=True, donated=find_donated(node))[1]
 
 
 def differentiate(node: Any, **arguments: Any) -> Any:
     tape = find_tape(node, arguments)
     if not node.operator._keeps_tape:
-        tape.use_up()
+        tape.consume()
     derived = dict(vjp=tape.get_vjp, jvp=tape.get_jvp, hvp=tape.get_hvp)[node.primitive.kind]()
     given = {name: arguments[name] for name in node.primitive.ain if name in derived._inputs}
-    return derived._run(node.used, derived._fitting(given), given_away=find_owned(node))[0]
+    return derived._run(node.used, derived._conforming(given), donated=find_donated(node))[0]
 
 
 def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
@@ -320,7 +320,7 @@ def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
         model = operator.model_of(node)
         if model is None:
             return None
-        return model._plan(tuple(find_wanted(node)), plan.record, True, find_owned(node)), model
+        return model._plan(tuple(find_wanted(node)), plan.record, True, find_donated(node)), model
     # Find the plan of a derivative
     if node.primitive.kind != "vjp" or plan.base is None:
         return None
@@ -328,7 +328,7 @@ def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
     if inside is None:
         return None
     vjp = derive(*inside, "vjp")
-    return vjp._plan(tuple(node.used), False, True, find_owned(node)), vjp
+    return vjp._plan(tuple(node.used), False, True, find_donated(node)), vjp
 
 
 def autooperator(*spec: Any) -> Any:

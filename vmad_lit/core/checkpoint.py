@@ -12,8 +12,8 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any, TypeVar
 
-from .autodiff import add_up, derive
-from .autooperator import AutoOperator, InstanceAutoOperator, find_known_model, find_model, find_owned
+from .autodiff import add_cotangents, derive
+from .autooperator import AutoOperator, InstanceAutoOperator, find_known_model, find_model, find_donated
 from .error import BadArgument, BrokenPrimitive, did_you_mean
 from .execution import Plan, describe
 from .model import Model
@@ -241,7 +241,7 @@ class Chain(Operator):
         self.jvp = Primitive(self, "jvp", push_forward_chain, [HISTORY, *tangents])
         self.hvp = Primitive(self, "hvp", differentiate_vjp_of_chain, [HISTORY, *cotangents, *tangents])
         self.rcd = None
-        self.overwrites = {*self.state_names, *cotangents}
+        self.inplace = {*self.state_names, *cotangents}
         self._find_recorded()
 
     def _build(self, hyperargs: dict[str, Any]) -> Models:
@@ -256,7 +256,7 @@ class Chain(Operator):
         return self._opened[names]
 
     # What a chain makes anew
-    def own_results(self, node: Any, plan: Any) -> Collection[str]:
+    def fresh_results(self, node: Any, plan: Any) -> Collection[str]:
         if node.primitive.kind != "vjp" or node.forward is None:
             return ()
         cotangents = ["_" + name for name in self.state_names]
@@ -269,12 +269,12 @@ class Chain(Operator):
             vjps = [derive(tape, models[0], "vjp")._plan(vout, False, True) for tape in tapes]
         except Exception:
             return ()  # the run will meet it again, and tell where
-        return [name for name in cotangents if all(name in vjp.own_outputs for vjp in vjps)]
+        return [name for name in cotangents if all(name in vjp.fresh_outputs for vjp in vjps)]
 
-    # The script of a chain
+    # The actions of a chain
     @cached_property
-    def script(self) -> Script:
-        return Script(self.schedule(self.n), self.n)
+    def actions(self) -> Actions:
+        return Actions(self.schedule(self.n), self.n)
 
 
 class Models:
@@ -293,7 +293,7 @@ class Models:
         return self._models[key]
 
 
-class Steps:
+class StepRuns:
     """The steps of a chain, with values for its parameters."""
 
     def __init__(self, chain: Chain, models: Models, parameters: dict[str, Any]):
@@ -302,21 +302,21 @@ class Steps:
     def run(self, i: int, state: tuple[Any, ...], private: Names = ()) -> tuple[tuple[Any, ...], Names]:
         """Run a step; returns the next state and what of it is private."""
         model, vout = self.models[i], self.chain.aout
-        out, _ = model._run(vout, self.inputs(state), given_away=private)
+        out, _ = model._run(vout, self.inputs(state), donated=private)
         return tuple(out.values()), self.own(model._plan(tuple(vout), False, True, private))
 
     def record(
         self, i: int, state: tuple[Any, ...], private: Names = ()
     ) -> tuple[tuple[Any, ...], Names, Any]:
         """Run a step; returns the next state, what of it is private, and the tape."""
-        _, tape = self.models[i]._run(self.chain.aout, self.inputs(state), record=True, given_away=private)
+        _, tape = self.models[i]._run(self.chain.aout, self.inputs(state), record=True, donated=private)
         own = self.own(tape.plan)
         return tuple(tape.let_go().values()), own, tape
 
     def record_only(self, i: int, state: tuple[Any, ...]) -> Any:
         """The tape of a step whose result nobody needs, for one sweep."""
         _, tape = self.models[i]._run(self.chain.aout, self.inputs(state), record=True, results=False)
-        tape.use_up()
+        tape.consume()
         return tape
 
     def inputs(self, state: tuple[Any, ...]) -> dict[str, Any]:
@@ -324,27 +324,27 @@ class Steps:
 
     def own(self, plan: Plan) -> Names:
         """What of the next state nobody else holds, by its names as inputs."""
-        return tuple(name for name, y in zip(self.chain.state_names, plan.vout) if y in plan.own_outputs)
+        return tuple(name for name, y in zip(self.chain.state_names, plan.vout) if y in plan.fresh_outputs)
 
 
-def prepare(node: Any, arguments: dict[str, Any]) -> tuple[Steps, tuple[Any, ...]]:
+def prepare(node: Any, arguments: dict[str, Any]) -> tuple[StepRuns, tuple[Any, ...]]:
     """The steps of the chain of a node, and the state that it begins with."""
     chain = node.operator
     models: Any
     models, inputs = find_model(node, arguments)
     parameters = {name: inputs[name] for name in chain.parameter_names}
-    return Steps(chain, models, parameters), tuple(inputs[name] for name in chain.state_names)
+    return StepRuns(chain, models, parameters), tuple(inputs[name] for name in chain.state_names)
 
 
 def run_chain(node: Any, **arguments: Any) -> dict[str, Any]:
     steps, state = prepare(node, arguments)
-    private = find_owned(node)
+    private = find_donated(node)
     for i in range(steps.chain.n):
         state, private = steps.run(i, state, private)
     return dict(zip(steps.chain.aout, state))
 
 
-class Script:
+class Actions:
     """The actions of a schedule.
 
     Attributes
@@ -375,10 +375,10 @@ class Script:
                 schedule.finalize(n)
 
 
-class Walk:
-    """Somebody who follows a script: the number of the next step, the state before it, what is kept."""
+class Runner:
+    """Executes a schedule: knows the number of the next step, the state before it, and what is kept."""
 
-    def __init__(self, steps: Steps, state: Any, disk: Disk, given: Names = ()):
+    def __init__(self, steps: StepRuns, state: Any, disk: Disk, given: Names = ()):
         self.steps, self.disk, self.given = steps, disk, given
         self.at, self.state = 0, state
         self.private: Names = ()
@@ -471,7 +471,7 @@ class Disk:
         self._end = 0
 
     def keep(self, state: Any) -> OnDisk:
-        return agree(self.comm, lambda: OnDisk(self, state))
+        return fail_together(self.comm, lambda: OnDisk(self, state))
 
     def write(self, chunks: list[memoryview]) -> tuple[int, int]:
         """Write chunks of bytes in a row; returns the room that they have, an offset and a size."""
@@ -546,7 +546,7 @@ class OnDisk:
         self._disk, self._room = disk, disk.write(chunks)
 
     def get(self) -> Any:
-        return agree(self._disk.comm, self._read)
+        return fail_together(self._disk.comm, self._read)
 
     def _read(self) -> Any:
         header, *buffers = self._disk.read(self._room, self._sizes)
@@ -620,7 +620,7 @@ def find_culprit(state: Any) -> Any:
     return state
 
 
-def agree(comm: Any, action: Callable[[], T]) -> T:
+def fail_together(comm: Any, action: Callable[[], T]) -> T:
     """What `action` returns, if it succeeds on all ranks; else an error on all of them."""
     if comm is None or comm.size == 1:
         return action()
@@ -650,29 +650,29 @@ def private_when_back(chain: Chain, kept: InMemory | OnDisk) -> Names:
     return tuple(chain.state_names) if isinstance(kept, OnDisk) else ()
 
 
-def go_forward(steps: Any, start: Any, disk: Disk, given: Names = ()) -> Walk:
-    """A walk from the start to the end of the forward run; what is `given` may be overwritten once it is on disk."""
-    walk = Walk(steps, start, disk, given)
-    walk.follow(steps.chain.script.forward)
-    walk.expect(steps.chain.n)
-    return walk
+def go_forward(steps: Any, start: Any, disk: Disk, given: Names = ()) -> Runner:
+    """A runner from the start to the end of the forward run; what is `given` may be overwritten once it is on disk."""
+    runner = Runner(steps, start, disk, given)
+    runner.follow(steps.chain.actions.forward)
+    runner.expect(steps.chain.n)
+    return runner
 
 
 def run_chain_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
     steps, start = prepare(node, arguments)
     chain = steps.chain
     disk = Disk(chain.folder, chain.comm or find_comm(arguments.values()))
-    walk = go_forward(steps, start, disk, find_owned(node))
-    return {**dict(zip(chain.aout, walk.state)), HISTORY: History(walk, start)}
+    runner = go_forward(steps, start, disk, find_donated(node))
+    return {**dict(zip(chain.aout, runner.state)), HISTORY: History(runner, start)}
 
 
 class History:
     """What a chain records: the start, and what was kept up to the end of the forward run."""
 
-    def __init__(self, walk: Walk, start: Any):
-        self.steps, self.disk = walk.steps, walk.disk
-        self.start = walk.states.get(("DISK", 0)) or InMemory(start)
-        self._kept: tuple[dict[Any, Any], dict[int, Any]] | None = (walk.states, walk.tapes)
+    def __init__(self, runner: Runner, start: Any):
+        self.steps, self.disk = runner.steps, runner.disk
+        self.start = runner.states.get(("DISK", 0)) or InMemory(start)
+        self._kept: tuple[dict[Any, Any], dict[int, Any]] | None = (runner.states, runner.tapes)
 
     def __repr__(self) -> str:
         kept = self._kept
@@ -686,22 +686,22 @@ class History:
         return [*tapes.values(), *(state.get() for state in kept if isinstance(state, InMemory))]
 
     def go_back(self, cotangents: Cotangents) -> None:
-        """Follow the script back to the start, handing the tapes of the steps to `cotangents`."""
+        """Follow the actions back to the start, handing the tapes of the steps to `cotangents`."""
         chain = self.steps.chain
         # Complain if there is no way back
-        if chain.script.reverse is None:
+        if chain.actions.reverse is None:
             raise BrokenPrimitive(
                 f"the schedule of {chain!r} keeps nothing for a reverse sweep; choose another than 'none'"
             )
         if self._kept is None:
-            walk = go_forward(self.steps, self.start.get(), self.disk, private_when_back(chain, self.start))
+            runner = go_forward(self.steps, self.start.get(), self.disk, private_when_back(chain, self.start))
         else:
-            walk = Walk(self.steps, None, self.disk)
-            walk.at = chain.n
-            walk.states, walk.tapes = self._kept
-        self._kept = (dict(walk.states), dict(walk.tapes)) if chain.script.repeatable else None
-        walk.cotangents = cotangents
-        walk.follow(chain.script.reverse)
+            runner = Runner(self.steps, None, self.disk)
+            runner.at = chain.n
+            runner.states, runner.tapes = self._kept
+        self._kept = (dict(runner.states), dict(runner.tapes)) if chain.actions.repeatable else None
+        runner.cotangents = cotangents
+        runner.follow(chain.actions.reverse)
         # Complain if steps are missing
         if cotangents.steps_left:
             raise BadArgument(f"the schedule leaves {cotangents.steps_left} of {chain.n} steps unswept")
@@ -734,8 +734,8 @@ class Cotangents:
         """Go back over a step."""
         cotangents = {"_" + name: value for name, value in zip(self.chain.aout, self.of_state)}
         vjp, vout = tape.get_vjp(), tuple(self.outnames)
-        pulled, _ = vjp._run(vout, vjp._fitting(cotangents), given_away=self.private)
-        own = vjp._plan(vout, False, True, self.private).own_outputs
+        pulled, _ = vjp._run(vout, vjp._conforming(cotangents), donated=self.private)
+        own = vjp._plan(vout, False, True, self.private).fresh_outputs
         self.private = tuple(name for name, x in zip(cotangents, pulled) if x in own)
         self.collect(list(pulled.values()))
 
@@ -745,7 +745,7 @@ class Cotangents:
         self.of_state = pulled[:k]
         for name, partial in zip(self.of_parameters, pulled[k:]):
             total, own = self.of_parameters[name], self._own[name]
-            self.of_parameters[name], self._own[name] = add_up(total, partial, own)
+            self.of_parameters[name], self._own[name] = add_cotangents(total, partial, own)
 
     def result(self) -> dict[str, Any]:
         """The cotangents of all inputs of the chain by name, also those that nobody wants."""
@@ -755,19 +755,19 @@ class Cotangents:
 
 def pull_back_chain(node: Any, **arguments: Any) -> dict[str, Any]:
     chain, of_state = node.operator, [arguments["_" + name] for name in node.operator.aout]
-    cotangents = Cotangents(chain, of_state, wanted_parameters(node), find_owned(node))
+    cotangents = Cotangents(chain, of_state, wanted_parameters(node), find_donated(node))
     arguments[HISTORY].go_back(cotangents)
     return cotangents.result()
 
 
 def wanted_parameters(node: Any) -> list[str]:
-    return [name for name in node.operator.parameter_names if node.wants(name)]
+    return [name for name in node.operator.parameter_names if node.needs(name)]
 
 
-class StepsWithTangents:
+class StepRunsWithTangents:
     """The steps of a chain, on which a state takes its tangent along; a recorded tape, too."""
 
-    def __init__(self, steps: Steps, arguments: dict[str, Any]):
+    def __init__(self, steps: StepRuns, arguments: dict[str, Any]):
         self.chain, self.steps = steps.chain, steps
         self.parameters = {name + "_": arguments[name + "_"] for name in steps.chain.parameter_names}
 
@@ -790,11 +790,11 @@ class StepsWithTangents:
         return self.record(i, state)[2]
 
 
-def with_tangents(node: Any, arguments: dict[str, Any]) -> tuple[StepsWithTangents, tuple[Any, Any]]:
+def with_tangents(node: Any, arguments: dict[str, Any]) -> tuple[StepRunsWithTangents, tuple[Any, Any]]:
     """The steps of a chain with tangents, and the state and tangent that they begin with."""
     history = arguments[HISTORY]
     tangents = tuple(arguments[name + "_"] for name in node.operator.state_names)
-    return StepsWithTangents(history.steps, arguments), (history.start.get(), tangents)
+    return StepRunsWithTangents(history.steps, arguments), (history.start.get(), tangents)
 
 
 def push_forward_chain(node: Any, **arguments: Any) -> dict[str, Any]:

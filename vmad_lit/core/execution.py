@@ -83,7 +83,7 @@ class Plan:
         Whether slots may be used again; not if somebody wants to look at values by name.
     base : Plan, optional
         For a derived graph the recording plan of the original, whose slots precede ours.
-    given_away : collection of str
+    donated : collection of str
         The inputs whose values may be overwritten.
     results : bool
         Whether the outputs are wanted, or only the tape of a run that computes them.
@@ -101,7 +101,7 @@ class Plan:
         its `rcd` returned, or a dict from names to slots.
     unrecorded : list of int
         The slots of outputs that no node recorded.
-    own_outputs : tuple of str
+    fresh_outputs : tuple of str
         The outputs that are new arrays, which nobody else holds.
     derived : dict
         The models derived from this plan, so that they are made only once.
@@ -116,7 +116,7 @@ class Plan:
         record: bool = False,
         reuse: bool = True,
         base: Plan | None = None,
-        given_away: Collection[str] = (),
+        donated: Collection[str] = (),
         results: bool = True,
     ) -> None:
         self.vout = tuple(vout)
@@ -128,7 +128,7 @@ class Plan:
         self.steps: list[Step] = []
         self.size: int
         self._last_reads: dict[int, int] = {}
-        self._spending: list[Step] | None = None
+        self._consuming: list[Step] | None = None
         with undisturbed():
             self.nodes, self._last_use = find_needed(graph, self.vout)
             if not results:
@@ -158,7 +158,7 @@ class Plan:
             self._may_change_values = reuse and not record
             self._private: set[Any] = set()
             if reuse:
-                self._private.update(graph._inputs[name] for name in given_away if name in graph._inputs)
+                self._private.update(graph._inputs[name] for name in donated if name in graph._inputs)
             self._totals: dict[BaseSymbol, int] = {}
             # Plan all nodes
             self.inputs = {
@@ -172,7 +172,7 @@ class Plan:
             self.outputs = [self._target(symbol) for symbol in wanted]
             recorded = {slot for record in self.records.values() for slot in numbers_in(record)}
             self.unrecorded = [slot for slot in numbers_in(self.outputs) if slot not in recorded]
-            self.own_outputs = tuple(
+            self.fresh_outputs = tuple(
                 name
                 for name, symbol in zip(self.vout, wanted)
                 if symbol in self._private
@@ -293,13 +293,13 @@ class Plan:
         clear += free[others:]
         # Tell the operator what nobody uses
         used = [name for name, _ in outs]
-        owned = self._find_owned(node, dead, primitive.operator.overwrites)
+        owned = self._find_donated(node, dead, primitive.operator.inplace)
         unused = any(name not in used and symbol is not Ignored for name, symbol in node.varout.items())
         acting = node.acting(used, owned) if owned or unused else node
         if self._free is not None:
-            own = primitive.operator.own_results(acting, self)
-            if primitive.operator.hands_on and primitive.kind == "vjp" and len(outs) == 1:
-                own = used if self._find_owned(node, dead, primitive.ain) else []
+            own = primitive.operator.fresh_results(acting, self)
+            if primitive.operator.alias and primitive.kind == "vjp" and len(outs) == 1:
+                own = used if self._find_donated(node, dead, primitive.ain) else []
             if self._private:
                 self._private.difference_update(flatten(varin))
             self._private.update(node.varout[name] for name in own)
@@ -378,7 +378,7 @@ class Plan:
             return [self._give_slots(item) for item in symbol]
         return self._give_slot(symbol) if symbol in self._last_use else None
 
-    def _find_owned(self, node: Node, dead: list[int], names: Iterable[str]) -> list[str]:
+    def _find_donated(self, node: Node, dead: list[int], names: Iterable[str]) -> list[str]:
         """Those of some arguments that nobody has seen before this node, and nobody needs after it."""
         if not self._private:
             return []
@@ -429,8 +429,8 @@ class Plan:
             All slots, as the run leaves them.
         """
         slots: Slots
-        if type(tape) is Spent and monitor is None:
-            slots, todo = tape, self._find_spending()
+        if type(tape) is ConsumedTape and monitor is None:
+            slots, todo = tape, self._find_consuming()
             slots += self.template
         else:
             slots, todo = self.template.copy() if tape is None else tape + self.template, self.steps
@@ -467,9 +467,9 @@ class Plan:
             raise
         return [collect(slots, target) for target in self.outputs], slots
 
-    def _find_spending(self) -> list[Step]:
+    def _find_consuming(self) -> list[Step]:
         """The steps, and between them those that drop what is not needed on the tape any more."""
-        if self._spending is None:
+        if self._consuming is None:
             block = 1 + len(self.steps) // 100
             dropped: dict[int, list[int]] = {}
             outputs = set(numbers_in(self.outputs))
@@ -482,24 +482,24 @@ class Plan:
                 for name in node.primitive.operator.extras if type(record) is dict else ():
                     if record[name] in self._last_reads:
                         tapes.setdefault(self._last_reads[record[name]], []).append(record[name])
-            self._spending = [(drop, None, dropped[-1])] if -1 in dropped else []
+            self._consuming = [(drop, None, dropped[-1])] if -1 in dropped else []
             for i, step in enumerate(self.steps):
                 if i in tapes:
-                    self._spending.append((hand_over, None, tapes[i]))
-                self._spending.append(self._with_its_record(i, step))
+                    self._consuming.append((hand_over, None, tapes[i]))
+                self._consuming.append(self._with_its_record(i, step))
                 if i % block == block - 1 and i // block in dropped:
-                    self._spending.append((drop, None, dropped[i // block]))
-        return self._spending
+                    self._consuming.append((drop, None, dropped[i // block]))
+        return self._consuming
 
     def _with_its_record(self, i: int, step: Step) -> Step:
         """A step, which may overwrite what only it and the tape have, if it is the last to read that."""
         function, node, *others = step
-        if node is None or not node.operator.overwrites:
+        if node is None or not node.operator.inplace:
             return step
         record = self._record_of(node)
         if type(record) is not int or self._last_reads.get(record) != i:
             return step
-        recorded = set(node.operator.overwrites).difference(node.primitive.ain)
+        recorded = set(node.operator.inplace).difference(node.primitive.ain)
         return (function, node.acting(node.used, recorded.union(node._owned)), *others)
 
 
@@ -732,7 +732,7 @@ def find_extra(node: Node, key: str, r: dict[str, Value]) -> Value:
     )
 
 
-class Spent(list[Value]):
+class ConsumedTape(list[Value]):
     """The slots of a tape that nobody will use again."""
 
 
@@ -744,9 +744,9 @@ def drop(s: Slots, step: Step) -> None:
 def hand_over(s: Slots, step: Step) -> None:
     """Tell inner tapes that they are used for the last time."""
     for slot in step[2]:
-        use_up = getattr(s[slot], "use_up", None)
-        if use_up is not None:
-            use_up()
+        consume = getattr(s[slot], "consume", None)
+        if consume is not None:
+            consume()
 
 
 def describe(value: Value) -> str:

@@ -65,7 +65,7 @@ class Node:
         varin = self.varin if self.forward is None else self.forward.varin
         return isinstance(varin[argname], Literal)
 
-    def wants(self, name: str) -> bool:
+    def needs(self, name: str) -> bool:
         """Whether anybody wants a result; in a jvp its tangent, in a vjp or hvp the cotangent of an
         argument, or the tangent of that."""
         form = {"apl": "{}", "jvp": "{}_", "vjp": "_{}", "hvp": "_{}_"}[self.primitive.kind]
@@ -78,7 +78,7 @@ class Node:
 
     def owns(self, name: str) -> bool:
         """Whether the value of an argument may be overwritten; only of one that the operator declares in
-        `overwrites`."""
+        `inplace`."""
         return name in self._owned
 
     def acting(self, used: Collection[str], owned: Collection[str]) -> Node:

@@ -10,7 +10,7 @@ from .execution import Plan, describe
 from .graph import Graph, Node
 from .operator import ZeroGradient
 from .symbol import Value
-from .tape import Tape, fit, form_of
+from .tape import Tape, conform, form_of
 
 Names = str | list[str]  # one name asks for one value, a list for a list
 Values = Mapping[str, Value] | Iterable[tuple[str, Value]]
@@ -35,10 +35,10 @@ class Model(Graph):
         vout: tuple[str, ...],
         record: bool,
         reuse: bool,
-        given_away: tuple[str, ...] = (),
+        donated: tuple[str, ...] = (),
         results: bool = True,
     ) -> Plan:
-        key = vout, record, reuse, given_away, results, len(self), len(self._outputs)
+        key = vout, record, reuse, donated, results, len(self), len(self._outputs)
         plan = self._plans.get(key)
         if plan is None:
             for name in vout:
@@ -46,7 +46,7 @@ class Model(Graph):
                     raise UnexpectedOutput(
                         f"the model has no output '{name}'" + did_you_mean(name, list(self._outputs))
                     )
-            plan = self._plans[key] = Plan(self, vout, record, reuse, self._base, given_away, results)
+            plan = self._plans[key] = Plan(self, vout, record, reuse, self._base, donated, results)
         return plan
 
     def _run(
@@ -55,12 +55,12 @@ class Model(Graph):
         init: dict[str, Value],
         record: bool = False,
         monitor: Monitor | None = None,
-        given_away: tuple[str, ...] = (),
+        donated: tuple[str, ...] = (),
         results: bool = True,
     ) -> tuple[dict[str, Value], Any]:
         """Compute some outputs; returns a dict of them, and the tape or None. The values of the inputs
-        `given_away` may be overwritten. Without `results` only the tape is wanted."""
-        plan = self._plan(tuple(vout), record, monitor is None, given_away, results)
+        `donated` may be overwritten. Without `results` only the tape is wanted."""
+        plan = self._plan(tuple(vout), record, monitor is None, donated, results)
         slots = None
         if self._tape is not None:
             slots = self._tape.slots
@@ -110,7 +110,7 @@ class Model(Graph):
         """
         names = names_of(vout)
         every = tuple(dict.fromkeys([*self._outputs, *names])) if return_tape else names
-        out, tape = self._run(every, self._fitting(dict(init)), return_tape, monitor)
+        out, tape = self._run(every, self._conforming(dict(init)), return_tape, monitor)
         if return_tape:
             tape.private = False
         result = select(out, vout, return_dict)
@@ -137,7 +137,7 @@ class Model(Graph):
         init, v = dict(init), dict(v)
         vout = [without(name, "_", None) for name in v]
         out, tape = self._run(vout, init, True, monitor)
-        tape.use_up()
+        tape.consume()
         pulled = tape.get_vjp().compute(tape.get_vjp_vout(), v, return_dict=return_dict, monitor=monitor)
         return select(out, vout, return_dict), pulled
 
@@ -167,7 +167,7 @@ class Model(Graph):
         """
         out, tape = self._run(names_of(vout), dict(init), True, monitor)
         tangents = self._tangents(dict(v))
-        tape.use_up()
+        tape.consume()
         pushed = tape.get_jvp().compute(
             [name + "_" for name in names_of(vout)], tangents, return_dict=return_dict, monitor=monitor
         )
@@ -193,7 +193,7 @@ class Model(Graph):
         tangents = self._tangents(dict(v))
         pushed = tape.get_jvp().compute([name + "_" for name in names], tangents, monitor=monitor)
         cotangents = {"_" + name: tangent for name, tangent in zip(names, pushed)}
-        tape.use_up()
+        tape.consume()
         pulled, _ = tape.get_vjp()._run(tape.get_vjp_vout(), cotangents, monitor=monitor)
         return select(out, vout, return_dict), select(pulled, tape.get_vjp_vout(), return_dict)
 
@@ -240,7 +240,7 @@ class Model(Graph):
                         f"'_{name}', and the Hessian is that of the sum of their products"
                     )
                 cotangents["_" + name] = 1.0
-        tape.use_up()
+        tape.consume()
         hvp, gradient, product = tape.get_hvp(), tape.get_vjp_vout(), tape.get_hvp_vout()
         given = {**cotangents, **self._tangents(v)}
         swept = hvp.compute([*gradient, *product], given, return_dict=True, monitor=monitor)
@@ -259,7 +259,7 @@ class Model(Graph):
                 )
         return {name + "_": v.get(name + "_", ZeroGradient) for name in self._inputs}
 
-    def _fitting(self, init: dict[str, Value]) -> dict[str, Value]:
+    def _conforming(self, init: dict[str, Value]) -> dict[str, Value]:
         """What is given to a derived model, fit for the values that it belongs to."""
         if self._tape is None:
             return init
@@ -274,7 +274,9 @@ class Model(Graph):
                 raise BadArgument(
                     f"the derived model has no input '{name}'" + did_you_mean(name, list(self._inputs))
                 )
-        return {name: fit(name, as_zero(x), forms[name]) if name in forms else x for name, x in init.items()}
+        return {
+            name: conform(name, as_zero(x), forms[name]) if name in forms else x for name, x in init.items()
+        }
 
 
 class Builder(Model):

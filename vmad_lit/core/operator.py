@@ -237,12 +237,12 @@ class Operator:
     transparent : bool
         Whether both derivatives are the identity, from one argument to one result, so that the sweeps
         may leave them out.
-    makes_own : bool
+    fresh : bool
         Whether the results of `apl` and `vjp` are new arrays, each with its own memory, which nobody else
         holds; or arguments that were overwritten.
-    hands_on : bool
+    alias : bool
         Whether a `vjp` of which one result is wanted returns a new array, or the cotangent that it got.
-    overwrites : collection of str
+    inplace : collection of str
         Arguments of `apl` and `vjp`, whose memory these may use for something else if `node.owns(name)` says
         so. If `rcd` returns something by such a name, it is a copy of its own.
     special : callable or None
@@ -253,9 +253,9 @@ class Operator:
 
     collective = False
     transparent = False
-    makes_own = False
-    hands_on = False
-    overwrites: Collection[str] = ()
+    fresh = False
+    alias = False
+    inplace: Collection[str] = ()
     special: Callable[[Symbols], Operator | None] | None = None
     grow: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
     apl: Primitive
@@ -272,9 +272,9 @@ class Operator:
         self.prototype = prototype
         self.collective = getattr(prototype, "collective", self.collective)
         self.transparent = getattr(prototype, "transparent", self.transparent)
-        self.makes_own = getattr(prototype, "makes_own", self.makes_own)
-        self.hands_on = getattr(prototype, "hands_on", self.hands_on)
-        self.overwrites = getattr(prototype, "overwrites", self.overwrites)
+        self.fresh = getattr(prototype, "fresh", self.fresh)
+        self.alias = getattr(prototype, "alias", self.alias)
+        self.inplace = getattr(prototype, "inplace", self.inplace)
         self.__name__ = prototype.__name__
         self.__qualname__ = prototype.__qualname__
         self.__module__ = prototype.__module__
@@ -310,9 +310,9 @@ class Operator:
         self.recorded = tuple(taken)
         self.extras = tuple(name for name in taken if name not in available)
 
-    def own_results(self, node: Node, plan: Any) -> Collection[str]:
+    def fresh_results(self, node: Node, plan: Any) -> Collection[str]:
         """The results of a node in a plan that are new arrays, which nobody else holds."""
-        return node.varout if self.makes_own and node.primitive.kind in ("apl", "vjp") else ()
+        return node.varout if self.fresh and node.primitive.kind in ("apl", "vjp") else ()
 
     def model_of(self, node: Node) -> Graph | None:
         """The model inside a node of this operator, if there is one and it is known before the run."""

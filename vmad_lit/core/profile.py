@@ -16,7 +16,7 @@ from .execution import Plan, Slots, Step, collect, flatten
 from .graph import Node, fold, in_bytes
 from .model import Model
 from .symbol import leaves
-from .tape import weigh
+from .tape import nbytes_of
 
 Key = tuple[str, str, int]  # the name of a node, and the file and line where it was built
 
@@ -87,7 +87,7 @@ class Profile:
         if measured is None:
             measured = self._plans[plan] = copy(plan)
             measured.steps = [self._wrap(plan, step) for step in plan.steps]
-            measured._spending = None
+            measured._consuming = None
         values, slots = self._before(measured, *args)
         # Weigh what the run recorded
         for node in plan.nodes if plan.record else ():
@@ -95,7 +95,7 @@ class Profile:
                 record = plan.records[node]
                 targets = [record] if type(record) is int else list(record.values())
                 entry = self._stack[-1].parts[key_of(node)]
-                entry.recorded += weigh([collect(slots, target) for target in targets], self._seen)
+                entry.recorded += nbytes_of([collect(slots, target) for target in targets], self._seen)
         return values, slots
 
     def _wrap(self, plan: Plan, step: Step) -> Step:
@@ -118,7 +118,7 @@ class Profile:
             entry = above.parts[key] = Entry(node.primitive.name)
         seen: dict[int, Any] = {}
         for slot in ins:
-            weigh(slots[slot], seen)
+            nbytes_of(slots[slot], seen)
         self._stack.append(entry)
         begin = perf_counter()
         try:
@@ -132,7 +132,7 @@ class Profile:
             entry.own += elapsed
             above.own -= elapsed
         if not entry.parts:
-            entry.made += sum(weigh(slots[slot], seen) for slot in outs)
+            entry.made += sum(nbytes_of(slots[slot], seen) for slot in outs)
 
     # Methods of profiles
     def by_node(self) -> list[Row]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .autodiff import derive
 from .error import BadArgument
-from .execution import Spent, collect, describe
+from .execution import ConsumedTape, collect, describe
 from .graph import Node, clip, fold, in_bytes
 from .operator import ZeroGradient
 from .symbol import BaseSymbol, Literal, Value
@@ -46,7 +46,7 @@ def form_of(value: Value) -> Any:
     return value if type(value) is Form else Form(value)
 
 
-def fit(name: str, derivative: Value, form: Any) -> Value:
+def conform(name: str, derivative: Value, form: Any) -> Value:
     """A tangent or cotangent for a value of some form; raises BadArgument if it does not fit."""
     if derivative is ZeroGradient:
         return derivative
@@ -54,7 +54,7 @@ def fit(name: str, derivative: Value, form: Any) -> Value:
     if type(form) is list:
         if type(given) is not list or len(given) != len(form):
             raise BadArgument(f"'{name}' is {describe(derivative)}, and belongs to a list of {len(form)}")
-        return [fit(f"{name}[{i}]", item, part) for i, (item, part) in enumerate(zip(derivative, form))]
+        return [conform(f"{name}[{i}]", item, part) for i, (item, part) in enumerate(zip(derivative, form))]
     if form.shape is None:
         return derivative  # of a type that we know nothing about
     if (
@@ -131,7 +131,7 @@ class Tape(Sequence[Record]):
     @property
     def nbytes(self) -> int:
         """The bytes of all arrays that the tape holds on this rank, each counted once."""
-        return weigh(self.held(), {})
+        return nbytes_of(self.held(), {})
 
     def _repr_html_(self) -> str:
         return self._table([NESTED])
@@ -139,7 +139,7 @@ class Tape(Sequence[Record]):
     def _table(self, budget: list[int]) -> str:
         looks = self._looks()
         seen: dict[int, Any] = {}
-        sizes = [weigh(values, seen) for values in self.held()]
+        sizes = [nbytes_of(values, seen) for values in self.held()]
 
         def show(name: str, symbol: BaseSymbol) -> str:
             text = f"{symbol!r}: {looks[symbol]}" if symbol in looks else repr(symbol)
@@ -192,10 +192,10 @@ class Tape(Sequence[Record]):
             self.slots[slot] = None
         return out
 
-    def use_up(self) -> None:
+    def consume(self) -> None:
         """Let the next sweep, which is the last, drop what it does not need any more; if the tape is private."""
         if self.private:
-            self.slots = Spent(self.slots)
+            self.slots = ConsumedTape(self.slots)
 
     def get_vjp(self) -> Model:
         """The vector-Jacobian product as a model: from the inputs `_y` to the outputs `_x`."""
@@ -249,7 +249,7 @@ class Tape(Sequence[Record]):
         return [f"_{name}_" for name in self.init]
 
 
-def weigh(value: Value, seen: MutableMapping[int, Any]) -> int:
+def nbytes_of(value: Value, seen: MutableMapping[int, Any]) -> int:
     """The bytes of the arrays that a value holds on this rank, without those that were `seen` before.
 
     Looks into lists and dicts, distributed fields (their `value`), objects that tell what they have in a
@@ -260,9 +260,9 @@ def weigh(value: Value, seen: MutableMapping[int, Any]) -> int:
     if kind in (int, float, complex, str, bool, type(None)):
         return 0
     if kind in (list, tuple):
-        return sum(weigh(item, seen) for item in value)
+        return sum(nbytes_of(item, seen) for item in value)
     if kind is dict:
-        return sum(weigh(item, seen) for item in value.values())
+        return sum(nbytes_of(item, seen) for item in value.values())
     # Weigh an array
     if is_array(value):
         owner = value
@@ -277,11 +277,11 @@ def weigh(value: Value, seen: MutableMapping[int, Any]) -> int:
         size = getattr(owner, "nbytes", value.nbytes)
         return int(size)
     if hasattr(kind, "held"):
-        return weigh(value.held(), seen)
+        return nbytes_of(value.held(), seen)
     if is_array(getattr(value, "value", None)):
-        return weigh(value.value, seen)
+        return nbytes_of(value.value, seen)
     attributes = {} if isinstance(value, type) else getattr(value, "__dict__", {})
-    return sum(weigh(part, seen) for part in attributes.values() if is_array(part))
+    return sum(nbytes_of(part, seen) for part in attributes.values() if is_array(part))
 
 
 def is_array(value: Value) -> bool:

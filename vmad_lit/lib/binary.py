@@ -8,7 +8,7 @@ import numpy
 
 from ..core import stdlib
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import as_array, conj, fit, kind, slope_of_base, slope_of_exponent, widen
+from ..core.stdlib.operators import as_array, conj, unbroadcast, kind, slope_of_base, slope_of_exponent, widen
 from .unary import offer_curvature, scaled, slope
 
 
@@ -42,7 +42,7 @@ class binary_ufunc:
         def pull(name, x, fprime):
             if node.is_literal(name):
                 return ZeroGradient
-            return fit(scaled(_y, conj(slope(fprime, x1, x2))), kind(x))
+            return unbroadcast(scaled(_y, conj(slope(fprime, x1, x2))), kind(x))
 
         return dict(_x1=pull("x1", x1, node.prototype.fprime1), _x2=pull("x2", x2, node.prototype.fprime2))
 
@@ -61,19 +61,19 @@ class binary_ufunc:
 
     def _differentiate_vjp(node, _y, x1_, x2_, x1, x2):
         # Pull the cotangent back with slopes that change
-        def bend(name, x, along1, along2):
-            if not node.wants(name):
+        def curvature(name, x, along1, along2):
+            if not node.needs(name):
                 return ZeroGradient
             slope_ = ZeroGradient
             for x_, fsecond in (x1_, along1), (x2_, along2):
                 if x_ is not ZeroGradient:
                     slope_ = slope_ + scaled(x_, slope(fsecond, x1, x2))
-            return fit(scaled(_y, conj(slope_)), kind(x))
+            return unbroadcast(scaled(_y, conj(slope_)), kind(x))
 
         second = node.prototype
         return dict(
-            _x1_=bend("x1", x1, second.fsecond11, second.fsecond12),
-            _x2_=bend("x2", x2, second.fsecond12, second.fsecond22),
+            _x1_=curvature("x1", x1, second.fsecond11, second.fsecond12),
+            _x2_=curvature("x2", x2, second.fsecond12, second.fsecond22),
         )
 
 

@@ -684,13 +684,13 @@ class AnalyticOperator(Operator):
 
     def _vjp(self, node, **arguments):
         cotangents = [arguments["_" + name] for name in self.aout]
-        pulled = _pull_back(*self._fix(arguments), cotangents, [node.wants(name) for name in self.ain])
+        pulled = _pull_back(*self._fix(arguments), cotangents, [node.needs(name) for name in self.ain])
         return {"_" + name: cotangent for name, cotangent in zip(self.ain, pulled)}
 
     def _hvp(self, node, **arguments):
         tangents = [arguments[name + "_"] for name in self.ain]
         cotangents = [arguments["_" + name] for name in self.aout]
-        wanted = [node.wants(name) for name in self.ain]
+        wanted = [node.needs(name) for name in self.ain]
         changes = _differentiate_pull_back(*self._fix(arguments), tangents, cotangents, wanted)
         return {f"_{name}_": change for name, change in zip(self.ain, changes)}
 

@@ -15,7 +15,16 @@ from ..core.error import UnpackError
 from ..core.operator import ZeroGradient, operator
 from ..core.registry import overloaded
 from ..core.stdlib import abs, add, div, mod, mul, pow, sub
-from ..core.stdlib.operators import ShapeOfField, conj as conjugate, fit, kind, plus, times, turn, widen
+from ..core.stdlib.operators import (
+    ShapeOfField,
+    conj as conjugate,
+    unbroadcast,
+    kind,
+    plus,
+    times,
+    turn,
+    widen,
+)
 from ..core.symbol import BaseSymbol, List, Literal
 from . import binary, unary
 from .binary import arctan2, binary_ufunc, divide, fmax, fmin, hypot, logaddexp
@@ -56,7 +65,7 @@ class broadcast_to(linear):
         return dict(kind=kind(x), yshape=y.shape, shape=shape)
 
     def vjp(node, _y, kind, yshape):
-        return fit(whole(_y, yshape), kind)
+        return unbroadcast(whole(_y, yshape), kind)
 
 
 @operator
@@ -205,7 +214,7 @@ class stack(linear):
 
     def vjp(node, _y, kinds, axis, yshape):
         pieces = numpy.moveaxis(whole(_y, yshape), axis, 0)
-        return dict(_x=[fit(piece, k) for piece, k in zip(pieces, kinds)])
+        return dict(_x=[unbroadcast(piece, k) for piece, k in zip(pieces, kinds)])
 
     def jvp(node, x_, kinds, axis):
         return numpy.stack(filled(x_, kinds), axis=axis)
@@ -226,7 +235,7 @@ class concatenate(linear):
     def vjp(node, _y, kinds, axis, yshape):
         sizes = [math.prod(k[0]) if axis is None else k[0][axis] for k in kinds]
         pieces = numpy.split(whole(_y, yshape), numpy.cumsum(sizes)[:-1], axis=axis or 0)
-        return dict(_x=[fit(piece.reshape(k[0]), k) for piece, k in zip(pieces, kinds)])
+        return dict(_x=[unbroadcast(piece.reshape(k[0]), k) for piece, k in zip(pieces, kinds)])
 
     def jvp(node, x_, kinds, axis):
         return numpy.concatenate(filled(x_, kinds), axis=axis)
@@ -251,7 +260,8 @@ class where:
         zero = numpy.zeros((), numpy.result_type(_y))
         _y = whole(_y, yshape)
         return dict(
-            _x1=fit(numpy.where(condition, _y, zero), kind1), _x2=fit(numpy.where(condition, zero, _y), kind2)
+            _x1=unbroadcast(numpy.where(condition, _y, zero), kind1),
+            _x2=unbroadcast(numpy.where(condition, zero, _y), kind2),
         )
 
     def jvp(node, x1_, x2_, condition, yshape):
@@ -270,7 +280,7 @@ def clip(x, min=None, max=None):
     return x if max is None else minimum(x, max)
 
 
-def add_up(x, axis=None, dtype=None, keepdims=False, where=True):
+def sum_array(x, axis=None, dtype=None, keepdims=False, where=True):
     x = numpy.asarray(x)
     narrow = x.dtype.itemsize < numpy.result_type("f8", x.dtype).itemsize
     wide = dict(f="f8", c="c16").get(x.dtype.kind) if narrow else None
@@ -289,7 +299,7 @@ class sum(linear):
     `dtype` is given."""
 
     def apl(node, x, axis=None, dtype=None, keepdims=False, where=True):
-        return add_up(x, axis, dtype, keepdims, where)
+        return sum_array(x, axis, dtype, keepdims, where)
 
     def rcd(node, x, axis, dtype, keepdims, where, y):
         xdtype = getattr(x, "dtype", None)
@@ -320,7 +330,7 @@ class mean(linear):
     `dtype` is given."""
 
     def apl(node, x, axis=None, dtype=None, keepdims=False, where=True):
-        return shared(add_up(x, axis, dtype, keepdims, where), numpy.shape(x), axis, keepdims, where)
+        return shared(sum_array(x, axis, dtype, keepdims, where), numpy.shape(x), axis, keepdims, where)
 
     def rcd(node, x, axis, dtype, keepdims, where, y):
         xdtype = getattr(x, "dtype", None)
@@ -398,7 +408,7 @@ class unpack_complex:
         return dict(kind=kind(x))
 
     def vjp(node, _real, _imag, kind):
-        return fit(_real + _imag * 1j, kind)
+        return unbroadcast(_real + _imag * 1j, kind)
 
 
 @operator
@@ -415,7 +425,7 @@ class pack_complex:
         return dict(kind1=kind(real), kind2=kind(imag))
 
     def vjp(node, _y, kind1, kind2):
-        return dict(_real=fit(_y, kind1), _imag=fit(_y * -1j, kind2))
+        return dict(_real=unbroadcast(_y, kind1), _imag=unbroadcast(_y * -1j, kind2))
 
     def jvp(node, real_, imag_, kind1, kind2):
         return widen(real_ + imag_ * 1j, kind1, kind2)
@@ -439,13 +449,13 @@ class to_scalar(linear):
     """The squared norm, the sum of the squared moduli of all elements; a real number."""
 
     def apl(node, x):
-        return add_up(squared_modulus(x))
+        return sum_array(squared_modulus(x))
 
     def vjp(node, _y, x):
         return 2 * _y * x
 
     def jvp(node, x_, x):
-        return 2 * add_up(numpy.real(conjugate(x) * x_))
+        return 2 * sum_array(numpy.real(conjugate(x) * x_))
 
     def hvp(node, _y, x_):
         return 2 * _y * x_
@@ -482,7 +492,7 @@ class norm(linear):
                     f"got ord={ord!r} for {numpy.ndim(x)} axes and axis={axis!r}"
                 )
         if ord in (None, "fro") and not isinstance(axes, int):
-            return add_up(squared_modulus(x), axes, None, keepdims) ** 0.5
+            return sum_array(squared_modulus(x), axes, None, keepdims) ** 0.5
         return numpy.linalg.norm(x, ord, axes, keepdims)
 
     def rcd(node, x, ord, axis, keepdims, y):
@@ -497,12 +507,12 @@ class norm(linear):
 
     def jvp(node, x_, x, y, ord, shape, xdtype, axis, keepdims):
         slope = slope_of_norm(x, spread(y, shape, None, axis, keepdims), ord, axis)
-        return add_up(numpy.real(conjugate(slope) * x_), axis, None, keepdims)
+        return sum_array(numpy.real(conjugate(slope) * x_), axis, None, keepdims)
 
     def hvp(node, _y, x_, x, y, ord, shape, xdtype, axis, keepdims):
         real = None if xdtype is None else numpy.empty(0, xdtype).real.dtype
         y = spread(y, shape, real, axis, keepdims)
-        return spread(_y, shape, real, axis, keepdims) * bend_of_norm(x, x_, y, ord, axis)
+        return spread(_y, shape, real, axis, keepdims) * curvature_of_norm(x, x_, y, ord, axis)
 
 
 def slope_of_norm(x, y, ord, axis):
@@ -517,7 +527,7 @@ def slope_of_norm(x, y, ord, axis):
     return numpy.sign(x) * (numpy.absolute(x) / nonzero) ** (ord - 1)
 
 
-def bend_of_norm(x, x_, y, ord, axis):
+def curvature_of_norm(x, x_, y, ord, axis):
     """The tangent of `slope_of_norm`."""
     nonzero, slope = y + (y == 0), slope_of_norm(x, y, ord, axis)
     y_ = numpy.sum(numpy.real(conjugate(slope) * x_), axis=axes_of(axis), keepdims=True)
@@ -611,7 +621,7 @@ def cotangent_of_factor(i, _y, x, terms, output):
     # Repeat along the indices that were only summed over
     g = numpy.reshape(g, [g.shape[known.index(c)] if c in known else 1 for c in indices])
     unique = tuple(shape[terms[i].index(c)] for c in indices)
-    g = fit(g, (tuple(1 if n == 1 else m for n, m in zip(unique, g.shape)), is_complex))
+    g = unbroadcast(g, (tuple(1 if n == 1 else m for n, m in zip(unique, g.shape)), is_complex))
     g = numpy.broadcast_to(g, unique)
     if len(indices) == len(terms[i]):
         return g
@@ -644,8 +654,8 @@ class matrix_product(product):
     def vjp(node, _y, x1, x2, yshape):
         _y = numpy.asarray(whole(_y, yshape))
         return dict(
-            _x1=cotangent_of_left(_y, x1, x2) if node.wants("x1") else ZeroGradient,
-            _x2=cotangent_of_right(_y, x1, x2) if node.wants("x2") else ZeroGradient,
+            _x1=cotangent_of_left(_y, x1, x2) if node.needs("x1") else ZeroGradient,
+            _x2=cotangent_of_right(_y, x1, x2) if node.needs("x2") else ZeroGradient,
         )
 
     def jvp(node, x1_, x2_, x1, x2):
@@ -654,8 +664,8 @@ class matrix_product(product):
     def hvp(node, _y, x1_, x2_, x1, x2, yshape):
         _y = numpy.asarray(whole(_y, yshape))
         return dict(
-            _x1_=cotangent_of_left(_y, x1, x2_) if node.wants("x1") else ZeroGradient,
-            _x2_=cotangent_of_right(_y, x1_, x2) if node.wants("x2") else ZeroGradient,
+            _x1_=cotangent_of_left(_y, x1, x2_) if node.needs("x1") else ZeroGradient,
+            _x2_=cotangent_of_right(_y, x1_, x2) if node.needs("x2") else ZeroGradient,
         )
 
 
@@ -667,7 +677,7 @@ def cotangent_of_left(_y, x1, x2):
     _y = _y[..., None, :] if x1.ndim == 1 else _y
     b = x2[:, None] if x2.ndim == 1 else x2
     _x1 = _y @ conjugate(b).swapaxes(-1, -2)
-    return fit(_x1[..., 0, :] if x1.ndim == 1 else _x1, kind(x1))
+    return unbroadcast(_x1[..., 0, :] if x1.ndim == 1 else _x1, kind(x1))
 
 
 def cotangent_of_right(_y, x1, x2):
@@ -678,7 +688,7 @@ def cotangent_of_right(_y, x1, x2):
     _y = _y[..., None, :] if x1.ndim == 1 else _y
     a = x1[None, :] if x1.ndim == 1 else x1
     _x2 = conjugate(a).swapaxes(-1, -2) @ _y
-    return fit(_x2[..., 0] if x2.ndim == 1 else _x2, kind(x2))
+    return unbroadcast(_x2[..., 0] if x2.ndim == 1 else _x2, kind(x2))
 
 
 @overloaded
@@ -707,7 +717,9 @@ def cotangent_of_first(_y, x1, x2):
     n1, n2 = numpy.ndim(x1) - 1, numpy.ndim(x2) - 1
     front = numpy.moveaxis(x2, -2, 0) if n2 else numpy.asarray(x2)
     _y = whole(_y, numpy.shape(x1)[:-1] + front.shape[1:])
-    return fit(numpy.tensordot(_y, conjugate(front), (range(n1, n1 + n2), range(1, n2 + 1))), kind(x1))
+    return unbroadcast(
+        numpy.tensordot(_y, conjugate(front), (range(n1, n1 + n2), range(1, n2 + 1))), kind(x1)
+    )
 
 
 def cotangent_of_second(_y, x1, x2):
@@ -718,7 +730,7 @@ def cotangent_of_second(_y, x1, x2):
     shape = numpy.shape(x2)
     _y = whole(_y, numpy.shape(x1)[:-1] + (shape[:-2] + shape[-1:] if n2 else ()))
     _x2 = numpy.tensordot(conjugate(x1), _y, (range(n1), range(n1)))
-    return fit(numpy.moveaxis(_x2, 0, -2) if n2 else _x2, kind(x2))
+    return unbroadcast(numpy.moveaxis(_x2, 0, -2) if n2 else _x2, kind(x2))
 
 
 @operator
@@ -737,8 +749,8 @@ class solve:
     def vjp(node, _y, A, b, y):
         vector = len(b[0]) == 1
         _b = numpy.linalg.solve(adjoint(A), columns(whole(_y, y.shape), vector))
-        _A = fit(-_b @ adjoint(columns(y, vector)), kind(A)) if node.wants("A") else ZeroGradient
-        return dict(_A=_A, _b=fit(rows(_b, vector), b))
+        _A = unbroadcast(-_b @ adjoint(columns(y, vector)), kind(A)) if node.needs("A") else ZeroGradient
+        return dict(_A=_A, _b=unbroadcast(rows(_b, vector), b))
 
     def jvp(node, A_, b_, A, b, y):
         vector = len(b[0]) == 1
@@ -750,10 +762,10 @@ class solve:
         _b_ = _A_ = ZeroGradient
         if A_ is not ZeroGradient:
             _b_ = -numpy.linalg.solve(adjoint(A), adjoint(A_) @ _b)
-        if node.wants("A"):
+        if node.needs("A"):
             y_ = tangent_of_solution(A, A_, b_, y, vector)
-            _A_ = fit(-(_b_ @ adjoint(columns(y, vector)) + _b @ adjoint(y_)), kind(A))
-        return dict(_A_=_A_, _b_=fit(rows(_b_, vector), b))
+            _A_ = unbroadcast(-(_b_ @ adjoint(columns(y, vector)) + _b @ adjoint(y_)), kind(A))
+        return dict(_A_=_A_, _b_=unbroadcast(rows(_b_, vector), b))
 
 
 def tangent_of_solution(A, A_, b_, y, vector):

@@ -13,6 +13,32 @@ from vmad_lit.lib.window import _run as run_on_threads, _shares as share_out, _v
 
 
 @compiled
+def _multiply(out, x, factor, scale, start, end):
+    for i in range(start, end):
+        out[i] = x[i] * (factor[i] * scale)
+
+
+def multiply(out, x, factor, scale=1.0):
+    """x * factor * scale into `out`, if the three arrays lie alike in memory; tells whether they do."""
+    if not (isinstance(factor, numpy.ndarray) and out.shape == x.shape == factor.shape and out.size):
+        return False
+    axes = numpy.argsort([-s for s in out.strides], kind="stable")
+    turned = [a.transpose(axes) for a in (out, x, factor)]
+    if not all(a.flags.c_contiguous and a.dtype.kind in "fc" for a in turned) or out.dtype != x.dtype:
+        return False
+    if factor.dtype.kind == "c" and x.dtype.kind == "f":
+        return False
+    share(partial(_multiply, *(a.reshape(-1) for a in turned), float(scale)), out.size)
+    return True
+
+
+def share(loop, n):
+    """Call a loop with the two ends of each thread's share of n points."""
+    edges = share_out(n, 1 << 17)
+    run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
+
+
+@compiled
 def _find_ranks(places, rows, fill, pos, step, axes, scales, owners, assign, support, seen):
     domains, count = numpy.zeros((3, support), "i8"), numpy.ones(3, "i8")
     for p in range(len(pos) // step):
@@ -255,32 +281,6 @@ def difference(out, mesh, axis, factor, halo, add=False):
 
 
 @compiled
-def _multiply(out, x, factor, scale, start, end):
-    for i in range(start, end):
-        out[i] = x[i] * (factor[i] * scale)
-
-
-def multiply(out, x, factor, scale=1.0):
-    """x * factor * scale into `out`, if the three arrays lie alike in memory; tells whether they do."""
-    if not (isinstance(factor, numpy.ndarray) and out.shape == x.shape == factor.shape and out.size):
-        return False
-    axes = numpy.argsort([-s for s in out.strides], kind="stable")
-    turned = [a.transpose(axes) for a in (out, x, factor)]
-    if not all(a.flags.c_contiguous and a.dtype.kind in "fc" for a in turned) or out.dtype != x.dtype:
-        return False
-    if factor.dtype.kind == "c" and x.dtype.kind == "f":
-        return False
-    share(partial(_multiply, *(a.reshape(-1) for a in turned), float(scale)), out.size)
-    return True
-
-
-def share(loop, n):
-    """Call a loop with the two ends of each thread's share of n points."""
-    edges = share_out(n, 1 << 17)
-    run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
-
-
-@compiled
 def _quadratic(out, factor, ndim, a, b, start, end):
     (a0, a1, a2, a01, a02, a12), (b0, b1, b2, b01, b02, b12) = a, b
     for p in range(start, end):
@@ -313,7 +313,7 @@ def second_invariant(a, b, ndim, factor):
 
 
 def second_invariant_vjp(_out, a, ndim, factor):
-    """The cotangent of A in `second_invariant(a, a, ...)`, which overwrites `a`."""
+    """The cotangent of A in `second_invariant(a, a, ...)`, which inplace `a`."""
     flat = numpy.ascontiguousarray(_out).reshape(-1)
     share(partial(_quadratic_vjp, flat, factor, ndim, _flatten(a, ndim)), a[0].size)
     return a
@@ -328,14 +328,14 @@ def _flatten(meshes, ndim):
 
 
 @compiled
-def _advance(out, x, v, c, start, end):
+def _add_multiple(out, x, v, c, start, end):
     for i in range(start, end):
         out[i] = x[i] + c * v[i]
 
 
-def advance(out, x, v, c):
+def axpy(out, x, v, c):
     """x + c * v into `out`, for C-ordered arrays of one shape and type; `out` may be `x`."""
-    share(partial(_advance, out.reshape(-1), as_flat(x)[0], as_flat(v)[0], float(c)), out.size)
+    share(partial(_add_multiple, out.reshape(-1), as_flat(x)[0], as_flat(v)[0], float(c)), out.size)
     return out
 
 

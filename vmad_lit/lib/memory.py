@@ -36,7 +36,7 @@ class _Piece:
 
     @property
     def nbytes(self):
-        """The size of the piece, for those who weigh arrays by what owns their memory."""
+        """The size of the piece, for those who nbytes_of arrays by what owns their memory."""
         return _size(self.memory)
 
 

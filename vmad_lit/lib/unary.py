@@ -15,7 +15,7 @@ import math
 import numpy
 
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import conj, fit, kind, turn
+from ..core.stdlib.operators import conj, unbroadcast, kind, turn
 
 
 def scaled(g, slope):
@@ -49,7 +49,7 @@ class unary_ufunc:
         return node.prototype.f(x)
 
     def vjp(node, _y, x):
-        return fit(scaled(_y, conj(slope(node.prototype.fprime, x))), kind(x))
+        return unbroadcast(scaled(_y, conj(slope(node.prototype.fprime, x))), kind(x))
 
     def jvp(node, x_, x):
         return scaled(x_, slope(node.prototype.fprime, x))
@@ -58,7 +58,7 @@ class unary_ufunc:
         offer_curvature(cls, cls._differentiate_vjp, ["fprime"], ["fsecond"])
 
     def _differentiate_vjp(node, _y, x_, x):
-        return fit(scaled(_y, conj(scaled(x_, slope(node.prototype.fsecond, x)))), kind(x))
+        return unbroadcast(scaled(_y, conj(scaled(x_, slope(node.prototype.fsecond, x)))), kind(x))
 
 
 def offer_curvature(cls, hvp, first, second):
@@ -79,23 +79,23 @@ def slope(fprime, *x):
 
 class result_ufunc(unary_ufunc):
     """A base for element-wise operators that have the derivative `slope(y)` in terms of the result as
-    well, and for exact second derivatives also `bend(y)`."""
+    well, and for exact second derivatives also `curvature(y)`."""
 
     @staticmethod
     def slope(y):
         return 1
 
     def vjp(node, _y, y):
-        return fit(scaled(_y, conj(slope(node.prototype.slope, y))), kind(y))
+        return unbroadcast(scaled(_y, conj(slope(node.prototype.slope, y))), kind(y))
 
     def jvp(node, x_, y):
         return scaled(x_, slope(node.prototype.slope, y))
 
     def __init_subclass__(cls):
-        offer_curvature(cls, cls._differentiate_vjp, ["fprime", "slope"], ["bend"])
+        offer_curvature(cls, cls._differentiate_vjp, ["fprime", "slope"], ["curvature"])
 
     def _differentiate_vjp(node, _y, x_, y):
-        return fit(scaled(_y, conj(scaled(x_, slope(node.prototype.bend, y)))), kind(y))
+        return unbroadcast(scaled(_y, conj(scaled(x_, slope(node.prototype.curvature, y)))), kind(y))
 
 
 @operator
@@ -117,7 +117,7 @@ class tan(result_ufunc):
     f = staticmethod(numpy.tan)
     fprime = staticmethod(lambda x: 1 + numpy.tan(x) ** 2)
     slope = staticmethod(lambda y: 1 + y * y)
-    bend = staticmethod(lambda y: 2 * y * (1 + y * y))
+    curvature = staticmethod(lambda y: 2 * y * (1 + y * y))
 
 
 @operator
@@ -188,7 +188,7 @@ class exp(result_ufunc):
     f = staticmethod(numpy.exp)
     fprime = staticmethod(numpy.exp)
     slope = staticmethod(lambda y: y)
-    bend = staticmethod(lambda y: y)
+    curvature = staticmethod(lambda y: y)
 
 
 @operator
@@ -196,7 +196,7 @@ class exp2(result_ufunc):
     f = staticmethod(numpy.exp2)
     fprime = staticmethod(lambda x: numpy.exp2(x) * math.log(2))
     slope = staticmethod(lambda y: y * math.log(2))
-    bend = staticmethod(lambda y: y * math.log(2) ** 2)
+    curvature = staticmethod(lambda y: y * math.log(2) ** 2)
 
 
 @operator
@@ -243,7 +243,7 @@ class sqrt(result_ufunc):
     f = staticmethod(numpy.sqrt)
     fprime = staticmethod(lambda x: 0.5 / numpy.sqrt(x))
     slope = staticmethod(lambda y: 0.5 / y)
-    bend = staticmethod(lambda y: -0.25 / (y * y * y))
+    curvature = staticmethod(lambda y: -0.25 / (y * y * y))
 
 
 @operator
@@ -251,7 +251,7 @@ class cbrt(result_ufunc):
     f = staticmethod(numpy.cbrt)
     fprime = staticmethod(lambda x: 1 / (3 * numpy.cbrt(x) ** 2))
     slope = staticmethod(lambda y: 1 / (3 * y * y))
-    bend = staticmethod(lambda y: -2 / (9 * y**5))
+    curvature = staticmethod(lambda y: -2 / (9 * y**5))
 
 
 @operator
@@ -266,7 +266,7 @@ class reciprocal(result_ufunc):
     f = staticmethod(numpy.reciprocal)
     fprime = staticmethod(lambda x: -((1.0 / x) ** 2))
     slope = staticmethod(lambda y: -y * y)
-    bend = staticmethod(lambda y: 2 * y * y * y)
+    curvature = staticmethod(lambda y: 2 * y * y * y)
 
 
 @operator
@@ -296,7 +296,7 @@ def sinc_slope(x):
     return (series + direct * ~near) * math.pi
 
 
-def sinc_bend(x):
+def sinc_curvature(x):
     u = math.pi * x
     near = numpy.abs(u) < 0.5
     small, large = u * near, u + near
@@ -314,7 +314,7 @@ class sinc(unary_ufunc):
     """`sin(pi x) / (pi x)`"""
 
     fprime = staticmethod(sinc_slope)
-    fsecond = staticmethod(sinc_bend)
+    fsecond = staticmethod(sinc_curvature)
 
     @staticmethod
     def f(x):
@@ -332,10 +332,10 @@ class absolute(unary_ufunc):
     fprime = staticmethod(numpy.sign)
 
     def vjp(node, _y, x):
-        return fit(_y * numpy.sign(x), kind(x))
+        return unbroadcast(_y * numpy.sign(x), kind(x))
 
     def jvp(node, x_, x):
-        return fit(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
+        return unbroadcast(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
 
     def hvp(node, _y, x_, x):
         return _y * turn(x_, x) if kind(x)[1] else ZeroGradient

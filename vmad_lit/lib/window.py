@@ -1,6 +1,6 @@
 """Compiled window functions: particles to meshes and back, with all first and second derivatives.
 
-Two loops do the work, ``scatter`` and ``gather``, and a third, ``curve``, the second derivatives; they are
+Two loops do the work, ``scatter`` and ``gather``, and a third, ``hessian_product``, the second derivatives; they are
 compiled by numba for each window and dimension when first used, and kept on disk. Everything else is a thin
 layer that names the cases: :func:`paint`, :func:`readout`, :func:`gradient` and the products with their
 Jacobians.
@@ -237,7 +237,7 @@ def _scatter_loop(mesh, position, ndim, support, n, asked, moving, spreading=Fal
 
 @lru_cache(maxsize=None)
 def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
-    """The compiled loop that reads `n` meshes, their change (`moving`) or their gradients (`slopes`).
+    """The compiled loop that reads `n` meshes, their change (`moving`) or their gradients (`weighted_gradient`).
 
     Along the first `asked` axes cells may be elsewhere.
     """
@@ -1000,7 +1000,9 @@ def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window="cic", transfor
     return mesh
 
 
-def slopes(meshes, pos, factors=None, window="cic", transform=None, out=None, base=None, factor=1.0):
+def weighted_gradient(
+    meshes, pos, factors=None, window="cic", transform=None, out=None, base=None, factor=1.0
+):
     """The sum of the gradients of meshes at positions, each times its column of factors: (N, ndim), float64.
 
     `factors` has a row for each particle and a column for each of the first meshes, or is one number for all
@@ -1067,7 +1069,7 @@ def readout_jvp(meshes, pos, pos_=None, meshes_=None, window="cic", transform=No
 
 
 @njit(**_compiled)
-def _spline_bends(support, x):
+def _spline_curvatures(support, x):
     """The second derivatives of the B-spline of this support at `x`, in the cells of `_spline`."""
     if support == 3:
         return 1.0, -2.0, 1.0, 0.0
@@ -1078,14 +1080,16 @@ def _spline_bends(support, x):
 
 
 @lru_cache(maxsize=None)
-def _curve_loop(mesh, position, ndim, support, n, asked):
+def _hessian_product_loop(mesh, position, ndim, support, n, asked):
     """The compiled loop that adds the Hessians of `n` meshes, with coefficients, times a velocity to `slope`."""
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
     moving = True
 
     # The loop that multiplies by Hessians
-    def curve(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, speed, slope, coef, coef_step, given):
+    def hessian_product(
+        mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, speed, slope, coef, coef_step, given
+    ):
         shape, stride, scale, translate, origin, period = box
         low, high = 0, shape[0]
         for p in range(start, end):
@@ -1103,12 +1107,12 @@ def _curve_loop(mesh, position, ndim, support, n, asked):
             else:
                 cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             # Take the second derivatives of the weights
-            bx = _spline_bends(support, pos[uintp(p * step)] * scale[0] + translate[0])
+            bx = _spline_curvatures(support, pos[uintp(p * step)] * scale[0] + translate[0])
             by = bz = (0.0, 0.0, 0.0, 0.0)
             if ndim > 1:
-                by = _spline_bends(support1, pos[uintp(p * step + 1)] * scale[1] + translate[1])
+                by = _spline_curvatures(support1, pos[uintp(p * step + 1)] * scale[1] + translate[1])
             if ndim > 2:
-                bz = _spline_bends(support2, pos[uintp(p * step + 2)] * scale[2] + translate[2])
+                bz = _spline_curvatures(support2, pos[uintp(p * step + 2)] * scale[2] + translate[2])
             # Take the velocity of the particle
             vx = vy = vz = 0.0
             if moving:
@@ -1171,7 +1175,7 @@ def _curve_loop(mesh, position, ndim, support, n, asked):
 
     reals = float64[::1]
     return _compile(
-        curve,
+        hessian_product,
         *4 * [_array(mesh)],
         BOX,
         int64,
@@ -1186,7 +1190,7 @@ def _curve_loop(mesh, position, ndim, support, n, asked):
     )
 
 
-def _curve(meshes, pos, coef, coef_step, given, speed, slope, window, transform):
+def _hessian_product(meshes, pos, coef, coef_step, given, speed, slope, window, transform):
     """Add to `slope` (N, ndim) the Hessians of meshes, with coefficients for the first `given`, times `speed`."""
     cells = _find_support(window)
     ndim = meshes[0].ndim
@@ -1198,9 +1202,9 @@ def _curve(meshes, pos, coef, coef_step, given, speed, slope, window, transform)
         return
     pos, cuts = _flat(pos), _shares(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
-        curve = _curve_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box))
+        hessian_product = _hessian_product_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box))
         _run(
-            curve,
+            hessian_product,
             [
                 (
                     *flats,
@@ -1220,24 +1224,26 @@ def _curve(meshes, pos, coef, coef_step, given, speed, slope, window, transform)
         )
 
 
-def slopes_jvp(
+def weighted_gradient_jvp(
     meshes, pos, factors=None, pos_=None, meshes_=None, factors_=None, window="cic", transform=None
 ):
-    """Tangent of `slopes(meshes, pos, factors)` along `pos_` (N, ndim), `meshes_`, and `factors_`; None is zero.
+    """Tangent of `weighted_gradient(meshes, pos, factors)` along `pos_` (N, ndim), `meshes_`, and `factors_`; None is zero.
 
     `factors_` is shaped as the factors. The meshes may be None if neither positions nor factors change.
     """
     if meshes_ is None:
         slope = memory.zeros((len(pos), _meshes(list(meshes))[0].ndim))
     else:
-        slope = slopes(meshes_, pos, factors, window, transform)
+        slope = weighted_gradient(meshes_, pos, factors, window, transform)
     if factors_ is not None:
         count = numpy.shape(factors_)[-1] if numpy.ndim(factors_) else len(meshes)
-        slope += slopes(list(meshes)[:count], pos, factors_, window, transform)
+        slope += weighted_gradient(list(meshes)[:count], pos, factors_, window, transform)
     if pos_ is not None:
         values = _meshes(list(meshes))
         speed = _velocities(pos_, len(pos), values[0].ndim)
-        _curve(values, pos, *_coefficients(factors, len(pos), len(values)), speed, slope, window, transform)
+        _hessian_product(
+            values, pos, *_coefficients(factors, len(pos), len(values)), speed, slope, window, transform
+        )
     return slope
 
 

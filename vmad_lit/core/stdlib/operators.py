@@ -32,7 +32,7 @@ def kind(x: Value) -> Kind:
 NUMBER: Kind = (), False  # the kind of most constants
 
 
-def fit(g: Value, kind: Kind) -> Value:
+def unbroadcast(g: Value, kind: Kind) -> Value:
     """Bring the cotangent of a broadcast value to the kind of the value: sum over repetitions, drop
     an imaginary part."""
     if g is ZeroGradient:
@@ -42,7 +42,7 @@ def fit(g: Value, kind: Kind) -> Value:
         if g.shape == shape and (is_complex or g.dtype.kind != "c"):
             return g
     elif hasattr(g, "pm"):
-        return fit_field(g, shape, is_complex)
+        return unbroadcast_field(g, shape, is_complex)
     if not is_complex and numpy.iscomplexobj(g):
         g = numpy.real(g)
     return g if getattr(g, "shape", ()) == shape else sum_to(g, shape)
@@ -125,7 +125,7 @@ def widen_to_field(g: Value, shape1: Shape, shape2: Shape) -> Value:
     return shape.field(g)
 
 
-def fit_field(g: Value, shape: Shape, is_complex: bool) -> Value:
+def unbroadcast_field(g: Value, shape: Shape, is_complex: bool) -> Value:
     """Make of a field the cotangent of an operand: the field, or a sum over the mesh for a number."""
     if shape == ():
         total = ShapeOfField(g).field(1.0).cdot(g)
@@ -175,10 +175,10 @@ class abs(unary):
         return builtins.abs(x)
 
     def vjp(node, _y, x):
-        return fit(_y * numpy.sign(x), kind(x))
+        return unbroadcast(_y * numpy.sign(x), kind(x))
 
     def jvp(node, x_, x):
-        return fit(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
+        return unbroadcast(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
 
     def hvp(node, _y, x_, x):
         return _y * turn(x_, x) if kind(x)[1] else ZeroGradient
@@ -199,7 +199,7 @@ class binary:
 class add(binary):
     """`x1 + x2`"""
 
-    hands_on = True
+    alias = True
 
     def apl(node, x1, x2):
         cls = type(x1)
@@ -210,11 +210,11 @@ class add(binary):
 
     def vjp(node, _y, kind1, kind2):
         if kind1 == kind2 and type(kind1[0]) is type(kind2[0]):
-            _x = fit(_y, kind1)
+            _x = unbroadcast(_y, kind1)
             return dict(_x1=_x, _x2=_x)
         return dict(
-            _x1=fit(_y, kind1) if node.wants("x1") else ZeroGradient,
-            _x2=fit(_y, kind2) if node.wants("x2") else ZeroGradient,
+            _x1=unbroadcast(_y, kind1) if node.needs("x1") else ZeroGradient,
+            _x2=unbroadcast(_y, kind2) if node.needs("x2") else ZeroGradient,
         )
 
     def jvp(node, x1_, x2_, kind1, kind2):
@@ -227,7 +227,7 @@ class add(binary):
 class sub(binary):
     """`x1 - x2`"""
 
-    hands_on = True
+    alias = True
 
     def apl(node, x1, x2):
         return x1 - x2
@@ -237,8 +237,8 @@ class sub(binary):
 
     def vjp(node, _y, kind1, kind2):
         return dict(
-            _x1=fit(_y, kind1) if node.wants("x1") else ZeroGradient,
-            _x2=fit(-_y, kind2) if node.wants("x2") else ZeroGradient,
+            _x1=unbroadcast(_y, kind1) if node.needs("x1") else ZeroGradient,
+            _x2=unbroadcast(-_y, kind2) if node.needs("x2") else ZeroGradient,
         )
 
     def jvp(node, x1_, x2_, kind1, kind2):
@@ -274,7 +274,7 @@ class mul(binary):
 
 def times(_y: Value, slope: Value, kind: Kind) -> Value:
     """The cotangent of a value, from the derivative of the result with respect to it."""
-    return ZeroGradient if slope is ZeroGradient else fit(_y * conj(slope), kind)
+    return ZeroGradient if slope is ZeroGradient else unbroadcast(_y * conj(slope), kind)
 
 
 @operator
@@ -289,7 +289,7 @@ class div(binary):
 
     def vjp(node, _y, x2, y, kind1):
         _x1 = _y / conj(x2)
-        return dict(_x1=fit(_x1, kind1), _x2=-times(_x1, y, kind(x2)))
+        return dict(_x1=unbroadcast(_x1, kind1), _x2=-times(_x1, y, kind(x2)))
 
     def jvp(node, x1_, x2_, x2, y, kind1):
         return widen((x1_ - y * x2_) / x2, kind1, kind(x2))
@@ -298,7 +298,7 @@ class div(binary):
         slope = _y / conj(x2)
         return dict(
             _x1_=-times(slope, x2_ / x2, kind1),
-            _x2_=-times(slope, (x1_ - 2 * y * x2_) / x2, kind(x2)) if node.wants("x2") else ZeroGradient,
+            _x2_=-times(slope, (x1_ - 2 * y * x2_) / x2, kind(x2)) if node.needs("x2") else ZeroGradient,
         )
 
 
@@ -393,7 +393,7 @@ class mod(binary):
         return dict(n=ZeroGradient if node.is_literal("x2") else x1 // x2, kind1=kind(x1), kind2=kind(x2))
 
     def vjp(node, _y, n, kind1, kind2):
-        return dict(_x1=fit(_y, kind1), _x2=-times(_y, n, kind2))
+        return dict(_x1=unbroadcast(_y, kind1), _x2=-times(_y, n, kind2))
 
     def jvp(node, x1_, x2_, n, kind1, kind2):
         return widen(x1_ - n * x2_, kind1, kind2)
@@ -413,8 +413,8 @@ class pow(binary):
 
     def vjp(node, _y, x1, x2, y):
         return dict(
-            _x1=times(_y, slope_of_base(x1, x2), kind(x1)) if node.wants("x1") else ZeroGradient,
-            _x2=times(_y, slope_of_exponent(x1, y), kind(x2)) if node.wants("x2") else ZeroGradient,
+            _x1=times(_y, slope_of_base(x1, x2), kind(x1)) if node.needs("x1") else ZeroGradient,
+            _x2=times(_y, slope_of_exponent(x1, y), kind(x2)) if node.needs("x2") else ZeroGradient,
         )
 
     def jvp(node, x1_, x2_, x1, x2, y):
@@ -425,13 +425,13 @@ class pow(binary):
     def hvp(node, _y, x1_, x2_, x1, x2, y):
         # Differentiate the two slopes of a power
         slope1_ = slope2_ = ZeroGradient
-        if node.wants("x1") and x1_ is not ZeroGradient:
-            slope1_ = x1_ * bend_of_base(x1, x2)
-        if node.wants("x2"):
-            mixed = x1_ if x1_ is ZeroGradient else x1_ * mixed_bend(x1, x2)
+        if node.needs("x1") and x1_ is not ZeroGradient:
+            slope1_ = x1_ * curvature_of_base(x1, x2)
+        if node.needs("x2"):
+            mixed = x1_ if x1_ is ZeroGradient else x1_ * mixed_curvature(x1, x2)
             slope2_ = plus(mixed, x2_ * slope_of_exponent(x1, slope_of_exponent(x1, y)))
-        if node.wants("x1") and x2_ is not ZeroGradient:
-            slope1_ = plus(slope1_, x2_ * mixed_bend(x1, x2))
+        if node.needs("x1") and x2_ is not ZeroGradient:
+            slope1_ = plus(slope1_, x2_ * mixed_curvature(x1, x2))
         return dict(_x1_=times(_y, slope1_, kind(x1)), _x2_=times(_y, slope2_, kind(x2)))
 
 
@@ -451,16 +451,16 @@ def slope_of_exponent(x1: Value, y: Value) -> Value:
     return y * numpy.log(numpy.where(x1 == 0, 1, x1))
 
 
-def bend_of_base(x1: Value, x2: Value) -> Value:
+def curvature_of_base(x1: Value, x2: Value) -> Value:
     """The second derivative of x1**x2 with respect to x1, and 0 where x2 is 0 or 1."""
     if numpy.ndim(x2) == 0:
         return x1 * 0 if x2 in (0, 1) else x2 * slope_of_base(x1, x2 - 1)
     return x2 * slope_of_base(x1, numpy.where(x2 == 0, 1, x2 - 1))
 
 
-def mixed_bend(x1: Value, x2: Value) -> Value:
+def mixed_curvature(x1: Value, x2: Value) -> Value:
     """The derivative of x1**x2 with respect to both, and 0 where x1 is 0 and it would be infinite."""
     zero = numpy.equal(x1, 0)
     base = (x1 + zero if numpy.any(zero) else x1) * 1.0
-    bend = base ** (x2 - 1) * (1 + slope_of_exponent(base, x2))
-    return bend * numpy.logical_not(zero * numpy.not_equal(x2, 1)) if numpy.any(zero) else bend
+    curvature = base ** (x2 - 1) * (1 + slope_of_exponent(base, x2))
+    return curvature * numpy.logical_not(zero * numpy.not_equal(x2, 1)) if numpy.any(zero) else curvature
