@@ -70,7 +70,7 @@ math_eqref_format = "({number})"
 def package_digest() -> str:
     """A name for the state of everything that a cell may import."""
     digest = hashlib.sha256()
-    tools = [ROOT / "tools" / name for name in ("mpirun.py", "tangle.py")]
+    tools = [path for path in sorted((ROOT / "tools").rglob("*.py")) if path.name != "sphinx_tangle.py"]
     package = sorted(ROOT / file for file in book().files.values())
     benchmarks = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("results/*.json")]
     for path in [*package, *tools, *sorted(benchmarks)]:
