@@ -317,9 +317,9 @@ def test_empty_blocks_and_files_can_be_filled_and_emptied(tmp_path):
          "2: belongs to #two at book/b.md:17 or to #two at book/b.md:22, and nothing tells to which"),
         # the comment of a chunk
         ("one.py", [("    # Do the work", "    # Do it")],
-         "6: '# Do the work' stands for a chunk: change it in the chapter, at line 12"),
+         "6: '# Do the work' stands for a chunk: change it at book/a.md:12"),
         ("one.py", [("    # Inner step\n", "")],
-         "9: '# Inner step' stands for a chunk: change it in the chapter, at line 19"),
+         "9: '# Inner step' stands for a chunk: change it at book/a.md:19"),
         # less indented than its block
         ("one.py", [("    x *= 2\n", "x *= 2\n")],
          "8: is indented less than the block #do-the-work at book/a.md:16, which it stands in"),

@@ -174,10 +174,17 @@ class _Edit:
         """All ways to carry a difference, also where it could as well be one a few lines further up or down."""
         for a, b, new in self._alignments(first, last, lines):
             holes = self._holes(a, b)
-            gone = [hole.place.references.get(n) for hole in holes for n in range(hole.start, hole.stop)]
-            if any(gone):
-                title, line = next((reference.title, reference.line) for reference in gone if reference)
-                reasons.append(f"'# {title}' stands for a chunk: change it in the chapter, at line {line}")
+            gone = [
+                (hole.place.block.chapter, hole.place.references[number])
+                for hole in holes
+                for number in range(hole.start, hole.stop)
+                if number in hole.place.references
+            ]
+            if gone:
+                chapter, reference = gone[0]
+                reasons.append(
+                    f"'# {reference.title}' stands for a chunk: change it at {chapter}:{reference.line}"
+                )
                 continue
             wanted = self.old[:a] + new + self.old[b:]
             for way in self._shares(holes, a, b, new, wanted) if len(holes) > 1 else [[(holes[0], new)]]:

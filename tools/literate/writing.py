@@ -191,10 +191,7 @@ class Writer:
                     (self.root / path).unlink()
                     removed.append(path)
                     self.memory.forget(path)
-                    for folder in (self.root / path).parents:  # and the folders that are empty now
-                        if folder == self.root:
-                            break
-                        folder.rmdir()
+                    os.removedirs((self.root / path).parent)  # the folders that are empty now
         if self.root == self.book.root:
             notes += [f"{path} is made by no chapter" for path in self.book.strays() if path not in known]
         return removed, notes
