@@ -159,6 +159,21 @@ def test_circles(tmp_path, modules, circle):
     assert [problem for problem in found(tmp_path, **modules) if "other" in problem] == [circle]
 
 
+def test_the_first_block_of_the_story_counts_and_not_of_the_file(tmp_path):
+    block = "```python {{#{}}}\n{}\n```\n"
+    put(
+        tmp_path,
+        **{
+            "01-a": block.format('b file="p/b.py"', "# <<Late>>") + block.format("b", "f = 1"),
+            "02-b": block.format('a file="p/a.py"', "from p.b import f, g"),
+            "03-c": block.format("late", "f = g = 0"),
+        },
+    )
+    assert [str(problem) for problem in Book.load(tmp_path).check_order()] == [
+        "book/02-b.md:2: p.a imports 'g' from p.b, which chapter 03 builds later"
+    ]
+
+
 def test_subpackages_and_distributions(tmp_path):
     put(
         tmp_path,
