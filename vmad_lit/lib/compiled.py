@@ -18,20 +18,16 @@ import warnings
 
 import numpy
 
-try:
-    import numba
-except ImportError as error:
-    raise ImportError(
-        "vmad_lit.lib.compiled compiles loops with numba, which is not installed; "
-        "install numba, or use the windows of pmesh"
-    ) from error
+from vmad_lit.core.error import needed_for
 
-from numba.core.compiler import CompileResult
-from numba.core.compiler_lock import global_compiler_lock
-from numba.core.dispatcher import Dispatcher
-from numba.core.runtime import rtsys
-from numba.core.serialize import dumps
-from llvmlite.binding import address_of_symbol
+with needed_for("compiled loops", extra="fast"):
+    import numba
+    from llvmlite.binding import address_of_symbol
+    from numba.core.compiler import CompileResult
+    from numba.core.compiler_lock import global_compiler_lock
+    from numba.core.dispatcher import Dispatcher
+    from numba.core.runtime import rtsys
+    from numba.core.serialize import dumps
 
 #: What numba is asked for.
 OPTIONS = dict(nogil=True, error_model="numpy", fastmath={"contract"})

@@ -3,12 +3,13 @@
 from functools import partial
 
 import numpy
-from numba import uintp
 
 from vmad_lit.lib import memory
 from vmad_lit.lib.compiled import compiled, inlined
 from vmad_lit.lib.memory import as_flat
 from vmad_lit.lib.threads import share
+
+from numba import uintp
 
 
 @compiled
