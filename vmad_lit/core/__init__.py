@@ -1,1 +1,7 @@
 """The engine: symbols, operators, models, tapes and their derivatives."""
+
+from . import model
+
+from . import ownership, specialise
+
+from . import draw

@@ -12,8 +12,9 @@ from copy import copy
 from time import perf_counter
 from typing import Any, NamedTuple, Self
 
+from .draw import fold, in_bytes
 from .execution import Plan, Slots, Step, collect, flatten
-from .graph import Node, fold, in_bytes
+from .graph import Node
 from .model import Model
 from .symbol import leaves
 from .tape import nbytes_of
@@ -87,7 +88,7 @@ class Profile:
         if measured is None:
             measured = self._plans[plan] = copy(plan)
             measured.steps = [self._wrap(plan, step) for step in plan.steps]
-            measured._consuming = None
+            measured.consuming = None
         values, slots = self._before(measured, *args)
         # Weigh what the run recorded
         for node in plan.nodes if plan.record else ():
