@@ -1,7 +1,8 @@
 """The engine: symbols, operators, models, tapes and their derivatives."""
 
-from . import model
+from .model import Builder, Model
 
-from . import ownership, specialise
+from .ownership import find_owners
+from .specialise import fastest_step
 
-from . import draw
+from .draw import to_dot

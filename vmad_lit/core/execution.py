@@ -101,11 +101,11 @@ class Layout:
     Attributes
     ----------
     slots : dict
-        From symbols to the numbers of their slots. Another symbol may have had the slot before.
+        From symbols to the numbers of their slots. Several symbols have a slot in turn.
     steps, template, records, stand_ins, last_reads
         See `Plan`.
     make_step : callable
-        Makes the step of a node without lists, from what `general_step` takes.
+        Makes the step of a node that has no lists, from what `general_step` takes.
     """
 
     make_step: ClassVar[Callable[..., Step]]
@@ -629,7 +629,7 @@ def describe(value: Value) -> str:
 
 
 # Passes
-PASSES: list[Callable[[Plan, Layout], None]] = []  # what later chapters do to a plan that works
+PASSES: list[Callable[[Plan, Layout], None]] = []  # what later chapters do to a plan that works already
 
 
 # Pause of the garbage collector

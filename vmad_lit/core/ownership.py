@@ -8,6 +8,7 @@ which its vjp returns may be an *alias* of the one that came in; and which argum
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from typing import Any
 
 from .execution import PASSES, LastUse, Layout, Plan, Slots, Step, flatten, numbers_in, record_of
@@ -140,6 +141,14 @@ def consume(s: Slots, step: Step) -> None:
         use_up = getattr(s[slot], "consume", None)
         if use_up is not None:
             use_up()
+
+
+def with_steps(plan: Plan, wrap: Callable[[Step], Step]) -> Plan:
+    """A copy of a plan with other steps; also of those for a tape that is used for the last time."""
+    other = copy(plan)
+    other.steps = [wrap(step) for step in plan.steps]
+    other.consuming = [wrap(step) for step in last_steps(plan)] if plan.base else None
+    return other
 
 
 def give_record_away(plan: Plan, i: int, step: Step) -> Step:
