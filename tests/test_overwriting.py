@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from vmad_lit import Builder, autooperator, operator
+from vmad_lit import Builder, ListPlaceholder, autooperator, operator
 from vmad_lit.core.checkpoint import checkpoint
 from vmad_lit.core import ownership
 from vmad_lit.core.model import Model
@@ -148,6 +148,46 @@ def test_an_argument_twice_is_not():
     assert owned(lambda: m.compute("y", dict(x=X)))[1] == [False, False]
 
 
+def test_an_argument_that_is_in_a_list_too_is_not():
+    @operator
+    class plus_all:
+        ain = "a", "xs"
+        aout = "y"
+        fresh = True
+        inplace = ("a",)
+
+        def apl(node, a, xs):
+            SEEN.append(("a", node.owns("a")))
+            a = np.multiply(a, 10.0, out=a if node.owns("a") else None)
+            return dict(y=a + sum(xs))
+
+    with Builder() as m:
+        x = m.input("x")
+        y, z = double(x), double(x)
+        m.output(y=plus_all(y, [z, y]), z=plus_all(z, [y]))
+    (y, z), own = owned(lambda: m.compute(["y", "z"], dict(x=X)))
+    assert own == [False] * 4
+    assert_array_equal(y, 12 * (2 * X + 1))
+    assert_array_equal(z, 11 * (2 * X + 1))
+    # Without the second use one of them is given away
+    assert owned(lambda: m.compute("z", dict(x=X)))[1] == [False, False, True]
+
+
+def test_an_output_twice_is_nobodys_own():
+    @autooperator("x -> y, ys")
+    def both(x):
+        y = double(x)
+        return y, [y]
+
+    with Builder() as m:
+        y, ys = both(m.input("x"), ys=ListPlaceholder(1))
+        m.output(y=double(y), ys=ys)
+    (y, ys), own = owned(lambda: m.compute(["y", "ys"], dict(x=X)))
+    assert own == [False, False]
+    assert_array_equal(ys[0], 2 * X + 1)
+    assert_array_equal(y, 4 * X + 3)
+
+
 def test_through_autooperators():
     x = X.copy()
     m = model(double, twice, around)
@@ -224,7 +264,7 @@ def test_chains(options):
 
 @pytest.mark.parametrize("options, first", [(dict(ram=0, disk=5), True), (dict(ram=1), False), (dict(schedule="tapes"), False)], ids=str)
 def test_a_chain_in_a_graph(options, first):
-    """A chain inplace the state that it is given once that is on disk, and gives away the cotangents of the first state."""
+    """A chain overwrites the state that it is given once that is on disk, and gives away the cotangents of the first state."""
     chain, x = checkpoint(twice, n=3, **options), X.copy()
     m, plain = model(double, chain, double), model(double, *[twice] * 3, double)
     ([y], [_x]), own = owned(lambda: m.compute_with_vjp(dict(x=x), dict(_y=np.ones(3))))

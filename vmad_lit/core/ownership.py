@@ -28,6 +28,7 @@ def find_owners(plan: Plan, layout: Layout) -> None:
     for i, step in enumerate(plan.steps):
         if step[1] is not None:
             node = next(nodes)
+            # Give arguments away
             donated = find_donated(node, node.primitive.operator.inplace, fresh, layout.last_use)
             if donated:
                 plan.steps[i] = give_away(step, donated)
@@ -111,7 +112,7 @@ def last_steps(plan: Plan) -> list[Step]:
 
 
 def find_dropped(plan: Plan, block: int) -> dict[int, list[int]]:
-    """The slots of the tape that are not needed any more after blocks of steps; after block -1 those that never are."""
+    """The slots of the tape that are not needed after a block of steps, by its number; -1 is before the first."""
     dropped: dict[int, list[int]] = {}
     outputs = set(numbers_in(plan.outputs))
     for slot in range(plan.base.size if plan.base else 0):
@@ -143,14 +144,6 @@ def consume(s: Slots, step: Step) -> None:
             use_up()
 
 
-def with_steps(plan: Plan, wrap: Callable[[Step], Step]) -> Plan:
-    """A copy of a plan with other steps; also of those for a tape that is used for the last time."""
-    other = copy(plan)
-    other.steps = [wrap(step) for step in plan.steps]
-    other.consuming = [wrap(step) for step in last_steps(plan)] if plan.base else None
-    return other
-
-
 def give_record_away(plan: Plan, i: int, step: Step) -> Step:
     """A step whose node owns what it has recorded, if it is the last to read it."""
     node = step[1]
@@ -160,3 +153,11 @@ def give_record_away(plan: Plan, i: int, step: Step) -> Step:
     if type(record) is not int or plan.last_reads.get(record) != i:
         return step
     return give_away(step, set(node.operator.inplace).difference(node.primitive.ain))
+
+
+def with_steps(plan: Plan, wrap: Callable[[Step], Step]) -> Plan:
+    """A copy of a plan with other steps; also with other ones for a tape that is used for the last time."""
+    other = copy(plan)
+    other.steps = [wrap(step) for step in plan.steps]
+    other.consuming = [wrap(step) for step in last_steps(plan)] if plan.base else None
+    return other
