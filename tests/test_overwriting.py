@@ -188,6 +188,32 @@ def test_an_output_twice_is_nobodys_own():
     assert_array_equal(y, 4 * X + 3)
 
 
+def test_an_output_that_is_recorded_is_nobodys_own():
+    @operator
+    class grow:
+        ain = "x"
+        aout = "y"
+        fresh = True
+
+        def apl(node, x):
+            return dict(y=np.exp(x))
+
+        def vjp(node, _y, y):
+            return dict(_x=_y * y)
+
+    @autooperator("x -> y")
+    def inner(x):
+        return grow(x)
+
+    for step in grow, inner, double:
+        m = model(step, double)
+        (_, [_x]), own = owned(lambda: m.compute_with_vjp(dict(x=X), dict(_y=np.ones(3))))
+        assert_array_equal(_x, 4 if step is double else 2 * np.exp(X))
+        assert own[:2] == ([False, True] if step is double else [False, False])
+        # Without a tape it is given away
+        assert owned(lambda: m.compute("y", dict(x=X)))[1][-1] is True
+
+
 def test_through_autooperators():
     x = X.copy()
     m = model(double, twice, around)
