@@ -233,6 +233,16 @@ def test_sums_hand_cotangents_on():
     assert_array_equal(_x, np.full(3, 4.0))
 
 
+def test_sums_hand_on_what_is_not_theirs():
+    """The cotangent of the caller goes through a sum as it is, and is the caller's on the other side, too."""
+    _y = np.ones(3)
+    m = model(double, lambda y: y + np.ones(3))
+    (_, [_x]), own = owned(lambda: m.compute_with_vjp(dict(x=X), dict(_y=_y)))
+    assert own == [False, False]
+    assert_array_equal(_x, np.full(3, 2.0))
+    assert_array_equal(_y, np.ones(3))
+
+
 def test_not_while_somebody_watches():
     _, own = owned(lambda: model(double, double).compute("y", dict(x=X), monitor=lambda *args: None))
     assert own == [False, False]
