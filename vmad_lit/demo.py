@@ -199,10 +199,8 @@ def main(argv=None):
 
     # Make or read the data
     def model(pm):
-        if args.steps > 0:
-            stages = numpy.linspace(0.1, 1.0, args.steps + 1)
-        else:
-            stages = [1.0] if args.steps == 0 else []
+        at_once = [1.0] if args.steps == 0 else []
+        stages = numpy.linspace(0.1, 1.0, args.steps + 1) if args.steps > 0 else at_once
         q = pm.generate_uniform_particle_grid(shift=0.5)
         return cosmo4d.WhiteNoiseOperator.bind(
             power=LinearPower(Planck15), q=q, stages=stages, cosmology=Planck15, pm=pm
