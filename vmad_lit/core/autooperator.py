@@ -6,7 +6,7 @@ import ast
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
-from typing import Any
+from typing import Any, overload
 
 from .autodiff import ZERO, derive
 from .error import BadArgument, ModelError, did_you_mean
@@ -329,6 +329,14 @@ def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
         return None
     vjp = derive(*inside, "vjp")
     return vjp._plan(tuple(node.used), False, True, find_donated(node)), vjp
+
+
+@overload
+def autooperator(*spec: str) -> Callable[[Callable[..., Any]], AutoOperator]: ...
+
+
+@overload
+def autooperator(spec: Callable[..., Any], /) -> AutoOperator: ...
 
 
 def autooperator(*spec: Any) -> Any:
