@@ -402,7 +402,9 @@ def exchange_rows(x: Value, send: Sequence[int], recv: Sequence[int], comm: MPI.
     return y
 
 
-def return_rows(_y: Value, kind: Description, send: Sequence[int], recv: Sequence[int], comm: MPI.Comm) -> Value:
+def return_rows(
+    _y: Value, kind: Description, send: Sequence[int], recv: Sequence[int], comm: MPI.Comm
+) -> Value:
     """The transpose of `exchange_rows`."""
     _y = dense(_y, kind, comm)
     if _y is ZeroGradient:
