@@ -5,7 +5,7 @@ Positions are arrays (N, ndim), in the units of the box.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -27,7 +27,7 @@ try:
 except ImportError:  # no numba
     loops = None  # type: ignore[assignment]
 
-Rows = tuple[Array, Array]  # how many for each rank, and where they begin
+Rows = tuple[Sequence[int] | Array, Array]  # how many for each rank, and where they begin
 Axes = tuple[tuple[int, ...], tuple[float, ...], tuple[Array, ...], Array]  # see `loops.find_ranks`
 
 
@@ -161,7 +161,7 @@ def deliver(comm: MPI.Comm, rows: Array, to: Rows, fro: Rows, received: Array) -
     return received
 
 
-def starts(counts: Array) -> Array:
+def starts(counts: Sequence[int] | Array) -> Array:
     return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype("i4")
 
 
