@@ -926,7 +926,7 @@ class SymbolicBackground:
 
     __symbols__ = ("Om0",)
 
-    def __init__(self, Om0: Symbol, Ok0: float = 0.0, a_normalize: float = 1.0) -> None:
+    def __init__(self, Om0: Number, Ok0: float = 0.0, a_normalize: float = 1.0) -> None:
         if a_normalize != 1.0:
             raise ValueError(f"the growth of a symbol is normalised to one today, not at a = {a_normalize:g}")
         self.Om0, self.Ok0 = Om0, Ok0

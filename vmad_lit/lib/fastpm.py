@@ -3,6 +3,8 @@
 The operators live in `mesh`, `transfer`, `exchange`, `painting`, `force`, `lpt`, `axpy` and `nbody`.
 """
 
+from pmesh.pm import BaseComplexField
+
 from vmad_lit.lib.axpy import axpy
 from vmad_lit.lib.exchange import GhostLayout, IdentityLayout, decompose, exchange, gather
 from vmad_lit.lib.force import force, readout_neg_gradient
@@ -18,7 +20,6 @@ from vmad_lit.lib.lpt import (
     second_order_source,
 )
 from vmad_lit.lib.mesh import (
-    BaseComplexField,
     ComplexField,
     ParticleMesh,
     RealField,
@@ -60,3 +61,61 @@ from vmad_lit.lib.transfer import (
     fourier_space_laplace,
     fourier_space_neg_gradient,
 )
+
+__all__ = [
+    "apply_digitized",
+    "apply_transfer",
+    "as_complex_field",
+    "axpy",
+    "BaseComplexField",
+    "c2r",
+    "cdot",
+    "color_modes",
+    "ComplexField",
+    "decompose",
+    "DriftFactor",
+    "exchange",
+    "factors_of_start",
+    "factors_of_step",
+    "FastPMSimulation",
+    "find_background",
+    "find_wavenumbers",
+    "firststep",
+    "fixed_transfer",
+    "force",
+    "fourier_space_laplace",
+    "fourier_space_neg_gradient",
+    "fourier_space_second_derivative",
+    "gather",
+    "GhostLayout",
+    "gravity",
+    "IdentityLayout",
+    "in_precision",
+    "induce_correlation",
+    "join_kicks",
+    "kick_drift",
+    "KickFactor",
+    "leapfrog",
+    "leapfrog_step",
+    "lpt",
+    "lpt1",
+    "lpt2src",
+    "mode_weights",
+    "nbody",
+    "paint",
+    "ParticleMesh",
+    "pick",
+    "r2c",
+    "readout",
+    "readout_all",
+    "readout_neg_gradient",
+    "RealField",
+    "reversible_leapfrog",
+    "scale",
+    "second_order_source",
+    "StepFactors",
+    "superpose",
+    "to_scalar",
+    "TransposedComplexField",
+    "UntransposedComplexField",
+]
