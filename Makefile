@@ -14,7 +14,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SHELL := /bin/bash
 
-.PHONY: book test serial ranks bench tangle check clean
+.PHONY: book test serial ranks bench tangle check dist clean
 
 book: .venv/ready                       ## the rendered book, in _build/html
 	python tools/tangle.py
@@ -42,10 +42,16 @@ check: .venv/ready                      ## is the package what the chapters say?
 	python tools/tangle.py trace -- ruff check .
 	python tools/tangle.py trace -- mypy
 
-clean:
-	rm -rf _build .venv
+dist: .venv/ready                       ## what is published, in dist/: built, installed where nothing else is, and tried out
+	rm -rf dist
+	python -m build -q --outdir dist .
+	python -m build -q --outdir dist providers/pfft-python
+	$(PYTEST) tests/published.py
 
-.venv/ready: requirements.txt constraints.txt pyproject.toml $(wildcard providers/pfft-python/pyproject.toml)
+clean:
+	rm -rf _build dist .venv
+
+.venv/ready: requirements.txt constraints.txt pyproject.toml providers/pfft-python/pyproject.toml
 	@echo "== installing into .venv (once)"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	python -m pip install -q --upgrade pip -c constraints.txt

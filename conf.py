@@ -25,9 +25,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 project = "vmad_lit"
 author = "the vmad_lit authors"
 copyright = "the vmad_lit authors"
-version = release = "0.1.0"
 
 from tools.sphinx_tangle import book, linkcode_resolve  # noqa: E402, F401  ([source] leads to the chapter)
+from vmad_lit import __version__ as version  # noqa: E402
+
+release = version
 
 extensions = [
     "myst_nb",

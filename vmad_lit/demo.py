@@ -11,6 +11,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from vmad_lit.core.error import needed_for
+
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -182,8 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration; returns the exit status."""
     args = parse(argv)
     try:
-        import matplotlib  # noqa: F401  (needed at the end, and better missed now)
-        from mpi4py import MPI
+        with needed_for("the pictures at the end", extra="output"):
+            import matplotlib  # noqa: F401  (better missed now than then)
+        with needed_for("the demonstration", extra="mesh"):
+            from mpi4py import MPI
 
         from vmad_lit.contrib import cosmo4d
         from vmad_lit.contrib.optimize import LBFGS, autosave
@@ -191,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vmad_lit.lib.fastpm import ParticleMesh
         from vmad_lit.lib.spectra import Shells
     except ImportError as error:
-        print(f"this demonstration needs the package {error.name}: {error}", file=sys.stderr)
+        print(f"this demonstration cannot be run here: {error}", file=sys.stderr)
         return 1
     comm = MPI.COMM_WORLD
 
@@ -328,10 +332,11 @@ def draw(
     }
     if pm.comm.rank == 0:
         # Draw the images and the curves
-        import matplotlib
+        with needed_for("the pictures", extra="output"):
+            import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+            matplotlib.use("Agg")
+            from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(2, 3, figsize=(11, 7.2), layout="constrained")
         for ax, (title, image) in zip(axes.flat, images.items()):

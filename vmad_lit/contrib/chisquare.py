@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import numpy as np
-from mpi4py import MPI
 
 from vmad_lit import Builder, autooperator, operator
 from vmad_lit.contrib.optimize import Monitor, Optimizer, Preconditioner, Problem, State
-from vmad_lit.contrib.vectorspace import FieldSpace, Vector, VectorSpace
+from vmad_lit.contrib.vectorspace import Communicator, FieldSpace, Vector, VectorSpace
 from vmad_lit.contrib.vectorspace import is_field, local_field_product, real_inner_product
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.symbol import Symbol
@@ -54,7 +53,7 @@ class MPIChiSquareOperator:
     ain = "x"
     aout = "y"
 
-    def main(self, x: Symbol, comm: MPI.Comm) -> dict[str, Symbol]:
+    def main(self, x: Symbol, comm: Communicator) -> dict[str, Symbol]:
         return dict(y=mpi.allreduce(local_squares(x), comm))
 
 
@@ -65,9 +64,9 @@ class MPIVectorSpace(FieldSpace):
     not be summed over the ranks. Their space is ``VectorSpace(comm=comm)``.
     """
 
-    comm: MPI.Comm
+    comm: Communicator
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def __init__(self, comm: Communicator) -> None:
         super().__init__(comm=comm)
 
     def dot(self, a: Vector, b: Vector) -> float:
@@ -103,7 +102,7 @@ class MPIChiSquareProblem(Problem):
 
     def __init__(
         self,
-        comm: MPI.Comm,
+        comm: Communicator,
         forward_operator: Callable[..., Any],
         residuals: Iterable[Callable[..., Any]],
         vectorspace: VectorSpace | None = None,

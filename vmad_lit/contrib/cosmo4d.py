@@ -8,12 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Self
 
 import numpy
-from mpi4py import MPI
-from pmesh.pm import BaseComplexField, Field, RealField
 
 from vmad_lit import autooperator
-from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
-from vmad_lit.contrib.optimize import Monitor, Optimizer, Preconditioner, State
 from vmad_lit.core.autooperator import AutoOperator
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
@@ -22,6 +18,10 @@ from vmad_lit.lib.cosmology import HasMatter
 from vmad_lit.lib.mesh import ParticleMesh
 from vmad_lit.lib.mpi import on_root
 from vmad_lit.lib.transfer import Transfer
+from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
+from vmad_lit.contrib.optimize import Monitor, Optimizer, Preconditioner, State
+from mpi4py import MPI
+from pmesh.pm import BaseComplexField, Field, RealField
 
 
 @autooperator("x -> s, fs")

@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from vmad_lit.contrib.vectorspace import Vector, VectorSpace
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array
 
 EPS = float(np.finfo(float).eps)
@@ -800,10 +801,8 @@ class ProgressBar:
         comm = vs.comm if vs.comm is not None else mpi.COMM_WORLD if mpi else None
         self.bar = None
         if wanted and (comm is None or comm.rank == 0):
-            try:
+            with needed_for("a progress bar", extra="output"):
                 from tqdm.auto import tqdm
-            except ImportError:
-                raise ImportError("progress=True needs the package tqdm") from None
             self.bar = tqdm(total=total, initial=initial, unit="it")
 
     def update(self, state: State) -> None:
@@ -1048,7 +1047,8 @@ def scipy_minimize(problem: Problem, x0: Vector, method: str = "L-BFGS-B", **opt
     Serial only. The result is SciPy's, with the vector in its `x`. The Hessian-vector product of the
     problem is passed on to the methods that use one.
     """
-    import scipy.optimize
+    with needed_for("scipy_minimize", extra="interop"):
+        import scipy.optimize
 
     vs, start = problem.vs, Point(problem, x=x0)
     if vs.comm is not None and vs.comm.size > 1:

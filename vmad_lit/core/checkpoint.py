@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from .autodiff import add_cotangents, derive
 from .autooperator import AutoOperator, InstanceAutoOperator, find_known_model, find_model, find_donated
-from .error import BadArgument, BrokenPrimitive, did_you_mean
+from .error import BadArgument, BrokenPrimitive, did_you_mean, needed_for
 from .execution import Plan, describe
 from .model import Model
 from .operator import InstanceOperator, Operator, Primitive, ZeroGradient
@@ -205,10 +205,8 @@ def is_whole(number: Any) -> bool:
 
 
 def library() -> Any:
-    try:
+    with needed_for("checkpoints", extra="checkpoint"):
         import checkpoint_schedules
-    except ImportError:
-        raise ImportError("checkpoint needs the package checkpoint_schedules") from None
     # Keep the library from compiling what is run in no time
     multistage = checkpoint_schedules.multistage
     multistage.n_advance = getattr(multistage.n_advance, "py_func", multistage.n_advance)

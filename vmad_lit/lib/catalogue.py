@@ -10,19 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any, TypeAlias
 
 import numpy
-from mpi4py import MPI
 from numpy.typing import ArrayLike, DTypeLike
-from pmesh.pm import RealField
+
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib.mesh import ParticleMesh
 from vmad_lit.lib.mpi import fail_together, on_root, run_together
 from vmad_lit.lib.nbody import FastPMSimulation
 from vmad_lit.lib.tracers import velocity
 
-try:
-    import h5py
-except ImportError:  # an optional package: said by name when it is needed
-    h5py = None
+with needed_for("catalogues of particles", extra="mesh"):
+    from mpi4py import MPI
+    from pmesh.pm import RealField
 
 Lattice = Sequence[int] | Array  # the number of points along each axis
 Fields: TypeAlias = Mapping[str, RealField]
@@ -30,9 +29,11 @@ Fields: TypeAlias = Mapping[str, RealField]
 CHUNK = 1 << 22  # bytes that a rank converts and writes at a time
 
 
-def _need_h5py() -> None:
-    if h5py is None:
-        raise ImportError("HDF5 files need the package h5py; say: pip install h5py")
+def hdf5() -> Any:
+    """The module h5py."""
+    with needed_for("HDF5 files", extra="output"):
+        import h5py
+    return h5py
 
 
 class Block:
@@ -95,7 +96,7 @@ def save(
     ImportError, ValueError, TypeError, OSError
         On all ranks, even if only one of them has a reason.
     """
-    run_together(comm, _need_h5py)
+    run_together(comm, hdf5)
     blocks = _blocks(comm, columns or {}, fields or {}, dtype)
     partial = f"{path}.partial"
     try:
@@ -119,6 +120,7 @@ def save(
 
 def _lay_out(path: str, blocks: Mapping[str, Block], attributes: Mapping[str, Any]) -> dict[str, int | None]:
     """Make a file with data sets for the blocks; tells where their bytes begin, None if there are none."""
+    h5py = hdf5()
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -171,10 +173,10 @@ def load(
 
     `names` are the columns to read, by default all. Collective.
     """
-    run_together(comm, _need_h5py)
+    run_together(comm, hdf5)
 
     def read() -> tuple[dict[str, Array], dict[str, Any]]:
-        with h5py.File(path, "r") as file:
+        with hdf5().File(path, "r") as file:
             group = file.get("particles", {})
             columns = {}
             for name in group if names is None else names:
@@ -189,10 +191,10 @@ def load(
 
 def load_field(path: str, name: str, pm: ParticleMesh) -> RealField:
     """Read a field that `save` wrote; each rank reads its own part. Collective."""
-    run_together(pm.comm, _need_h5py)
+    run_together(pm.comm, hdf5)
 
     def read() -> RealField:
-        with h5py.File(path, "r") as file:
+        with hdf5().File(path, "r") as file:
             group = file.get("fields", {})
             if name not in group:
                 raise KeyError(f"{path} has no field {name!r}, only {list(group)}")

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..core.error import needed_for
 from ..core.graph import Node
 from ..core.operator import Operator, Primitive, ZeroGradient
 from ..core.stdlib.operators import Array
@@ -644,7 +645,8 @@ class _TabulatedTransfer:
     """T(k) by a cubic spline through ln T at ln k, continued by a constant below and a power law above."""
 
     def __init__(self, k: Array, T: Array) -> None:
-        from scipy.interpolate import CubicSpline
+        with needed_for("tabulated powers", extra="interop"):
+            from scipy.interpolate import CubicSpline
 
         self._ends = np.log(k[0]), np.log(k[-1])
         self._spline = CubicSpline(np.log(k), np.log(T))

@@ -3,8 +3,6 @@
 The operators live in `mesh`, `transfer`, `exchange`, `painting`, `force`, `lpt`, `axpy` and `nbody`.
 """
 
-from pmesh.pm import BaseComplexField
-
 from vmad_lit.lib.axpy import axpy
 from vmad_lit.lib.exchange import GhostLayout, IdentityLayout, decompose, exchange, gather
 from vmad_lit.lib.force import force, readout_neg_gradient
@@ -61,6 +59,7 @@ from vmad_lit.lib.transfer import (
     fourier_space_laplace,
     fourier_space_neg_gradient,
 )
+from pmesh.pm import BaseComplexField
 
 __all__ = [
     "apply_digitized",

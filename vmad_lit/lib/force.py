@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy
-from pmesh.pm import BaseComplexField, ComplexField, Field, RealField
 
 from vmad_lit import operator
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.lib import memory
@@ -31,6 +31,8 @@ from vmad_lit.lib.transfer import (
     multiply_field,
 )
 
+with needed_for("forces", extra="mesh"):
+    from pmesh.pm import BaseComplexField, ComplexField, Field, RealField
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba: the transforms serve

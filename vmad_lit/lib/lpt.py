@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import numpy
-from pmesh.pm import ComplexField, RealField, xslab
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
@@ -31,6 +31,8 @@ from vmad_lit.lib.transfer import (
 )
 from vmad_lit.lib.unary import sqrt
 
+with needed_for("initial conditions", extra="mesh"):
+    from pmesh.pm import ComplexField, RealField, xslab
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba

@@ -12,19 +12,22 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 import numpy
-from mpi4py import MPI
 from numpy.typing import ArrayLike, DTypeLike
-from pfft import LocalBuffer
-from pmesh import pm as pmesh
-from pmesh.pm import BaseComplexField, Field, xslab
 
 from vmad_lit import operator
 from vmad_lit.core.autodiff import IN_PLACE, PLUS
 from vmad_lit.core.checkpoint import Disk, keep_on_disk_by
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array, Shape, add_to_array
 from vmad_lit.core.symbol import Value
 from vmad_lit.lib import memory
+
+with needed_for("fields on a mesh", extra="mesh"):
+    from mpi4py import MPI
+    from pmesh import pm as pmesh
+    from pmesh.pm import BaseComplexField, Field, xslab
+    from pfft import LocalBuffer
 
 is_zero = type(ZeroGradient).is_zero
 

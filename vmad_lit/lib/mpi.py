@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy
-from mpi4py import MPI
 
+from ..core.error import needed_for
 from ..core.operator import ZeroGradient, operator
 from ..core.stdlib.operators import Array, Shape
 from ..core.symbol import Symbol, Value
@@ -25,6 +25,9 @@ from ..core.symbol import Symbol, Value
 T = TypeVar("T")
 Description = tuple[Shape, numpy.dtype[Any]] | str  # shape and dtype, or the name of a type
 Halo = tuple[Array, list[int], list[int], Array]  # see `plan_halo`
+
+with needed_for("communication between ranks", extra="mpi"):
+    from mpi4py import MPI
 
 
 def describe(x: Value) -> Description:

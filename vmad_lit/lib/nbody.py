@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy
 from numpy.typing import ArrayLike
-from pmesh.pm import Field
 
 from vmad_lit import autooperator, operator
 from vmad_lit.core.checkpoint import checkpoint
@@ -54,6 +53,7 @@ from vmad_lit.lib.lpt import lpt
 from vmad_lit.lib.mesh import ParticleMesh, as_rows, common_dtypes, is_zero
 from vmad_lit.lib.mpi import allbcast
 from vmad_lit.lib.painting import Window, in_dtype_of
+from pmesh.pm import Field
 
 try:
     from vmad_lit.lib import loops

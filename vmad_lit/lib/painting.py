@@ -7,11 +7,9 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy
 from numpy.typing import ArrayLike
-from pmesh.pm import RealField
-from pmesh.window import FindResampler, ResampleWindow
 
 from vmad_lit import operator
-from vmad_lit.core.error import BrokenPrimitive
+from vmad_lit.core.error import BrokenPrimitive, needed_for
 from vmad_lit.core.graph import Node
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
@@ -19,6 +17,9 @@ from vmad_lit.core.symbol import Value
 from vmad_lit.lib.exchange import AnyLayout, as_positions, exchange_rows, gather_rows
 from vmad_lit.lib.mesh import ParticleMesh, as_real_field, as_rows, common_dtypes, is_zero
 
+with needed_for("painting and reading out", extra="mesh"):
+    from pmesh.pm import RealField
+    from pmesh.window import FindResampler, ResampleWindow
 try:
     from vmad_lit.lib import window
 except ImportError:  # no numba: pmesh's own windows serve

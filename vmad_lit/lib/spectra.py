@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy
-from mpi4py import MPI
 from numpy.typing import ArrayLike
-from pmesh.pm import BaseComplexField, Field, RealField
-from scipy.interpolate import BSpline
-from scipy.special import eval_legendre
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
@@ -20,6 +17,12 @@ from vmad_lit.lib.mesh import ParticleMesh, is_zero, mode_weights
 
 Direction = Any  # an axis or the components of a vector; None for a default
 WindowName = Literal["nnb", "nearest", "cic", "tsc", "pcs"]
+
+with needed_for("spectra and maps", extra="mesh"):
+    from mpi4py import MPI
+    from pmesh.pm import BaseComplexField, Field, RealField
+    from scipy.interpolate import BSpline
+    from scipy.special import eval_legendre
 
 
 class Shells:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy
-from mpi4py import MPI
 
 from vmad_lit import autooperator, operator
 from vmad_lit.core.operator import ZeroGradient
@@ -19,6 +18,7 @@ from vmad_lit.lib.mesh import ParticleMesh
 from vmad_lit.lib.mpi import allbcast
 from vmad_lit.lib.spectra import Direction
 from vmad_lit.lib.transfer import Transfer
+from mpi4py import MPI
 
 is_zero = type(ZeroGradient).is_zero
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy
 from numpy.typing import ArrayLike
-from pmesh.pm import BaseComplexField, xslab
 
 from vmad_lit import operator
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Value
@@ -26,6 +26,8 @@ from vmad_lit.lib.mesh import (
     wavenumbers,
 )
 
+with needed_for("transfer functions", extra="mesh"):
+    from pmesh.pm import BaseComplexField, xslab
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba
