@@ -15,13 +15,11 @@ from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, tracers, unary
 from vmad_lit.lib.cosmology import HasMatter
-from vmad_lit.lib.mesh import ParticleMesh
-from vmad_lit.lib.mpi import on_root
+from vmad_lit.lib.mesh import BaseComplexField, Field, ParticleMesh, RealField
+from vmad_lit.lib.mpi import MPI, on_root
 from vmad_lit.lib.transfer import Transfer
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
 from vmad_lit.contrib.optimize import Monitor, Optimizer, Preconditioner, State
-from mpi4py import MPI
-from pmesh.pm import BaseComplexField, Field, RealField
 
 
 @autooperator("x -> s, fs")
@@ -149,7 +147,10 @@ class ChiSquareProblem(MPIChiSquareProblem):
     """
 
     def __init__(
-        self, comm: MPI.Comm, forward_operator: Callable[..., Any], residuals: Iterable[Callable[..., Any]]
+        self,
+        comm: MPI.Comm,
+        forward_operator: Callable[..., Any],
+        residuals: Iterable[Callable[..., Any]],
     ) -> None:
         super().__init__(comm, forward_operator, residuals, FastPMVectorSpace(comm))
 
@@ -226,7 +227,7 @@ class Data:
 
         header, files = on_root(comm, read_header)
         pm = fastpm.ParticleMesh(Nmesh=header["Nmesh"], BoxSize=header["BoxSize"], comm=comm, **options)
-        fields = {
+        fields: dict[str, Any] = {
             name: load_field(os.path.join(folder, f"{name}.npy"), pm) if f"{name}.npy" in files else None
             for name in ("d", "truth", "clean")
         }

@@ -18,6 +18,7 @@ from vmad_lit.lib.lpt import (
     second_order_source,
 )
 from vmad_lit.lib.mesh import (
+    BaseComplexField,
     ComplexField,
     ParticleMesh,
     RealField,
@@ -59,7 +60,6 @@ from vmad_lit.lib.transfer import (
     fourier_space_laplace,
     fourier_space_neg_gradient,
 )
-from pmesh.pm import BaseComplexField
 
 __all__ = [
     "apply_digitized",

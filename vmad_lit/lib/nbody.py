@@ -50,10 +50,9 @@ from vmad_lit.lib.exchange import (
 from vmad_lit.lib.force import force
 from vmad_lit.lib.linalg import einsum, reshape
 from vmad_lit.lib.lpt import lpt
-from vmad_lit.lib.mesh import ParticleMesh, as_rows, common_dtypes, is_zero
+from vmad_lit.lib.mesh import Field, ParticleMesh, as_rows, common_dtypes, is_zero
 from vmad_lit.lib.mpi import allbcast
 from vmad_lit.lib.painting import Window, in_dtype_of
-from pmesh.pm import Field
 
 try:
     from vmad_lit.lib import loops

@@ -15,10 +15,9 @@ from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, linalg
 from vmad_lit.lib.cosmology import Background
 from vmad_lit.lib.mesh import ParticleMesh
-from vmad_lit.lib.mpi import allbcast
+from vmad_lit.lib.mpi import MPI, allbcast
 from vmad_lit.lib.spectra import Direction
 from vmad_lit.lib.transfer import Transfer
-from mpi4py import MPI
 
 is_zero = type(ZeroGradient).is_zero
 
