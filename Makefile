@@ -29,17 +29,16 @@ serial: .venv/ready
 ranks: .venv/ready
 	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 timeout -k 10 1800 mpirun -n $$n $(PYTEST) -p no:cacheprovider || exit 1; done
 
-bench: .venv/ready                      ## this package beside its peers
-	python -m pip install -q -c constraints.txt -e '.[bench]'
+bench: .venv/bench-ready                ## this package beside its peers
 	python -m benchmarks
 
 tangle: .venv/ready                     ## the package, from the chapters
 	python tools/tangle.py
 
-check: .venv/ready                      ## is the package what the chapters say? does it lint, and do its types agree?
+check: .venv/lint-ready                 ## is the package what the chapters say? does it lint, and do its types agree?
 	python tools/tangle.py --check
-	python -m pip install -q -c constraints.txt -e '.[lint]'
 	python tools/tangle.py trace -- ruff check .
+	python tools/tangle.py trace -- ruff format --check vmad_lit tools tests benchmarks conf.py conftest.py providers
 	python tools/tangle.py trace -- mypy
 
 dist: .venv/ready                       ## what is published, in dist/: built, installed where nothing else is, and tried out
@@ -57,4 +56,8 @@ clean:
 	python -m pip install -q --upgrade pip -c constraints.txt
 	$(if $(MPI),python -m pip install -q -c constraints.txt $(MPI),mpicc -show)
 	python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/%-ready: .venv/ready              # what only one of the commands needs, once
+	python -m pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
