@@ -245,7 +245,7 @@ class Chain(Operator):
     def _build(self, hyperargs: dict[str, Any]) -> Models:
         return Models(self.step, hyperargs)
 
-    __call__ = AutoOperator.__call__
+    __call__: Any = AutoOperator.__call__
 
     def _open(self, names: tuple[str, ...]) -> Chain:
         if names not in self._opened:

@@ -71,7 +71,7 @@ class ZeroGradientType(int):
         return getattr(ufunc, method)(*(0 if x is self else x for x in inputs), **kwargs)
 
 
-ZeroGradient = ZeroGradientType()
+ZeroGradient: Any = ZeroGradientType()  # a value of any type, for type checkers too
 
 
 class Primitive:
