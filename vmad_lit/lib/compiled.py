@@ -127,8 +127,8 @@ def _warn(reason):
     if not _warned:
         _warned = True
         warnings.warn(
-            f"compiled loops cannot be kept, so that every process has to compile them, for half a minute or "
-            f"more: {reason}. Set VMAD_LIT_CACHE_DIR to a folder that you alone can write to.",
+            f"compiled loops cannot be kept, so that every process has to compile them anew: {reason}. "
+            f"Set VMAD_LIT_CACHE_DIR to a folder that you alone can write to.",
             RuntimeWarning,
             stacklevel=2,
         )

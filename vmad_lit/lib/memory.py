@@ -1,4 +1,4 @@
-"""Large arrays in memory that is used again, without page faults.
+"""Large arrays in memory that is used again, without page faults, and arrays as compiled loops see them.
 
 The memory of an array that was made here returns when the last view of it is gone, and serves the next
 arrays.
