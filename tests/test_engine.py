@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
 from vmad_lit.core import error, execution, stdlib
 from vmad_lit.core.execution import Layout, Plan, find_active, find_needed, find_recorded
@@ -18,7 +19,7 @@ from vmad_lit.core.symbol import List, Literal, Symbol
 from vmad_lit.lib import linalg
 from vmad_lit.testing import check, check_dot_product, check_taylor
 
-quick = settings(max_examples=60, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=examples(60), suppress_health_check=list(HealthCheck))
 
 
 # Operators with lists in them, of several results, with a record of their own, and with hyper-parameters

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+from helpers import examples
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
 from vmad_lit.core.checkpoint import checkpoint
 from vmad_lit.core import ownership
@@ -326,7 +327,7 @@ CHAINS = [checkpoint(step, n=n, **options) for step in (twice, pass_on) for n, o
           ((1, dict(ram=1)), (3, dict(ram=1)), (3, dict(ram=0, disk=3)), (2, dict(schedule="tapes")))]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(st.lists(st.tuples(st.sampled_from([double, same, twice, around, *CHAINS]), st.integers(0, 9)), min_size=1, max_size=8),
        st.sets(st.integers(0, 8), min_size=1), st.integers(0, 3))
 def test_any_graph(calls, wanted, seed):

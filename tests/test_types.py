@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.serial
 
 ROOT = Path(__file__).parent.parent
 
