@@ -140,6 +140,16 @@ def test_the_table_of_a_tape_shows_shapes_bytes_and_inner_tapes():
     assert "test_seeing.py:" in repr(tape[0]) and "recorded" in repr(tape[0])
 
 
+def test_a_record_is_a_table_with_the_tapes_inside():
+    m = nested(2)
+    y, tape = m.compute("y", dict(x=np.ones(5)), return_tape=True)
+    first = Balance(tape[0]._repr_html_())
+    assert first.text.startswith("outer-0(x, 2) -> outer-0.y at test_seeing.py:")
+    assert first.text.count("tape of ") == 1 + 2  # the loop, its steps
+    assert "ndarray float64[5]" in first.text
+    assert "<table>" in tape[1]._repr_html_() and "tape of" not in tape[1]._repr_html_()
+
+
 def test_many_inner_tapes_are_not_all_written_out():
     m = nested(90)
     y, tape = m.compute("y", dict(x=np.ones(2)), return_tape=True)
@@ -385,7 +395,7 @@ def test_the_picture_of_a_profile(monkeypatch):
 
     pyplot.close(figure)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="needs the package matplotlib"):
+    with pytest.raises(ImportError, match=r"matplotlib .* pip install 'vmad_lit\[output\]'"):
         p.plot()
 
 

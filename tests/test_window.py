@@ -1,5 +1,4 @@
 """The compiled windows beside pmesh's own, serially and on slabs with ghosts."""
-import os
 import subprocess
 import sys
 from functools import lru_cache
@@ -408,37 +407,6 @@ def test_odd_addresses():
         assert_allclose(window.paint_jvp(numpy.zeros((5, 5)), pos[:1], m, pos[:1]).sum(), 0, atol=1e-14)
 
 
-def test_one_process_at_a_time_compiles(tmp_path, monkeypatch):
-    """The others wait for it, and do not compile what it has compiled; they do not wait for ever."""
-    code = ("import numpy\nfrom vmad_lit.lib import window\n"
-            "window.readout(numpy.ones(4), numpy.ones((3, 1)))\n"
-            "f = numpy.dtype('f8')\n"
-            "print(sum(window._gather_loop(f, f, 1, 2, 1, 0, False, False).stats.cache_misses.values()))")
-    env = dict(os.environ, NUMBA_CACHE_DIR=str(tmp_path))
-    several = [subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, text=True)
-               for i in range(3)]
-    assert sorted(p.communicate(timeout=120)[0].strip() for p in several) == ['0', '0', '1']
-
-    # The loops of which the types are found out when they are called
-    code = ("import numpy\nfrom vmad_lit.lib import loops\nx = numpy.ones((4, 2))\n"
-            "assert (loops.axpy(x.copy(), x, x, 2.0) == 3).all()\n"
-            "assert (loops.axpy(x.astype('f4'), x.astype('f4'), x.astype('f4'), 2.0) == 3).all()\n"
-            "print(sum(loops._advance.stats.cache_misses.values()))")
-    several = [subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, text=True)
-               for i in range(3)]
-    missed = sorted(p.communicate(timeout=120)[0].strip() for p in several)
-    assert sum(map(int, missed)) == 2, missed
-
-    monkeypatch.setattr(window, 'PATIENCE', 0.1)
-    with window._locked(tmp_path) as first, window._locked(tmp_path) as second:
-        assert first and not second
-    with window._locked(tmp_path) as again:
-        assert again
-    for nowhere in (None, os.path.join(os.devnull, 'folder')):
-        with window._locked(nowhere) as held:
-            assert not held
-
-
 @pytest.mark.parametrize('name', ['cic', 'pcs'])
 def test_the_number_of_threads_does_not_show(name):
     rng = numpy.random.default_rng(4)
@@ -562,19 +530,6 @@ def test_windows_of_pmesh_are_recognised():
     assert window.support(FindResampler('lanczos2')) is None
     assert window.support(FindResampler('linear')) is None
     assert window.support(FindResampler('cic').resize(4)) is None
-
-
-def test_threads_follow_the_environment(monkeypatch):
-    for name in ('OMP_NUM_THREADS', 'NUMBA_NUM_THREADS'):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv('NUMBA_NUM_THREADS', '3')
-    assert window.get_threads() == 3
-    monkeypatch.setenv('OMP_NUM_THREADS', '5,2')
-    assert window.get_threads() == 5
-    monkeypatch.delenv('OMP_NUM_THREADS')
-    monkeypatch.delenv('NUMBA_NUM_THREADS')
-    monkeypatch.setenv('MPI_LOCALNRANKS', '1000')
-    assert window.get_threads() == 1
 
 
 def test_importing_the_package_does_not_import_numba():

@@ -12,9 +12,9 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any, TypeVar
 
-from .autodiff import add_cotangents, derive
-from .autooperator import AutoOperator, InstanceAutoOperator, find_known_model, find_model, find_donated
-from .error import BadArgument, BrokenPrimitive, did_you_mean
+from .autodiff import add_cotangents
+from .autooperator import AutoOperator, InstanceAutoOperator, find_known_model, find_model
+from .error import BadArgument, BrokenPrimitive, did_you_mean, needed_for
 from .execution import Plan, describe
 from .model import Model
 from .operator import InstanceOperator, Operator, Primitive, ZeroGradient
@@ -205,10 +205,8 @@ def is_whole(number: Any) -> bool:
 
 
 def library() -> Any:
-    try:
+    with needed_for("checkpoints", extra="checkpoint"):
         import checkpoint_schedules
-    except ImportError:
-        raise ImportError("checkpoint needs the package checkpoint_schedules") from None
     # Keep the library from compiling what is run in no time
     multistage = checkpoint_schedules.multistage
     multistage.n_advance = getattr(multistage.n_advance, "py_func", multistage.n_advance)
@@ -247,7 +245,7 @@ class Chain(Operator):
     def _build(self, hyperargs: dict[str, Any]) -> Models:
         return Models(self.step, hyperargs)
 
-    __call__ = AutoOperator.__call__
+    __call__: Any = AutoOperator.__call__
 
     def _open(self, names: tuple[str, ...]) -> Chain:
         if names not in self._opened:
@@ -266,7 +264,7 @@ class Chain(Operator):
             if models is None:
                 return ()
             tapes = [models[0]._plan(tuple(self.aout), True, True, (), results) for results in (True, False)]
-            vjps = [derive(tape, models[0], "vjp")._plan(vout, False, True) for tape in tapes]
+            vjps = [models[0].derive(tape, "vjp")._plan(vout, False, True) for tape in tapes]
         except Exception:
             return ()  # the run will meet it again, and tell where
         return [name for name in cotangents if all(name in vjp.fresh_outputs for vjp in vjps)]
@@ -338,7 +336,7 @@ def prepare(node: Any, arguments: dict[str, Any]) -> tuple[StepRuns, tuple[Any, 
 
 def run_chain(node: Any, **arguments: Any) -> dict[str, Any]:
     steps, state = prepare(node, arguments)
-    private = find_donated(node)
+    private = node.donated
     for i in range(steps.chain.n):
         state, private = steps.run(i, state, private)
     return dict(zip(steps.chain.aout, state))
@@ -662,7 +660,7 @@ def run_chain_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
     steps, start = prepare(node, arguments)
     chain = steps.chain
     disk = Disk(chain.folder, chain.comm or find_comm(arguments.values()))
-    runner = go_forward(steps, start, disk, find_donated(node))
+    runner = go_forward(steps, start, disk, node.donated)
     return {**dict(zip(chain.aout, runner.state)), HISTORY: History(runner, start)}
 
 
@@ -755,7 +753,7 @@ class Cotangents:
 
 def pull_back_chain(node: Any, **arguments: Any) -> dict[str, Any]:
     chain, of_state = node.operator, [arguments["_" + name] for name in node.operator.aout]
-    cotangents = Cotangents(chain, of_state, wanted_parameters(node), find_donated(node))
+    cotangents = Cotangents(chain, of_state, wanted_parameters(node), node.donated)
     arguments[HISTORY].go_back(cotangents)
     return cotangents.result()
 

@@ -8,13 +8,15 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import copy
 from time import perf_counter
 from typing import Any, NamedTuple, Self
 
+from .draw import fold, in_bytes
+from .error import needed_for
 from .execution import Plan, Slots, Step, collect, flatten
-from .graph import Node, fold, in_bytes
+from .graph import Node
 from .model import Model
+from .ownership import with_steps
 from .symbol import leaves
 from .tape import nbytes_of
 
@@ -85,9 +87,7 @@ class Profile:
             return self._before(plan, *args)
         measured = self._plans.get(plan)
         if measured is None:
-            measured = self._plans[plan] = copy(plan)
-            measured.steps = [self._wrap(plan, step) for step in plan.steps]
-            measured._consuming = None
+            measured = self._plans[plan] = with_steps(plan, lambda step: self._wrap(plan, step))
         values, slots = self._before(measured, *args)
         # Weigh what the run recorded
         for node in plan.nodes if plan.record else ():
@@ -192,10 +192,8 @@ class Profile:
 
     def plot(self, limit: int = 12) -> Any:
         """Draw time and bytes by operator, at most `limit` of them; returns the figure of matplotlib."""
-        try:
+        with needed_for("the picture of a profile", extra="output"):
             from matplotlib import pyplot
-        except ImportError:
-            raise ImportError("a picture of a profile needs the package matplotlib") from None
         rows = self.by_operator()[:limit][::-1]
         names = [row.name for row in rows]
         size = 8, 0.9 + 0.28 * len(rows)
@@ -274,10 +272,8 @@ class Progress:
     """A monitor that shows a bar; made by `progress`."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        try:
+        with needed_for("a progress bar", extra="output"):
             from tqdm.auto import tqdm
-        except ImportError:
-            raise ImportError("a progress bar needs the package tqdm") from None
         self._make, self._options = tqdm, options
         self._run: Callable[[], object] = lambda: None
         self._left = 0
