@@ -23,8 +23,8 @@ from {units} import SCALE
 import {units} as units
 
 @compiled
-def helper(x):
-    return x * x + 1.0
+def helper(x, one=1.0):
+    return x * x * 1.0 + one
 
 def make(power):
     @compiled
@@ -91,7 +91,8 @@ def test_another_copy_finds_what_one_has_compiled(load, place):
 
 @pytest.mark.parametrize("old, new", [
     (") ** power +", ") ** power -"),
-    ("x * x + 1.0", "x * x + 2.0"),
+    ("x * x * 1.0", "x * x * 2.0"),
+    ("one=1.0", "one=2.0"),
     ("SCALE * helper", "SCALE + helper"),
     ("numpy.empty", "numpy.zeros"),
     ("@compiled\ndef helper", "SCALE = 7.0\n@compiled\ndef helper"),
@@ -364,7 +365,7 @@ def test_one_process_at_a_time_compiles(place):
 def test_threads_share_the_work(load):
     """One thread wants the loop, another its helper, and nobody waits for ever."""
     for attempt in range(3):
-        module = load(LOOPS.replace("1.0", f"{attempt}.0"))
+        module = load(LOOPS.replace("* 1.0", f"* {attempt}.0"))
         results, wanted = [], [module.make(2), module.helper, module.make(2)]
         jobs = [(loop, (X,) if i != 1 else (3.0,)) for i, loop in enumerate(wanted)] * 2
         threads = [threading.Thread(target=lambda f=f, a=a: results.append((f, a, f(*a)))) for f, a in jobs]
