@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core import checkpoint as module
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core import chain as chains, store, valuetypes
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.error import BadArgument, BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
 
@@ -523,15 +523,15 @@ def test_one_file_without_a_name(tmp_path, policy):
 
 
 def test_dropped_states_make_room_for_others(monkeypatch):
-    one = module.OnDisk(module.Disk(None, None), (INIT["x"], INIT["p"]))
+    one = store.OnDisk(store.Disk(None, None), (INIT["x"], INIT["p"]))
     disks = []
 
-    class Watched(module.Disk):
+    class Watched(store.Disk):
         def __init__(self, *args):
             super().__init__(*args)
             disks.append(self)
 
-    monkeypatch.setattr(module, "Disk", Watched)
+    monkeypatch.setattr(chains, "Disk", Watched)
     m = model(checkpoint(kick_drift, 50, ram=0, disk=3))
     for _ in range(2):
         m.compute_with_vjp(INIT, COTANGENTS)
@@ -577,7 +577,7 @@ PROGRAM = """
     import os, resource, signal, sys
     import numpy as np
     from vmad_lit import Builder, autooperator, operator
-    from vmad_lit.core.checkpoint import checkpoint
+    from vmad_lit.core.chain import checkpoint
 
     folder, size = sys.argv[1], int(sys.argv[2])
 
@@ -711,7 +711,7 @@ def test_what_cannot_be_pickled_is_named():
 
 
 def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
-    monkeypatch.setattr(module, "TAKE_APART", {})
+    monkeypatch.setattr(valuetypes.VALUE_TYPES, "registered", dict(valuetypes.VALUE_TYPES.registered))
 
     class Opaque:
         def __init__(self, number, where):
@@ -740,7 +740,7 @@ def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
     with pytest.raises(TypeError, match="Opaque.*no pickling"):
         m.compute_with_vjp(dict(x=Opaque(1, here)), dict(_y=1.0))
 
-    @module.keep_on_disk_by(Opaque)
+    @store.keep_on_disk_by(Opaque)
     def take_apart(value):
         return lambda number: Opaque(number, value.where), value.number
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.execution import Plan
 from vmad_lit.core.operator import ZeroGradient
 

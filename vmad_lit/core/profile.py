@@ -16,7 +16,7 @@ from .execution import Plan, Slots, Step, collect, flatten
 from .graph import Node, fold, in_bytes
 from .model import Model
 from .symbol import leaves
-from .tape import nbytes_of
+from .valuetypes import nbytes_of
 
 Key = tuple[str, str, int]  # the name of a node, and the file and line where it was built
 

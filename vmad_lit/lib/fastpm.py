@@ -16,12 +16,12 @@ from pmesh.pm import TransposedComplexField, UntransposedComplexField
 from pmesh.window import FindResampler
 
 from vmad_lit import autooperator, operator
-from vmad_lit.core.autodiff import IN_PLACE, PLUS
-from vmad_lit.core.checkpoint import Disk, checkpoint, keep_on_disk_by
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.error import BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.core.stdlib.operators import add_to_array
+from vmad_lit.core.store import Disk
 from vmad_lit.core.symbol import Symbol
+from vmad_lit.core.valuetypes import Arrays, ValueType, register, rng_of_rank, value_type
 from vmad_lit.lib import memory
 from vmad_lit.lib.cosmology import (
     LinearPower,
@@ -42,25 +42,6 @@ except ImportError:  # no numba: pmesh's own windows serve
     loops = window = None
 
 _is_zero = type(ZeroGradient).is_zero
-
-
-def _add_to_field(total, part):
-    """Add a field to another one in place; returns whether it has the shape and dtype for that."""
-    return add_to_array(total.value, part.value)
-
-
-def _sum_of_fields(a, b):
-    """The sum of two fields of one kind."""
-    if a.pm is not b.pm:
-        return a + b
-    total = a.pm.create(type=type(a))
-    numpy.add(a.value, b.value, out=total.value)
-    return total
-
-
-_kinds = RealField, TransposedComplexField, UntransposedComplexField
-IN_PLACE.update(dict.fromkeys(_kinds, _add_to_field))
-PLUS.update(dict.fromkeys(_kinds, _sum_of_fields))
 
 if hasattr(LocalBuffer, "allocate"):
     LocalBuffer.allocate = staticmethod(partial(memory.empty, dtype="u1"))
@@ -243,10 +224,41 @@ class as_complex_field:
         return dict(_x=numpy.stack([_y.real * weights, _y.imag * weights], axis=-1))
 
 
-@keep_on_disk_by(RealField, BaseComplexField)
-def _take_apart(field):
-    pm, kind = field.pm, type(field)
-    return lambda value: pm.create(kind, value=value), field.value
+@register(RealField, BaseComplexField)
+class Fields(ValueType):
+    """Fields of pmesh."""
+
+    def take_apart(self, x):
+        pm, kind = x.pm, type(x)
+        return lambda parts: pm.create(type=kind, value=parts[0]), [x.value]
+
+    def comm(self, x):
+        return x.pm.comm
+
+    def whole(self, x):
+        return tuple(map(int, x.cshape))
+
+    def inner(self, a, b):
+        return _local_inner(a, b)
+
+    def add(self, a, b):
+        if a.pm is not b.pm:
+            return a + b
+        total = a.pm.create(type=type(a))
+        numpy.add(a.value, b.value, out=total.value)
+        return total
+
+    def add_in_place(self, total, part):
+        return value_type(total.value).add_in_place(total.value, part.value)
+
+    def random_like(self, x, rng):
+        real = x.pm.create(type="real")
+        rng = rng_of_rank(rng, x.pm.comm)
+        real[...] = value_type(real.value).random_like(real.value, rng)
+        return real.cast(type=type(x))
+
+    def gather(self, x):
+        return [x.preview()]
 
 
 def _common_dtypes(comm, *derivatives):
@@ -1929,12 +1941,12 @@ def _plus(x, v, c):
     return _multiple(v, c) if _is_zero(x) else _add_multiple(x, v, c)
 
 
-def _sum_of_arrays(a, b):
-    """a + b, in memory that is used again if it is large."""
-    return _add_multiple(a, b, 1.0) if a.nbytes >= memory.LEAST and _alike(a, b) else a + b
+@register(numpy.ndarray)
+class _LargeArrays(Arrays):
+    """Arrays whose sums are made in memory that is used again, if they are large."""
 
-
-PLUS[numpy.ndarray] = _sum_of_arrays
+    def add(self, a, b):
+        return _add_multiple(a, b, 1.0) if a.nbytes >= memory.LEAST and _alike(a, b) else a + b
 
 
 def _sum_products(a, b):
