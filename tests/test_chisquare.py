@@ -42,7 +42,7 @@ def gather(x):
 
 @operator
 class mix:
-    """A times the vector that is spread over the ranks: a distributed linear operator."""
+    """A times the vector that is spread over the ranks: a partitioned linear operator."""
 
     ain, aout = "x", "y"
 

@@ -57,7 +57,7 @@ def value_and_gradient(comm, **options):
 def test_gradient_by_each_parameter(parameter):
     pm = make_mesh()
     fixed = tuple(name for name in ('wnk', *PARAMETERS) if name != parameter)
-    report = check(objective, make_noise(pm), **POINT, pm=pm, comm=COMM, universal=PARAMETERS, constant=fixed)
+    report = check(objective, make_noise(pm), **POINT, pm=pm, comm=COMM, replicated=PARAMETERS, constant=fixed)
     assert report.second is not None
 
 
@@ -65,7 +65,7 @@ def test_gradient_by_each_parameter(parameter):
                                      dict(reversible=True), dict(keep_potential=False)], ids=str)
 def test_gradient_by_all_parameters_and_noise(options):
     pm = make_mesh()
-    report = check(objective, make_noise(pm), **POINT, pm=pm, comm=COMM, universal=PARAMETERS, **options)
+    report = check(objective, make_noise(pm), **POINT, pm=pm, comm=COMM, replicated=PARAMETERS, **options)
     assert report.second is not None
 
 
@@ -89,7 +89,7 @@ def test_derivatives_of_momenta_and_forces():
     pm = make_mesh()
     for i in (1, 2):
         report = check(lambda *args, **kwargs: simulate(*args, **kwargs)[i], make_noise(pm), **POINT, pm=pm,
-                       comm=COMM, universal=PARAMETERS)
+                       comm=COMM, replicated=PARAMETERS)
         assert report.second is not None
 
 
@@ -97,8 +97,8 @@ def test_density_in_both_modes():
     pm = make_mesh((4, 6, 6))
     density = build(lambda *args: simulate(*args, pm=pm)[0])
     init = dict(wnk=make_noise(pm), **POINT)
-    check_taylor(density, **init, comm=COMM, universal=PARAMETERS)
-    check_dot_product(density, **init, comm=COMM, universal=PARAMETERS)
+    check_taylor(density, **init, comm=COMM, replicated=PARAMETERS)
+    check_dot_product(density, **init, comm=COMM, replicated=PARAMETERS)
 
 
 def test_gradient_does_not_depend_on_ranks():
@@ -111,7 +111,7 @@ def test_ranks_without_particles():
     if COMM.size > 1:
         q = COMM.allgather(q)  # and here only the first has particles
         q = np.concatenate(q) if COMM.rank == 0 else np.empty((0, 3))
-    report = check(objective, make_noise(pm), **POINT, pm=pm, q=q, comm=COMM, universal=PARAMETERS)
+    report = check(objective, make_noise(pm), **POINT, pm=pm, q=q, comm=COMM, replicated=PARAMETERS)
     assert report.second is not None
 
 
@@ -183,7 +183,7 @@ def test_numbers_make_no_nodes_of_the_background():
 def test_every_way_to_call(call):
     pm = make_mesh()
     q = pm.generate_uniform_particle_grid(shift=0.5)
-    check(lambda wnk, Om0: call(wnk, Cosmology(Om0=Om0), q, pm), make_noise(pm) * 0.1, Om0=0.3, comm=COMM, universal='Om0')
+    check(lambda wnk, Om0: call(wnk, Cosmology(Om0=Om0), q, pm), make_noise(pm) * 0.1, Om0=0.3, comm=COMM, replicated='Om0')
 
 
 def test_anything_with_a_symbol_for_its_density():
@@ -193,7 +193,7 @@ def test_anything_with_a_symbol_for_its_density():
 
     pm = make_mesh()
     check(lambda wnk, Om0: fastpm.FastPMSimulation(STAGES, Universe(Om0), pm).run(wnk)[0],
-          make_noise(pm), Om0=0.3, comm=COMM, universal='Om0')
+          make_noise(pm), Om0=0.3, comm=COMM, replicated='Om0')
 
 
 def test_factors_of_a_symbol():
@@ -244,7 +244,7 @@ def test_colored_modes_are_those_of_a_function(dtype):
 def test_modes_of_any_differentiable_power():
     pm = make_mesh()
     power = 1 / (1 + fastpm.find_wavenumbers(pm))
-    check(fastpm.color_modes, make_noise(pm), power, pm, comm=COMM, universal='power')
+    check(fastpm.color_modes, make_noise(pm), power, pm, comm=COMM, replicated='power')
 
 
 @pytest.mark.parametrize('transfer', ['NoWiggle', lambda k: 1 / (1 + (20 * k) ** 2)], ids=['NoWiggle', 'function'])
@@ -255,7 +255,7 @@ def test_spectra_of_symbols(transfer):
         cosmology = Cosmology(Om0=Om0, h=h, n_s=n_s, sigma8=sigma8, Ob0=Ob0)
         return fastpm.induce_correlation(wnk, LinearPower(cosmology, z=1.0, transfer=transfer), pm)
 
-    check(modes, make_noise(pm), **POINT, Ob0=0.05, comm=COMM, universal=(*PARAMETERS, 'Ob0'))
+    check(modes, make_noise(pm), **POINT, Ob0=0.05, comm=COMM, replicated=(*PARAMETERS, 'Ob0'))
 
 
 # -- the pieces --------------------------------------------------------------------------------------------
@@ -264,9 +264,9 @@ def test_spectra_of_symbols(transfer):
 def test_advance_and_scale(dtype):
     rng = np.random.default_rng(3 + COMM.rank)
     x, v = rng.normal(size=(2, 5 + COMM.rank, 3)).astype(dtype)
-    check(lambda x, v, c: fastpm.axpy(x, v, allbcast(c, COMM)), x, v, 0.7, comm=COMM, universal='x2',
+    check(lambda x, v, c: fastpm.axpy(x, v, allbcast(c, COMM)), x, v, 0.7, comm=COMM, replicated='x2',
           truth=x + np.dtype(dtype).type(0.7) * v)
-    check(lambda v, c: fastpm.scale(v, allbcast(c, COMM)), v, 0.7, comm=COMM, universal='x1')
+    check(lambda v, c: fastpm.scale(v, allbcast(c, COMM)), v, 0.7, comm=COMM, replicated='x1')
     check(fastpm.pick, np.arange(6.0).reshape(2, 3), 4, truth=4.0)
 
 
@@ -288,7 +288,7 @@ def test_leap(dtype):
     expected = m.compute(['dx', 'p'], init)
     for i, name in enumerate(('dx', 'p')):
         check(lambda dx_i, p_i, kick, drift: fastpm.kick_drift(dx_i, p_i, *(allbcast(c, COMM) for c in (kick, drift)), q, pm)[i],
-              *init.values(), comm=COMM, universal=('x2', 'x3'), truth=expected[i])
+              *init.values(), comm=COMM, replicated=('x2', 'x3'), truth=expected[i])
 
 
 @pytest.mark.parametrize('keep_potential', [True, False])
@@ -329,7 +329,7 @@ def test_superpose(dtype):
     truth = [c['D1'] * dx1 + c['D2'] * dx2, c['Gf1'] * dx1 + c['Gf2'] * dx2]
     for i in 0, 1:
         check(lambda dx1, dx2, *c: fastpm.superpose(dx1, dx2, *(allbcast(x, COMM) for x in c))[i],
-              dx1, dx2, *c.values(), comm=COMM, universal=('x2', 'x3', 'x4', 'x5'), truth=truth[i])
+              dx1, dx2, *c.values(), comm=COMM, replicated=('x2', 'x3', 'x4', 'x5'), truth=truth[i])
         check(lambda dx1, dx2: fastpm.superpose(dx1, dx2, *c.values())[i], dx1, dx2, comm=COMM, truth=truth[i])
 
 

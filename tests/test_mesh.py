@@ -12,8 +12,9 @@ from pmesh.pm import BaseComplexField, Field, RealField
 from vmad_lit import Builder, operator
 from vmad_lit.core.error import BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.lib import fastpm, linalg, loops
+from vmad_lit.lib import axpy, exchange, fastpm, force, linalg, loops, lpt, nbody, painting, transfer
 from vmad_lit.lib.fastpm import ParticleMesh
+from vmad_lit.lib.mesh import is_zero
 from vmad_lit.testing import check_second_order
 
 COMM = MPI.COMM_WORLD
@@ -23,6 +24,13 @@ BOX = [8.0, 6.0, 10.0]
 # uneven, prime, with empty ranks on 3 or 4 ranks, odd and even last axes
 MESHES = [[4, 3, 5], [2, 4, 4], [5, 8, 4], [7, 6], [8, 4]]
 SERIAL = [[6], [7]]
+
+
+def without_loops(monkeypatch):
+    """As if numba were missing: pmesh's windows and NumPy serve."""
+    monkeypatch.setattr(painting, "window", None)
+    for module in axpy, exchange, force, lpt, nbody, transfer:
+        monkeypatch.setattr(module, "loops", None)
 
 
 def make(nmesh, comm=COMM, dtype='f8', resampler='cic'):
@@ -69,7 +77,7 @@ def per_particle(seed, *shape, n=40):
 UNIVERSAL = object()
 
 
-def dot(a, b, universal=False):
+def dot(a, b, replicated=False):
     """The inner product of two values; arrays are distributed unless said otherwise."""
     if isinstance(a, (list, tuple)):
         return sum(dot(x, y) for x, y in zip(a, b))
@@ -80,7 +88,7 @@ def dot(a, b, universal=False):
     if isinstance(a, RealField):
         return COMM.allreduce(float((a.value * getattr(b, 'value', b)).sum()))
     local = float(numpy.sum((numpy.asarray(a) * numpy.conj(b)).real))
-    return local if universal or numpy.ndim(a) == 0 else COMM.allreduce(local)
+    return local if replicated or numpy.ndim(a) == 0 else COMM.allreduce(local)
 
 
 def plus(x, t, v):
@@ -93,7 +101,7 @@ def norm(x):
     return dot(x, x) ** 0.5
 
 
-def check(function, inputs, tangents, universal=(), eps=1e-5, rtol=1e-6, outputs=('y',)):
+def check(function, inputs, tangents, replicated=(), eps=1e-5, rtol=1e-6, outputs=('y',)):
     """Dot-product and Taylor test of a model with all its inputs, together and one by one.
 
     Returns whether it has exact second derivatives, which are tested then.
@@ -139,7 +147,7 @@ def check(function, inputs, tangents, universal=(), eps=1e-5, rtol=1e-6, outputs
                                       v={'_' + k: c for k, c in zip(outputs, cotangents)})
         left = sum(dot(t, c) for t, c in zip(y_, cotangents))
         flat_tangents = flat(tangents, names)
-        right = sum(dot(flat_tangents[name], g, name in universal)
+        right = sum(dot(flat_tangents[name], g, name in replicated)
                     for name, g in zip(flat(inputs, names), xbar) if g is not ZeroGradient)
         scale = sum(norm(t) * norm(c) for t, c in zip(y_, cotangents))
         assert abs(left - right) < 1e-9 * max(scale, 1e-3), (names, left, right)
@@ -289,10 +297,10 @@ class TestFields:
                 ind, conj = inner(k)
                 return ind, (k[0] < 0) | conj
         model = lambda x, tf: fastpm.apply_digitized(x, tf, digitizer, 'wavenumber', mode)
-        assert check(model, dict(x=modes(pm), tf=tf), dict(x=modes(pm, 2), tf=tf_), universal=['tf'])
+        assert check(model, dict(x=modes(pm), tf=tf), dict(x=modes(pm, 2), tf=tf_), replicated=['tf'])
         if mode == 'amplitude':
             assert check(model, dict(x=modes(pm), tf=tf + 1j * tf_[::-1]), dict(x=modes(pm, 2), tf=tf_ - 1j * tf),
-                  universal=['tf'])
+                  replicated=['tf'])
 
 
 WINDOWS = ['nnb', 'cic', 'tsc', 'pcs', 'lanczos2', 'linear'] if COMM.size == 1 else ['cic', 'pcs', 'lanczos2']
@@ -505,7 +513,7 @@ def test_windows_without_second_derivatives(monkeypatch):
     run('cic')
     with pytest.raises(BrokenPrimitive, match='lanczos2 of pmesh has no hvp.*nnb, cic, tsc or pcs.*compute_with_gnDp'):
         run('lanczos2')
-    monkeypatch.setattr(fastpm, 'window', None)
+    without_loops(monkeypatch)
     with pytest.raises(BrokenPrimitive, match='no hvp.*numba'):
         run('cic')
 
@@ -616,7 +624,7 @@ def test_pmesh_serves_where_numba_is_missing(monkeypatch):
         (f, rho), (f_, rho_) = m.compute_with_jvp(['f', 'rho'], init=dict(x=x), v=dict(x_=per_particle(4, 3)))
         return f, rho.value, _x, f_, rho_.value
     compiled = run()
-    monkeypatch.setattr(fastpm, 'window', None)
+    without_loops(monkeypatch)
     for a, b in zip(compiled, run()):
         assert_allclose(a, b, atol=1e-9)
 
@@ -634,7 +642,7 @@ def test_readout_at_constant_positions_keeps_no_mesh():
 
 # The treacherous zero: derivatives that some ranks know to be zero, at run time, and others do not.
 
-ZEROS = {'universal': lambda v: ZeroGradient, 'dense': lambda v: v * 0}
+ZEROS = {'replicated': lambda v: ZeroGradient, 'dense': lambda v: v * 0}
 
 
 @operator
@@ -749,14 +757,14 @@ class TestZerosOfSomeRanks:
         for chosen in some_of(list(inputs)):
             results = self.compare('jvp', name, silent, chosen)
             if len(chosen) == len(inputs) and len(silent) == COMM.size:
-                assert all(fastpm._is_zero(result) for result in results)
+                assert all(is_zero(result) for result in results)
 
     def test_cotangents(self, name, silent):
         outputs = ['y0', 'y1'] if name.startswith('force') else ['y0']
         for chosen in some_of(outputs):
             results = self.compare('vjp', name, silent, chosen)
             if len(chosen) == len(outputs) and len(silent) == COMM.size:
-                assert all(fastpm._is_zero(result) for result in results)
+                assert all(is_zero(result) for result in results)
 
     def test_changes_of_cotangents(self, name, silent):
         inputs, outputs = communicating()[name][1], ['y0', 'y1'] if name.startswith('force') else ['y0']
@@ -764,7 +772,7 @@ class TestZerosOfSomeRanks:
             for chosen in some_of(names):
                 results = self.compare(sweep, name, silent, chosen, second=True)
                 if len(chosen) == len(names) and len(silent) == COMM.size:
-                    assert all(fastpm._is_zero(result) for result in results)
+                    assert all(is_zero(result) for result in results)
 
 
 @pytest.mark.parametrize('nmesh', [[8, 6, 4], [3, 2, 5], [2, 3], [7, 5], [1, 4, 4]], ids=str)
@@ -779,8 +787,8 @@ def test_ranks_of_particles_are_those_that_numpy_finds(nmesh, dtype, monkeypatch
         for support in range(1, 7):
             layouts = []
             for which in loops, None:
-                monkeypatch.setattr(fastpm, 'loops', which)
-                layouts.append(fastpm._make_layout(x[:count].astype(dtype), pm, support))
+                monkeypatch.setattr(exchange, 'loops', which)
+                layouts.append(exchange.make_layout(x[:count].astype(dtype), pm, support))
             found, want = layouts
             assert numpy.array_equal(found.sendcounts, want.sendcounts)
             assert numpy.array_equal(found.indices, want.indices)
@@ -793,7 +801,7 @@ def test_rows_of_any_kind_travel(dtype, shape):
     pm = ParticleMesh([8, 6, 4], BoxSize=1.0, comm=COMM)
     rng = numpy.random.default_rng(COMM.rank)
     x = rng.uniform(size=(30 + 5 * COMM.rank, 3))
-    layout = fastpm._make_layout(x, pm, 4)
+    layout = exchange.make_layout(x, pm, 4)
     data = rng.integers(0, 2 if dtype == '?' else 50, size=(len(x),) + shape).astype(dtype)
     copies = layout.gather(layout.exchange(numpy.ones(len(x)))).reshape((-1,) + (1,) * len(shape))
     back = layout.gather(layout.exchange(data))

@@ -253,7 +253,7 @@ def test_reversible_leapfrog_to_second_order(resampler, steps):
         return fastpm.reversible_leapfrog(dx_i, p_i, allbcast(factors, COMM), q, pm)
 
     for factors in np.array([0.3]), np.array([0.1, 0.3, 0.45, -0.2, 0.15]):
-        assert check_second_order(leapfrog, dx_i, p_i, factors, comm=COMM, universal="factors", steps=steps)[-1] > 1.9
+        assert check_second_order(leapfrog, dx_i, p_i, factors, comm=COMM, replicated="factors", steps=steps)[-1] > 1.9
 
 
 def test_second_order_of_steps_undone_in_single_precision():

@@ -108,7 +108,7 @@ def test_operators(nmesh):
     pm = make(nmesh)
     x, y = modes(pm, 1), modes(pm, 2)
     for shells in kinds(pm):
-        options = dict(comm=COMM, universal=("P", "r", "t", "y"))
+        options = dict(comm=COMM, replicated=("P", "r", "t", "y"))
         check(spectra.power, x, shells, truth=shells.power(x), **options)
         check(spectra.power, x, shells, 0.3, truth=shells.power(x, shot_noise=0.3), **options)
         check(spectra.cross_power, x, y, shells, truth=shells.power(x, y), **options)
@@ -178,7 +178,7 @@ def test_single_precision_sums_in_double():
     a, b = (Shells(pm).power(modes(pm)) for pm in (single, double))
     assert a.dtype == np.float64
     np.testing.assert_allclose(a, b, rtol=2e-6)
-    check(spectra.power, modes(single), Shells(single), comm=COMM, universal="P")
+    check(spectra.power, modes(single), Shells(single), comm=COMM, replicated="P")
     constant = single.create("complex", value=1.0)  # a sum of equal numbers, exact in double precision
     assert np.ptp(Shells(single).power(constant)) < 1e-12 * single.BoxSize.prod()
 
@@ -439,7 +439,7 @@ def test_bias_is_differentiable(nmesh):
 
     # the number of particles on a rank is its own, so the Taylor test looks at the field alone
     dx = np.sin(q)
-    check(model, modes(pm) * 0.3, b, dx, comm=COMM, universal="b", steps=1e-2 * 0.25 ** np.arange(4), constant="dx")
+    check(model, modes(pm) * 0.3, b, dx, comm=COMM, replicated="b", steps=1e-2 * 0.25 ** np.arange(4), constant="dx")
     check(tracers.eulerian_bias, modes(pm).c2r(), 1.7, comm=COMM, truth=(modes(pm).c2r() - 1.0) * 1.7 + 1.0)
     with pytest.raises(ValueError, match="terms must be some of"):
         tracers.lagrangian_fields.build(q=q, pm=pm, terms=["b1", "b3"])

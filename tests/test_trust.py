@@ -21,7 +21,7 @@ from vmad_lit.testing import check, check_second_order, squared_norm  # noqa: E4
 
 COMM = MPI.COMM_WORLD
 
-# A distributed operator of our own: uneven parts, the first of which is empty
+# A partitioned operator of our own: uneven parts, the first of which is empty
 
 
 def total(x, comm):
@@ -29,7 +29,7 @@ def total(x, comm):
 
 
 class Fractions:
-    """The elements of a distributed array as fractions of their sum over all ranks."""
+    """The elements of a partitioned array as fractions of their sum over all ranks."""
 
     ain, aout = "x", "y"
     collective = True
@@ -102,7 +102,8 @@ def test_the_squared_norm_of_test_classes():
 PROVED_IN = {
     **{f"vmad_lit.{name}": "test_operators.py" for name in ("core.stdlib.operators", "core.stdlib.utils", "lib.unary", "lib.binary", "lib.linalg")},
     "vmad_lit.lib.mpi": "test_mpi.py",
-    "vmad_lit.lib.fastpm": "test_mesh.py test_cosmology_nbody.py test_nbody.py test_checkpoint.py",
+    **{f"vmad_lit.lib.{name}": "test_mesh.py" for name in ("mesh", "transfer", "exchange", "painting", "force", "lpt")},
+    **{f"vmad_lit.lib.{name}": "test_cosmology_nbody.py test_nbody.py test_checkpoint.py" for name in ("axpy", "nbody")},
     "vmad_lit.lib.cosmology": "test_cosmology.py test_cosmology_nbody.py",
     "vmad_lit.lib.spectra": "test_spectra.py",
     "vmad_lit.testing": "test_trust.py",

@@ -27,7 +27,7 @@ def inner(a, b, comm=None):
     a, b : numbers, arrays, lists of these, or values with parts, such as fields; ZeroGradient is
         orthogonal to all
     comm : MPI communicator, optional
-        Arrays with axes are distributed over its ranks: sum over them. Numbers are the same on all
+        Arrays with axes are partitioned over its ranks: sum over them. Numbers are the same on all
         ranks. A value that knows its own communicator is summed over that one.
     """
     if a is ZeroGradient or b is ZeroGradient:
@@ -96,10 +96,10 @@ class Trial:
         The names of the inputs with respect to which derivatives are tested.
     """
 
-    def __init__(self, subject, args, kwargs, comm=None, universal=(), constant=(), seed=20):
+    def __init__(self, subject, args, kwargs, comm=None, replicated=(), constant=(), seed=20):
         self.name = getattr(subject, "__name__", None) or repr(subject)
         self.comm = comm
-        self.universal = {universal} if isinstance(universal, str) else set(universal)
+        self.replicated = {replicated} if isinstance(replicated, str) else set(replicated)
         self.seed = seed
         constant = {constant} if isinstance(constant, str) else set(constant)
         if isinstance(subject, Graph):
@@ -155,16 +155,16 @@ class Trial:
         return m.input(name)
 
     def _direction(self, name, x):
-        distributed = self.comm is not None and name.strip("_").split("[")[0] not in self.universal
+        partitioned = self.comm is not None and name.strip("_").split("[")[0] not in self.replicated
         entropy = [self.seed, sum(map(ord, name))]
         rng = numpy.random.default_rng(
-            entropy + [1 + self.comm.rank] if distributed and has_axes(x) else entropy
+            entropy + [1 + self.comm.rank] if partitioned and has_axes(x) else entropy
         )
         return value_type(x).random_like(x, rng)
 
     def inner(self, name, a, b):
         """The inner product of two derivatives of the variable `name`."""
-        return inner(a, b, None if name.split("[")[0] in self.universal else self.comm)
+        return inner(a, b, None if name.split("[")[0] in self.replicated else self.comm)
 
     def norm(self, values):
         """The norm of a dict of values by the names of their variables."""
@@ -215,7 +215,7 @@ class Trial:
 
 
 def check_dot_product(
-    subject, *args, comm=None, universal=(), constant=(), seed=20, rtol=None, allow_zero=False, **kwargs
+    subject, *args, comm=None, replicated=(), constant=(), seed=20, rtol=None, allow_zero=False, **kwargs
 ):
     """Assert that jvp and vjp multiply with the same Jacobian: <w, J v> = <J^T w, v> for random v and w.
 
@@ -226,8 +226,8 @@ def check_dot_product(
         The arguments with which the subject is called, at which it is tested. For a model: a dict of
         its inputs.
     comm : MPI communicator, optional
-        Arrays with axes are distributed over its ranks.
-    universal : str or tuple of str
+        Arrays with axes are partitioned over its ranks.
+    replicated : str or tuple of str
         Names of array variables that, in spite of `comm`, are the same on all ranks.
     constant : str or tuple of str
         Names of inputs that shall not vary.
@@ -241,7 +241,7 @@ def check_dot_product(
     tuple of float
         The two sides, for all inputs and results together.
     """
-    trial = Trial(subject, args, kwargs, comm, universal, constant, seed)
+    trial = Trial(subject, args, kwargs, comm, replicated, constant, seed)
     return dot_products(trial, rtol, allow_zero)
 
 
@@ -290,10 +290,10 @@ Remainders.__doc__ = """Remainders of Taylor's expansion, |f(x + h v) - f(x)| an
 |f(x + h v) - f(x) - h J v| for steps h, and their rounding errors."""
 
 
-def taylor_remainders(subject, *args, steps=None, comm=None, universal=(), constant=(), seed=20, **kwargs):
+def taylor_remainders(subject, *args, steps=None, comm=None, replicated=(), constant=(), seed=20, **kwargs):
     """Compute the remainders of Taylor's expansion in a random direction, for `check_taylor` and for
     plotting."""
-    return remainders(Trial(subject, args, kwargs, comm, universal, constant, seed), steps)
+    return remainders(Trial(subject, args, kwargs, comm, replicated, constant, seed), steps)
 
 
 def remainders(trial, steps=None, only=None):
@@ -332,7 +332,7 @@ def check_taylor(
     *args,
     steps=None,
     comm=None,
-    universal=(),
+    replicated=(),
     constant=(),
     seed=20,
     order=2,
@@ -354,7 +354,7 @@ def check_taylor(
     array
         The slopes between successive steps; infinite where the remainder is mere rounding.
     """
-    trial = Trial(subject, args, kwargs, comm, universal, constant, seed)
+    trial = Trial(subject, args, kwargs, comm, replicated, constant, seed)
     return taylor_rates(trial, steps, order, allow_zero)
 
 
@@ -394,7 +394,7 @@ def check_gradient(
     gradient=None,
     steps=None,
     comm=None,
-    universal=(),
+    replicated=(),
     constant=(),
     seed=20,
     order=2,
@@ -415,12 +415,12 @@ def check_gradient(
         The slopes between successive steps; infinite where the remainder is mere rounding.
     """
     if gradient is None:
-        trial = Trial(objective, args, kwargs, comm, universal, constant, seed)
+        trial = Trial(objective, args, kwargs, comm, replicated, constant, seed)
         (y,) = trial.results
         function, values, g = trial.value, trial.out, trial.vjp({y: 1.0})
     else:
         y = "y"
-        trial = Numeric(objective, args, kwargs, comm, universal, constant, seed)
+        trial = Numeric(objective, args, kwargs, comm, replicated, constant, seed)
         function, values, g = trial.value, trial.out, trial.gradient(gradient)
     if numpy.ndim(values[y]) != 0 or isinstance(values[y], complex):
         raise BadArgument(
@@ -440,10 +440,10 @@ def check_gradient(
 class Numeric(Trial):
     """A plain function of numbers on trial."""
 
-    def __init__(self, function, args, kwargs, comm=None, universal=(), constant=(), seed=20):
+    def __init__(self, function, args, kwargs, comm=None, replicated=(), constant=(), seed=20):
         self.name = getattr(function, "__name__", None) or repr(function)
         self.comm, self.seed = comm, seed
-        self.universal = {universal} if isinstance(universal, str) else set(universal)
+        self.replicated = {replicated} if isinstance(replicated, str) else set(replicated)
         self.function, self.kwargs = function, kwargs
         self.init = {f"x{i}": x for i, x in enumerate(args)}
         self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
@@ -459,7 +459,7 @@ class Numeric(Trial):
 
 
 def check_second_order(
-    subject, *args, steps=None, comm=None, universal=(), constant=(), seed=20, rtol=None, **kwargs
+    subject, *args, steps=None, comm=None, replicated=(), constant=(), seed=20, rtol=None, **kwargs
 ):
     """Assert that hvp is the derivative of vjp: |g(x + h v) - g(x) - h H v| falls as h squared, and
     <u, H v> = <H u, v>, for the gradient g at a fixed random cotangent and random u and v.
@@ -477,7 +477,7 @@ def check_second_order(
     BrokenPrimitive
         An operator of the subject offers no hvp.
     """
-    return second_order_rates(Trial(subject, args, kwargs, comm, universal, constant, seed), steps, rtol)
+    return second_order_rates(Trial(subject, args, kwargs, comm, replicated, constant, seed), steps, rtol)
 
 
 def second_order_rates(trial, steps=None, rtol=None):
@@ -536,7 +536,7 @@ def check(
     *args,
     truth=None,
     comm=None,
-    universal=(),
+    replicated=(),
     constant=(),
     seed=20,
     rtol=None,
@@ -567,7 +567,7 @@ def check(
     """
     given = [*args, *kwargs.values()]
     before = value_type(given).copy(given) if all(map(is_differentiable, given)) else None
-    trial = Trial(subject, args, kwargs, comm, universal, constant, seed)
+    trial = Trial(subject, args, kwargs, comm, replicated, constant, seed)
     values = list(trial.init.values())
     snapshot = value_type(values).copy(values) if before is None else None
     if truth is not None:
@@ -683,7 +683,7 @@ def check_rank_invariance(function, comm=None, rtol=1e-9):
 
 
 def collected(x):
-    """A result as a flat list of arrays; a distributed value is gathered from all ranks."""
+    """A result as a flat list of arrays; a partitioned value is gathered from all ranks."""
     if isinstance(x, dict):
         x = list(x.values())
     if isinstance(x, list | tuple):

@@ -54,7 +54,7 @@ class MPIChiSquareOperator:
 class MPIVectorSpace(FieldSpace):
     """Arrays of which each rank of `comm` holds a part, and pmesh fields.
 
-    Unknowns that every rank knows in full (universal ones) are not of this space: their inner product must
+    Unknowns that every rank knows in full (replicated ones) are not of this space: their inner product must
     not be summed over the ranks. Their space is ``VectorSpace(comm=comm)``.
     """
 

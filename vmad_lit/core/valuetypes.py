@@ -46,7 +46,7 @@ class ValueType:
         return shapes[0] if len(shapes) == 1 else shapes
 
     def whole(self, x: Value) -> tuple[int, ...] | None:
-        """The shape of the whole, for a value that is distributed over ranks and knows it."""
+        """The shape of the whole, for a value that is partitioned over ranks and knows it."""
         return None
 
     def full(self, form: Form, number: Value) -> Value | None:
@@ -139,7 +139,7 @@ class ValueType:
         return isinstance(x, (numpy.ndarray, numpy.number)) and x.dtype.kind in "iufc"
 
     def gather(self, x: Value) -> list[Value]:
-        """The arrays of a value; of a distributed one those of the whole, on all ranks. Collective."""
+        """The arrays of a value; of a partitioned one those of the whole, on all ranks. Collective."""
         apart = self.take_apart(x)
         if apart is None:
             return [numpy.asarray(x)]
@@ -253,7 +253,7 @@ def apart(x: Value) -> Apart:
 
 
 class Form:
-    """The looks of a value: type, shape and dtype, and for a distributed field the shape of the whole."""
+    """The looks of a value: type, shape and dtype, and for a partitioned field the shape of the whole."""
 
     __slots__ = "kind", "shape", "dtype", "whole"
 

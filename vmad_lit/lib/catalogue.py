@@ -6,8 +6,7 @@ A file has columns of a catalogue in its group `particles`, meshes in its group 
 import os
 
 import numpy
-
-from vmad_lit.lib.fastpm import RealField
+from pmesh.pm import RealField
 from vmad_lit.lib.mpi import fail_together, on_root, run_together
 from vmad_lit.lib.tracers import velocity
 

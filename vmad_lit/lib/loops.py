@@ -13,6 +13,32 @@ from vmad_lit.lib.window import _run as run_on_threads, _shares as share_out, _v
 
 
 @compiled
+def _multiply(out, x, factor, scale, start, end):
+    for i in range(start, end):
+        out[i] = x[i] * (factor[i] * scale)
+
+
+def multiply(out, x, factor, scale=1.0):
+    """x * factor * scale into `out`, if the three arrays lie alike in memory; tells whether they do."""
+    if not (isinstance(factor, numpy.ndarray) and out.shape == x.shape == factor.shape and out.size):
+        return False
+    axes = numpy.argsort([-s for s in out.strides], kind="stable")
+    turned = [a.transpose(axes) for a in (out, x, factor)]
+    if not all(a.flags.c_contiguous and a.dtype.kind in "fc" for a in turned) or out.dtype != x.dtype:
+        return False
+    if factor.dtype.kind == "c" and x.dtype.kind == "f":
+        return False
+    share(partial(_multiply, *(a.reshape(-1) for a in turned), float(scale)), out.size)
+    return True
+
+
+def share(loop, n):
+    """Call a loop with the two ends of each thread's share of n points."""
+    edges = share_out(n, 1 << 17)
+    run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
+
+
+@compiled
 def _find_ranks(places, rows, fill, pos, step, axes, scales, owners, assign, support, seen):
     domains, count = numpy.zeros((3, support), "i8"), numpy.ones(3, "i8")
     for p in range(len(pos) // step):
@@ -252,32 +278,6 @@ def difference(out, mesh, axis, factor, halo, add=False):
     halo = numpy.empty(0, mesh.dtype) if halo is None else halo.reshape(-1)
     rest = halo, shape, axis + 3 - mesh.ndim, float(factor), bool(add)
     share_planes(partial(_difference, target, step, source, strides, *rest), shape)
-
-
-@compiled
-def _multiply(out, x, factor, scale, start, end):
-    for i in range(start, end):
-        out[i] = x[i] * (factor[i] * scale)
-
-
-def multiply(out, x, factor, scale=1.0):
-    """x * factor * scale into `out`, if the three arrays lie alike in memory; tells whether they do."""
-    if not (isinstance(factor, numpy.ndarray) and out.shape == x.shape == factor.shape and out.size):
-        return False
-    axes = numpy.argsort([-s for s in out.strides], kind="stable")
-    turned = [a.transpose(axes) for a in (out, x, factor)]
-    if not all(a.flags.c_contiguous and a.dtype.kind in "fc" for a in turned) or out.dtype != x.dtype:
-        return False
-    if factor.dtype.kind == "c" and x.dtype.kind == "f":
-        return False
-    share(partial(_multiply, *(a.reshape(-1) for a in turned), float(scale)), out.size)
-    return True
-
-
-def share(loop, n):
-    """Call a loop with the two ends of each thread's share of n points."""
-    edges = share_out(n, 1 << 17)
-    run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
 
 
 @compiled

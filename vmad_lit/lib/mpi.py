@@ -1,8 +1,8 @@
 """Communication between ranks as operators.
 
-A value is *universal* (all ranks have the same value), *distributed* (each rank has a part, and the value
-is all of them) or *root-only* (one rank has it, the others have None). The inner product of a universal
-value is counted once, that of a distributed value is summed over the ranks; the transposes follow from
+A value is *replicated* (all ranks have the same value), *partitioned* (each rank has a part, and the value
+is all of them) or *root-only* (one rank has it, the others have None). The inner product of a replicated
+value is counted once, that of a partitioned value is summed over the ranks; the transposes follow from
 that.
 
 Arrays and NumPy numbers travel as buffers, other objects are pickled. All operators are *collective*: all
@@ -99,16 +99,16 @@ def total(x, comm):
 
 @operator
 class allreduce:
-    """The sum over ranks: from distributed to universal.
+    """The sum over ranks: from partitioned to replicated.
 
     Parameters
     ----------
-    x : distributed, an array of the same shape on all ranks, a number, or an object with a sum
+    x : partitioned, an array of the same shape on all ranks, a number, or an object with a sum
     comm : MPI communicator
 
     Returns
     -------
-    y : universal
+    y : replicated
     """
 
     ain = "x"
@@ -131,18 +131,18 @@ class allreduce:
 
 @operator
 class allbcast:
-    """The identity, from universal to distributed: each rank goes its own way with a value that all have.
+    """The identity, from replicated to partitioned: each rank goes its own way with a value that all have.
 
     The reverse of `allreduce`. The value is not checked to be the same on all ranks; `bcast` makes it so.
 
     Parameters
     ----------
-    x : universal, an array or a number
+    x : replicated, an array or a number
     comm : MPI communicator
 
     Returns
     -------
-    y : distributed
+    y : partitioned
     """
 
     ain = "x"
@@ -176,7 +176,7 @@ def from_root(x, comm, root):
 
 @operator
 class bcast:
-    """Send the value of one rank to all: from root-only to universal.
+    """Send the value of one rank to all: from root-only to replicated.
 
     Follow it by `allbcast` if the ranks go different ways with the value afterwards.
 
@@ -188,7 +188,7 @@ class bcast:
 
     Returns
     -------
-    y : universal
+    y : replicated
     """
 
     ain = "x"
@@ -207,7 +207,7 @@ class bcast:
 
 
 def find_counts(comm, x):
-    """The number of rows on each rank and the common dtype of a distributed array, else None, None."""
+    """The number of rows on each rank and the common dtype of a partitioned array, else None, None."""
     shapes, dtype = gather_kinds(comm, x)
     if dtype is None:
         return None, None
@@ -257,11 +257,11 @@ def deal(x, counts, comm, root, scalar=False):
 
 @operator
 class gather:
-    """Join the parts of all ranks on one: from distributed to root-only.
+    """Join the parts of all ranks on one: from partitioned to root-only.
 
     Parameters
     ----------
-    x : distributed, an array of shape (n, ...), n may differ between ranks, or a number, or any object
+    x : partitioned, an array of shape (n, ...), n may differ between ranks, or a number, or any object
     comm : MPI communicator
     root : int, the rank that receives
 
@@ -318,7 +318,7 @@ def even_counts(n, size):
 
 @operator
 class scatter:
-    """Deal the rows of an array of one rank to all: from root-only to distributed.
+    """Deal the rows of an array of one rank to all: from root-only to partitioned.
 
     Parameters
     ----------
@@ -329,7 +329,7 @@ class scatter:
 
     Returns
     -------
-    y : distributed, of shape (counts[rank], ...)
+    y : partitioned, of shape (counts[rank], ...)
     """
 
     ain = "x"
@@ -357,7 +357,7 @@ class scatter:
 
 @operator
 class allgather:
-    """Join the parts of all ranks on all: from distributed to universal. See `gather` for the shapes."""
+    """Join the parts of all ranks on all: from partitioned to replicated. See `gather` for the shapes."""
 
     ain = "x"
     aout = "y"
@@ -402,17 +402,17 @@ def return_rows(_y, kind, send, recv, comm):
 
 @operator
 class alltoall:
-    """Send a part of the rows of each rank to each rank: from distributed to distributed.
+    """Send a part of the rows of each rank to each rank: from partitioned to partitioned.
 
     Parameters
     ----------
-    x : distributed, an array of shape (n, ...), or a list with one object for each rank
+    x : partitioned, an array of shape (n, ...), or a list with one object for each rank
     comm : MPI communicator
     counts : list of int, how many rows this rank sends to each rank; as even as possible if None
 
     Returns
     -------
-    y : distributed, the rows received in the order of the ranks that sent them; a list if x is a list
+    y : partitioned, the rows received in the order of the ranks that sent them; a list if x is a list
     """
 
     ain = "x"
@@ -471,19 +471,19 @@ def pass_on(x, dest, source, comm):
 
 @operator
 class sendrecv:
-    """Send a value to one rank and receive one from another: from distributed to distributed.
+    """Send a value to one rank and receive one from another: from partitioned to partitioned.
 
     The ranks have to match: if rank a has the destination b, then rank b has the source a.
 
     Parameters
     ----------
-    x : distributed, any value; arrays of different ranks may differ in shape and type
+    x : partitioned, any value; arrays of different ranks may differ in shape and type
     comm : MPI communicator
     dest, source : int, ranks, or `MPI.PROC_NULL` for nobody
 
     Returns
     -------
-    y : distributed, the value of the source; zeros of the shape of x if that is nobody
+    y : partitioned, the value of the source; zeros of the shape of x if that is nobody
     """
 
     ain = "x"
@@ -541,18 +541,18 @@ def plan_halo(counts, rank, width, periodic):
 
 @operator
 class halo:
-    """Extend the part of each rank by the rows before and after it: from distributed to distributed.
+    """Extend the part of each rank by the rows before and after it: from partitioned to partitioned.
 
     Parameters
     ----------
-    x : distributed, an array of shape (n, ...), where n may be another on each rank, and 0
+    x : partitioned, an array of shape (n, ...), where n may be another on each rank, and 0
     comm : MPI communicator
     width : int, how many rows are added on either side
     periodic : bool, whether the first row follows the last. If not, rows beyond the ends are zero
 
     Returns
     -------
-    y : distributed, of shape (n + 2 * width, ...)
+    y : partitioned, of shape (n + 2 * width, ...)
     """
 
     ain = "x"

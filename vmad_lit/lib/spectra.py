@@ -2,14 +2,13 @@
 
 import numpy
 from mpi4py import MPI
+from pmesh.pm import BaseComplexField
 from scipy.interpolate import BSpline
 from scipy.special import eval_legendre
 
 from vmad_lit import autooperator, operator
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.lib.fastpm import BaseComplexField, mode_weights
-
-_is_zero = type(ZeroGradient).is_zero
+from vmad_lit.lib.mesh import is_zero, mode_weights
 
 
 class Shells:
@@ -129,7 +128,7 @@ class Shells:
         x = pairs[0][0]
         product = numpy.zeros(x.shape)
         for x, y in pairs:
-            if not _is_zero(y):
+            if not is_zero(y):
                 y = numpy.asarray(getattr(y, "value", y))
                 product += numpy.multiply(x.value.real, y.real, dtype="f8")
                 product += numpy.multiply(x.value.imag, y.imag, dtype="f8")
@@ -216,7 +215,7 @@ def shot_noise(mass, pm):
 
 @operator
 class cross_power:
-    """The cross spectrum of two complex fields, universal; multipoles and the rest are up to the shells.
+    """The cross spectrum of two complex fields, replicated; multipoles and the rest are up to the shells.
 
     Parameters
     ----------
@@ -241,18 +240,18 @@ class cross_power:
         return dict(P=shells.cross((x1, x2)))
 
     def vjp(node, _P, x1, x2, shells):
-        _x1 = ZeroGradient if _is_zero(_P) or node.is_literal("x1") else shells.spread(x2, _P)
-        _x2 = ZeroGradient if _is_zero(_P) or node.is_literal("x2") else shells.spread(x1, _P)
+        _x1 = ZeroGradient if is_zero(_P) or node.is_literal("x1") else shells.spread(x2, _P)
+        _x2 = ZeroGradient if is_zero(_P) or node.is_literal("x2") else shells.spread(x1, _P)
         return dict(_x1=_x1, _x2=_x2)
 
     def jvp(node, x1_, x2_, x1, x2, shells):
         return dict(P_=shells.cross((x2, x1_), (x1, x2_)))
 
     def hvp(node, _P, x1_, x2_, x1, shells):
-        none = _is_zero(_P)
+        none = is_zero(_P)
         return dict(
-            _x1_=ZeroGradient if none or _is_zero(x2_) else shells.spread(_alike(x1, x2_), _P),
-            _x2_=ZeroGradient if none or _is_zero(x1_) else shells.spread(_alike(x1, x1_), _P),
+            _x1_=ZeroGradient if none or is_zero(x2_) else shells.spread(_alike(x1, x2_), _P),
+            _x2_=ZeroGradient if none or is_zero(x1_) else shells.spread(_alike(x1, x1_), _P),
         )
 
 
@@ -263,7 +262,7 @@ def _alike(x, value):
 
 @operator
 class power:
-    """The power spectrum of a complex field, universal; multipoles and all the rest are up to the shells.
+    """The power spectrum of a complex field, replicated; multipoles and all the rest are up to the shells.
 
     Parameters
     ----------
@@ -285,13 +284,13 @@ class power:
         return dict(P=shells.cross((x, x)) - shot_noise * shells.noise)
 
     def vjp(node, _P, x, shells):
-        return dict(_x=ZeroGradient if _is_zero(_P) else shells.spread(x, 2 * numpy.asarray(_P)))
+        return dict(_x=ZeroGradient if is_zero(_P) else shells.spread(x, 2 * numpy.asarray(_P)))
 
     def jvp(node, x_, x, shells):
         return dict(P_=2 * shells.cross((x, x_)))
 
     def hvp(node, _P, x_, x, shells):
-        if _is_zero(_P) or _is_zero(x_):
+        if is_zero(_P) or is_zero(x_):
             return dict(_x_=ZeroGradient)
         return dict(_x_=shells.spread(_alike(x, x_), 2 * numpy.asarray(_P)))
 

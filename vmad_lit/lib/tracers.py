@@ -9,7 +9,7 @@ from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import fastpm, linalg
 from vmad_lit.lib.mpi import allbcast
 
-_is_zero = type(ZeroGradient).is_zero
+is_zero = type(ZeroGradient).is_zero
 
 
 @autooperator("x, mass -> rho")
@@ -90,8 +90,8 @@ class along_sight:
 
     def jvp(node, x_, v_, x, v, los, observer):
         s = Sight(x, los, observer)
-        y_ = 0 if _is_zero(v_) else _dot(s.n, v_) * s.n
-        if observer is not None and not _is_zero(x_):
+        y_ = 0 if is_zero(v_) else _dot(s.n, v_) * s.n
+        if observer is not None and not is_zero(x_):
             n_ = s.across(x_)
             y_ = y_ + _dot(v, n_) * s.n + _dot(v, s.n) * n_
         return dict(y_=ZeroGradient if numpy.ndim(y_) == 0 else y_)
@@ -101,7 +101,7 @@ class along_sight:
         if observer is None:
             return dict(_x_=ZeroGradient, _v_=ZeroGradient)
         s = Sight(x, los, observer)
-        x_, v_ = (numpy.zeros_like(x) if _is_zero(d) else d for d in (x_, v_))
+        x_, v_ = (numpy.zeros_like(x) if is_zero(d) else d for d in (x_, v_))
         n_ = s.across(x_)
 
         def change(u):
@@ -119,7 +119,7 @@ def redshift_space(x, p, factor, comm, los=None, observer=None):
     Parameters
     ----------
     x, p : (N, ndim) positions, and momenta a^2 dx/dt / H0 as in FastPM
-    factor : number, 1 / (a^2 E), see `redshift_factor`; universal
+    factor : number, 1 / (a^2 E), see `redshift_factor`; replicated
     comm : MPI communicator
     los, observer : see `along_sight`
 
@@ -199,7 +199,7 @@ def lagrangian_fields(rhok, q, pm, terms=BIAS_TERMS):
 def lagrangian_weights(rhok, b, q, pm, terms=BIAS_TERMS):
     """The weights of particles as biased tracers, 1 + sum of b times the fields (Modi, Chen & White 2020).
 
-    `b` are the bias parameters (nterms,), universal; for the rest see `lagrangian_fields`. The weights are
+    `b` are the bias parameters (nterms,), replicated; for the rest see `lagrangian_fields`. The weights are
     those of Lagrangian space: carried along with the particles, they make a tracer of linear bias 1 + b1.
     """
     fields = lagrangian_fields(rhok, q, pm, terms)
