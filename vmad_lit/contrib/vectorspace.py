@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from vmad_lit.core.valuetypes import value_type
+
 CACHED = 2**13  # numbers in a part of an array that stays in the cache
 
 
@@ -97,7 +99,8 @@ class VectorSpace:
 
     def zeros_like(self, x):
         """The zero vector of the kind of `x`, whatever values `x` has."""
-        return np.zeros_like(x) if isinstance(x, np.ndarray) else self.addmul(0, x, 0)
+        known = isinstance(x, np.ndarray) or value_type(x).take_apart(x) is not None
+        return value_type(x).zeros_like(x) if known else self.addmul(0, x, 0)
 
     def same(self, a, b) -> bool:
         """Whether `a` and `b` are the same vector, to the last bit; all ranks get the same answer."""
@@ -229,14 +232,6 @@ class FieldSpace(VectorSpace):
             return super().accumulate(a, b, c)
         multiply_add(a.value, a.value, b.value, scalar(c))
         return a
-
-    def zeros_like(self, x):
-        """The zero field of the kind of `x`."""
-        if not is_field(x):
-            return super().zeros_like(x)
-        zero = x.pm.create(type=type(x))
-        zero.value[...] = 0
-        return zero
 
     def same(self, a, b) -> bool:
         """Whether the fields have the same values everywhere; all ranks get the same answer."""

@@ -90,11 +90,15 @@ class ValueType:
 
     # What tests of derivatives ask of values
     def inner(self, a: Value, b: Value) -> float:
-        """The real inner product Re sum conj(a) b of this rank's parts of two values, in double precision."""
+        """The real inner product Re sum w conj(a) b of two values on this rank, in double precision."""
         if self.take_apart(a) is None:
             return float(numpy.sum(numpy.conj(a) * b, dtype="c16").real)
-        pairs = zip(parts_of(a), parts_of(b), strict=True)
+        pairs = zip(parts_of(a), self.weighted_parts(b), strict=True)
         return sum((value_type(p).inner(p, q) for p, q in pairs), 0.0)
+
+    def weighted_parts(self, x: Value) -> Parts:
+        """The parts of a value, times the weights w that the inner product gives to their elements."""
+        return parts_of(x)
 
     def random_like(self, x: Value, rng: numpy.random.Generator) -> Value:
         """A random direction: normal deviates of the shape and precision of a value, complex if it is."""
@@ -267,7 +271,7 @@ class Form:
         if not self.shape and self.dtype is None:
             return "a number" if self.shape == () else f"an object of type {self.kind.__name__}"
         whole = f" of {list(self.whole)}" if self.whole else ""
-        dtype = "" if self.dtype is None else f"{self.dtype}"
+        dtype = "" if self.dtype is None else self.dtype
         return f"{self.kind.__name__} {dtype}{list(self.shape or ())}{whole}"
 
 
@@ -295,7 +299,8 @@ def conform(name: str, derivative: Value, form: Any) -> Value:
             full = VALUE_TYPES[form.kind].full(form, derivative)
             if full is not None:
                 return full
-        raise BadArgument(f"'{name}' is {describe(derivative)}, and belongs to a value that is {form}")
+        looks = given if type(given) is Form and given.shape else describe(derivative)
+        raise BadArgument(f"'{name}' is {looks}, and belongs to a value that is {form}")
     return derivative
 
 

@@ -833,6 +833,11 @@ class FastPMSimulation:
         self.fpm = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int))
         self.q = numpy.ascontiguousarray(pm.generate_uniform_particle_grid(shift=0.5) if q is None else q)
 
+    @property
+    def comm(self):
+        """The ranks that run the simulation together."""
+        return self.pm.comm
+
     def KickFactor(self, ai, ac, af):
         """See the function `KickFactor`."""
         return KickFactor(self.pt, ai, ac, af)

@@ -118,23 +118,28 @@ def fill(shape: Shape, value: Value) -> Value:
 
 
 def unbroadcast_parts(g: Value, shape: Shape, is_complex: bool) -> Value:
-    """Make of a value with parts the cotangent of an operand: the value, its array, or a sum for a number."""
-    like, values = ShapeOf(g), VALUE_TYPES[type(g)]
+    """Make of a value with parts the cotangent of an operand: the value, an array, or a sum for a number."""
     if shape == () and type(shape) is not ShapeOf:
-        total: Any = values.inner(like.make(1.0), g)
-        if is_complex and has_complex(g):
-            total += 1j * values.inner(like.make(1j), g)
-        comm = values.comm(g)
-        return total if comm is None else comm.allreduce(total)
+        total, comm = weighted_sum(g), VALUE_TYPES[type(g)].comm(g)
+        total = total if comm is None else comm.allreduce(total)
+        return total if is_complex else total.real
+    like = ShapeOf(g)
     if shape != like:
         # Complain that a value and an array do not go together
         raise ValueError(
             "only values of the same type and shape and numbers go together, "
             f"not {type(g).__name__} {tuple(like)} and {'one' if type(shape) is ShapeOf else 'an array'} {tuple(shape)}"
         )
-    if has_complex(g) and not is_complex:
-        g = real_part(g)
-    return g if type(shape) is ShapeOf else parts_of(g)[0]
+    if type(shape) is not ShapeOf:
+        (g,) = VALUE_TYPES[type(g)].weighted_parts(g)
+    return g if is_complex or not has_complex(g) else real_part(g)
+
+
+def weighted_sum(x: Value) -> Value:
+    """The sum of this rank's elements of a value, with the weights of the inner product, in double precision."""
+    if has_parts(x):
+        return sum(map(weighted_sum, VALUE_TYPES[type(x)].weighted_parts(x)))
+    return numpy.sum(x, dtype=numpy.result_type(x, "f8")).item()
 
 
 def real_part(x: Value) -> Value:
@@ -451,7 +456,7 @@ def slope_of_exponent(x1: Value, y: Value) -> Value:
     """d(x1**x2)/dx2, and 0 where x1 is 0."""
     if isinstance(x1, (int, float, complex)):
         return y * numpy.log(x1 or 1).item()
-    return y * numpy.log(numpy.where(x1 == 0, 1, x1))
+    return y * numpy.log(x1 + numpy.equal(x1, 0))
 
 
 def curvature_of_base(x1: Value, x2: Value) -> Value:
