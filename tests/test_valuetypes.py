@@ -10,7 +10,7 @@ import pytest
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core import valuetypes
+from vmad_lit.core import store, valuetypes
 from vmad_lit.core.autodiff import add_cotangents
 from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.error import BadArgument
@@ -345,6 +345,11 @@ def test_numbers_next_to_weighted_values(dtype):
     x = cells(dtype=dtype)
     check(lambda x, b: integral(b * x + x / b - x * x + (x - b)), x, np.array(2.0, dtype))
     check(lambda x, b: integral(x**b + abs(b * x)), x, np.array(1.7, dtype))
+    with Builder() as m:
+        a, b = m.input("a", "b")
+        m.output(y=a**b)
+    _, (_a, _b) = m.compute_with_vjp(dict(a=x * 0.0, b=2.0), dict(_y=x))
+    assert _b == 0.0 and not _a.numbers.any()
 
 
 def test_complex_numbers_next_to_weighted_values():
@@ -381,7 +386,11 @@ def test_values_on_many_ranks():
         (y,), (_x, _b) = m.compute_with_vjp(dict(x=x, b=2.0), dict(_y=1.0))
         return [y, _b, comm.allreduce(float(np.sum(_x.numbers * x.volumes)))]
 
-    check(model, cells(MPI.COMM_WORLD), 2.0)
+    comm = MPI.COMM_WORLD
+    x = cells(comm)
+    check(model, x, 2.0)
+    noise = value_type(x).random_like(x, np.random.default_rng(1))
+    assert len(set(comm.allgather(noise.numbers[0]))) == comm.size
     check_rank_invariance(gradient)
 
 
@@ -419,3 +428,41 @@ def test_names_of_chains_stay_where_they_were():
 
     assert old.checkpoint is chain.checkpoint and old.keep_on_disk_by is store.keep_on_disk_by
     assert old.SCHEDULES is schedules.SCHEDULES and old.Disk is store.Disk and old.Chain is chain.Chain
+
+
+def test_tuples_come_back_from_disk_as_they_were():
+    class Pair(tuple):
+        pass
+
+    Pair.__qualname__ = "Pair"
+    globals()["Pair"] = Pair  # where pickle looks for it
+    try:
+        back = store.OnDisk(store.Disk(None, None), [Pair([1.0, np.ones(2)]), (2.0,), [3.0]]).get()
+    finally:
+        del globals()["Pair"]
+    assert [type(x) for x in back] == [Pair, tuple, list] and same(back, [[1.0, np.ones(2)], [2.0], [3.0]])
+
+
+def test_what_is_asked_of_fields():
+    MPI = pytest.importorskip("mpi4py.MPI")
+    pytest.importorskip("pmesh")
+    from vmad_lit.lib import fastpm
+
+    comm = MPI.COMM_WORLD
+    pm = fastpm.ParticleMesh(Nmesh=[6, 4, 4], BoxSize=1.0, comm=comm)
+    for kind in "real", "complex", "untransposedcomplex":
+        x = pm.create(type=kind, value=1.0)
+        values, rng = value_type(x), np.random.default_rng(7)
+        assert form_of(x).whole == ((6, 4, 4) if kind == "real" else (6, 4, 3))
+        v = values.random_like(x, rng)
+        zero, copy = values.zeros_like(x), values.copy(x)
+        assert type(v) is type(zero) is type(copy) is type(x)
+        assert inner(x, x) == 96 and inner(zero, v) == 0 and same(copy, x) and not (x.value.size and same(v, x))
+        np.testing.assert_allclose(inner(x, v), np.real(x.cdot(v)))
+        (whole,) = values.gather(v)
+        assert len({a.tobytes() for a in comm.allgather(whole)}) == 1 and len(np.unique(whole)) > 40
+        with Builder() as m:
+            m.output(y=m.input("x") * 2.0)
+        other = fastpm.ParticleMesh(Nmesh=[6, 3, 4], BoxSize=1.0, comm=comm).create(type=kind, value=1.0)
+        with pytest.raises(BadArgument, match="'_y' is .*Field.* of .*, and belongs to a value that is .*Field.* of "):
+            m.compute_with_vjp(dict(x=x), dict(_y=other))

@@ -327,4 +327,4 @@ def rng_of_rank(rng: numpy.random.Generator, comm: Any) -> numpy.random.Generato
     if comm is None:
         return rng
     seeds: Any = rng.bit_generator.seed_seq
-    return numpy.random.default_rng([*seeds.entropy, comm.rank])
+    return numpy.random.default_rng([*numpy.ravel(seeds.entropy), comm.rank])
