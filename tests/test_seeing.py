@@ -384,7 +384,7 @@ def test_the_picture_of_a_profile(monkeypatch):
 
     pyplot.close(figure)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="needs the package matplotlib"):
+    with pytest.raises(ImportError, match=r"matplotlib .* pip install 'vmad_lit\[output\]'"):
         p.plot()
 
 

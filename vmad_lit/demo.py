@@ -6,6 +6,8 @@ import sys
 
 import numpy
 
+from vmad_lit.core.error import needed_for
+
 
 def parse(argv=None):
     """The command line."""
@@ -176,8 +178,10 @@ def main(argv=None):
     """Run the demonstration; returns the exit status."""
     args = parse(argv)
     try:
-        import matplotlib  # noqa: F401  (needed at the end, and better missed now)
-        from mpi4py import MPI
+        with needed_for("the pictures at the end", extra="output"):
+            import matplotlib  # noqa: F401  (better missed now than then)
+        with needed_for("the demonstration", extra="mesh"):
+            from mpi4py import MPI
 
         from vmad_lit.contrib import cosmo4d
         from vmad_lit.contrib.optimize import LBFGS, autosave
@@ -185,7 +189,7 @@ def main(argv=None):
         from vmad_lit.lib.fastpm import ParticleMesh
         from vmad_lit.lib.spectra import Shells
     except ImportError as error:
-        print(f"this demonstration needs the package {error.name}: {error}", file=sys.stderr)
+        print(f"this demonstration cannot be run here: {error}", file=sys.stderr)
         return 1
     comm = MPI.COMM_WORLD
 
@@ -312,10 +316,11 @@ def draw(path, pm, data, x, final, shells, curves, say):
     }
     if pm.comm.rank == 0:
         # Draw the images and the curves
-        import matplotlib
+        with needed_for("the pictures", extra="output"):
+            import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+            matplotlib.use("Agg")
+            from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(2, 3, figsize=(11, 7.2), layout="constrained")
         for ax, (title, image) in zip(axes.flat, images.items()):

@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import numpy
 
-from .core.error import BadArgument, BrokenPrimitive
+from .core.error import BadArgument, BrokenPrimitive, needed_for
 from .core.model import Builder
 from .core.graph import Graph
 from .core.operator import InstanceOperator, Operator, ZeroGradient, operator
@@ -667,7 +667,8 @@ def check_rank_invariance(function, comm=None, rtol=1e-9):
     float
         The largest relative difference, on any rank.
     """
-    from mpi4py import MPI
+    with needed_for("check_rank_invariance", extra="mpi"):
+        from mpi4py import MPI
 
     comm = MPI.COMM_WORLD if comm is None else comm
     together = collected(function(comm))

@@ -6,10 +6,10 @@ import os
 import numpy
 
 from vmad_lit import autooperator
-from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
-from vmad_lit.contrib.optimize import Preconditioner
 from vmad_lit.lib import fastpm, tracers, unary
 from vmad_lit.lib.mpi import on_root
+from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
+from vmad_lit.contrib.optimize import Preconditioner
 
 
 @autooperator("x -> s, fs")

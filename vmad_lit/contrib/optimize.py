@@ -16,6 +16,7 @@ import time
 import numpy as np
 
 from vmad_lit.contrib.vectorspace import VectorSpace
+from vmad_lit.core.error import needed_for
 
 EPS = float(np.finfo(float).eps)
 
@@ -756,10 +757,8 @@ class ProgressBar:
         comm = vs.comm if vs.comm is not None else mpi.COMM_WORLD if mpi else None
         self.bar = None
         if wanted and (comm is None or comm.rank == 0):
-            try:
+            with needed_for("a progress bar", extra="output"):
                 from tqdm.auto import tqdm
-            except ImportError:
-                raise ImportError("progress=True needs the package tqdm") from None
             self.bar = tqdm(total=total, initial=initial, unit="it")
 
     def update(self, state):
@@ -1002,7 +1001,8 @@ def scipy_minimize(problem, x0, method="L-BFGS-B", **options):
     Serial only. The result is SciPy's, with the vector in its `x`. The Hessian-vector product of the
     problem is passed on to the methods that use one.
     """
-    import scipy.optimize
+    with needed_for("scipy_minimize", extra="interop"):
+        import scipy.optimize
 
     vs, start = problem.vs, Point(problem, x=x0)
     if vs.comm is not None and vs.comm.size > 1:

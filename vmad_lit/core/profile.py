@@ -12,6 +12,7 @@ from copy import copy
 from time import perf_counter
 from typing import Any, NamedTuple, Self
 
+from .error import needed_for
 from .execution import Plan, Slots, Step, collect, flatten
 from .graph import Node, fold, in_bytes
 from .model import Model
@@ -192,10 +193,8 @@ class Profile:
 
     def plot(self, limit: int = 12) -> Any:
         """Draw time and bytes by operator, at most `limit` of them; returns the figure of matplotlib."""
-        try:
+        with needed_for("the picture of a profile", extra="output"):
             from matplotlib import pyplot
-        except ImportError:
-            raise ImportError("a picture of a profile needs the package matplotlib") from None
         rows = self.by_operator()[:limit][::-1]
         names = [row.name for row in rows]
         size = 8, 0.9 + 0.28 * len(rows)
@@ -274,10 +273,8 @@ class Progress:
     """A monitor that shows a bar; made by `progress`."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        try:
+        with needed_for("a progress bar", extra="output"):
             from tqdm.auto import tqdm
-        except ImportError:
-            raise ImportError("a progress bar needs the package tqdm") from None
         self._make, self._options = tqdm, options
         self._run: Callable[[], object] = lambda: None
         self._left = 0

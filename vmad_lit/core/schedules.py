@@ -7,7 +7,7 @@ from collections.abc import Callable
 from numbers import Integral
 from typing import Any
 
-from .error import BadArgument, did_you_mean
+from .error import BadArgument, did_you_mean, needed_for
 
 
 def multistage(n: int, ram: int | None = None, disk: int = 0) -> Any:
@@ -121,10 +121,8 @@ def is_whole(number: Any) -> bool:
 
 
 def library() -> Any:
-    try:
+    with needed_for("checkpoints", extra="checkpoint"):
         import checkpoint_schedules
-    except ImportError:
-        raise ImportError("checkpoint needs the package checkpoint_schedules") from None
     # Keep the library from compiling what is run in no time
     multistage = checkpoint_schedules.multistage
     multistage.n_advance = getattr(multistage.n_advance, "py_func", multistage.n_advance)

@@ -6,21 +6,22 @@ A file has columns of a catalogue in its group `particles`, meshes in its group 
 import os
 
 import numpy
-from pmesh.pm import RealField
+
+from vmad_lit.core.error import needed_for
 from vmad_lit.lib.mpi import fail_together, on_root, run_together
 from vmad_lit.lib.tracers import velocity
 
-try:
-    import h5py
-except ImportError:  # an optional package: said by name when it is needed
-    h5py = None
+with needed_for("catalogues of particles", extra="mesh"):
+    from pmesh.pm import RealField
 
 CHUNK = 1 << 22  # bytes that a rank converts and writes at a time
 
 
-def _need_h5py():
-    if h5py is None:
-        raise ImportError("HDF5 files need the package h5py; say: pip install h5py")
+def hdf5():
+    """The module h5py."""
+    with needed_for("HDF5 files", extra="output"):
+        import h5py
+    return h5py
 
 
 class Block:
@@ -76,7 +77,7 @@ def save(path, comm, columns=None, fields=None, attributes=None, dtype=None):
     ImportError, ValueError, TypeError, OSError
         On all ranks, even if only one of them has a reason.
     """
-    run_together(comm, _need_h5py)
+    run_together(comm, hdf5)
     blocks = _blocks(comm, columns or {}, fields or {}, dtype)
     partial = f"{path}.partial"
     try:
@@ -100,6 +101,7 @@ def save(path, comm, columns=None, fields=None, attributes=None, dtype=None):
 
 def _lay_out(path, blocks, attributes):
     """Make a file with data sets for the blocks; tells where their bytes begin, None if there are none."""
+    h5py = hdf5()
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -148,10 +150,10 @@ def load(path, comm, names=None):
 
     `names` are the columns to read, by default all. Collective.
     """
-    run_together(comm, _need_h5py)
+    run_together(comm, hdf5)
 
     def read():
-        with h5py.File(path, "r") as file:
+        with hdf5().File(path, "r") as file:
             group = file.get("particles", {})
             columns = {}
             for name in group if names is None else names:
@@ -166,10 +168,10 @@ def load(path, comm, names=None):
 
 def load_field(path, name, pm):
     """Read a field that `save` wrote; each rank reads its own part. Collective."""
-    run_together(pm.comm, _need_h5py)
+    run_together(pm.comm, hdf5)
 
     def read():
-        with h5py.File(path, "r") as file:
+        with hdf5().File(path, "r") as file:
             group = file.get("fields", {})
             if name not in group:
                 raise KeyError(f"{path} has no field {name!r}, only {list(group)}")

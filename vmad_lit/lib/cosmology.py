@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..core.error import needed_for
 from ..core.operator import Operator, Primitive, ZeroGradient
 from ..core.symbol import Symbol
 
@@ -583,7 +584,8 @@ class _TabulatedTransfer:
     """T(k) by a cubic spline through ln T at ln k, continued by a constant below and a power law above."""
 
     def __init__(self, k, T):
-        from scipy.interpolate import CubicSpline
+        with needed_for("tabulated powers", extra="interop"):
+            from scipy.interpolate import CubicSpline
 
         self._ends = np.log(k[0]), np.log(k[-1])
         self._spline = CubicSpline(np.log(k), np.log(T))

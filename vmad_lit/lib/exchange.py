@@ -6,15 +6,17 @@ Positions are arrays (N, ndim), in the units of the box.
 from functools import cached_property
 
 import numpy
-from mpi4py import MPI
-from pmesh.domain import Layout
-from pmesh.window import FindResampler
 
 from vmad_lit import operator
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import memory
 from vmad_lit.lib.mesh import as_rows, common_dtypes, is_zero, once_per_mesh
 
+with needed_for("the exchange of particles", extra="mesh"):
+    from mpi4py import MPI
+    from pmesh.domain import Layout
+    from pmesh.window import FindResampler
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba

@@ -3,9 +3,9 @@
 from functools import partial
 
 import numpy
-from pmesh.pm import ComplexField, RealField
 
 from vmad_lit import operator
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import memory
 from vmad_lit.lib.exchange import as_positions, deliver, exchange_rows, gather_rows, starts
@@ -26,6 +26,8 @@ from vmad_lit.lib.transfer import (
     multiply_field,
 )
 
+with needed_for("forces", extra="mesh"):
+    from pmesh.pm import ComplexField, RealField
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba: the transforms serve

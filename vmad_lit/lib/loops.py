@@ -6,10 +6,13 @@ Threads share the work as they do in the windows.
 from functools import partial
 
 import numpy
-from numba import uintp
 
+from vmad_lit.core.error import needed_for
 from vmad_lit.lib import memory
 from vmad_lit.lib.window import _run as run_on_threads, _shares as share_out, _view as as_flat, compiled
+
+with needed_for("compiled loops", extra="fast"):
+    from numba import uintp
 
 
 @compiled

@@ -3,9 +3,9 @@
 from functools import partial
 
 import numpy
-from pmesh.pm import ComplexField, RealField
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import memory
 from vmad_lit.lib.cosmology import LinearPower
@@ -23,6 +23,8 @@ from vmad_lit.lib.transfer import (
 )
 from vmad_lit.lib.unary import sqrt
 
+with needed_for("initial conditions", extra="mesh"):
+    from pmesh.pm import ComplexField, RealField
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba

@@ -8,15 +8,18 @@ import weakref
 from functools import partial
 
 import numpy
-from pfft import LocalBuffer
-from pmesh import pm as pmesh
-from pmesh.pm import BaseComplexField, xslab
 
 from vmad_lit import operator
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.store import Disk
 from vmad_lit.core.valuetypes import ValueType, register, rng_of_rank, value_type
 from vmad_lit.lib import memory
+
+with needed_for("fields on a mesh", extra="mesh"):
+    from pmesh import pm as pmesh
+    from pmesh.pm import BaseComplexField, xslab
+    from pfft import LocalBuffer
 
 is_zero = type(ZeroGradient).is_zero
 

@@ -12,9 +12,12 @@ ranks of the communicator have to run the same model.
 import pickle
 
 import numpy
-from mpi4py import MPI
 
+from ..core.error import needed_for
 from ..core.operator import ZeroGradient, operator
+
+with needed_for("communication between ranks", extra="mpi"):
+    from mpi4py import MPI
 
 
 def describe(x):

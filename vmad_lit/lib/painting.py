@@ -1,15 +1,16 @@
 """Particles painted to meshes, and meshes read out at particles, with the windows of pmesh or our own loops."""
 
 import numpy
-from pmesh.pm import RealField
-from pmesh.window import FindResampler
 
 from vmad_lit import operator
-from vmad_lit.core.error import BrokenPrimitive
+from vmad_lit.core.error import BrokenPrimitive, needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib.exchange import as_positions, exchange_rows, gather_rows
 from vmad_lit.lib.mesh import as_real_field, as_rows, common_dtypes, is_zero
 
+with needed_for("painting and reading out", extra="mesh"):
+    from pmesh.pm import RealField
+    from pmesh.window import FindResampler
 try:
     from vmad_lit.lib import window
 except ImportError:  # no numba: pmesh's own windows serve

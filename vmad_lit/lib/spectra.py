@@ -1,14 +1,17 @@
 """Power spectra, cross spectra, multipoles and maps of pmesh fields: operators and plain functions."""
 
 import numpy
-from mpi4py import MPI
-from pmesh.pm import BaseComplexField
-from scipy.interpolate import BSpline
-from scipy.special import eval_legendre
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib.mesh import is_zero, mode_weights
+
+with needed_for("spectra and maps", extra="mesh"):
+    from mpi4py import MPI
+    from pmesh.pm import BaseComplexField
+    from scipy.interpolate import BSpline
+    from scipy.special import eval_legendre
 
 
 class Shells:

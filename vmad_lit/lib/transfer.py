@@ -4,9 +4,9 @@ import weakref
 from functools import partial
 
 import numpy
-from pmesh.pm import BaseComplexField, xslab
 
 from vmad_lit import operator
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib.mesh import (
     as_rows,
@@ -18,6 +18,8 @@ from vmad_lit.lib.mesh import (
     wavenumbers,
 )
 
+with needed_for("transfer functions", extra="mesh"):
+    from pmesh.pm import BaseComplexField, xslab
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba

@@ -22,15 +22,11 @@ import time
 import numpy
 from numpy.lib.stride_tricks import as_strided
 
+from vmad_lit.core.error import needed_for
 from vmad_lit.lib import memory
 
-try:
+with needed_for("compiled windows", extra="fast"):
     from numba import float64, from_dtype, int64, njit, types, uint64, uintp
-except ImportError as error:
-    raise ImportError(
-        "vmad_lit.lib.window compiles its loops with numba, which is not installed; "
-        "install numba, or use the windows of pmesh"
-    ) from error
 
 #: Number of cells that each window covers along an axis.
 SUPPORT = {"nnb": 1, "cic": 2, "tsc": 3, "pcs": 4}
