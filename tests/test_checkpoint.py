@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from helpers import examples
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core import checkpoint as module
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core import chain as chains, store
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.error import BadArgument, BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
 
@@ -524,15 +524,15 @@ def test_one_file_without_a_name(tmp_path, policy):
 
 
 def test_dropped_states_make_room_for_others(monkeypatch):
-    one = module.OnDisk(module.Disk(None, None), (INIT["x"], INIT["p"]))
+    one = store.OnDisk(store.Disk(None, None), (INIT["x"], INIT["p"]))
     disks = []
 
-    class Watched(module.Disk):
+    class Watched(store.Disk):
         def __init__(self, *args):
             super().__init__(*args)
             disks.append(self)
 
-    monkeypatch.setattr(module, "Disk", Watched)
+    monkeypatch.setattr(chains, "Disk", Watched)
     m = model(checkpoint(kick_drift, 50, ram=0, disk=3))
     for _ in range(2):
         m.compute_with_vjp(INIT, COTANGENTS)
@@ -578,7 +578,7 @@ PROGRAM = """
     import os, resource, signal, sys
     import numpy as np
     from vmad_lit import Builder, autooperator, operator
-    from vmad_lit.core.checkpoint import checkpoint
+    from vmad_lit.core.chain import checkpoint
 
     folder, size = sys.argv[1], int(sys.argv[2])
 
@@ -707,9 +707,7 @@ def test_what_cannot_be_pickled_is_named():
         m.compute("y", dict(x=np.ones(2), y=[1.0, lambda: None]), return_tape=True)
 
 
-def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
-    monkeypatch.setattr(module, "TAKE_APART", {})
-
+def test_values_of_other_types_can_be_kept_on_disk():
     class Opaque:
         def __init__(self, number, where):
             self.number, self.where = number, where
@@ -737,7 +735,7 @@ def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
     with pytest.raises(TypeError, match="Opaque.*no pickling"):
         m.compute_with_vjp(dict(x=Opaque(1, here)), dict(_y=1.0))
 
-    @module.keep_on_disk_by(Opaque)
+    @store.keep_on_disk_by(Opaque)
     def take_apart(value):
         return lambda number: Opaque(number, value.where), value.number
 

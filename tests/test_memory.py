@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import examples
-from vmad_lit.core.tape import nbytes_of
+from vmad_lit.core.valuetypes import nbytes_of
 from vmad_lit.lib import memory
 
 N = memory.LEAST // 8

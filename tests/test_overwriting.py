@@ -8,8 +8,8 @@ from numpy.testing import assert_array_equal
 
 from helpers import examples
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
 from vmad_lit.core import ownership
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.model import Model
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.testing import check, check_ownership

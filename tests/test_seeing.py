@@ -11,11 +11,11 @@ import pytest
 
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
 from vmad_lit.core import error
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.model import Model
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.profile import Profile, progress
-from vmad_lit.core.tape import nbytes_of
+from vmad_lit.core.valuetypes import nbytes_of
 from vmad_lit.lib import linalg
 
 

@@ -19,6 +19,7 @@ from .core.graph import Graph
 from .core.operator import InstanceOperator, Operator, ZeroGradient, operator
 from .core.ownership import with_steps
 from .core.symbol import List
+from .core.valuetypes import value_type
 
 
 def inner(a, b, comm=None):
@@ -26,41 +27,35 @@ def inner(a, b, comm=None):
 
     Parameters
     ----------
-    a, b : numbers, arrays, lists of these, or objects with a method `cdot` (fields); ZeroGradient is
+    a, b : numbers, arrays, lists of these, or values with parts, such as fields; ZeroGradient is
         orthogonal to all
     comm : MPI communicator, optional
-        Arrays with axes are partitioned over its ranks: sum over them. Numbers are the same on all ranks.
+        Arrays with axes are partitioned over its ranks: sum over them. Numbers are the same on all
+        ranks. A value that knows its own communicator is summed over that one.
     """
     if a is ZeroGradient or b is ZeroGradient:
         return 0.0
     if isinstance(a, (list, tuple)) or isinstance(b, (list, tuple)):
         return sum((inner(p, q, comm) for p, q in zip(a, b, strict=True)), 0.0)
-    if hasattr(a, "cdot"):
-        return float(numpy.real(a.cdot(b)))
-    a, b = numpy.asarray(a), numpy.asarray(b)
-    total = float(numpy.sum(numpy.conj(a) * b, dtype="c16").real)
-    return total if comm is None or a.ndim == b.ndim == 0 else comm.allreduce(total)
+    values = value_type(a)
+    total, own = values.inner(a, b), values.comm(a)
+    if own is not None:
+        return own.allreduce(total)
+    return comm.allreduce(total) if comm is not None and (has_axes(a) or has_axes(b)) else total
 
 
-def random_like(x, rng):
-    """A random direction for a value: normal deviates of the same shape and precision, complex if the
-    value is."""
-    if isinstance(x, (list, tuple)):
-        return [random_like(item, rng) for item in x]
-    if hasattr(x, "cdot"):
-        # Fill a field with white noise
-        real = x.pm.create(type="real")
-        rng = numpy.random.default_rng([*rng.bit_generator.seed_seq.entropy, x.pm.comm.rank])
-        real[...] = random_like(real[...], rng)
-        return real.cast(type=type(x))
-    if isinstance(x, (bool, int, float, complex)):
-        noise = complex(rng.normal(), rng.normal()) if isinstance(x, complex) else float(rng.normal())
-        return noise
-    x = numpy.asarray(x)
-    noise = rng.normal(size=x.shape)
-    if x.dtype.kind == "c":
-        noise = noise + 1j * rng.normal(size=x.shape)
-    return numpy.asarray(noise).astype(x.dtype if x.dtype.kind in "fc" else "f8")
+def has_axes(x):
+    return any(numpy.ndim(item) > 0 for item in items_of(x))
+
+
+def items_of(x):
+    """Iterate over the numbers and arrays that a value consists of."""
+    apart = value_type(x).take_apart(x)
+    if apart is None:
+        yield x
+    else:
+        for part in apart[1]:
+            yield from items_of(part)
 
 
 def step(x, h, v):
@@ -69,41 +64,21 @@ def step(x, h, v):
         return x
     if isinstance(x, (list, tuple)):
         return [step(item, h, direction) for item, direction in zip(x, v, strict=True)]
-    return x + v * h
-
-
-def copy_of(x):
-    """A copy of a value that does not change when the value is changed in place."""
-    if isinstance(x, (list, tuple)):
-        return [copy_of(item) for item in x]
-    return x.copy() if hasattr(x, "copy") else x
+    return value_type(x).step(x, h, v)
 
 
 def same(x, y):
     """Whether two values are equal element by element."""
-    if isinstance(x, (list, tuple)):
-        return len(x) == len(y) and all(map(same, x, y))
-    x, y = getattr(x, "value", x), getattr(y, "value", y)
+    x, y = list(items_of(x)), list(items_of(y))
+    return len(x) == len(y) and all(map(equal, x, y))
+
+
+def equal(x, y):
     return numpy.array_equal(x, y, equal_nan=numpy.asarray(x).dtype.kind in "fc")
 
 
-def items_of(x):
-    """Iterate over a value, or over the items of a (nested) list of values."""
-    if isinstance(x, (list, tuple)):
-        for item in x:
-            yield from items_of(item)
-    else:
-        yield x
-
-
 def is_differentiable(x):
-    if isinstance(x, (list, tuple)):
-        return len(x) > 0 and all(map(is_differentiable, x))
-    if hasattr(x, "cdot"):
-        return True
-    if isinstance(x, (int, float, complex)):
-        return not isinstance(x, bool)
-    return isinstance(x, (numpy.ndarray, numpy.number)) and x.dtype.kind in "iufc"
+    return value_type(x).varies(x)
 
 
 def precisions(*values):
@@ -186,9 +161,9 @@ class Trial:
         partitioned = self.comm is not None and name.strip("_").split("[")[0] not in self.replicated
         entropy = [self.seed, sum(map(ord, name))]
         rng = numpy.random.default_rng(
-            entropy + [1 + self.comm.rank] if partitioned and numpy.ndim(x) else entropy
+            entropy + [1 + self.comm.rank] if partitioned and has_axes(x) else entropy
         )
-        return random_like(x, rng)
+        return value_type(x).random_like(x, rng)
 
     def inner(self, name, a, b):
         """The inner product of two derivatives of the variable `name`."""
@@ -692,7 +667,7 @@ def run_and_sweep(trial, give=False):
     before = copies(recorded)
     tape.consume()
     # Sweep over a tape that is consumed
-    cotangents = {"_" + name: copy_of(w.get(name, ZeroGradient)) for name in names}
+    cotangents = copies({name: w.get(name, ZeroGradient) for name in names}, "_")
     pulled, _ = tape.get_vjp()._run(
         ["_" + name for name in trial.varied], cotangents, donated=tuple(cotangents) if give else ()
     )
@@ -705,8 +680,8 @@ def run_and_sweep(trial, give=False):
     return tuple({name: y[name] for name in trial.results} for y in (out, recorded)) + (pulled,)
 
 
-def copies(values):
-    return {name: copy_of(x) for name, x in values.items()}
+def copies(values, prefix=""):
+    return {prefix + name: value_type(x).copy(x) for name, x in values.items()}
 
 
 def assert_same(trial, what, now, before):
@@ -779,9 +754,10 @@ def check(
     Report
     """
     given = [*args, *kwargs.values()]
-    before = copy_of(given) if all(map(is_differentiable, given)) else None
+    before = value_type(given).copy(given) if all(map(is_differentiable, given)) else None
     trial = Trial(subject, args, kwargs, comm, replicated, constant, seed)
-    snapshot = copy_of(list(trial.init.values())) if before is None else None
+    values = list(trial.init.values())
+    snapshot = value_type(values).copy(values) if before is None else None
     if truth is not None:
         # Compare the value with the truth
         expected = truth(*args, **kwargs) if callable(truth) else truth
@@ -812,18 +788,18 @@ def check_value(trial, name, value, expected):
         for i, (item, y) in enumerate(zip(value, expected, strict=True)):
             check_value(trial, f"{name}[{i}]", item, y)
         return
-    value, expected = (getattr(x, "value", x) for x in (value, expected))
-    if numpy.shape(value) != numpy.shape(expected):
-        raise AssertionError(
-            f"{trial.name}: '{name}' has shape {numpy.shape(value)}, expected {numpy.shape(expected)}"
+    for item, y in zip(items_of(value), items_of(expected), strict=True):
+        if numpy.shape(item) != numpy.shape(y):
+            raise AssertionError(
+                f"{trial.name}: '{name}' has shape {numpy.shape(item)}, expected {numpy.shape(y)}"
+            )
+        numpy.testing.assert_allclose(
+            item,
+            y,
+            rtol=trial.eps**0.8,
+            atol=trial.eps**0.8,
+            err_msg=f"{trial.name}: the value of '{name}'",
         )
-    numpy.testing.assert_allclose(
-        value,
-        expected,
-        rtol=trial.eps**0.8,
-        atol=trial.eps**0.8,
-        err_msg=f"{trial.name}: the value of '{name}'",
-    )
 
 
 def check_fits(trial, what, derivative, value):
@@ -839,12 +815,14 @@ def check_fits(trial, what, derivative, value):
         for item, x in zip(derivative, value):
             check_fits(trial, what, item, x)
         return
-    if hasattr(value, "cdot"):
-        if not hasattr(derivative, "cdot"):
+    if value_type(value).take_apart(value) is not None:
+        # Compare the parts of a derivative with those of the value
+        if value_type(derivative) is not value_type(value):
             raise AssertionError(
-                f"{trial.name}: the {what} is a {type(derivative).__name__}, "
-                f"expected a {type(value).__name__}"
+                f"{trial.name}: the {what} is a {type(derivative).__name__}, expected a {type(value).__name__}"
             )
+        for part, x in zip(items_of(derivative), items_of(value), strict=True):
+            check_fits(trial, what, part, x)
         return
     if numpy.shape(derivative) != numpy.shape(value):
         raise AssertionError(
@@ -895,12 +873,12 @@ def check_rank_invariance(function, comm=None, rtol=1e-9):
 
 
 def collected(x):
-    """A result as a flat list of arrays; a field is gathered from all ranks."""
+    """A result as a flat list of arrays; a partitioned value is gathered from all ranks."""
     if isinstance(x, dict):
-        x = [x[key] for key in x]
-    if isinstance(x, (list, tuple)):
+        x = list(x.values())
+    if isinstance(x, list | tuple):
         return [array for item in x for array in collected(item)]
-    return [numpy.asarray(x.preview() if hasattr(x, "preview") else x)]
+    return value_type(x).gather(x)
 
 
 def difference(a, b):
