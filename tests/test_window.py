@@ -1,6 +1,7 @@
 """The compiled windows beside pmesh's own, serially and on slabs with ghosts."""
 import subprocess
 import sys
+from functools import lru_cache
 
 import numpy
 import pytest
@@ -187,10 +188,14 @@ def test_any_slab_against_pmesh(slab):
     assert_allclose(window.gradient(mesh, x, **args), slope.T, **tol)
 
 
+@lru_cache
+def derivative(support, order):
+    return BSpline.basis_element(numpy.arange(support + 1) - support / 2, extrapolate=False).derivative(order)
+
+
 def spline(support, r, order):
     """The B-spline of this support, or a derivative of it, at distances."""
-    w = BSpline.basis_element(numpy.arange(support + 1) - support / 2, extrapolate=False)
-    return numpy.nan_to_num(w.derivative(order)(r) if order < support else numpy.zeros_like(r))
+    return numpy.nan_to_num(derivative(support, order)(r) if order < support else numpy.zeros_like(r))
 
 
 def weights(support, x, shape, transform, derivatives):
@@ -201,7 +206,7 @@ def weights(support, x, shape, transform, derivatives):
         scale, period = transform.scale[d], transform.period[d]
         r = numpy.arange(n) - (x[:, d, None] * scale + transform.translate[d])
         images = numpy.arange(-12, 13) * period if period else numpy.zeros(1)
-        along = sum(spline(support, r + image, derivatives[d]) for image in images) * (-scale) ** derivatives[d]
+        along = spline(support, r[..., None] + images, derivatives[d]).sum(axis=-1) * (-scale) ** derivatives[d]
         result = result * along.reshape((len(x),) + (1,) * d + (n,) + (1,) * (len(shape) - d - 1))
     return result
 
