@@ -224,7 +224,6 @@ def test_without_a_folder_it_is_compiled_after_one_warning(name, load, place, mo
     assert not kept(place) and not os.path.exists("~")
 
 
-@pytest.mark.serial
 def test_a_read_only_installation_without_a_home(tmp_path):
     """The particle mesh is imported without a word, and runs after one."""
     code = ("import warnings\nwarnings.simplefilter('error')\nfrom vmad_lit.lib import fastpm, window\n"
@@ -341,6 +340,7 @@ def test_what_nobody_uses_goes(load, place):
 # -- Several at a time ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.collective
 def test_ranks_share_the_work(tmp_path, monkeypatch):
     """Of all the ranks of a job that want a loop at the same time, one compiles it."""
     from mpi4py import MPI
@@ -353,7 +353,6 @@ def test_ranks_share_the_work(tmp_path, monkeypatch):
     assert comm.allreduce(np.array(count(loop))).tolist() == [comm.size - 1, 1]
 
 
-@pytest.mark.serial
 def test_one_process_at_a_time_compiles(place):
     """The others wait for it, and do not compile what it has compiled."""
     code = ("from vmad_lit.lib.compiled import compiled\nf = compiled(lambda x: x**3 + x)\nassert f(2.0) == f(2) == 10\n"
@@ -397,7 +396,6 @@ def test_a_lock_is_waited_for_but_not_for_ever(tmp_path, monkeypatch):
     assert order == ["second", "third", "nowhere"]
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
 def test_the_lock_of_a_killed_process_is_gone(tmp_path, monkeypatch):
     path = str(tmp_path / "case.loop")

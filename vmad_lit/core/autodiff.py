@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from .error import BrokenPrimitive
 from .execution import Plan, flatten, undisturbed
 from .graph import Graph, Node, Symbols, caller
 from .operator import Operator, Primitive, ZeroGradient, operator
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
-
-if TYPE_CHECKING:
-    from .model import Model
+from .valuetypes import PLAIN, VALUE_TYPES
 
 ZERO = Literal(ZeroGradient)
 
@@ -214,17 +212,15 @@ def add_cotangents(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
     if a is ZeroGradient:
         return b, None
     cls = type(a)
+    if cls is float:
+        return a + b, None
     if cls is list:
         pairs = [add_cotangents(*items) for items in zip(a, b, own or [None] * len(a), strict=True)]
         return [total for total, _ in pairs], [mine for _, mine in pairs]
-    if a is own is not None and cls is type(b) and IN_PLACE[cls](a, b):
+    if a is own is not None and cls is type(b) and VALUE_TYPES[cls].add_in_place(a, b):
         return a, own
-    total = PLUS[cls](a, b) if cls in PLUS and cls is type(b) else a + b
-    return total, total if type(total) is type(b) is cls and cls in IN_PLACE else None
-
-
-IN_PLACE: dict[type, Callable[[Any, Any], bool]] = {}
-PLUS: dict[type, Callable[[Any, Any], Any]] = {}
+    total = a + b if cls in PLAIN or cls is not type(b) else VALUE_TYPES[cls].add(a, b)
+    return total, total if type(total) is type(b) is cls else None
 
 
 def only(items: Iterable[Any]) -> Any:
@@ -247,16 +243,10 @@ class items:
 SWEEPS: dict[str, type[Sweep]] = dict(vjp=ReverseSweep, jvp=ForwardSweep)
 
 
-def derive(plan: Plan, graph: Model, kind: str) -> Model:
-    """The model of the derivative `kind`, one of SWEEPS, for all runs of a recording plan of a graph."""
-    model: Model | None = plan.derived.get(kind)
-    if model is None:
-        model = type(graph)()
-        model._base, model._kind = plan, kind
-        with undisturbed():
-            SWEEPS[kind](plan, graph, model).run()
-        plan.derived[kind] = model
-    return model
+def write_sweep(kind: str, plan: Plan, graph: Graph, model: Graph) -> None:
+    """Write the derivative `kind`, one of SWEEPS, of the runs of a recording plan of a graph to an empty model."""
+    with undisturbed():
+        SWEEPS[kind](plan, graph, model).run()
 
 
 def no_second_derivative(operator: Operator, node: Node) -> BrokenPrimitive:

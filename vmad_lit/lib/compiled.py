@@ -5,6 +5,9 @@ ranks, another copy of the source. Where there is no folder to write to, each pr
 says so once.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 import glob
 import hashlib
@@ -14,6 +17,7 @@ import sys
 import tempfile
 import time
 from types import CodeType, ModuleType
+from typing import Any
 import warnings
 
 import numpy
@@ -26,14 +30,14 @@ with needed_for("compiled loops", extra="fast"):
     from numba.core.compiler import CompileResult
     from numba.core.compiler_lock import global_compiler_lock
     from numba.core.dispatcher import Dispatcher
-    from numba.core.runtime import rtsys
+    from numba.core.runtime.nrt import rtsys
     from numba.core.serialize import dumps
 
 #: What numba is asked for.
-OPTIONS = dict(nogil=True, error_model="numpy", fastmath={"contract"})
+OPTIONS: dict[str, Any] = dict(nogil=True, error_model="numpy", fastmath={"contract"})
 
 
-def ingredients(value, names=(), seen=()):
+def ingredients(value: Any, names: Sequence[str] = (), seen: tuple[Any, ...] = ()) -> Any:
     """What of a value becomes machine code, as a text or nested tuples of texts, the same in every process.
 
     Of compiled functions that is all they are made of; of a module what is asked of it under one of `names`.
@@ -59,7 +63,7 @@ def ingredients(value, names=(), seen=()):
     return f"{kind} {hashlib.sha256(dumps(value)).hexdigest()}"
 
 
-def _ingredients_of_function(function, seen):
+def _ingredients_of_function(function: Any, seen: tuple[Any, ...]) -> Any:
     if function in seen:
         return function.__name__
     codes = list(_codes(function.__code__))
@@ -75,7 +79,7 @@ def _ingredients_of_function(function, seen):
     return function.__module__, repr(bodies), ingredients(referred, names, (*seen, function))
 
 
-def _codes(code):
+def _codes(code: CodeType) -> Iterator[CodeType]:
     """The code of a function, and of the functions within."""
     yield code
     for constant in code.co_consts:
@@ -83,7 +87,7 @@ def _codes(code):
             yield from _codes(constant)
 
 
-def _user_cache():
+def _user_cache() -> str:
     """The folder where this user's programs keep what can be made again."""
     home = os.path.expanduser("~")
     if not os.path.isabs(home):
@@ -95,7 +99,7 @@ def _user_cache():
     return os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform, os.path.join(home, ".cache"))
 
 
-def find_folder(processor):
+def find_folder(processor: str | None) -> str | None:
     """The folder for loops that are compiled for a processor; None if there is none to write to and to trust.
 
     It is in ``$VMAD_LIT_CACHE_DIR``, else in ``$XDG_CACHE_HOME/vmad_lit`` or where the system has such things.
@@ -113,7 +117,7 @@ def find_folder(processor):
     return None
 
 
-def _is_private(status):
+def _is_private(status: os.stat_result) -> bool:
     """Whether a file or a folder is ours, and nobody else may write to it."""
     return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
 
@@ -121,7 +125,7 @@ def _is_private(status):
 _warned = False
 
 
-def _warn(reason):
+def _warn(reason: object) -> None:
     """Tell, once in a process, that loops are not kept."""
     global _warned
     if not _warned:
@@ -137,10 +141,10 @@ def _warn(reason):
 class Cache:
     """The cases of a compiled function, on disk: numba asks here before it compiles one, and brings it after."""
 
-    def __init__(self, loop):
+    def __init__(self, loop: Any) -> None:
         self.loop, self.name = loop, loop.py_func.__name__
 
-    def path(self, signature):
+    def path(self, signature: Any) -> str | None:
         """The file of the case with these types of arguments; None if there is no folder for it."""
         machine = self.loop.targetctx.codegen().magic_tuple()
         folder = find_folder(machine[1])
@@ -153,7 +157,7 @@ class Cache:
         return os.path.join(folder, f"{self.name}-{_digest(made_of)}.loop")
 
     # Load and save a case
-    def load_overload(self, signature, context):
+    def load_overload(self, signature: Any, context: Any) -> Any:
         """What numba made of the function for these types; None if it is not here."""
         path = self.path(signature)
         if path is None or not os.path.exists(path):
@@ -173,7 +177,7 @@ class Cache:
         except Exception:  # a file of any other kind: it is made anew
             return None
 
-    def save_overload(self, signature, result):
+    def save_overload(self, signature: Any, result: Any) -> None:
         """Keep what numba made of the function for these types."""
         path = self.path(signature)
         if path is None or result.library.has_dynamic_globals:
@@ -186,21 +190,21 @@ class Cache:
         _remove_unused(os.path.dirname(os.path.dirname(path)))
 
     @property
-    def cache_path(self):
+    def cache_path(self) -> str | None:
         """The folder, for numba's statistics."""
         return find_folder(self.loop.targetctx.codegen().magic_tuple()[1])
 
-    def enable(self):
+    def enable(self) -> None:
         """Nothing: a loop is always kept."""
 
     disable = flush = enable
 
 
-def _digest(what):
+def _digest(what: object) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()[:32]
 
 
-def _undefined_symbols(library):
+def _undefined_symbols(library: Any) -> list[str]:
     """The names that the machine code refers to and does not define, without those that are operations of LLVM."""
     module = library._final_module
     declared = [
@@ -209,7 +213,7 @@ def _undefined_symbols(library):
     return [name for name in declared if not name.startswith("llvm.")]
 
 
-def _write(path, data):
+def _write(path: str, data: bytes) -> None:
     """Write a file, all of it or nothing."""
     descriptor, beside = tempfile.mkstemp(dir=os.path.dirname(path))
     try:
@@ -225,13 +229,13 @@ def _write(path, data):
 LIFETIME = 90 * 86400
 
 
-def _mark_as_used(path):
+def _mark_as_used(path: str) -> None:
     with suppress(OSError):
         if time.time() - os.stat(path).st_mtime > 86400:
             os.utime(path)
 
 
-def _remove_unused(place):
+def _remove_unused(place: str) -> None:
     """Remove what has not been used for long from the folders of all versions and processors."""
     for path in glob.glob(os.path.join(glob.escape(place), "numba-*", "*")):
         with suppress(OSError):
@@ -244,7 +248,7 @@ PATIENCE = 60
 
 
 @contextmanager
-def _in_turn(path):
+def _in_turn(path: str) -> Iterator[None]:
     """Wait until no other process compiles the loop of a file, or it is there; then it is our turn."""
     try:
         import fcntl
@@ -270,7 +274,7 @@ def _in_turn(path):
                 os.unlink(file.name)
 
 
-def compiled(function, *signature, **options):
+def compiled(function: Callable[..., Any], *signature: Any, **options: Any) -> Any:
     """A function compiled by numba, each case once for all processes: when it is called, or now, for a signature.
 
     Numba takes the global variables that a function uses for constants. With types of arguments as
@@ -280,7 +284,7 @@ def compiled(function, *signature, **options):
     compile_case, name = loop.compile, function.__qualname__
     loop._cache = cache = Cache(loop)
 
-    def compile_in_turn(types):
+    def compile_in_turn(types: Iterable[Any]) -> Any:
         types = tuple(numba.types.unliteral(kind) for kind in types)
         if types in loop.overloads:
             return compile_case(types)
@@ -297,6 +301,6 @@ def compiled(function, *signature, **options):
     return loop
 
 
-def inlined(function):
+def inlined(function: Callable[..., Any]) -> Any:
     """A compiled function that becomes a part of each loop that calls it."""
     return compiled(function, forceinline=True)
