@@ -24,11 +24,13 @@ import argparse
 import ast
 import contextlib
 import fcntl
+import gc
 import hashlib
 import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -39,8 +41,10 @@ import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from inspect import CO_OPTIMIZED
 from pathlib import Path
+from types import CodeType, FunctionType
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vmad_lit"
@@ -117,7 +121,7 @@ class Recorder:
     def __init__(self, coverage):
         self.coverage = coverage
         self.seconds: dict[str, float] = {}
-        self.failed: set[str] = set()
+        self.ended: dict[str, str] = {}
 
     def pytest_runtest_logstart(self, nodeid, location):
         self.coverage.switch_context(nodeid)
@@ -127,8 +131,8 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report):
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
-        if not report.passed:
-            self.failed.add(report.nodeid)
+        if self.ended.get(report.nodeid) != "failed":
+            self.ended[report.nodeid] = report.outcome if not report.passed else self.ended.get(report.nodeid, "passed")
 
 
 def record(out: str, arguments: list[str]) -> None:
@@ -150,7 +154,7 @@ def record(out: str, arguments: list[str]) -> None:
         for line, tests in data.contexts_by_lineno(file).items():
             for test in filter(None, tests):
                 functions[test].add(f"{name}:{scopes.get(line, '')}")
-    told = {test: {"seconds": round(seconds, 4), "passed": test not in recorder.failed,
+    told = {test: {"seconds": round(seconds, 4), "ended": recorder.ended[test],
                    "runs": sorted(functions[test])} for test, seconds in recorder.seconds.items()}
     Path(out).write_text(json.dumps(told))
 
@@ -188,8 +192,8 @@ def inner_scope(node: ast.AST, outer: str, declares: bool) -> str:
 #: Functions that are derivatives, and the names under which formulas of derivatives are declared.
 DERIVATIVE = re.compile(r"(.*_)?([vj]jp|hvp|jvp|vjp)|_differentiate_vjp|[fs](prime|second)\d*|slope|bend")
 
-#: Code in which a change may be seen by several ranks only.
-PARALLEL = re.compile(r"\bcomm\b|\bMPI\b|_together\b|\bagree\b|\blayout\b")
+#: Files in which a change may be seen by several ranks only.
+PARALLEL = re.compile(r"\bcomm\b|\bpm\b")
 
 #: Files whose loops are compiled: each mutant takes minutes.
 COMPILED = re.compile(r"^\s*(from|import) numba\b", re.M)
@@ -252,7 +256,7 @@ class Finder:
             self.starts.append(self.starts[-1] + len(row))
         self.counts: Counter[tuple[str, str]] = Counter()
         self.mutants: list[Mutant] = []
-        self.parallel = False
+        self.parallel = bool(PARALLEL.search(text))
         self.visit(ast.parse(text), "", True, False)
 
     def span(self, node) -> tuple[int, int]:
@@ -277,13 +281,8 @@ class Finder:
         for child in self.children(node):
             inner = inner_scope(child, scope, declares)
             name = inner.rpartition(".")[2]
-            told = self.parallel
-            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and not told:
-                first, last = self.span(child)
-                self.parallel = bool(PARALLEL.search(self.source[first:last].decode()))
             self.visit(child, inner, isinstance(child, ast.ClassDef),
                        derivative or (inner != scope and bool(DERIVATIVE.fullmatch(name))))
-            self.parallel = told
 
     def children(self, node: ast.AST) -> Iterator[ast.AST]:
         """What is in a node but types, decorators, messages, and text with values in it."""
@@ -350,7 +349,7 @@ class Finder:
                 values = [result.value for result in results]
                 for value in values:
                     yield from self.of_result(value)
-                for i in range(1, len(values)):
+                for i in (i for i in range(1, len(values)) if show(values[i - 1]) != show(values[i])):
                     order = list(values)
                     order[i - 1], order[i] = values[i], values[i - 1]
                     pairs = [ast.keyword(result.arg, value) for result, value in zip(results, order)]
@@ -423,6 +422,122 @@ def sample(mutants: list[Mutant], number: int, seed: int) -> list[Mutant]:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# A process that has everything imported
+
+
+class Server:
+    """A plugin of pytest: it collects all tests, and then runs some of them on one mutant after another.
+
+    Each mutant has a child process of its own, in which the functions get the code that they would have; so nothing
+    is imported or collected again. What changes more than the code of functions is declined.
+    """
+
+    def __init__(self, jobs: int, answers: int):
+        self.jobs, self.answers = os.fdopen(jobs), os.fdopen(answers, "w")
+        self.failed = ""
+
+    @staticmethod
+    def pytest_configure(config):
+        with contextlib.suppress(ImportError):  # one failure is enough, it need not be a small one
+            from hypothesis import Phase, settings
+
+            phases = [phase for phase in settings.default.phases if phase not in (Phase.shrink, Phase.explain)]
+            settings.register_profile("mutate", parent=settings.default, phases=phases)
+            settings.load_profile("mutate")
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
+
+    def pytest_runtestloop(self, session):
+        items = {item.nodeid: item for item in session.items}
+        functions = defaultdict(list)
+        for value in gc.get_objects():
+            if isinstance(value, FunctionType):
+                functions[value.__code__.co_filename].append(value)
+        gc.freeze()
+        self.tell("ready", "")
+        for row in self.jobs:
+            job = json.loads(row)
+            read, write = os.pipe()
+            child = os.fork()
+            if not child:
+                with contextlib.suppress(BaseException):
+                    os.setsid()
+                    self.answers = os.fdopen(write, "w")
+                    self.tell(*self.work([items[test] for test in job["tests"]], functions[job["path"]], job))
+                os._exit(0)
+            os.close(write)
+            with os.fdopen(read) as pipe:
+                late = not select.select([pipe], [], [], job["limit"])[0]
+                told = "" if late else pipe.read()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            if told:
+                print(told, end="", file=self.answers, flush=True)
+            else:
+                self.tell("timed out", f"no end after {job['limit']:.0f} s") if late else self.tell("killed", f"status {status}")
+        return True
+
+    def tell(self, ended: str, by: str) -> None:
+        print(json.dumps([ended, by]), file=self.answers, flush=True)
+
+    def work(self, items: list, functions: list[FunctionType], job: dict) -> tuple[str, str]:
+        """In the child: change the functions, and run tests until one fails."""
+        codes = [compile(job[text], job["path"], "exec", dont_inherit=True) for text in ("old", "new")]
+        if not exchange(functions, *codes):
+            return "declined", ""
+        for item, following in zip(items, [*items[1:], None]):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self.failed:
+                return "killed", self.failed
+        return "survived", ""
+
+
+def exchange(functions: list[FunctionType], old: CodeType, new: CodeType) -> bool:
+    """Give functions the code of another version of their module; False if it differs in more than functions."""
+    pairs = differences(old, new)
+    if pairs is None:
+        return False
+    done = 0
+    for before, after in pairs:
+        for function in functions:
+            if function.__code__ == before:
+                try:
+                    function.__code__ = after
+                except ValueError:  # other variables are taken from around it
+                    return False
+                done += 1
+    return done > 0
+
+
+def differences(old: CodeType, new: CodeType) -> list[tuple[CodeType, CodeType]] | None:
+    """The functions whose code differs in two versions, with those around them; None if more does."""
+    inner = [[const for const in code.co_consts if isinstance(const, CodeType)] for code in (old, new)]
+    own = [[code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_exceptiontable,
+            [repr(const) for const in code.co_consts if not isinstance(const, CodeType)],
+            [const.co_name for const in consts]] for code, consts in zip((old, new), inner)]
+    found = []
+    if own[0] == own[1]:
+        for pair in zip(*inner):
+            deeper = differences(*pair)
+            if deeper is None:
+                return None
+            found += deeper
+    is_function = bool(old.co_flags & CO_OPTIMIZED)
+    if own[0] != own[1] and not is_function:
+        return None
+    return [(old, new), *found] if is_function and (found or own[0] != own[1]) else found
+
+
+def serve(jobs: int, answers: int, arguments: list[str]) -> None:
+    import pytest
+
+    pytest.main(["-q", "-p", "no:cacheprovider", "-o", "timeout=0", *arguments], plugins=[Server(jobs, answers)])
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Who notices
 
 
@@ -435,6 +550,7 @@ class Map:
     def __init__(self, tree: Tree):
         self.tree, self.folder = tree, tree.folder / "map"
         self.tests: dict[str, dict] = {}
+        self.skipped: list[str] = []  # on one rank
 
     def files(self) -> list[str]:
         found = [*sorted(self.tree.path.glob("tests/**/test_*.py")), *sorted(self.tree.path.glob("book/chapters/*.md")),
@@ -453,10 +569,25 @@ class Map:
                 say(f"recording what {name} runs", flush=True)
                 told = {"digest": digest, "tests": self.record(name)}
                 path.write_text(json.dumps(told))
-                bad = [test for test, of in told["tests"].items() if not of["passed"]]
-                if bad:
-                    say(f"  {len(bad)} tests do not pass here and are left out: {', '.join(bad[:3])} ..")
-            self.tests |= {test: of | {"runs": set(of["runs"])} for test, of in told["tests"].items() if of["passed"]}
+                failed = [test for test, of in told["tests"].items() if of["ended"] == "failed"]
+                if failed:
+                    say(f"  {len(failed)} tests fail without a mutant and are left out: {', '.join(failed)}")
+            passed = {test: of for test, of in told["tests"].items() if of["ended"] == "passed"}
+            self.tests |= {test: of | {"runs": set(of["runs"])} for test, of in passed.items()}
+            self.skipped += [test for test, of in told["tests"].items() if of["ended"] == "skipped"]
+        # Forget tests that are there no more: some are made from what the package has
+        there = self.collect()
+        self.tests = {test: of for test, of in self.tests.items() if test in there}
+        self.skipped = [test for test in self.skipped if test in there]
+
+    def collect(self, ranks: int = 1) -> set[str]:
+        """The names of all tests in the copy as it is, on this number of ranks."""
+        program = [*on_ranks(ranks), sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *self.files()]
+        done = subprocess.run(program, cwd=self.tree.path, env=environment(self.tree), stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True)
+        if done.returncode not in (0, 5):
+            raise SystemExit(f"the tests cannot be collected:\n{(done.stdout + done.stderr)[-2000:]}")
+        return set(done.stdout.splitlines())
 
     def record(self, name: str) -> dict:
         out = self.tree.folder / "recording"
@@ -480,11 +611,14 @@ class Map:
             found = [test for test, told in self.tests.items() if any(ran.startswith(f"{name}:") for ran in told["runs"])]
         return sorted(found, key=lambda test: self.tests[test]["seconds"])
 
+    def seconds(self, test: str) -> float:
+        return self.tests[test]["seconds"] if test in self.tests else 0.0
+
     def within(self, tests: list[str], budget: float) -> list[str]:
         """The first of some tests that take so many seconds together; at least one."""
         chosen, total = [], 0.0
         for test in tests:
-            total += self.tests[test]["seconds"]
+            total += self.seconds(test)
             if chosen and total > budget:
                 break
             chosen.append(test)
@@ -496,6 +630,15 @@ def environment(tree: Tree, **more: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not re.match(r"PMI|HYDRA|HYDI|OMPI_|PRTE|PYTEST", name)}
     return clean | {"PYTHONPATH": str(tree.path), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
                     "OMPI_MCA_rmaps_base_oversubscribe": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"} | more
+
+
+def on_ranks(ranks: int) -> list[str]:
+    """What stands before a command that is run on several ranks."""
+    if ranks == 1:
+        return []
+    from tools.mpirun import launcher
+
+    return [launcher(), "-n", str(ranks)]
 
 
 @dataclass
@@ -518,43 +661,91 @@ class Trial:
     def __init__(self, tree: Tree, known: Map, budget: float = 40.0, ranks: int = 2, seed: int = 0):
         self.tree, self.map, self.budget, self.ranks, self.seed = tree, known, budget, ranks, seed
         self.patience = 60.0  # seconds for a test, half of what all may take beyond what they are known to take
+        self.server: subprocess.Popen | None = None
+
+    def __enter__(self) -> Trial:
+        """Start a server in the copy."""
+        ours, theirs = os.pipe(), os.pipe()
+        program = [sys.executable, "tools/mutate.py", "serve", str(ours[0]), str(theirs[1]), f"--hypothesis-seed={self.seed}",
+                   *self.map.files()]
+        self.server = subprocess.Popen(program, cwd=self.tree.path, env=environment(self.tree, PYTHONDONTWRITEBYTECODE="1"),
+                                       pass_fds=(ours[0], theirs[1]), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        os.close(ours[0])
+        os.close(theirs[1])
+        self.jobs, self.answers = os.fdopen(ours[1], "w"), os.fdopen(theirs[0])
+        self.answer()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.jobs.close()
+        self.answers.close()
+        if self.server:
+            self.server.wait()
+            self.server = None
+
+    @cached_property
+    def on_several(self) -> set[str]:
+        """The tests that there are on several ranks."""
+        return self.map.collect(self.ranks)
+
+    def answer(self) -> tuple[str, str]:
+        row = self.answers.readline()
+        if not row:
+            raise SystemExit("the process that runs the tests has ended")
+        ended, by = json.loads(row)
+        return ended, by
 
     def judge(self, mutant: Mutant) -> Verdict:
         start = time.monotonic()
         concerned = self.map.concerned(mutant)
         chosen = self.map.within(concerned, self.budget)
         text = (self.tree.root / mutant.file).read_text(encoding="utf-8")
-        compiled = COMPILED.search(text)
-        ended, by = "survived", ""
-        with tempfile.TemporaryDirectory() as scratch, self.tree.changed(mutant.file, mutant.apply(text)):
-            more = {"PYTHONDONTWRITEBYTECODE": "1"} | ({"NUMBA_CACHE_DIR": scratch} if compiled else {})
-            for tests, ranks in self.rounds(mutant, chosen):
-                ended, by = self.run(tests, ranks, 600.0 if compiled else 0.0, Path(scratch, "tests"), more)
-                if ended != "survived":
-                    break
-        return Verdict(mutant.id, mutant.kind, mutant.change, ended, by, len(chosen), len(concerned), round(time.monotonic() - start, 1))
+        compiled = bool(COMPILED.search(text))
+        ended, by = "declined", ""
+        if self.server and not compiled:
+            ended, by = self.ask(mutant, text, chosen)
+        if ended in ("declined", "survived"):
+            rounds = self.rounds(mutant, chosen, concerned, ended)
+            with tempfile.TemporaryDirectory() as scratch, self.tree.changed(mutant.file, mutant.apply(text)):
+                more = {"PYTHONDONTWRITEBYTECODE": "1"} | ({"NUMBA_CACHE_DIR": scratch} if compiled else {})
+                for tests, ranks in rounds:
+                    ended, by = self.run(tests, ranks, 600.0 if compiled else 0.0, Path(scratch, "tests"), more)
+                    if ended != "survived":
+                        break
+        return Verdict(mutant.id, mutant.kind, mutant.change, ended, by, len(chosen), len(concerned),
+                       round(time.monotonic() - start, 1))
 
-    def rounds(self, mutant: Mutant, chosen: list[str]) -> Iterator[tuple[list[str], int]]:
-        """A few quick tests, then the others, then all on several ranks."""
+    def ask(self, mutant: Mutant, text: str, tests: list[str]) -> tuple[str, str]:
+        """How a mutant ends on one rank, by the server."""
+        job = {"path": str(self.tree.path / mutant.file), "old": text, "new": mutant.apply(text), "tests": tests,
+               "limit": self.limit(tests)}
+        print(json.dumps(job), file=self.jobs, flush=True)
+        return self.answer()
+
+    def limit(self, tests: list[str], ranks: int = 1) -> float:
+        return 2 * self.patience + 6 * ranks * sum(map(self.map.seconds, tests))
+
+    def rounds(self, mutant: Mutant, chosen: list[str], concerned: list[str], ended: str) -> list[tuple[list[str], int]]:
+        """A few quick tests, then the others, and all on several ranks with those beside them that need ranks."""
         quick = self.map.within(chosen, 2.0)[:40]
-        yield quick, 1
-        if len(chosen) > len(quick):
-            yield chosen[len(quick):], 1
+        rounds = [(quick, 1), (chosen[len(quick):], 1)]
         if mutant.parallel and self.ranks > 1:
-            yield [test for test in chosen if not test.endswith("::cells")], self.ranks
+            files = {test.partition("::")[0] for test in concerned}
+            only = [test for test in self.map.skipped if test.partition("::")[0] in files]
+            # What has survived on one rank is first tried on several
+            rounds.insert(0 if ended == "survived" else 2,
+                          ([test for test in [*only, *chosen] if test in self.on_several], self.ranks))
+        return rounds
 
     def run(self, tests: list[str], ranks: int, more_time: float, listed: Path, more: dict[str, str]) -> tuple[str, str]:
         """Run tests until one fails; how it ended, and by which test."""
         if not tests:
             return "survived", ""
         listed.write_text("".join(f"{test}\n" for test in tests))
-        limit = 2 * self.patience + more_time + 6 * ranks * sum(self.map.tests[test]["seconds"] for test in tests)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-o", "mpi_grace=20",
-                   f"--hypothesis-seed={self.seed}", f"--timeout={self.patience + more_time:g}", f"@{listed}"]
-        if ranks > 1:
-            from tools.mpirun import launcher
-
-            command = [launcher(), "-n", str(ranks), *command]
+        limit = more_time + self.limit(tests, ranks)
+        slow = self.patience / 2 + more_time + 10 * max(self.map.seconds(test) for test in tests)
+        command = [*on_ranks(ranks), sys.executable, "-m", "pytest", "-q", "-x", "-rfE", "--tb=no", "-p", "no:cacheprovider",
+                   "-o", "mpi_grace=30", f"--hypothesis-seed={self.seed}", f"--timeout={slow:g}", f"@{listed}"]
         on = f" on {ranks} ranks" if ranks > 1 else ""
         process = subprocess.Popen(command, cwd=self.tree.path, env=environment(self.tree, **more), stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
@@ -568,10 +759,11 @@ class Trial:
             process.wait()
         if process.returncode in (0, 5):
             return "survived", ""
-        late = re.search(r"\+ Timeout \+|no answer from .* for", printed)
+        if late := re.search(r"\+ Timeout \+|no answer from .* for", printed):
+            return "timed out", late[0].strip("+ ") + on
         found = re.search(r"^(?:FAILED|ERROR) (\S+::.*?|\S+)(?: - .*)?$", printed, re.M)
         by = found[1] if found else next((row for row in reversed(printed.splitlines()) if row.strip()), "")
-        return "timed out" if late else "killed", by + on
+        return "killed", by + on
 
 
 class Results:
@@ -618,13 +810,17 @@ def place(root: Path, mutant: Mutant) -> str:
     return f"{chapter}:{line}"
 
 
-def short(text: str, width: int = 70) -> str:
-    text = " ".join(text.replace(ZERO, "ZeroGradient").replace(WORLD, "MPI").split())
-    return text if len(text) <= width else f"{text[:width - 2]}.."
+def short(text: str) -> str:
+    return text.replace(ZERO, "ZeroGradient").replace(WORLD, "MPI")
 
 
 def told(root: Path, mutant: Mutant) -> str:
-    return f"{mutant.id}\n    {place(root, mutant)}: {short(mutant.before)}  ->  {short(mutant.after)}"
+    """The name of a mutant, its place in the book, and the lines before and after."""
+    text = (root / mutant.file).read_text(encoding="utf-8")
+    old, new = text.splitlines(), mutant.apply(text).splitlines()
+    first, last = mutant.line - 1, mutant.line + mutant.before.count("\n")
+    rows = [f"{sign} {row.strip()}" for sign, version in (("-", old), ("+", new)) for row in version[first:last] if row.strip()]
+    return "\n    ".join([mutant.id, place(root, mutant), *map(short, rows)])
 
 
 def table(verdicts: Iterable[Verdict]) -> str:
@@ -659,6 +855,7 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     given = options().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # nothing is left behind then, either
     tree = Tree()
     results = Results(tree.folder / "results.json", equivalents(tree.root))
     mutants = [mutant for mutant in find_mutants(tree.root, given.compiled)
@@ -691,18 +888,18 @@ def try_all(tree: Tree, mutants: list[Mutant], results: Results, given: argparse
     with tree.locked():
         known = Map(tree)
         known.update(given.fresh)
-        trial = Trial(tree, known, given.budget, given.ranks, given.seed)
-        for number, mutant in enumerate(mutants, 1):
-            verdict = None if given.again or given.mutant else results.get(mutant)
-            if verdict is None:
-                if time.monotonic() - start > 60 * given.minutes:
-                    print(f"{len(mutants) - number + 1} mutants are left for another time")
-                    break
-                verdict = trial.judge(mutant)
-                results.add(verdict)
-            verdicts.append(verdict)
-            print(f"{number}/{len(mutants)} {verdict.ended:10} {told(tree.root, mutant)}\n    {verdict.by} "
-                  f"({verdict.tests} of {verdict.of} tests, {verdict.seconds:g} s)", flush=True)
+        with Trial(tree, known, given.budget, given.ranks, given.seed) as trial:
+            for number, mutant in enumerate(mutants, 1):
+                verdict = None if given.again or given.mutant else results.get(mutant)
+                if verdict is None:
+                    if time.monotonic() - start > 60 * given.minutes:
+                        print(f"{len(mutants) - number + 1} mutants are left for another time")
+                        break
+                    verdict = trial.judge(mutant)
+                    results.add(verdict)
+                verdicts.append(verdict)
+                print(f"{number}/{len(mutants)} {verdict.ended:10} {told(tree.root, mutant)}\n    {verdict.by} "
+                      f"({verdict.tests} of {verdict.of} tests, {verdict.seconds:g} s)", flush=True)
     print(table(verdicts))
     return int(any(verdict.ended == "survived" for verdict in verdicts))
 
@@ -711,5 +908,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT)]
     if sys.argv[1:2] == ["record"]:
         record(sys.argv[2], sys.argv[3:])
+    elif sys.argv[1:2] == ["serve"]:
+        serve(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
     else:
         sys.exit(main())
