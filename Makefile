@@ -14,7 +14,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SHELL := /bin/bash
 
-.PHONY: book test serial ranks mutate bench tangle check clean
+.PHONY: book test serial ranks mutate bench tangle check dist clean
 
 book: .venv/ready                       ## the rendered book, in _build/html
 	python tools/tangle.py
@@ -32,26 +32,35 @@ ranks: .venv/ready
 mutate: .venv/ready                     ## break the package in forty places, one by one: does a test notice?
 	python tools/mutate.py --sample $(or $(SAMPLE),40) --seed $(or $(SEED),1)
 
-bench: .venv/ready                      ## this package beside its peers
-	python -m pip install -q -c constraints.txt -e '.[bench]'
+bench: .venv/bench-ready                ## this package beside its peers
 	python -m benchmarks
 
 tangle: .venv/ready                     ## the package, from the chapters
 	python tools/tangle.py
 
-check: .venv/ready                      ## is the package what the chapters say? does it lint, and do its types agree?
+check: .venv/lint-ready                 ## is the package what the chapters say? does it lint, and do its types agree?
 	python tools/tangle.py --check
-	python -m pip install -q -c constraints.txt -e '.[lint]'
 	python tools/tangle.py trace -- ruff check .
+	python tools/tangle.py trace -- ruff format --check vmad_lit tools tests benchmarks conf.py conftest.py providers
 	python tools/tangle.py trace -- mypy
 
-clean:
-	rm -rf _build .venv
+dist: .venv/ready                       ## what is published, in dist/: built, installed where nothing else is, and tried out
+	rm -rf dist
+	python -m build -q --outdir dist .
+	python -m build -q --outdir dist providers/pfft-python
+	$(PYTEST) tests/published.py
 
-.venv/ready: requirements.txt constraints.txt pyproject.toml $(wildcard providers/pfft-python/pyproject.toml)
+clean:
+	rm -rf _build dist .venv
+
+.venv/ready: requirements.txt constraints.txt pyproject.toml providers/pfft-python/pyproject.toml
 	@echo "== installing into .venv (once)"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	python -m pip install -q --upgrade pip -c constraints.txt
 	$(if $(MPI),python -m pip install -q -c constraints.txt $(MPI),mpicc -show)
 	python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/%-ready: .venv/ready              # what only one of the commands needs, once
+	python -m pip install -q -c constraints.txt -e '.[$*]'
 	touch $@

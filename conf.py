@@ -25,9 +25,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 project = "vmad_lit"
 author = "the vmad_lit authors"
 copyright = "the vmad_lit authors"
-version = release = "0.1.0"
 
 from tools.sphinx_tangle import book, linkcode_resolve  # noqa: E402, F401  ([source] leads to the chapter)
+from vmad_lit import __version__ as version  # noqa: E402
+
+release = version
 
 extensions = [
     "myst_nb",
@@ -47,7 +49,14 @@ suppress_warnings = ["toc.not_readable"]  # while chapters are being written
 # -- Markdown ---------------------------------------------------------------------------------------------
 
 myst_enable_extensions = [
-    "amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist", "smartquotes", "tasklist",
+    "amsmath",
+    "attrs_inline",
+    "colon_fence",
+    "deflist",
+    "dollarmath",
+    "fieldlist",
+    "smartquotes",
+    "tasklist",
 ]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True
@@ -63,10 +72,12 @@ math_eqref_format = "({number})"
 def package_digest() -> str:
     """A name for the state of everything that a cell may import."""
     digest = hashlib.sha256()
-    tools = [ROOT / "tools" / name for name in ("mpirun.py", "tangle.py")]
-    benchmarks = sorted((ROOT / "benchmarks").glob("*.py")) + sorted((ROOT / "benchmarks").glob("results/*.json"))
-    for path in [*sorted(ROOT / file for file in book().files.values()), *tools, *benchmarks]:
-        digest.update(f"{path.relative_to(ROOT)}\0".encode() + (path.read_bytes() if path.exists() else b"") + b"\0")
+    tools = [path for path in sorted((ROOT / "tools").rglob("*.py")) if path.name != "sphinx_tangle.py"]
+    package = sorted(ROOT / file for file in book().files.values())
+    benchmarks = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("results/*.json")]
+    for path in [*package, *tools, *sorted(benchmarks)]:
+        text = path.read_bytes() if path.exists() else b""
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + text + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -75,7 +86,8 @@ nb_execution_mode = "cache"
 nb_execution_cache_path = str(_caches / package_digest())
 nb_execution_timeout = 300
 nb_execution_in_temp = True
-nb_execution_raise_on_error = False  # as a warning: the build goes on, tells all failures, and then fails (-W)
+# A failing cell is a warning: the build goes on, tells all failures, and then fails (-W).
+nb_execution_raise_on_error = False
 nb_execution_show_tb = True
 nb_merge_streams = True
 nb_number_source_lines = False
@@ -136,7 +148,17 @@ if _mathjax and _mathjax.submodule_search_locations:
         "options": {"enableMenu": False},
     }
 exclude_patterns = [
-    "mathjax/sre/**", "mathjax/a11y/**", "mathjax/adaptors/**", "mathjax/ui/**", "mathjax/output/svg/**",
-    "mathjax/input/mml/**", "mathjax/input/asciimath*", "mathjax/output/svg*", "mathjax/*-full*",
-    "mathjax/mml-*", "mathjax/tex-mml-*", "mathjax/tex-svg*", "mathjax/node-main*",
+    "mathjax/sre/**",
+    "mathjax/a11y/**",
+    "mathjax/adaptors/**",
+    "mathjax/ui/**",
+    "mathjax/output/svg/**",
+    "mathjax/input/mml/**",
+    "mathjax/input/asciimath*",
+    "mathjax/output/svg*",
+    "mathjax/*-full*",
+    "mathjax/mml-*",
+    "mathjax/tex-mml-*",
+    "mathjax/tex-svg*",
+    "mathjax/node-main*",
 ]

@@ -21,7 +21,7 @@ import tracemalloc
 
 import numpy as np
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 
 from .common import best, describe, machine, optional, save, table
 
@@ -85,7 +85,7 @@ POLICIES = {
 def kept_states(chain):
     """How many states the schedule of a chain keeps at once, at most, in memory and on disk."""
     kept, most = set(), dict(RAM=0, DISK=0)
-    for action in chain.script.forward + chain.script.reverse:
+    for action in chain.actions.forward + chain.actions.reverse:
         if getattr(action, "write_ics", False) or getattr(action, "write_adj_deps", False) and action.storage.name == "DISK":
             kept.add((action.storage.name, action.n0))
         elif type(action).__name__ == "Move":
@@ -135,7 +135,7 @@ def measure(name, n, size=10_000, repeat=3, budget=2.0):
     if name in POLICIES:
         chain = POLICIES[name](n)
         gradient = gradient_of(chain, x)
-        if hasattr(chain, "script"):
+        if hasattr(chain, "actions"):
             row["kept"], row["on disk"] = kept_states(chain)
     else:
         gradient = by_autograd(PEERS[name], n, x)

@@ -198,18 +198,18 @@ def breakdown(task):
     """Seconds that a run of a task spends in each kind of kernel on this rank, and in all."""
     from pmesh.pm import BaseComplexField, RealField
 
-    from vmad_lit.lib import fastpm, loops
+    from vmad_lit.lib import axpy, exchange, force, loops, painting, transfer
 
-    windows = "paint", "readout", "spread", "gradient", "slopes", "paint_vjp", "paint_jvp", "readout_jvp", "slopes_jvp"
+    windows = "paint", "readout", "spread", "gradient", "weighted_gradient", "paint_vjp", "paint_jvp", "readout_jvp", "weighted_gradient_jvp"
     differences = "gradient", "divergence", "difference", "second_invariant", "second_invariant_vjp"
-    updates = "advance", "mix"
+    updates = "axpy", "mix"
     kinds = {
-        "paint and read out": [(fastpm._Window, name) for name in windows],
-        "FFT": [(RealField, "r2c"), (BaseComplexField, "c2r"), (fastpm, "_transform")],
-        "transfer functions": [(fastpm, "_times")],
-        "differences": [*((loops, name) for name in differences), (fastpm, "_halo")],
-        "drifts and sums": [*((loops, name) for name in updates), (fastpm, "_multiple")],
-        "decompose and exchange": [(fastpm, "_make_layout"), (fastpm, "_exchange"), (fastpm, "_gather")],
+        "paint and read out": [(painting.Window, name) for name in windows],
+        "FFT": [(RealField, "r2c"), (BaseComplexField, "c2r"), (force, "_transform")],
+        "transfer functions": [(transfer, "multiply_field")],
+        "differences": [*((loops, name) for name in differences), (force, "_halo")],
+        "drifts and sums": [*((loops, name) for name in updates), (axpy, "multiple")],
+        "decompose and exchange": [(exchange, "make_layout"), (exchange, "exchange_rows"), (exchange, "gather_rows")],
     }
     spent, running, before = dict.fromkeys(kinds, 0.0), [], []
 
@@ -226,10 +226,14 @@ def breakdown(task):
 
         return call
 
+    modules = [module for name, module in sys.modules.items() if name.startswith("vmad_lit.lib.")]
     for kind, places in kinds.items():
         for owner, name in places:
-            before.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, timed(kind, getattr(owner, name)))
+            function = getattr(owner, name)
+            users = [module for module in modules if owner in modules and vars(module).get(name) is function]
+            for user in users or [owner]:
+                before.append((user, name, function))
+                setattr(user, name, timed(kind, function))
     try:
         total = clock(task)
     finally:

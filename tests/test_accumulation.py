@@ -7,16 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from vmad_lit import Builder, operator
-from vmad_lit.core import autodiff
+from vmad_lit.core import autodiff, valuetypes
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.core.stdlib import add, operators
+from vmad_lit.core.stdlib import add
+from vmad_lit.core.valuetypes import value_type
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_array_is_small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operators, "SMALL", 0)
+        patch.setattr(valuetypes, "SMALL", 0)
         yield
 
 
@@ -148,7 +150,7 @@ def build(names):
     names=st.lists(st.sampled_from(sorted(PARTIAL)), min_size=1, max_size=8),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 def test_nobody_else_is_written_to(names, seed):
     KEPT.clear()
     rng = np.random.default_rng(seed)
@@ -211,7 +213,7 @@ def test_wider_cotangents_widen_the_sum():
     def total():
         own, a = None, ZeroGradient
         for b in wide:
-            a, own = autodiff.add_up(a, b, own)
+            a, own = autodiff.add_cotangents(a, b, own)
         return a
 
     np.testing.assert_array_equal(total(), sum(wide))
@@ -227,14 +229,14 @@ def test_lists_are_added_item_by_item(zero):
     expected = [sum(p[k] for p in parts if p is not ZeroGradient and p[k] is not ZeroGradient) for k in (0, 1)]
     own, a = None, ZeroGradient
     for b in [*parts, *parts]:
-        a, own = autodiff.add_up(a, b, own)
+        a, own = autodiff.add_cotangents(a, b, own)
     for got, single in zip(a, expected):
         np.testing.assert_array_equal(got, 2 * single)
     for i, part in enumerate(parts):
         if part is not ZeroGradient:
             np.testing.assert_array_equal(part[1], np.full(3, 2 * 10.0**i))
     with pytest.raises(ValueError, match="zip"):
-        autodiff.add_up([1.0], [1.0, 2.0], None)
+        autodiff.add_cotangents([1.0], [1.0, 2.0], None)
 
 
 @operator
@@ -309,7 +311,6 @@ class tenfold(one_to_one):
         return 10.0 * _y
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("n", [10, 100])
 def test_memory_of_a_fan(n):
     """However often a large array is used, its cotangent takes the total and one part."""
@@ -325,12 +326,12 @@ def test_memory_of_a_fan(n):
     assert arrays < 3.2  # two parts and their sum, at the first sum
 
 
-@pytest.mark.serial
 def test_a_large_sum_is_made_in_one_array(monkeypatch):
     """Of a hundred uses, one sum is a new array."""
     made = []
-    plain = autodiff.IN_PLACE[np.ndarray]
-    monkeypatch.setitem(autodiff.IN_PLACE, np.ndarray, lambda a, b: plain(a, b) and not made.append(id(a)))
+    arrays = value_type(np.ones(1))
+    plain = arrays.add_in_place
+    monkeypatch.setattr(arrays, "add_in_place", lambda a, b: plain(a, b) and not made.append(id(a)))
     m, init, v = fan(100)
     m.compute_with_vjp(init, v)
     assert len(made) == 98 and len(set(made)) == 1

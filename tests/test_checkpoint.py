@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core import checkpoint as module
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core import chain as chains, store
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.error import BadArgument, BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
 
@@ -26,7 +27,7 @@ schedules = pytest.importorskip("checkpoint_schedules")
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="asks /proc for open files")
 
 
-# -- Steps with all derivatives ------------------------------------------------------------------------------
+# -- StepFactors with all derivatives ------------------------------------------------------------------------------
 
 
 @operator
@@ -70,7 +71,7 @@ class norm2:
 
 
 @autooperator("x, p, k -> x1, p1")
-def leap(x, p, k, i, dt=0.1):
+def kick_drift(x, p, k, i, dt=0.1):
     x, p = turn(x, p, k, dt=dt * (1 + 0.1 * i))
     return turn(x, p, k, dt=dt)
 
@@ -78,7 +79,7 @@ def leap(x, p, k, i, dt=0.1):
 def plain(n):
     def chain(x, p, k):
         for i in range(n):
-            x, p = leap(x, p, k, i=i)
+            x, p = kick_drift(x, p, k, i=i)
         return x, p
 
     return chain
@@ -147,9 +148,9 @@ def policies(draw):
 
 
 @given(n=st.integers(1, 14), policy=policies())
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_any_schedule_gives_the_same_derivatives(n, policy):
-    assert_same_derivatives(model(checkpoint(leap, n, **policy)), n)
+    assert_same_derivatives(model(checkpoint(kick_drift, n, **policy)), n)
 
 
 @pytest.mark.parametrize("name", ["Revolve", "DiskRevolve", "HRevolve", "SingleMemoryStorageSchedule",
@@ -164,7 +165,7 @@ def test_schedules_of_the_library(name):
         "TwoLevelCheckpointSchedule": lambda n: schedules.TwoLevelCheckpointSchedule(3, 2),
         "MixedCheckpointSchedule": lambda n: schedules.MixedCheckpointSchedule(n, 3, storage=schedules.StorageType.DISK),
     }[name]
-    assert_same_derivatives(model(checkpoint(leap, 9, schedule=make)), 9)
+    assert_same_derivatives(model(checkpoint(kick_drift, 9, schedule=make)), 9)
 
 
 class Handmade(schedules.CheckpointSchedule):
@@ -198,7 +199,7 @@ def test_the_same_state_in_two_places():
         Reverse(2, 1, True), Move(0, RAM, NONE), Copy(0, DISK, WORK), Forward(0, 1, False, True, WORK),
         Move(0, DISK, NONE), Reverse(1, 0, True), EndReverse(),
     )
-    assert_same_derivatives(model(checkpoint(leap, 3, schedule=make)), 3)
+    assert_same_derivatives(model(checkpoint(kick_drift, 3, schedule=make)), 3)
 
 
 def test_schedules_that_do_not_fit():
@@ -213,15 +214,15 @@ def test_schedules_that_do_not_fit():
         ((Forward(0, 2, True, False, RAM), *end, Copy(1, RAM, WORK), EndReverse()), "did not keep, of step 1"),
         ((Forward(0, 2, True, False, RAM), *end, Copy(0, RAM, WORK), Reverse(2, 1, True), EndReverse()), "goes on at step 1"),
     ]:
-        m = model(checkpoint(leap, 3, schedule=handmade(*actions)))
+        m = model(checkpoint(kick_drift, 3, schedule=handmade(*actions)))
         with pytest.raises(BadArgument, match=what):
             m.compute_with_vjp(INIT, COTANGENTS)
 
 
 def test_without_a_reverse_sweep():
-    m, full = model(checkpoint(leap, 4, schedule="none")), model(plain(4))
+    m, full = model(checkpoint(kick_drift, 4, schedule="none")), model(plain(4))
     assert_same(m.compute_with_jvp("x", INIT, DIRECTION), full.compute_with_jvp("x", INIT, DIRECTION))
-    with pytest.raises(BrokenPrimitive, match="leap_chain.*keeps nothing"):
+    with pytest.raises(BrokenPrimitive, match="kick_drift_chain.*keeps nothing"):
         m.compute_with_vjp(INIT, COTANGENTS)
 
 
@@ -229,9 +230,9 @@ def test_without_a_reverse_sweep():
 
 
 @given(n=st.integers(1, 9), policy=policies(), seed=st.integers(0, 100))
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_the_hessian_is_the_change_of_the_gradient(n, policy, seed):
-    m = model(checkpoint(leap, n, **policy))
+    m = model(checkpoint(kick_drift, n, **policy))
     rng = np.random.default_rng(seed)
     init, v = ({name: rng.normal(size=3) for name in "xpk"} for _ in range(2))
 
@@ -249,7 +250,7 @@ def test_the_hessian_is_the_change_of_the_gradient(n, policy, seed):
 def test_forgetful_steps_have_second_derivatives():
     def chain(x, p, k):
         for i in range(5):
-            x, p = leap.forgetful(x, p, k, i=i)
+            x, p = kick_drift.forgetful(x, p, k, i=i)
         return x, p
 
     a, b = (model(each).compute_with_hvp("L", INIT, DIRECTION) for each in (chain, plain(5)))
@@ -286,9 +287,9 @@ def test_an_operator_without_second_derivative_is_named():
 
 
 @given(inner=policies(), outer=policies())
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_a_chain_of_chains(inner, outer):
-    chain = checkpoint(leap, 3, **inner)
+    chain = checkpoint(kick_drift, 3, **inner)
 
     @autooperator("x, p, k -> x1, p1")
     def several(x, p, k):
@@ -311,7 +312,7 @@ def test_a_chain_of_chains(inner, outer):
 
 @pytest.mark.parametrize("variant", [lambda f: f, lambda f: f.forgetful, lambda f: f.bind()])
 def test_a_chain_in_an_autooperator_and_twice(variant):
-    chain = checkpoint(leap, 4, ram=2)
+    chain = checkpoint(kick_drift, 4, ram=2)
 
     @autooperator("x, p, k -> x1, p1")
     def outer(x, p, k):
@@ -359,9 +360,9 @@ def test_a_step_may_be_a_method():
 
 
 @given(policy=policies())
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_a_tape_may_be_swept_again(policy):
-    m = model(checkpoint(leap, 7, **policy))
+    m = model(checkpoint(kick_drift, 7, **policy))
     _, tape = m.compute(["x", "p"], INIT, return_tape=True)
     full = model(plain(7)).compute(["x", "p"], INIT, return_tape=True)[1]
     names = ["_x", "_p", "_k"]
@@ -436,7 +437,7 @@ def census_of(n, **policy):
     census = Census()
 
     @operator
-    class advance:
+    class axpy:
         ain, aout = "x", "y"
 
         def apl(node, x):
@@ -451,7 +452,7 @@ def census_of(n, **policy):
 
     @autooperator("x -> y")
     def step(x):
-        return advance(x)
+        return axpy(x)
 
     with Builder() as m:
         m.output(y=checkpoint(step, n, **policy)(m.input("x")))
@@ -506,7 +507,7 @@ def open_files():
 @pytest.mark.parametrize("policy", [dict(ram=1, disk=20), dict(schedule="disk"), dict(schedule="two-level", period=2)])
 def test_one_file_without_a_name(tmp_path, policy):
     folder, n = str(tmp_path), 40
-    m = model(checkpoint(leap, n, folder=folder, **policy))
+    m = model(checkpoint(kick_drift, n, folder=folder, **policy))
     out, tape = m.compute(["x", "p"], INIT, return_tape=True)
     assert os.listdir(folder) == []
     assert sum(name.startswith(folder) for name in open_files()) == 1
@@ -523,16 +524,16 @@ def test_one_file_without_a_name(tmp_path, policy):
 
 
 def test_dropped_states_make_room_for_others(monkeypatch):
-    one = module.OnDisk(module.Disk(None, None), (INIT["x"], INIT["p"]))
+    one = store.OnDisk(store.Disk(None, None), (INIT["x"], INIT["p"]))
     disks = []
 
-    class Watched(module.Disk):
+    class Watched(store.Disk):
         def __init__(self, *args):
             super().__init__(*args)
             disks.append(self)
 
-    monkeypatch.setattr(module, "Disk", Watched)
-    m = model(checkpoint(leap, 50, ram=0, disk=3))
+    monkeypatch.setattr(chains, "Disk", Watched)
+    m = model(checkpoint(kick_drift, 50, ram=0, disk=3))
     for _ in range(2):
         m.compute_with_vjp(INIT, COTANGENTS)
     assert all(disk._end <= 3 * sum(one._sizes) + 100 for disk in disks) and len(disks) == 2
@@ -577,13 +578,13 @@ PROGRAM = """
     import os, resource, signal, sys
     import numpy as np
     from vmad_lit import Builder, autooperator, operator
-    from vmad_lit.core.checkpoint import checkpoint
+    from vmad_lit.core.chain import checkpoint
 
     folder, size = sys.argv[1], int(sys.argv[2])
 
     def model(hook, **policy):
         @operator
-        class advance:
+        class axpy:
             ain, aout = "x", "y"
             def apl(node, x): return x * 0.5
             def vjp(node, _y, x):
@@ -592,7 +593,7 @@ PROGRAM = """
 
         @autooperator("x -> y")
         def step(x):
-            return advance(x)
+            return axpy(x)
 
         with Builder() as m:
             m.output(y=checkpoint(step, 10, folder=folder, **policy)(m.input("x")))
@@ -609,7 +610,6 @@ def run_program(text, *arguments, **kwargs):
     )
 
 
-@pytest.mark.serial
 def test_a_killed_run_leaves_no_files(tmp_path):
     done = run_program(
         """
@@ -628,7 +628,6 @@ def test_a_killed_run_leaves_no_files(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.serial
 def test_a_full_disk_is_explained(tmp_path):
     done = run_program(
         """
@@ -651,13 +650,12 @@ def test_a_full_disk_is_explained(tmp_path):
     assert again == "True"
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
 def test_a_full_file_system(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        m = model(checkpoint(leap, 10, ram=0, disk=5, folder=str(tmp_path)))
+        m = model(checkpoint(kick_drift, 10, ram=0, disk=5, folder=str(tmp_path)))
         big = {name: np.ones(10_000) for name in INIT}
         with pytest.raises(OSError, match="could not be kept in .*No space left on device; choose another folder") as caught:
             m.compute("x", big, return_tape=True)
@@ -672,12 +670,11 @@ def test_folders_that_will_not_do(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     for folder, kind in (tmp_path / "missing", FileNotFoundError), (file, NotADirectoryError):
-        m = model(checkpoint(leap, 8, ram=0, disk=4, folder=str(folder)))
+        m = model(checkpoint(kick_drift, 8, ram=0, disk=4, folder=str(folder)))
         with pytest.raises(kind, match=f"could not be kept in {folder}.*choose another folder"):
             m.compute(["x", "p"], INIT, return_tape=True)
 
 
-@pytest.mark.serial
 def test_a_folder_without_permission(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
@@ -710,9 +707,7 @@ def test_what_cannot_be_pickled_is_named():
         m.compute("y", dict(x=np.ones(2), y=[1.0, lambda: None]), return_tape=True)
 
 
-def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
-    monkeypatch.setattr(module, "TAKE_APART", {})
-
+def test_values_of_other_types_can_be_kept_on_disk():
     class Opaque:
         def __init__(self, number, where):
             self.number, self.where = number, where
@@ -721,7 +716,7 @@ def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
             raise TypeError("no pickling")
 
     @operator
-    class advance:
+    class axpy:
         ain, aout = "x", "y"
 
         def apl(node, x):
@@ -732,7 +727,7 @@ def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
 
     @autooperator("x -> y")
     def step(x):
-        return advance(x)
+        return axpy(x)
 
     with Builder() as m:
         m.output(y=checkpoint(step, 4, schedule="disk")(m.input("x")))
@@ -740,7 +735,7 @@ def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
     with pytest.raises(TypeError, match="Opaque.*no pickling"):
         m.compute_with_vjp(dict(x=Opaque(1, here)), dict(_y=1.0))
 
-    @module.keep_on_disk_by(Opaque)
+    @store.keep_on_disk_by(Opaque)
     def take_apart(value):
         return lambda number: Opaque(number, value.where), value.number
 
@@ -751,6 +746,7 @@ def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
 # -- Fields and ranks --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize("policy", [dict(ram=2), dict(ram=1, disk=2), dict(schedule="disk"),
                                     dict(schedule="two-level", period=3, ram=1), dict(schedule="mixed", disk=2)])
 @pytest.mark.parametrize("kind", ["real", "complex", "untransposedcomplex"])
@@ -784,6 +780,7 @@ def test_fields_on_disk(policy, kind):
     assert_same(derivatives(checkpoint(step, 6, **policy)), derivatives(full))
 
 
+@pytest.mark.collective
 def test_a_simulation_with_states_on_disk():
     pytest.importorskip("pmesh")
     from vmad_lit.lib import fastpm
@@ -795,7 +792,7 @@ def test_a_simulation_with_states_on_disk():
     q = pm.generate_uniform_particle_grid(shift=0.0)
     rng = np.random.default_rng(pm.comm.rank)
     x, p = rng.normal(size=(2, *q.shape))
-    kwargs = dict(q=q, steps=fastpm.Steps(pt, stages, pm), pm=pm)
+    kwargs = dict(q=q, steps=fastpm.StepFactors(pt, stages, pm), pm=pm)
 
     def full(x, p):
         for i in range(5):
@@ -815,6 +812,7 @@ def test_a_simulation_with_states_on_disk():
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize("found", [True, False])
 def test_a_full_disk_of_one_rank_stops_all(found):
     """The ranks go through collective calls: if only one of them raised, the others would wait for ever."""
@@ -858,9 +856,9 @@ def test_bad_arguments():
         checkpoint(lambda x: x, 3)
     for n in 0, 2.5:
         with pytest.raises(BadArgument, match="at least one step"):
-            checkpoint(leap, n)
+            checkpoint(kick_drift, n)
     with pytest.raises(BadArgument, match="precomputed"):
-        checkpoint(leap.precompute(**INIT, i=0), 3)
+        checkpoint(kick_drift.precompute(**INIT, i=0), 3)
 
     @autooperator("x -> y, z")
     def grows(x):
@@ -892,4 +890,4 @@ def test_bad_arguments():
 )
 def test_bad_schedules(policy, what):
     with pytest.raises(BadArgument, match=what):
-        checkpoint(leap, 10, **policy)
+        checkpoint(kick_drift, 10, **policy)

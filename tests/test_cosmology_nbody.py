@@ -9,6 +9,8 @@ from vmad_lit.lib.cosmology import Cosmology, LinearPower, MatterDominated, Plan
 from vmad_lit.lib.mpi import allbcast
 from vmad_lit.testing import check, check_dot_product, check_rank_invariance, check_taylor
 
+pytestmark = pytest.mark.collective
+
 COMM = MPI.COMM_WORLD
 STAGES = [0.1, 0.4, 1.0]
 POINT = dict(Om0=0.31, h=0.68, n_s=0.965, sigma8=0.82)
@@ -57,7 +59,7 @@ def value_and_gradient(comm, **options):
 def test_gradient_by_each_parameter(parameter):
     pm = make_mesh()
     fixed = tuple(name for name in ('wnk', *PARAMETERS) if name != parameter)
-    report = check(objective, make_noise(pm), **POINT, pm=pm, comm=COMM, universal=PARAMETERS, constant=fixed)
+    report = check(objective, make_noise(pm), **POINT, pm=pm, comm=COMM, replicated=PARAMETERS, constant=fixed)
     assert report.second is not None
 
 
@@ -65,7 +67,7 @@ def test_gradient_by_each_parameter(parameter):
                                      dict(reversible=True), dict(keep_potential=False)], ids=str)
 def test_gradient_by_all_parameters_and_noise(options):
     pm = make_mesh()
-    report = check(objective, make_noise(pm), **POINT, pm=pm, comm=COMM, universal=PARAMETERS, **options)
+    report = check(objective, make_noise(pm), **POINT, pm=pm, comm=COMM, replicated=PARAMETERS, **options)
     assert report.second is not None
 
 
@@ -89,7 +91,7 @@ def test_derivatives_of_momenta_and_forces():
     pm = make_mesh()
     for i in (1, 2):
         report = check(lambda *args, **kwargs: simulate(*args, **kwargs)[i], make_noise(pm), **POINT, pm=pm,
-                       comm=COMM, universal=PARAMETERS)
+                       comm=COMM, replicated=PARAMETERS)
         assert report.second is not None
 
 
@@ -97,8 +99,8 @@ def test_density_in_both_modes():
     pm = make_mesh((4, 6, 6))
     density = build(lambda *args: simulate(*args, pm=pm)[0])
     init = dict(wnk=make_noise(pm), **POINT)
-    check_taylor(density, **init, comm=COMM, universal=PARAMETERS)
-    check_dot_product(density, **init, comm=COMM, universal=PARAMETERS)
+    check_taylor(density, **init, comm=COMM, replicated=PARAMETERS)
+    check_dot_product(density, **init, comm=COMM, replicated=PARAMETERS)
 
 
 def test_gradient_does_not_depend_on_ranks():
@@ -111,7 +113,7 @@ def test_ranks_without_particles():
     if COMM.size > 1:
         q = COMM.allgather(q)  # and here only the first has particles
         q = np.concatenate(q) if COMM.rank == 0 else np.empty((0, 3))
-    report = check(objective, make_noise(pm), **POINT, pm=pm, q=q, comm=COMM, universal=PARAMETERS)
+    report = check(objective, make_noise(pm), **POINT, pm=pm, q=q, comm=COMM, replicated=PARAMETERS)
     assert report.second is not None
 
 
@@ -176,14 +178,14 @@ def test_numbers_make_no_nodes_of_the_background():
     lambda rhok, c, q, pm: fastpm.nbody(rhok, q, STAGES, c.background(), pm)[1],
     lambda rhok, c, q, pm: fastpm.firststep(rhok, q, 0.3, c.background(), pm)[1],
     lambda rhok, c, q, pm: fastpm.leapfrog(*fastpm.lpt(rhok, q, pm), q, STAGES, c.background(), pm)[1],
-    lambda rhok, c, q, pm: fastpm.leapfrog_step(*fastpm.lpt(rhok, q, pm), q, fastpm.Steps(c.background(), STAGES, pm), pm, 0)[1],
+    lambda rhok, c, q, pm: fastpm.leapfrog_step(*fastpm.lpt(rhok, q, pm), q, fastpm.StepFactors(c.background(), STAGES, pm), pm, 0)[1],
     lambda rhok, c, q, pm: fastpm.FastPMSimulation([0.5], c.background(), pm).run(rhok)[2],
     lambda rhok, c, q, pm: fastpm.FastPMSimulation(STAGES, c, pm).firststep(rhok)[1],
 ], ids=['nbody', 'background', 'firststep', 'leapfrog', 'step', 'one stage', 'method'])
 def test_every_way_to_call(call):
     pm = make_mesh()
     q = pm.generate_uniform_particle_grid(shift=0.5)
-    check(lambda wnk, Om0: call(wnk, Cosmology(Om0=Om0), q, pm), make_noise(pm) * 0.1, Om0=0.3, comm=COMM, universal='Om0')
+    check(lambda wnk, Om0: call(wnk, Cosmology(Om0=Om0), q, pm), make_noise(pm) * 0.1, Om0=0.3, comm=COMM, replicated='Om0')
 
 
 def test_anything_with_a_symbol_for_its_density():
@@ -193,7 +195,7 @@ def test_anything_with_a_symbol_for_its_density():
 
     pm = make_mesh()
     check(lambda wnk, Om0: fastpm.FastPMSimulation(STAGES, Universe(Om0), pm).run(wnk)[0],
-          make_noise(pm), Om0=0.3, comm=COMM, universal='Om0')
+          make_noise(pm), Om0=0.3, comm=COMM, replicated='Om0')
 
 
 def test_factors_of_a_symbol():
@@ -244,7 +246,7 @@ def test_colored_modes_are_those_of_a_function(dtype):
 def test_modes_of_any_differentiable_power():
     pm = make_mesh()
     power = 1 / (1 + fastpm.find_wavenumbers(pm))
-    check(fastpm.color_modes, make_noise(pm), power, pm, comm=COMM, universal='power')
+    check(fastpm.color_modes, make_noise(pm), power, pm, comm=COMM, replicated='power')
 
 
 @pytest.mark.parametrize('transfer', ['NoWiggle', lambda k: 1 / (1 + (20 * k) ** 2)], ids=['NoWiggle', 'function'])
@@ -255,7 +257,7 @@ def test_spectra_of_symbols(transfer):
         cosmology = Cosmology(Om0=Om0, h=h, n_s=n_s, sigma8=sigma8, Ob0=Ob0)
         return fastpm.induce_correlation(wnk, LinearPower(cosmology, z=1.0, transfer=transfer), pm)
 
-    check(modes, make_noise(pm), **POINT, Ob0=0.05, comm=COMM, universal=(*PARAMETERS, 'Ob0'))
+    check(modes, make_noise(pm), **POINT, Ob0=0.05, comm=COMM, replicated=(*PARAMETERS, 'Ob0'))
 
 
 # -- the pieces --------------------------------------------------------------------------------------------
@@ -264,9 +266,9 @@ def test_spectra_of_symbols(transfer):
 def test_advance_and_scale(dtype):
     rng = np.random.default_rng(3 + COMM.rank)
     x, v = rng.normal(size=(2, 5 + COMM.rank, 3)).astype(dtype)
-    check(lambda x, v, c: fastpm.advance(x, v, allbcast(c, COMM)), x, v, 0.7, comm=COMM, universal='x2',
+    check(lambda x, v, c: fastpm.axpy(x, v, allbcast(c, COMM)), x, v, 0.7, comm=COMM, replicated='x2',
           truth=x + np.dtype(dtype).type(0.7) * v)
-    check(lambda v, c: fastpm.scale(v, allbcast(c, COMM)), v, 0.7, comm=COMM, universal='x1')
+    check(lambda v, c: fastpm.scale(v, allbcast(c, COMM)), v, 0.7, comm=COMM, replicated='x1')
     check(fastpm.pick, np.arange(6.0).reshape(2, 3), 4, truth=4.0)
 
 
@@ -282,13 +284,13 @@ def test_leap(dtype):
     with Builder() as m:
         dx_i, p_i, kick, drift = m.input('dx_i', 'p_i', 'kick', 'drift')
         f, _ = fastpm.gravity(dx_i, q, pm)
-        after = fastpm.advance(p_i, f, kick)
-        m.output(dx=fastpm.advance(dx_i, after, drift), p=after)
+        after = fastpm.axpy(p_i, f, kick)
+        m.output(dx=fastpm.axpy(dx_i, after, drift), p=after)
     init = dict(dx_i=dx, p_i=p, kick=0.7, drift=-0.3)
     expected = m.compute(['dx', 'p'], init)
     for i, name in enumerate(('dx', 'p')):
-        check(lambda dx_i, p_i, kick, drift: fastpm.leap(dx_i, p_i, *(allbcast(c, COMM) for c in (kick, drift)), q, pm)[i],
-              *init.values(), comm=COMM, universal=('x2', 'x3'), truth=expected[i])
+        check(lambda dx_i, p_i, kick, drift: fastpm.kick_drift(dx_i, p_i, *(allbcast(c, COMM) for c in (kick, drift)), q, pm)[i],
+              *init.values(), comm=COMM, replicated=('x2', 'x3'), truth=expected[i])
 
 
 @pytest.mark.parametrize('keep_potential', [True, False])
@@ -303,11 +305,11 @@ def test_both_results_of_a_leap_at_once(keep_potential):
         with Builder() as m:
             dx_i, p_i = m.input('dx_i', 'p_i')
             if one:
-                out = fastpm.leap(dx_i, p_i, 0.7, -0.3, q, pm, keep_potential)
+                out = fastpm.kick_drift(dx_i, p_i, 0.7, -0.3, q, pm, keep_potential)
             else:
                 f, _ = fastpm.gravity(dx_i, q, pm)
-                after = fastpm.advance(p_i, f, 0.7)
-                out = fastpm.advance(dx_i, after, -0.3), after
+                after = fastpm.axpy(p_i, f, 0.7)
+                out = fastpm.axpy(dx_i, after, -0.3), after
             m.output(**dict(zip(('dx', 'p'), out)))
         results.append([*m.compute_with_vjp(init, cotangents), *m.compute_with_jvp(['dx', 'p'], init, dict(dx_i_=_dx, p_i_=_p))])
     for got, expected in zip(*results):
@@ -329,7 +331,7 @@ def test_superpose(dtype):
     truth = [c['D1'] * dx1 + c['D2'] * dx2, c['Gf1'] * dx1 + c['Gf2'] * dx2]
     for i in 0, 1:
         check(lambda dx1, dx2, *c: fastpm.superpose(dx1, dx2, *(allbcast(x, COMM) for x in c))[i],
-              dx1, dx2, *c.values(), comm=COMM, universal=('x2', 'x3', 'x4', 'x5'), truth=truth[i])
+              dx1, dx2, *c.values(), comm=COMM, replicated=('x2', 'x3', 'x4', 'x5'), truth=truth[i])
         check(lambda dx1, dx2: fastpm.superpose(dx1, dx2, *c.values())[i], dx1, dx2, comm=COMM, truth=truth[i])
 
 
@@ -338,13 +340,13 @@ def test_coefficients_in_turn():
     pt = Planck15.background(a=np.array([0.2, 0.3, 0.5, 1.0]))
     stages = [0.2, 0.5, 0.9, 1.0]
     a, b, c = (fastpm.factors_of_step(pt, *ends) for ends in zip(stages[:-1], stages[1:]))
-    steps = fastpm.Steps(pt, stages, make_mesh())
+    steps = fastpm.StepFactors(pt, stages, make_mesh())
     np.testing.assert_allclose(steps.factors, [a[0], a[1], a[2] + b[0], b[1], b[2] + c[0], c[1], c[2]], rtol=1e-14)
     assert steps.n == 3 and steps.kick(1) == steps.factors[2] and steps.drift(1) == steps.factors[3]
     with Builder() as m:
-        symbolic = fastpm.Steps(SymbolicBackground(m.input('Om0')), stages, make_mesh())
+        symbolic = fastpm.StepFactors(SymbolicBackground(m.input('Om0')), stages, make_mesh())
         m.output(factors=symbolic.factors, kick=symbolic.kick(2))
-    exact = fastpm.Steps(MatterDominated(0.3), stages, make_mesh()).factors
+    exact = fastpm.StepFactors(MatterDominated(0.3), stages, make_mesh()).factors
     factors, kick = m.compute(['factors', 'kick'], dict(Om0=0.3))
     np.testing.assert_allclose(factors, exact, rtol=1e-6)
     assert kick == factors[4]
@@ -386,6 +388,7 @@ def nested(x, pair):
     return combine(x, pair.first) * combine(x, pair.first, scale=2.0) + pair.second
 
 
+@pytest.mark.serial
 def test_symbols_in_nested_objects():
     def function(x, a, b, c):
         return nested(x, Pair(Pair(a, b), c))
@@ -394,6 +397,7 @@ def test_symbols_in_nested_objects():
     check(lambda x: combine(x, Pair(3.0, 5.0)), 2.0, truth=11.0)
 
 
+@pytest.mark.serial
 def test_the_object_of_the_caller_is_left_alone():
     with Builder() as m:
         x, a = m.input('x', 'a')
@@ -407,6 +411,7 @@ def test_the_object_of_the_caller_is_left_alone():
     assert gradient == [10.0, 6.0]
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize('make, message', [
     (lambda s: Cosmology(T_cmb=s), 'T_cmb'),
     (lambda s: Cosmology(Ok0=s), 'Ok0'),
@@ -417,6 +422,7 @@ def test_where_symbols_cannot_be(make, message):
         make(m.input('s'))
 
 
+@pytest.mark.serial
 def test_distances_of_a_symbol():
     names = 'efunc', 'comoving_distance', 'comoving_transverse_distance', 'angular_diameter_distance', 'luminosity_distance'
     for Ok0 in (0.0, 0.1, -0.1):

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
+from helpers import examples
 from vmad_lit import Builder, operator
 from vmad_lit.core import stdlib
 from vmad_lit.core.error import BrokenPrimitive
@@ -114,7 +115,7 @@ def test_every_operator_has_a_proof():
 
 
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - LOOKING))
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_operator(name, data):
     function, dtypes = PROOFS[name]

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
 from vmad_lit.core.error import BadArgument, BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
@@ -36,13 +37,13 @@ class product:
         return x1 * x2
 
     def vjp(node, _y, x1, x2):
-        return dict(_x1=_y * np.conj(x2), _x2=_y * np.conj(x1) if node.wants("x2") else ZeroGradient)
+        return dict(_x1=_y * np.conj(x2), _x2=_y * np.conj(x1) if node.needs("x2") else ZeroGradient)
 
     def jvp(node, x1_, x2_, x1, x2):
         return x1_ * x2 + x1 * x2_
 
     def hvp(node, _y, x1_, x2_):
-        return dict(_x1_=_y * np.conj(x2_), _x2_=_y * np.conj(x1_) if node.wants("x2") else ZeroGradient)
+        return dict(_x1_=_y * np.conj(x2_), _x2_=_y * np.conj(x1_) if node.needs("x2") else ZeroGradient)
 
 
 @operator
@@ -187,7 +188,7 @@ MODELS = [straight, nested, forgetful, with_lists, with_constants, by_choice]
 
 
 @pytest.mark.parametrize("formula", MODELS)
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(seed=st.integers(0, 1000), complex=st.booleans())
 def test_models(formula, seed, complex):
     with Builder() as m:

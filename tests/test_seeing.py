@@ -11,11 +11,11 @@ import pytest
 
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
 from vmad_lit.core import error
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.model import Model
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.profile import Profile, progress
-from vmad_lit.core.tape import weigh
+from vmad_lit.core.valuetypes import nbytes_of
 from vmad_lit.lib import linalg
 
 
@@ -140,6 +140,16 @@ def test_the_table_of_a_tape_shows_shapes_bytes_and_inner_tapes():
     assert "test_seeing.py:" in repr(tape[0]) and "recorded" in repr(tape[0])
 
 
+def test_a_record_is_a_table_with_the_tapes_inside():
+    m = nested(2)
+    y, tape = m.compute("y", dict(x=np.ones(5)), return_tape=True)
+    first = Balance(tape[0]._repr_html_())
+    assert first.text.startswith("outer-0(x, 2) -> outer-0.y at test_seeing.py:")
+    assert first.text.count("tape of ") == 1 + 2  # the loop, its steps
+    assert "ndarray float64[5]" in first.text
+    assert "<table>" in tape[1]._repr_html_() and "tape of" not in tape[1]._repr_html_()
+
+
 def test_many_inner_tapes_are_not_all_written_out():
     m = nested(90)
     y, tape = m.compute("y", dict(x=np.ones(2)), return_tape=True)
@@ -157,16 +167,16 @@ def test_the_repr_of_a_node_with_a_long_list_is_short():
 
 def test_an_array_is_weighed_once():
     a = np.ones(1000)
-    assert weigh(a, {}) == 8000
-    assert weigh([a, a[:5], {"b": a.reshape(10, 100)}, (a.T,)], {}) == 8000
-    assert weigh(a[:5], {}) == 8000  # a slice keeps all of it alive
-    assert weigh([np.broadcast_to(np.ones(1), (100,)), 1.0, "text", None, ZeroGradient], {}) == 8
+    assert nbytes_of(a, {}) == 8000
+    assert nbytes_of([a, a[:5], {"b": a.reshape(10, 100)}, (a.T,)], {}) == 8000
+    assert nbytes_of(a[:5], {}) == 8000  # a slice keeps all of it alive
+    assert nbytes_of([np.broadcast_to(np.ones(1), (100,)), 1.0, "text", None, ZeroGradient], {}) == 8
 
     class Holder:
         def __init__(self):
             self.indices, self.n = a, 5
 
-    assert weigh([Holder(), a], {}) == 8000
+    assert nbytes_of([Holder(), a], {}) == 8000
 
 
 def test_the_bytes_of_a_tape():
@@ -188,15 +198,16 @@ def test_the_bytes_of_a_chain_follow_its_states(ram):
     pytest.importorskip("checkpoint_schedules")
 
     @autooperator("x -> y")
-    def advance(x):
+    def axpy(x):
         return scale(x)
 
     with Builder() as m:
-        m.output(y=checkpoint(advance, n=20, ram=ram)(m.input("x")))
+        m.output(y=checkpoint(axpy, n=20, ram=ram)(m.input("x")))
     y, tape = m.compute("y", dict(x=np.ones(1000)), return_tape=True)
     assert ram * 8000 <= tape.nbytes <= (ram + 2) * 8000
 
 
+@pytest.mark.collective
 def test_the_bytes_of_fields():
     pytest.importorskip("pmesh")
     from vmad_lit.lib import fastpm
@@ -207,7 +218,7 @@ def test_the_bytes_of_fields():
     field = pm.create("real", value=1.0)
     y, tape = m.compute("y", dict(x=field), return_tape=True)
     assert field.value.nbytes <= tape.nbytes <= 3 * max(field.value.nbytes, 64)
-    assert weigh([field, field, field.value], {}) == weigh(field, {})
+    assert nbytes_of([field, field, field.value], {}) == nbytes_of(field, {})
 
 
 # Pictures
@@ -363,11 +374,11 @@ def test_chains_and_forgetful_autooperators_are_measured_inside():
     pytest.importorskip("checkpoint_schedules")
 
     @autooperator("x -> y")
-    def advance(x):
+    def axpy(x):
         return scale(x)
 
     with Builder() as m:
-        m.output(y=advance.forgetful(checkpoint(advance, n=8, ram=2)(m.input("x"))))
+        m.output(y=axpy.forgetful(checkpoint(axpy, n=8, ram=2)(m.input("x"))))
     with Profile() as p:
         m.compute_with_vjp(dict(x=1.0), dict(_y=1.0))
     rows = {row.name: row for row in p.by_operator()}
@@ -384,10 +395,11 @@ def test_the_picture_of_a_profile(monkeypatch):
 
     pyplot.close(figure)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="needs the package matplotlib"):
+    with pytest.raises(ImportError, match=r"matplotlib .* pip install 'vmad_lit\[output\]'"):
         p.plot()
 
 
+@pytest.mark.collective
 def test_profiles_over_ranks():
     MPI = pytest.importorskip("mpi4py.MPI")
     comm = MPI.COMM_WORLD
@@ -409,6 +421,7 @@ def test_profiles_over_ranks():
 # Progress
 
 
+@pytest.mark.collective
 def test_progress_knows_the_total_of_every_sweep():
     m, init, log, totals = long_chain(7), dict(x=np.ones(2)), io.StringIO(), []
 
@@ -444,6 +457,7 @@ def test_progress_knows_the_total_of_every_sweep():
     assert "forward" in log.getvalue() and "7/7" in log.getvalue()
 
 
+@pytest.mark.collective
 def test_progress_is_quiet_without_a_terminal_and_on_other_ranks():
     m, init, log = long_chain(3), dict(x=1.0), io.StringIO()
     m.compute("y", init, monitor=progress(file=log))
@@ -669,6 +683,7 @@ def test_a_number_stands_for_an_array_of_it(dtype):
     assert m.compute_with_vjp(dict(x=x), dict(_y=0))[1][0] is ZeroGradient
 
 
+@pytest.mark.collective
 def test_fields_of_another_mesh_are_refused():
     pytest.importorskip("pmesh")
     from vmad_lit.lib import fastpm

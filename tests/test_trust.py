@@ -21,7 +21,7 @@ from vmad_lit.testing import check, check_second_order, squared_norm  # noqa: E4
 
 COMM = MPI.COMM_WORLD
 
-# A distributed operator of our own: uneven parts, the first of which is empty
+# A partitioned operator of our own: uneven parts, the first of which is empty
 
 
 def total(x, comm):
@@ -29,7 +29,7 @@ def total(x, comm):
 
 
 class Fractions:
-    """The elements of a distributed array as fractions of their sum over all ranks."""
+    """The elements of a partitioned array as fractions of their sum over all ranks."""
 
     ain, aout = "x", "y"
     collective = True
@@ -57,6 +57,7 @@ def weights(dtype="f8"):
     return np.random.default_rng(COMM.rank).uniform(0.5, 1.5, n).astype(dtype)
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize("dtype", ["f8", "f4"])
 def test_a_distributed_operator(dtype):
     report = check(fractions, weights(dtype), COMM, comm=COMM)
@@ -64,6 +65,7 @@ def test_a_distributed_operator(dtype):
     assert len(set(COMM.allgather(tuple(report.rates)))) == 1  # all ranks have seen the same
 
 
+@pytest.mark.collective
 def test_a_model_around_a_distributed_operator():
     @autooperator("x, b -> y")
     def entropy(x, b, comm):
@@ -74,6 +76,7 @@ def test_a_model_around_a_distributed_operator():
     assert check_second_order(lambda x, b: entropy(x, b, COMM), weights(), 1.3, comm=COMM)[-1] > 1.9
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize("wrong", ["jvp", "vjp", "hvp"])
 def test_a_wrong_derivative_is_found_on_all_ranks(wrong):
     """Each rank uses the sum of its own part, which is right on one rank; so there it is wrong by a percent instead."""
@@ -102,7 +105,8 @@ def test_the_squared_norm_of_test_classes():
 PROVED_IN = {
     **{f"vmad_lit.{name}": "test_operators.py" for name in ("core.stdlib.operators", "core.stdlib.utils", "lib.unary", "lib.binary", "lib.linalg")},
     "vmad_lit.lib.mpi": "test_mpi.py",
-    "vmad_lit.lib.fastpm": "test_mesh.py test_cosmology_nbody.py test_nbody.py test_checkpoint.py",
+    **{f"vmad_lit.lib.{name}": "test_mesh.py" for name in ("mesh", "transfer", "exchange", "painting", "force", "lpt")},
+    **{f"vmad_lit.lib.{name}": "test_cosmology_nbody.py test_nbody.py test_checkpoint.py" for name in ("axpy", "nbody")},
     "vmad_lit.lib.cosmology": "test_cosmology.py test_cosmology_nbody.py",
     "vmad_lit.lib.spectra": "test_spectra.py",
     "vmad_lit.testing": "test_trust.py",

@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 
 CALLS: list[str] = []
 
@@ -113,14 +113,14 @@ def test_an_operator_may_ask():
         aout = "half", "rest"
 
         def apl(node, x):
-            asked.append([name for name in ("half", "rest") if node.wants(name)])
-            return dict(half=x / 2, rest=x / 2 if node.wants("rest") else None)
+            asked.append([name for name in ("half", "rest") if node.needs(name)])
+            return dict(half=x / 2, rest=x / 2 if node.needs("rest") else None)
 
         def vjp(node, _half, _rest):
             return dict(_x=(_half + _rest) / 2)
 
         def jvp(node, x_):
-            asked.append([name for name in ("half", "rest") if node.wants(name)])
+            asked.append([name for name in ("half", "rest") if node.needs(name)])
             return dict(half_=x_ / 2, rest_=x_ / 2)
 
     with Builder() as m:

@@ -88,10 +88,25 @@ def mpirun(source: str, arguments: str | list[str] = "", check: bool = True) -> 
     with tempfile.TemporaryDirectory() as folder:
         cell = Path(folder, "cell")
         cell.write_text(source, encoding="utf-8")
-        command = [launcher(), "-n", str(given.n), sys.executable, "-c",
-                   "import sys, tools.mpirun; tools.mpirun.run_cell(sys.argv[1])", str(cell)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, env=environment(), cwd=folder, start_new_session=True)
+        command = [
+            launcher(),
+            "-n",
+            str(given.n),
+            sys.executable,
+            "-c",
+            "import sys, tools.mpirun; tools.mpirun.run_cell(sys.argv[1])",
+            str(cell),
+        ]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            cwd=folder,
+            start_new_session=True,
+        )
         try:
             printed, errors = process.communicate(timeout=given.timeout)
             status = process.returncode

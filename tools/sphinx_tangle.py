@@ -31,7 +31,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
-from tools.tangle import Block, Book, TangleError, slug
+from tools.tangle import Block, Book, TangleError, module_of, slug
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,8 +49,11 @@ def book() -> Book:
 @lru_cache(maxsize=1)
 def anchors() -> dict[Block, str]:
     """The anchor of every canonical block on its page."""
-    return {block: f"block-{ident}" if number == 1 else f"block-{ident}-{number}"
-            for ident, pieces in book().chunks.items() for number, block in enumerate(pieces, start=1)}
+    return {
+        block: f"block-{ident}" if number == 1 else f"block-{ident}-{number}"
+        for ident, pieces in book().chunks.items()
+        for number, block in enumerate(pieces, start=1)
+    }
 
 
 def docname(block: Block) -> str:
@@ -59,7 +62,9 @@ def docname(block: Block) -> str:
 
 def title(block: Block) -> str:
     """What to call a block: its file, or the words of its chunk."""
-    return book().files.get(block.id) or chunk_titles().get(block.id) or block.id.replace("-", " ").capitalize()
+    return (
+        book().files.get(block.id) or chunk_titles().get(block.id) or block.id.replace("-", " ").capitalize()
+    )
 
 
 @lru_cache(maxsize=1)
@@ -99,7 +104,11 @@ class CanonicalBlock(SphinxDirective):
         if block is None or not block.canonical:
             return [code]
         footer = self.footer(block)
-        return [nodes.container("", self.caption(block), code, *footer, classes=["tangle"], ids=[anchors()[block]])]
+        return [
+            nodes.container(
+                "", self.caption(block), code, *footer, classes=["tangle"], ids=[anchors()[block]]
+            )
+        ]
 
     def caption(self, block: Block) -> nodes.Node:
         """The file or the chunk, and the part before."""
@@ -110,8 +119,13 @@ class CanonicalBlock(SphinxDirective):
         line = nodes.paragraph("", "", name, classes=["tangle-caption"])
         before, _ = neighbours(block)
         if before is not None:
-            line += nodes.inline("", "", nodes.Text("continues "), link(whereabouts(block, before), before),
-                                 classes=["tangle-thread"])
+            line += nodes.inline(
+                "",
+                "",
+                nodes.Text("continues "),
+                link(whereabouts(block, before), before),
+                classes=["tangle-thread"],
+            )
         return line
 
     def footer(self, block: Block) -> list[nodes.Node]:
@@ -139,7 +153,9 @@ class TitledNote(Note):
     def run(self) -> list[nodes.Node]:
         if not self.content or self.content[0].strip() != "In this chapter":
             return super().run()
-        note = nodes.admonition("", nodes.title("", self.content[0].strip()), classes=["note", "in-this-chapter"])
+        note = nodes.admonition(
+            "", nodes.title("", self.content[0].strip()), classes=["note", "in-this-chapter"]
+        )
         self.state.nested_parse(self.content[1:], self.content_offset + 1, note)
         return [note]
 
@@ -148,8 +164,7 @@ def neighbours(block: Block) -> tuple[Block | None, Block | None]:
     """The parts of the same file or chunk before and after a block."""
     pieces = book().chunks[block.id]
     number = pieces.index(block)
-    return (pieces[number - 1] if number else None,
-            pieces[number + 1] if number + 1 < len(pieces) else None)
+    return (pieces[number - 1] if number else None, pieces[number + 1] if number + 1 < len(pieces) else None)
 
 
 def whereabouts(here: Block, there: Block) -> str:
@@ -161,11 +176,20 @@ def whereabouts(here: Block, there: Block) -> str:
 
 def link(words: str, block: Block) -> nodes.Node:
     """A link to a canonical block, resolved when all pages are known."""
-    return addnodes.pending_xref("", nodes.inline("", words), refdomain="", reftype="tangle",
-                                 reftarget=f"{docname(block)}#{anchors()[block]}", refexplicit=True, refwarn=True)
+    return addnodes.pending_xref(
+        "",
+        nodes.inline("", words),
+        refdomain="",
+        reftype="tangle",
+        reftarget=f"{docname(block)}#{anchors()[block]}",
+        refexplicit=True,
+        refwarn=True,
+    )
 
 
-def resolve_link(app: Sphinx, env: Any, node: addnodes.pending_xref, content: nodes.Node) -> nodes.Node | None:
+def resolve_link(
+    app: Sphinx, env: Any, node: addnodes.pending_xref, content: nodes.Node
+) -> nodes.Node | None:
     if node["reftype"] != "tangle":
         return None
     page, anchor = node["reftarget"].split("#")
@@ -173,10 +197,22 @@ def resolve_link(app: Sphinx, env: Any, node: addnodes.pending_xref, content: no
 
 
 #: Names of others, whose documentation is elsewhere: no link, and no complaint.
-OTHERS = {"numpy", "scipy", "mpi4py", "pmesh", "numba", "ducc0", "matplotlib", "checkpoint_schedules", "pytest"}
+OTHERS = {
+    "numpy",
+    "scipy",
+    "mpi4py",
+    "pmesh",
+    "numba",
+    "ducc0",
+    "matplotlib",
+    "checkpoint_schedules",
+    "pytest",
+}
 
 
-def resolve_name(app: Sphinx, env: Any, node: addnodes.pending_xref, content: nodes.Node) -> nodes.Node | None:
+def resolve_name(
+    app: Sphinx, env: Any, node: addnodes.pending_xref, content: nodes.Node
+) -> nodes.Node | None:
     """Let ``{py:func}`paint``` find its entry without the module, first among those that the page's chapter makes."""
     if node.get("refdomain") != "py":
         return None
@@ -184,10 +220,15 @@ def resolve_name(app: Sphinx, env: Any, node: addnodes.pending_xref, content: no
     if target.split(".")[0] in OTHERS:
         return content
     known = env.get_domain("py").objects
-    found = [name for name, entry in known.items() if name.endswith("." + target) and entry.objtype != "module"]
+    found = [
+        name for name, entry in known.items() if name.endswith("." + target) and entry.objtype != "module"
+    ]
     page = f"{node['refdoc']}.md"
-    here = tuple(module_of(file) + "." for file, ident in book().roots.items()
-                 if any(block.chapter == page for block in book().chunks[ident]))
+    here = tuple(
+        module_of(file) + "."
+        for file, ident in book().roots.items()
+        if any(block.chapter == page for block in book().chunks[ident])
+    )
     near = [name for name in found if name.startswith(here)] or found
     depth = min((name.count(".") for name in near), default=0)
     chosen = [name for name in near if name.count(".") == depth]
@@ -283,21 +324,34 @@ class ApiPackage(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         package = self.arguments[0]
         sections: list[nodes.Node] = []
-        for file in sorted(book().files.values(), key=lambda file: list(book().chunks).index(book().roots[file])):
+        for file in sorted(
+            book().files.values(), key=lambda file: list(book().chunks).index(book().roots[file])
+        ):
             module = module_of(file)
             if module.split(".")[0] == package and module.split(".")[-1] != "__main__":
                 try:
                     sections.append(self.section(module, file))
                 except ImportError as error:
-                    sections.append(self.state_machine.reporter.error(f"cannot import {module}: {error}", line=self.lineno))
+                    sections.append(
+                        self.state_machine.reporter.error(
+                            f"cannot import {module}: {error}", line=self.lineno
+                        )
+                    )
         return sections
 
     def section(self, name: str, file: str) -> nodes.Node:
         module = importlib.import_module(name)
         self.env.note_dependency(str(ROOT / file))
         chapters = dict.fromkeys(block.chapter for block in book().chunks[book().roots[file]])
-        rows = [f"```{{py:module}} {name}", "```", "", *markdown(inspect.getdoc(module)), "",
-                "From " + ", ".join(f"[](/{chapter})" for chapter in chapters) + ".", ""]
+        rows = [
+            f"```{{py:module}} {name}",
+            "```",
+            "",
+            *markdown(inspect.getdoc(module)),
+            "",
+            "From " + ", ".join(f"[](/{chapter})" for chapter in chapters) + ".",
+            "",
+        ]
         for member, value in public_members(module):
             rows += entry(name, member, value) + [""]
         title = nodes.title("", "", nodes.literal("", name))
@@ -305,14 +359,6 @@ class ApiPackage(SphinxDirective):
         section.document = self.state.document
         self.state.nested_parse(StringList(rows, source=file), self.content_offset, section)
         return section
-
-
-def module_of(file: str) -> str:
-    """The name under which a file of the book is imported."""
-    parts = file.removesuffix(".py").split("/")
-    if parts[0] == "providers":
-        parts = parts[2:]
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) if file.endswith(".py") else ""
 
 
 def public_members(module: Any) -> list[tuple[str, Any]]:
@@ -340,7 +386,11 @@ def documented(value: Any) -> bool:
 
 def entry(module: str, name: str, value: Any) -> list[str]:
     """The Markdown of one entry of the reference."""
-    doc = inspect.getdoc(value) if isinstance(value, type) or inspect.isroutine(value) or documented(value) else None
+    doc = (
+        inspect.getdoc(value)
+        if isinstance(value, type) or inspect.isroutine(value) or documented(value)
+        else None
+    )
     if isinstance(value, type):
         kind = "py:exception" if issubclass(value, BaseException) else "py:class"
         inner: list[str] = []
@@ -354,15 +404,21 @@ def entry(module: str, name: str, value: Any) -> list[str]:
 
 
 def method(node: ast.FunctionDef, member: Any) -> list[str]:
-    decorators = {getattr(decorator, "id", getattr(decorator, "attr", "")) for decorator in node.decorator_list}
+    decorators = {
+        getattr(decorator, "id", getattr(decorator, "attr", "")) for decorator in node.decorator_list
+    }
     doc = markdown(ast.get_docstring(node))
     if decorators & {"property", "cached_property"}:
         return fence("py:property", node.name, doc)
     arguments = node.args
     if "staticmethod" not in decorators and arguments.args:
-        arguments = ast.arguments(**{**vars(arguments), "args": arguments.args[1:],
-                                     "defaults": arguments.defaults[-len(arguments.args) + 1:]
-                                     if len(arguments.args) > 1 else []})
+        arguments = ast.arguments(
+            **{
+                **vars(arguments),
+                "args": arguments.args[1:],
+                "defaults": arguments.defaults[-len(arguments.args) + 1 :] if len(arguments.args) > 1 else [],
+            }
+        )
     plain_arguments(arguments)
     kind = next((f"py:{kind}" for kind in ("staticmethod", "classmethod") if kind in decorators), "py:method")
     return fence(kind, f"{node.name}({ast.unparse(arguments)})", doc)
@@ -370,8 +426,12 @@ def method(node: ast.FunctionDef, member: Any) -> list[str]:
 
 def plain_arguments(arguments: ast.arguments) -> None:
     """Drop annotations: the docstrings tell types in words."""
-    for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs,
-                     *filter(None, [arguments.vararg, arguments.kwarg])]:
+    for argument in [
+        *arguments.posonlyargs,
+        *arguments.args,
+        *arguments.kwonlyargs,
+        *filter(None, [arguments.vararg, arguments.kwarg]),
+    ]:
         argument.annotation = None
 
 
@@ -386,8 +446,11 @@ def signature(value: Any) -> str:
         found = inspect.signature(value)
     except (TypeError, ValueError):
         return "()"
-    parameters = [parameter.replace(annotation=parameter.empty) for parameter in found.parameters.values()
-                  if not (parameter.name in ("self", "node") and parameter.default is parameter.empty)]
+    parameters = [
+        parameter.replace(annotation=parameter.empty)
+        for parameter in found.parameters.values()
+        if not (parameter.name in ("self", "node") and parameter.default is parameter.empty)
+    ]
     text = str(found.replace(parameters=parameters, return_annotation=found.empty))
     return re.sub(r"<([^<>]*?) at 0x[0-9a-f]+>", r"\1", text)
 
@@ -443,8 +506,10 @@ def check_tangled(app: Sphinx) -> None:
     except TangleError as error:
         raise ExtensionError(f"the chapters do not make a package:\n{error}") from None
     if drift:
-        raise ExtensionError("the package is not what the chapters say; `make tangle` writes it anew:\n"
-                             + "\n".join(f"  {found.path}" for found in drift))
+        raise ExtensionError(
+            "the package is not what the chapters say; `make tangle` writes it anew:\n"
+            + "\n".join(f"  {found.path}" for found in drift)
+        )
 
 
 def canonical_languages() -> list[str]:

@@ -8,14 +8,18 @@ differences.
 
 import inspect
 from collections import namedtuple
+from contextlib import contextmanager
 
 import numpy
 
-from .core.error import BadArgument, BrokenPrimitive
-from .core.model import Builder
+from .core.error import BadArgument, BrokenPrimitive, needed_for
+from .core.execution import collect
+from .core.model import Builder, Model
 from .core.graph import Graph
 from .core.operator import InstanceOperator, Operator, ZeroGradient, operator
+from .core.ownership import with_steps
 from .core.symbol import List
+from .core.valuetypes import value_type
 
 
 def inner(a, b, comm=None):
@@ -23,41 +27,35 @@ def inner(a, b, comm=None):
 
     Parameters
     ----------
-    a, b : numbers, arrays, lists of these, or objects with a method `cdot` (fields); ZeroGradient is
+    a, b : numbers, arrays, lists of these, or values with parts, such as fields; ZeroGradient is
         orthogonal to all
     comm : MPI communicator, optional
-        Arrays with axes are distributed over its ranks: sum over them. Numbers are the same on all ranks.
+        Arrays with axes are partitioned over its ranks: sum over them. Numbers are the same on all
+        ranks. A value that knows its own communicator is summed over that one.
     """
     if a is ZeroGradient or b is ZeroGradient:
         return 0.0
     if isinstance(a, (list, tuple)) or isinstance(b, (list, tuple)):
         return sum((inner(p, q, comm) for p, q in zip(a, b, strict=True)), 0.0)
-    if hasattr(a, "cdot"):
-        return float(numpy.real(a.cdot(b)))
-    a, b = numpy.asarray(a), numpy.asarray(b)
-    total = float(numpy.sum(numpy.conj(a) * b, dtype="c16").real)
-    return total if comm is None or a.ndim == b.ndim == 0 else comm.allreduce(total)
+    values = value_type(a)
+    total, own = values.inner(a, b), values.comm(a)
+    if own is not None:
+        return own.allreduce(total)
+    return comm.allreduce(total) if comm is not None and (has_axes(a) or has_axes(b)) else total
 
 
-def random_like(x, rng):
-    """A random direction for a value: normal deviates of the same shape and precision, complex if the
-    value is."""
-    if isinstance(x, (list, tuple)):
-        return [random_like(item, rng) for item in x]
-    if hasattr(x, "cdot"):
-        # Fill a field with white noise
-        real = x.pm.create(type="real")
-        rng = numpy.random.default_rng([*rng.bit_generator.seed_seq.entropy, x.pm.comm.rank])
-        real[...] = random_like(real[...], rng)
-        return real.cast(type=type(x))
-    if isinstance(x, (bool, int, float, complex)):
-        noise = complex(rng.normal(), rng.normal()) if isinstance(x, complex) else float(rng.normal())
-        return noise
-    x = numpy.asarray(x)
-    noise = rng.normal(size=x.shape)
-    if x.dtype.kind == "c":
-        noise = noise + 1j * rng.normal(size=x.shape)
-    return numpy.asarray(noise).astype(x.dtype if x.dtype.kind in "fc" else "f8")
+def has_axes(x):
+    return any(numpy.ndim(item) > 0 for item in items_of(x))
+
+
+def items_of(x):
+    """Iterate over the numbers and arrays that a value consists of."""
+    apart = value_type(x).take_apart(x)
+    if apart is None:
+        yield x
+    else:
+        for part in apart[1]:
+            yield from items_of(part)
 
 
 def step(x, h, v):
@@ -66,41 +64,21 @@ def step(x, h, v):
         return x
     if isinstance(x, (list, tuple)):
         return [step(item, h, direction) for item, direction in zip(x, v, strict=True)]
-    return x + v * h
-
-
-def copy_of(x):
-    """A copy of a value that does not change when the value is changed in place."""
-    if isinstance(x, (list, tuple)):
-        return [copy_of(item) for item in x]
-    return x.copy() if hasattr(x, "copy") else x
+    return value_type(x).step(x, h, v)
 
 
 def same(x, y):
     """Whether two values are equal element by element."""
-    if isinstance(x, (list, tuple)):
-        return len(x) == len(y) and all(map(same, x, y))
-    x, y = getattr(x, "value", x), getattr(y, "value", y)
+    x, y = list(items_of(x)), list(items_of(y))
+    return len(x) == len(y) and all(map(equal, x, y))
+
+
+def equal(x, y):
     return numpy.array_equal(x, y, equal_nan=numpy.asarray(x).dtype.kind in "fc")
 
 
-def items_of(x):
-    """Iterate over a value, or over the items of a (nested) list of values."""
-    if isinstance(x, (list, tuple)):
-        for item in x:
-            yield from items_of(item)
-    else:
-        yield x
-
-
 def is_differentiable(x):
-    if isinstance(x, (list, tuple)):
-        return len(x) > 0 and all(map(is_differentiable, x))
-    if hasattr(x, "cdot"):
-        return True
-    if isinstance(x, (int, float, complex)):
-        return not isinstance(x, bool)
-    return isinstance(x, (numpy.ndarray, numpy.number)) and x.dtype.kind in "iufc"
+    return value_type(x).varies(x)
 
 
 def precisions(*values):
@@ -121,10 +99,10 @@ class Trial:
         The names of the inputs with respect to which derivatives are tested.
     """
 
-    def __init__(self, subject, args, kwargs, comm=None, universal=(), constant=(), seed=20):
+    def __init__(self, subject, args, kwargs, comm=None, replicated=(), constant=(), seed=20):
         self.name = getattr(subject, "__name__", None) or repr(subject)
         self.comm = comm
-        self.universal = {universal} if isinstance(universal, str) else set(universal)
+        self.replicated = {replicated} if isinstance(replicated, str) else set(replicated)
         self.seed = seed
         constant = {constant} if isinstance(constant, str) else set(constant)
         if isinstance(subject, Graph):
@@ -132,18 +110,16 @@ class Trial:
         else:
             self.init = {}
             self.model = self._build(subject, args, kwargs, constant)
-        self.varied = [
-            name for name, x in self.init.items() if is_differentiable(x) and name not in constant
-        ]
+        self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
         if not self.varied:
-            raise BadArgument(
-                f"{self.name} has no input that could be varied; given were {list(self.init)}"
-            )
+            raise BadArgument(f"{self.name} has no input that could be varied; given were {list(self.init)}")
         # Run the model with a tape
         vout = list(self.model._outputs)
         self.out, self.tape = self.model.compute(vout, self.init, return_tape=True, return_dict=True)
         self.results = [name for name in vout if is_differentiable(self.out[name])]
-        known = precisions([self.init[name] for name in self.varied], [self.out[name] for name in self.results])
+        known = precisions(
+            [self.init[name] for name in self.varied], [self.out[name] for name in self.results]
+        )
         self.eps = max(known, default=float(numpy.finfo("f8").eps))
         self.uniform = len(known) == 1
 
@@ -182,16 +158,16 @@ class Trial:
         return m.input(name)
 
     def _direction(self, name, x):
-        distributed = self.comm is not None and name.strip("_").split("[")[0] not in self.universal
+        partitioned = self.comm is not None and name.strip("_").split("[")[0] not in self.replicated
         entropy = [self.seed, sum(map(ord, name))]
         rng = numpy.random.default_rng(
-            entropy + [1 + self.comm.rank] if distributed and numpy.ndim(x) else entropy
+            entropy + [1 + self.comm.rank] if partitioned and has_axes(x) else entropy
         )
-        return random_like(x, rng)
+        return value_type(x).random_like(x, rng)
 
     def inner(self, name, a, b):
         """The inner product of two derivatives of the variable `name`."""
-        return inner(a, b, None if name.split("[")[0] in self.universal else self.comm)
+        return inner(a, b, None if name.split("[")[0] in self.replicated else self.comm)
 
     def norm(self, values):
         """The norm of a dict of values by the names of their variables."""
@@ -242,7 +218,7 @@ class Trial:
 
 
 def check_dot_product(
-    subject, *args, comm=None, universal=(), constant=(), seed=20, rtol=None, allow_zero=False, **kwargs
+    subject, *args, comm=None, replicated=(), constant=(), seed=20, rtol=None, allow_zero=False, **kwargs
 ):
     """Assert that jvp and vjp multiply with the same Jacobian: <w, J v> = <J^T w, v> for random v and w.
 
@@ -253,8 +229,8 @@ def check_dot_product(
         The arguments with which the subject is called, at which it is tested. For a model: a dict of
         its inputs.
     comm : MPI communicator, optional
-        Arrays with axes are distributed over its ranks.
-    universal : str or tuple of str
+        Arrays with axes are partitioned over its ranks.
+    replicated : str or tuple of str
         Names of array variables that, in spite of `comm`, are the same on all ranks.
     constant : str or tuple of str
         Names of inputs that shall not vary.
@@ -268,7 +244,7 @@ def check_dot_product(
     tuple of float
         The two sides, for all inputs and results together.
     """
-    trial = Trial(subject, args, kwargs, comm, universal, constant, seed)
+    trial = Trial(subject, args, kwargs, comm, replicated, constant, seed)
     return dot_products(trial, rtol, allow_zero)
 
 
@@ -289,7 +265,9 @@ def dot_products(trial, rtol=None, allow_zero=False):
                 trial.norm({x: pulled[y][x]}) * trial.norm({x: v[x]}),
             )
             if not abs(left - right) <= rtol * scale + rounding:
-                raise AssertionError(describe_products(trial.name, x, y, left, right, rtol * scale + rounding))
+                raise AssertionError(
+                    describe_products(trial.name, x, y, left, right, rtol * scale + rounding)
+                )
     left = sum(trial.inner(y, w[y], Jv[y]) for y in trial.results)
     right = sum(trial.inner(x, JTw[x], v[x]) for x in trial.varied)
     scale = max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
@@ -315,10 +293,10 @@ Remainders.__doc__ = """Remainders of Taylor's expansion, |f(x + h v) - f(x)| an
 |f(x + h v) - f(x) - h J v| for steps h, and their rounding errors."""
 
 
-def taylor_remainders(subject, *args, steps=None, comm=None, universal=(), constant=(), seed=20, **kwargs):
+def taylor_remainders(subject, *args, steps=None, comm=None, replicated=(), constant=(), seed=20, **kwargs):
     """Compute the remainders of Taylor's expansion in a random direction, for `check_taylor` and for
     plotting."""
-    return remainders(Trial(subject, args, kwargs, comm, universal, constant, seed), steps)
+    return remainders(Trial(subject, args, kwargs, comm, replicated, constant, seed), steps)
 
 
 def remainders(trial, steps=None, only=None):
@@ -353,8 +331,16 @@ def rates_of(r, which="first"):
 
 
 def check_taylor(
-    subject, *args, steps=None, comm=None, universal=(), constant=(), seed=20, order=2,
-    allow_zero=False, **kwargs
+    subject,
+    *args,
+    steps=None,
+    comm=None,
+    replicated=(),
+    constant=(),
+    seed=20,
+    order=2,
+    allow_zero=False,
+    **kwargs,
 ):
     """Assert that the tangent is the derivative: |f(x + h v) - f(x) - h J v| falls as h squared.
 
@@ -371,7 +357,7 @@ def check_taylor(
     array
         The slopes between successive steps; infinite where the remainder is mere rounding.
     """
-    trial = Trial(subject, args, kwargs, comm, universal, constant, seed)
+    trial = Trial(subject, args, kwargs, comm, replicated, constant, seed)
     return taylor_rates(trial, steps, order, allow_zero)
 
 
@@ -406,8 +392,16 @@ def describe_slopes(r, order, remainder="|f(x + h v) - f(x) - h J v|"):
 
 
 def check_gradient(
-    objective, *args, gradient=None, steps=None, comm=None, universal=(), constant=(), seed=20,
-    order=2, **kwargs
+    objective,
+    *args,
+    gradient=None,
+    steps=None,
+    comm=None,
+    replicated=(),
+    constant=(),
+    seed=20,
+    order=2,
+    **kwargs,
 ):
     """Assert that a gradient is the derivative of a real scalar objective, by the Taylor test.
 
@@ -424,12 +418,12 @@ def check_gradient(
         The slopes between successive steps; infinite where the remainder is mere rounding.
     """
     if gradient is None:
-        trial = Trial(objective, args, kwargs, comm, universal, constant, seed)
+        trial = Trial(objective, args, kwargs, comm, replicated, constant, seed)
         (y,) = trial.results
         function, values, g = trial.value, trial.out, trial.vjp({y: 1.0})
     else:
         y = "y"
-        trial = Numeric(objective, args, kwargs, comm, universal, constant, seed)
+        trial = Numeric(objective, args, kwargs, comm, replicated, constant, seed)
         function, values, g = trial.value, trial.out, trial.gradient(gradient)
     if numpy.ndim(values[y]) != 0 or isinstance(values[y], complex):
         raise BadArgument(
@@ -441,8 +435,7 @@ def check_gradient(
     r = expand(trial, function, values, {y: slope}, trial.init, v, steps)
     if not converges(r, order):
         raise AssertionError(
-            f"{trial.name}: the gradient is not the derivative of the objective; "
-            + describe_slopes(r, order)
+            f"{trial.name}: the gradient is not the derivative of the objective; " + describe_slopes(r, order)
         )
     return rates_of(r)
 
@@ -450,15 +443,13 @@ def check_gradient(
 class Numeric(Trial):
     """A plain function of numbers on trial."""
 
-    def __init__(self, function, args, kwargs, comm=None, universal=(), constant=(), seed=20):
+    def __init__(self, function, args, kwargs, comm=None, replicated=(), constant=(), seed=20):
         self.name = getattr(function, "__name__", None) or repr(function)
         self.comm, self.seed = comm, seed
-        self.universal = {universal} if isinstance(universal, str) else set(universal)
+        self.replicated = {replicated} if isinstance(replicated, str) else set(replicated)
         self.function, self.kwargs = function, kwargs
         self.init = {f"x{i}": x for i, x in enumerate(args)}
-        self.varied = [
-            name for name, x in self.init.items() if is_differentiable(x) and name not in constant
-        ]
+        self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
         self.out, self.results = self.value(self.init), ["y"]
         self.eps = max(precisions(list(self.init.values())), default=float(numpy.finfo("f8").eps))
 
@@ -471,7 +462,7 @@ class Numeric(Trial):
 
 
 def check_second_order(
-    subject, *args, steps=None, comm=None, universal=(), constant=(), seed=20, rtol=None, **kwargs
+    subject, *args, steps=None, comm=None, replicated=(), constant=(), seed=20, rtol=None, **kwargs
 ):
     """Assert that hvp is the derivative of vjp: |g(x + h v) - g(x) - h H v| falls as h squared, and
     <u, H v> = <H u, v>, for the gradient g at a fixed random cotangent and random u and v.
@@ -489,7 +480,7 @@ def check_second_order(
     BrokenPrimitive
         An operator of the subject offers no hvp.
     """
-    return second_order_rates(Trial(subject, args, kwargs, comm, universal, constant, seed), steps, rtol)
+    return second_order_rates(Trial(subject, args, kwargs, comm, replicated, constant, seed), steps, rtol)
 
 
 def second_order_rates(trial, steps=None, rtol=None):
@@ -537,6 +528,191 @@ def offered_second_order_rates(trial, steps=None, rtol=None):
         return None
 
 
+@contextmanager
+def other_steps(change):
+    """A context in which models run with `change(step, plan)` in the place of each step of a node."""
+    before = Model.runner
+
+    def run(plan, *args):
+        def wrap(step):
+            return step if step[1] is None else change(step, plan)
+
+        return before(with_steps(plan, wrap), *args)
+
+    Model.runner = staticmethod(run)
+    try:
+        yield
+    finally:
+        Model.runner = staticmethod(before)
+
+
+def disown(step, plan):
+    """The same step, with a node that owns nothing."""
+    function, node, *others = step
+    return (function, node.stand_in(node.used), *others) if node.donated else step
+
+
+class Onlooker:
+    """Watches whether the results of nodes are whose they are said to be.
+
+    Parameters
+    ----------
+    name : str
+        Of the subject, for messages.
+    earlier : list of (operator, array)
+        Fresh results of an earlier run, which nobody but us has now; those of this one go into `made`.
+    """
+
+    def __init__(self, name, earlier=()):
+        self.name, self.earlier, self.made = name, earlier, []
+
+    def watch(self, step, plan):
+        operator, kind = step[1].operator, step[1].primitive.kind
+        promises = operator.fresh and kind in ("apl", "vjp") or hands_on(step[1])
+        return (look, step[1], step, self, plan) if promises else step
+
+    # Compare a result with other arrays
+    def compare(self, node, what, array, others):
+        """Assert that a result is what its operator declares."""
+        operator = node.operator
+        earlier = [("what another run got", x) for other, x in self.earlier if other is operator]
+        for whose, other in others if hands_on(node) else [*others, *earlier]:
+            if numpy.shares_memory(array, other):
+                word = "an alias of a cotangent" if hands_on(node) else "fresh"
+                raise AssertionError(
+                    f"{self.name}: {what} of {node.primitive.name} is declared to be {word}, "
+                    f"and shares memory with {whose}"
+                )
+        if not hands_on(node):
+            self.made.append((operator, array))
+
+
+def hands_on(node):
+    """Whether a node may return its cotangent as the only one that is wanted."""
+    return node.operator.alias and node.primitive.kind == "vjp" and len(node.used) == 1
+
+
+def look(slots, step):
+    """The step that runs another one, and looks whose the results are."""
+    _, node, inner, onlooker, plan = step
+    others = [] if hands_on(node) else arrays_given(node, plan, slots)
+    others += arrays_recorded(node, plan.base, slots)
+    inner[0](slots, inner)
+    if node.primitive.kind == "apl":
+        others += arrays_recorded(node, plan, slots)
+    for name, symbol in node.varout.items():
+        for array in arrays_in(slots[plan._slots[symbol]]) if symbol in plan._slots else ():
+            onlooker.compare(node, f"the result '{name}'", array, others)
+            others.append((f"the result '{name}'", array))
+
+
+def arrays_in(x):
+    """The arrays in a value: itself, that of a field, or those of the items of a list."""
+    items = (getattr(item, "value", item) for item in items_of(x))
+    return [item for item in items if isinstance(item, numpy.ndarray)]
+
+
+def arrays_given(node, plan, slots):
+    """The arrays that go into a node and are not its own, with what they are."""
+    return [
+        (f"the argument '{name}'", array)
+        for name, symbol in node.varin.items()
+        if not node.owns(name)
+        for array in arrays_in(plan._value(symbol, slots))
+    ]
+
+
+def arrays_recorded(node, plan, slots):
+    """The arrays on a tape that belong to a node, or to the original of a derived one, with what they are."""
+    record = plan.records.get(node, plan.records.get(node.forward, {})) if plan else {}
+    if type(record) is int:
+        values = slots[record] or {}
+    else:
+        extras = node.operator.extras if node.primitive.kind == "apl" else record
+        values = {name: collect(slots, record[name]) for name in extras if name in record}
+    return [
+        (f"'{name}' of the record", array)
+        for name, value in values.items()
+        if not node.owns(name)
+        for array in arrays_in(value)
+    ]
+
+
+def prove_ownership(trial):
+    """Assert that operators keep what they declare about arrays, see `check_ownership`."""
+    operators = [node.operator for node in trial.model]
+    if not any(operator.fresh or operator.alias or operator.inplace for operator in operators):
+        return
+    with other_steps(disown):
+        truth = run_and_sweep(trial)
+    earlier = []
+    for give in False, True:
+        onlooker = Onlooker(trial.name, earlier)
+        with other_steps(onlooker.watch):
+            found = run_and_sweep(trial, give)
+        for what, got, expected in zip(("result", "result", "cotangent"), found, truth):
+            assert_unchanged(trial, what, got, expected)
+        earlier = onlooker.made
+
+
+def run_and_sweep(trial, give=False):
+    """The results of a run, those of one with a tape, and the cotangents of the inputs by a sweep that is the last.
+
+    All that goes in is given away, or else asserted to be left alone.
+    """
+    names, w = list(trial.model._outputs), trial.cotangents()
+    init, given = copies(trial.init), copies(trial.init)
+    out, _ = trial.model._run(names, init, donated=tuple(init) if give else ())
+    recorded, tape = trial.model._run(names, given, record=True, donated=tuple(given) if give else ())
+    before = copies(recorded)
+    tape.consume()
+    # Sweep over a tape that is consumed
+    cotangents = copies({name: w.get(name, ZeroGradient) for name in names}, "_")
+    pulled, _ = tape.get_vjp()._run(
+        ["_" + name for name in trial.varied], cotangents, donated=tuple(cotangents) if give else ()
+    )
+    if not give:
+        assert_same(trial, "one of its cotangents", {name: cotangents["_" + name] for name in w}, w)
+    assert_same(trial, "one of its results in the sweep", recorded, before)
+    if not give:
+        assert_same(trial, "one of its inputs", init, trial.init)
+        assert_same(trial, "one of its inputs", given, trial.init)
+    return tuple({name: y[name] for name in trial.results} for y in (out, recorded)) + (pulled,)
+
+
+def copies(values, prefix=""):
+    return {prefix + name: value_type(x).copy(x) for name, x in values.items()}
+
+
+def assert_same(trial, what, now, before):
+    if not same(list(now.values()), list(before.values())):
+        raise AssertionError(f"{trial.name} changed {what} in place")
+
+
+def assert_unchanged(trial, what, got, expected):
+    """Assert that values are what they are when nothing is overwritten."""
+    scale = trial.norm({name.removeprefix("_"): x for name, x in expected.items()})
+    for name, x in expected.items():
+        rest = trial.norm({name.removeprefix("_"): step(got[name], -1.0, x)})
+        if not rest <= trial.eps**0.8 * scale:
+            raise AssertionError(
+                f"{trial.name}: the {what} '{name}' is another one when arrays are given away: "
+                "an operator overwrites what is still needed"
+            )
+
+
+def check_ownership(subject, *args, comm=None, universal=(), constant=(), seed=20, **kwargs):
+    """Assert that operators keep what they declare about arrays: `fresh`, `alias` and `inplace`.
+
+    A fresh result shares memory with no argument, no record and no other result; a cotangent that is an
+    alias with nothing but the cotangent that came in; and results and cotangents are the same whether
+    arguments are given away or not. What declares nothing passes.
+
+    Parameters are those of `check_dot_product`.
+    """
+    prove_ownership(Trial(subject, args, kwargs, comm, universal, constant, seed))
+
+
 Report = namedtuple("Report", "value, rates, products, second")
 Report.__doc__ = """What `check` saw: the value, the slopes of the Taylor test, the two sides of the
 dot-product test, and the slopes of the Taylor test of the gradient, or None if an operator offers no
@@ -544,15 +720,24 @@ hvp."""
 
 
 def check(
-    subject, *args, truth=None, comm=None, universal=(), constant=(), seed=20, rtol=None, steps=None,
-    allow_zero=False, **kwargs
+    subject,
+    *args,
+    truth=None,
+    comm=None,
+    replicated=(),
+    constant=(),
+    seed=20,
+    rtol=None,
+    steps=None,
+    allow_zero=False,
+    **kwargs,
 ):
     """Prove an operator, a model, or a function that builds a model, at given inputs.
 
     The value is compared with the truth, the jvp with the value by the Taylor test, the vjp with the
     jvp by the dot-product test, and the hvp, where it is offered, with the vjp by `check_second_order`;
-    derivatives must fit their values in shape, in being real, and in precision; and inputs must not be
-    changed.
+    derivatives must fit their values in shape, in being real, and in precision; inputs must not be
+    changed; and what is declared about arrays must be true, see `check_ownership`.
 
     Parameters are those of `check_dot_product`, and
 
@@ -569,9 +754,10 @@ def check(
     Report
     """
     given = [*args, *kwargs.values()]
-    before = copy_of(given) if all(map(is_differentiable, given)) else None
-    trial = Trial(subject, args, kwargs, comm, universal, constant, seed)
-    snapshot = copy_of(list(trial.init.values())) if before is None else None
+    before = value_type(given).copy(given) if all(map(is_differentiable, given)) else None
+    trial = Trial(subject, args, kwargs, comm, replicated, constant, seed)
+    values = list(trial.init.values())
+    snapshot = value_type(values).copy(values) if before is None else None
     if truth is not None:
         # Compare the value with the truth
         expected = truth(*args, **kwargs) if callable(truth) else truth
@@ -587,6 +773,7 @@ def check(
     rates = taylor_rates(trial, steps, allow_zero=allow_zero)
     products = dot_products(trial, rtol, allow_zero)
     second = offered_second_order_rates(trial, steps, rtol)
+    prove_ownership(trial)
     # Look whether the inputs are what they were
     now = list(trial.init.values()) if before is None else [*args, *kwargs.values()]
     if not same(now, snapshot if before is None else before):
@@ -601,15 +788,18 @@ def check_value(trial, name, value, expected):
         for i, (item, y) in enumerate(zip(value, expected, strict=True)):
             check_value(trial, f"{name}[{i}]", item, y)
         return
-    value, expected = (getattr(x, "value", x) for x in (value, expected))
-    if numpy.shape(value) != numpy.shape(expected):
-        raise AssertionError(
-            f"{trial.name}: '{name}' has shape {numpy.shape(value)}, expected {numpy.shape(expected)}"
+    for item, y in zip(items_of(value), items_of(expected), strict=True):
+        if numpy.shape(item) != numpy.shape(y):
+            raise AssertionError(
+                f"{trial.name}: '{name}' has shape {numpy.shape(item)}, expected {numpy.shape(y)}"
+            )
+        numpy.testing.assert_allclose(
+            item,
+            y,
+            rtol=trial.eps**0.8,
+            atol=trial.eps**0.8,
+            err_msg=f"{trial.name}: the value of '{name}'",
         )
-    numpy.testing.assert_allclose(
-        value, expected, rtol=trial.eps**0.8, atol=trial.eps**0.8,
-        err_msg=f"{trial.name}: the value of '{name}'"
-    )
 
 
 def check_fits(trial, what, derivative, value):
@@ -625,12 +815,14 @@ def check_fits(trial, what, derivative, value):
         for item, x in zip(derivative, value):
             check_fits(trial, what, item, x)
         return
-    if hasattr(value, "cdot"):
-        if not hasattr(derivative, "cdot"):
+    if value_type(value).take_apart(value) is not None:
+        # Compare the parts of a derivative with those of the value
+        if value_type(derivative) is not value_type(value):
             raise AssertionError(
-                f"{trial.name}: the {what} is a {type(derivative).__name__}, "
-                f"expected a {type(value).__name__}"
+                f"{trial.name}: the {what} is a {type(derivative).__name__}, expected a {type(value).__name__}"
             )
+        for part, x in zip(items_of(derivative), items_of(value), strict=True):
+            check_fits(trial, what, part, x)
         return
     if numpy.shape(derivative) != numpy.shape(value):
         raise AssertionError(
@@ -664,7 +856,8 @@ def check_rank_invariance(function, comm=None, rtol=1e-9):
     float
         The largest relative difference, on any rank.
     """
-    from mpi4py import MPI
+    with needed_for("check_rank_invariance", extra="mpi"):
+        from mpi4py import MPI
 
     comm = MPI.COMM_WORLD if comm is None else comm
     together = collected(function(comm))
@@ -680,12 +873,12 @@ def check_rank_invariance(function, comm=None, rtol=1e-9):
 
 
 def collected(x):
-    """A result as a flat list of arrays; a field is gathered from all ranks."""
+    """A result as a flat list of arrays; a partitioned value is gathered from all ranks."""
     if isinstance(x, dict):
-        x = [x[key] for key in x]
-    if isinstance(x, (list, tuple)):
+        x = list(x.values())
+    if isinstance(x, list | tuple):
         return [array for item in x for array in collected(item)]
-    return [numpy.asarray(x.preview() if hasattr(x, "preview") else x)]
+    return value_type(x).gather(x)
 
 
 def difference(a, b):

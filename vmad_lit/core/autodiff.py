@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from .error import BrokenPrimitive
 from .execution import Plan, flatten, undisturbed
 from .graph import Graph, Node, Symbols, caller
 from .operator import Operator, Primitive, ZeroGradient, operator
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
-
-if TYPE_CHECKING:
-    from .model import Model
+from .valuetypes import PLAIN, VALUE_TYPES
 
 ZERO = Literal(ZeroGradient)
 
@@ -62,7 +60,7 @@ class Sweep:
                 return True
         return False
 
-    def fresh(self, *label: Any) -> Symbol:
+    def new_symbol(self, *label: Any) -> Symbol:
         """A new symbol in the derived model, with the ingredients of its name."""
         symbol = Symbol.__new__(Symbol)
         symbol._label = label
@@ -99,7 +97,7 @@ class ForwardSweep(Sweep):
     def place(self, symbol: BaseSymbol) -> BaseSymbol:
         if isinstance(symbol, List):
             return List([self.place(item) for item in symbol])
-        return self.fresh("{}_", symbol)
+        return self.new_symbol("{}_", symbol)
 
 
 class ReverseSweep(Sweep):
@@ -165,8 +163,8 @@ class ReverseSweep(Sweep):
     def place(self, symbol: BaseSymbol, node: Node | None, mark: str = "") -> BaseSymbol:
         if symbol in self.plan.active:
             if node is None:
-                return self.fresh(self.form + "@output", symbol)
-            return self.fresh(self.form + "@{.name}" + mark, symbol, node)
+                return self.new_symbol(self.form + "@output", symbol)
+            return self.new_symbol(self.form + "@{.name}" + mark, symbol, node)
         if isinstance(symbol, List):
             return List([self.place(item, node, mark) for item in symbol])
         return Ignored
@@ -179,7 +177,7 @@ class ReverseSweep(Sweep):
         elif partial is not Ignored:
             so_far = self.derivative.get(symbol)
             if so_far is not None:
-                total = self.fresh(self.form, symbol)
+                total = self.new_symbol(self.form, symbol)
                 origin = None if node else caller()
                 self.model.append(
                     Node(accumulate.apl, dict(a=so_far, b=partial), dict(y=total), origin, node)
@@ -196,14 +194,14 @@ class accumulate:
     aout = "y"
 
     def apl(node: Any, a: Value, b: Value) -> Value:
-        return add_up(a, b, None)[0]
+        return add_cotangents(a, b, None)[0]
 
     @staticmethod
     def grow(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
-        return add_up(a, b, own)
+        return add_cotangents(a, b, own)
 
 
-def add_up(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
+def add_cotangents(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
     """The sum of a total `a` and a partial cotangent `b`, and what of it is our own.
 
     `own` is what the previous call returned with the total: an object that this function has made by
@@ -214,17 +212,15 @@ def add_up(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
     if a is ZeroGradient:
         return b, None
     cls = type(a)
+    if cls is float:
+        return a + b, None
     if cls is list:
-        pairs = [add_up(*items) for items in zip(a, b, own or [None] * len(a), strict=True)]
+        pairs = [add_cotangents(*items) for items in zip(a, b, own or [None] * len(a), strict=True)]
         return [total for total, _ in pairs], [mine for _, mine in pairs]
-    if a is own is not None and cls is type(b) and IN_PLACE[cls](a, b):
+    if a is own is not None and cls is type(b) and VALUE_TYPES[cls].add_in_place(a, b):
         return a, own
-    total = PLUS[cls](a, b) if cls in PLUS and cls is type(b) else a + b
-    return total, total if type(total) is type(b) is cls and cls in IN_PLACE else None
-
-
-IN_PLACE: dict[type, Callable[[Any, Any], bool]] = {}
-PLUS: dict[type, Callable[[Any, Any], Any]] = {}
+    total = a + b if cls in PLAIN or cls is not type(b) else VALUE_TYPES[cls].add(a, b)
+    return total, total if type(total) is type(b) is cls else None
 
 
 def only(items: Iterable[Any]) -> Any:
@@ -247,16 +243,10 @@ class items:
 SWEEPS: dict[str, type[Sweep]] = dict(vjp=ReverseSweep, jvp=ForwardSweep)
 
 
-def derive(plan: Plan, graph: Model, kind: str) -> Model:
-    """The model of the derivative `kind`, one of SWEEPS, for all runs of a recording plan of a graph."""
-    model: Model | None = plan.derived.get(kind)
-    if model is None:
-        model = type(graph)()
-        model._base, model._kind = plan, kind
-        with undisturbed():
-            SWEEPS[kind](plan, graph, model).run()
-        plan.derived[kind] = model
-    return model
+def write_sweep(kind: str, plan: Plan, graph: Graph, model: Graph) -> None:
+    """Write the derivative `kind`, one of SWEEPS, of the runs of a recording plan of a graph to an empty model."""
+    with undisturbed():
+        SWEEPS[kind](plan, graph, model).run()
 
 
 def no_second_derivative(operator: Operator, node: Node) -> BrokenPrimitive:

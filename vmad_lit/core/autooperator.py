@@ -6,9 +6,9 @@ import ast
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
-from typing import Any
+from typing import Any, overload
 
-from .autodiff import ZERO, derive
+from .autodiff import ZERO
 from .error import BadArgument, ModelError, did_you_mean
 from .execution import Plan
 from .graph import Node
@@ -57,7 +57,7 @@ class AutoOperator(Operator):
         of_vjp = *("_" + name for name in self.aout), *(name + "_" for name in self.ain)
         self.hvp = Primitive(self, "hvp", differentiate, [*known, *of_vjp])
         self.rcd = None
-        self.overwrites = {*self.ain, *("_" + name for name in self.aout)}
+        self.inplace = {*self.ain, *("_" + name for name in self.aout)}
         self._find_recorded()
 
     def build(self, /, **hyperargs: Any) -> Model:
@@ -78,7 +78,9 @@ class AutoOperator(Operator):
         expected = [name for name in self.argnames if name not in self.ain]
         for name in hyperargs:
             if name not in expected:
-                raise BadArgument(f"{self.__name__} has no hyper-parameter '{name}'" + did_you_mean(name, expected))
+                raise BadArgument(
+                    f"{self.__name__} has no hyper-parameter '{name}'" + did_you_mean(name, expected)
+                )
         for name in expected:
             if name not in hyperargs:
                 raise ModelError(f"to build its model, {self.__name__} needs the hyper-parameter '{name}'")
@@ -147,16 +149,22 @@ class AutoOperator(Operator):
         """A variant that keeps no tape, and makes it anew when a derivative is computed."""
         return self._vary(_keeps_tape=False)
 
-    def own_results(self, node: Node, plan: Plan) -> Collection[str]:
-        try:
-            inside = find_plan(node, plan)
-        except Exception:
-            return ()  # the run will meet it again, and tell where
-        return inside[0].own_outputs if inside else ()
+    @property
+    def rematerialise(self) -> AutoOperator:
+        """Another name for `forgetful`."""
+        variant: AutoOperator = self.forgetful
+        return variant
 
     def model_of(self, node: Node) -> Model | None:
         model: Model | None = find_known_model(node)
         return model
+
+    def fresh_results(self, node: Node, plan: Plan) -> Collection[str]:
+        try:
+            inside = find_plan(node, plan)
+        except Exception:
+            return ()  # the run will meet it again, and tell where
+        return inside[0].fresh_outputs if inside else ()
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else InstanceAutoOperator(self, instance)
@@ -181,6 +189,10 @@ class InstanceAutoOperator(InstanceOperator):
     @property
     def forgetful(self) -> InstanceAutoOperator:
         return InstanceAutoOperator(self.base.forgetful, self.instance)
+
+    @property
+    def rematerialise(self) -> InstanceAutoOperator:
+        return self.forgetful
 
 
 def find_symbols(value: object, path: str) -> dict[str, Symbol]:
@@ -248,9 +260,12 @@ def share_model(node: Any, hyperargs: Mapping[str, Any]) -> Any:
     operator, graph = node.operator, node.graph
     if graph is None or not all(node.is_literal(name) for name in hyperargs):
         return operator._build(hyperargs)
-    key = operator, *(
-        (type(value), value) if type(value) in (int, float, str) else id(value)
-        for value in hyperargs.values()
+    key = (
+        operator,
+        *(
+            (type(value), value) if type(value) in (int, float, str) else id(value)
+            for value in hyperargs.values()
+        ),
     )
     if key not in graph.shared:
         graph.shared[key] = operator._build(hyperargs)
@@ -266,7 +281,7 @@ def compute(node: Any, **arguments: Any) -> dict[str, Any]:
     if operator.__bound_tape__ is not None:
         return {name: operator.__bound_tape__.out[name] for name in operator.aout}
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, given_away=find_owned(node))[0]
+    return model._run(find_wanted(node), inputs, donated=node.donated)[0]
 
 
 def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
@@ -278,13 +293,8 @@ def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
 def find_wanted(node: Any) -> list[str]:
     """The outputs that the application of an autooperator, or a derivative of it, has to do with."""
     if node.primitive.kind in ("apl", "jvp"):
-        return [name for name in node.operator.aout if node.wants(name)]
+        return [name for name in node.operator.aout if node.needs(name)]
     return [name for name in node.operator.aout if node.varin["_" + name] is not ZERO]
-
-
-def find_owned(node: Any) -> tuple[str, ...]:
-    """The inputs that may be overwritten."""
-    return tuple(name for name in node.primitive.ain if node.owns(name))
 
 
 def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
@@ -294,16 +304,16 @@ def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if operator.__bound_tape__ is not None:
         return operator.__bound_tape__
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, record=True, given_away=find_owned(node))[1]
+    return model._run(find_wanted(node), inputs, record=True, donated=node.donated)[1]
 
 
 def differentiate(node: Any, **arguments: Any) -> Any:
     tape = find_tape(node, arguments)
     if not node.operator._keeps_tape:
-        tape.use_up()
+        tape.consume()
     derived = dict(vjp=tape.get_vjp, jvp=tape.get_jvp, hvp=tape.get_hvp)[node.primitive.kind]()
     given = {name: arguments[name] for name in node.primitive.ain if name in derived._inputs}
-    return derived._run(node.used, derived._fitting(given), given_away=find_owned(node))[0]
+    return derived._run(node.used, derived._conforming(given), donated=node.donated)[0]
 
 
 def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
@@ -315,15 +325,24 @@ def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
         model = operator.model_of(node)
         if model is None:
             return None
-        return model._plan(tuple(find_wanted(node)), plan.record, True, find_owned(node)), model
+        return model._plan(tuple(find_wanted(node)), plan.record, True, node.donated), model
     # Find the plan of a derivative
     if node.primitive.kind != "vjp" or plan.base is None:
         return None
-    inside = find_plan(plan.base.acting.get(node.forward, node.forward), plan.base)
+    inside = find_plan(plan.base.stand_ins.get(node.forward, node.forward), plan.base)
     if inside is None:
         return None
-    vjp = derive(*inside, "vjp")
-    return vjp._plan(tuple(node.used), False, True, find_owned(node)), vjp
+    of_original, model = inside
+    vjp = model.derive(of_original, "vjp")
+    return vjp._plan(tuple(node.used), False, True, node.donated), vjp
+
+
+@overload
+def autooperator(*spec: str) -> Callable[[Callable[..., Any]], AutoOperator]: ...
+
+
+@overload
+def autooperator(spec: Callable[..., Any], /) -> AutoOperator: ...
 
 
 def autooperator(*spec: Any) -> Any:
@@ -382,9 +401,7 @@ def from_class(prototype: Any) -> AutoOperator:
     return make(prototype, parameters, lambda m, arguments: prototype.main(m, **arguments))
 
 
-def make(
-    prototype: Any, parameters: Iterable[inspect.Parameter], call: Callable[..., Any]
-) -> AutoOperator:
+def make(prototype: Any, parameters: Iterable[inspect.Parameter], call: Callable[..., Any]) -> AutoOperator:
     ain, aout = declare(prototype.ain), declare(prototype.aout)
     parameters = list(parameters)
     argnames = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

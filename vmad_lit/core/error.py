@@ -4,7 +4,8 @@ An exception that is raised *inside* an operator keeps its type and is not wrapp
 tells which node raised it. The classes here are for mistakes in building or using a model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class ModelError(Exception):
@@ -64,3 +65,30 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known are {', '.join(map(repr, known)) or 'none'}"
+
+
+class MissingExtra(ModuleNotFoundError):
+    """A package that an extra of the installation brings is not installed."""
+
+
+@contextmanager
+def needed_for(purpose: str, extra: str) -> Iterator[None]:
+    """Imports in this context are needed for `purpose`, and come with the `extra`.
+
+    Raises
+    ------
+    MissingExtra
+        if a package is not found; the message names the package, the purpose, and the command that installs
+        it. What goes wrong inside a package that is there stays as it is.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if isinstance(error, MissingExtra) or package == "vmad_lit":
+            raise
+        # Say what to install
+        message = f"{package} is needed for {purpose} and is not installed: pip install 'vmad_lit[{extra}]'"
+        if extra == "mesh":
+            message += " (with pfft-python, which pip finds only in this project: README.md, Installing)"
+        raise MissingExtra(message, name=error.name) from None

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
+from .autodiff import write_sweep
 from .error import BadArgument, UnexpectedOutput, did_you_mean
 from .execution import Plan, describe
 from .graph import Graph, Node
 from .operator import ZeroGradient
 from .symbol import Value
-from .tape import Tape, fit, form_of
+from .tape import Tape
+from .valuetypes import conform, form_of
 
 Names = str | list[str]  # one name asks for one value, a list for a list
 Values = Mapping[str, Value] | Iterable[tuple[str, Value]]
@@ -35,10 +37,10 @@ class Model(Graph):
         vout: tuple[str, ...],
         record: bool,
         reuse: bool,
-        given_away: tuple[str, ...] = (),
+        donated: tuple[str, ...] = (),
         results: bool = True,
     ) -> Plan:
-        key = vout, record, reuse, given_away, results, len(self), len(self._outputs)
+        key = vout, record, reuse, donated, results, len(self), len(self._outputs)
         plan = self._plans.get(key)
         if plan is None:
             for name in vout:
@@ -46,7 +48,7 @@ class Model(Graph):
                     raise UnexpectedOutput(
                         f"the model has no output '{name}'" + did_you_mean(name, list(self._outputs))
                     )
-            plan = self._plans[key] = Plan(self, vout, record, reuse, self._base, given_away, results)
+            plan = self._plans[key] = Plan(self, vout, record, reuse, self._base, donated, results)
         return plan
 
     def _run(
@@ -55,12 +57,12 @@ class Model(Graph):
         init: dict[str, Value],
         record: bool = False,
         monitor: Monitor | None = None,
-        given_away: tuple[str, ...] = (),
+        donated: tuple[str, ...] = (),
         results: bool = True,
     ) -> tuple[dict[str, Value], Any]:
         """Compute some outputs; returns a dict of them, and the tape or None. The values of the inputs
-        `given_away` may be overwritten. Without `results` only the tape is wanted."""
-        plan = self._plan(tuple(vout), record, monitor is None, given_away, results)
+        `donated` may be overwritten. Without `results` only the tape is wanted."""
+        plan = self._plan(tuple(vout), record, monitor is None, donated, results)
         slots = None
         if self._tape is not None:
             slots = self._tape.slots
@@ -68,6 +70,16 @@ class Model(Graph):
         values, slots = self.runner(plan, init, slots, monitor)
         out = dict(zip(plan.vout, values))
         return out, (Tape(self, plan, slots, init, out) if record else None)
+
+    def derive(self, plan: Plan, kind: str) -> Self:
+        """The model of a derivative, 'vjp', 'jvp' or 'hvp', for all runs of a recording plan of this model."""
+        model: Self | None = plan.derived.get(kind)
+        if model is None:
+            model = type(self)()
+            model._base, model._kind = plan, kind
+            write_sweep(kind, plan, self, model)
+            plan.derived[kind] = model
+        return model
 
     def on(self, tape: Tape) -> Self:
         """This derived model, joined with a tape of the original."""
@@ -110,9 +122,9 @@ class Model(Graph):
         """
         names = names_of(vout)
         every = tuple(dict.fromkeys([*self._outputs, *names])) if return_tape else names
-        out, tape = self._run(every, self._fitting(dict(init)), return_tape, monitor)
+        out, tape = self._run(every, self._conforming(dict(init)), return_tape, monitor)
         if return_tape:
-            tape.private = False
+            tape.shared = True
         result = select(out, vout, return_dict)
         return (result, tape) if return_tape else result
 
@@ -137,7 +149,7 @@ class Model(Graph):
         init, v = dict(init), dict(v)
         vout = [without(name, "_", None) for name in v]
         out, tape = self._run(vout, init, True, monitor)
-        tape.use_up()
+        tape.consume()
         pulled = tape.get_vjp().compute(tape.get_vjp_vout(), v, return_dict=return_dict, monitor=monitor)
         return select(out, vout, return_dict), pulled
 
@@ -167,7 +179,7 @@ class Model(Graph):
         """
         out, tape = self._run(names_of(vout), dict(init), True, monitor)
         tangents = self._tangents(dict(v))
-        tape.use_up()
+        tape.consume()
         pushed = tape.get_jvp().compute(
             [name + "_" for name in names_of(vout)], tangents, return_dict=return_dict, monitor=monitor
         )
@@ -193,7 +205,7 @@ class Model(Graph):
         tangents = self._tangents(dict(v))
         pushed = tape.get_jvp().compute([name + "_" for name in names], tangents, monitor=monitor)
         cotangents = {"_" + name: tangent for name, tangent in zip(names, pushed)}
-        tape.use_up()
+        tape.consume()
         pulled, _ = tape.get_vjp()._run(tape.get_vjp_vout(), cotangents, monitor=monitor)
         return select(out, vout, return_dict), select(pulled, tape.get_vjp_vout(), return_dict)
 
@@ -240,7 +252,7 @@ class Model(Graph):
                         f"'_{name}', and the Hessian is that of the sum of their products"
                     )
                 cotangents["_" + name] = 1.0
-        tape.use_up()
+        tape.consume()
         hvp, gradient, product = tape.get_hvp(), tape.get_vjp_vout(), tape.get_hvp_vout()
         given = {**cotangents, **self._tangents(v)}
         swept = hvp.compute([*gradient, *product], given, return_dict=True, monitor=monitor)
@@ -259,7 +271,7 @@ class Model(Graph):
                 )
         return {name + "_": v.get(name + "_", ZeroGradient) for name in self._inputs}
 
-    def _fitting(self, init: dict[str, Value]) -> dict[str, Value]:
+    def _conforming(self, init: dict[str, Value]) -> dict[str, Value]:
         """What is given to a derived model, fit for the values that it belongs to."""
         if self._tape is None:
             return init
@@ -275,7 +287,7 @@ class Model(Graph):
                     f"the derived model has no input '{name}'" + did_you_mean(name, list(self._inputs))
                 )
         return {
-            name: fit(name, as_zero(x), forms[name]) if name in forms else x for name, x in init.items()
+            name: conform(name, as_zero(x), forms[name]) if name in forms else x for name, x in init.items()
         }
 
 
@@ -296,6 +308,7 @@ def as_zero(value: Value) -> Value:
         return [as_zero(item) for item in value]
     return ZeroGradient if ZeroGradient.is_zero(value) else value
 
+
 def names_of(vout: Names) -> list[str]:
     return [vout] if isinstance(vout, str) else list(vout)
 
@@ -306,6 +319,7 @@ def select(out: dict[str, Value], vout: Names, return_dict: bool = False) -> Any
         return {name: out[name] for name in names_of(vout)}
     return out[vout] if isinstance(vout, str) else [out[name] for name in vout]
 
+
 def without(name: str, prefix: str | None, suffix: str | None) -> str:
     """The name of a variable, from that of its cotangent (prefix) or tangent (suffix)."""
     if prefix and not name.startswith(prefix) or suffix and not name.endswith(suffix):
@@ -314,6 +328,7 @@ def without(name: str, prefix: str | None, suffix: str | None) -> str:
             f"did you mean '{prefix or ''}{name}{suffix or ''}'?"
         )
     return name[1:] if prefix else name[:-1]
+
 
 def is_real_number(value: Value) -> bool:
     """Whether a value is a real number, or an array without axes that holds one."""

@@ -7,16 +7,18 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple, Self
 
+from .draw import fold, in_bytes
+from .error import needed_for
 from .execution import Plan, Slots, Step, collect, flatten
-from .graph import Node, fold, in_bytes
+from .graph import Node
 from .model import Model
+from .ownership import with_steps
 from .symbol import leaves
-from .tape import weigh
+from .valuetypes import nbytes_of
 
 Key = tuple[str, str, int]  # the name of a node, and the file and line where it was built
 
@@ -85,9 +87,7 @@ class Profile:
             return self._before(plan, *args)
         measured = self._plans.get(plan)
         if measured is None:
-            measured = self._plans[plan] = copy(plan)
-            measured.steps = [self._wrap(plan, step) for step in plan.steps]
-            measured._spending = None
+            measured = self._plans[plan] = with_steps(plan, lambda step: self._wrap(plan, step))
         values, slots = self._before(measured, *args)
         # Weigh what the run recorded
         for node in plan.nodes if plan.record else ():
@@ -95,7 +95,7 @@ class Profile:
                 record = plan.records[node]
                 targets = [record] if type(record) is int else list(record.values())
                 entry = self._stack[-1].parts[key_of(node)]
-                entry.recorded += weigh([collect(slots, target) for target in targets], self._seen)
+                entry.recorded += nbytes_of([collect(slots, target) for target in targets], self._seen)
         return values, slots
 
     def _wrap(self, plan: Plan, step: Step) -> Step:
@@ -118,7 +118,7 @@ class Profile:
             entry = above.parts[key] = Entry(node.primitive.name)
         seen: dict[int, Any] = {}
         for slot in ins:
-            weigh(slots[slot], seen)
+            nbytes_of(slots[slot], seen)
         self._stack.append(entry)
         begin = perf_counter()
         try:
@@ -132,7 +132,7 @@ class Profile:
             entry.own += elapsed
             above.own -= elapsed
         if not entry.parts:
-            entry.made += sum(weigh(slots[slot], seen) for slot in outs)
+            entry.made += sum(nbytes_of(slots[slot], seen) for slot in outs)
 
     # Methods of profiles
     def by_node(self) -> list[Row]:
@@ -192,10 +192,8 @@ class Profile:
 
     def plot(self, limit: int = 12) -> Any:
         """Draw time and bytes by operator, at most `limit` of them; returns the figure of matplotlib."""
-        try:
+        with needed_for("the picture of a profile", extra="output"):
             from matplotlib import pyplot
-        except ImportError:
-            raise ImportError("a picture of a profile needs the package matplotlib") from None
         rows = self.by_operator()[:limit][::-1]
         names = [row.name for row in rows]
         size = 8, 0.9 + 0.28 * len(rows)
@@ -274,10 +272,8 @@ class Progress:
     """A monitor that shows a bar; made by `progress`."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        try:
+        with needed_for("a progress bar", extra="output"):
             from tqdm.auto import tqdm
-        except ImportError:
-            raise ImportError("a progress bar needs the package tqdm") from None
         self._make, self._options = tqdm, options
         self._run: Callable[[], object] = lambda: None
         self._left = 0

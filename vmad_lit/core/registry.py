@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -223,8 +223,7 @@ def call(primitive: Primitive, node: Any, available: Mapping[str, Any]) -> Any:
     """Call a derivative of the chosen operator, unless it is known to be zero; a collective one is
     called in any case."""
     if not primitive.operator.collective and any(
-        all(is_zero(available[name]) for name in factor if name in available)
-        for factor in primitive.factors
+        all(is_zero(available[name]) for name in factor if name in available) for factor in primitive.factors
     ):
         return ZeroGradient
     given = {name: available[name] for name in primitive.argnames if name in available}

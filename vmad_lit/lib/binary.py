@@ -4,11 +4,18 @@ A new one is declared by its value and its two derivatives, as static methods `f
 and for exact second derivatives by `fsecond11`, `fsecond12` and `fsecond22` as well.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import numpy
 
 from ..core import stdlib
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import as_array, conj, fit, kind, slope_of_base, slope_of_exponent, widen
+from ..core.stdlib.operators import Array, as_array, conj, kind, unbroadcast, widen
+from ..core.stdlib.operators import slope_of_base, slope_of_exponent
+from ..core.symbol import Value
 from .unary import offer_curvature, scaled, slope
 
 
@@ -20,15 +27,15 @@ class binary_ufunc:
     aout = "y"
 
     @staticmethod
-    def f(x1, x2):
+    def f(x1: Value, x2: Value, /) -> Value:
         return x1
 
     @staticmethod
-    def fprime1(x1, x2):
+    def fprime1(x1: Value, x2: Value, /) -> Value:
         return 1
 
     @staticmethod
-    def fprime2(x1, x2):
+    def fprime2(x1: Value, x2: Value, /) -> Value:
         return 0
 
     def apl(node, x1, x2):
@@ -39,44 +46,49 @@ class binary_ufunc:
 
     def vjp(node, _y, x1, x2):
         # Pull the cotangent back to each operand that varies
-        def pull(name, x, fprime):
+        def pull(name: str, x: Value, fprime: Callable[..., Value]) -> Value:
             if node.is_literal(name):
                 return ZeroGradient
-            return fit(scaled(_y, conj(slope(fprime, x1, x2))), kind(x))
+            return unbroadcast(scaled(_y, conj(slope(fprime, x1, x2))), kind(x))
+
         return dict(_x1=pull("x1", x1, node.prototype.fprime1), _x2=pull("x2", x2, node.prototype.fprime2))
 
     def jvp(node, x1_, x2_, x1, x2):
         # Push the tangent of each operand that has one
-        def push(x_, fprime):
+        def push(x_: Value, fprime: Callable[..., Value]) -> Value:
             return x_ if x_ is ZeroGradient else scaled(x_, slope(fprime, x1, x2))
+
         return widen(
             push(x1_, node.prototype.fprime1) + push(x2_, node.prototype.fprime2), kind(x1), kind(x2)
         )
 
-    def __init_subclass__(cls):
+    def __init_subclass__(cls) -> None:
         second = ["fsecond11", "fsecond12", "fsecond22"]
         offer_curvature(cls, cls._differentiate_vjp, ["fprime1", "fprime2"], second)
 
     def _differentiate_vjp(node, _y, x1_, x2_, x1, x2):
         # Pull the cotangent back with slopes that change
-        def bend(name, x, along1, along2):
-            if not node.wants(name):
+        def curvature(
+            name: str, x: Value, along1: Callable[..., Value], along2: Callable[..., Value]
+        ) -> Value:
+            if not node.needs(name):
                 return ZeroGradient
             slope_ = ZeroGradient
             for x_, fsecond in (x1_, along1), (x2_, along2):
                 if x_ is not ZeroGradient:
                     slope_ = slope_ + scaled(x_, slope(fsecond, x1, x2))
-            return fit(scaled(_y, conj(slope_)), kind(x))
+            return unbroadcast(scaled(_y, conj(slope_)), kind(x))
+
         second = node.prototype
         return dict(
-            _x1_=bend("x1", x1, second.fsecond11, second.fsecond12),
-            _x2_=bend("x2", x2, second.fsecond12, second.fsecond22),
+            _x1_=curvature("x1", x1, second.fsecond11, second.fsecond12),
+            _x2_=curvature("x2", x2, second.fsecond12, second.fsecond22),
         )
 
 
-def share(x1, x2):
+def share(x1: Value, x2: Value) -> Array:
     """1 where x1 > x2, 0 where x1 < x2, and 1/2 where they are equal; in the precision of the operands."""
-    dtype = numpy.result_type(*(getattr(x, "dtype", x) for x in (x1, x2)))
+    dtype: Any = numpy.result_type(*(getattr(x, "dtype", x) for x in (x1, x2)))
     dtype = numpy.finfo(dtype).dtype if dtype.kind in "fc" else "f8"
     return (numpy.greater(x1, x2).astype(dtype) + numpy.greater_equal(x1, x2).astype(dtype)) * 0.5
 
@@ -121,7 +133,7 @@ class fmin(binary_ufunc):
     hvp = ZeroGradient
 
 
-def radius(x1, x2):
+def radius(x1: Value, x2: Value) -> Value:
     """The distance from the origin, but 1 at the origin itself."""
     r = numpy.hypot(x1, x2)
     return r + (r == 0)
@@ -151,7 +163,7 @@ class arctan2(binary_ufunc):
     fsecond22 = staticmethod(lambda x1, x2: -arctan2.fsecond11(x1, x2))
 
 
-def weight(x1, x2):
+def weight(x1: Value, x2: Value) -> Value:
     """The share of exp(x1) in exp(x1) + exp(x2)."""
     share = 1 / (1 + numpy.exp(x2 - x1))
     if numpy.any(numpy.isinf(x1)):
@@ -217,6 +229,17 @@ class power(stdlib.pow.prototype):
 
 
 __all__ = [
-    "binary_ufunc", "maximum", "minimum", "fmax", "fmin", "hypot", "arctan2", "logaddexp",
-    "add", "subtract", "multiply", "divide", "power",
+    "binary_ufunc",
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "hypot",
+    "arctan2",
+    "logaddexp",
+    "add",
+    "subtract",
+    "multiply",
+    "divide",
+    "power",
 ]

@@ -2,46 +2,59 @@
 
 A file has columns of a catalogue in its group `particles`, meshes in its group `fields`, and attributes.
 """
+
+from __future__ import annotations
+
 import os
+from collections.abc import Mapping, Sequence
+from typing import IO, Any, TypeAlias
 
 import numpy
+from numpy.typing import ArrayLike, DTypeLike
 
-from vmad_lit.lib.fastpm import RealField
+from vmad_lit.core.error import needed_for
+from vmad_lit.core.stdlib.operators import Array, Shape
+from vmad_lit.lib.mesh import ParticleMesh
 from vmad_lit.lib.mpi import fail_together, on_root, run_together
+from vmad_lit.lib.nbody import FastPMSimulation
 from vmad_lit.lib.tracers import velocity
 
-try:
-    import h5py
-except ImportError:  # an optional package: said by name when it is needed
-    h5py = None
+with needed_for("catalogues of particles", extra="mesh"):
+    from mpi4py import MPI
+    from pmesh.pm import RealField
+
+Lattice = Sequence[int] | Array  # the number of points along each axis
+Fields: TypeAlias = Mapping[str, RealField]
 
 CHUNK = 1 << 22  # bytes that a rank converts and writes at a time
 
 
-def _need_h5py():
-    if h5py is None:
-        raise ImportError("HDF5 files need the package h5py; say: pip install h5py")
+def hdf5() -> Any:
+    """The module h5py."""
+    with needed_for("HDF5 files", extra="output"):
+        import h5py
+    return h5py
 
 
 class Block:
     """This rank's part of a distributed array: the whole shape, where the part begins, and its values."""
 
-    def __init__(self, shape, start, values, dtype):
+    def __init__(self, shape: Shape, start: Shape, values: Array, dtype: numpy.dtype[Any]) -> None:
         self.shape, self.start, self.values, self.dtype = shape, start, values, dtype
 
     @classmethod
-    def of_rows(cls, comm, values, dtype):
+    def of_rows(cls, comm: MPI.Comm, values: Array, dtype: numpy.dtype[Any]) -> Block:
         lengths = comm.allgather(len(values))
-        start = (sum(lengths[:comm.rank]),) + (0,) * (values.ndim - 1)
+        start = (sum(lengths[: comm.rank]),) + (0,) * (values.ndim - 1)
         return cls((sum(lengths), *values.shape[1:]), start, values, dtype)
 
     @classmethod
-    def of_field(cls, field, dtype):
+    def of_field(cls, field: RealField, dtype: numpy.dtype[Any]) -> Block:
         start = tuple(part.start for part in field.slices)
         return cls(tuple(int(n) for n in field.Nmesh), start, field.value, dtype)
 
     # Write the bytes of a block
-    def write(self, file, offset):
+    def write(self, file: IO[bytes], offset: int) -> None:
         """Write the block into an open file, in which the whole array begins at byte `offset`."""
         if self.values.size == 0:
             return
@@ -54,10 +67,17 @@ class Block:
             run = self.values[index]
             rows = max(1, CHUNK // max(1, run[:1].size * self.dtype.itemsize))
             for begin in range(0, len(run), rows):
-                file.write(numpy.ascontiguousarray(run[begin:begin + rows], dtype=self.dtype).tobytes())
+                file.write(numpy.ascontiguousarray(run[begin : begin + rows], dtype=self.dtype).tobytes())
 
 
-def save(path, comm, columns=None, fields=None, attributes=None, dtype=None):
+def save(
+    path: str,
+    comm: MPI.Comm,
+    columns: Mapping[str, Any] | None = None,
+    fields: Fields | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    dtype: DTypeLike | None = None,
+) -> None:
     """Write columns of a catalogue and fields to an HDF5 file. Collective.
 
     Parameters
@@ -76,19 +96,20 @@ def save(path, comm, columns=None, fields=None, attributes=None, dtype=None):
     ImportError, ValueError, TypeError, OSError
         On all ranks, even if only one of them has a reason.
     """
-    run_together(comm, _need_h5py)
+    run_together(comm, hdf5)
     blocks = _blocks(comm, columns or {}, fields or {}, dtype)
     partial = f"{path}.partial"
     try:
         offsets = on_root(comm, lambda: _lay_out(partial, blocks, attributes or {}))
 
-        def write():
-            with open(partial, 'r+b') as file:
+        def write() -> None:
+            with open(partial, "r+b") as file:
                 for name, block in blocks.items():
-                    if offsets[name] is not None:
-                        block.write(file, offsets[name])
+                    if (begin := offsets[name]) is not None:
+                        block.write(file, begin)
                 file.flush()
                 os.fsync(file.fileno())
+
         run_together(comm, write)
     except Exception:
         if comm.rank == 0 and os.path.exists(partial):
@@ -97,27 +118,33 @@ def save(path, comm, columns=None, fields=None, attributes=None, dtype=None):
     on_root(comm, lambda: os.replace(partial, path))
 
 
-def _lay_out(path, blocks, attributes):
+def _lay_out(path: str, blocks: Mapping[str, Block], attributes: Mapping[str, Any]) -> dict[str, int | None]:
     """Make a file with data sets for the blocks; tells where their bytes begin, None if there are none."""
+    h5py = hdf5()
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    with h5py.File(path, 'w') as file:
+    with h5py.File(path, "w") as file:
         file.attrs.update(attributes)
-        return {name: file.create_dataset(name, b.shape, b.dtype, dcpl=creation.copy()).id.get_offset()
-                for name, b in blocks.items()}
+        return {
+            name: file.create_dataset(name, b.shape, b.dtype, dcpl=creation.copy()).id.get_offset()
+            for name, b in blocks.items()
+        }
 
 
-def _blocks(comm, columns, fields, dtype):
+def _blocks(
+    comm: MPI.Comm, columns: Mapping[str, Any], fields: Fields, dtype: DTypeLike | None
+) -> dict[str, Block]:
     """The blocks of all columns and fields by their names in the file, checked to fit on all ranks."""
     columns = {name: numpy.asarray(values) for name, values in columns.items()}
     complaint = None
     if len({len(values) if values.ndim else -1 for values in columns.values()}) > 1:
         complaint = f"columns must have the same number of rows, not {_shapes(columns)}"
     for name, values in columns.items():
-        if values.ndim == 0 or values.dtype.kind not in 'biuf':
-            complaint = (f"column {name!r} must be an array of numbers with a row for each particle, "
-                         f"not {values!r}")
+        if values.ndim == 0 or values.dtype.kind not in "biuf":
+            complaint = (
+                f"column {name!r} must be an array of numbers with a row for each particle, not {values!r}"
+            )
     for name, field in fields.items():
         if not isinstance(field, RealField):
             complaint = f"field {name!r} must be a RealField, not a {type(field).__name__}"
@@ -126,77 +153,92 @@ def _blocks(comm, columns, fields, dtype):
     kinds = comm.allgather((mine, list(fields)))
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"all ranks must write the same columns and fields; ranks 0, 1, .. have {kinds}")
-    blocks = {f'particles/{name}': Block.of_rows(comm, v, _in_file(v, dtype))
-              for name, v in columns.items()}
-    blocks.update((f'fields/{name}', Block.of_field(f, _in_file(f, dtype))) for name, f in fields.items())
+    blocks = {f"particles/{name}": Block.of_rows(comm, v, _in_file(v, dtype)) for name, v in columns.items()}
+    blocks.update((f"fields/{name}", Block.of_field(f, _in_file(f, dtype))) for name, f in fields.items())
     return blocks
 
 
-def _shapes(columns):
+def _shapes(columns: Mapping[str, Array]) -> dict[str, Shape]:
     return {name: values.shape for name, values in columns.items()}
 
 
-def _in_file(values, dtype):
-    return numpy.dtype(dtype if dtype is not None and values.dtype.kind == 'f' else values.dtype)
+def _in_file(values: Any, dtype: DTypeLike | None) -> numpy.dtype[Any]:
+    return numpy.dtype(dtype if dtype is not None and values.dtype.kind == "f" else values.dtype)
 
 
-def load(path, comm, names=None):
+def load(
+    path: str, comm: MPI.Comm, names: Sequence[str] | None = None
+) -> tuple[dict[str, Array], dict[str, Any]]:
     """Read what `save` wrote, on any number of ranks: this rank's rows of the columns, and the attributes.
 
     `names` are the columns to read, by default all. Collective.
     """
-    run_together(comm, _need_h5py)
+    run_together(comm, hdf5)
 
-    def read():
-        with h5py.File(path, 'r') as file:
-            group = file.get('particles', {})
+    def read() -> tuple[dict[str, Array], dict[str, Any]]:
+        with hdf5().File(path, "r") as file:
+            group = file.get("particles", {})
             columns = {}
             for name in group if names is None else names:
                 if name not in group:
                     raise KeyError(f"{path} has no column {name!r}, only {list(group)}")
                 n = len(group[name])
-                columns[name] = group[name][comm.rank * n // comm.size:(comm.rank + 1) * n // comm.size]
+                columns[name] = group[name][comm.rank * n // comm.size : (comm.rank + 1) * n // comm.size]
             return columns, dict(file.attrs)
+
     return run_together(comm, read)
 
 
-def load_field(path, name, pm):
+def load_field(path: str, name: str, pm: ParticleMesh) -> RealField:
     """Read a field that `save` wrote; each rank reads its own part. Collective."""
-    run_together(pm.comm, _need_h5py)
+    run_together(pm.comm, hdf5)
 
-    def read():
-        with h5py.File(path, 'r') as file:
-            group = file.get('fields', {})
+    def read() -> RealField:
+        with hdf5().File(path, "r") as file:
+            group = file.get("fields", {})
             if name not in group:
                 raise KeyError(f"{path} has no field {name!r}, only {list(group)}")
             if group[name].shape != tuple(pm.Nmesh):
-                raise ValueError(f"{path}: the field {name!r} has the shape {group[name].shape}, "
-                                 f"expected the mesh {tuple(int(n) for n in pm.Nmesh)}")
+                raise ValueError(
+                    f"{path}: the field {name!r} has the shape {group[name].shape}, "
+                    f"expected the mesh {tuple(int(n) for n in pm.Nmesh)}"
+                )
             field = pm.create(type=RealField, value=0)
             if field.value.size:
                 field[...] = group[name][field.slices]
             return field
+
     return run_together(pm.comm, read)
 
 
-def lattice_ids(q, Nmesh, BoxSize):
+def lattice_ids(q: Array, Nmesh: Lattice, BoxSize: ArrayLike) -> Array:
     """The number of each particle's point on a lattice of Nmesh points, from its position (N, ndim)."""
-    cells = numpy.floor(q / (numpy.asarray(BoxSize) / Nmesh) + 1e-5).astype('i8')
-    return numpy.ravel_multi_index(tuple(cells.T), tuple(int(n) for n in Nmesh), mode='wrap').astype('i8')
+    cells = numpy.floor(q / (numpy.asarray(BoxSize) / Nmesh) + 1e-5).astype("i8")
+    return numpy.ravel_multi_index(tuple(cells.T), tuple(int(n) for n in Nmesh), mode="wrap").astype("i8")
 
 
-def chosen(ids, fraction, seed=0):
+def chosen(ids: ArrayLike, fraction: float, seed: int = 0) -> Array:
     """Whether each particle belongs to a random subset of the given fraction, decided by its ID alone."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"the fraction must be between 0 and 1, not {fraction}")
-    z = numpy.asarray(ids).astype('u8') + numpy.uint64((1 + seed) * 0x9E3779B97F4A7C15 % 2 ** 64)
+    z = numpy.asarray(ids).astype("u8") + numpy.uint64((1 + seed) * 0x9E3779B97F4A7C15 % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ (z >> numpy.uint64(shift))) * numpy.uint64(factor)
-    return ((z ^ (z >> numpy.uint64(31))) >> numpy.uint64(11)) * 2.0 ** -53 < fraction
+    return ((z ^ (z >> numpy.uint64(31))) >> numpy.uint64(11)) * 2.0**-53 < fraction
 
 
-def save_snapshot(path, sim, dx, p, a=None, lattice=None, fraction=1.0, dtype='f4', fields=None,
-                  **attributes):
+def save_snapshot(
+    path: str,
+    sim: FastPMSimulation,
+    dx: Array,
+    p: Array,
+    a: float | None = None,
+    lattice: Lattice | None = None,
+    fraction: float = 1.0,
+    dtype: DTypeLike = "f4",
+    fields: Fields | None = None,
+    **attributes: Any,
+) -> None:
     """Write the particles of a FastPM simulation to an HDF5 file. Collective.
 
     Columns are Position (Mpc/h, in the box), Velocity (peculiar, km/s) and ID.
@@ -219,7 +261,15 @@ def save_snapshot(path, sim, dx, p, a=None, lattice=None, fraction=1.0, dtype='f
     x = ((sim.q[keep] + dx[keep]) % pm.BoxSize).astype(dtype)
     x[x >= pm.BoxSize.astype(dtype)] = 0  # the last number below the box may be rounded to it
     columns = dict(Position=x, Velocity=velocity(p[keep], a), ID=ids[keep])
-    attributes = dict(BoxSize=pm.BoxSize, Nmesh=pm.Nmesh, ScaleFactor=a, Om0=float(sim.pt.Om0),
-                      Fraction=fraction, Particles=comm.allreduce(len(ids)),
-                      UnitLength='Mpc/h', UnitVelocity='km/s', **attributes)
+    attributes = dict(
+        BoxSize=pm.BoxSize,
+        Nmesh=pm.Nmesh,
+        ScaleFactor=a,
+        Om0=float(sim.pt.Om0),
+        Fraction=fraction,
+        Particles=comm.allreduce(len(ids)),
+        UnitLength="Mpc/h",
+        UnitVelocity="km/s",
+        **attributes,
+    )
     save(path, comm, columns, fields, attributes, dtype)

@@ -4,9 +4,13 @@ Whatever is said here about lists holds for tuples as well. `to_scalar`, `sum`, 
 and `copy` also work for mesh fields, on any number of ranks.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterable, Sequence
 from operator import index
 from string import ascii_letters
+from typing import Any, NoReturn
 
 import numpy
 
@@ -15,12 +19,28 @@ from ..core.error import UnpackError
 from ..core.operator import ZeroGradient, operator
 from ..core.registry import overloaded
 from ..core.stdlib import abs, add, div, mod, mul, pow, sub
-from ..core.stdlib.operators import ShapeOfField, conj as conjugate, fit, kind, plus, times, turn, widen
-from ..core.symbol import BaseSymbol, List, Literal
+from ..core.stdlib.operators import (
+    Array,
+    Kind,
+    Shape,
+    ShapeOf,
+    conj as conjugate,
+    unbroadcast,
+    kind,
+    plus,
+    times,
+    turn,
+    widen,
+)
+from ..core.symbol import BaseSymbol, List, Literal, Symbol, Value
 from . import binary, unary
 from .binary import arctan2, binary_ufunc, divide, fmax, fmin, hypot, logaddexp
 from .binary import maximum, minimum, multiply, power, subtract
 from .unary import *  # noqa: F403
+
+Axis = int | Sequence[int] | None  # one axis, several, or all
+Order = Any  # of a norm: a number, "fro", or None
+DType = numpy.dtype[Any] | None
 
 
 class linear:
@@ -30,12 +50,12 @@ class linear:
     aout = "y"
 
 
-def whole(_y, shape):
+def whole(_y: Value, shape: Shape) -> Value:
     """A cotangent in its full shape."""
     return _y if numpy.shape(_y) == tuple(shape) else numpy.broadcast_to(_y, shape)
 
 
-def filled(items, kinds):
+def filled(items: Sequence[Value], kinds: Iterable[Kind]) -> list[Array]:
     """A list of tangents with arrays of zeros for ZeroGradient."""
     dtype = numpy.result_type(*(item for item in items if item is not ZeroGradient))
     zero = numpy.zeros((), dtype)
@@ -56,7 +76,7 @@ class broadcast_to(linear):
         return dict(kind=kind(x), yshape=y.shape, shape=shape)
 
     def vjp(node, _y, kind, yshape):
-        return fit(whole(_y, yshape), kind)
+        return unbroadcast(whole(_y, yshape), kind)
 
 
 @operator
@@ -135,7 +155,7 @@ class take(linear):
         return _x.reshape(kind[0])
 
 
-def whole_numbers(i):
+def whole_numbers(i: Value) -> Array:
     """Indices as an array of integers."""
     i = numpy.asarray(i)
     if i.size and i.dtype.kind not in "iu":
@@ -165,7 +185,7 @@ class item_of(linear):
             numpy.add.at(_x, key, _y)
         else:
             _x[key] = _y
-        return like.field(_x) if isinstance(like, ShapeOfField) else _x
+        return like.make(_x) if isinstance(like, ShapeOf) else _x
 
     def jvp(node, x_, key):
         return x_[key]
@@ -173,17 +193,17 @@ class item_of(linear):
     hvp = ZeroGradient
 
 
-def put_into_list(_y, key, n):
+def put_into_list(_y: Value, key: Any, n: int) -> list[Value]:
     _x = [ZeroGradient] * n
     _x[key] = list(_y) if isinstance(key, slice) else _y
     return _x
 
 
-def getitem(x, key):
+def getitem(x: Value, key: Any) -> Symbol:
     """`x[key]` as a node: NumPy's indexing of an array, or an item or slice of a list. Symbols may be
     part of the key."""
 
-    def as_key(k):
+    def as_key(k: Any) -> Any:
         return numpy.asarray(k, dtype=None if len(k) else "intp") if isinstance(k, list) else k
 
     if isinstance(key, tuple):
@@ -205,7 +225,7 @@ class stack(linear):
 
     def vjp(node, _y, kinds, axis, yshape):
         pieces = numpy.moveaxis(whole(_y, yshape), axis, 0)
-        return dict(_x=[fit(piece, k) for piece, k in zip(pieces, kinds)])
+        return dict(_x=[unbroadcast(piece, k) for piece, k in zip(pieces, kinds)])
 
     def jvp(node, x_, kinds, axis):
         return numpy.stack(filled(x_, kinds), axis=axis)
@@ -226,7 +246,7 @@ class concatenate(linear):
     def vjp(node, _y, kinds, axis, yshape):
         sizes = [math.prod(k[0]) if axis is None else k[0][axis] for k in kinds]
         pieces = numpy.split(whole(_y, yshape), numpy.cumsum(sizes)[:-1], axis=axis or 0)
-        return dict(_x=[fit(piece.reshape(k[0]), k) for piece, k in zip(pieces, kinds)])
+        return dict(_x=[unbroadcast(piece.reshape(k[0]), k) for piece, k in zip(pieces, kinds)])
 
     def jvp(node, x_, kinds, axis):
         return numpy.concatenate(filled(x_, kinds), axis=axis)
@@ -251,8 +271,8 @@ class where:
         zero = numpy.zeros((), numpy.result_type(_y))
         _y = whole(_y, yshape)
         return dict(
-            _x1=fit(numpy.where(condition, _y, zero), kind1),
-            _x2=fit(numpy.where(condition, zero, _y), kind2)
+            _x1=unbroadcast(numpy.where(condition, _y, zero), kind1),
+            _x2=unbroadcast(numpy.where(condition, zero, _y), kind2),
         )
 
     def jvp(node, x1_, x2_, condition, yshape):
@@ -263,7 +283,7 @@ class where:
     hvp = ZeroGradient
 
 
-def clip(x, min=None, max=None):
+def clip(x: Value, min: Value = None, max: Value = None) -> Symbol:
     """`x`, but at least `min` and at most `max`, which may be None. Where `x` is on a limit, each has
     the derivative 1/2."""
     if min is not None:
@@ -271,7 +291,9 @@ def clip(x, min=None, max=None):
     return x if max is None else minimum(x, max)
 
 
-def add_up(x, axis=None, dtype=None, keepdims=False, where=True):
+def sum_array(
+    x: Value, axis: Axis = None, dtype: Any = None, keepdims: bool = False, where: Value = True
+) -> Value:
     x = numpy.asarray(x)
     narrow = x.dtype.itemsize < numpy.result_type("f8", x.dtype).itemsize
     wide = dict(f="f8", c="c16").get(x.dtype.kind) if narrow else None
@@ -279,7 +301,7 @@ def add_up(x, axis=None, dtype=None, keepdims=False, where=True):
     return y if dtype or not wide else y.astype(x.dtype)
 
 
-def axes_of(axis):
+def axes_of(axis: Axis) -> Any:
     """An axis, or several in a tuple, as Python numbers; None for all."""
     return axis if axis is None else tuple(map(index, axis)) if numpy.iterable(axis) else index(axis)
 
@@ -290,7 +312,7 @@ class sum(linear):
     `dtype` is given."""
 
     def apl(node, x, axis=None, dtype=None, keepdims=False, where=True):
-        return add_up(x, axis, dtype, keepdims, where)
+        return sum_array(x, axis, dtype, keepdims, where)
 
     def rcd(node, x, axis, dtype, keepdims, where, y):
         xdtype = getattr(x, "dtype", None)
@@ -300,7 +322,7 @@ class sum(linear):
         return masked(spread(_y, shape, xdtype, axis, keepdims), where)
 
 
-def spread(_y, shape, dtype, axis, keepdims):
+def spread(_y: Value, shape: Shape, dtype: DType, axis: Axis, keepdims: bool) -> Array:
     """The transpose of a sum: repeat along the axes that were summed over, in the precision of what
     was summed."""
     if dtype is not None and dtype.kind in "fc" and numpy.result_type(_y).kind in "fc":
@@ -310,7 +332,7 @@ def spread(_y, shape, dtype, axis, keepdims):
     return numpy.broadcast_to(_y, shape)
 
 
-def masked(_x, where):
+def masked(_x: Array, where: Value) -> Array:
     """A cotangent that is zero outside of a mask."""
     return _x if where is True else numpy.where(where, _x, numpy.zeros((), _x.dtype))
 
@@ -321,7 +343,7 @@ class mean(linear):
     `dtype` is given."""
 
     def apl(node, x, axis=None, dtype=None, keepdims=False, where=True):
-        return shared(add_up(x, axis, dtype, keepdims, where), numpy.shape(x), axis, keepdims, where)
+        return shared(sum_array(x, axis, dtype, keepdims, where), numpy.shape(x), axis, keepdims, where)
 
     def rcd(node, x, axis, dtype, keepdims, where, y):
         xdtype = getattr(x, "dtype", None)
@@ -332,7 +354,7 @@ class mean(linear):
         return masked(spread(_y, shape, xdtype, axis, keepdims), where)
 
 
-def shared(y, shape, axis, keepdims, where):
+def shared(y: Value, shape: Shape, axis: Axis, keepdims: bool, where: Value) -> Value:
     """A sum divided by the number of its terms, in the precision of the sum."""
     axes = axes_of(axis)
     if where is True:
@@ -399,7 +421,7 @@ class unpack_complex:
         return dict(kind=kind(x))
 
     def vjp(node, _real, _imag, kind):
-        return fit(_real + _imag * 1j, kind)
+        return unbroadcast(_real + _imag * 1j, kind)
 
 
 @operator
@@ -416,7 +438,7 @@ class pack_complex:
         return dict(kind1=kind(real), kind2=kind(imag))
 
     def vjp(node, _y, kind1, kind2):
-        return dict(_real=fit(_y, kind1), _imag=fit(_y * -1j, kind2))
+        return dict(_real=unbroadcast(_y, kind1), _imag=unbroadcast(_y * -1j, kind2))
 
     def jvp(node, real_, imag_, kind1, kind2):
         return widen(real_ + imag_ * 1j, kind1, kind2)
@@ -440,19 +462,19 @@ class to_scalar(linear):
     """The squared norm, the sum of the squared moduli of all elements; a real number."""
 
     def apl(node, x):
-        return add_up(squared_modulus(x))
+        return sum_array(squared_modulus(x))
 
     def vjp(node, _y, x):
         return 2 * _y * x
 
     def jvp(node, x_, x):
-        return 2 * add_up(numpy.real(conjugate(x) * x_))
+        return 2 * sum_array(numpy.real(conjugate(x) * x_))
 
     def hvp(node, _y, x_):
         return 2 * _y * x_
 
 
-def squared_modulus(x):
+def squared_modulus(x: Value) -> Array:
     x = numpy.asarray(x)
     return x.real * x.real + x.imag * x.imag if x.dtype.kind == "c" else x * x
 
@@ -483,7 +505,7 @@ class norm(linear):
                     f"got ord={ord!r} for {numpy.ndim(x)} axes and axis={axis!r}"
                 )
         if ord in (None, "fro") and not isinstance(axes, int):
-            return add_up(squared_modulus(x), axes, None, keepdims) ** 0.5
+            return sum_array(squared_modulus(x), axes, None, keepdims) ** 0.5
         return numpy.linalg.norm(x, ord, axes, keepdims)
 
     def rcd(node, x, ord, axis, keepdims, y):
@@ -498,15 +520,15 @@ class norm(linear):
 
     def jvp(node, x_, x, y, ord, shape, xdtype, axis, keepdims):
         slope = slope_of_norm(x, spread(y, shape, None, axis, keepdims), ord, axis)
-        return add_up(numpy.real(conjugate(slope) * x_), axis, None, keepdims)
+        return sum_array(numpy.real(conjugate(slope) * x_), axis, None, keepdims)
 
     def hvp(node, _y, x_, x, y, ord, shape, xdtype, axis, keepdims):
         real = None if xdtype is None else numpy.empty(0, xdtype).real.dtype
         y = spread(y, shape, real, axis, keepdims)
-        return spread(_y, shape, real, axis, keepdims) * bend_of_norm(x, x_, y, ord, axis)
+        return spread(_y, shape, real, axis, keepdims) * curvature_of_norm(x, x_, y, ord, axis)
 
 
-def slope_of_norm(x, y, ord, axis):
+def slope_of_norm(x: Value, y: Value, ord: Order, axis: Axis) -> Value:
     """The direction of steepest ascent of a norm `y`, repeated to the shape of `x`."""
     nonzero = y + (y == 0)
     if ord in (None, "fro", 2):
@@ -518,7 +540,7 @@ def slope_of_norm(x, y, ord, axis):
     return numpy.sign(x) * (numpy.absolute(x) / nonzero) ** (ord - 1)
 
 
-def bend_of_norm(x, x_, y, ord, axis):
+def curvature_of_norm(x: Value, x_: Value, y: Value, ord: Order, axis: Axis) -> Value:
     """The tangent of `slope_of_norm`."""
     nonzero, slope = y + (y == 0), slope_of_norm(x, y, ord, axis)
     y_ = numpy.sum(numpy.real(conjugate(slope) * x_), axis=axes_of(axis), keepdims=True)
@@ -531,7 +553,7 @@ def bend_of_norm(x, x_, y, ord, axis):
     return turn(x_, x) * r ** (ord - 1) + u * (ord - 1) * (r + (r == 0)) ** (ord - 2) * r_
 
 
-def read_subscripts(subscripts, ndims):
+def read_subscripts(subscripts: str, ndims: Sequence[int]) -> tuple[list[str], str]:
     """The indices of each operand and of the result of an einsum, with letters for ellipses."""
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
@@ -545,7 +567,7 @@ def read_subscripts(subscripts, ndims):
     return terms, output.replace("...", dots)
 
 
-def contract(terms, output, operands):
+def contract(terms: Sequence[str], output: str, operands: Sequence[Value]) -> Value:
     """An einsum; for large operands with an optimal order of the products, and by matrix multiplication."""
     large = len(operands) > 1 and max(numpy.size(x) for x in operands) > 1000
     return numpy.einsum(",".join(terms) + "->" + output, *operands, optimize=large)
@@ -602,7 +624,7 @@ class einsum(linear):
         return dict(_x_=_x_)
 
 
-def cotangent_of_factor(i, _y, x, terms, output):
+def cotangent_of_factor(i: int, _y: Value, x: Sequence[Value], terms: Sequence[str], output: str) -> Array:
     """The cotangent of the factor `x[i]` of an einsum."""
     others = [*terms[:i], *terms[i + 1 :], output]
     indices = "".join(dict.fromkeys(terms[i]))
@@ -612,7 +634,7 @@ def cotangent_of_factor(i, _y, x, terms, output):
     # Repeat along the indices that were only summed over
     g = numpy.reshape(g, [g.shape[known.index(c)] if c in known else 1 for c in indices])
     unique = tuple(shape[terms[i].index(c)] for c in indices)
-    g = fit(g, (tuple(1 if n == 1 else m for n, m in zip(unique, g.shape)), is_complex))
+    g = unbroadcast(g, (tuple(1 if n == 1 else m for n, m in zip(unique, g.shape)), is_complex))
     g = numpy.broadcast_to(g, unique)
     if len(indices) == len(terms[i]):
         return g
@@ -622,7 +644,7 @@ def cotangent_of_factor(i, _y, x, terms, output):
     return _x
 
 
-def matmul(x, A):
+def matmul(x: Value, A: Value) -> Symbol:
     """The products of the vectors `x[i]` with the matrices `A[i]`: rows y[i] = A[i] x[i]."""
     return einsum("ik,ijk->ij", [x, A])
 
@@ -645,8 +667,8 @@ class matrix_product(product):
     def vjp(node, _y, x1, x2, yshape):
         _y = numpy.asarray(whole(_y, yshape))
         return dict(
-            _x1=cotangent_of_left(_y, x1, x2) if node.wants("x1") else ZeroGradient,
-            _x2=cotangent_of_right(_y, x1, x2) if node.wants("x2") else ZeroGradient,
+            _x1=cotangent_of_left(_y, x1, x2) if node.needs("x1") else ZeroGradient,
+            _x2=cotangent_of_right(_y, x1, x2) if node.needs("x2") else ZeroGradient,
         )
 
     def jvp(node, x1_, x2_, x1, x2):
@@ -655,12 +677,12 @@ class matrix_product(product):
     def hvp(node, _y, x1_, x2_, x1, x2, yshape):
         _y = numpy.asarray(whole(_y, yshape))
         return dict(
-            _x1_=cotangent_of_left(_y, x1, x2_) if node.wants("x1") else ZeroGradient,
-            _x2_=cotangent_of_right(_y, x1_, x2) if node.wants("x2") else ZeroGradient,
+            _x1_=cotangent_of_left(_y, x1, x2_) if node.needs("x1") else ZeroGradient,
+            _x2_=cotangent_of_right(_y, x1_, x2) if node.needs("x2") else ZeroGradient,
         )
 
 
-def cotangent_of_left(_y, x1, x2):
+def cotangent_of_left(_y: Array, x1: Value, x2: Value) -> Value:
     """The cotangent of `x1` in `x1 @ x2`."""
     if x2 is ZeroGradient:
         return x2
@@ -668,10 +690,10 @@ def cotangent_of_left(_y, x1, x2):
     _y = _y[..., None, :] if x1.ndim == 1 else _y
     b = x2[:, None] if x2.ndim == 1 else x2
     _x1 = _y @ conjugate(b).swapaxes(-1, -2)
-    return fit(_x1[..., 0, :] if x1.ndim == 1 else _x1, kind(x1))
+    return unbroadcast(_x1[..., 0, :] if x1.ndim == 1 else _x1, kind(x1))
 
 
-def cotangent_of_right(_y, x1, x2):
+def cotangent_of_right(_y: Array, x1: Value, x2: Value) -> Value:
     """The cotangent of `x2` in `x1 @ x2`."""
     if x1 is ZeroGradient:
         return x1
@@ -679,7 +701,7 @@ def cotangent_of_right(_y, x1, x2):
     _y = _y[..., None, :] if x1.ndim == 1 else _y
     a = x1[None, :] if x1.ndim == 1 else x1
     _x2 = conjugate(a).swapaxes(-1, -2) @ _y
-    return fit(_x2[..., 0] if x2.ndim == 1 else _x2, kind(x2))
+    return unbroadcast(_x2[..., 0] if x2.ndim == 1 else _x2, kind(x2))
 
 
 @overloaded
@@ -701,17 +723,19 @@ class dot(product):
         return dict(_x1_=cotangent_of_first(_y, x1, x2_), _x2_=cotangent_of_second(_y, x1_, x2))
 
 
-def cotangent_of_first(_y, x1, x2):
+def cotangent_of_first(_y: Value, x1: Value, x2: Value) -> Value:
     """The cotangent of `x1` in `dot(x1, x2)`."""
     if x2 is ZeroGradient or numpy.ndim(x1) == 0 or numpy.ndim(x2) == 0:
         return times(_y, x2, kind(x1))
     n1, n2 = numpy.ndim(x1) - 1, numpy.ndim(x2) - 1
     front = numpy.moveaxis(x2, -2, 0) if n2 else numpy.asarray(x2)
     _y = whole(_y, numpy.shape(x1)[:-1] + front.shape[1:])
-    return fit(numpy.tensordot(_y, conjugate(front), (range(n1, n1 + n2), range(1, n2 + 1))), kind(x1))
+    return unbroadcast(
+        numpy.tensordot(_y, conjugate(front), (range(n1, n1 + n2), range(1, n2 + 1))), kind(x1)
+    )
 
 
-def cotangent_of_second(_y, x1, x2):
+def cotangent_of_second(_y: Value, x1: Value, x2: Value) -> Value:
     """The cotangent of `x2` in `dot(x1, x2)`."""
     if x1 is ZeroGradient or numpy.ndim(x1) == 0 or numpy.ndim(x2) == 0:
         return times(_y, x1, kind(x2))
@@ -719,7 +743,7 @@ def cotangent_of_second(_y, x1, x2):
     shape = numpy.shape(x2)
     _y = whole(_y, numpy.shape(x1)[:-1] + (shape[:-2] + shape[-1:] if n2 else ()))
     _x2 = numpy.tensordot(conjugate(x1), _y, (range(n1), range(n1)))
-    return fit(numpy.moveaxis(_x2, 0, -2) if n2 else _x2, kind(x2))
+    return unbroadcast(numpy.moveaxis(_x2, 0, -2) if n2 else _x2, kind(x2))
 
 
 @operator
@@ -738,8 +762,8 @@ class solve:
     def vjp(node, _y, A, b, y):
         vector = len(b[0]) == 1
         _b = numpy.linalg.solve(adjoint(A), columns(whole(_y, y.shape), vector))
-        _A = fit(-_b @ adjoint(columns(y, vector)), kind(A)) if node.wants("A") else ZeroGradient
-        return dict(_A=_A, _b=fit(rows(_b, vector), b))
+        _A = unbroadcast(-_b @ adjoint(columns(y, vector)), kind(A)) if node.needs("A") else ZeroGradient
+        return dict(_A=_A, _b=unbroadcast(rows(_b, vector), b))
 
     def jvp(node, A_, b_, A, b, y):
         vector = len(b[0]) == 1
@@ -751,27 +775,27 @@ class solve:
         _b_ = _A_ = ZeroGradient
         if A_ is not ZeroGradient:
             _b_ = -numpy.linalg.solve(adjoint(A), adjoint(A_) @ _b)
-        if node.wants("A"):
+        if node.needs("A"):
             y_ = tangent_of_solution(A, A_, b_, y, vector)
-            _A_ = fit(-(_b_ @ adjoint(columns(y, vector)) + _b @ adjoint(y_)), kind(A))
-        return dict(_A_=_A_, _b_=fit(rows(_b_, vector), b))
+            _A_ = unbroadcast(-(_b_ @ adjoint(columns(y, vector)) + _b @ adjoint(y_)), kind(A))
+        return dict(_A_=_A_, _b_=unbroadcast(rows(_b_, vector), b))
 
 
-def tangent_of_solution(A, A_, b_, y, vector):
+def tangent_of_solution(A: Value, A_: Value, b_: Value, y: Value, vector: bool) -> Value:
     right = b_ if b_ is ZeroGradient else columns(b_, vector)
     return numpy.linalg.solve(A, right - A_ @ columns(y, vector))
 
 
-def adjoint(A):
+def adjoint(A: Value) -> Value:
     return conjugate(A).swapaxes(-1, -2)
 
 
-def columns(x, vector):
+def columns(x: Value, vector: bool) -> Value:
     """A right-hand side or a solution as a (stack of) matrices."""
     return x[..., None] if vector else x
 
 
-def rows(x, vector):
+def rows(x: Value, vector: bool) -> Value:
     """The inverse of `columns`."""
     return x[..., 0] if vector else x
 
@@ -840,10 +864,10 @@ class sum_of_field:
         return x.csum()
 
     def rcd(node, x, y):
-        return dict(shape=ShapeOfField(x))
+        return dict(shape=ShapeOf(x))
 
     def vjp(node, _y, shape):
-        return shape.field(_y)
+        return shape.make(_y)
 
 
 @mean.register
@@ -855,10 +879,10 @@ class mean_of_field(sum_of_field.prototype):
         return x.csum() / x.csize
 
     def rcd(node, x, y):
-        return dict(shape=ShapeOfField(x), n=x.csize)
+        return dict(shape=ShapeOf(x), n=x.csize)
 
     def vjp(node, _y, shape, n):
-        return shape.field(_y / n)
+        return shape.make(_y / n)
 
 
 @dot.register
@@ -883,20 +907,61 @@ class inner_product_of_fields:
         return dict(_x1_=x2_ * _y, _x2_=x1_ * _y)
 
 
-def _no_iteration(self):
+def _no_iteration(self: BaseSymbol) -> NoReturn:
     raise UnpackError(f"{self!r} stands for one value and cannot be unpacked while the model is built")
 
 
-BaseSymbol.__getitem__ = lambda self, key: getitem(self, key)
-BaseSymbol.__iter__ = _no_iteration
-BaseSymbol.__matmul__ = lambda self, other: matrix_product(self, other)
-BaseSymbol.__rmatmul__ = lambda self, other: matrix_product(other, self)
+for _name, _method in dict(
+    __getitem__=lambda self, key: getitem(self, key),
+    __iter__=_no_iteration,
+    __matmul__=lambda self, other: matrix_product(self, other),
+    __rmatmul__=lambda self, other: matrix_product(other, self),
+).items():
+    setattr(BaseSymbol, _name, _method)
 
 __all__ = [
-    "abs", "add", "div", "mod", "mul", "pow", "sub", "binary_ufunc", "maximum", "minimum",
-    "fmax", "fmin", "hypot", "arctan2", "logaddexp", "subtract", "multiply", "divide", "power",
-    "broadcast_to", "clip", "concatenate", "conj", "copy", "cumsum", "dot", "einsum", "getitem",
-    "matmul", "matrix_product", "mean", "norm", "pack_complex", "reshape", "solve", "stack",
-    "sum", "sumat", "take", "to_scalar", "transpose", "unpack_complex", "where",
+    "abs",
+    "add",
+    "div",
+    "mod",
+    "mul",
+    "pow",
+    "sub",
+    "binary_ufunc",
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "hypot",
+    "arctan2",
+    "logaddexp",
+    "subtract",
+    "multiply",
+    "divide",
+    "power",
+    "broadcast_to",
+    "clip",
+    "concatenate",
+    "conj",
+    "copy",
+    "cumsum",
+    "dot",
+    "einsum",
+    "getitem",
+    "matmul",
+    "matrix_product",
+    "mean",
+    "norm",
+    "pack_complex",
+    "reshape",
+    "solve",
+    "stack",
+    "sum",
+    "sumat",
+    "take",
+    "to_scalar",
+    "transpose",
+    "unpack_complex",
+    "where",
 ]
 __all__ += unary.__all__

@@ -1,23 +1,36 @@
 """Communication between ranks as operators.
 
-A value is *universal* (all ranks have the same value), *distributed* (each rank has a part, and the value
-is all of them) or *root-only* (one rank has it, the others have None). The inner product of a universal
-value is counted once, that of a distributed value is summed over the ranks; the transposes follow from
+A value is *replicated* (all ranks have the same value), *partitioned* (each rank has a part, and the value
+is all of them) or *root-only* (one rank has it, the others have None). The inner product of a replicated
+value is counted once, that of a partitioned value is summed over the ranks; the transposes follow from
 that.
 
 Arrays and NumPy numbers travel as buffers, other objects are pickled. All operators are *collective*: all
 ranks of the communicator have to run the same model.
 """
 
+from __future__ import annotations
+
 import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy
-from mpi4py import MPI
 
+from ..core.error import needed_for
 from ..core.operator import ZeroGradient, operator
+from ..core.stdlib.operators import Array, Shape
+from ..core.symbol import Symbol, Value
+
+T = TypeVar("T")
+Description = tuple[Shape, numpy.dtype[Any]] | str  # shape and dtype, or the name of a type
+Halo = tuple[Array, list[int], list[int], Array]  # see `plan_halo`
+
+with needed_for("communication between ranks", extra="mpi"):
+    from mpi4py import MPI
 
 
-def describe(x):
+def describe(x: Value) -> Description:
     """What others must know about a value: (shape, dtype) of an array or number, else its type's name."""
     if isinstance(x, (numpy.ndarray, numpy.generic, int, float, complex)) and x is not ZeroGradient:
         x = numpy.asarray(x)
@@ -26,7 +39,7 @@ def describe(x):
     return type(x).__name__
 
 
-def dense(x_, kind, comm):
+def dense(x_: Value, kind: Description, comm: MPI.Comm) -> Value:
     """A tangent or cotangent: ZeroGradient if all ranks have that, else a value on each, maybe zeros."""
     if comm.allreduce(x_ is ZeroGradient, op=MPI.LAND):
         return ZeroGradient
@@ -35,7 +48,7 @@ def dense(x_, kind, comm):
     return x_
 
 
-def agree(comm, x):
+def gather_kinds(comm: MPI.Comm, x: Value) -> tuple[list[Any], numpy.dtype[Any] | None]:
     """The shapes of a value on all ranks, and the dtype that holds them all; None if it is not an array."""
     kinds = comm.allgather(describe(x))
     if any(type(kind) is str for kind in kinds):
@@ -43,16 +56,17 @@ def agree(comm, x):
     return [shape for shape, _ in kinds], numpy.result_type(*(dtype for _, dtype in kinds))
 
 
-def fail_together(comm, message):
+def fail_together(comm: MPI.Comm, message: str | None) -> None:
     """Raise ValueError on all ranks if any of them has a message."""
     messages = [f"rank {rank}: {text}" for rank, text in enumerate(comm.allgather(message)) if text]
     if messages:
         raise ValueError("; ".join(messages))
 
 
-def run_together(comm, function):
+def run_together(comm: MPI.Comm, function: Callable[[], T]) -> T:
     """Call a function on all ranks; if any of them has an exception, all raise one."""
-    result = error = None
+    result: Any = None
+    error: Exception | None = None
     try:
         result = function()
     except Exception as exception:
@@ -63,12 +77,12 @@ def run_together(comm, function):
     return result
 
 
-def on_root(comm, function):
+def on_root(comm: MPI.Comm, function: Callable[[], T]) -> T:
     """Call a function on rank 0 and return its result, or raise its exception, on all ranks."""
     return comm.bcast(run_together(comm, function if comm.rank == 0 else lambda: None))
 
 
-def _portable(error):
+def _portable(error: Exception | None) -> Exception | None:
     """An exception that can be sent to other ranks."""
     try:
         pickle.loads(pickle.dumps(error))
@@ -77,11 +91,11 @@ def _portable(error):
     return error
 
 
-def total(x, comm):
+def total(x: Value, comm: MPI.Comm) -> Value:
     """The sum of a value over the ranks."""
     if x is ZeroGradient:
         return x
-    shapes, dtype = agree(comm, x)
+    shapes, dtype = gather_kinds(comm, x)
     if any(kind in ("list", "tuple") for kind in shapes):
         raise TypeError("a list cannot be summed over ranks; reduce its items one by one")
     if dtype is None:
@@ -99,16 +113,16 @@ def total(x, comm):
 
 @operator
 class allreduce:
-    """The sum over ranks: from distributed to universal.
+    """The sum over ranks: from partitioned to replicated.
 
     Parameters
     ----------
-    x : distributed, an array of the same shape on all ranks, a number, or an object with a sum
+    x : partitioned, an array of the same shape on all ranks, a number, or an object with a sum
     comm : MPI communicator
 
     Returns
     -------
-    y : universal
+    y : replicated
     """
 
     ain = "x"
@@ -131,18 +145,18 @@ class allreduce:
 
 @operator
 class allbcast:
-    """The identity, from universal to distributed: each rank goes its own way with a value that all have.
+    """The identity, from replicated to partitioned: each rank goes its own way with a value that all have.
 
     The reverse of `allreduce`. The value is not checked to be the same on all ranks; `bcast` makes it so.
 
     Parameters
     ----------
-    x : universal, an array or a number
+    x : replicated, an array or a number
     comm : MPI communicator
 
     Returns
     -------
-    y : distributed
+    y : partitioned
     """
 
     ain = "x"
@@ -163,7 +177,7 @@ class allbcast:
         return dict(y_=x_)
 
 
-def from_root(x, comm, root):
+def from_root(x: Value, comm: MPI.Comm, root: int) -> Value:
     """The value of one rank, on all ranks."""
     kind = comm.bcast(describe(x), root)
     if type(kind) is str or kind[0] == ():
@@ -176,7 +190,7 @@ def from_root(x, comm, root):
 
 @operator
 class bcast:
-    """Send the value of one rank to all: from root-only to universal.
+    """Send the value of one rank to all: from root-only to replicated.
 
     Follow it by `allbcast` if the ranks go different ways with the value afterwards.
 
@@ -188,7 +202,7 @@ class bcast:
 
     Returns
     -------
-    y : universal
+    y : replicated
     """
 
     ain = "x"
@@ -206,9 +220,9 @@ class bcast:
         return dict(y_=from_root(x_, comm, root))
 
 
-def find_counts(comm, x):
-    """The number of rows on each rank and the common dtype of a distributed array, else None, None."""
-    shapes, dtype = agree(comm, x)
+def find_counts(comm: MPI.Comm, x: Value) -> tuple[list[int] | Any, numpy.dtype[Any] | None]:
+    """The number of rows on each rank and the common dtype of a partitioned array, else None, None."""
+    shapes, dtype = gather_kinds(comm, x)
     if dtype is None:
         return None, None
     if all(shape == () for shape in shapes):
@@ -218,7 +232,7 @@ def find_counts(comm, x):
     return [shape[0] for shape in shapes], dtype
 
 
-def join(x, comm, root=None):
+def join(x: Value, comm: MPI.Comm, root: int | None = None) -> tuple[Value, list[int] | None]:
     """The joined parts of all ranks, on `root` (others get None) or, without it, on all; and the counts."""
     counts, dtype = find_counts(comm, x)
     if counts is None:
@@ -235,12 +249,12 @@ def join(x, comm, root=None):
     return y, counts
 
 
-def row_size(x):
+def row_size(x: Array) -> int:
     """The number of bytes of one item along the first axis."""
     return x.dtype.itemsize * int(numpy.prod(x.shape[1:]))
 
 
-def deal(x, counts, comm, root, scalar=False):
+def deal(x: Value, counts: Sequence[int] | None, comm: MPI.Comm, root: int, scalar: bool = False) -> Value:
     """Our part of a value of `root`: counts[rank] rows, or an item of a list if `counts` is None."""
     if counts is None:
         return comm.scatter(x, root)
@@ -257,11 +271,11 @@ def deal(x, counts, comm, root, scalar=False):
 
 @operator
 class gather:
-    """Join the parts of all ranks on one: from distributed to root-only.
+    """Join the parts of all ranks on one: from partitioned to root-only.
 
     Parameters
     ----------
-    x : distributed, an array of shape (n, ...), n may differ between ranks, or a number, or any object
+    x : partitioned, an array of shape (n, ...), n may differ between ranks, or a number, or any object
     comm : MPI communicator
     root : int, the rank that receives
 
@@ -293,7 +307,7 @@ class gather:
         return dict(y_=x_ if x_ is ZeroGradient else join(x_, comm, root)[0])
 
 
-def plan_scatter(x, counts, comm, root):
+def plan_scatter(x: Value, counts: Sequence[int] | None, comm: MPI.Comm, root: int) -> Sequence[int] | None:
     """The counts of a scatter, on all ranks; None for a list of objects."""
     complaint = None
     if comm.rank == root:
@@ -311,14 +325,14 @@ def plan_scatter(x, counts, comm, root):
     return counts
 
 
-def even_counts(n, size):
+def even_counts(n: int, size: int) -> list[int]:
     """Counts that add up to n and differ by at most one."""
     return [n // size + (rank < n % size) for rank in range(size)]
 
 
 @operator
 class scatter:
-    """Deal the rows of an array of one rank to all: from root-only to distributed.
+    """Deal the rows of an array of one rank to all: from root-only to partitioned.
 
     Parameters
     ----------
@@ -329,7 +343,7 @@ class scatter:
 
     Returns
     -------
-    y : distributed, of shape (counts[rank], ...)
+    y : partitioned, of shape (counts[rank], ...)
     """
 
     ain = "x"
@@ -357,7 +371,7 @@ class scatter:
 
 @operator
 class allgather:
-    """Join the parts of all ranks on all: from distributed to universal. See `gather` for the shapes."""
+    """Join the parts of all ranks on all: from partitioned to replicated. See `gather` for the shapes."""
 
     ain = "x"
     aout = "y"
@@ -382,7 +396,7 @@ class allgather:
         return dict(y_=x_ if x_ is ZeroGradient else join(x_, comm)[0])
 
 
-def exchange_rows(x, send, recv, comm):
+def exchange_rows(x: Value, send: Sequence[int], recv: Sequence[int], comm: MPI.Comm) -> Array:
     """Send send[r] rows to each rank r and receive recv[r] from it; the dtype is the same on all."""
     x = numpy.asarray(x, order="C")
     y = numpy.empty((sum(recv), *x.shape[1:]), x.dtype)
@@ -391,7 +405,9 @@ def exchange_rows(x, send, recv, comm):
     return y
 
 
-def return_rows(_y, kind, send, recv, comm):
+def return_rows(
+    _y: Value, kind: Description, send: Sequence[int], recv: Sequence[int], comm: MPI.Comm
+) -> Value:
     """The transpose of `exchange_rows`."""
     _y = dense(_y, kind, comm)
     if _y is ZeroGradient:
@@ -402,17 +418,17 @@ def return_rows(_y, kind, send, recv, comm):
 
 @operator
 class alltoall:
-    """Send a part of the rows of each rank to each rank: from distributed to distributed.
+    """Send a part of the rows of each rank to each rank: from partitioned to partitioned.
 
     Parameters
     ----------
-    x : distributed, an array of shape (n, ...), or a list with one object for each rank
+    x : partitioned, an array of shape (n, ...), or a list with one object for each rank
     comm : MPI communicator
     counts : list of int, how many rows this rank sends to each rank; as even as possible if None
 
     Returns
     -------
-    y : distributed, the rows received in the order of the ranks that sent them; a list if x is a list
+    y : partitioned, the rows received in the order of the ranks that sent them; a list if x is a list
     """
 
     ain = "x"
@@ -451,7 +467,7 @@ class alltoall:
         return dict(y_=return_rows(x_, kinds[0], recv, send, comm))
 
 
-def pass_on(x, dest, source, comm):
+def pass_on(x: Value, dest: int, source: int, comm: MPI.Comm) -> Value:
     """Send a value to one rank and receive one from another; None if nobody is the source."""
     mine = describe(x)
     kind = comm.sendrecv(mine, dest, 0, source=source, recvtag=0)
@@ -471,19 +487,19 @@ def pass_on(x, dest, source, comm):
 
 @operator
 class sendrecv:
-    """Send a value to one rank and receive one from another: from distributed to distributed.
+    """Send a value to one rank and receive one from another: from partitioned to partitioned.
 
     The ranks have to match: if rank a has the destination b, then rank b has the source a.
 
     Parameters
     ----------
-    x : distributed, any value; arrays of different ranks may differ in shape and type
+    x : partitioned, any value; arrays of different ranks may differ in shape and type
     comm : MPI communicator
     dest, source : int, ranks, or `MPI.PROC_NULL` for nobody
 
     Returns
     -------
-    y : distributed, the value of the source; zeros of the shape of x if that is nobody
+    y : partitioned, the value of the source; zeros of the shape of x if that is nobody
     """
 
     ain = "x"
@@ -506,12 +522,12 @@ class sendrecv:
         return dict(y_=ZeroGradient if source == MPI.PROC_NULL else y_)
 
 
-def shift(x, comm, offset=1):
+def shift(x: Symbol, comm: MPI.Comm, offset: int = 1) -> Symbol:
     """Pass values around a ring: rank r receives the value of rank r - offset (see `sendrecv`)."""
     return sendrecv(x, comm, (comm.rank + offset) % comm.size, (comm.rank - offset) % comm.size)
 
 
-def plan_halo(counts, rank, width, periodic):
+def plan_halo(counts: Sequence[int], rank: int, width: int, periodic: bool) -> Halo:
     """Who needs which rows of whom for a halo.
 
     Returns
@@ -524,7 +540,7 @@ def plan_halo(counts, rank, width, periodic):
     n, size = edges[-1], len(counts)
     wanted = []
     for r in range(size):
-        ghosts = numpy.r_[edges[r] - width : edges[r], edges[r + 1] : edges[r + 1] + width]
+        ghosts: Array = numpy.r_[edges[r] - width : edges[r], edges[r + 1] : edges[r + 1] + width]
         place = numpy.r_[0:width, width + counts[r] : 2 * width + counts[r]]
         if not periodic or n == 0:
             inside = (ghosts >= 0) & (ghosts < n)
@@ -541,18 +557,18 @@ def plan_halo(counts, rank, width, periodic):
 
 @operator
 class halo:
-    """Extend the part of each rank by the rows before and after it: from distributed to distributed.
+    """Extend the part of each rank by the rows before and after it: from partitioned to partitioned.
 
     Parameters
     ----------
-    x : distributed, an array of shape (n, ...), where n may be another on each rank, and 0
+    x : partitioned, an array of shape (n, ...), where n may be another on each rank, and 0
     comm : MPI communicator
     width : int, how many rows are added on either side
     periodic : bool, whether the first row follows the last. If not, rows beyond the ends are zero
 
     Returns
     -------
-    y : distributed, of shape (n + 2 * width, ...)
+    y : partitioned, of shape (n + 2 * width, ...)
     """
 
     ain = "x"
@@ -588,7 +604,7 @@ class halo:
         return dict(y_=extend(numpy.asarray(x_, dtype), plan, width, comm))
 
 
-def extend(x, plan, width, comm):
+def extend(x: Array, plan: Halo, width: int, comm: MPI.Comm) -> Array:
     """An array with its halo."""
     rows, send, recv, places = plan
     y = numpy.zeros((len(x) + 2 * width, *x.shape[1:]), x.dtype)

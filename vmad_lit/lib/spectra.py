@@ -1,14 +1,28 @@
 """Power spectra, cross spectra, multipoles and maps of pmesh fields: operators and plain functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
 import numpy
-from mpi4py import MPI
-from scipy.interpolate import BSpline
-from scipy.special import eval_legendre
+from numpy.typing import ArrayLike
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.lib.fastpm import BaseComplexField, mode_weights
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.symbol import Symbol, Value
+from vmad_lit.lib.mesh import ParticleMesh, is_zero, mode_weights
 
-_is_zero = type(ZeroGradient).is_zero
+Direction = Any  # an axis or the components of a vector; None for a default
+WindowName = Literal["nnb", "nearest", "cic", "tsc", "pcs"]
+
+with needed_for("spectra and maps", extra="mesh"):
+    from mpi4py import MPI
+    from pmesh.pm import BaseComplexField, Field, RealField
+    from scipy.interpolate import BSpline
+    from scipy.special import eval_legendre
 
 
 class Shells:
@@ -34,7 +48,14 @@ class Shells:
         The mean wavenumber and the number of modes of each shell. Shells without modes are left out.
     """
 
-    def __init__(self, pm, edges=None, poles=0, los=None, window=None):
+    def __init__(
+        self,
+        pm: ParticleMesh,
+        edges: ArrayLike | None = None,
+        poles: int | Sequence[int] = 0,
+        los: Direction = None,
+        window: WindowName | None = None,
+    ) -> None:
         self.pm, self.window = pm, window
         self.volume = float(pm.BoxSize.prod())
         # Check the edges of the shells
@@ -43,26 +64,30 @@ class Shells:
             nyquist = numpy.pi * (pm.Nmesh / pm.BoxSize).min()
             nbin = max(int(nyquist / fundamental - 0.5 + 1e-9), 1)
             edges = fundamental * (numpy.arange(nbin + 1) + 0.5)
-        self.edges = numpy.array(edges, dtype='f8')
+        self.edges = numpy.array(edges, dtype="f8")
         if self.edges.ndim != 1 or len(self.edges) < 2 or not (numpy.diff(self.edges) > 0).all():
             raise ValueError(f"the edges of shells must be at least two increasing numbers, not {edges}")
         # Check the multipoles and the line of sight
         self.one, self.poles = numpy.ndim(poles) == 0, [int(l) for l in numpy.atleast_1d(poles)]
         if any(l < 0 or l % 2 for l in self.poles):
-            raise ValueError(f"multipoles must be even, since the odd ones of a real field vanish; got {poles}")
+            raise ValueError(
+                f"multipoles must be even, since the odd ones of a real field vanish; got {poles}"
+            )
         if any(self.poles) and pm.ndim != 3:
-            raise ValueError(f"multipoles above 0 need a mesh of three dimensions, but this one has {pm.ndim}")
+            raise ValueError(
+                f"multipoles above 0 need a mesh of three dimensions, but this one has {pm.ndim}"
+            )
         if los is None or numpy.ndim(los) == 0:
             los = numpy.eye(pm.ndim)[-1 if los is None else los]
-        self.los = numpy.asarray(los, dtype='f8')
+        self.los = numpy.asarray(los, dtype="f8")
         if self.los.shape != (pm.ndim,) or not numpy.linalg.norm(self.los) > 0:
             raise ValueError(f"the line of sight must be an axis or {pm.ndim} numbers, not all 0; got {los}")
         self.los = self.los / numpy.linalg.norm(self.los)
-        self._sorted = {}
+        self._sorted: dict[type, tuple[Array, list[Any]]] = {}
         # Count the modes of each shell
-        modes, nbin = pm.create(type='complex'), len(self.edges) - 1
+        modes, nbin = pm.create(type="complex"), len(self.edges) - 1
         self._number, self.counts = numpy.append(numpy.arange(nbin), nbin), 1.0
-        modulus = sum(ki ** 2 for ki in wavenumbers(modes)) ** 0.5
+        modulus = sum(ki**2 for ki in wavenumbers(modes)) ** 0.5
         counts, total = self.average(modes, 1.0, [1.0, modulus])
         filled = counts > 0
         self._number = numpy.append(numpy.where(filled, numpy.cumsum(filled) - 1, filled.sum()), filled.sum())
@@ -75,30 +100,39 @@ class Shells:
         self.noise = noise[0] if self.one else noise
 
     # Sort the modes of a field
-    def sort(self, x):
+    def sort(self, x: BaseComplexField) -> tuple[Array, list[Any]]:
         """The shell of each mode of a field like `x`, flat, and the factors g of the multipoles."""
         if not isinstance(x, BaseComplexField):
-            raise TypeError("a spectrum is made from a complex field, "
-                            f"not from a {type(x).__name__}; use r2c first")
+            raise TypeError(
+                f"a spectrum is made from a complex field, not from a {type(x).__name__}; use r2c first"
+            )
         if list(x.Nmesh) != list(self.pm.Nmesh) or not numpy.allclose(x.BoxSize, self.pm.BoxSize):
-            raise ValueError(f"the shells are of a mesh {list(self.pm.Nmesh)} in a box "
-                             f"{list(self.pm.BoxSize)}, but the field has {list(x.Nmesh)} in {list(x.BoxSize)}")
+            raise ValueError(
+                f"the shells are of a mesh {list(self.pm.Nmesh)} in a box "
+                f"{list(self.pm.BoxSize)}, but the field has {list(x.Nmesh)} in {list(x.BoxSize)}"
+            )
         if type(x) not in self._sorted:
             k = wavenumbers(x)
-            modulus = numpy.broadcast_to(sum(ki ** 2 for ki in k) ** 0.5, x.shape)
-            index = numpy.searchsorted(self.edges, modulus.ravel(), side='right') - 1
+            modulus = numpy.broadcast_to(sum(ki**2 for ki in k) ** 0.5, x.shape)
+            index = numpy.searchsorted(self.edges, modulus.ravel(), side="right") - 1
             index[index == len(self.edges) - 1] = -1
             # Compute the factors of the multipoles
             along = sum(ki * n for ki, n in zip(k, self.los))
-            mu = numpy.divide(along, modulus, out=numpy.zeros(x.shape), where=modulus > 0) if any(self.poles) else None
+            mu = (
+                numpy.divide(along, modulus, out=numpy.zeros(x.shape), where=modulus > 0)
+                if any(self.poles)
+                else None
+            )
             square = 1.0 if self.window is None else window_squared(k, x, self.window)
-            factors = [(2 * l + 1) * eval_legendre(l, mu) * (modulus > 0) / square if l else 1.0 / square
-                       for l in self.poles]
+            factors = [
+                (2 * l + 1) * eval_legendre(l, mu) * (modulus > 0) / square if l else 1.0 / square
+                for l in self.poles
+            ]
             self._sorted[type(x)] = self._number[index], factors
         return self._sorted[type(x)]
 
     # Average over shells
-    def average(self, x, values, factors):
+    def average(self, x: BaseComplexField, values: Value, factors: Sequence[Any]) -> Array:
         """Means over shells of values of the modes, times each of the factors: (npoles, nbin). Collective."""
         index, _ = self.sort(x)
         values = values * mode_weights(x)
@@ -110,19 +144,19 @@ class Shells:
         self.pm.comm.Allreduce(MPI.IN_PLACE, sums)
         return sums / self.counts
 
-    def cross(self, *pairs):
+    def cross(self, *pairs: tuple[BaseComplexField, Value]) -> Array:
         """The sum of the cross spectra of pairs of fields, the second ones possibly zero. Collective."""
         x = pairs[0][0]
         product = numpy.zeros(x.shape)
         for x, y in pairs:
-            if not _is_zero(y):
-                y = numpy.asarray(getattr(y, 'value', y))
-                product += numpy.multiply(x.value.real, y.real, dtype='f8')
-                product += numpy.multiply(x.value.imag, y.imag, dtype='f8')
+            if not is_zero(y):
+                y = numpy.asarray(getattr(y, "value", y))
+                product += numpy.multiply(x.value.real, y.real, dtype="f8")
+                product += numpy.multiply(x.value.imag, y.imag, dtype="f8")
         spectrum = self.volume * self.average(x, product, self.sort(x)[1])
         return spectrum[0] if self.one else spectrum
 
-    def spread(self, x, spectrum):
+    def spread(self, x: BaseComplexField, spectrum: ArrayLike) -> BaseComplexField:
         """The transpose of `cross`: a field of the kind of `x`, `x` times the number of each mode's shell."""
         index, factors = self.sort(x)
         table = numpy.zeros((len(self.poles), len(self.k) + 1))
@@ -130,11 +164,11 @@ class Shells:
         table[:, :-1] *= self.volume / self.counts
         g = sum(factor * row[index].reshape(x.shape) for factor, row in zip(factors, table))
         y = x.pm.create(type=type(x))
-        numpy.multiply(x.value, g, out=y.value, casting='same_kind')
+        numpy.multiply(x.value, g, out=y.value, casting="same_kind")
         return y
 
     # Spectra as plain functions
-    def power(self, a, b=None, shot_noise=0.0):
+    def power(self, a: Field, b: Field | None = None, shot_noise: float = 0.0) -> Array:
         """The power spectrum of a real or complex field, or the cross spectrum of two of them. Collective.
 
         `shot_noise` is subtracted, times what the mesh makes of noise; it is for one field, not for two.
@@ -142,19 +176,19 @@ class Shells:
         a = _modes(a)
         return self.cross((a, a if b is None else _modes(b))) - shot_noise * self.noise
 
-    def compare(self, a, b):
+    def compare(self, a: Field, b: Field) -> tuple[Array, Array]:
         """The correlation coefficient r and the transfer function t of `a` with respect to `b`. Collective."""
         a, b = _modes(a), _modes(b)
         aa, bb, ab = self.cross((a, a)), self.cross((b, b)), self.cross((a, b))
-        with numpy.errstate(divide='ignore', invalid='ignore'):
+        with numpy.errstate(divide="ignore", invalid="ignore"):
             return ab / (aa * bb) ** 0.5, (aa / bb) ** 0.5
 
 
-def wavenumbers(x):
+def wavenumbers(x: BaseComplexField) -> list[Array]:
     """The components of k for the modes of a field, a list of broadcastable arrays in double precision."""
     components = []
     for i, n, length in zip(x.i, x.Nmesh, x.BoxSize):
-        i = numpy.asarray(i, dtype='i8')
+        i = numpy.asarray(i, dtype="i8")
         components.append((i - n * (2 * i >= n)) * (2 * numpy.pi / length))
     return components
 
@@ -162,47 +196,47 @@ def wavenumbers(x):
 _ORDERS = dict(nnb=1, nearest=1, cic=2, tsc=3, pcs=4)
 
 
-def _order(window):
+def _order(window: WindowName) -> int:
     if window not in _ORDERS:
         raise ValueError(f"the window must be one of {', '.join(_ORDERS)}, not {window!r}")
     return _ORDERS[window]
 
 
-def _angles(k, x):
+def _angles(k: Sequence[Array], x: BaseComplexField) -> list[Array]:
     return [ki * float(length / n) / 2 for ki, length, n in zip(k, x.BoxSize, x.Nmesh)]
 
 
-def window_squared(k, x, window):
+def window_squared(k: Sequence[Array], x: BaseComplexField, window: WindowName) -> Value:
     """The square of the transform of a window, for components k of modes of the field `x`."""
     p = _order(window)
-    square = 1.0
+    square: Value = 1.0
     for theta in _angles(k, x):
         square = square * numpy.sinc(theta / numpy.pi) ** (2 * p)
     return square
 
 
-def aliased_window_squared(k, x, window):
+def aliased_window_squared(k: Sequence[Array], x: BaseComplexField, window: WindowName) -> Value:
     """The same, summed over all aliases of each mode (Jing 2005): what a mesh makes of white noise."""
     p = _order(window)
     spline = BSpline.basis_element(numpy.arange(2 * p + 1) - p)
-    total = 1.0
+    total: Value = 1.0
     for theta in _angles(k, x):
         total = total * sum(float(spline(m)) * numpy.cos(2 * m * theta) for m in range(1 - p, p))
     return total
 
 
-def shot_noise(mass, pm):
+def shot_noise(mass: ArrayLike, pm: ParticleMesh) -> float:
     """The shot noise of particles, V sum(m^2) / sum(m)^2, from the masses (N,) on this rank. Collective."""
-    mass = numpy.asarray(mass, dtype='f8')
-    square, total = pm.comm.allreduce(numpy.array([(mass ** 2).sum(), mass.sum()]))
+    mass = numpy.asarray(mass, dtype="f8")
+    square, total = pm.comm.allreduce(numpy.array([(mass**2).sum(), mass.sum()]))
     if not total > 0:
         raise ValueError(f"the total mass must be positive, but it is {total}")
-    return float(pm.BoxSize.prod() * square / total ** 2)
+    return float(pm.BoxSize.prod() * square / total**2)
 
 
 @operator
 class cross_power:
-    """The cross spectrum of two complex fields, universal; multipoles and the rest are up to the shells.
+    """The cross spectrum of two complex fields, replicated; multipoles and the rest are up to the shells.
 
     Parameters
     ----------
@@ -214,38 +248,42 @@ class cross_power:
     P : (nbin,) or (npoles, nbin), in units of the volume of the box
     """
 
-    ain = {'x1': '*ComplexField', 'x2': '*ComplexField'}
-    aout = {'P': 'ndarray'}
+    ain = {"x1": "*ComplexField", "x2": "*ComplexField"}
+    aout = {"P": "ndarray"}
     collective = True
 
     def apl(node, x1, x2, shells):
         if type(x1) is not type(x2):
-            raise TypeError(f"cross_power needs two fields of one kind, not a {type(x1).__name__} "
-                            f"and a {type(x2).__name__}")
+            raise TypeError(
+                f"cross_power needs two fields of one kind, not a {type(x1).__name__} "
+                f"and a {type(x2).__name__}"
+            )
         return dict(P=shells.cross((x1, x2)))
 
     def vjp(node, _P, x1, x2, shells):
-        _x1 = ZeroGradient if _is_zero(_P) or node.is_literal('x1') else shells.spread(x2, _P)
-        _x2 = ZeroGradient if _is_zero(_P) or node.is_literal('x2') else shells.spread(x1, _P)
+        _x1 = ZeroGradient if is_zero(_P) or node.is_literal("x1") else shells.spread(x2, _P)
+        _x2 = ZeroGradient if is_zero(_P) or node.is_literal("x2") else shells.spread(x1, _P)
         return dict(_x1=_x1, _x2=_x2)
 
     def jvp(node, x1_, x2_, x1, x2, shells):
         return dict(P_=shells.cross((x2, x1_), (x1, x2_)))
 
     def hvp(node, _P, x1_, x2_, x1, shells):
-        none = _is_zero(_P)
-        return dict(_x1_=ZeroGradient if none or _is_zero(x2_) else shells.spread(_alike(x1, x2_), _P),
-                    _x2_=ZeroGradient if none or _is_zero(x1_) else shells.spread(_alike(x1, x1_), _P))
+        none = is_zero(_P)
+        return dict(
+            _x1_=ZeroGradient if none or is_zero(x2_) else shells.spread(_alike(x1, x2_), _P),
+            _x2_=ZeroGradient if none or is_zero(x1_) else shells.spread(_alike(x1, x1_), _P),
+        )
 
 
-def _alike(x, value):
+def _alike(x: BaseComplexField, value: Value) -> BaseComplexField:
     """A tangent as a field of the kind of `x`."""
     return value if type(value) is type(x) else x.pm.create(type=type(x), value=value)
 
 
 @operator
 class power:
-    """The power spectrum of a complex field, universal; multipoles and all the rest are up to the shells.
+    """The power spectrum of a complex field, replicated; multipoles and all the rest are up to the shells.
 
     Parameters
     ----------
@@ -259,42 +297,44 @@ class power:
     P : (nbin,) or (npoles, nbin), in units of the volume of the box
     """
 
-    ain = {'x': '*ComplexField'}
-    aout = {'P': 'ndarray'}
+    ain = {"x": "*ComplexField"}
+    aout = {"P": "ndarray"}
     collective = True
 
     def apl(node, x, shells, shot_noise=0.0):
         return dict(P=shells.cross((x, x)) - shot_noise * shells.noise)
 
     def vjp(node, _P, x, shells):
-        return dict(_x=ZeroGradient if _is_zero(_P) else shells.spread(x, 2 * numpy.asarray(_P)))
+        return dict(_x=ZeroGradient if is_zero(_P) else shells.spread(x, 2 * numpy.asarray(_P)))
 
     def jvp(node, x_, x, shells):
         return dict(P_=2 * shells.cross((x, x_)))
 
     def hvp(node, _P, x_, x, shells):
-        if _is_zero(_P) or _is_zero(x_):
+        if is_zero(_P) or is_zero(x_):
             return dict(_x_=ZeroGradient)
         return dict(_x_=shells.spread(_alike(x, x_), 2 * numpy.asarray(_P)))
 
 
-@autooperator('x1, x2 -> r')
-def correlation(x1, x2, shells):
+@autooperator("x1, x2 -> r")
+def correlation(x1: Symbol, x2: Symbol, shells: Shells) -> Symbol:
     """The correlation coefficient r(k) of two complex fields, between -1 and 1, for each shell."""
     return cross_power(x1, x2, shells) / (power(x1, shells) * power(x2, shells)) ** 0.5
 
 
-@autooperator('x1, x2 -> t')
-def transfer(x1, x2, shells):
+@autooperator("x1, x2 -> t")
+def transfer(x1: Symbol, x2: Symbol, shells: Shells) -> Symbol:
     """The transfer function t(k) of the complex field x1 with respect to x2, for each shell."""
     return (power(x1, shells) / power(x2, shells)) ** 0.5
 
 
-def _modes(field):
+def _modes(field: Field) -> BaseComplexField:
     return field if isinstance(field, BaseComplexField) else field.r2c()
 
 
-def projection(field, axis=-1, start=0, thickness=None, root=None):
+def projection(
+    field: RealField, axis: int = -1, start: int = 0, thickness: int | None = None, root: int | None = None
+) -> Array | None:
     """The mean of a real field over some planes, as an array without that axis. Collective.
 
     Parameters
@@ -321,7 +361,7 @@ def projection(field, axis=-1, start=0, thickness=None, root=None):
     mine = numpy.flatnonzero((mine - start) % planes < thickness)
     image = numpy.zeros([int(n) for d, n in enumerate(pm.Nmesh) if d != axis])
     place = tuple(part for d, part in enumerate(field.slices) if d != axis)
-    image[place] = numpy.take(field.value, mine, axis=axis).sum(axis=axis, dtype='f8')
+    image[place] = numpy.take(field.value, mine, axis=axis).sum(axis=axis, dtype="f8")
     if root is None:
         comm.Allreduce(MPI.IN_PLACE, image)
     elif comm.rank == root:

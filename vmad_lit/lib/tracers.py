@@ -1,18 +1,29 @@
 """From particles to what is observed: densities, positions in redshift space, and biased tracers."""
+
+from __future__ import annotations
+
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy
 
 from vmad_lit import autooperator, operator
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, linalg
-from vmad_lit.lib.mpi import allbcast
+from vmad_lit.lib.cosmology import Background
+from vmad_lit.lib.mesh import ParticleMesh
+from vmad_lit.lib.mpi import MPI, allbcast
+from vmad_lit.lib.spectra import Direction
+from vmad_lit.lib.transfer import Transfer
 
-_is_zero = type(ZeroGradient).is_zero
+is_zero = type(ZeroGradient).is_zero
 
 
-@autooperator('x, mass -> rho')
-def density(x, mass, q, pm):
+@autooperator("x, mass -> rho")
+def density(x: Symbol, mass: Value, q: Array, pm: ParticleMesh) -> Symbol:
     """The density of particles in units of its mean, 1 + delta.
 
     Parameters
@@ -26,29 +37,32 @@ def density(x, mass, q, pm):
     return fastpm.paint(x, mass, fastpm.decompose(x, pm), pm) * (1.0 / per_cell)
 
 
-def velocity(p, a):
+def velocity(p: Value, a: float) -> Value:
     """Peculiar velocities in km/s, from momenta a^2 dx/dt / H0 in Mpc/h at scale factor a."""
     return p * (100.0 / a)
 
 
-def redshift_factor(pt, a):
+def redshift_factor(pt: Background, a: float) -> float:
     """The factor 1 / (a^2 E) from momenta to displacements in redshift space; `pt` is the background."""
-    return float(1 / (a ** 2 * pt.E(a)))
+    return float(1 / (a**2 * pt.E(a)))
 
 
-def _dot(a, b):
+def _dot(a: Array, b: Array) -> Array:
     return (a * b).sum(axis=-1, keepdims=True)
 
 
 class Sight:
     """Lines of sight: unit vectors `n`, and inverse distances `w`, which are 0 for a distant observer."""
 
-    def __init__(self, x, los, observer):
+    n: Array
+    w: Value
+
+    def __init__(self, x: Array, los: Direction, observer: Direction) -> None:
         ndim = x.shape[1]
         if (los is None) == (observer is None):
             raise ValueError("give either los, an axis or a direction, or the position of an observer")
         if observer is None:
-            n = numpy.eye(ndim)[los] if numpy.ndim(los) == 0 else numpy.array(los, dtype='f8')
+            n = numpy.eye(ndim)[los] if numpy.ndim(los) == 0 else numpy.array(los, dtype="f8")
             if n.shape != (ndim,) or not numpy.linalg.norm(n) > 0:
                 raise ValueError(f"los must be an axis or {ndim} numbers, not all 0; got {los}")
             self.n, self.w = (n / numpy.linalg.norm(n)).astype(x.dtype), 0
@@ -58,7 +72,7 @@ class Sight:
             self.w = numpy.divide(1, distance, out=numpy.zeros_like(distance), where=distance > 0)
             self.n = r * self.w
 
-    def across(self, v):
+    def across(self, v: Array) -> Array:
         """P v: the part of `v` perpendicular to the line of sight, over the distance."""
         return (v - self.n * _dot(self.n, v)) * self.w
 
@@ -74,8 +88,8 @@ class along_sight:
     observer : (ndim,) the position of a near one
     """
 
-    ain = {'x': 'ndarray', 'v': 'ndarray'}
-    aout = {'y': 'ndarray'}
+    ain = {"x": "ndarray", "v": "ndarray"}
+    aout = {"y": "ndarray"}
 
     def apl(node, x, v, los=None, observer=None):
         n = Sight(x, los, observer).n
@@ -83,14 +97,14 @@ class along_sight:
 
     def vjp(node, _y, x, v, los, observer):
         s = Sight(x, los, observer)
-        across = observer is not None and not node.is_literal('x')
+        across = observer is not None and not node.is_literal("x")
         _x = s.across(v) * _dot(s.n, _y) + s.across(_y) * _dot(s.n, v) if across else ZeroGradient
         return dict(_x=_x, _v=_dot(s.n, _y) * s.n)
 
     def jvp(node, x_, v_, x, v, los, observer):
         s = Sight(x, los, observer)
-        y_ = 0 if _is_zero(v_) else _dot(s.n, v_) * s.n
-        if observer is not None and not _is_zero(x_):
+        y_ = 0 if is_zero(v_) else _dot(s.n, v_) * s.n
+        if observer is not None and not is_zero(x_):
             n_ = s.across(x_)
             y_ = y_ + _dot(v, n_) * s.n + _dot(v, s.n) * n_
         return dict(y_=ZeroGradient if numpy.ndim(y_) == 0 else y_)
@@ -100,10 +114,10 @@ class along_sight:
         if observer is None:
             return dict(_x_=ZeroGradient, _v_=ZeroGradient)
         s = Sight(x, los, observer)
-        x_, v_ = (numpy.zeros_like(x) if _is_zero(d) else d for d in (x_, v_))
+        x_, v_ = (numpy.zeros_like(x) if is_zero(d) else d for d in (x_, v_))
         n_ = s.across(x_)
 
-        def change(u):
+        def change(u: Array) -> Array:
             return -(n_ * _dot(s.n, u) + s.n * _dot(n_, u) + s.across(u) * _dot(s.n, x_)) * s.w
 
         _x_ = s.across(v) * _dot(n_, _y) + (change(v) + s.across(v_)) * _dot(s.n, _y)
@@ -111,14 +125,21 @@ class along_sight:
         return dict(_x_=_x_, _v_=n_ * _dot(s.n, _y) + s.n * _dot(n_, _y))
 
 
-@autooperator('x, p, factor -> s')
-def redshift_space(x, p, factor, comm, los=None, observer=None):
+@autooperator("x, p, factor -> s")
+def redshift_space(
+    x: Symbol,
+    p: Symbol,
+    factor: Value,
+    comm: MPI.Comm,
+    los: Direction = None,
+    observer: Direction = None,
+) -> Symbol:
     """Positions in redshift space, from positions and momenta.
 
     Parameters
     ----------
     x, p : (N, ndim) positions, and momenta a^2 dx/dt / H0 as in FastPM
-    factor : number, 1 / (a^2 E), see `redshift_factor`; universal
+    factor : number, 1 / (a^2 E), see `redshift_factor`; replicated
     comm : MPI communicator
     los, observer : see `along_sight`
 
@@ -130,26 +151,27 @@ def redshift_space(x, p, factor, comm, los=None, observer=None):
 
 
 @functools.lru_cache(maxsize=None)
-def tidal_transfer(i, j):
+def tidal_transfer(i: int, j: int) -> Transfer:
     """The transfer function k_i k_j / k^2 of second derivatives of an inverse Laplacian, 0 for the mean."""
 
     @fastpm.fixed_transfer
-    def transfer(k):
+    def transfer(k: Any) -> Array:
         k2 = k.normp(2)
         product = k[i] * k[j] / numpy.where(k2 == 0, 1, k2)
         for d in {i, j} if i != j else ():
             product = product * (abs(k[d]) < numpy.pi / k.BoxSize[d] * (k.Nmesh[d] - 0.01))
         return product
+
     return transfer
 
 
 @fastpm.fixed_transfer
-def laplace_transfer(k):
+def laplace_transfer(k: Any) -> Array:
     """The transfer function of the Laplacian, -k^2."""
     return -k.normp(2)
 
 
-def tidal_square(rhok, delta, pm):
+def tidal_square(rhok: Symbol, delta: Symbol, pm: ParticleMesh) -> Symbol:
     """The square of the traceless tidal field, from the modes of a field and its values."""
     total = delta * delta * (-1.0 / pm.ndim)
     for j in range(pm.ndim):
@@ -159,11 +181,11 @@ def tidal_square(rhok, delta, pm):
     return total
 
 
-BIAS_TERMS = ('b1', 'b2', 'bs2', 'bnabla2')
+BIAS_TERMS = ("b1", "b2", "bs2", "bnabla2")
 
 
-@autooperator('rhok -> fields')
-def lagrangian_fields(rhok, q, pm, terms=BIAS_TERMS):
+@autooperator("rhok -> fields")
+def lagrangian_fields(rhok: Symbol, q: Array, pm: ParticleMesh, terms: Sequence[str] = BIAS_TERMS) -> Symbol:
     """The terms of the Lagrangian bias expansion at the points of a lattice.
 
     Parameters
@@ -183,28 +205,30 @@ def lagrangian_fields(rhok, q, pm, terms=BIAS_TERMS):
     delta = fastpm.c2r(rhok)
     meshes = []
     for term in terms:
-        if term == 'b1':
+        if term == "b1":
             meshes.append(delta)
-        elif term == 'bnabla2':
+        elif term == "bnabla2":
             meshes.append(fastpm.c2r(fastpm.apply_transfer(rhok, laplace_transfer)))
         else:
-            square = delta * delta if term == 'b2' else tidal_square(rhok, delta, pm)
+            square = delta * delta if term == "b2" else tidal_square(rhok, delta, pm)
             meshes.append(square - linalg.mean(square))
     return fastpm.readout_all(meshes, q, fastpm.decompose(q, pm))
 
 
-@autooperator('rhok, b -> w')
-def lagrangian_weights(rhok, b, q, pm, terms=BIAS_TERMS):
+@autooperator("rhok, b -> w")
+def lagrangian_weights(
+    rhok: Symbol, b: Value, q: Array, pm: ParticleMesh, terms: Sequence[str] = BIAS_TERMS
+) -> Symbol:
     """The weights of particles as biased tracers, 1 + sum of b times the fields (Modi, Chen & White 2020).
 
-    `b` are the bias parameters (nterms,), universal; for the rest see `lagrangian_fields`. The weights are
+    `b` are the bias parameters (nterms,), replicated; for the rest see `lagrangian_fields`. The weights are
     those of Lagrangian space: carried along with the particles, they make a tracer of linear bias 1 + b1.
     """
     fields = lagrangian_fields(rhok, q, pm, terms)
-    return linalg.einsum('ij,j->i', [fields, allbcast(b, pm.comm)]) + 1.0
+    return linalg.einsum("ij,j->i", [fields, allbcast(b, pm.comm)]) + 1.0
 
 
-@autooperator('rho, b -> y')
-def eulerian_bias(rho, b):
+@autooperator("rho, b -> y")
+def eulerian_bias(rho: Symbol, b: Value) -> Symbol:
     """The density 1 + b (rho - 1) of tracers of linear bias b, a number, from that of matter."""
     return (rho - 1.0) * b + 1.0

@@ -10,15 +10,20 @@ by another one::
         fsecond = staticmethod(lambda x: 1 / (2 + numpy.exp(x) + numpy.exp(-x)))
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy
 
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import conj, fit, kind, turn
+from ..core.stdlib.operators import conj, unbroadcast, kind, turn
+from ..core.symbol import Value
 
 
-def scaled(g, slope):
+def scaled(g: Value, slope: Value) -> Value:
     """The product of a cotangent or tangent with a slope, zero where the former is zero even if the
     latter is infinite."""
     if g is ZeroGradient:
@@ -38,30 +43,30 @@ class unary_ufunc:
     aout = "y"
 
     @staticmethod
-    def f(x):
+    def f(x: Value, /) -> Value:
         return x
 
     @staticmethod
-    def fprime(x):
+    def fprime(x: Value, /) -> Value:
         return 1
 
     def apl(node, x):
         return node.prototype.f(x)
 
     def vjp(node, _y, x):
-        return fit(scaled(_y, conj(slope(node.prototype.fprime, x))), kind(x))
+        return unbroadcast(scaled(_y, conj(slope(node.prototype.fprime, x))), kind(x))
 
     def jvp(node, x_, x):
         return scaled(x_, slope(node.prototype.fprime, x))
 
-    def __init_subclass__(cls):
+    def __init_subclass__(cls) -> None:
         offer_curvature(cls, cls._differentiate_vjp, ["fprime"], ["fsecond"])
 
     def _differentiate_vjp(node, _y, x_, x):
-        return fit(scaled(_y, conj(scaled(x_, slope(node.prototype.fsecond, x)))), kind(x))
+        return unbroadcast(scaled(_y, conj(scaled(x_, slope(node.prototype.fsecond, x)))), kind(x))
 
 
-def offer_curvature(cls, hvp, first, second):
+def offer_curvature(cls: Any, hvp: Callable[..., Value], first: Iterable[str], second: Iterable[str]) -> None:
     """Give a class the function `hvp` if it declares the second derivatives; take it away if it
     declares only the first ones."""
     declared = vars(cls)
@@ -71,7 +76,7 @@ def offer_curvature(cls, hvp, first, second):
         cls.hvp = None
 
 
-def slope(fprime, *x):
+def slope(fprime: Callable[..., Value], *x: Value) -> Value:
     """A derivative, without the warnings about its poles."""
     with numpy.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return fprime(*x)
@@ -79,23 +84,23 @@ def slope(fprime, *x):
 
 class result_ufunc(unary_ufunc):
     """A base for element-wise operators that have the derivative `slope(y)` in terms of the result as
-    well, and for exact second derivatives also `bend(y)`."""
+    well, and for exact second derivatives also `curvature(y)`."""
 
     @staticmethod
-    def slope(y):
+    def slope(y: Value, /) -> Value:
         return 1
 
     def vjp(node, _y, y):
-        return fit(scaled(_y, conj(slope(node.prototype.slope, y))), kind(y))
+        return unbroadcast(scaled(_y, conj(slope(node.prototype.slope, y))), kind(y))
 
     def jvp(node, x_, y):
         return scaled(x_, slope(node.prototype.slope, y))
 
-    def __init_subclass__(cls):
-        offer_curvature(cls, cls._differentiate_vjp, ["fprime", "slope"], ["bend"])
+    def __init_subclass__(cls) -> None:
+        offer_curvature(cls, cls._differentiate_vjp, ["fprime", "slope"], ["curvature"])
 
     def _differentiate_vjp(node, _y, x_, y):
-        return fit(scaled(_y, conj(scaled(x_, slope(node.prototype.bend, y)))), kind(y))
+        return unbroadcast(scaled(_y, conj(scaled(x_, slope(node.prototype.curvature, y)))), kind(y))
 
 
 @operator
@@ -117,7 +122,7 @@ class tan(result_ufunc):
     f = staticmethod(numpy.tan)
     fprime = staticmethod(lambda x: 1 + numpy.tan(x) ** 2)
     slope = staticmethod(lambda y: 1 + y * y)
-    bend = staticmethod(lambda y: 2 * y * (1 + y * y))
+    curvature = staticmethod(lambda y: 2 * y * (1 + y * y))
 
 
 @operator
@@ -188,7 +193,7 @@ class exp(result_ufunc):
     f = staticmethod(numpy.exp)
     fprime = staticmethod(numpy.exp)
     slope = staticmethod(lambda y: y)
-    bend = staticmethod(lambda y: y)
+    curvature = staticmethod(lambda y: y)
 
 
 @operator
@@ -196,7 +201,7 @@ class exp2(result_ufunc):
     f = staticmethod(numpy.exp2)
     fprime = staticmethod(lambda x: numpy.exp2(x) * math.log(2))
     slope = staticmethod(lambda y: y * math.log(2))
-    bend = staticmethod(lambda y: y * math.log(2) ** 2)
+    curvature = staticmethod(lambda y: y * math.log(2) ** 2)
 
 
 @operator
@@ -243,7 +248,7 @@ class sqrt(result_ufunc):
     f = staticmethod(numpy.sqrt)
     fprime = staticmethod(lambda x: 0.5 / numpy.sqrt(x))
     slope = staticmethod(lambda y: 0.5 / y)
-    bend = staticmethod(lambda y: -0.25 / (y * y * y))
+    curvature = staticmethod(lambda y: -0.25 / (y * y * y))
 
 
 @operator
@@ -251,7 +256,7 @@ class cbrt(result_ufunc):
     f = staticmethod(numpy.cbrt)
     fprime = staticmethod(lambda x: 1 / (3 * numpy.cbrt(x) ** 2))
     slope = staticmethod(lambda y: 1 / (3 * y * y))
-    bend = staticmethod(lambda y: -2 / (9 * y**5))
+    curvature = staticmethod(lambda y: -2 / (9 * y**5))
 
 
 @operator
@@ -266,7 +271,7 @@ class reciprocal(result_ufunc):
     f = staticmethod(numpy.reciprocal)
     fprime = staticmethod(lambda x: -((1.0 / x) ** 2))
     slope = staticmethod(lambda y: -y * y)
-    bend = staticmethod(lambda y: 2 * y * y * y)
+    curvature = staticmethod(lambda y: 2 * y * y * y)
 
 
 @operator
@@ -283,7 +288,7 @@ class rad2deg(unary_ufunc):
     hvp = ZeroGradient
 
 
-def sinc_slope(x):
+def sinc_slope(x: Value) -> Value:
     u = math.pi * x
     near = numpy.abs(u) < 0.5
     small, large = u * near, u + near
@@ -296,7 +301,7 @@ def sinc_slope(x):
     return (series + direct * ~near) * math.pi
 
 
-def sinc_bend(x):
+def sinc_curvature(x: Value) -> Value:
     u = math.pi * x
     near = numpy.abs(u) < 0.5
     small, large = u * near, u + near
@@ -314,10 +319,10 @@ class sinc(unary_ufunc):
     """`sin(pi x) / (pi x)`"""
 
     fprime = staticmethod(sinc_slope)
-    fsecond = staticmethod(sinc_bend)
+    fsecond = staticmethod(sinc_curvature)
 
     @staticmethod
-    def f(x):
+    def f(x: Value, /) -> Value:
         if type(x) is not numpy.ndarray and hasattr(x, "__array_ufunc__"):
             u = math.pi * x + (x == 0) * 1e-20
             return numpy.sin(u) / u
@@ -332,10 +337,10 @@ class absolute(unary_ufunc):
     fprime = staticmethod(numpy.sign)
 
     def vjp(node, _y, x):
-        return fit(_y * numpy.sign(x), kind(x))
+        return unbroadcast(_y * numpy.sign(x), kind(x))
 
     def jvp(node, x_, x):
-        return fit(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
+        return unbroadcast(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
 
     def hvp(node, _y, x_, x):
         return _y * turn(x_, x) if kind(x)[1] else ZeroGradient
@@ -344,8 +349,34 @@ class absolute(unary_ufunc):
 fabs = absolute
 
 __all__ = [
-    "unary_ufunc", "result_ufunc", "sin", "cos", "tan", "arcsin", "arccos", "arctan", "sinc",
-    "sinh", "cosh", "tanh", "arcsinh", "arccosh", "arctanh", "exp", "exp2", "expm1", "log",
-    "log10", "log2", "log1p", "sqrt", "cbrt", "square", "reciprocal", "deg2rad", "rad2deg",
-    "absolute", "fabs",
+    "unary_ufunc",
+    "result_ufunc",
+    "sin",
+    "cos",
+    "tan",
+    "arcsin",
+    "arccos",
+    "arctan",
+    "sinc",
+    "sinh",
+    "cosh",
+    "tanh",
+    "arcsinh",
+    "arccosh",
+    "arctanh",
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log10",
+    "log2",
+    "log1p",
+    "sqrt",
+    "cbrt",
+    "square",
+    "reciprocal",
+    "deg2rad",
+    "rad2deg",
+    "absolute",
+    "fabs",
 ]

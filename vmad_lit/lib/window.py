@@ -1,6 +1,6 @@
 """Compiled window functions: particles to meshes and back, with all first and second derivatives.
 
-Two loops do the work, ``scatter`` and ``gather``, and a third, ``curve``, the second derivatives; they are
+Two loops do the work, ``scatter`` and ``gather``, and a third, ``hessian_product``, the second derivatives; they are
 compiled by numba for each window and dimension when first used, and kept on disk. Everything else is a thin
 layer that names the cases: :func:`paint`, :func:`readout`, :func:`gradient` and the products with their
 Jacobians.
@@ -10,28 +10,42 @@ A mesh is the part of a periodic mesh that this process holds, as pmesh lays it 
 position to the mesh by ``pos * scale + translate``, indices are folded with ``period`` (0 for an
 axis that is not periodic), and what then falls outside the array is left out.
 """
-from contextlib import contextmanager
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from math import floor
-import os
-from queue import SimpleQueue
-from threading import Thread
-import time
+from typing import Any, Protocol
 
 import numpy
-from numpy.lib.stride_tricks import as_strided
+from numpy.typing import ArrayLike
 
+from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib import memory
+from vmad_lit.lib.compiled import compiled, inlined
+from vmad_lit.lib.memory import as_flat, flatten
+from vmad_lit.lib.threads import get_threads, run_on_threads, set_threads, share_out
 
-try:
-    from numba import float64, from_dtype, int64, njit, types, uint64, uintp
-except ImportError as error:
-    raise ImportError(
-        "vmad_lit.lib.window compiles its loops with numba, which is not installed; "
-        "install numba, or use the windows of pmesh") from error
+from numba import float64, from_dtype, int64, types, uint64, uintp
+
+Mesh = Any  # an array, or a field that has one as its `value`
+WindowLike = Any  # the name of a window, or pmesh's object
+DType = numpy.dtype[Any]
+Box = tuple[tuple[Any, ...], ...]  # see `_box`
+View = tuple[Array, Shape]  # flat memory, and strides in elements
+
+
+class Transform(Protocol):
+    """From positions to cells: `pos * scale + translate`, folded with `period`."""
+
+    scale: Any
+    translate: Any
+    period: Any
+
 
 #: Number of cells that each window covers along an axis.
-SUPPORT = {'nnb': 1, 'cic': 2, 'tsc': 3, 'pcs': 4}
+SUPPORT = {"nnb": 1, "cic": 2, "tsc": 3, "pcs": 4}
 
 #: The period of an axis that is not periodic: an index that no cell has.
 NEVER = 1 << 62
@@ -42,10 +56,8 @@ TOGETHER = 4
 #: The type of a geometry: shape, stride, scale, translate, origin and period, each for three axes.
 BOX = types.Tuple([types.UniTuple(kind, 3) for kind in (int64, int64, float64, float64, int64, int64)])
 
-_compiled = dict(cache=True, nogil=True, error_model='numpy', fastmath={'contract'})
 
-
-@njit(**_compiled)
+@inlined
 def _spline(support, x):
     """First cell, weights and derivatives of the B-spline of this support at `x`.
 
@@ -62,37 +74,56 @@ def _spline(support, x):
         v, w = 0.5 - u, 0.5 + u
         return i, (0.5 * v * v, 0.75 - u * u, 0.5 * w * w, 0.0), (-v, -2.0 * u, w, 0.0)
     v = 1.0 - u
-    return (i,
-            (v * v * v / 6, (4 - 6 * u * u + 3 * u * u * u) / 6,
-             (4 - 6 * v * v + 3 * v * v * v) / 6, u * u * u / 6),
-            (-0.5 * v * v, (1.5 * u - 2.0) * u, (2.0 - 1.5 * v) * v, 0.5 * u * u))
+    return (
+        i,
+        (
+            v * v * v / 6,
+            (4 - 6 * u * u + 3 * u * u * u) / 6,
+            (4 - 6 * v * v + 3 * v * v * v) / 6,
+            u * u * u / 6,
+        ),
+        (-0.5 * v * v, (1.5 * u - 2.0) * u, (2.0 - 1.5 * v) * v, 0.5 * u * u),
+    )
 
 
-@njit(**_compiled)
+@inlined
 def _fold(i, period):
     """The cell `i` of a mesh of this period."""
     return i if uintp(i) < uintp(period) else i % period
 
 
-@njit(**_compiled)
+@inlined
 def _offset(cell, low, high, stride, whole):
     """Offset of a folded cell in memory, or -1 if it is not among the local cells `low` to `high`."""
     return cell * stride if whole or low <= cell < high else -1
 
 
-@njit(**_compiled)
+@inlined
 def _offsets(first, period, low, high, stride, whole):
     """Offsets of the cells from `first` on, as many as the widest window has; `whole`: all are local."""
     a = _fold(first, period)
     b = a + 1 if a + 1 < period else 0
     c = b + 1 if b + 1 < period else 0
     d = c + 1 if c + 1 < period else 0
-    return (_offset(a, low, high, stride, whole), _offset(b, low, high, stride, whole),
-            _offset(c, low, high, stride, whole), _offset(d, low, high, stride, whole))
+    return (
+        _offset(a, low, high, stride, whole),
+        _offset(b, low, high, stride, whole),
+        _offset(c, low, high, stride, whole),
+        _offset(d, low, high, stride, whole),
+    )
 
 
 @lru_cache(maxsize=None)
-def _scatter_loop(mesh, position, ndim, support, n, asked, moving, spreading=False):
+def _scatter_loop(
+    mesh: DType,
+    position: DType,
+    ndim: int,
+    support: int,
+    n: int,
+    asked: int,
+    moving: bool,
+    spreading: bool = False,
+) -> Any:
     """The compiled loop that adds particles to `n` meshes, for these types of `mesh` and `position`.
 
     Along the first `asked` axes cells may be elsewhere. `moving`: the tangent of painting one mesh; or
@@ -102,10 +133,27 @@ def _scatter_loop(mesh, position, ndim, support, n, asked, moving, spreading=Fal
     support2 = support if ndim > 2 else 1
 
     # The loop that scatters
-    def scatter(mesh0, mesh1, mesh2, mesh3, box, low, high, owner, mask, block, pos, step, mass, mass_step, speed, rate):
+    def scatter(
+        mesh0,
+        mesh1,
+        mesh2,
+        mesh3,
+        box,
+        low,
+        high,
+        owner,
+        mask,
+        block,
+        pos,
+        step,
+        mass,
+        mass_step,
+        speed,
+        rate,
+    ):
         shape, stride, scale, translate, origin, period = box
         npart = len(pos) // step
-        listed = numpy.empty(block if asked > 0 else 0, dtype='i8')
+        listed = numpy.empty(block if asked > 0 else 0, dtype="i8")
         for b in range(len(mask)):
             if not (mask[b] >> owner) & uint64(1):
                 continue
@@ -188,13 +236,29 @@ def _scatter_loop(mesh, position, ndim, support, n, asked, moving, spreading=Fal
                                 mesh3[i] += weight * m3
 
     reals = float64[::1]
-    return _compile(scatter, *4 * [_array(mesh)], BOX, int64, int64, int64, uint64[::1], int64,
-                    _array(position), int64, reals, int64, reals, float64)
+    return compiled(
+        scatter,
+        *4 * [_array(mesh)],
+        BOX,
+        int64,
+        int64,
+        int64,
+        uint64[::1],
+        int64,
+        _array(position),
+        int64,
+        reals,
+        int64,
+        reals,
+        float64,
+    )
 
 
 @lru_cache(maxsize=None)
-def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
-    """The compiled loop that reads `n` meshes, their change (`moving`) or their gradients (`slopes`).
+def _gather_loop(
+    mesh: DType, position: DType, ndim: int, support: int, n: int, asked: int, moving: bool, slopes: bool
+) -> Any:
+    """The compiled loop that reads `n` meshes, their change (`moving`) or their gradients (`weighted_gradient`).
 
     Along the first `asked` axes cells may be elsewhere.
     """
@@ -202,8 +266,26 @@ def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
     support2 = support if ndim > 2 else 1
 
     # The loop that gathers
-    def gather(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, out, out_step, speed,
-               slope, coef, coef_step, given, base, factor):
+    def gather(
+        mesh0,
+        mesh1,
+        mesh2,
+        mesh3,
+        box,
+        start,
+        end,
+        pos,
+        step,
+        out,
+        out_step,
+        speed,
+        slope,
+        coef,
+        coef_step,
+        given,
+        base,
+        factor,
+    ):
         shape, stride, scale, translate, origin, period = box
         low, high = 0, shape[0]
         for p in range(start, end):
@@ -334,66 +416,32 @@ def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
                     out[uintp(first + 3)] = s3
 
     reals = float64[::1]
-    return _compile(gather, *4 * [_array(mesh)], BOX, int64, int64, _array(position), int64,
-                    reals, int64, reals, reals, reals, int64, int64, reals, float64)
+    return compiled(
+        gather,
+        *4 * [_array(mesh)],
+        BOX,
+        int64,
+        int64,
+        _array(position),
+        int64,
+        reals,
+        int64,
+        reals,
+        reals,
+        reals,
+        int64,
+        int64,
+        reals,
+        float64,
+    )
 
 
-def _array(dtype):
-    return types.Array(from_dtype(dtype), 1, 'C')
-
-
-def _compile(function, *signature):
-    """Compile a function for these types, or read it from disk if this or another process did so before."""
-    loop = njit(**_compiled)(function)
-    with _locked(loop.stats.cache_path):
-        loop.compile(signature)
-    loop.disable_compile()
-    return loop
-
-
-def compiled(function):
-    """A compiled function; each of its cases is compiled by one process at a time."""
-    loop = njit(**_compiled)(function)
-    compile_case = loop._compile_for_args
-
-    def in_turn(*args, **kwargs):
-        with _locked(loop.stats.cache_path):
-            return compile_case(*args, **kwargs)
-
-    loop._compile_for_args = in_turn
-    return loop
-
-
-#: Seconds to wait for another process that compiles.
-PATIENCE = 120
-
-
-@contextmanager
-def _locked(folder):
-    """Hold the lock of a folder, so that one process at a time compiles; without it if that cannot be."""
-    try:
-        import fcntl
-        os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, 'vmad_lit.lock'), 'a')
-    except (ImportError, OSError, TypeError):
-        yield False
-        return
-    with file:
-        # Wait for the lock
-        held, start = False, time.monotonic()
-        while not held and time.monotonic() - start < PATIENCE:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
-            except BlockingIOError:
-                time.sleep(0.02)
-            except OSError:
-                break
-        yield held
+def _array(dtype: DType) -> Any:
+    return types.Array(from_dtype(dtype), 1, "C")
 
 
 @lru_cache(maxsize=None)
-def _census_loop(position):
+def _census_loop(position: DType) -> Any:
     """The compiled loop that finds for blocks of particles the owners whose planes they may touch."""
 
     # The loop that takes the census
@@ -424,174 +472,72 @@ def _census_loop(position):
             mask[b] = bits
 
     axis = float64, float64, int64, int64
-    return _compile(census, int64, *axis, uint64[::1], int64, int64, uint64[::1], int64, _array(position), int64)
+    return compiled(
+        census, int64, *axis, uint64[::1], int64, int64, uint64[::1], int64, _array(position), int64
+    )
 
 
 #: Particles in a block of the census.
 BLOCK = 1024
 
-#: Owners are bits of a word, so there can be no more threads than that.
-MAX_THREADS = 64
 
-_threads = None
-
-
-def set_threads(n):
-    """Use `n` threads in this process; None goes back to what the environment says."""
-    global _threads
-    if n is not None and not 1 <= n <= MAX_THREADS:
-        raise ValueError(f"the number of threads must be between 1 and {MAX_THREADS}, not {n}")
-    _threads = n
-
-
-def get_threads():
-    """The number of threads in use: `set_threads`, else the environment, else the cores for each rank."""
-    if _threads is not None:
-        return _threads
-    for name in ('OMP_NUM_THREADS', 'NUMBA_NUM_THREADS'):
-        value = os.environ.get(name, '').split(',')[0]
-        if value.isdigit() and int(value) > 0:
-            return min(int(value), MAX_THREADS)
-    # Share the cores among the ranks of the node
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    ranks = 1
-    for name in ('MPI_LOCALNRANKS', 'OMPI_COMM_WORLD_LOCAL_SIZE', 'PMI_LOCAL_SIZE', 'SLURM_NTASKS_PER_NODE'):
-        if os.environ.get(name, '').isdigit():
-            ranks = max(1, int(os.environ[name]))
-            break
-    return max(1, min(cores // ranks, MAX_THREADS))
-
-
-@lru_cache(maxsize=None)
-def _crew(pid, threads):
-    """The queue of the worker threads of the process `pid`; the calling thread works too."""
-    tasks = SimpleQueue()
-    for _ in range(threads - 1):
-        Thread(target=_work, args=(tasks,), name='vmad_lit-window', daemon=True).start()
-    return tasks
-
-
-def _work(tasks):
-    """Take a function, its arguments, and the queue for its error, or None; for ever."""
-    while True:
-        function, arguments, done = tasks.get()
-        error = None
-        try:
-            function(*arguments)
-        except BaseException as e:
-            error = e
-        del function, arguments
-        done.put(error)
-        del done, error
-
-
-def _run(function, tasks):
-    """Call `function` with each tuple of `tasks`, one of them here and the rest on other threads."""
-    if len(tasks) < 2:
-        for task in tasks:
-            function(*task)
-        return
-    crew, done = _crew(os.getpid(), len(tasks)), SimpleQueue()
-    for task in tasks[1:]:
-        crew.put((function, task, done))
-    try:
-        function(*tasks[0])
-    finally:
-        errors = [done.get() for _ in tasks[1:]]
-    for error in errors:
-        if error is not None:
-            raise error
-
-
-def _shares(n, least):
-    """Edges that cut `range(n)` into about equal parts of at least `least`, one for each thread."""
-    parts = max(1, min(get_threads(), n // least))
-    return [n * t // parts for t in range(parts + 1)]
-
-
-class _Memory:
-    """Hands memory to NumPy without the read-only flag."""
-
-    def __init__(self, array):
-        self.__array_interface__ = dict(array.__array_interface__, data=(array.ctypes.data, False))
-        self.base = array
-
-
-def _flat(array):
-    """The elements of a contiguous array as a flat array, for the loops only."""
-    flat = array.reshape(-1)
-    return flat if flat.flags.writeable else numpy.asarray(_Memory(flat))
-
-
-def _view(mesh):
-    """Memory of a mesh as a flat array, and its strides in elements; None if it cannot be seen so."""
-    size = mesh.dtype.itemsize
-    if mesh.dtype.char not in 'fd' or not mesh.dtype.isnative or not mesh.flags.aligned:
-        return None
-    if any(s < 0 or s % size for s in mesh.strides):
-        return None
-    strides = tuple(s // size for s in mesh.strides)
-    if mesh.flags.c_contiguous:
-        flat = mesh.reshape(-1)
-    else:
-        extent = 1 + sum((n - 1) * s for n, s in zip(mesh.shape, strides)) if mesh.size else 0
-        flat = as_strided(mesh, (extent,), (size,))
-    return (flat if flat.flags.writeable else numpy.asarray(_Memory(flat))), strides
-
-
-def check_positions(pos, ndim):
+def check_positions(pos: ArrayLike, ndim: int) -> Array:
     """`pos` as a C-ordered native float32 or float64 array of shape (N, ndim) or wider.
 
     Integers become float64. Raises ValueError for a wrong shape, TypeError for what is not a real number.
     """
     pos = numpy.asarray(pos)
     if pos.ndim != 2 or pos.shape[1] < ndim:
-        raise ValueError(f"positions must have the shape (N, {ndim}), one row for each particle, "
-                         f"but their shape is {pos.shape}")
-    return numpy.require(pos, _real_dtype(pos, 'positions'), 'CA')
+        raise ValueError(
+            f"positions must have the shape (N, {ndim}), one row for each particle, "
+            f"but their shape is {pos.shape}"
+        )
+    return numpy.require(pos, _real_dtype(pos, "positions"), ["C", "A"])
 
 
-def _real_dtype(array, what):
+def _real_dtype(array: Array, what: str) -> DType:
     kind, size = array.dtype.kind, array.dtype.itemsize
-    if kind not in 'fiub':
+    if kind not in "fiub":
         raise TypeError(f"{what} must be real numbers, but their type is {array.dtype}")
-    return numpy.dtype('f4' if kind == 'f' and size <= 4 else 'f8')
+    return numpy.dtype("f4" if kind == "f" and size <= 4 else "f8")
 
 
-def _per_particle(value, npart, what, width=None):
+def _per_particle(value: ArrayLike, npart: int, what: str, width: int | None = None) -> tuple[Array, int]:
     """A value for each particle (or one for all) as flat float64 memory and its step (0 for one)."""
     value = numpy.asarray(value)
     _real_dtype(value, what)
     if value.ndim == 0:
-        return numpy.full(width or 1, value, dtype='f8'), 0
+        return numpy.full(width or 1, value, dtype="f8"), 0
     shape = (npart,) if width is None else (npart, width)
     if value.shape != shape:
-        raise ValueError(f"{what} must be one number or have the shape {shape}, "
-                         f"but the shape is {value.shape}")
-    return _flat(numpy.require(value, 'f8', 'CA')), width or 1
+        raise ValueError(
+            f"{what} must be one number or have the shape {shape}, but the shape is {value.shape}"
+        )
+    return flatten(numpy.require(value, "f8", ["C", "A"])), width or 1
 
 
-def support(window):
+def support(window: WindowLike) -> int | None:
     """The support of a window that is served here, by name or as pmesh's object, else None."""
     if isinstance(window, str):
         return SUPPORT.get(window.lower())
-    kind = str(getattr(window, 'kind', ''))
-    if kind.startswith('tuned') and kind[5:] in SUPPORT:
+    kind = str(getattr(window, "kind", ""))
+    if kind.startswith("tuned") and kind[5:] in SUPPORT:
         cells = SUPPORT[kind[5:]]
-        if getattr(window, 'support', cells) in (cells, -1):
+        if getattr(window, "support", cells) in (cells, -1):
             return cells
     return None
 
 
-def _find_support(window):
+def _find_support(window: WindowLike) -> int:
     found = support(window)
     if found is None:
-        raise ValueError(f"window must be one of {', '.join(SUPPORT)}, not {window!r}; "
-                         f"other windows are painted by pmesh")
+        raise ValueError(
+            f"window must be one of {', '.join(SUPPORT)}, not {window!r}; other windows are painted by pmesh"
+        )
     return found
 
 
-def _box(mesh, transform):
+def _box(mesh: Array, transform: Transform | None) -> Box:
     """Shape, stride, scale, translation (below one), origin and period of a mesh, each for three axes."""
     shape, ndim = mesh.shape, mesh.ndim
     if not 1 <= ndim <= 3:
@@ -602,28 +548,40 @@ def _box(mesh, transform):
         scale, translate, period = transform.scale, transform.translate, transform.period
     origin = [floor(t) for t in translate]
     more = 3 - ndim
-    return (tuple(map(int, shape)) + (1,) * more,
-            tuple(stride // mesh.itemsize for stride in mesh.strides) + (0,) * more,
-            tuple(map(float, scale)) + (1.0,) * more,
-            tuple(float(t - i) for t, i in zip(translate, origin)) + (0.0,) * more,
-            tuple(map(int, origin)) + (0,) * more,
-            tuple(int(n) or NEVER for n in period) + (1,) * more)
+    return (
+        tuple(map(int, shape)) + (1,) * more,
+        tuple(stride // mesh.itemsize for stride in mesh.strides) + (0,) * more,
+        tuple(map(float, scale)) + (1.0,) * more,
+        tuple(float(t - i) for t, i in zip(translate, origin)) + (0.0,) * more,
+        tuple(map(int, origin)) + (0,) * more,
+        tuple(int(n) or NEVER for n in period) + (1,) * more,
+    )
 
 
-def _asked(box):
+def _asked(box: Box) -> int:
     """Along how many axes, the first ones, cells of the periodic mesh may be elsewhere: none, one, or all."""
     shape, period = box[0], box[-1]
     return 0 if shape == period else 1 if shape[1:] == period[1:] else 3
 
 
-def _groups(views):
+def _groups(views: Sequence[View]) -> Iterator[tuple[int, int, list[Array]]]:
     """Where each group of meshes begins, how many they are, and their flat arrays, always four."""
     for first in range(0, len(views), TOGETHER):
-        flats = [flat for flat, _ in views[first:first + TOGETHER]]
+        flats = [flat for flat, _ in views[first : first + TOGETHER]]
         yield first, len(flats), flats + flats[:1] * (TOGETHER - len(flats))
 
 
-def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1.0, spreading=False):
+def _scatter(
+    meshes: Sequence[Array],
+    pos: Array,
+    mass: Array,
+    mass_step: int,
+    window: WindowLike,
+    transform: Transform | None,
+    speed: Array | None = None,
+    rate: float = 1.0,
+    spreading: bool = False,
+) -> None:
     """Add to each of `meshes` the window of each particle times its column of `mass`, and its change along
     `rate` times `speed`; or (`spreading`) the column times the change of the window along `speed`."""
     cells = _find_support(window)
@@ -633,29 +591,57 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1
     if not len(pos) or not meshes[0].size:
         return
     step = pos.shape[1]
-    pos = _flat(pos)
-    views = [_view(mesh) for mesh in meshes]
+    pos = flatten(pos)
+    views = [as_flat(mesh) for mesh in meshes]
     # Paint aside what cannot be painted in place
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
         for c, mesh in enumerate(meshes):
-            if mesh.dtype.kind != 'f':
+            if mesh.dtype.kind != "f":
                 raise TypeError(f"a mesh to paint must be of floating point numbers, not {mesh.dtype}")
-            aside = numpy.zeros(mesh.shape, dtype='f8')
-            column = numpy.ascontiguousarray(mass[c::mass_step]) if mass_step else mass[c:c + 1]
-            _scatter([aside], pos.reshape(-1, step), column, min(mass_step, 1), window, transform, speed, rate,
-                     spreading)
+            aside = numpy.zeros(mesh.shape, dtype="f8")
+            column = numpy.ascontiguousarray(mass[c::mass_step]) if mass_step else mass[c : c + 1]
+            _scatter(
+                [aside],
+                pos.reshape(-1, step),
+                column,
+                min(mass_step, 1),
+                window,
+                transform,
+                speed,
+                rate,
+                spreading,
+            )
             mesh += aside
         return
     edges, mask = _owners(cells, box, pos, step)
     for first, n, flats in _groups(views):
-        find_loop = partial(_scatter_loop, flats[0].dtype, pos.dtype, ndim, cells, n, moving=speed is not None,
-                            spreading=spreading)
+        find_loop = partial(
+            _scatter_loop,
+            flats[0].dtype,
+            pos.dtype,
+            ndim,
+            cells,
+            n,
+            moving=speed is not None,
+            spreading=spreading,
+        )
         rest = BLOCK, pos, step, mass[first:], mass_step, mass[:0] if speed is None else speed, rate
-        _run(_scatter_in_turns, [(_turns(find_loop, _asked(box), mask, t, len(edges) == 2),
-                                  (*flats, box, edges[t], edges[t + 1], t), rest) for t in range(len(edges) - 1)])
+        run_on_threads(
+            _scatter_in_turns,
+            [
+                (
+                    _turns(find_loop, _asked(box), mask, t, len(edges) == 2),
+                    (*flats, box, edges[t], edges[t + 1], t),
+                    rest,
+                )
+                for t in range(len(edges) - 1)
+            ],
+        )
 
 
-def _turns(find_loop, asked, mask, owner, alone):
+def _turns(
+    find_loop: Callable[[int], Any], asked: int, mask: Array, owner: int, alone: bool
+) -> list[tuple[Any, Array]]:
     """The loops to call for an owner, and the mask for each."""
     if asked > 0 or alone:
         return [(find_loop(asked), mask)]
@@ -663,39 +649,55 @@ def _turns(find_loop, asked, mask, owner, alone):
     return [(find_loop(0), numpy.where(mine, mask, 0)), (find_loop(1), numpy.where(mine, 0, mask))]
 
 
-def _scatter_in_turns(turns, place, rest):
+def _scatter_in_turns(
+    turns: Sequence[tuple[Any, Array]], place: tuple[Any, ...], rest: tuple[Any, ...]
+) -> None:
     for scatter, mask in turns:
         scatter(*place, mask, *rest)
 
 
-def _owners(cells, box, pos, step):
+def _owners(cells: int, box: Box, pos: Array, step: int) -> tuple[list[int], Array]:
     """Edges of the planes owned by each thread, and for each block of particles the owners it touches."""
     nplane = box[0][0]
     nblock = -(-(len(pos) // step) // BLOCK)
-    edges = _shares(nplane, cells + 2)
+    edges = share_out(nplane, cells + 2)
     if len(edges) == 2 or nblock < 2 * (len(edges) - 1):
-        return [0, nplane], numpy.ones(nblock, dtype='u8')
-    mask = numpy.zeros(nblock, dtype='u8')
-    bits = numpy.uint64(1) << numpy.arange(len(edges) - 1, dtype='u8')
+        return [0, nplane], numpy.ones(nblock, dtype="u8")
+    mask = numpy.zeros(nblock, dtype="u8")
+    bits = numpy.uint64(1) << numpy.arange(len(edges) - 1, dtype="u8")
     owners = numpy.repeat(bits, numpy.diff(edges))
-    cuts = _shares(nblock, 1)
+    cuts = share_out(nblock, 1)
     axis = tuple(values[0] for values in box[2:])
-    _run(_census_loop(pos.dtype), [(cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step)
-                                  for t in range(len(cuts) - 1)])
+    run_on_threads(
+        _census_loop(pos.dtype),
+        [(cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step) for t in range(len(cuts) - 1)],
+    )
     return edges, mask
 
 
-def _readable(meshes):
+def _readable(meshes: Sequence[Array]) -> tuple[Array, list[View]]:
     """The first of meshes that lie in memory alike, and the views of all: those given, or else copies."""
-    views = [_view(mesh) for mesh in meshes]
+    views = [as_flat(mesh) for mesh in meshes]
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
-        meshes = [numpy.require(mesh, 'f8', 'CA') for mesh in meshes]
-        views = [_view(mesh) for mesh in meshes]
+        meshes = [numpy.require(mesh, "f8", ["C", "A"]) for mesh in meshes]
+        views = [as_flat(mesh) for mesh in meshes]
     return meshes[0], views
 
 
-def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coef_step=0, slope=None, given=None,
-            base=None, factor=1.0):
+def _gather(
+    meshes: Sequence[Array],
+    pos: Array,
+    window: WindowLike,
+    transform: Transform | None,
+    out: Array | None = None,
+    speed: Array | None = None,
+    coef: Array | None = None,
+    coef_step: int = 0,
+    slope: Array | None = None,
+    given: int | None = None,
+    base: Array | None = None,
+    factor: float = 1.0,
+) -> Array:
     """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is there.
 
     Both in one go only for a single mesh. The slopes fill `slope` (N, ndim), or a new array. There are
@@ -716,34 +718,52 @@ def _gather(meshes, pos, window, transform, out=None, speed=None, coef=None, coe
             if result is not None and len(result):
                 result[...] = 0.0 if base is None else base
         return slope
-    pos = _flat(pos)
+    pos = flatten(pos)
     none = numpy.empty(0)
     width = 0 if out is None else len(meshes)
     given = len(meshes) if given is None else given
     base = none if base is None else base.reshape(-1)
-    cuts = _shares(npart, 4 * BLOCK)
+    cuts = share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
-        gather = _gather_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box), speed is not None, slopes)
+        gather = _gather_loop(
+            flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box), speed is not None, slopes
+        )
         part = memory.empty_like(slope) if first else slope
-        _run(gather, [
-            (*flats, box, cuts[t], cuts[t + 1], pos, step,
-             none if out is None else out.reshape(-1)[first:], width,
-             none if speed is None else speed, part.reshape(-1),
-             none if coef is None else coef[first:], coef_step, max(0, given - first),
-             base[first:] if not slopes else base if not first else none, float(factor))
-            for t in range(len(cuts) - 1)])
+        run_on_threads(
+            gather,
+            [
+                (
+                    *flats,
+                    box,
+                    cuts[t],
+                    cuts[t + 1],
+                    pos,
+                    step,
+                    none if out is None else out.reshape(-1)[first:],
+                    width,
+                    none if speed is None else speed,
+                    part.reshape(-1),
+                    none if coef is None else coef[first:],
+                    coef_step,
+                    max(0, given - first),
+                    base[first:] if not slopes else base if not first else none,
+                    float(factor),
+                )
+                for t in range(len(cuts) - 1)
+            ],
+        )
         if first and slopes:
             slope += part * factor if len(base) else part
     return slope
 
 
-def _mesh(mesh):
+def _mesh(mesh: Mesh) -> Array:
     """The values of an array or field, the real part of complex ones."""
-    value = numpy.asarray(getattr(mesh, 'value', mesh))
-    return value.real if value.dtype.kind == 'c' else value
+    value = numpy.asarray(getattr(mesh, "value", mesh))
+    return value.real if value.dtype.kind == "c" else value
 
 
-def _meshes(meshes):
+def _meshes(meshes: Sequence[Mesh]) -> list[Array]:
     values = [_mesh(mesh) for mesh in meshes]
     if not values:
         raise ValueError("at least one mesh is needed")
@@ -752,7 +772,13 @@ def _meshes(meshes):
     return values
 
 
-def paint(mesh, pos, mass=1.0, window='cic', transform=None):
+def paint(
+    mesh: Mesh,
+    pos: Array,
+    mass: ArrayLike = 1.0,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+) -> Mesh:
     """Add particles to `mesh`, in place.
 
     Parameters
@@ -767,12 +793,20 @@ def paint(mesh, pos, mass=1.0, window='cic', transform=None):
     counts for one of them); it is never written beside the mesh.
     """
     value = _mesh(mesh)
-    mass, step = _per_particle(mass, len(pos), 'mass')
+    mass, step = _per_particle(mass, len(pos), "mass")
     _scatter([value], pos, mass, step, window, transform)
     return mesh
 
 
-def readout(meshes, pos, window='cic', transform=None, out=None, base=None, factor=1.0):
+def readout(
+    meshes: Mesh | Sequence[Mesh],
+    pos: Array,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+    out: Array | None = None,
+    base: ArrayLike | None = None,
+    factor: float = 1.0,
+) -> Array:
     """Values of meshes at positions: (N,) for one mesh, (N, n) for a list of n, in float64.
 
     They fill `out` if it is given, a C-ordered array of that shape and type. With `base`, another such array or
@@ -782,63 +816,93 @@ def readout(meshes, pos, window='cic', transform=None, out=None, base=None, fact
     several = isinstance(meshes, (list, tuple))
     values = _meshes(meshes if several else [meshes])
     out = _result(out, (len(pos), len(values)) if several else (len(pos),))
-    _gather(values, pos, window, transform, out=out.reshape(len(pos), len(values)), base=_base(base, out),
-            factor=factor)
+    _gather(
+        values,
+        pos,
+        window,
+        transform,
+        out=out.reshape(len(pos), len(values)),
+        base=_base(base, out),
+        factor=factor,
+    )
     return out
 
 
-def gradient(mesh, pos, window='cic', transform=None, out=None):
+def gradient(
+    mesh: Mesh,
+    pos: Array,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+    out: Array | None = None,
+) -> Array:
     """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), float64; as `readout`."""
     values = _meshes([mesh])
     out = _result(out, (len(pos), values[0].ndim))
     return _gather(values, pos, window, transform, coef=numpy.ones(1), coef_step=0, slope=out)
 
 
-def _result(out, shape):
+def _result(out: Array | None, shape: tuple[int, ...]) -> Array:
     """`out`, if it is fit to hold a result of this shape, or a new array."""
     if out is None:
         return memory.empty(shape)
-    if not isinstance(out, numpy.ndarray) or out.shape != shape or out.dtype != 'f8' or not out.flags.carray:
+    if not isinstance(out, numpy.ndarray) or out.shape != shape or out.dtype != "f8" or not out.flags.carray:
         found = f"{out.dtype} of shape {out.shape}" if isinstance(out, numpy.ndarray) else type(out).__name__
         raise ValueError(f"out must be a writeable C-ordered float64 array of shape {shape}, not {found}")
     return out
 
 
-def _base(base, out):
+def _base(base: ArrayLike | None, out: Array) -> Array | None:
     """What the result is added to as memory like that of `out`; or None."""
     if base is None:
         return None
     if numpy.shape(base) != out.shape:
         raise ValueError(f"base must have the shape of the result, {out.shape}, not {numpy.shape(base)}")
-    return _flat(numpy.require(base, 'f8', 'CA')).reshape(out.shape)
+    return flatten(numpy.require(base, "f8", ["C", "A"])).reshape(out.shape)
 
 
-def paint_vjp(mesh, pos, mass=1.0, window='cic', transform=None, need_pos=True, need_mass=True):
+def paint_vjp(
+    mesh: Mesh,
+    pos: Array,
+    mass: ArrayLike = 1.0,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+    need_pos: bool = True,
+    need_mass: bool = True,
+) -> tuple[Array | None, Array | None]:
     """Cotangents of positions (N, ndim) and masses (N,) from the cotangent of the painted mesh.
 
     What is not needed comes back as None. With one mass for all, the second is still for each particle.
     """
-    mass, step = _per_particle(mass, len(pos), 'mass')
-    out = memory.empty((len(pos), 1)) if need_mass else None
-    slope = _gather(_meshes([mesh]), pos, window, transform, out=out,
-                    coef=mass if need_pos else None, coef_step=step)
+    mass, step = _per_particle(mass, len(pos), "mass")
+    out: Any = memory.empty((len(pos), 1)) if need_mass else None
+    slope = _gather(
+        _meshes([mesh]), pos, window, transform, out=out, coef=mass if need_pos else None, coef_step=step
+    )
     return (slope if need_pos else None), (out[:, 0] if need_mass else None)
 
 
-def _velocities(pos_, npart, ndim):
+def _velocities(pos_: ArrayLike, npart: int, ndim: int) -> Array:
     """The tangent of positions as flat memory with `ndim` numbers for each particle, also if it is one number."""
-    speed, step = _per_particle(pos_, npart, 'tangent of positions', ndim)
+    speed, step = _per_particle(pos_, npart, "tangent of positions", ndim)
     return speed if step else numpy.tile(speed, npart)
 
 
-def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window='cic', transform=None):
+def paint_jvp(
+    mesh: Mesh,
+    pos: Array,
+    mass: Any = 1.0,
+    pos_: ArrayLike | None = None,
+    mass_: ArrayLike | None = None,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+) -> Mesh:
     """Add to `mesh` the tangent of painting along `pos_` (N, ndim) and `mass_` (N,); None is zero."""
     value = _mesh(mesh)
-    change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), 'tangent of mass')
+    change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), "tangent of mass")
     speed, rate = None, 1.0
     if pos_ is not None:
         speed = _velocities(pos_, len(pos), value.ndim)
-        mass, mass_step = _per_particle(mass, len(pos), 'mass')
+        mass, mass_step = _per_particle(mass, len(pos), "mass")
         if mass_step:
             speed = (speed.reshape(-1, value.ndim) * mass[:, None]).reshape(-1)
         else:
@@ -848,7 +912,16 @@ def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window='cic', transfor
     return mesh
 
 
-def slopes(meshes, pos, factors=None, window='cic', transform=None, out=None, base=None, factor=1.0):
+def weighted_gradient(
+    meshes: Sequence[Mesh],
+    pos: Array,
+    factors: ArrayLike | None = None,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+    out: Array | None = None,
+    base: ArrayLike | None = None,
+    factor: float = 1.0,
+) -> Array:
     """The sum of the gradients of meshes at positions, each times its column of factors: (N, ndim), float64.
 
     `factors` has a row for each particle and a column for each of the first meshes, or is one number for all
@@ -857,19 +930,37 @@ def slopes(meshes, pos, factors=None, window='cic', transform=None, out=None, ba
     values = _meshes(list(meshes))
     coef, step, given = _coefficients(factors, len(pos), len(values))
     out = _result(out, (len(pos), values[0].ndim))
-    return _gather(values, pos, window, transform, coef=coef, coef_step=step, slope=out, given=given,
-                   base=_base(base, out), factor=factor)
+    return _gather(
+        values,
+        pos,
+        window,
+        transform,
+        coef=coef,
+        coef_step=step,
+        slope=out,
+        given=given,
+        base=_base(base, out),
+        factor=factor,
+    )
 
 
-def _coefficients(factors, npart, count):
+def _coefficients(factors: Any, npart: int, count: int) -> tuple[Array, int, int]:
     """The factors of `count` meshes as flat memory, their step, and for how many of the meshes they are."""
     given = 0 if factors is None else numpy.shape(factors)[-1] if numpy.ndim(factors) else count
     if given > count:
         raise ValueError(f"there are {given} columns of factors for {count} meshes")
-    return (*(_per_particle(factors, npart, 'factors', given) if given else (numpy.empty(0), 0)), given)
+    return (*(_per_particle(factors, npart, "factors", given) if given else (numpy.empty(0), 0)), given)
 
 
-def readout_vjp(meshes, pos, value, window='cic', transform=None, out=None, need_pos=True):
+def readout_vjp(
+    meshes: Any,
+    pos: Array,
+    value: ArrayLike,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+    out: Any = None,
+    need_pos: bool = True,
+) -> Array | None:
     """Cotangents of `readout(meshes, pos)` from that of its result, `value`: (N,) or (N, n).
 
     The meshes' cotangents are added to `out` (a mesh, or a list of n); without it they are not computed.
@@ -878,7 +969,7 @@ def readout_vjp(meshes, pos, value, window='cic', transform=None, out=None, need
     """
     several = isinstance(meshes if meshes is not None else out, (list, tuple))
     width = len(meshes if meshes is not None else out) if several else None
-    coef, step = _per_particle(value, len(pos), 'cotangent of the values', width)
+    coef, step = _per_particle(value, len(pos), "cotangent of the values", width)
     if out is not None:
         targets = [_mesh(mesh) for mesh in (out if several else [out])]
         _scatter(targets, pos, coef, step, window, transform)
@@ -888,7 +979,14 @@ def readout_vjp(meshes, pos, value, window='cic', transform=None, out=None, need
     return _gather(values, pos, window, transform, coef=coef, coef_step=step)
 
 
-def readout_jvp(meshes, pos, pos_=None, meshes_=None, window='cic', transform=None):
+def readout_jvp(
+    meshes: Any,
+    pos: Array,
+    pos_: ArrayLike | None = None,
+    meshes_: Any = None,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+) -> Array:
     """Tangent of `readout(meshes, pos)` along `pos_` (N, ndim) and `meshes_`; None is zero."""
     several = isinstance(meshes if meshes is not None else meshes_, (list, tuple))
     width = len(meshes if meshes is not None else meshes_) if several else 1
@@ -904,8 +1002,8 @@ def readout_jvp(meshes, pos, pos_=None, meshes_=None, window='cic', transform=No
     return out if several else out[:, 0]
 
 
-@njit(**_compiled)
-def _spline_bends(support, x):
+@inlined
+def _spline_curvatures(support, x):
     """The second derivatives of the B-spline of this support at `x`, in the cells of `_spline`."""
     if support == 3:
         return 1.0, -2.0, 1.0, 0.0
@@ -916,14 +1014,16 @@ def _spline_bends(support, x):
 
 
 @lru_cache(maxsize=None)
-def _curve_loop(mesh, position, ndim, support, n, asked):
+def _hessian_product_loop(mesh: DType, position: DType, ndim: int, support: int, n: int, asked: int) -> Any:
     """The compiled loop that adds the Hessians of `n` meshes, with coefficients, times a velocity to `slope`."""
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
     moving = True
 
     # The loop that multiplies by Hessians
-    def curve(mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, speed, slope, coef, coef_step, given):
+    def hessian_product(
+        mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, speed, slope, coef, coef_step, given
+    ):
         shape, stride, scale, translate, origin, period = box
         low, high = 0, shape[0]
         for p in range(start, end):
@@ -941,12 +1041,12 @@ def _curve_loop(mesh, position, ndim, support, n, asked):
             else:
                 cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             # Take the second derivatives of the weights
-            bx = _spline_bends(support, pos[uintp(p * step)] * scale[0] + translate[0])
+            bx = _spline_curvatures(support, pos[uintp(p * step)] * scale[0] + translate[0])
             by = bz = (0.0, 0.0, 0.0, 0.0)
             if ndim > 1:
-                by = _spline_bends(support1, pos[uintp(p * step + 1)] * scale[1] + translate[1])
+                by = _spline_curvatures(support1, pos[uintp(p * step + 1)] * scale[1] + translate[1])
             if ndim > 2:
-                bz = _spline_bends(support2, pos[uintp(p * step + 2)] * scale[2] + translate[2])
+                bz = _spline_curvatures(support2, pos[uintp(p * step + 2)] * scale[2] + translate[2])
             # Take the velocity of the particle
             vx = vy = vz = 0.0
             if moving:
@@ -1008,11 +1108,33 @@ def _curve_loop(mesh, position, ndim, support, n, asked):
                 slope[uintp(p * ndim + 2)] += (xz * vx + yz * vy + zz * vz) * scale[2]
 
     reals = float64[::1]
-    return _compile(curve, *4 * [_array(mesh)], BOX, int64, int64, _array(position), int64, reals, reals, reals,
-                    int64, int64)
+    return compiled(
+        hessian_product,
+        *4 * [_array(mesh)],
+        BOX,
+        int64,
+        int64,
+        _array(position),
+        int64,
+        reals,
+        reals,
+        reals,
+        int64,
+        int64,
+    )
 
 
-def _curve(meshes, pos, coef, coef_step, given, speed, slope, window, transform):
+def _hessian_product(
+    meshes: Sequence[Array],
+    pos: Array,
+    coef: Array,
+    coef_step: int,
+    given: int,
+    speed: Array,
+    slope: Array,
+    window: WindowLike,
+    transform: Transform | None,
+) -> None:
     """Add to `slope` (N, ndim) the Hessians of meshes, with coefficients for the first `given`, times `speed`."""
     cells = _find_support(window)
     ndim = meshes[0].ndim
@@ -1022,38 +1144,71 @@ def _curve(meshes, pos, coef, coef_step, given, speed, slope, window, transform)
     box = _box(mesh, transform)
     if not npart or not mesh.size:
         return
-    pos, cuts = _flat(pos), _shares(npart, 4 * BLOCK)
+    pos, cuts = flatten(pos), share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
-        curve = _curve_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box))
-        _run(curve, [
-            (*flats, box, cuts[t], cuts[t + 1], pos, step, speed, slope.reshape(-1), coef[first:], coef_step,
-             max(0, given - first))
-            for t in range(len(cuts) - 1)])
+        hessian_product = _hessian_product_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box))
+        run_on_threads(
+            hessian_product,
+            [
+                (
+                    *flats,
+                    box,
+                    cuts[t],
+                    cuts[t + 1],
+                    pos,
+                    step,
+                    speed,
+                    slope.reshape(-1),
+                    coef[first:],
+                    coef_step,
+                    max(0, given - first),
+                )
+                for t in range(len(cuts) - 1)
+            ],
+        )
 
 
-def slopes_jvp(meshes, pos, factors=None, pos_=None, meshes_=None, factors_=None, window='cic', transform=None):
-    """Tangent of `slopes(meshes, pos, factors)` along `pos_` (N, ndim), `meshes_`, and `factors_`; None is zero.
+def weighted_gradient_jvp(
+    meshes: Any,
+    pos: Array,
+    factors: ArrayLike | None = None,
+    pos_: ArrayLike | None = None,
+    meshes_: Sequence[Mesh] | None = None,
+    factors_: ArrayLike | None = None,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+) -> Array:
+    """Tangent of `weighted_gradient(meshes, pos, factors)` along `pos_` (N, ndim), `meshes_`, and `factors_`; None is zero.
 
     `factors_` is shaped as the factors. The meshes may be None if neither positions nor factors change.
     """
     if meshes_ is None:
         slope = memory.zeros((len(pos), _meshes(list(meshes))[0].ndim))
     else:
-        slope = slopes(meshes_, pos, factors, window, transform)
+        slope = weighted_gradient(meshes_, pos, factors, window, transform)
     if factors_ is not None:
         count = numpy.shape(factors_)[-1] if numpy.ndim(factors_) else len(meshes)
-        slope += slopes(list(meshes)[:count], pos, factors_, window, transform)
+        slope += weighted_gradient(list(meshes)[:count], pos, factors_, window, transform)
     if pos_ is not None:
         values = _meshes(list(meshes))
         speed = _velocities(pos_, len(pos), values[0].ndim)
-        _curve(values, pos, *_coefficients(factors, len(pos), len(values)), speed, slope, window, transform)
+        _hessian_product(
+            values, pos, *_coefficients(factors, len(pos), len(values)), speed, slope, window, transform
+        )
     return slope
 
 
-def spread_jvp(out, pos, value, pos_, window='cic', transform=None):
+def spread_jvp(
+    out: Sequence[Mesh],
+    pos: Array,
+    value: ArrayLike,
+    pos_: ArrayLike,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+) -> Sequence[Mesh]:
     """Add to the n meshes of `out` the change along `pos_` of what `readout_vjp` adds for `value` (N, n)."""
     targets = [_mesh(mesh) for mesh in out]
-    mass, step = _per_particle(value, len(pos), 'cotangent of the values', len(targets))
+    mass, step = _per_particle(value, len(pos), "cotangent of the values", len(targets))
     speed = _velocities(pos_, len(pos), targets[0].ndim)
     _scatter(targets, pos, mass, step, window, transform, speed, spreading=True)
     return out

@@ -2,6 +2,7 @@
 
 Names and layouts are those of PFFT (Pippig 2013) as its Python binding presents them.
 """
+
 import enum
 
 import numpy
@@ -84,8 +85,12 @@ class Type(enum.IntEnum):
     def dtypes(self):
         """Dtypes of the input and of the output."""
         real, complex_ = self.numbers
-        return {"c2c": (complex_, complex_), "r2c": (real, complex_), "c2r": (complex_, real),
-                "r2r": (real, real)}[self.kind]
+        return {
+            "c2c": (complex_, complex_),
+            "r2c": (real, complex_),
+            "c2r": (complex_, real),
+            "r2r": (real, real),
+        }[self.kind]
 
 
 def split_size_2d(size):
@@ -96,7 +101,7 @@ def split_size_2d(size):
     size = int(size)
     if size < 1:
         raise ValueError(f"the number of ranks must be at least 1, not {size}")
-    first = next(a for a in range(int(size ** 0.5) + 1, 0, -1) if size % a == 0)
+    first = next(a for a in range(int(size**0.5) + 1, 0, -1) if size % a == 0)
     return first, size // first
 
 
@@ -124,8 +129,10 @@ class ProcMesh:
         self.np = numpy.array(np, dtype="int32").reshape(-1)
         self.ndim = len(self.np)
         if (self.np < 1).any() or self.np.prod() != self.comm.size:
-            raise ValueError(f"a process mesh of shape {self.np.tolist()} needs {self.np.prod()} ranks, "
-                             f"the communicator has {self.comm.size}")
+            raise ValueError(
+                f"a process mesh of shape {self.np.tolist()} needs {self.np.prod()} ranks, "
+                f"the communicator has {self.comm.size}"
+            )
         self.this = self.coords(self.rank)
         self._lines = lines_of(self)
 
@@ -139,7 +146,7 @@ class ProcMesh:
 
     def ranks(self, direction):
         """Numbers in `comm` of the ranks of :meth:`line`."""
-        step = int(self.np[direction + 1:].prod())
+        step = int(self.np[direction + 1 :].prod())
         first = self.rank - step * int(self.this[direction])
         return [first + step * p for p in range(self.np[direction])]
 
@@ -173,8 +180,14 @@ def lines_of(mesh):
         mesh.comm.Set_attr(KEPT_LINES, kept)
     key = tuple(mesh.np.tolist())
     if key not in kept:
-        kept[key] = [None if mesh.np[d] == 1 else mesh.comm if mesh.np[d] == mesh.comm.size
-                     else mesh.comm.Split(mesh.ranks(d)[0], mesh.rank) for d in range(mesh.ndim)]
+        kept[key] = [
+            None
+            if mesh.np[d] == 1
+            else mesh.comm
+            if mesh.np[d] == mesh.comm.size
+            else mesh.comm.Split(mesh.ranks(d)[0], mesh.rank)
+            for d in range(mesh.ndim)
+        ]
     return kept[key]
 
 
@@ -214,8 +227,10 @@ class Layout:
     def __init__(self, mesh, shape, dtype, owners, order, padded=0):
         self.mesh, self.shape, self.dtype = mesh, tuple(shape), dtype
         self.owners, self.order = tuple(owners), tuple(order)
-        self.edges = [block_edges(n, 1 if owner is None else int(mesh.np[owner]))
-                      for n, owner in zip(self.shape, self.owners)]
+        self.edges = [
+            block_edges(n, 1 if owner is None else int(mesh.np[owner]))
+            for n, owner in zip(self.shape, self.owners)
+        ]
         self.start, stop = self.box(mesh.this)
         self.local = stop - self.start
         self.stored = self.local.copy()
@@ -279,8 +294,10 @@ def end_layouts(kind, n, mesh, flags):
     for shape, dtype, (real, transposed, pad) in zip(kind.shapes(n), kind.dtypes(), ends):
         padded = 2 * (n[-1] // 2 + 1) if kind.kind == real and flags & pad else 0
         if padded and (flags & transposed or mesh.ndim == len(n)):
-            raise NotImplementedError("real arrays are padded in the plain layout and on a process mesh "
-                                      f"of fewer directions than axes; leave {pad.name} out of {flags!r}")
+            raise NotImplementedError(
+                "real arrays are padded in the plain layout and on a process mesh "
+                f"of fewer directions than axes; leave {pad.name} out of {flags!r}"
+            )
         layouts.append(end_layout(mesh, shape, dtype, flags & transposed, padded))
     return layouts
 
@@ -329,10 +346,12 @@ class Partition:
         self._key = shape, tuple(procmesh.np.tolist()), self.type.numbers
 
     def __repr__(self):
-        return (f"Partition(n={self.n.tolist()}, type={self.type.name}, flags={self.flags!r}, "
-                f"local_ni={self.local_ni.tolist()}, local_no={self.local_no.tolist()}, "
-                f"local_i_start={self.local_i_start.tolist()}, "
-                f"local_o_start={self.local_o_start.tolist()})")
+        return (
+            f"Partition(n={self.n.tolist()}, type={self.type.name}, flags={self.flags!r}, "
+            f"local_ni={self.local_ni.tolist()}, local_no={self.local_no.tolist()}, "
+            f"local_i_start={self.local_i_start.tolist()}, "
+            f"local_o_start={self.local_o_start.tolist()})"
+        )
 
 
 def working_mesh(procmesh, ndim):
@@ -375,7 +394,7 @@ class LocalBuffer:
         if base is None:
             memory = self.allocate(nbytes + 64)
             skip = -memory.ctypes.data % 64  # whole cache lines
-            self._memory = memory[skip:skip + nbytes]
+            self._memory = memory[skip : skip + nbytes]
         elif not isinstance(base, LocalBuffer):
             raise TypeError(f"base must be a LocalBuffer, not {type(base).__name__}")
         elif base._memory.size < nbytes:
@@ -410,8 +429,13 @@ class LocalBuffer:
 
     def _view(self, dtype, shape, strides, type):
         """An array on this memory whose ``base`` is this buffer."""
-        self.__array_interface__ = dict(version=3, data=(self.address, False), typestr=dtype.str,
-                                        shape=tuple(map(int, shape)), strides=tuple(map(int, strides)))
+        self.__array_interface__ = dict(
+            version=3,
+            data=(self.address, False),
+            typestr=dtype.str,
+            shape=tuple(map(int, shape)),
+            strides=tuple(map(int, strides)),
+        )
         try:
             return numpy.asarray(self).view(type) if type is not numpy.ndarray else numpy.asarray(self)
         finally:

@@ -1,4 +1,5 @@
 """Transforms as chains of local Fourier transforms and exchanges between ranks."""
+
 import os
 
 import numpy
@@ -95,7 +96,7 @@ class Pieces:
 
     def row(self, memory):
         """For each piece an array of its shape, one behind the other in memory."""
-        row = memory[:self.nbytes].view(self.layout.dtype)
+        row = memory[: self.nbytes].view(self.layout.dtype)
         return [row[a:b].reshape(shape) for a, b, shape in zip(self.edges, self.edges[1:], self.shapes)]
 
     def in_a_row(self):
@@ -103,8 +104,9 @@ class Pieces:
         memory = numpy.empty(max(self.nbytes, self.layout.nbytes), dtype="u1")
         array = self.array(memory)
         pairs = [(array[cut], piece) for cut, piece in zip(self.cuts, self.row(memory)) if piece.size]
-        return all(there.flags.c_contiguous and there.ctypes.data == piece.ctypes.data
-                   for there, piece in pairs)
+        return all(
+            there.flags.c_contiguous and there.ctypes.data == piece.ctypes.data for there, piece in pairs
+        )
 
 
 class Pack:
@@ -153,8 +155,14 @@ class Alltoall:
 
     def __init__(self, comm, send, receive):
         self.comm, self.nbytes, dtype = comm, receive.nbytes, send.layout.dtype
-        self.sides = [[numpy.diff(pieces.edges).tolist(), pieces.edges[:-1].tolist(),
-                       MPI_TYPES[f"{dtype.kind}{dtype.itemsize}"]] for pieces in (send, receive)]
+        self.sides = [
+            [
+                numpy.diff(pieces.edges).tolist(),
+                pieces.edges[:-1].tolist(),
+                MPI_TYPES[f"{dtype.kind}{dtype.itemsize}"],
+            ]
+            for pieces in (send, receive)
+        ]
 
     def __call__(self, source, target):
         """Send the row in the bytes `source`, receive the row in the bytes `target`."""
@@ -171,8 +179,11 @@ def exchange(comm, source, target, ranks):
     """
     send = Pieces(source, [target.box(target.mesh.coords(rank)) for rank in ranks])
     receive = Pieces(target, [source.box(source.mesh.coords(rank)) for rank in ranks])
-    return ([] if send.in_a_row() else [Pack(send)]) + [Alltoall(comm, send, receive)] + (
-        [] if receive.in_a_row() else [Unpack(receive)])
+    return (
+        ([] if send.in_a_row() else [Pack(send)])
+        + [Alltoall(comm, send, receive)]
+        + ([] if receive.in_a_row() else [Unpack(receive)])
+    )
 
 
 def itinerary(kind, ndim, np, start, stop):
@@ -229,7 +240,7 @@ def compile_steps(kind, direction, n, procmesh, flags, inplace):
         for index, (what, axes, *_) in enumerate(steps):
             if what == "transform" and real_axis in axes and len(axes) > 1:
                 apart = [("transform", [real_axis]), ("transform", axes[:-1])]
-                steps[index:index + 1] = apart if kind.kind == "r2c" else reversed(apart)
+                steps[index : index + 1] = apart if kind.kind == "r2c" else reversed(apart)
     # Choose the layouts between the steps
     source, target = end_layouts(kind, n, procmesh, flags)
     local = [index for index, step in enumerate(steps) if step[0] == "transform"]
@@ -285,16 +296,24 @@ class Plan:
             type = partition.type.inverse if backward else partition.type
         self.type = Type(type)
         if self.type.numbers != partition.type.numbers:
-            raise TypeError(f"a plan of type {self.type.name} does not fit a partition of type "
-                            f"{partition.type.name}: the precisions differ")
+            raise TypeError(
+                f"a plan of type {self.type.name} does not fit a partition of type "
+                f"{partition.type.name}: the precisions differ"
+            )
         self.flags = Flags(partition.flags if flags is None else flags)
         if flags is None and backward and self.type.is_inverse_of(partition.type):
             self.flags = turn_round(self.flags)
         o = i if o is None else o
         self._check(i, o)
         self.inplace = i.address == o.address
-        self._steps = compile_steps(self.type, self.direction, tuple(partition.n.tolist()),
-                                    partition.procmesh, self.flags, self.inplace)
+        self._steps = compile_steps(
+            self.type,
+            self.direction,
+            tuple(partition.n.tolist()),
+            partition.procmesh,
+            self.flags,
+            self.inplace,
+        )
         self._scratch = max([step.nbytes for step in self._steps[:-1]], default=0)
 
     def _check(self, *buffers):
@@ -329,8 +348,10 @@ class Plan:
             step.target.view(o._memory)[...] = step.target.view(source)
 
     def __repr__(self):
-        return (f"Plan(type={self.type.name}, direction={self.direction.name}, flags={self.flags!r}, "
-                f"inplace={self.inplace}, steps={self._steps!r})")
+        return (
+            f"Plan(type={self.type.name}, direction={self.direction.name}, flags={self.flags!r}, "
+            f"inplace={self.inplace}, steps={self._steps!r})"
+        )
 
 
 def turn_round(flags):

@@ -9,8 +9,20 @@ from .operators import abs, add, div, mod, mul, neg, pos, pow, sub
 from .utils import assert_isinstance, assert_true, eval, terminal, watchpoint
 
 __all__ = [
-    "pos", "neg", "abs", "add", "sub", "mul", "div", "mod", "pow", "eval", "watchpoint",
-    "assert_isinstance", "assert_true", "terminal",
+    "pos",
+    "neg",
+    "abs",
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "mod",
+    "pow",
+    "eval",
+    "watchpoint",
+    "assert_isinstance",
+    "assert_true",
+    "terminal",
 ]
 
 
@@ -47,7 +59,10 @@ def _no_floor_division(self: BaseSymbol, other: Any) -> NoReturn:
 
 
 for _name, _method in dict(
-    __pow__=_power, __rpow__=_reflected(pow), eval=_binary(eval),
-    __floordiv__=_no_floor_division, __rfloordiv__=_no_floor_division,
+    __pow__=_power,
+    __rpow__=_reflected(pow),
+    eval=_binary(eval),
+    __floordiv__=_no_floor_division,
+    __rfloordiv__=_no_floor_division,
 ).items():
     setattr(BaseSymbol, _name, _method)

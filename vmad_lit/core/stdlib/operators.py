@@ -7,13 +7,13 @@ from typing import Any, Self
 
 import numpy
 
-from ..autodiff import IN_PLACE, PLUS
 from ..graph import Symbols
 from ..operator import Operator, ZeroGradient, operator
 from ..symbol import BaseSymbol, Literal, Value
+from ..valuetypes import PLAIN, VALUE_TYPES, apart, by_parts, parts_of
 
 Array = numpy.ndarray[Any, Any]
-Shape = tuple[int, ...]
+Shape = tuple[Any, ...]
 Kind = tuple[Shape, bool]
 
 
@@ -24,15 +24,15 @@ def kind(x: Value) -> Kind:
         return x.shape, x.dtype.kind == "c"
     if cls is float or cls is int:
         return NUMBER
-    if hasattr(x, "pm"):
-        return ShapeOfField(x), x.dtype.kind == "c"
+    if has_parts(x):
+        return ShapeOf(x), has_complex(x)
     return numpy.shape(x), numpy.iscomplexobj(x)
 
 
 NUMBER: Kind = (), False  # the kind of most constants
 
 
-def fit(g: Value, kind: Kind) -> Value:
+def unbroadcast(g: Value, kind: Kind) -> Value:
     """Bring the cotangent of a broadcast value to the kind of the value: sum over repetitions, drop
     an imaginary part."""
     if g is ZeroGradient:
@@ -41,8 +41,8 @@ def fit(g: Value, kind: Kind) -> Value:
     if type(g) is numpy.ndarray:
         if g.shape == shape and (is_complex or g.dtype.kind != "c"):
             return g
-    elif hasattr(g, "pm"):
-        return fit_field(g, shape, is_complex)
+    elif has_parts(g):
+        return unbroadcast_parts(g, shape, is_complex)
     if not is_complex and numpy.iscomplexobj(g):
         g = numpy.real(g)
     return g if getattr(g, "shape", ()) == shape else sum_to(g, shape)
@@ -62,8 +62,9 @@ def widen(g: Value, kind1: Kind, kind2: Kind) -> Value:
     shape1, shape2 = kind1[0], kind2[0]
     if g is ZeroGradient:
         return g
-    if type(shape1) is ShapeOfField or type(shape2) is ShapeOfField:
-        return widen_to_field(g, shape1, shape2)
+    if type(shape1) is ShapeOf or type(shape2) is ShapeOf:
+        like: Any = shape1 if type(shape1) is ShapeOf else shape2
+        return g if has_parts(g) else like.make(g)
     shape = shape1 if shape1 == shape2 else numpy.broadcast_shapes(shape1, shape2)
     fits = getattr(g, "shape", ()) == shape or numpy.ndim(g) > len(shape)
     return g if fits else numpy.broadcast_to(g, shape)
@@ -86,58 +87,64 @@ def plus(a: Value, b: Value) -> Value:
     return a if b is ZeroGradient else a + b
 
 
-SMALL = 2**14  # bytes; arrays of this size are in the cache anyway
+def has_parts(x: Value) -> bool:
+    """Whether a value is more than a number, an array, or a list that stands for an array."""
+    return not isinstance(x, (list, tuple)) and VALUE_TYPES[type(x)].take_apart(x) is not None
 
 
-def add_to_array(total: Array, part: Array) -> bool:
-    """Add an array to another one in place; returns whether it has the shape and dtype for that, and
-    is large enough."""
-    if total.nbytes < SMALL or part.shape != total.shape or part.dtype != total.dtype:
-        return False
-    total += part
-    return True
+def has_complex(x: Value) -> bool:
+    """Whether a value is complex, or one of its parts."""
+    return any(map(has_complex, parts_of(x))) if has_parts(x) else numpy.iscomplexobj(x)
 
 
-IN_PLACE[numpy.ndarray] = add_to_array
+class ShapeOf(tuple[Any, ...]):
+    """The shape of a value with parts, which remembers how to make such a value."""
 
-
-class ShapeOfField(tuple[int, ...]):
-    """The local shape of a field, which remembers of which mesh and of which type the field is."""
-
-    pm: Any
-    type: Any
+    rebuild: Any
+    parts: list[Shape]
 
     def __new__(cls, x: Value) -> Self:
-        self = super().__new__(cls, x.shape)
-        self.pm, self.type = x.pm, x.__class__
+        self = super().__new__(cls, VALUE_TYPES[type(x)].shape(x) or ())
+        self.rebuild, parts = apart(x)
+        self.parts = [ShapeOf(part) if has_parts(part) else numpy.shape(part) for part in parts]
         return self
 
-    def field(self, value: Value) -> Value:
-        """A field of this kind, with the given values."""
-        return self.pm.create(type=self.type, value=numpy.broadcast_to(value, self))
+    def make(self, value: Value) -> Value:
+        """A value of this shape, with the given numbers in each of its parts."""
+        return self.rebuild([fill(shape, value) for shape in self.parts])
 
 
-def widen_to_field(g: Value, shape1: Shape, shape2: Shape) -> Value:
-    """Make a field of a tangent that is not one."""
-    if hasattr(g, "pm"):
-        return g
-    shape: Any = shape1 if type(shape1) is ShapeOfField else shape2
-    return shape.field(g)
+def fill(shape: Shape, value: Value) -> Value:
+    return shape.make(value) if isinstance(shape, ShapeOf) else numpy.broadcast_to(value, shape)
 
 
-def fit_field(g: Value, shape: Shape, is_complex: bool) -> Value:
-    """Make of a field the cotangent of an operand: the field, or a sum over the mesh for a number."""
-    if shape == ():
-        total = ShapeOfField(g).field(1.0).cdot(g)
-        return total if is_complex else numpy.real(total)
-    if g.shape != shape:
+def unbroadcast_parts(g: Value, shape: Shape, is_complex: bool) -> Value:
+    """Make of a value with parts the cotangent of an operand: the value, an array, or a sum for a number."""
+    if shape == () and type(shape) is not ShapeOf:
+        total, comm = weighted_sum(g), VALUE_TYPES[type(g)].comm(g)
+        total = total if comm is None else comm.allreduce(total)
+        return total if is_complex else total.real
+    like = ShapeOf(g)
+    if shape != like:
+        # Complain that a value and an array do not go together
         raise ValueError(
-            "only fields of the same mesh and numbers go together, "
-            f"not {type(g).__name__} {g.shape} and an array {shape}"
+            "only values of the same type and shape and numbers go together, "
+            f"not {type(g).__name__} {tuple(like)} and {'one' if type(shape) is ShapeOf else 'an array'} {tuple(shape)}"
         )
-    if not is_complex and g.dtype.kind == "c":
-        g = ShapeOfField(g).field(g.value.real)
-    return g if type(shape) is ShapeOfField else g.value
+    if type(shape) is not ShapeOf:
+        (g,) = VALUE_TYPES[type(g)].weighted_parts(g)
+    return g if is_complex or not has_complex(g) else real_part(g)
+
+
+def weighted_sum(x: Value) -> Value:
+    """The sum of this rank's elements of a value, with the weights of the inner product, in double precision."""
+    if has_parts(x):
+        return sum(map(weighted_sum, VALUE_TYPES[type(x)].weighted_parts(x)))
+    return numpy.sum(x, dtype=numpy.result_type(x, "f8")).item()
+
+
+def real_part(x: Value) -> Value:
+    return by_parts(real_part, x) if has_parts(x) else numpy.real(x)
 
 
 class unary:
@@ -175,10 +182,10 @@ class abs(unary):
         return builtins.abs(x)
 
     def vjp(node, _y, x):
-        return fit(_y * numpy.sign(x), kind(x))
+        return unbroadcast(_y * numpy.sign(x), kind(x))
 
     def jvp(node, x_, x):
-        return fit(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
+        return unbroadcast(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
 
     def hvp(node, _y, x_, x):
         return _y * turn(x_, x) if kind(x)[1] else ZeroGradient
@@ -199,22 +206,24 @@ class binary:
 class add(binary):
     """`x1 + x2`"""
 
-    hands_on = True
+    alias = True
 
     def apl(node, x1, x2):
         cls = type(x1)
-        return PLUS[cls](x1, x2) if cls in PLUS and cls is type(x2) else x1 + x2
+        if cls in PLAIN or cls is not type(x2) or cls in (list, tuple):
+            return x1 + x2
+        return VALUE_TYPES[cls].add(x1, x2)
 
     def rcd(node, x1, x2, y):
         return dict(kind1=kind(x1), kind2=kind(x2))
 
     def vjp(node, _y, kind1, kind2):
         if kind1 == kind2 and type(kind1[0]) is type(kind2[0]):
-            _x = fit(_y, kind1)
+            _x = unbroadcast(_y, kind1)
             return dict(_x1=_x, _x2=_x)
         return dict(
-            _x1=fit(_y, kind1) if node.wants("x1") else ZeroGradient,
-            _x2=fit(_y, kind2) if node.wants("x2") else ZeroGradient,
+            _x1=unbroadcast(_y, kind1) if node.needs("x1") else ZeroGradient,
+            _x2=unbroadcast(_y, kind2) if node.needs("x2") else ZeroGradient,
         )
 
     def jvp(node, x1_, x2_, kind1, kind2):
@@ -227,7 +236,7 @@ class add(binary):
 class sub(binary):
     """`x1 - x2`"""
 
-    hands_on = True
+    alias = True
 
     def apl(node, x1, x2):
         return x1 - x2
@@ -237,8 +246,8 @@ class sub(binary):
 
     def vjp(node, _y, kind1, kind2):
         return dict(
-            _x1=fit(_y, kind1) if node.wants("x1") else ZeroGradient,
-            _x2=fit(-_y, kind2) if node.wants("x2") else ZeroGradient,
+            _x1=unbroadcast(_y, kind1) if node.needs("x1") else ZeroGradient,
+            _x2=unbroadcast(-_y, kind2) if node.needs("x2") else ZeroGradient,
         )
 
     def jvp(node, x1_, x2_, kind1, kind2):
@@ -274,7 +283,7 @@ class mul(binary):
 
 def times(_y: Value, slope: Value, kind: Kind) -> Value:
     """The cotangent of a value, from the derivative of the result with respect to it."""
-    return ZeroGradient if slope is ZeroGradient else fit(_y * conj(slope), kind)
+    return ZeroGradient if slope is ZeroGradient else unbroadcast(_y * conj(slope), kind)
 
 
 @operator
@@ -289,7 +298,7 @@ class div(binary):
 
     def vjp(node, _y, x2, y, kind1):
         _x1 = _y / conj(x2)
-        return dict(_x1=fit(_x1, kind1), _x2=-times(_x1, y, kind(x2)))
+        return dict(_x1=unbroadcast(_x1, kind1), _x2=-times(_x1, y, kind(x2)))
 
     def jvp(node, x1_, x2_, x2, y, kind1):
         return widen((x1_ - y * x2_) / x2, kind1, kind(x2))
@@ -298,7 +307,7 @@ class div(binary):
         slope = _y / conj(x2)
         return dict(
             _x1_=-times(slope, x2_ / x2, kind1),
-            _x2_=-times(slope, (x1_ - 2 * y * x2_) / x2, kind(x2)) if node.wants("x2") else ZeroGradient,
+            _x2_=-times(slope, (x1_ - 2 * y * x2_) / x2, kind(x2)) if node.needs("x2") else ZeroGradient,
         )
 
 
@@ -393,7 +402,7 @@ class mod(binary):
         return dict(n=ZeroGradient if node.is_literal("x2") else x1 // x2, kind1=kind(x1), kind2=kind(x2))
 
     def vjp(node, _y, n, kind1, kind2):
-        return dict(_x1=fit(_y, kind1), _x2=-times(_y, n, kind2))
+        return dict(_x1=unbroadcast(_y, kind1), _x2=-times(_y, n, kind2))
 
     def jvp(node, x1_, x2_, n, kind1, kind2):
         return widen(x1_ - n * x2_, kind1, kind2)
@@ -413,8 +422,8 @@ class pow(binary):
 
     def vjp(node, _y, x1, x2, y):
         return dict(
-            _x1=times(_y, slope_of_base(x1, x2), kind(x1)) if node.wants("x1") else ZeroGradient,
-            _x2=times(_y, slope_of_exponent(x1, y), kind(x2)) if node.wants("x2") else ZeroGradient,
+            _x1=times(_y, slope_of_base(x1, x2), kind(x1)) if node.needs("x1") else ZeroGradient,
+            _x2=times(_y, slope_of_exponent(x1, y), kind(x2)) if node.needs("x2") else ZeroGradient,
         )
 
     def jvp(node, x1_, x2_, x1, x2, y):
@@ -425,13 +434,13 @@ class pow(binary):
     def hvp(node, _y, x1_, x2_, x1, x2, y):
         # Differentiate the two slopes of a power
         slope1_ = slope2_ = ZeroGradient
-        if node.wants("x1") and x1_ is not ZeroGradient:
-            slope1_ = x1_ * bend_of_base(x1, x2)
-        if node.wants("x2"):
-            mixed = x1_ if x1_ is ZeroGradient else x1_ * mixed_bend(x1, x2)
+        if node.needs("x1") and x1_ is not ZeroGradient:
+            slope1_ = x1_ * curvature_of_base(x1, x2)
+        if node.needs("x2"):
+            mixed = x1_ if x1_ is ZeroGradient else x1_ * mixed_curvature(x1, x2)
             slope2_ = plus(mixed, x2_ * slope_of_exponent(x1, slope_of_exponent(x1, y)))
-        if node.wants("x1") and x2_ is not ZeroGradient:
-            slope1_ = plus(slope1_, x2_ * mixed_bend(x1, x2))
+        if node.needs("x1") and x2_ is not ZeroGradient:
+            slope1_ = plus(slope1_, x2_ * mixed_curvature(x1, x2))
         return dict(_x1_=times(_y, slope1_, kind(x1)), _x2_=times(_y, slope2_, kind(x2)))
 
 
@@ -448,19 +457,19 @@ def slope_of_exponent(x1: Value, y: Value) -> Value:
     """d(x1**x2)/dx2, and 0 where x1 is 0."""
     if isinstance(x1, (int, float, complex)):
         return y * numpy.log(x1 or 1).item()
-    return y * numpy.log(numpy.where(x1 == 0, 1, x1))
+    return y * numpy.log(x1 + numpy.equal(x1, 0))
 
 
-def bend_of_base(x1: Value, x2: Value) -> Value:
+def curvature_of_base(x1: Value, x2: Value) -> Value:
     """The second derivative of x1**x2 with respect to x1, and 0 where x2 is 0 or 1."""
     if numpy.ndim(x2) == 0:
         return x1 * 0 if x2 in (0, 1) else x2 * slope_of_base(x1, x2 - 1)
     return x2 * slope_of_base(x1, numpy.where(x2 == 0, 1, x2 - 1))
 
 
-def mixed_bend(x1: Value, x2: Value) -> Value:
+def mixed_curvature(x1: Value, x2: Value) -> Value:
     """The derivative of x1**x2 with respect to both, and 0 where x1 is 0 and it would be infinite."""
     zero = numpy.equal(x1, 0)
     base = (x1 + zero if numpy.any(zero) else x1) * 1.0
-    bend = base ** (x2 - 1) * (1 + slope_of_exponent(base, x2))
-    return bend * numpy.logical_not(zero * numpy.not_equal(x2, 1)) if numpy.any(zero) else bend
+    curvature = base ** (x2 - 1) * (1 + slope_of_exponent(base, x2))
+    return curvature * numpy.logical_not(zero * numpy.not_equal(x2, 1)) if numpy.any(zero) else curvature

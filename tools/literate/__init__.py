@@ -1,0 +1,1 @@
+"""Books that are programs: what ``tools/tangle.py`` is made of."""

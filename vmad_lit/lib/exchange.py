@@ -1,0 +1,310 @@
+"""Which ranks need a particle, and how its rows get there and back.
+
+Positions are arrays (N, ndim), in the units of the box.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy
+from numpy.typing import ArrayLike
+
+from vmad_lit import operator
+from vmad_lit.core.error import needed_for
+from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.stdlib.operators import Array, Shape
+from vmad_lit.core.symbol import Value
+from vmad_lit.lib import memory
+from vmad_lit.lib.mesh import ParticleMesh, as_rows, common_dtypes, is_zero, once_per_mesh
+
+with needed_for("the exchange of particles", extra="mesh"):
+    from mpi4py import MPI
+    from pmesh.domain import Layout
+    from pmesh.window import FindResampler
+try:
+    from vmad_lit.lib import loops
+except ImportError:  # no numba
+    loops = None  # type: ignore[assignment]
+
+Rows = tuple[Sequence[int] | Array, Array]  # how many for each rank, and where they begin
+Axes = tuple[tuple[int, ...], tuple[float, ...], tuple[Array, ...], Array]  # see `loops.find_ranks`
+
+
+def _touched_domains(x: Array, pm: ParticleMesh, support: int) -> Array:
+    """The domains of the cells of each particle's window, with repetitions: (n, N)."""
+    domains = numpy.zeros((1, len(x)), dtype="i4")
+    shift, left = 0.5 * (support % 2), (support - 1) // 2
+    for d, edges in enumerate(pm.domain.edges):
+        domains = domains * pm.domain.shape[d]
+        if pm.domain.shape[d] == 1:
+            continue
+        first = numpy.floor(x[:, d] * pm.affine.scale[d] + shift).astype("i8") - left
+        first %= edges[-1]
+        owner = numpy.repeat(numpy.arange(len(edges) - 1, dtype="i4"), numpy.diff(edges))
+        # Pick the planes that tell all domains
+        widths = numpy.diff(edges)
+        wide = widths[widths > 0].min() >= support - 1
+        planes = sorted({0, support - 1}) if wide else range(support)
+        touched = [owner.take(first + plane, mode="wrap") for plane in planes]
+        domains = numpy.concatenate([domains + column for column in touched])
+    return domains
+
+
+def make_layout(x: Array, pm: ParticleMesh, support: int) -> GhostLayout:
+    """A layout that sends each particle to exactly the ranks that hold cells of its window."""
+    if loops is not None:
+        return GhostLayout(
+            pm.comm, len(x), *loops.find_ranks(x, *_axes_of_domains(pm), support, pm.comm.size)
+        )
+    ranks = pm.domain.DomainAssign[_touched_domains(x, pm, support)]
+    counts = numpy.zeros(pm.comm.size, dtype="i4")
+    rows = [numpy.empty(0, dtype="i8")]
+    for rank in numpy.flatnonzero(numpy.bincount(ranks.ravel(), minlength=pm.comm.size)):
+        rows.append(numpy.flatnonzero((ranks == rank).any(axis=0)))
+        counts[rank] = len(rows[-1])
+    return GhostLayout(pm.comm, len(x), counts, numpy.concatenate(rows))
+
+
+def _axes_of_domains(pm: ParticleMesh) -> Axes:
+    """What `loops.find_ranks` wants to know of the domains of a mesh."""
+
+    def make() -> Axes:
+        shape, domain = pm.domain.shape, pm.domain
+        axes = [d for d in range(pm.ndim) if shape[d] > 1] or [0]
+        owners = []
+        for d in axes:
+            widths = numpy.diff(domain.edges[d])
+            owners.append(numpy.repeat(numpy.arange(len(widths)), widths) * int(numpy.prod(shape[d + 1 :])))
+        scales = tuple(float(pm.affine.scale[d]) for d in axes)
+        return tuple(axes), scales, tuple(owners), numpy.asarray(domain.DomainAssign).ravel().astype("i8")
+
+    return once_per_mesh(pm, "axes_of_domains", make)
+
+
+class GhostLayout(Layout):
+    """A layout of pmesh, given by the rows to send to each rank, that sends with a single collective call."""
+
+    def exchange(self, *args: Array, pack: bool = True) -> Any:
+        """Rows for the particles needed on this rank, ghosts included; one result for each argument."""
+        sent = tuple(self._send(data) for data in args)
+        return sent[0] if len(sent) == 1 else sent or None
+
+    def gather(self, data: Array, mode: Any = "sum", out: Array | None = None) -> Array:
+        """Rows for our own particles, from those of all their copies: the sum, or what pmesh calls `mode`."""
+        if not isinstance(mode, str) or mode != "sum":
+            return super().gather(data, mode=mode, out=out)
+        # Return the rows to where they came from, and add them up
+        data = numpy.asarray(data)
+        if len(data) != self.recvlength:
+            raise ValueError(
+                f"the layout has {self.recvlength} particles on this rank, ghosts included, "
+                f"but the data is for {len(data)}"
+            )
+        stay, others, there, here, own = self._ways
+        rows = deliver(
+            self.comm, data, here, there, memory.empty((len(others),) + data.shape[1:], data.dtype)
+        )
+        total = memory.zeros((self.sendlength,) + rows.shape[1:], rows.dtype)
+        _add_rows(total, stay, data[own])
+        _add_rows(total, others, rows)
+        if out is None:
+            return total
+        out[...] = total
+        return out
+
+    def _send(self, data: Array) -> Array:
+        data = numpy.asarray(data)
+        if len(data) != self.sendlength:
+            raise ValueError(
+                f"the layout was made for {self.sendlength} particles, but the data is for {len(data)}"
+            )
+        received = memory.empty((self.recvlength,) + data.shape[1:], data.dtype)
+        stay, others, there, here, own = self._ways
+        numpy.take(data, stay, axis=0, out=received[own], mode="clip")
+        return deliver(self.comm, data.take(others, axis=0), there, here, received)
+
+    @cached_property
+    def _ways(self) -> tuple[Array, Array, Rows, Rows, slice]:
+        """What stays and what travels.
+
+        The numbers of the rows that stay on this rank, and of those that go to others; how many go to each
+        and where they begin, one after the other; how many come from each, and where they belong among all
+        that are here; and the slice of these that never left.
+        """
+        me, (sent, received) = self.comm.rank, map(numpy.array, (self.sendcounts, self.recvcounts))
+        (first, start), stays = (int(starts(counts)[me]) for counts in (sent, received)), int(sent[me])
+        others = numpy.concatenate([self.indices[:first], self.indices[first + stays :]])
+        places = starts(received)
+        sent[me] = received[me] = 0
+        return (
+            self.indices[first : first + stays],
+            others,
+            (sent, starts(sent)),
+            (received, places),
+            slice(start, start + stays),
+        )
+
+
+def deliver(comm: MPI.Comm, rows: Array, to: Rows, fro: Rows, received: Array) -> Array:
+    """Rows to and from all ranks by one `Alltoallv`, into `received`.
+
+    `to` and `fro` are how many rows there are for each rank, and where they begin.
+    """
+    rows = numpy.ascontiguousarray(rows)
+    row = MPI.BYTE.Create_contiguous(rows.dtype.itemsize * int(numpy.prod(rows.shape[1:])))
+    row.Commit()
+    try:
+        comm.Alltoallv([rows, to, row], [received, fro, row])
+    finally:
+        row.Free()
+    return received
+
+
+def starts(counts: Sequence[int] | Array) -> Array:
+    return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype("i4")
+
+
+def _add_rows(total: Array, indices: Array, rows: Array) -> None:
+    """Add rows to those of `total` with the numbers `indices`, each as often as it is there."""
+    if loops is None or not loops.add_rows(total, indices, rows):
+        numpy.add.at(total, indices, rows)
+
+
+class IdentityLayout:
+    """The layout of particles that all stay where they are, on a single rank."""
+
+    def __init__(self, comm: MPI.Comm, length: int) -> None:
+        self.comm = comm
+        self.sendlength = self.recvlength = length
+
+    def exchange(self, *args: Array, pack: bool = True) -> Any:
+        """The arguments, unchanged."""
+        for data in args:
+            self._check(data)
+        return args[0] if len(args) == 1 else args or None
+
+    def gather(self, data: Array, mode: Any = "sum", out: Array | None = None) -> Array:
+        """`data`, unchanged (or copied to `out`): there are no ghosts."""
+        self._check(data)
+        if out is None:
+            return data
+        out[...] = data
+        return out
+
+    def get_exchange_cost(self) -> Array:
+        """Nothing travels."""
+        return numpy.zeros(1, dtype="i8")
+
+    def _check(self, data: Array) -> None:
+        if len(data) != self.sendlength:
+            raise ValueError(
+                f"the layout was made for {self.sendlength} particles, but the data is for {len(data)}"
+            )
+
+
+AnyLayout: TypeAlias = Layout | IdentityLayout
+
+
+def exchange_rows(layout: AnyLayout | None, data: Value) -> Any:
+    return data if layout is None or numpy.ndim(data) == 0 else layout.exchange(data)
+
+
+def gather_rows(layout: AnyLayout | None, data: Value) -> Any:
+    if layout is None or isinstance(layout, IdentityLayout):
+        return data if layout is None else layout.gather(data)
+    if numpy.iscomplexobj(data) and not isinstance(layout, GhostLayout):
+        pairs = numpy.ascontiguousarray(data).view(data.real.dtype).reshape(data.shape + (2,))
+        pairs = numpy.ascontiguousarray(layout.gather(pairs))
+        return pairs.view(data.dtype)[..., 0]
+    return layout.gather(data)
+
+
+def window_support(resampler: Any) -> int:
+    return resampler.support if resampler.support > 0 else resampler.nativesupport
+
+
+def as_positions(x: ArrayLike, pm: ParticleMesh) -> Array:
+    """Positions as a floating point array (N, ndim), or an error that says so."""
+    x = numpy.asarray(x)
+    if x.ndim != 2 or x.shape[1] != pm.ndim:
+        raise ValueError(
+            f"positions must have the shape (N, {pm.ndim}), a row for each particle, "
+            f"but their shape is {x.shape}"
+        )
+    if x.dtype.kind not in "fiub":
+        raise TypeError(f"positions must be real numbers, but their type is {x.dtype}")
+    return x if x.dtype in ("f4", "f8") and x.dtype.isnative else x.astype("f8")
+
+
+@operator
+class decompose:
+    """The layout that brings particles to the ranks whose part of the mesh they touch.
+
+    `smoothing` is the window that will be used, by default that of `pm`; or a distance in cells.
+    """
+
+    ain: dict[str, str] = {}
+    aout = {"layout": "*Layout"}
+
+    def apl(node, x, pm, smoothing=None):
+        x = as_positions(x, pm)
+        if pm.comm.size == 1:
+            return dict(layout=IdentityLayout(pm.comm, len(x)))
+        if smoothing is None or not numpy.isscalar(smoothing) or isinstance(smoothing, str):
+            resampler = FindResampler(pm.resampler if smoothing is None else smoothing)
+            return dict(layout=make_layout(x, pm, window_support(resampler)))
+        layout = pm.decompose(x, smoothing=smoothing)
+        return dict(layout=GhostLayout(pm.comm, len(x), layout.sendcounts, layout.indices, layout.recvcounts))
+
+
+@operator
+class exchange:
+    """Send rows to the ranks where their particles are needed; ghosts are copies."""
+
+    ain = {"x": "*", "layout": "*Layout"}
+    aout = {"y": "*"}
+    collective = True
+    hvp = ZeroGradient
+
+    def apl(node, x, layout):
+        y = exchange_rows(layout, x)
+        return dict(y=y, shapes=(numpy.shape(x), numpy.shape(y)))
+
+    def vjp(node, _y, layout, shapes):
+        return dict(_x=_carry(gather_rows, layout, _y, shapes[1]), _layout=ZeroGradient)
+
+    def jvp(node, x_, layout, shapes):
+        return dict(y_=_carry(exchange_rows, layout, x_, shapes[0]))
+
+
+@operator
+class gather:
+    """Bring rows back to the particles they belong to; what ghosts contribute is summed."""
+
+    ain = {"x": "*", "layout": "*Layout"}
+    aout = {"y": "*"}
+    collective = True
+    hvp = ZeroGradient
+
+    def apl(node, x, layout):
+        y = gather_rows(layout, x)
+        return dict(y=y, shapes=(numpy.shape(x), numpy.shape(y)))
+
+    def vjp(node, _y, layout, shapes):
+        return dict(_x=_carry(exchange_rows, layout, _y, shapes[1]), _layout=ZeroGradient)
+
+    def jvp(node, x_, layout, shapes):
+        return dict(y_=_carry(gather_rows, layout, x_, shapes[0]))
+
+
+def _carry(
+    function: Callable[[AnyLayout | None, Value], Value], layout: AnyLayout | None, x_: Value, shape: Shape
+) -> Value:
+    """A tangent or cotangent, of a value of this shape, through `exchange_rows` or `gather_rows`."""
+    if layout is None or shape == ():
+        return ZeroGradient if is_zero(x_) else x_
+    (dtype,) = common_dtypes(layout.comm, x_)
+    return ZeroGradient if dtype is None else function(layout, as_rows(x_, shape, dtype))

@@ -1,0 +1,376 @@
+"""The force of particles on each other, by way of a mesh: one operator, with its derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import numpy
+
+from vmad_lit import operator
+from vmad_lit.core.error import needed_for
+from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.lib import memory
+from vmad_lit.lib.exchange import as_positions, deliver, exchange_rows, gather_rows, starts
+from vmad_lit.lib.mesh import ParticleMesh, as_real_field, as_rows, common_dtypes, once_per_mesh
+from vmad_lit.lib.painting import (
+    Window,
+    in_dtype_of,
+    read,
+    read_hvp,
+    read_jvp,
+    read_vjp,
+    zero_fields,
+)
+from vmad_lit.lib.transfer import (
+    evaluate_transfer,
+    fourier_space_laplace,
+    fourier_space_neg_gradient,
+    multiply_field,
+)
+
+with needed_for("forces", extra="mesh"):
+    from pmesh.pm import BaseComplexField, ComplexField, Field, RealField
+try:
+    from vmad_lit.lib import loops
+except ImportError:  # no numba: the transforms serve
+    loops = None  # type: ignore[assignment]
+
+Order = Literal[0, 1]  # of `fourier_space_neg_gradient`
+
+
+def _halo_plan(pm: ParticleMesh, axis: int) -> tuple[Any, ...]:
+    """The planes to send along an axis, those to receive, and how many of each for each rank."""
+    comm, n, mesh = pm.comm, int(pm.Nmesh[axis]), pm.create(type=RealField)
+    boxes, me = comm.allgather((tuple(map(int, mesh.start)), mesh.shape)), comm.rank
+
+    def wanted(rank: int) -> list[int]:
+        begin, count = (corner[axis] for corner in boxes[rank])
+        around = begin - 2, begin - 1, begin + count, begin + count + 1
+        return [plane % n for plane in around] if min(boxes[rank][1]) else []
+
+    def other_axes(rank: int) -> list[tuple[int, ...]]:
+        return [box[:axis] + box[axis + 1 :] for box in boxes[rank]]
+
+    def held(rank: int, planes: Array) -> Array:
+        begin, count = (corner[axis] for corner in boxes[rank])
+        return numpy.flatnonzero((planes >= begin) & (planes < begin + count))
+
+    # Find out who sends what to whom
+    sends, receives = [], []
+    for rank in range(comm.size):
+        aligned = other_axes(rank) == other_axes(me)
+        asked = numpy.array(wanted(rank), dtype="i8")
+        sends.append(asked[held(me, asked)] - boxes[me][0][axis] if aligned else asked[:0])
+        receives.append(held(rank, numpy.array(wanted(me), dtype="i8")) if aligned else asked[:0])
+    counts = ([len(planes) for planes in x] for x in (sends, receives))
+    return *map(numpy.concatenate, (sends, receives)), *counts
+
+
+def _halo(pm: ParticleMesh, value: Array, axis: int) -> Array | None:
+    """Four planes of a mesh along an axis: two before this rank's first, two behind its last; or None."""
+    if len(pm.domain.edges[axis]) == 2:
+        return None
+    sends, receives, *counts = once_per_mesh(pm, ("halo", axis), lambda: _halo_plan(pm, axis))
+    planes = numpy.moveaxis(value, axis, 0)[sends]
+    received = numpy.empty((len(receives),) + planes.shape[1:], planes.dtype)
+    there, here = ((n, starts(n)) for n in counts)
+    planes = deliver(pm.comm, planes, there, here, received)
+    shape = list(value.shape)
+    shape[axis] = 4
+    halo = numpy.empty(shape, value.dtype)
+    numpy.moveaxis(halo, axis, 0)[receives] = planes
+    return halo
+
+
+def differences_serve(pm: ParticleMesh, order: Order) -> bool:
+    """Whether the gradient is a difference of neighbours that our loops can take."""
+    return (
+        loops is not None
+        and order == 1
+        and numpy.dtype(pm.dtype).kind == "f"
+        and len(pm.domain.edges[-1]) == 2
+    )
+
+
+def _difference_factors(pm: ParticleMesh, sign: float) -> list[float]:
+    """`sign` / (12 h) for each axis."""
+    return [float(sign * n / (12 * length)) for n, length in zip(pm.Nmesh, pm.BoxSize)]
+
+
+def difference(pm: ParticleMesh, value: Array, axis: int, sign: float, out: Array, add: bool = False) -> None:
+    """`sign` times the derivative of this rank's part of a mesh along an axis, into `out` or added to it."""
+    loops.difference(out, value, axis, _difference_factors(pm, sign)[axis], _halo(pm, value, axis), add)
+
+
+def _neg_gradient(mesh: RealField, beside: RealField | None = None) -> list[Array]:
+    """Minus the derivatives of a real field along all axes: arrays, interleaved in memory.
+
+    With another field, `beside`, the list ends with that.
+    """
+    pm = mesh.pm
+    components = _interleaved(pm, pm.ndim + (beside is not None))
+    halos = [_halo(pm, mesh.value, axis) for axis in range(pm.ndim - 1)]
+    loops.gradient(
+        components, mesh.value, _difference_factors(pm, -1.0), halos, None if beside is None else beside.value
+    )
+    return components
+
+
+def _divergence(pm: ParticleMesh, meshes: Sequence[Array]) -> RealField:
+    """The sum of the derivatives of arrays, each along its own axis: the adjoint of `_neg_gradient`."""
+    total = pm.create(type=RealField)
+    halos = [_halo(pm, mesh, axis) for axis, mesh in enumerate(meshes[:-1])]
+    loops.divergence(total.value, meshes, _difference_factors(pm, 1.0), halos)
+    return total
+
+
+def _interleaved(pm: ParticleMesh, count: int, make: Callable[..., Array] = memory.empty) -> list[Array]:
+    """Arrays for this rank's part of a mesh, with the numbers of all of them for a point side by side."""
+    shape = once_per_mesh(pm, "local shape", lambda: pm.create(type=RealField).shape)
+    return list(numpy.moveaxis(make(shape + (count,), pm.dtype), -1, 0))
+
+
+_interleaved_zeros = partial(_interleaved, make=memory.zeros)
+
+
+@operator
+class readout_neg_gradient:
+    """Minus the gradient of a real field at each position, by differences and read-out with the window.
+
+    Parameters
+    ----------
+    mesh : real field of real numbers, whose last axis is not divided among ranks
+    x : (N, ndim) positions
+    layout : from `decompose`, or None if the particles have been exchanged already
+    resampler : window, by default that of the field's ParticleMesh
+    """
+
+    ain = {"mesh": "RealField", "x": "ndarray", "layout": "*Layout"}
+    aout = {"value": "ndarray"}
+    collective = True
+    fresh = True
+
+    def apl(node, mesh, x, layout, resampler=None):
+        if not differences_serve(mesh.pm, order=1):
+            raise ValueError(
+                "differences need numba, real numbers, and a mesh whose last axis is whole; "
+                "use c2r and apply_transfer with fourier_space_neg_gradient"
+            )
+        return dict(value=read(mesh.pm, _neg_gradient(mesh), x, layout, resampler), pm=mesh.pm)
+
+    def rcd(node, mesh, x, layout, resampler, pm, **others):
+        return dict(
+            x=x, layout=layout, resampler=resampler, pm=pm, mesh=None if node.is_literal("x") else mesh
+        )
+
+    def vjp(node, _value, mesh, x, layout, resampler, pm):
+        meshes = None if mesh is None else _neg_gradient(mesh)
+        _x, _meshes = read_vjp(
+            node, _value, meshes, x, layout, resampler, pm, "mesh", pm.ndim, _interleaved_zeros
+        )
+        return dict(
+            _mesh=ZeroGradient if _meshes is None else _divergence(pm, _meshes), _x=_x, _layout=ZeroGradient
+        )
+
+    def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
+        of_x, of_mesh = common_dtypes(pm.comm, x_, mesh_)
+        meshes = None if of_x is None else _neg_gradient(mesh)
+        meshes_ = None if of_mesh is None else _neg_gradient(as_real_field(pm, mesh_))
+        x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
+        return dict(value_=read_jvp(pm, meshes, meshes_, x, x_, layout, resampler))
+
+    def hvp(node, _value, mesh_, x_, mesh, x, layout, resampler, pm):
+        of_value, of_x, of_mesh = common_dtypes(pm.comm, _value, x_, mesh_)
+        if of_value is None or of_x is None and of_mesh is None:
+            return dict(_mesh_=ZeroGradient, _x_=ZeroGradient, _layout_=ZeroGradient)
+        _value = as_rows(_value, (len(x), pm.ndim), of_value)
+        x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
+        wanted = node.needs("x")
+        meshes = _neg_gradient(mesh) if wanted and of_x is not None else None
+        meshes_ = _neg_gradient(as_real_field(pm, mesh_)) if wanted and of_mesh is not None else None
+        _x_, _meshes_ = read_hvp(
+            node, _value, x_, meshes_, meshes, x, layout, resampler, pm, "mesh", _interleaved_zeros
+        )
+        return dict(
+            _mesh_=ZeroGradient if _meshes_ is None else _divergence(pm, _meshes_),
+            _x_=_x_,
+            _layout_=ZeroGradient,
+        )
+
+
+@operator
+class force:
+    """Gravity of equal particles at themselves: the force, minus the gradient of the potential.
+
+    Parameters
+    ----------
+    x : (N, ndim) positions
+    layout : from `decompose`
+    pm : ParticleMesh
+    order : of `fourier_space_neg_gradient`
+    keep_potential : whether the tape holds the potential besides the positions. If not, each sweep paints
+        the particles and solves for it again
+
+    Returns
+    -------
+    f : (N, ndim), the negative gradient of the potential whose Laplacian is the density contrast
+    potk : the modes of the potential
+    """
+
+    ain = {"x": "ndarray", "layout": "*Layout"}
+    aout = {"f": "ndarray", "potk": "*ComplexField"}
+    collective = True
+
+    # The steps of the force
+    @staticmethod
+    def potential(rho: RealField) -> BaseComplexField:
+        """The modes of the potential of a density, which is overwritten."""
+        return force.solve(_transform(rho), 1.0 / float(rho.pm.Nmesh.prod()))
+
+    @staticmethod
+    def solve(modes: BaseComplexField, factor: float) -> Any:
+        """The inverse Laplacian of modes, times a number, in their memory."""
+        return multiply_field(
+            modes, evaluate_transfer(modes, fourier_space_laplace, "wavenumber"), modes, factor
+        )
+
+    @staticmethod
+    def find_factor(x: Array, pm: ParticleMesh) -> float:
+        """The mass of a particle: the inverse of their mean number in a cell. Collective."""
+        return float(pm.Nmesh.prod()) / max(pm.comm.allreduce(len(x)), 1)
+
+    @staticmethod
+    def kept(potk: BaseComplexField, order: Order, out: Any = Ellipsis) -> Field:
+        """What of the potential the meshes of the force are made from: itself on the mesh, or its modes.
+
+        It is made in the memory of the modes, or in `out`; in a new field for None.
+        """
+        return potk.c2r(out=out) if differences_serve(potk.pm, order) else potk
+
+    @staticmethod
+    def find_potential(pot: Field | None, w: Window, local_x: Array, factor: float, order: Order) -> Field:
+        """What was kept of the potential, or the same made again from the positions."""
+        return force.kept(force.potential(w.paint(local_x, factor)), order) if pot is None else pot
+
+    @staticmethod
+    def meshes(pot: Field, order: Order, beside: RealField | None = None) -> list[Any]:
+        """The components of the force on the mesh; with another field at the end of the list, if it is given."""
+        pm = pot.pm
+        if isinstance(pot, RealField):
+            return _neg_gradient(pot, beside)
+        return [
+            multiply_field(
+                pot, evaluate_transfer(pot, fourier_space_neg_gradient(d, pm, order), "wavenumber")
+            ).c2r()
+            for d in range(pm.ndim)
+        ] + ([] if beside is None else [beside])
+
+    @staticmethod
+    def pull_meshes(w: Window, local_x: Array, _f: Array, order: Order, x_: Array | None = None) -> Any:
+        """Cotangent of the modes of the potential from that of the force at the particles; or its change along x_."""
+        pm = w.pm
+        if differences_serve(pm, order):
+            return _transform(_divergence(pm, w.spread(local_x, _f, _interleaved_zeros(pm, pm.ndim), x_)))
+        # Pull the components back through their transforms
+        _potk = 0
+        for d, _mesh in enumerate(w.spread(local_x, _f, zero_fields(pm, pm.ndim), x_)):
+            _k = _transform(_mesh)
+            tf = evaluate_transfer(_k, fourier_space_neg_gradient(d, pm, order), "wavenumber")
+            _potk = multiply_field(_k, numpy.conj(tf), out=_k) + _potk
+        return _potk
+
+    @staticmethod
+    def pull(
+        w: Window,
+        local_x: Array,
+        _f: Array,
+        pot: Field | None,
+        factor: float,
+        order: Order,
+        _potk: Any = None,
+    ) -> list[Any]:
+        """The meshes whose slopes at the particles, times `_f` and one, are the cotangent of the positions."""
+        _from_f = force.pull_meshes(w, local_x, _f, order)
+        _rho = force.pull_density(_from_f if _potk is None else _potk + _from_f, factor)
+        return force.meshes(force.find_potential(pot, w, local_x, factor, order), order, _rho)
+
+    @staticmethod
+    def pull_density(_potk: BaseComplexField, factor: float) -> RealField:
+        """Cotangent of the mass of particles on the mesh from that of the modes of the potential, which is overwritten."""
+        return force.solve(_potk, factor / float(_potk.pm.Nmesh.prod())).c2r(out=Ellipsis)
+
+    # The force and its derivatives
+    def apl(node, x, layout, pm, order=1, keep_potential=True):
+        w = Window(pm)
+        local_x, factor = exchange_rows(layout, as_positions(x, pm)), force.find_factor(x, pm)
+        potk = force.potential(w.paint(local_x, factor))
+        pot = force.kept(potk, order, None if node.needs("potk") else Ellipsis)
+        f = gather_rows(layout, w.readout(force.meshes(pot, order), local_x))
+        return dict(f=in_dtype_of(f, x), potk=potk, pot=pot, factor=factor)
+
+    def rcd(node, x, layout, pm, order, keep_potential, pot, factor, **others):
+        return dict(
+            x=x, layout=layout, pm=pm, order=order, pot=pot if keep_potential else None, factor=factor
+        )
+
+    def vjp(node, _f, _potk, x, layout, pm, order, pot, factor):
+        of_f, of_potk = common_dtypes(pm.comm, _f, _potk)
+        if of_f is None and of_potk is None:
+            return dict(_x=ZeroGradient, _layout=ZeroGradient)
+        w, _p = Window(pm), None
+        local_x = exchange_rows(layout, as_positions(x, pm))
+        if of_potk is not None:
+            _p = pm.create(type=ComplexField, value=_potk)
+        if of_f is None:
+            _x = w.weighted_gradient([force.pull_density(_p, factor)], local_x)
+        else:
+            _f = exchange_rows(layout, as_rows(_f, numpy.shape(x), of_f))
+            _x = w.weighted_gradient(force.pull(w, local_x, _f, pot, factor, order, _p), local_x, _f)
+        return dict(_x=in_dtype_of(gather_rows(layout, _x), x), _layout=ZeroGradient)
+
+    def jvp(node, x_, x, layout, pm, order, pot, factor):
+        (dtype,) = common_dtypes(pm.comm, x_)
+        if dtype is None:
+            return dict(f_=ZeroGradient, potk_=ZeroGradient)
+        w = Window(pm)
+        local_x, x_ = (
+            exchange_rows(layout, as_positions(x, pm)),
+            exchange_rows(layout, as_rows(x_, numpy.shape(x), dtype)),
+        )
+        potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
+        pot = force.find_potential(pot, w, local_x, factor, order)
+        meshes, meshes_ = (force.meshes(p, order) for p in (pot, force.kept(potk_, order, None)))
+        return dict(
+            f_=in_dtype_of(gather_rows(layout, w.readout_jvp(meshes, local_x, x_, meshes_)), x), potk_=potk_
+        )
+
+    def hvp(node, _f, _potk, x_, x, layout, pm, order, pot, factor):
+        # Change the cotangent of the positions
+        of_f, of_potk, of_x = common_dtypes(pm.comm, _f, _potk, x_)
+        if of_x is None or of_f is None and of_potk is None:
+            return dict(_x_=ZeroGradient, _layout_=ZeroGradient)
+        w = Window(pm)
+        local_x, x_ = (
+            exchange_rows(layout, as_positions(x, pm)),
+            exchange_rows(layout, as_rows(x_, numpy.shape(x), of_x)),
+        )
+        _p = None if of_potk is None else pm.create(type=ComplexField, value=_potk)
+        if of_f is None:
+            _x_ = w.weighted_gradient_jvp([force.pull_density(_p, factor)], local_x, x_=x_)
+        else:
+            _f = exchange_rows(layout, as_rows(_f, numpy.shape(x), of_f))
+            meshes = force.pull(w, local_x, _f, pot, factor, order, _p)
+            _rho_ = force.pull_density(force.pull_meshes(w, local_x, _f, order, x_), factor)
+            pot_ = force.kept(force.potential(w.paint_jvp(local_x, factor, x_)), order)
+            _x_ = w.weighted_gradient_jvp(meshes, local_x, _f, x_, force.meshes(pot_, order, _rho_))
+        return dict(_x_=in_dtype_of(gather_rows(layout, _x_), x), _layout_=ZeroGradient)
+
+
+def _transform(x: RealField) -> BaseComplexField:
+    """The modes of a real field times the number of points: N times r2c."""
+    modes = x.pm.create("transposedcomplex")
+    x.pm.plans["forwardT"].execute(x._base, modes._base)
+    return modes

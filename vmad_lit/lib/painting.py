@@ -1,0 +1,443 @@
+"""Particles painted to meshes, and meshes read out at particles, with the windows of pmesh or our own loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import numpy
+from numpy.typing import ArrayLike
+
+from vmad_lit import operator
+from vmad_lit.core.error import BrokenPrimitive, needed_for
+from vmad_lit.core.graph import Node
+from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.symbol import Value
+from vmad_lit.lib.exchange import AnyLayout, as_positions, exchange_rows, gather_rows
+from vmad_lit.lib.mesh import ParticleMesh, as_real_field, as_rows, common_dtypes, is_zero
+
+with needed_for("painting and reading out", extra="mesh"):
+    from pmesh.pm import RealField
+    from pmesh.window import FindResampler, ResampleWindow
+try:
+    from vmad_lit.lib import window
+except ImportError:  # no numba: pmesh's own windows serve
+    window = None  # type: ignore[assignment]
+
+Mesh: TypeAlias = Array | RealField
+Meshes = TypeVar("Meshes", bound=Sequence[Any])
+Resampler: TypeAlias = str | ResampleWindow
+Zeros = Callable[[ParticleMesh, int], Sequence[Any]]  # that many meshes to add to
+
+
+class Window:
+    """Painting and reading out on a rank's part of a mesh, by the compiled loops or by pmesh."""
+
+    def __init__(self, pm: ParticleMesh, resampler: Resampler | None = None) -> None:
+        self.pm = pm
+        self.resampler = FindResampler(pm.resampler if resampler is None else resampler)
+        self.compiled = window is not None and window.support(self.resampler) is not None
+        self.args = dict(window=self.resampler, transform=pm.affine)
+
+    @property
+    def differentiable(self) -> ResampleWindow:
+        """pmesh's resampler for derivatives; those of its tuned pcs are in cells, of its cubic in lengths."""
+        return FindResampler("cubic") if self.resampler.kind == "tunedpcs" else self.resampler
+
+    # Paint and read out
+    def empty(self) -> RealField:
+        """A mesh of zeros."""
+        return self.pm.create(type=RealField, value=0)
+
+    def field(self, mesh: Mesh) -> RealField:
+        """A mesh, which may be an array, as a field."""
+        return mesh if isinstance(mesh, RealField) else self.pm.create(type=RealField, value=mesh)
+
+    def paint(self, x: Array, mass: Value) -> RealField:
+        """The mesh painted with particles."""
+        mesh = self.empty()
+        if self.compiled:
+            return window.paint(mesh, x, mass, **self.args)
+        mass = numpy.asarray(mass, dtype="f8")
+        return self.pm.paint(x, mass=mass, resampler=self.resampler, out=mesh, hold=True)
+
+    def readout(self, meshes: Sequence[Mesh], x: Array, **to: Any) -> Array:
+        """The values (N, n) of n meshes; only our loops can add them `to` something, see `window.readout`."""
+        if self.compiled:
+            return window.readout(meshes, x, **self.args, **to)
+        return numpy.stack(
+            [self.field(mesh).readout(x, resampler=self.resampler) for mesh in meshes], axis=-1
+        )
+
+    def spread(self, x: Array, value: Array, out: Meshes, x_: Array | None = None) -> Meshes:
+        """Add the columns of `value` (N, n) to the n meshes of `out`, and return them: the adjoint of `readout`.
+
+        With `x_`, the change of that along a tangent of the positions.
+        """
+        if not self.compiled:
+            for c, mesh in enumerate(out):
+                column = value[:, c]
+                mesh[...] += (self.paint(x, column) if x_ is None else self.paint_jvp(x, column, x_)).value
+        elif x_ is None:
+            window.readout_vjp(None, x, value, out=out, need_pos=False, **self.args)
+        else:
+            window.spread_jvp(out, x, value, x_, **self.args)
+        return out
+
+    # Derivatives of painting and reading out
+    def gradient(self, mesh: Mesh, x: Array) -> Array:
+        """The derivatives (N, ndim) of the value of a mesh by the position."""
+        if self.compiled:
+            return window.gradient(mesh, x, **self.args)
+        mesh = self.field(mesh)
+        return numpy.stack(
+            [mesh.readout(x, resampler=self.differentiable, gradient=d) for d in range(self.pm.ndim)], axis=-1
+        )
+
+    def weighted_gradient(
+        self, meshes: Sequence[Mesh], x: Array, factors: Array | None = None, **to: Any
+    ) -> Any:
+        """The sum of the gradients of meshes, each times its column of `factors` (N, n); if none is left, times one.
+
+        Only our loops can add it `to` something, see `window.weighted_gradient`.
+        """
+        if self.compiled:
+            return window.weighted_gradient(meshes, x, factors, **self.args, **to)
+        columns = [
+            1.0 if factors is None or c >= factors.shape[1] else factors[:, c, None]
+            for c in range(len(meshes))
+        ]
+        return sum(self.gradient(mesh, x) * column for mesh, column in zip(meshes, columns))
+
+    def paint_vjp(
+        self, mesh: RealField, x: Array, mass: Value, need_x: bool = True, need_mass: bool = True
+    ) -> tuple[Array | None, Array | None]:
+        """Cotangents of positions and masses from that of the mesh."""
+        if self.compiled:
+            return window.paint_vjp(mesh, x, mass, need_pos=need_x, need_mass=need_mass, **self.args)
+        return (
+            self.gradient(mesh, x) * numpy.reshape(mass, (-1, 1)) if need_x else None,
+            mesh.readout(x, resampler=self.resampler) if need_mass else None,
+        )
+
+    def paint_jvp(
+        self, x: Array, mass: Value, x_: Array | None = None, mass_: Array | None = None
+    ) -> RealField:
+        """Tangent of the mesh."""
+        mesh = self.empty()
+        if self.compiled:
+            return window.paint_jvp(mesh, x, mass, x_, mass_, **self.args)
+        if x_ is not None:
+            speed = numpy.asarray(x_) * numpy.reshape(mass, (-1, 1))
+            for d in range(self.pm.ndim):
+                self.pm.paint(
+                    x, mass=speed[:, d], resampler=self.differentiable, gradient=d, out=mesh, hold=True
+                )
+        if mass_ is not None:
+            self.pm.paint(x, mass=numpy.asarray(mass_, "f8"), resampler=self.resampler, out=mesh, hold=True)
+        return mesh
+
+    def readout_jvp(
+        self, meshes: Sequence[Mesh], x: Array, x_: Array | None = None, meshes_: Sequence[Mesh] | None = None
+    ) -> Any:
+        """Tangent of the values (N, n); None is zero."""
+        if self.compiled:
+            return window.readout_jvp(meshes, x, x_, meshes_, **self.args)
+        value_: Any = 0
+        if x_ is not None:
+            value_ = numpy.stack([(self.gradient(mesh, x) * x_).sum(axis=-1) for mesh in meshes], axis=-1)
+        return value_ if meshes_ is None else value_ + self.readout(meshes_, x)
+
+    # Second derivatives of painting and reading out
+    def weighted_gradient_jvp(
+        self,
+        meshes: Sequence[Mesh],
+        x: Array,
+        factors: Array | None = None,
+        x_: Array | None = None,
+        meshes_: Sequence[Mesh] | None = None,
+        factors_: Array | None = None,
+    ) -> Array:
+        """Tangent of `weighted_gradient`; None is zero."""
+        if not self.compiled:
+            raise BrokenPrimitive(
+                f"the window {self.resampler.kind} of pmesh has no hvp: it has first derivatives only. An exact second "
+                f"derivative wants a mesh with the window nnb, cic, tsc or pcs, and numba; or use the Gauss-Newton "
+                f"product (compute_with_gnDp)"
+            )
+        return window.weighted_gradient_jvp(meshes, x, factors, x_, meshes_, factors_, **self.args)
+
+
+def _masses(mass: ArrayLike) -> Array:
+    mass = numpy.asarray(mass)
+    if mass.dtype.kind not in "fiub":
+        raise TypeError(f"masses must be real numbers, but their type is {mass.dtype}")
+    return mass if mass.dtype.kind == "f" else mass.astype("f8")
+
+
+@operator
+class paint:
+    """Particles painted to a real field: the sum of the masses, each spread by the window of `pm`.
+
+    Parameters
+    ----------
+    x : (N, ndim) positions, in units of the box; may lie outside of it
+    mass : one number, or (N,)
+    layout : from `decompose`, or None if the particles have been exchanged already
+    pm : ParticleMesh
+    resampler : window, by default that of `pm`
+    """
+
+    ain = {"x": "ndarray", "mass": "*", "layout": "*Layout"}
+    aout = {"mesh": "RealField"}
+    collective = True
+    fresh = True
+
+    def apl(node, x, mass, layout, pm, resampler=None):
+        x, mass = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, _masses(mass))
+        return dict(mesh=Window(pm, resampler).paint(x, mass))
+
+    def vjp(node, _mesh, x, mass, layout, pm, resampler):
+        # Pull the cotangent of a mesh back to its particles
+        (dtype,) = common_dtypes(pm.comm, _mesh)
+        if dtype is None:
+            return dict(_x=ZeroGradient, _mass=ZeroGradient, _layout=ZeroGradient)
+        need_x, need_mass = not node.is_literal("x"), not node.is_literal("mass")
+        local_x, local_mass = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, _masses(mass))
+        _x, _mass = Window(pm, resampler).paint_vjp(
+            as_real_field(pm, _mesh), local_x, local_mass, need_x, need_mass
+        )
+        if need_mass:
+            _mass = paint.of_masses(pm, layout, _mass, mass)
+        return dict(
+            _x=in_dtype_of(gather_rows(layout, _x), x) if need_x else ZeroGradient,
+            _mass=_mass if need_mass else ZeroGradient,
+            _layout=ZeroGradient,
+        )
+
+    def jvp(node, x_, mass_, x, mass, layout, pm, resampler):
+        of_x, of_mass = common_dtypes(pm.comm, x_, mass_)
+        if of_x is None and of_mass is None:
+            return dict(mesh_=ZeroGradient)
+        x_ = None if of_x is None else exchange_rows(layout, as_rows(x_, numpy.shape(x), of_x))
+        mass_ = None if of_mass is None else exchange_rows(layout, _masses(as_rows(mass_, len(x), of_mass)))
+        x, mass = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, _masses(mass))
+        return dict(mesh_=Window(pm, resampler).paint_jvp(x, mass, x_, mass_))
+
+    def hvp(node, _mesh, x_, mass_, x, mass, layout, pm, resampler):
+        # Change the cotangents of positions and masses
+        of_mesh, of_x, of_mass = common_dtypes(pm.comm, _mesh, x_, mass_)
+        _x_ = _mass_ = ZeroGradient
+        if of_mesh is None or of_x is None and of_mass is None:
+            return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
+        w, meshes = Window(pm, resampler), [as_real_field(pm, _mesh)]
+        local_x, local_mass = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, _masses(mass))
+        x_ = None if of_x is None else exchange_rows(layout, as_rows(x_, numpy.shape(x), of_x))
+        if node.needs("x"):
+            if of_mass is not None:
+                mass_ = exchange_rows(layout, _masses(as_rows(mass_, len(x), of_mass)))[:, None]
+            factors = local_mass[:, None] if numpy.ndim(mass) else local_mass
+            _x_ = w.weighted_gradient_jvp(
+                meshes, local_x, factors, x_, factors_=None if of_mass is None else mass_
+            )
+            _x_ = in_dtype_of(gather_rows(layout, _x_), x)
+        if node.needs("mass") and of_x is not None:
+            _mass_ = paint.of_masses(pm, layout, w.readout_jvp(meshes, local_x, x_)[:, 0], mass)
+        return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
+
+    @staticmethod
+    def of_masses(pm: ParticleMesh, layout: AnyLayout | None, _mass: Array, mass: Value) -> Value:
+        """The cotangent of masses, or of one mass for all, from that of each particle here."""
+        if numpy.ndim(mass) == 0:
+            return pm.comm.allreduce(float(_mass.sum()))
+        return in_dtype_of(gather_rows(layout, _mass), mass)
+
+
+def in_dtype_of(_x: Array, x: Value) -> Array:
+    """A cotangent in the precision of its value, if that is a floating point array."""
+    return _x.astype(x.dtype, copy=False) if getattr(x, "dtype", None) in ("f4", "f8") else _x
+
+
+@operator
+class readout_all:
+    """The values of several real fields at the same positions: (N, n) for a list of n fields.
+
+    Parameters
+    ----------
+    meshes : list of real fields on one ParticleMesh
+    x : (N, ndim) positions
+    layout : from `decompose`, or None if the particles have been exchanged already
+    resampler : window, by default that of the fields' ParticleMesh
+    """
+
+    ain = {"meshes": "*", "x": "ndarray", "layout": "*Layout"}
+    aout = {"value": "ndarray"}
+    collective = True
+
+    def apl(node, meshes, x, layout, resampler=None):
+        pm = meshes[0].pm
+        return dict(value=read(pm, list(meshes), x, layout, resampler), pm=pm)
+
+    def rcd(node, meshes, x, layout, resampler, pm, **others):
+        return dict(
+            x=x,
+            layout=layout,
+            resampler=resampler,
+            pm=pm,
+            count=len(meshes),
+            meshes=None if node.is_literal("x") else list(meshes),
+        )
+
+    def vjp(node, _value, meshes, x, layout, resampler, pm, count):
+        _x, _meshes = read_vjp(node, _value, meshes, x, layout, resampler, pm, "meshes", count, zero_fields)
+        return dict(_meshes=_meshes if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
+
+    def jvp(node, meshes_, x_, meshes, x, layout, resampler, pm, count):
+        meshes_ = [ZeroGradient] * count if is_zero(meshes_) else meshes_
+        of_x, *of_meshes = common_dtypes(pm.comm, x_, *meshes_)
+        x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
+        meshes_ = [as_real_field(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
+        return dict(value_=read_jvp(pm, meshes, meshes_, x, x_, layout, resampler))
+
+    def hvp(node, _value, meshes_, x_, meshes, x, layout, resampler, pm, count):
+        meshes_ = [ZeroGradient] * count if is_zero(meshes_) else meshes_
+        of_value, of_x, *of_meshes = common_dtypes(pm.comm, _value, x_, *meshes_)
+        _value = None if of_value is None else as_rows(_value, (len(x), count), of_value)
+        x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
+        meshes_ = [as_real_field(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
+        _x_, _meshes_ = read_hvp(
+            node, _value, x_, meshes_, meshes, x, layout, resampler, pm, "meshes", zero_fields
+        )
+        return dict(
+            _meshes_=_meshes_ if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient
+        )
+
+
+@operator
+class readout:
+    """The value of a real field at each position: (N,). See `readout_all` for the arguments."""
+
+    ain = {"mesh": "RealField", "x": "ndarray", "layout": "*Layout"}
+    aout = {"value": "ndarray"}
+    collective = True
+
+    def apl(node, mesh, x, layout, resampler=None):
+        return dict(value=read(mesh.pm, [mesh], x, layout, resampler)[:, 0], pm=mesh.pm)
+
+    def rcd(node, mesh, x, layout, resampler, pm, **others):
+        return dict(
+            x=x, layout=layout, resampler=resampler, pm=pm, mesh=None if node.is_literal("x") else mesh
+        )
+
+    def vjp(node, _value, mesh, x, layout, resampler, pm):
+        _value = _value if is_zero(_value) else numpy.reshape(_value, (-1, 1))
+        _x, _meshes = read_vjp(node, _value, [mesh], x, layout, resampler, pm, "mesh", 1, zero_fields)
+        return dict(_mesh=_meshes[0] if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
+
+    def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
+        of_x, of_mesh = common_dtypes(pm.comm, x_, mesh_)
+        x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
+        meshes_ = None if of_mesh is None else [as_real_field(pm, mesh_)]
+        value_ = read_jvp(pm, [mesh], meshes_, x, x_, layout, resampler)
+        return dict(value_=value_ if is_zero(value_) else value_[:, 0])
+
+    def hvp(node, _value, mesh_, x_, mesh, x, layout, resampler, pm):
+        of_value, of_x, of_mesh = common_dtypes(pm.comm, _value, x_, mesh_)
+        _value = None if of_value is None else as_rows(_value, len(x), of_value).reshape(-1, 1)
+        x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
+        meshes_ = None if of_mesh is None else [as_real_field(pm, mesh_)]
+        _x_, _meshes_ = read_hvp(
+            node, _value, x_, meshes_, [mesh], x, layout, resampler, pm, "mesh", zero_fields
+        )
+        return dict(
+            _mesh_=_meshes_[0] if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient
+        )
+
+
+def read(
+    pm: ParticleMesh, meshes: Sequence[Mesh], x: Array, layout: AnyLayout | None, resampler: Resampler | None
+) -> Array:
+    return gather_rows(
+        layout, Window(pm, resampler).readout(meshes, exchange_rows(layout, as_positions(x, pm)))
+    )
+
+
+def read_vjp(
+    node: Node,
+    _value: Value,
+    meshes: Any,
+    x: Array,
+    layout: AnyLayout | None,
+    resampler: Resampler | None,
+    pm: ParticleMesh,
+    name: str,
+    count: int,
+    zeros: Zeros,
+) -> tuple[Value, Any]:
+    """The cotangents of positions and of `count` meshes, added to what `zeros(pm, count)` makes; or None."""
+    (dtype,) = common_dtypes(pm.comm, _value)
+    if dtype is None:
+        return ZeroGradient, None
+    need_x, need_meshes = not node.is_literal("x"), not node.is_literal(name)
+    w = Window(pm, resampler)
+    _value = exchange_rows(layout, as_rows(_value, (len(x), count), dtype))
+    local_x = exchange_rows(layout, as_positions(x, pm))
+    _x = (
+        in_dtype_of(gather_rows(layout, w.weighted_gradient(meshes, local_x, _value)), x)
+        if need_x
+        else ZeroGradient
+    )
+    return _x, w.spread(local_x, _value, zeros(pm, count)) if need_meshes else None
+
+
+def read_jvp(
+    pm: ParticleMesh,
+    meshes: Any,
+    meshes_: Sequence[Mesh] | None,
+    x: Array,
+    x_: Array | None,
+    layout: AnyLayout | None,
+    resampler: Resampler | None,
+) -> Value:
+    """The tangent of the values, from those of positions and meshes; None is zero."""
+    if x_ is None and meshes_ is None:
+        return ZeroGradient
+    local_x, x_ = (
+        exchange_rows(layout, as_positions(x, pm)),
+        None if x_ is None else exchange_rows(layout, x_),
+    )
+    return gather_rows(layout, Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
+
+
+def read_hvp(
+    node: Node,
+    _value: Array | None,
+    x_: Array | None,
+    meshes_: Sequence[Mesh] | None,
+    meshes: Any,
+    x: Array,
+    layout: AnyLayout | None,
+    resampler: Resampler | None,
+    pm: ParticleMesh,
+    name: str,
+    zeros: Zeros,
+) -> tuple[Value, Any]:
+    """The changes of what `read_vjp` returns, along tangents of positions and meshes; None is zero."""
+    if _value is None or x_ is None and meshes_ is None:
+        return ZeroGradient, None
+    w, _x_ = Window(pm, resampler), ZeroGradient
+    local_x, _value = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, _value)
+    x_ = None if x_ is None else exchange_rows(layout, x_)
+    if node.needs("x"):
+        _x_ = in_dtype_of(
+            gather_rows(layout, w.weighted_gradient_jvp(meshes, local_x, _value, x_, meshes_)), x
+        )
+    if x_ is None or not node.needs(name):
+        return _x_, None
+    return _x_, w.spread(local_x, _value, zeros(pm, _value.shape[1]), x_)
+
+
+def zero_fields(pm: ParticleMesh, count: int) -> list[RealField]:
+    """Real fields of zeros."""
+    return [pm.create(type=RealField, value=0) for c in range(count)]
