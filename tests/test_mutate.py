@@ -12,7 +12,18 @@ from textwrap import dedent
 import pytest
 
 from tools import mutate
-from tools.mutate import Finder, Map, Results, Tree, Trial, equivalents, find_mutants, sample, scopes_by_line, table
+from tools.mutate import (
+    Finder,
+    Map,
+    Results,
+    Tree,
+    Trial,
+    equivalents,
+    find_mutants,
+    sample,
+    scopes_by_line,
+    table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.serial
@@ -28,35 +39,45 @@ def mutants(text, kind=None):
     """The mutants of a text, as (scope, kind, text of the line that changes)."""
     text = dedent(text)
     found = Finder("vmad_lit/lib/toy.py", text).mutants
-    return [(m.scope, m.kind, m.apply(text).splitlines()[m.line - 1].strip())
-            for m in found if kind in (None, m.kind)]
+    return [
+        (m.scope, m.kind, m.apply(text).splitlines()[m.line - 1].strip())
+        for m in found
+        if kind in (None, m.kind)
+    ]
 
 
-@pytest.mark.parametrize("kind, line, broken", [
-    ("arithmetic", "y = a + b * c", ["y = (a - b * c)", "y = a + (b / c)"]),
-    ("arithmetic", "y -= a", ["y += a"]),
-    ("arithmetic", "y = '%s' % a", []),
-    ("comparison", "y = a < b", ["y = (a <= b)"]),
-    ("comparison", "y = a is not b", ["y = (a is b)"]),
-    ("logic", "y = not a and b", ["y = ((not a) or (b))", "y = (a) and b"]),
-    ("constant", "y = True", ["y = (False)"]),
-    ("constant", "y = [0, 0.5]", ["y = [(1), 0.5]", "y = [0, (1.0)]"]),
-    ("sign", "y = -a", ["y = (a)"]),
-    ("axis", "y = a.sum(axis=0)", ["y = a.sum(axis=(1))"]),
-    ("conj", "y = a * numpy.conj(b)", ["y = a * (b)"]),
-    ("conj", "y = a.conj()", ["y = (a)"]),
-    ("statement", "log(a)", ["pass"]),
-    ("statement", "a[0] = b", ["pass"]),
-    ("statement", "raise ValueError(a + b)", ["pass"]),
-    ("arithmetic", "raise ValueError(a + b)", []),  # a message
-    ("comm", "y = pm.comm.allreduce(a)", ["y = (a)"]),
-    ("comm", "y = comm.allgather(a)", ["y = ([a] * comm.size)"]),
-    ("comm", "y = total(a, comm)", ["y = (total(a, __import__('mpi4py.MPI', fromlist=['*']).COMM_SELF))"]),
-    ("reduction", "y = comm.allreduce(a, op=MPI.SUM)", ["y = comm.allreduce(a, op=(MPI.MAX))"]),
-    ("root", "y = comm.bcast(a, root)", ["y = (comm.bcast(a, (root + 1) % comm.size))"]),
-    ("root", "y = comm.bcast(a)", ["y = (comm.bcast(a, comm.size - 1))"]),
-    ("factor", "y = a * b", []),  # this is no derivative
-])
+@pytest.mark.parametrize(
+    "kind, line, broken",
+    [
+        ("arithmetic", "y = a + b * c", ["y = (a - b * c)", "y = a + (b / c)"]),
+        ("arithmetic", "y -= a", ["y += a"]),
+        ("arithmetic", "y = '%s' % a", []),
+        ("comparison", "y = a < b", ["y = (a <= b)"]),
+        ("comparison", "y = a is not b", ["y = (a is b)"]),
+        ("logic", "y = not a and b", ["y = ((not a) or (b))", "y = (a) and b"]),
+        ("constant", "y = True", ["y = (False)"]),
+        ("constant", "y = [0, 0.5]", ["y = [(1), 0.5]", "y = [0, (1.0)]"]),
+        ("sign", "y = -a", ["y = (a)"]),
+        ("axis", "y = a.sum(axis=0)", ["y = a.sum(axis=(1))"]),
+        ("conj", "y = a * numpy.conj(b)", ["y = a * (b)"]),
+        ("conj", "y = a.conj()", ["y = (a)"]),
+        ("statement", "log(a)", ["pass"]),
+        ("statement", "a[0] = b", ["pass"]),
+        ("statement", "raise ValueError(a + b)", ["pass"]),
+        ("arithmetic", "raise ValueError(a + b)", []),  # a message
+        ("comm", "y = pm.comm.allreduce(a)", ["y = (a)"]),
+        ("comm", "y = comm.allgather(a)", ["y = ([a] * comm.size)"]),
+        (
+            "comm",
+            "y = total(a, comm)",
+            ["y = (total(a, __import__('mpi4py.MPI', fromlist=['*']).COMM_SELF))"],
+        ),
+        ("reduction", "y = comm.allreduce(a, op=MPI.SUM)", ["y = comm.allreduce(a, op=(MPI.MAX))"]),
+        ("root", "y = comm.bcast(a, root)", ["y = (comm.bcast(a, (root + 1) % comm.size))"]),
+        ("root", "y = comm.bcast(a)", ["y = (comm.bcast(a, comm.size - 1))"]),
+        ("factor", "y = a * b", []),  # this is no derivative
+    ],
+)
 def test_what_is_broken_in_a_line(kind, line, broken):
     found = mutants(f"def f():\n    {line}\n", kind)
     assert sorted(text for _, _, text in found) == sorted(broken)
@@ -95,21 +116,38 @@ def test_a_change_keeps_the_numbers_of_the_lines():
 
 
 def test_types_docstrings_and_formatted_text_are_left_alone():
-    assert mutants('''\
+    assert (
+        mutants('''\
         def f(x: a - b = c) -> a - b:
             """Not 1 + 1."""
             import x
             assert x < 1
             return f"{x - y}"
-        ''') == []
+        ''')
+        == []
+    )
 
 
 def test_all_mutants_of_the_package_can_be_read_and_have_names_of_their_own(every):
     found = every
     assert max(Counter(mutant.id for mutant in found).values()) == 1
     assert {mutant.kind for mutant in found} == {
-        "arithmetic", "comparison", "logic", "constant", "sign", "axis", "conj", "statement", "comm", "reduction", "root",
-        "zero", "swap", "term", "factor"}
+        "arithmetic",
+        "comparison",
+        "logic",
+        "constant",
+        "sign",
+        "axis",
+        "conj",
+        "statement",
+        "comm",
+        "reduction",
+        "root",
+        "zero",
+        "swap",
+        "term",
+        "factor",
+    }
     for mutant in found[::500]:
         ast.parse(mutant.apply((ROOT / mutant.file).read_text()))
     assert all(mutant.parallel for mutant in found if mutant.kind in ("comm", "reduction", "root"))
@@ -139,8 +177,7 @@ def test_lines_belong_to_functions():
                     return 3
                 return g
         """)
-    assert scopes_by_line(ast.parse(text)) == {
-        1: "A", 3: "C.b", 4: "C", 5: "C.f", 6: "C.f.g", 7: "C.f"}
+    assert scopes_by_line(ast.parse(text)) == {1: "A", 3: "C.b", 4: "C", 5: "C.f", 6: "C.f.g", 7: "C.f"}
 
 
 @pytest.fixture
@@ -149,11 +186,14 @@ def toy(tmp_path):
     root = tmp_path / "toy"
     (root / "book").mkdir(parents=True)
     code = "def double(x):\n    return x + x\n\n\ndef half(x):\n    return x / 2\n"
-    (root / "book" / "toy.md").write_text(f'# Toy\n\n```python {{#toy file="vmad_lit/lib/toy.py"}}\n{code}```\n')
+    (root / "book" / "toy.md").write_text(
+        f'# Toy\n\n```python {{#toy file="vmad_lit/lib/toy.py"}}\n{code}```\n'
+    )
     (root / "vmad_lit" / "lib").mkdir(parents=True)
     (root / "vmad_lit" / "lib" / "toy.py").write_text(code)
     (root / "tests").mkdir()
-    (root / "tests" / "test_toy.py").write_text(dedent("""\
+    (root / "tests" / "test_toy.py").write_text(
+        dedent("""\
         from vmad_lit.lib.toy import double, half
 
         def test_double():
@@ -164,20 +204,26 @@ def toy(tmp_path):
 
         def test_nothing():
             pass
-        """))
+        """)
+    )
     (root / "tools").mkdir()
     for name in ("mutate.py", "tangle.py", "mutants.toml"):
         shutil.copy(ROOT / "tools" / name, root / "tools")
     (root / "tools" / "mutants.toml").write_text('[equivalent]\n"lib/toy.py:half:constant:1" = "so be it"\n')
-    (root / "pytest.ini").write_text("[pytest]\npythonpath = .\naddopts = -p no:cacheprovider --import-mode=importlib\n")
+    (root / "pytest.ini").write_text(
+        "[pytest]\npythonpath = .\naddopts = -p no:cacheprovider --import-mode=importlib\n"
+    )
     (root / ".git").mkdir()
     return root
 
 
 def contents(root):
     """All files of a folder but what the tool writes for itself."""
-    return {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*")
-            if path.is_file() and path.relative_to(root).parts[0] != "_build" and "__pycache__" not in path.parts}
+    return {
+        path.relative_to(root).as_posix(): path.read_text()
+        for path in root.rglob("*")
+        if path.is_file() and path.relative_to(root).parts[0] != "_build" and "__pycache__" not in path.parts
+    }
 
 
 def test_mutants_are_tried_on_the_tests_concerned_and_the_repository_stays_as_it_is(toy):
@@ -189,10 +235,13 @@ def test_mutants_are_tried_on_the_tests_concerned_and_the_repository_stays_as_it
     rows = done.stdout.splitlines()
     assert "recording what tests/test_toy.py runs" in rows
     ends = {row.split()[2]: row.split()[1] for row in rows if "/" in row.split(" ")[0] and "lib/toy" in row}
-    assert ends == {"lib/toy.py:double:arithmetic:1": "killed", "lib/toy.py:half:arithmetic:1": "survived",
-                    "lib/toy.py:half:constant:1": "equivalent"}
+    assert ends == {
+        "lib/toy.py:double:arithmetic:1": "killed",
+        "lib/toy.py:half:arithmetic:1": "survived",
+        "lib/toy.py:half:constant:1": "equivalent",
+    }
     at = rows.index("    book/toy.md:5")
-    assert rows[at + 1:at + 3] == ["    - return x + x", "    + return (x - x)"]
+    assert rows[at + 1 : at + 3] == ["    - return x + x", "    + return (x - x)"]
     assert "tests/test_toy.py::test_double (1 of 1 tests" in done.stdout
     assert rows[-1].split() == ["all", "1", "0", "1", "1"]
     assert contents(toy) == before
@@ -203,9 +252,12 @@ def test_mutants_are_tried_on_the_tests_concerned_and_the_repository_stays_as_it
 
 
 def test_a_mutant_that_does_not_end_is_ended(toy):
-    (toy / "vmad_lit" / "lib" / "toy.py").write_text("def down(n):\n    while n > 0:\n        n -= 1\n    return n\n")
+    (toy / "vmad_lit" / "lib" / "toy.py").write_text(
+        "def down(n):\n    while n > 0:\n        n -= 1\n    return n\n"
+    )
     (toy / "tests" / "test_toy.py").write_text(
-        "from vmad_lit.lib.toy import down\n\ndef test_down():\n    assert down(3) == 0\n")
+        "from vmad_lit.lib.toy import down\n\ndef test_down():\n    assert down(3) == 0\n"
+    )
     tree = Tree(toy)
     with tree.locked():
         known = Map(tree)
@@ -236,18 +288,25 @@ def test_the_copy_follows_the_repository(toy):
 
 def test_the_fastest_tests_come_first_within_a_budget():
     known = Map(Tree(ROOT))
-    known.tests = {"slow": {"seconds": 5.0, "runs": {"a.py:f"}}, "quick": {"seconds": 1.0, "runs": {"a.py:f"}},
-                   "other": {"seconds": 0.1, "runs": {"a.py:g"}}}
+    known.tests = {
+        "slow": {"seconds": 5.0, "runs": {"a.py:f"}},
+        "quick": {"seconds": 1.0, "runs": {"a.py:f"}},
+        "other": {"seconds": 0.1, "runs": {"a.py:g"}},
+    }
+    known.tests["a test of the outer"] = {"seconds": 9.0, "runs": {"a.py:outer"}}
+    known.tests["a quick one"] = {"seconds": 0.1, "runs": {"a.py:outer"}}
+    outer = Finder("a.py", "def outer():\n    return 1\n").mutants[0]
+    assert known.concerned(outer) == ["a test of the outer", "a quick one"]
     inner = Finder("a.py", "def f():\n    def inner():\n        return 1\n").mutants[0]
     assert inner.scope == "f.inner" and known.concerned(inner) == ["quick", "slow"]
     top = Finder("a.py", "A = 1\n").mutants[0]
-    assert known.concerned(top) == ["other", "quick", "slow"]
+    assert known.concerned(top)[:2] == ["a quick one", "other"] and len(known.concerned(top)) == 5
     assert known.within(["quick", "slow"], 3) == ["quick"] and known.within(["slow"], 3) == ["slow"]
 
 
 def test_an_end_is_known_as_long_as_the_change_is_the_same(tmp_path):
-    one, = Finder("a.py", "def f():\n    return 1\n").mutants
-    other, = Finder("a.py", "def f():\n    return 5\n").mutants
+    (one,) = Finder("a.py", "def f():\n    return 1\n").mutants
+    (other,) = Finder("a.py", "def f():\n    return 5\n").mutants
     assert one.id == other.id
     verdict = mutate.Verdict(one.id, one.kind, one.change, "killed", "a test")
     Results(tmp_path / "r.json", {}).add(verdict)

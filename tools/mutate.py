@@ -12,12 +12,13 @@ A *mutant* is the package with one change: a sign in a derivative, a reduction t
 
 Mutants are made in a copy of the repository, ``_build/mutate/tree``, never in the repository itself: what is
 interrupted leaves nothing behind. Which tests run which function is recorded once, by coverage, and for a test file
-again when the file changes; compiled kernels stay in the copy. Of the tests concerned the fastest run first, up to a
-``--budget`` of seconds; where the change may only be seen by several ranks, they run under mpirun, too.
+again when the file changes; compiled kernels stay in the copy. Of the tests concerned those run first that have the name of the
+function in theirs, then the fastest, up to a ``--budget`` of seconds; where the change may only be seen by several ranks, they run under mpirun, too.
 
 A mutant that changes nothing is listed with the reason in ``tools/mutants.toml``. Its ID names file, function, kind
 and number; lines are those of the chapters. Exit status 1 says that mutants survived.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -132,7 +133,9 @@ class Recorder:
     def pytest_runtest_logreport(self, report):
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
         if self.ended.get(report.nodeid) != "failed":
-            self.ended[report.nodeid] = report.outcome if not report.passed else self.ended.get(report.nodeid, "passed")
+            self.ended[report.nodeid] = (
+                report.outcome if not report.passed else self.ended.get(report.nodeid, "passed")
+            )
 
 
 def record(out: str, arguments: list[str]) -> None:
@@ -154,8 +157,10 @@ def record(out: str, arguments: list[str]) -> None:
         for line, tests in data.contexts_by_lineno(file).items():
             for test in filter(None, tests):
                 functions[test].add(f"{name}:{scopes.get(line, '')}")
-    told = {test: {"seconds": round(seconds, 4), "ended": recorder.ended[test],
-                   "runs": sorted(functions[test])} for test, seconds in recorder.seconds.items()}
+    told = {
+        test: {"seconds": round(seconds, 4), "ended": recorder.ended[test], "runs": sorted(functions[test])}
+        for test, seconds in recorder.seconds.items()
+    }
     Path(out).write_text(json.dumps(told))
 
 
@@ -167,7 +172,11 @@ def scopes_by_line(tree: ast.Module) -> dict[int, str]:
         for child in ast.iter_child_nodes(node):
             inner = inner_scope(child, name, isinstance(node, (ast.Module, ast.ClassDef)))
             if isinstance(child, ast.stmt) and inner:
-                first = child.body[0].lineno if isinstance(child, (ast.FunctionDef, ast.ClassDef)) else child.lineno
+                first = (
+                    child.body[0].lineno
+                    if isinstance(child, (ast.FunctionDef, ast.ClassDef))
+                    else child.lineno
+                )
                 lines.update(dict.fromkeys(range(first, (child.end_lineno or first) + 1), inner))
             visit(child, inner)
 
@@ -198,19 +207,45 @@ PARALLEL = re.compile(r"\bcomm\b|\bpm\b")
 #: Files whose loops are compiled: each mutant takes minutes.
 COMPILED = re.compile(r"^\s*(from|import) numba\b", re.M)
 
-ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
-              ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult}
-COMPARISON = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-              ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
+ARITHMETIC = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+}
+COMPARISON = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
 REDUCTION = {"SUM": "MAX", "MAX": "MIN", "MIN": "MAX", "LAND": "LOR", "LOR": "LAND", "PROD": "SUM"}
 
 ZERO = f"__import__('{PACKAGE}.core.operator', fromlist=['*']).ZeroGradient"
 WORLD = "__import__('mpi4py.MPI', fromlist=['*'])"
 
 #: What a collective call is replaced by: its receiver is {0}, its arguments are {1}, {2}.
-ALONE = {"allreduce": "{1}", "bcast": "{1}", "allgather": "[{1}] * {0}.size", "gather": "[{1}] * {0}.size",
-         "alltoall": "{1}", "Barrier": "None", "Allreduce": "None", "Bcast": "None", "Allgatherv": "None",
-         "Alltoallv": "None"}
+ALONE = {
+    "allreduce": "{1}",
+    "bcast": "{1}",
+    "allgather": "[{1}] * {0}.size",
+    "gather": "[{1}] * {0}.size",
+    "alltoall": "{1}",
+    "Barrier": "None",
+    "Allreduce": "None",
+    "Bcast": "None",
+    "Allgatherv": "None",
+    "Alltoallv": "None",
+}
 
 
 @dataclass(frozen=True)
@@ -218,9 +253,9 @@ class Mutant:
     """One change of one file."""
 
     file: str
-    scope: str          # the function, with the classes and functions around it
+    scope: str  # the function, with the classes and functions around it
     kind: str
-    number: int         # among those of this kind in this function
+    number: int  # among those of this kind in this function
     line: int
     before: str
     after: str
@@ -241,7 +276,11 @@ class Mutant:
         lost = source[start:end].count(b"\n") - self.replacement.count("\n")
         replacement = self.replacement
         if lost > 0:  # lines keep their numbers
-            replacement = replacement[:-1] + "\n" * lost + ")" if replacement.endswith(")") else replacement + "\n" * lost
+            replacement = (
+                replacement[:-1] + "\n" * lost + ")"
+                if replacement.endswith(")")
+                else replacement + "\n" * lost
+            )
         return (source[:start] + replacement.encode() + source[end:]).decode()
 
 
@@ -260,8 +299,10 @@ class Finder:
         self.visit(ast.parse(text), "", True, False)
 
     def span(self, node) -> tuple[int, int]:
-        return (self.starts[node.lineno - 1] + node.col_offset,
-                self.starts[node.end_lineno - 1] + node.end_col_offset)
+        return (
+            self.starts[node.lineno - 1] + node.col_offset,
+            self.starts[node.end_lineno - 1] + node.end_col_offset,
+        )
 
     def add(self, scope: str, kind: str, node, after: str) -> None:
         """Note that a node may be replaced."""
@@ -269,20 +310,36 @@ class Finder:
         before = self.source[start:end].decode()
         self.counts[scope, kind] += 1
         replacement = f"({after})" if isinstance(node, ast.expr) else after
-        self.mutants.append(Mutant(self.file, scope, kind, self.counts[scope, kind], node.lineno, before, after,
-                                   (start, end), replacement, self.parallel))
+        self.mutants.append(
+            Mutant(
+                self.file,
+                scope,
+                kind,
+                self.counts[scope, kind],
+                node.lineno,
+                before,
+                after,
+                (start, end),
+                replacement,
+                self.parallel,
+            )
+        )
 
     # .. the walk ..
 
     def visit(self, node: ast.AST, scope: str, declares: bool, derivative: bool) -> None:
         """Find the mutants of a node and of what is in it."""
-        for kind, broken, after in self.changes(node, scope, derivative):
+        for kind, broken, after in self.changes(node, derivative):
             self.add(scope, kind, broken, after)
         for child in self.children(node):
             inner = inner_scope(child, scope, declares)
             name = inner.rpartition(".")[2]
-            self.visit(child, inner, isinstance(child, ast.ClassDef),
-                       derivative or (inner != scope and bool(DERIVATIVE.fullmatch(name))))
+            self.visit(
+                child,
+                inner,
+                isinstance(child, ast.ClassDef),
+                derivative or (inner != scope and bool(DERIVATIVE.fullmatch(name))),
+            )
 
     def children(self, node: ast.AST) -> Iterator[ast.AST]:
         """What is in a node but types, decorators, messages, and text with values in it."""
@@ -292,60 +349,96 @@ class Finder:
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, (ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert)):
                     continue
-                if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "__name__ == '__main__'"):
+                if isinstance(child, ast.If) and ast.unparse(child.test) in (
+                    "TYPE_CHECKING",
+                    "__name__ == '__main__'",
+                ):
                     continue
-                if isinstance(child, ast.Assign) and ast.unparse(child.targets[0]) in ("__all__", "__slots__"):
+                if isinstance(child, ast.Assign) and ast.unparse(child.targets[0]) in (
+                    "__all__",
+                    "__slots__",
+                ):
                     continue
                 if isinstance(child, ast.AST):
                     yield child
 
     # .. the changes ..
 
-    def changes(self, node: ast.AST, scope: str, derivative: bool) -> Iterator[tuple[str, ast.AST, str]]:
+    def changes(self, node: ast.AST, derivative: bool) -> Iterator[tuple[str, ast.AST, str]]:
         """Kind, node and what to put in its place."""
         if derivative:
             yield from self.of_derivatives(node)
         if isinstance(node, ast.Call):
             yield from self.of_communication(node)
+        if isinstance(node, ast.stmt):
+            yield from self.of_statements(node)
+        else:
+            yield from self.of_values(node)
+            yield from self.of_conditions(node)
+
+    def of_statements(self, node: ast.stmt) -> Iterator[tuple[str, ast.AST, str]]:
+        """Statements that are left out, and ``+=`` that becomes ``-=``."""
+        match node:
+            case ast.AugAssign(target=target, op=op, value=value):
+                if type(op) in ARITHMETIC:
+                    yield (
+                        "arithmetic",
+                        node,
+                        ast.unparse(ast.AugAssign(target, ARITHMETIC[type(op)](), value)),
+                    )
+                yield "statement", node, "pass"
+            case (
+                ast.Expr(value=ast.Call())
+                | ast.Raise()
+                | ast.Assign(targets=[ast.Subscript() | ast.Attribute()])
+            ):
+                yield "statement", node, "pass"
+
+    def of_values(self, node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
+        """Arithmetic, signs, conjugates and constants."""
         show = ast.unparse
         match node:
             case ast.Call(func=ast.Attribute(attr="conj" | "conjugate", value=value), args=[]):
                 yield "conj", node, show(value)
-            case ast.Call(func=ast.Name(id="conj" | "conjugate") | ast.Attribute(attr="conj"), args=[value], keywords=[]):
+            case ast.Call(
+                func=ast.Name(id="conj" | "conjugate") | ast.Attribute(attr="conj"), args=[value], keywords=[]
+            ):
                 yield "conj", node, show(value)
             case ast.UnaryOp(op=ast.USub(), operand=value):
                 yield "sign", node, show(value)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
+                if not isinstance(left, ast.JoinedStr) and not isinstance(getattr(left, "value", 0), str):
+                    yield "arithmetic", node, show(ast.BinOp(left, ARITHMETIC[type(op)](), right))
+            case ast.Constant(value=bool() as value):
+                yield "constant", node, repr(not value)
+            case ast.Constant(value=int() | float() as value):
+                yield "constant", node, repr(value + 1 if isinstance(value, int) else 2 * value or 1.0)
+            case ast.keyword(arg="axis" | "axes", value=ast.Constant(value=value)) if not isinstance(
+                value, str
+            ):
+                yield "axis", node.value, repr(1 if value == 0 else 0)
+
+    def of_conditions(self, node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
+        """Comparisons and logic."""
+        show = ast.unparse
+        match node:
             case ast.UnaryOp(op=ast.Not(), operand=value):
                 yield "logic", node, show(value)
             case ast.BoolOp(op=op, values=values):
                 word = "or" if isinstance(op, ast.And) else "and"
                 yield "logic", node, f" {word} ".join(f"({show(value)})" for value in values)
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
-                if not (isinstance(left, (ast.JoinedStr, ast.Constant)) and isinstance(getattr(left, "value", ""), str)):
-                    yield "arithmetic", node, show(ast.BinOp(left, ARITHMETIC[type(op)](), right))
-            case ast.AugAssign(target=target, op=op, value=value):
-                if type(op) in ARITHMETIC:
-                    yield "arithmetic", node, show(ast.AugAssign(target, ARITHMETIC[type(op)](), value))
-                yield "statement", node, "pass"
             case ast.Compare(left=left, ops=[op], comparators=values):
                 yield "comparison", node, show(ast.Compare(left, [COMPARISON[type(op)]()], values))
-            case ast.Constant(value=bool() | int() | float() as value):
-                other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else 2 * value or 1.0
-                yield "constant", node, repr(other)
-            case ast.keyword(arg="axis" | "axes", value=ast.Constant(value=value)) if not isinstance(value, str):
-                yield "axis", node.value, repr(1 if value == 0 else 0)
             case ast.Attribute(value=ast.Name(id="MPI"), attr=name) if name in REDUCTION:
                 yield "reduction", node, f"MPI.{REDUCTION[name]}"
-            case ast.Expr(value=ast.Call()) | ast.Raise():
-                yield "statement", node, "pass"
-            case ast.Assign(targets=[ast.Subscript() | ast.Attribute()]):
-                yield "statement", node, "pass"
 
     def of_derivatives(self, node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
         """Terms, factors, signs and results of derivatives."""
         show = ast.unparse
         match node:
-            case ast.Return(value=ast.Call(func=ast.Name(id="dict"), args=[], keywords=[_, *_] as results) as call):
+            case ast.Return(
+                value=ast.Call(func=ast.Name(id="dict"), args=[], keywords=[_, *_] as results) as call
+            ):
                 values = [result.value for result in results]
                 for value in values:
                     yield from self.of_result(value)
@@ -360,7 +453,11 @@ class Finder:
                 yield from self.of_result(value)
             case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as op, right=right):
                 yield "term", node, show(left)
-                yield "term", node, show(right) if isinstance(op, ast.Add) else show(ast.UnaryOp(ast.USub(), right))
+                yield (
+                    "term",
+                    node,
+                    show(right) if isinstance(op, ast.Add) else show(ast.UnaryOp(ast.USub(), right)),
+                )
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 yield "factor", node, show(left)
                 yield "factor", node, show(right)
@@ -385,13 +482,17 @@ class Finder:
             if name == "allreduce" and len(given) == 1 and not node.keywords:
                 yield "reduction", node, f"{comm}.allreduce({given[0]}, op={WORLD}.MAX)"
             if name in ("bcast", "Bcast", "gather", "scatter", "Gatherv", "Scatterv"):
-                more = given[:-1] + [f"({given[-1]} + 1) % {comm}.size"] if given[-1] == "root" else [*given, f"{comm}.size - 1"]
+                more = (
+                    given[:-1] + [f"({given[-1]} + 1) % {comm}.size"]
+                    if given[-1] == "root"
+                    else [*given, f"{comm}.size - 1"]
+                )
                 if not node.keywords:
                     yield "root", node, f"{comm}.{name}({', '.join(more)})"
         else:
             for i, text in enumerate(given):
                 if text == "comm" or text.endswith(".comm"):
-                    alone = [*given[:i], f"{WORLD}.COMM_SELF", *given[i + 1:], *map(show, node.keywords)]
+                    alone = [*given[:i], f"{WORLD}.COMM_SELF", *given[i + 1 :], *map(show, node.keywords)]
                     yield "comm", node, f"{show(node.func)}({', '.join(alone)})"
 
 
@@ -441,7 +542,9 @@ class Server:
         with contextlib.suppress(ImportError):  # one failure is enough, it need not be a small one
             from hypothesis import Phase, settings
 
-            phases = [phase for phase in settings.default.phases if phase not in (Phase.shrink, Phase.explain)]
+            phases = [
+                phase for phase in settings.default.phases if phase not in (Phase.shrink, Phase.explain)
+            ]
             settings.register_profile("mutate", parent=settings.default, phases=phases)
             settings.load_profile("mutate")
 
@@ -477,7 +580,9 @@ class Server:
             if told:
                 print(told, end="", file=self.answers, flush=True)
             else:
-                self.tell("timed out", f"no end after {job['limit']:.0f} s") if late else self.tell("killed", f"status {status}")
+                self.tell("timed out", f"no end after {job['limit']:.0f} s") if late else self.tell(
+                    "killed", f"status {status}"
+                )
         return True
 
     def tell(self, ended: str, by: str) -> None:
@@ -515,9 +620,19 @@ def exchange(functions: list[FunctionType], old: CodeType, new: CodeType) -> boo
 def differences(old: CodeType, new: CodeType) -> list[tuple[CodeType, CodeType]] | None:
     """The functions whose code differs in two versions, with those around them; None if more does."""
     inner = [[const for const in code.co_consts if isinstance(const, CodeType)] for code in (old, new)]
-    own = [[code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_exceptiontable,
+    own = [
+        [
+            code.co_code,
+            code.co_names,
+            code.co_varnames,
+            code.co_freevars,
+            code.co_cellvars,
+            code.co_exceptiontable,
             [repr(const) for const in code.co_consts if not isinstance(const, CodeType)],
-            [const.co_name for const in consts]] for code, consts in zip((old, new), inner)]
+            [const.co_name for const in consts],
+        ]
+        for code, consts in zip((old, new), inner)
+    ]
     found = []
     if own[0] == own[1]:
         for pair in zip(*inner):
@@ -534,7 +649,9 @@ def differences(old: CodeType, new: CodeType) -> list[tuple[CodeType, CodeType]]
 def serve(jobs: int, answers: int, arguments: list[str]) -> None:
     import pytest
 
-    pytest.main(["-q", "-p", "no:cacheprovider", "-o", "timeout=0", *arguments], plugins=[Server(jobs, answers)])
+    pytest.main(
+        ["-q", "-p", "no:cacheprovider", "-o", "timeout=0", *arguments], plugins=[Server(jobs, answers)]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -545,7 +662,20 @@ class Map:
     """Which tests run which functions, and how long they take; one file of JSON for each file of tests."""
 
     #: Tests of tools, which run nothing of the package, or compare it with the book.
-    IGNORED = frozenset(f"tests/test_{name}.py" for name in ("tangle", "sphinx_tangle", "conftest", "mutate", "benchmarks"))
+    IGNORED = frozenset(
+        f"tests/test_{name}.py"
+        for name in (
+            "tangle",
+            "sphinx_tangle",
+            "stitch",
+            "conftest",
+            "mutate",
+            "benchmarks",
+            "package",
+            "book_order",
+            "types",
+        )
+    )
 
     def __init__(self, tree: Tree):
         self.tree, self.folder = tree, tree.folder / "map"
@@ -553,8 +683,11 @@ class Map:
         self.skipped: list[str] = []  # on one rank
 
     def files(self) -> list[str]:
-        found = [*sorted(self.tree.path.glob("tests/**/test_*.py")), *sorted(self.tree.path.glob("book/chapters/*.md")),
-                 self.tree.path / "README.md"]
+        found = [
+            *sorted(self.tree.path.glob("tests/**/test_*.py")),
+            *sorted(self.tree.path.glob("book/chapters/*.md")),
+            self.tree.path / "README.md",
+        ]
         names = [path.relative_to(self.tree.path).as_posix() for path in found if path.exists()]
         return [name for name in names if name not in self.IGNORED]
 
@@ -582,9 +715,25 @@ class Map:
 
     def collect(self, ranks: int = 1) -> set[str]:
         """The names of all tests in the copy as it is, on this number of ranks."""
-        program = [*on_ranks(ranks), sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *self.files()]
-        done = subprocess.run(program, cwd=self.tree.path, env=environment(self.tree), stdin=subprocess.DEVNULL,
-                              capture_output=True, text=True)
+        program = [
+            *on_ranks(ranks),
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--collect-only",
+            "-p",
+            "no:cacheprovider",
+            *self.files(),
+        ]
+        done = subprocess.run(
+            program,
+            cwd=self.tree.path,
+            env=environment(self.tree),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode not in (0, 5):
             raise SystemExit(f"the tests cannot be collected:\n{(done.stdout + done.stderr)[-2000:]}")
         return set(done.stdout.splitlines())
@@ -593,14 +742,16 @@ class Map:
         out = self.tree.folder / "recording"
         out.unlink(missing_ok=True)
         program = [sys.executable, "tools/mutate.py", "record", str(out), "--timeout=600", name]
-        printed = subprocess.run(program, cwd=self.tree.path, env=environment(self.tree), capture_output=True, text=True).stdout
+        printed = subprocess.run(
+            program, cwd=self.tree.path, env=environment(self.tree), capture_output=True, text=True
+        ).stdout
         if not out.exists():
             raise SystemExit(f"the tests of {name} cannot be recorded:\n{printed}")
         return json.loads(out.read_text())
 
     def concerned(self, mutant: Mutant) -> list[str]:
-        """The tests that run the function of a mutant, the fastest first; if none does, those that run what is
-        around it."""
+        """The tests that run the function of a mutant, those with its name first, then the fastest; if none does,
+        those that run what is around it."""
         scope, name = mutant.scope, mutant.file
         while scope:
             found = [test for test, told in self.tests.items() if f"{name}:{scope}" in told["runs"]]
@@ -608,8 +759,17 @@ class Map:
                 break
             scope = scope.rpartition(".")[0]
         else:
-            found = [test for test, told in self.tests.items() if any(ran.startswith(f"{name}:") for ran in told["runs"])]
-        return sorted(found, key=lambda test: self.tests[test]["seconds"])
+            found = [
+                test
+                for test, told in self.tests.items()
+                if any(ran.startswith(f"{name}:") for ran in told["runs"])
+            ]
+        names = [part.strip("_") for part in mutant.scope.split(".") if len(part.strip("_")) > 2]
+
+        def order(test: str) -> tuple[bool, float]:
+            return not any(name in test for name in names), self.tests[test]["seconds"]
+
+        return sorted(found, key=order)
 
     def seconds(self, test: str) -> float:
         return self.tests[test]["seconds"] if test in self.tests else 0.0
@@ -627,9 +787,22 @@ class Map:
 
 def environment(tree: Tree, **more: str) -> dict[str, str]:
     """What tests in the copy see: the package of the copy, one thread, no displays."""
-    clean = {name: value for name, value in os.environ.items() if not re.match(r"PMI|HYDRA|HYDI|OMPI_|PRTE|PYTEST", name)}
-    return clean | {"PYTHONPATH": str(tree.path), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
-                    "OMPI_MCA_rmaps_base_oversubscribe": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"} | more
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not re.match(r"PMI|HYDRA|HYDI|OMPI_|PRTE|PYTEST", name)
+    }
+    return (
+        clean
+        | {
+            "PYTHONPATH": str(tree.path),
+            "OMP_NUM_THREADS": "1",
+            "MPLBACKEND": "Agg",
+            "OMPI_MCA_rmaps_base_oversubscribe": "1",
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        }
+        | more
+    )
 
 
 def on_ranks(ranks: int) -> list[str]:
@@ -660,16 +833,31 @@ class Trial:
 
     def __init__(self, tree: Tree, known: Map, budget: float = 40.0, ranks: int = 2, seed: int = 0):
         self.tree, self.map, self.budget, self.ranks, self.seed = tree, known, budget, ranks, seed
-        self.patience = 60.0  # seconds for a test, half of what all may take beyond what they are known to take
+        self.patience = (
+            60.0  # seconds for a test, half of what all may take beyond what they are known to take
+        )
         self.server: subprocess.Popen | None = None
 
     def __enter__(self) -> Trial:
         """Start a server in the copy."""
         ours, theirs = os.pipe(), os.pipe()
-        program = [sys.executable, "tools/mutate.py", "serve", str(ours[0]), str(theirs[1]), f"--hypothesis-seed={self.seed}",
-                   *self.map.files()]
-        self.server = subprocess.Popen(program, cwd=self.tree.path, env=environment(self.tree, PYTHONDONTWRITEBYTECODE="1"),
-                                       pass_fds=(ours[0], theirs[1]), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        program = [
+            sys.executable,
+            "tools/mutate.py",
+            "serve",
+            str(ours[0]),
+            str(theirs[1]),
+            f"--hypothesis-seed={self.seed}",
+            *self.map.files(),
+        ]
+        self.server = subprocess.Popen(
+            program,
+            cwd=self.tree.path,
+            env=environment(self.tree, PYTHONDONTWRITEBYTECODE="1"),
+            pass_fds=(ours[0], theirs[1]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
         os.close(ours[0])
         os.close(theirs[1])
         self.jobs, self.answers = os.fdopen(ours[1], "w"), os.fdopen(theirs[0])
@@ -707,48 +895,94 @@ class Trial:
         if ended in ("declined", "survived"):
             rounds = self.rounds(mutant, chosen, concerned, ended)
             with tempfile.TemporaryDirectory() as scratch, self.tree.changed(mutant.file, mutant.apply(text)):
-                more = {"PYTHONDONTWRITEBYTECODE": "1"} | ({"NUMBA_CACHE_DIR": scratch} if compiled else {})
+                more = {"PYTHONDONTWRITEBYTECODE": "1"}
+                if compiled:  # the loops of mutants are kept apart from good ones
+                    more["VMAD_LIT_CACHE_DIR"] = str(self.tree.folder / "loops")
                 for tests, ranks in rounds:
-                    ended, by = self.run(tests, ranks, 600.0 if compiled else 0.0, Path(scratch, "tests"), more)
+                    ended, by = self.run(
+                        tests, ranks, 600.0 if compiled else 0.0, Path(scratch, "tests"), more
+                    )
                     if ended != "survived":
                         break
-        return Verdict(mutant.id, mutant.kind, mutant.change, ended, by, len(chosen), len(concerned),
-                       round(time.monotonic() - start, 1))
+        return Verdict(
+            mutant.id,
+            mutant.kind,
+            mutant.change,
+            ended,
+            by,
+            len(chosen),
+            len(concerned),
+            round(time.monotonic() - start, 1),
+        )
 
     def ask(self, mutant: Mutant, text: str, tests: list[str]) -> tuple[str, str]:
         """How a mutant ends on one rank, by the server."""
-        job = {"path": str(self.tree.path / mutant.file), "old": text, "new": mutant.apply(text), "tests": tests,
-               "limit": self.limit(tests)}
+        job = {
+            "path": str(self.tree.path / mutant.file),
+            "old": text,
+            "new": mutant.apply(text),
+            "tests": tests,
+            "limit": self.limit(tests),
+        }
         print(json.dumps(job), file=self.jobs, flush=True)
         return self.answer()
 
     def limit(self, tests: list[str], ranks: int = 1) -> float:
         return 2 * self.patience + 6 * ranks * sum(map(self.map.seconds, tests))
 
-    def rounds(self, mutant: Mutant, chosen: list[str], concerned: list[str], ended: str) -> list[tuple[list[str], int]]:
+    def rounds(
+        self, mutant: Mutant, chosen: list[str], concerned: list[str], ended: str
+    ) -> list[tuple[list[str], int]]:
         """A few quick tests, then the others, and all on several ranks with those beside them that need ranks."""
         quick = self.map.within(chosen, 2.0)[:40]
-        rounds = [(quick, 1), (chosen[len(quick):], 1)]
+        rounds = [(quick, 1), (chosen[len(quick) :], 1)]
         if mutant.parallel and self.ranks > 1:
             files = {test.partition("::")[0] for test in concerned}
             only = [test for test in self.map.skipped if test.partition("::")[0] in files]
             # What has survived on one rank is first tried on several
-            rounds.insert(0 if ended == "survived" else 2,
-                          ([test for test in [*only, *chosen] if test in self.on_several], self.ranks))
+            rounds.insert(
+                0 if ended == "survived" else 2,
+                ([test for test in [*only, *chosen] if test in self.on_several], self.ranks),
+            )
         return rounds
 
-    def run(self, tests: list[str], ranks: int, more_time: float, listed: Path, more: dict[str, str]) -> tuple[str, str]:
+    def run(
+        self, tests: list[str], ranks: int, more_time: float, listed: Path, more: dict[str, str]
+    ) -> tuple[str, str]:
         """Run tests until one fails; how it ended, and by which test."""
         if not tests:
             return "survived", ""
         listed.write_text("".join(f"{test}\n" for test in tests))
         limit = more_time + self.limit(tests, ranks)
         slow = self.patience / 2 + more_time + 10 * max(self.map.seconds(test) for test in tests)
-        command = [*on_ranks(ranks), sys.executable, "-m", "pytest", "-q", "-x", "-rfE", "--tb=no", "-p", "no:cacheprovider",
-                   "-o", "mpi_grace=30", f"--hypothesis-seed={self.seed}", f"--timeout={slow:g}", f"@{listed}"]
+        command = [
+            *on_ranks(ranks),
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-rfE",
+            "--tb=no",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "mpi_grace=30",
+            f"--hypothesis-seed={self.seed}",
+            f"--timeout={slow:g}",
+            f"@{listed}",
+        ]
         on = f" on {ranks} ranks" if ranks > 1 else ""
-        process = subprocess.Popen(command, cwd=self.tree.path, env=environment(self.tree, **more), stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=self.tree.path,
+            env=environment(self.tree, **more),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         try:
             printed, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -819,7 +1053,12 @@ def told(root: Path, mutant: Mutant) -> str:
     text = (root / mutant.file).read_text(encoding="utf-8")
     old, new = text.splitlines(), mutant.apply(text).splitlines()
     first, last = mutant.line - 1, mutant.line + mutant.before.count("\n")
-    rows = [f"{sign} {row.strip()}" for sign, version in (("-", old), ("+", new)) for row in version[first:last] if row.strip()]
+    rows = [
+        f"{sign} {row.strip()}"
+        for sign, version in (("-", old), ("+", new))
+        for row in version[first:last]
+        if row.strip()
+    ]
     return "\n    ".join([mutant.id, place(root, mutant), *map(short, rows)])
 
 
@@ -840,7 +1079,9 @@ def options() -> argparse.ArgumentParser:
     add("--sample", type=int, metavar="N", help="try so many, of each kind as many")
     add("--seed", type=int, default=1, help="which ones, and the seed of hypothesis (default 1)")
     add("--mutant", action="append", default=[], metavar="ID", help="try this one")
-    add("--module", action="append", default=[], metavar="TEXT", help="only of files whose path contains this")
+    add(
+        "--module", action="append", default=[], metavar="TEXT", help="only of files whose path contains this"
+    )
     add("--kind", action="append", default=[], help="only of this kind")
     add("--compiled", action="store_true", help="also of compiled loops, which takes minutes for each")
     add("--list", action="store_true", help="show the mutants, run nothing")
@@ -858,9 +1099,12 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # nothing is left behind then, either
     tree = Tree()
     results = Results(tree.folder / "results.json", equivalents(tree.root))
-    mutants = [mutant for mutant in find_mutants(tree.root, given.compiled)
-               if all(any(part in mutant.file for part in given.module) for _ in given.module[:1])
-               and (not given.kind or mutant.kind in given.kind)]
+    mutants = [
+        mutant
+        for mutant in find_mutants(tree.root, given.compiled)
+        if all(any(part in mutant.file for part in given.module) for _ in given.module[:1])
+        and (not given.kind or mutant.kind in given.kind)
+    ]
     if given.mutant:
         every = {mutant.id: mutant for mutant in find_mutants(tree.root, compiled=True)}
         missing = [name for name in given.mutant if name not in every]
@@ -873,9 +1117,15 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(told(tree.root, mutant) for mutant in mutants))
         return 0
     if given.summary:
-        found = [(mutant, verdict) for mutant in find_mutants(tree.root, True) if (verdict := results.get(mutant))]
+        found = [
+            (mutant, verdict) for mutant in find_mutants(tree.root, True) if (verdict := results.get(mutant))
+        ]
         print(table(verdict for _, verdict in found))
-        print("".join(f"\n{told(tree.root, mutant)}" for mutant, verdict in found if verdict.ended == "survived"))
+        print(
+            "".join(
+                f"\n{told(tree.root, mutant)}" for mutant, verdict in found if verdict.ended == "survived"
+            )
+        )
         return 0
     if not given.mutant and given.sample is None:
         options().error("how many? --sample N, --mutant ID, --list or --summary")
@@ -898,8 +1148,11 @@ def try_all(tree: Tree, mutants: list[Mutant], results: Results, given: argparse
                     verdict = trial.judge(mutant)
                     results.add(verdict)
                 verdicts.append(verdict)
-                print(f"{number}/{len(mutants)} {verdict.ended:10} {told(tree.root, mutant)}\n    {verdict.by} "
-                      f"({verdict.tests} of {verdict.of} tests, {verdict.seconds:g} s)", flush=True)
+                print(
+                    f"{number}/{len(mutants)} {verdict.ended:10} {told(tree.root, mutant)}\n    {verdict.by} "
+                    f"({verdict.tests} of {verdict.of} tests, {verdict.seconds:g} s)",
+                    flush=True,
+                )
     print(table(verdicts))
     return int(any(verdict.ended == "survived" for verdict in verdicts))
 
