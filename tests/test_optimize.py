@@ -803,3 +803,21 @@ print(state.nit, state.fev, state.x.tobytes().hex())
     assert run('killed.npz', 7).returncode == -9
     assert run('killed.npz', 23).returncode == -9
     assert run('killed.npz', -1).stdout == whole.stdout
+
+
+@pytest.mark.parametrize("units, converged", [(150, True), (250, False)])
+def test_a_failed_search_has_converged_where_the_fall_to_expect_is_lost_in_rounding(units, converged):
+    """Half of the slope is what a quadratic function falls at most; 100 units of rounding are lost."""
+    g = np.array([math.sqrt(units * EPS)])
+    state = LBFGS(linesearch=lambda line, first: None, gtol=0.0).minimize(Problem(lambda x: 1.0 + g @ x, lambda x: g), np.zeros(1))
+    assert state.nit == 0 and state.converged == converged
+    assert ("rounding" if converged else "line search failed") in state.message
+
+
+def test_a_step_that_ends_on_the_surface_of_the_region_is_on_the_surface():
+    g, inside = np.array([3.0, 4.0]), lambda radius: TrustRegionCG().solve(VectorSpace(), lambda d: d, g, radius, 1e-3)
+    for radius, surface in (5.0, True), (4.0, True), (6.0, False):
+        p, r, on = inside(radius)
+        assert on is surface
+        assert_allclose(p, -g * min(radius / 5, 1))
+        assert_allclose(r, g + p, atol=1e-14)
