@@ -271,7 +271,7 @@ def write(path, data, mode=0o600):
 BROKEN = {
     "empty": lambda path: path.write_bytes(b""),
     "cut off": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "a bit is wrong": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
+    "not what was written": lambda path: path.write_bytes(path.read_bytes()[:32] + pickle.dumps(Bomb())),
     "another thing": lambda path: write(path, pickle.dumps("a letter")),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "by others": lambda path: write(path, pickle.dumps(Bomb()), 0o660),
