@@ -425,6 +425,64 @@ def test_values_die_after_their_last_use(counting, listed):
     assert listed or y.x == 100
 
 
+@operator
+class repeat:
+    ain = "x"
+    aout = "y"
+
+    def apl(node, x):
+        return Value(x.x)
+
+    def vjp(node, _y):
+        return Value(_y.x)
+
+
+@operator
+class fold:
+    """A sum of three, whose second derivative is told although it vanishes."""
+
+    ain = "a", "b", "c"
+    aout = "y"
+
+    def apl(node, a, b, c):
+        return Value(a.x + b.x + c.x)
+
+    def rcd(node, a, b, c, y):
+        return dict(name="fold")
+
+    def vjp(node, _y, name):
+        return dict(_a=Value(_y.x), _b=Value(_y.x), _c=Value(_y.x))
+
+    def jvp(node, a_, b_, c_, name):
+        return Value(sum(item.x for item in (a_, b_, c_) if item is not ZeroGradient))
+
+    def hvp(node, _y, a_, b_, c_, name):
+        return dict(_a_=Value(0), _b_=Value(0), _c_=Value(0))
+
+
+def test_several_values_may_die_at_once(counting):
+    """Also tangents, cotangents and their changes, at nodes with fewer results than arguments."""
+    n = 30
+    with Builder() as m:
+        y = m.input("x")
+        for _ in range(n):
+            y = fold(repeat(y), repeat(y), repeat(y))
+        m.output(y=y)
+    x = Value(1)
+    assert m.compute("y", dict(x=x)).x == 3**n and Value.most <= 6
+    y, tape = m.compute("y", dict(x=x), return_tape=True)
+    Value.most = 0
+    assert tape.get_jvp().compute("y_", dict(x_=Value(1))).x == 3**n and Value.most <= 9
+    Value.most = 0
+    assert tape.get_vjp().compute("_x", dict(_y=Value(1))).x == 3**n and Value.most <= 12
+    before, Value.most = len(Value.alive), 0
+    one, change = tape.get_hvp().compute(["_x", "_x_"], dict(_y=Value(1), x_=Value(1)))
+    assert one.x == 3**n and change.x == 0
+    # the tangents wait for the way back, three for each node and one between; nothing else piles up
+    assert Value.most <= before + 4 * n + 20
+    del x, y, tape, one, change
+
+
 def test_values_die_while_somebody_watches(counting):
     seen = []
     m = chain(grow, 50)

@@ -90,6 +90,13 @@ def test_what_was_recorded_is_dropped_on_the_way(kind):
     assert watch.seen == [4] * 4 + [4, 3, 2, 1] and watch.alive() == 0
 
 
+def test_a_monitor_sees_the_last_sweep():
+    watch, seen = Watch(), []
+    m = build(watch, "keep")
+    m.compute_with_vjp(dict(x=1.0), dict(_y=1.0), monitor=lambda node, *others: seen.append(node.name))
+    assert seen == [f"keep-{i}" for i in range(4)] + [f"keep-vjp-{i}" for i in range(4)]
+
+
 def test_second_derivatives():
     watch = Watch()
     with Builder() as m:

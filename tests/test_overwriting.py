@@ -282,6 +282,38 @@ def test_a_tape_is_as_it_was():
     assert_array_equal(x, X + 1)
 
 
+def test_only_the_last_to_read_a_record_may_overwrite_it():
+    @operator
+    class keeps:
+        ain = "x"
+        aout = "y"
+        inplace = ("x",)
+
+        def apl(node, x):
+            return dict(y=x**3)
+
+        def rcd(node, x, y):
+            return dict(x=x.copy())
+
+        def vjp(node, _y, x):
+            return dict(_x=np.multiply(3 * _y * x, x, out=place(node, "x", x)))
+
+        def jvp(node, x_, x):
+            return dict(y_=3 * x**2 * x_)
+
+        def hvp(node, _y, x_, x):
+            return dict(_x_=6 * x * x_ * _y)
+
+    m, x = model(keeps, keeps), X + 1
+    (_, [_x], [product]), own = owned(lambda: m.compute_with_hvp("y", dict(x=x), dict(x_=np.ones(3), _y=np.ones(3))))
+    assert not any(own) and len(own) == 3  # no change of a cotangent arrives at the last of them
+    np.testing.assert_allclose(_x, 9 * x**8)
+    np.testing.assert_allclose(product, 72 * x**7)
+    (_, [product]), own = owned(lambda: m.compute_with_gnDp("y", dict(x=x), dict(x_=np.ones(3))))
+    assert own == [True, True]
+    np.testing.assert_allclose(product, (9 * x**8) ** 2)
+
+
 @pytest.mark.parametrize("options", [dict(ram=1), dict(ram=2), dict(ram=0, disk=3), dict(ram=5), dict(schedule="two-level", period=2)], ids=str)
 def test_chains(options):
     chain, x = checkpoint(twice, n=5, **options), X.copy()
