@@ -14,7 +14,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SHELL := /bin/bash
 
-.PHONY: book test serial ranks bench tangle check dist clean
+.PHONY: book test serial ranks mutate bench tangle check dist clean
 
 book: .venv/ready                       ## the rendered book, in _build/html
 	python tools/tangle.py
@@ -28,6 +28,9 @@ serial: .venv/ready
 
 ranks: .venv/ready
 	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 timeout -k 10 1800 mpirun -n $$n $(PYTEST) -p no:cacheprovider || exit 1; done
+
+mutate: .venv/ready                     ## break the package in forty places, one by one: does a test notice?
+	python tools/mutate.py --sample $(or $(SAMPLE),40) --seed $(or $(SEED),1)
 
 bench: .venv/bench-ready                ## this package beside its peers
 	python -m benchmarks

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from vmad_lit import Builder, operator
 from vmad_lit.core import autodiff, valuetypes
 from vmad_lit.core.operator import ZeroGradient
@@ -149,7 +150,7 @@ def build(names):
     names=st.lists(st.sampled_from(sorted(PARTIAL)), min_size=1, max_size=8),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 def test_nobody_else_is_written_to(names, seed):
     KEPT.clear()
     rng = np.random.default_rng(seed)
@@ -310,7 +311,6 @@ class tenfold(one_to_one):
         return 10.0 * _y
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("n", [10, 100])
 def test_memory_of_a_fan(n):
     """However often a large array is used, its cotangent takes the total and one part."""
@@ -326,7 +326,6 @@ def test_memory_of_a_fan(n):
     assert arrays < 3.2  # two parts and their sum, at the first sum
 
 
-@pytest.mark.serial
 def test_a_large_sum_is_made_in_one_array(monkeypatch):
     """Of a hundred uses, one sum is a new array."""
     made = []

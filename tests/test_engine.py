@@ -10,14 +10,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
-from vmad_lit.core import error, stdlib
+from vmad_lit.core import error, execution, stdlib
+from vmad_lit.core.execution import Layout, Plan, find_active, find_needed, find_recorded
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.symbol import List, Literal, Symbol
 from vmad_lit.lib import linalg
 from vmad_lit.testing import check, check_dot_product, check_taylor
 
-quick = settings(max_examples=60, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=examples(60), suppress_health_check=list(HealthCheck))
 
 
 # Operators with lists in them, of several results, with a record of their own, and with hyper-parameters
@@ -216,6 +218,128 @@ def test_gauss_newton_is_the_product_of_the_two_sweeps(program, seed):
         np.testing.assert_allclose(whole(p), whole(q), atol=1e-14)
 
 
+# The passes of a plan, each alone
+
+
+def names(nodes):
+    return [node.name for node in nodes]
+
+
+def horner():
+    with Builder() as m:
+        x, a = m.input("x", "a")
+        y = total([x, a]) * x
+        p, q = rotate(y, a)
+        m.output(y=y, p=p, unused=q * 2.0)
+    return m
+
+
+def test_what_is_needed():
+    m = horner()
+    x, a, y = m._inputs["x"], m._inputs["a"], m._outputs["y"]
+    nodes, last_use = find_needed(m, ["y"])
+    assert names(nodes) == ["total-0", "mul-1"]
+    assert last_use[a].name == "total-0" and last_use[x].name == "mul-1" and last_use[y] is None
+    nodes, last_use = find_needed(m, ["y", "p"])
+    assert names(nodes) == ["total-0", "mul-1", "rotate-2"] and last_use[y] is None
+    nodes, last_use = find_needed(m, ["y", "p"], results=False)
+    assert names(nodes) == ["total-0", "mul-1", "rotate-2"]
+    assert last_use[y].name == "rotate-2" and m._outputs["p"] not in last_use
+
+
+def test_what_is_recorded():
+    m = horner()
+    nodes, last_use = find_needed(m, ["p"])
+    active, active_nodes = find_active(m, nodes)
+    assert names(active_nodes) == ["total-0", "mul-1", "rotate-2"]
+    recorded = find_recorded(active_nodes, last_use)
+    assert [list(symbols) for symbols in recorded.values()] == [[], [], ["angle"]]  # the others have an rcd
+    with Builder() as m:
+        x = m.input("x")
+        m.output(y=grow_and_record(grow_and_record(x)), z=grow_and_record(Literal(1.0)))
+    nodes, last_use = find_needed(m, ["y", "z"])
+    recorded = find_recorded(find_active(m, nodes)[1], last_use)
+    assert [list(symbols) for symbols in recorded.values()] == [["x"], ["x"]]
+    assert last_use[x] is None and len(recorded) == 2 and len(nodes) == 3
+
+
+def test_where_values_are():
+    m = chain(grow, 10)
+    nodes, last_use = find_needed(m, ["y"])
+    for reuse, slots in (True, 1), (False, 11):
+        layout = Layout(m, last_use, {}, reuse=reuse)
+        layout.place(m._inputs["x"])
+        for node in nodes:
+            layout.add_node(node)
+        assert len(layout.template) == slots and len(layout.steps) == 10 and len(layout.slots) == 11
+    with pytest.raises(error.ResolveError, match="no value"):
+        Layout(m, last_use, {}).target(Symbol("lost"))
+
+
+@pytest.fixture
+def passes():
+    """Sets the passes that plans go through, and the function that makes steps."""
+    before, make_step = list(execution.PASSES), Layout.make_step
+
+    def choose(functions, make=make_step):
+        execution.PASSES[:] = functions
+        Layout.make_step = staticmethod(make)
+
+    yield choose
+    choose(before)
+
+
+@settings(quick, suppress_health_check=[*HealthCheck])
+@given(programs(20))
+def test_every_pass_may_be_left_out(passes, program):
+    """Plans compute the same, to the last bit, with general steps or special ones, and with passes or without."""
+    from vmad_lit.core.ownership import find_owners
+    from vmad_lit.core.specialise import fastest_step, join_sums
+
+    results = []
+    init, v = dict(a=A, b=B), dict(a_=A + 1.0, b_=B - 1.0)
+    for functions in [], [find_owners], [join_sums], [find_owners, join_sums]:
+        for make in execution.general_step, fastest_step:
+            passes(functions, make)
+            m = build(program)
+            vout = list(m._outputs)
+            w = {"_" + name: np.ones(3) * i for i, name in enumerate(vout)}
+            out, gradient = m.compute_with_vjp(init, w)
+            _, pushed = m.compute_with_jvp(vout, init, v)
+            _, product = m.compute_with_gnDp(vout, init, v)
+            results.append([*out, *m.compute(vout, init), *gradient, *pushed, *product])
+    for other in results[1:]:
+        for p, q in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(whole(p), whole(q))
+
+
+def test_special_steps_are_in_use():
+    m = chain(linalg.sin, 10)
+    plan = m._plan(("y",), False, True)
+    assert {step[0].__name__ for step in plan.steps} == {"call"}
+    assert {step[0].__name__ for step in Plan(m, ["y"], record=True).steps} <= {"call", "call_and_record"}
+    _, tape = m.compute("y", dict(x=A), return_tape=True)
+    for sweep, vout in (tape.get_vjp(), "_x"), (tape.get_jvp(), "y_"):
+        assert {step[0].__name__ for step in sweep._plan((vout,), False, True).steps} == {"differentiate_one"}
+
+
+def test_a_sweep_with_a_tape_records_no_derivatives():
+    """Derivatives have no derivatives in their turn, also those of autooperators and of operators with an rcd."""
+
+    @autooperator("x -> y")
+    def square(x):
+        return linalg.sin(x * x)
+
+    m, a, b = two()
+    m.output(y=square(a) * total([a, b]))
+    _, tape = m.compute("y", dict(a=A, b=B), return_tape=True)
+    vjp = tape.get_vjp()
+    expected = vjp.compute(["_a", "_b"], dict(_y=A))
+    again, tape_of_sweep = vjp.compute(["_a", "_b"], dict(_y=A), return_tape=True)
+    np.testing.assert_array_equal(again, expected)
+    assert all(not record.impl_kwargs for record in tape_of_sweep if record.node.primitive.kind == "vjp")
+
+
 # The lifetime of values
 
 
@@ -376,7 +500,7 @@ def test_forgetting_saves_memory(counting):
 
 def test_nested_lists():
     @operator
-    class nbytes_of:
+    class weighted:
         ain = "x"
         aout = "y"
 
@@ -393,13 +517,13 @@ def test_nested_lists():
 
     with Builder() as m:
         a, b = m.input("a", "b")
-        m.output(y=nbytes_of([(a, b), a]), z=[a, [b, 1.0]])
+        m.output(y=weighted([(a, b), a]), z=[a, [b, 1.0]])
     y, (_a, _b) = m.compute_with_vjp(dict(a=1.0, b=10.0), dict(_y=1.0))
     assert (y, _a, _b) == ([37.0], 7.0, 3.0)
     assert m.compute("z", dict(a=1.0, b=10.0)) == [1.0, [10.0, 1.0]]
     _, (_a, _b) = m.compute_with_vjp(dict(a=1.0, b=10.0), dict(_z=[2.0, [3.0, 4.0]]))
     assert (_a, _b) == (2.0, 3.0)
-    check(nbytes_of, [[np.ones(2), np.ones(2)], np.ones(2)])
+    check(weighted, [[np.ones(2), np.ones(2)], np.ones(2)])
 
 
 def test_a_list_as_one_value():

@@ -16,6 +16,8 @@ from vmad_lit.lib import binary, fastpm, linalg, unary  # noqa: E402, F401
 from vmad_lit import testing  # noqa: E402
 from vmad_lit.testing import check_rank_invariance  # noqa: E402
 
+pytestmark = pytest.mark.collective
+
 
 def check(*args, **kwargs):
     """The proof of all derivatives, which must include the second one."""

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
+from helpers import examples
 from vmad_lit import Builder, operator
 from vmad_lit.core import stdlib
 from vmad_lit.core.error import BrokenPrimitive
@@ -114,7 +115,7 @@ def test_every_operator_has_a_proof():
 
 
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - LOOKING))
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_operator(name, data):
     function, dtypes = PROOFS[name]
@@ -808,3 +809,36 @@ def test_a_curvature_that_is_mere_rounding():
     x = np.random.default_rng(62).uniform(0.5, 2.0, (1, 2)).astype("f4")
     for seed in range(20):
         check(lambda x: linalg.norm(x, 1.5, 0), x, seed=seed)
+
+
+def test_a_function_of_two_complex_arguments_is_declared_by_its_derivatives():
+    """None of the library's is complex: those that could be are arithmetic, which has derivatives of its own."""
+
+    @operator
+    class twisted(binary.binary_ufunc):
+        f = staticmethod(lambda x1, x2: x1 * np.exp(x2))
+        fprime1 = staticmethod(lambda x1, x2: np.exp(x2))
+        fprime2 = staticmethod(lambda x1, x2: x1 * np.exp(x2))
+        fsecond11 = staticmethod(lambda x1, x2: 0 * x1)
+        fsecond12 = staticmethod(lambda x1, x2: np.exp(x2))
+        fsecond22 = staticmethod(lambda x1, x2: x1 * np.exp(x2))
+
+    rng = np.random.default_rng(5)
+    x1, x2 = rng.normal(size=(2, 4, 2)).view("c16")[..., 0]
+    assert check(twisted, x1, x2, truth=x1 * np.exp(x2)).second is not None
+
+
+@pytest.mark.parametrize("name", ["add", "subtract", "multiply", "divide", "power"])
+def test_arithmetic_tells_the_derivatives_that_it_has(name):
+    op, x1, x2 = getattr(binary, name), 1.5, 2.5
+    with Builder() as m:
+        a, b = m.input("a", "b")
+        m.output(y=op(a, b))
+    _, found = m.compute_with_vjp(dict(a=x1, b=x2), dict(_y=1.0))
+    told = [op.prototype.fprime1(x1, x2), op.prototype.fprime2(x1, x2)]
+    np.testing.assert_allclose(told, found)
+    with Builder() as m:
+        y = op(m.input("a"), m.input("b"))
+        m.output(y=y)
+    slopes = [m.compute_with_jvp("y", dict(a=x1, b=x2), dict(a_=a_, b_=1.0 - a_))[1] for a_ in (1.0, 0.0)]
+    np.testing.assert_allclose(told, slopes)

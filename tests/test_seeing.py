@@ -140,6 +140,16 @@ def test_the_table_of_a_tape_shows_shapes_bytes_and_inner_tapes():
     assert "test_seeing.py:" in repr(tape[0]) and "recorded" in repr(tape[0])
 
 
+def test_a_record_is_a_table_with_the_tapes_inside():
+    m = nested(2)
+    y, tape = m.compute("y", dict(x=np.ones(5)), return_tape=True)
+    first = Balance(tape[0]._repr_html_())
+    assert first.text.startswith("outer-0(x, 2) -> outer-0.y at test_seeing.py:")
+    assert first.text.count("tape of ") == 1 + 2  # the loop, its steps
+    assert "ndarray float64[5]" in first.text
+    assert "<table>" in tape[1]._repr_html_() and "tape of" not in tape[1]._repr_html_()
+
+
 def test_many_inner_tapes_are_not_all_written_out():
     m = nested(90)
     y, tape = m.compute("y", dict(x=np.ones(2)), return_tape=True)
@@ -197,6 +207,7 @@ def test_the_bytes_of_a_chain_follow_its_states(ram):
     assert ram * 8000 <= tape.nbytes <= (ram + 2) * 8000
 
 
+@pytest.mark.collective
 def test_the_bytes_of_fields():
     pytest.importorskip("pmesh")
     from vmad_lit.lib import fastpm
@@ -388,6 +399,7 @@ def test_the_picture_of_a_profile(monkeypatch):
         p.plot()
 
 
+@pytest.mark.collective
 def test_profiles_over_ranks():
     MPI = pytest.importorskip("mpi4py.MPI")
     comm = MPI.COMM_WORLD
@@ -409,6 +421,7 @@ def test_profiles_over_ranks():
 # Progress
 
 
+@pytest.mark.collective
 def test_progress_knows_the_total_of_every_sweep():
     m, init, log, totals = long_chain(7), dict(x=np.ones(2)), io.StringIO(), []
 
@@ -444,6 +457,7 @@ def test_progress_knows_the_total_of_every_sweep():
     assert "forward" in log.getvalue() and "7/7" in log.getvalue()
 
 
+@pytest.mark.collective
 def test_progress_is_quiet_without_a_terminal_and_on_other_ranks():
     m, init, log = long_chain(3), dict(x=1.0), io.StringIO()
     m.compute("y", init, monitor=progress(file=log))
@@ -669,6 +683,7 @@ def test_a_number_stands_for_an_array_of_it(dtype):
     assert m.compute_with_vjp(dict(x=x), dict(_y=0))[1][0] is ZeroGradient
 
 
+@pytest.mark.collective
 def test_fields_of_another_mesh_are_refused():
     pytest.importorskip("pmesh")
     from vmad_lit.lib import fastpm

@@ -373,7 +373,7 @@ INDENTS = st.sampled_from(["", "    ", "\t", "  "])
 
 
 @st.composite
-def books(draw):
+def books(draw):  # noqa: C901
     """Pieces in reading order."""
     chunk_titles, seen = [], set()
     for words in draw(st.lists(st.lists(TITLE_WORD, min_size=1, max_size=3), max_size=6)):

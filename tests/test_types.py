@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.serial
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,6 +54,45 @@ out, gradient = build().compute_with_vjp(dict(x=np.ones(3), y=2.0), dict(_y=1.0)
 """
 
 
+DECLARATIONS = """\
+import numpy as np
+
+from vmad_lit import operator
+from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.lib import linalg
+
+
+class elementwise:
+    ain = "x"
+    aout = "y"
+
+    def vjp(node, _y, x):
+        return dict(_x=_y * node.prototype.slope(x))
+
+
+@operator
+class square(elementwise):
+    def apl(node, x):
+        return x * x
+
+    @staticmethod
+    def slope(x: float) -> float:
+        return 2 * x
+
+    hvp = ZeroGradient
+
+
+@linalg.sum.register
+@operator
+class double(square.prototype):
+    def apl(node, x):
+        return square.apl.impl(node, x) + square.slope(x)
+
+
+print(square.jvp, double.vjp)
+"""
+
+
 def mypy(*arguments, cwd=ROOT):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -67,18 +105,37 @@ def test_the_engine_is_consistent():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def check_program(folder, program):
-    (folder / "program.py").write_text(program)
-    (folder / "mypy.ini").write_text("[mypy]\nplugins = vmad_lit.core.mypy_plugin\n")
-    return mypy("program.py", cwd=folder)
+@pytest.fixture(scope="module")
+def check_program(tmp_path_factory):
+    """Check programs strictly, one after the other in one folder, so that they share what mypy keeps."""
+    folder = tmp_path_factory.mktemp("programs")
+    options = "strict = true", "disallow_subclassing_any = false", "follow_imports = silent"
+    lines = ["[mypy]", "plugins = vmad_lit.core.mypy_plugin", *options]
+    (folder / "mypy.ini").write_text("\n".join(lines))
+
+    def check(program):
+        (folder / "program.py").write_text(program)
+        return mypy("program.py", cwd=folder)
+
+    return check
 
 
-def test_a_program_that_uses_operators(tmp_path):
-    done = check_program(tmp_path, PROGRAM)
+@pytest.mark.parametrize("program", [PROGRAM, DECLARATIONS])
+def test_a_program_that_uses_operators(check_program, program):
+    done = check_program(program)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_mistakes_are_found(tmp_path):
+def test_formulas_need_no_types_where_everything_else_does(check_program):
+    bare = DECLARATIONS.replace("slope(x: float) -> float", "slope(x)").replace(
+        "jvp, d", "jvp, square.jpv, d"
+    )
+    done = check_program(bare)
+    assert "no-untyped-def" in done.stdout and '"jpv"' in done.stdout
+    assert "Found 2 errors" in done.stdout, done.stdout
+
+
+def test_mistakes_are_found(check_program):
     mistakes = {
         "m.output(y=z)": ("m.output(z)", 'Too many arguments for "output"'),
         "len(m)": ("m.nodes", 'has no attribute "nodes"'),
@@ -89,7 +146,7 @@ def test_mistakes_are_found(tmp_path):
     for right, (wrong, message) in mistakes.items():
         assert program.count(right) == 1
         program = program.replace(right, wrong)
-    done = check_program(tmp_path, program)
+    done = check_program(program)
     for wrong, message in mistakes.values():
         assert message in done.stdout
     assert f"Found {len(mistakes)} errors" in done.stdout, done.stdout

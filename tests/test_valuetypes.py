@@ -372,6 +372,7 @@ def test_arrays_next_to_weighted_values():
             m.compute_with_vjp(dict(a=x, c=np.ones(1)), dict(_y=g))
 
 
+@pytest.mark.collective
 def test_values_on_many_ranks():
     MPI = pytest.importorskip("mpi4py.MPI")
     from vmad_lit.testing import check_rank_invariance
@@ -394,6 +395,7 @@ def test_values_on_many_ranks():
     check_rank_invariance(gradient)
 
 
+@pytest.mark.collective
 def test_fields_next_to_complex_numbers_and_arrays():
     pytest.importorskip("pmesh")
     from vmad_lit.lib import fastpm, linalg
@@ -443,6 +445,7 @@ def test_tuples_come_back_from_disk_as_they_were():
     assert [type(x) for x in back] == [Pair, tuple, list] and same(back, [[1.0, np.ones(2)], [2.0], [3.0]])
 
 
+@pytest.mark.collective
 def test_what_is_asked_of_fields():
     MPI = pytest.importorskip("mpi4py.MPI")
     pytest.importorskip("pmesh")

@@ -8,13 +8,16 @@ differences.
 
 import inspect
 from collections import namedtuple
+from contextlib import contextmanager
 
 import numpy
 
 from .core.error import BadArgument, BrokenPrimitive, needed_for
-from .core.model import Builder
+from .core.execution import collect
+from .core.model import Builder, Model
 from .core.graph import Graph
 from .core.operator import InstanceOperator, Operator, ZeroGradient, operator
+from .core.ownership import with_steps
 from .core.symbol import List
 from .core.valuetypes import value_type
 
@@ -525,6 +528,191 @@ def offered_second_order_rates(trial, steps=None, rtol=None):
         return None
 
 
+@contextmanager
+def other_steps(change):
+    """A context in which models run with `change(step, plan)` in the place of each step of a node."""
+    before = Model.runner
+
+    def run(plan, *args):
+        def wrap(step):
+            return step if step[1] is None else change(step, plan)
+
+        return before(with_steps(plan, wrap), *args)
+
+    Model.runner = staticmethod(run)
+    try:
+        yield
+    finally:
+        Model.runner = staticmethod(before)
+
+
+def disown(step, plan):
+    """The same step, with a node that owns nothing."""
+    function, node, *others = step
+    return (function, node.stand_in(node.used), *others) if node.donated else step
+
+
+class Onlooker:
+    """Watches whether the results of nodes are whose they are said to be.
+
+    Parameters
+    ----------
+    name : str
+        Of the subject, for messages.
+    earlier : list of (operator, array)
+        Fresh results of an earlier run, which nobody but us has now; those of this one go into `made`.
+    """
+
+    def __init__(self, name, earlier=()):
+        self.name, self.earlier, self.made = name, earlier, []
+
+    def watch(self, step, plan):
+        operator, kind = step[1].operator, step[1].primitive.kind
+        promises = operator.fresh and kind in ("apl", "vjp") or hands_on(step[1])
+        return (look, step[1], step, self, plan) if promises else step
+
+    # Compare a result with other arrays
+    def compare(self, node, what, array, others):
+        """Assert that a result is what its operator declares."""
+        operator = node.operator
+        earlier = [("what another run got", x) for other, x in self.earlier if other is operator]
+        for whose, other in others if hands_on(node) else [*others, *earlier]:
+            if numpy.shares_memory(array, other):
+                word = "an alias of a cotangent" if hands_on(node) else "fresh"
+                raise AssertionError(
+                    f"{self.name}: {what} of {node.primitive.name} is declared to be {word}, "
+                    f"and shares memory with {whose}"
+                )
+        if not hands_on(node):
+            self.made.append((operator, array))
+
+
+def hands_on(node):
+    """Whether a node may return its cotangent as the only one that is wanted."""
+    return node.operator.alias and node.primitive.kind == "vjp" and len(node.used) == 1
+
+
+def look(slots, step):
+    """The step that runs another one, and looks whose the results are."""
+    _, node, inner, onlooker, plan = step
+    others = [] if hands_on(node) else arrays_given(node, plan, slots)
+    others += arrays_recorded(node, plan.base, slots)
+    inner[0](slots, inner)
+    if node.primitive.kind == "apl":
+        others += arrays_recorded(node, plan, slots)
+    for name, symbol in node.varout.items():
+        for array in arrays_in(slots[plan._slots[symbol]]) if symbol in plan._slots else ():
+            onlooker.compare(node, f"the result '{name}'", array, others)
+            others.append((f"the result '{name}'", array))
+
+
+def arrays_in(x):
+    """The arrays in a value: itself, that of a field, or those of the items of a list."""
+    items = (getattr(item, "value", item) for item in items_of(x))
+    return [item for item in items if isinstance(item, numpy.ndarray)]
+
+
+def arrays_given(node, plan, slots):
+    """The arrays that go into a node and are not its own, with what they are."""
+    return [
+        (f"the argument '{name}'", array)
+        for name, symbol in node.varin.items()
+        if not node.owns(name)
+        for array in arrays_in(plan._value(symbol, slots))
+    ]
+
+
+def arrays_recorded(node, plan, slots):
+    """The arrays on a tape that belong to a node, or to the original of a derived one, with what they are."""
+    record = plan.records.get(node, plan.records.get(node.forward, {})) if plan else {}
+    if type(record) is int:
+        values = slots[record] or {}
+    else:
+        extras = node.operator.extras if node.primitive.kind == "apl" else record
+        values = {name: collect(slots, record[name]) for name in extras if name in record}
+    return [
+        (f"'{name}' of the record", array)
+        for name, value in values.items()
+        if not node.owns(name)
+        for array in arrays_in(value)
+    ]
+
+
+def prove_ownership(trial):
+    """Assert that operators keep what they declare about arrays, see `check_ownership`."""
+    operators = [node.operator for node in trial.model]
+    if not any(operator.fresh or operator.alias or operator.inplace for operator in operators):
+        return
+    with other_steps(disown):
+        truth = run_and_sweep(trial)
+    earlier = []
+    for give in False, True:
+        onlooker = Onlooker(trial.name, earlier)
+        with other_steps(onlooker.watch):
+            found = run_and_sweep(trial, give)
+        for what, got, expected in zip(("result", "result", "cotangent"), found, truth):
+            assert_unchanged(trial, what, got, expected)
+        earlier = onlooker.made
+
+
+def run_and_sweep(trial, give=False):
+    """The results of a run, those of one with a tape, and the cotangents of the inputs by a sweep that is the last.
+
+    All that goes in is given away, or else asserted to be left alone.
+    """
+    names, w = list(trial.model._outputs), trial.cotangents()
+    init, given = copies(trial.init), copies(trial.init)
+    out, _ = trial.model._run(names, init, donated=tuple(init) if give else ())
+    recorded, tape = trial.model._run(names, given, record=True, donated=tuple(given) if give else ())
+    before = copies(recorded)
+    tape.consume()
+    # Sweep over a tape that is consumed
+    cotangents = copies({name: w.get(name, ZeroGradient) for name in names}, "_")
+    pulled, _ = tape.get_vjp()._run(
+        ["_" + name for name in trial.varied], cotangents, donated=tuple(cotangents) if give else ()
+    )
+    if not give:
+        assert_same(trial, "one of its cotangents", {name: cotangents["_" + name] for name in w}, w)
+    assert_same(trial, "one of its results in the sweep", recorded, before)
+    if not give:
+        assert_same(trial, "one of its inputs", init, trial.init)
+        assert_same(trial, "one of its inputs", given, trial.init)
+    return tuple({name: y[name] for name in trial.results} for y in (out, recorded)) + (pulled,)
+
+
+def copies(values, prefix=""):
+    return {prefix + name: value_type(x).copy(x) for name, x in values.items()}
+
+
+def assert_same(trial, what, now, before):
+    if not same(list(now.values()), list(before.values())):
+        raise AssertionError(f"{trial.name} changed {what} in place")
+
+
+def assert_unchanged(trial, what, got, expected):
+    """Assert that values are what they are when nothing is overwritten."""
+    scale = trial.norm({name.removeprefix("_"): x for name, x in expected.items()})
+    for name, x in expected.items():
+        rest = trial.norm({name.removeprefix("_"): step(got[name], -1.0, x)})
+        if not rest <= trial.eps**0.8 * scale:
+            raise AssertionError(
+                f"{trial.name}: the {what} '{name}' is another one when arrays are given away: "
+                "an operator overwrites what is still needed"
+            )
+
+
+def check_ownership(subject, *args, comm=None, universal=(), constant=(), seed=20, **kwargs):
+    """Assert that operators keep what they declare about arrays: `fresh`, `alias` and `inplace`.
+
+    A fresh result shares memory with no argument, no record and no other result; a cotangent that is an
+    alias with nothing but the cotangent that came in; and results and cotangents are the same whether
+    arguments are given away or not. What declares nothing passes.
+
+    Parameters are those of `check_dot_product`.
+    """
+    prove_ownership(Trial(subject, args, kwargs, comm, universal, constant, seed))
+
+
 Report = namedtuple("Report", "value, rates, products, second")
 Report.__doc__ = """What `check` saw: the value, the slopes of the Taylor test, the two sides of the
 dot-product test, and the slopes of the Taylor test of the gradient, or None if an operator offers no
@@ -548,8 +736,8 @@ def check(
 
     The value is compared with the truth, the jvp with the value by the Taylor test, the vjp with the
     jvp by the dot-product test, and the hvp, where it is offered, with the vjp by `check_second_order`;
-    derivatives must fit their values in shape, in being real, and in precision; and inputs must not be
-    changed.
+    derivatives must fit their values in shape, in being real, and in precision; inputs must not be
+    changed; and what is declared about arrays must be true, see `check_ownership`.
 
     Parameters are those of `check_dot_product`, and
 
@@ -585,6 +773,7 @@ def check(
     rates = taylor_rates(trial, steps, allow_zero=allow_zero)
     products = dot_products(trial, rtol, allow_zero)
     second = offered_second_order_rates(trial, steps, rtol)
+    prove_ownership(trial)
     # Look whether the inputs are what they were
     now = list(trial.init.values()) if before is None else [*args, *kwargs.values()]
     if not same(now, snapshot if before is None else before):

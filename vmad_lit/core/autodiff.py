@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .error import BrokenPrimitive
 from .execution import Plan, flatten, undisturbed
@@ -11,9 +11,6 @@ from .graph import Graph, Node, Symbols, caller
 from .operator import Operator, Primitive, ZeroGradient, operator
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
 from .valuetypes import PLAIN, VALUE_TYPES
-
-if TYPE_CHECKING:
-    from .model import Model
 
 ZERO = Literal(ZeroGradient)
 
@@ -246,16 +243,10 @@ class items:
 SWEEPS: dict[str, type[Sweep]] = dict(vjp=ReverseSweep, jvp=ForwardSweep)
 
 
-def derive(plan: Plan, graph: Model, kind: str) -> Model:
-    """The model of the derivative `kind`, one of SWEEPS, for all runs of a recording plan of a graph."""
-    model: Model | None = plan.derived.get(kind)
-    if model is None:
-        model = type(graph)()
-        model._base, model._kind = plan, kind
-        with undisturbed():
-            SWEEPS[kind](plan, graph, model).run()
-        plan.derived[kind] = model
-    return model
+def write_sweep(kind: str, plan: Plan, graph: Graph, model: Graph) -> None:
+    """Write the derivative `kind`, one of SWEEPS, of the runs of a recording plan of a graph to an empty model."""
+    with undisturbed():
+        SWEEPS[kind](plan, graph, model).run()
 
 
 def no_second_derivative(operator: Operator, node: Node) -> BrokenPrimitive:

@@ -6,9 +6,9 @@ import ast
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
-from typing import Any
+from typing import Any, overload
 
-from .autodiff import ZERO, derive
+from .autodiff import ZERO
 from .error import BadArgument, ModelError, did_you_mean
 from .execution import Plan
 from .graph import Node
@@ -149,16 +149,22 @@ class AutoOperator(Operator):
         """A variant that keeps no tape, and makes it anew when a derivative is computed."""
         return self._vary(_keeps_tape=False)
 
+    @property
+    def rematerialise(self) -> AutoOperator:
+        """Another name for `forgetful`."""
+        variant: AutoOperator = self.forgetful
+        return variant
+
+    def model_of(self, node: Node) -> Model | None:
+        model: Model | None = find_known_model(node)
+        return model
+
     def fresh_results(self, node: Node, plan: Plan) -> Collection[str]:
         try:
             inside = find_plan(node, plan)
         except Exception:
             return ()  # the run will meet it again, and tell where
         return inside[0].fresh_outputs if inside else ()
-
-    def model_of(self, node: Node) -> Model | None:
-        model: Model | None = find_known_model(node)
-        return model
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else InstanceAutoOperator(self, instance)
@@ -183,6 +189,10 @@ class InstanceAutoOperator(InstanceOperator):
     @property
     def forgetful(self) -> InstanceAutoOperator:
         return InstanceAutoOperator(self.base.forgetful, self.instance)
+
+    @property
+    def rematerialise(self) -> InstanceAutoOperator:
+        return self.forgetful
 
 
 def find_symbols(value: object, path: str) -> dict[str, Symbol]:
@@ -271,7 +281,7 @@ def compute(node: Any, **arguments: Any) -> dict[str, Any]:
     if operator.__bound_tape__ is not None:
         return {name: operator.__bound_tape__.out[name] for name in operator.aout}
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, donated=find_donated(node))[0]
+    return model._run(find_wanted(node), inputs, donated=node.donated)[0]
 
 
 def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
@@ -287,11 +297,6 @@ def find_wanted(node: Any) -> list[str]:
     return [name for name in node.operator.aout if node.varin["_" + name] is not ZERO]
 
 
-def find_donated(node: Any) -> tuple[str, ...]:
-    """The inputs that may be overwritten."""
-    return tuple(name for name in node.primitive.ain if node.owns(name))
-
-
 def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if TAPE in arguments:
         return arguments[TAPE]
@@ -299,7 +304,7 @@ def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if operator.__bound_tape__ is not None:
         return operator.__bound_tape__
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, record=True, donated=find_donated(node))[1]
+    return model._run(find_wanted(node), inputs, record=True, donated=node.donated)[1]
 
 
 def differentiate(node: Any, **arguments: Any) -> Any:
@@ -308,7 +313,7 @@ def differentiate(node: Any, **arguments: Any) -> Any:
         tape.consume()
     derived = dict(vjp=tape.get_vjp, jvp=tape.get_jvp, hvp=tape.get_hvp)[node.primitive.kind]()
     given = {name: arguments[name] for name in node.primitive.ain if name in derived._inputs}
-    return derived._run(node.used, derived._conforming(given), donated=find_donated(node))[0]
+    return derived._run(node.used, derived._conforming(given), donated=node.donated)[0]
 
 
 def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
@@ -320,15 +325,24 @@ def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
         model = operator.model_of(node)
         if model is None:
             return None
-        return model._plan(tuple(find_wanted(node)), plan.record, True, find_donated(node)), model
+        return model._plan(tuple(find_wanted(node)), plan.record, True, node.donated), model
     # Find the plan of a derivative
     if node.primitive.kind != "vjp" or plan.base is None:
         return None
-    inside = find_plan(plan.base.acting.get(node.forward, node.forward), plan.base)
+    inside = find_plan(plan.base.stand_ins.get(node.forward, node.forward), plan.base)
     if inside is None:
         return None
-    vjp = derive(*inside, "vjp")
-    return vjp._plan(tuple(node.used), False, True, find_donated(node)), vjp
+    of_original, model = inside
+    vjp = model.derive(of_original, "vjp")
+    return vjp._plan(tuple(node.used), False, True, node.donated), vjp
+
+
+@overload
+def autooperator(*spec: str) -> Callable[[Callable[..., Any]], AutoOperator]: ...
+
+
+@overload
+def autooperator(spec: Callable[..., Any], /) -> AutoOperator: ...
 
 
 def autooperator(*spec: Any) -> Any:

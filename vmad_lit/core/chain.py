@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
-from .autodiff import add_cotangents, derive
-from .autooperator import AutoOperator, InstanceAutoOperator, find_known_model, find_model, find_donated
+from .autodiff import add_cotangents
+from .autooperator import AutoOperator, InstanceAutoOperator, find_known_model, find_model
 from .error import BadArgument, BrokenPrimitive
 from .execution import Plan
 from .model import Model
@@ -121,7 +121,7 @@ class Chain(Operator):
     def _build(self, hyperargs: dict[str, Any]) -> Models:
         return Models(self.step, hyperargs)
 
-    __call__ = AutoOperator.__call__
+    __call__: Any = AutoOperator.__call__
 
     def _open(self, names: tuple[str, ...]) -> Chain:
         if names not in self._opened:
@@ -140,7 +140,7 @@ class Chain(Operator):
             if models is None:
                 return ()
             tapes = [models[0]._plan(tuple(self.aout), True, True, (), results) for results in (True, False)]
-            vjps = [derive(tape, models[0], "vjp")._plan(vout, False, True) for tape in tapes]
+            vjps = [models[0].derive(tape, "vjp")._plan(vout, False, True) for tape in tapes]
         except Exception:
             return ()  # the run will meet it again, and tell where
         return [name for name in cotangents if all(name in vjp.fresh_outputs for vjp in vjps)]
@@ -212,7 +212,7 @@ def prepare(node: Any, arguments: dict[str, Any]) -> tuple[StepRuns, tuple[Any, 
 
 def run_chain(node: Any, **arguments: Any) -> dict[str, Any]:
     steps, state = prepare(node, arguments)
-    private = find_donated(node)
+    private = node.donated
     for i in range(steps.chain.n):
         state, private = steps.run(i, state, private)
     return dict(zip(steps.chain.aout, state))
@@ -308,7 +308,7 @@ def run_chain_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
     steps, start = prepare(node, arguments)
     chain = steps.chain
     disk = Disk(chain.folder, chain.comm or find_comm(arguments.values()))
-    runner = go_forward(steps, start, disk, find_donated(node))
+    runner = go_forward(steps, start, disk, node.donated)
     return {**dict(zip(chain.aout, runner.state)), HISTORY: History(runner, start)}
 
 
@@ -401,7 +401,7 @@ class Cotangents:
 
 def pull_back_chain(node: Any, **arguments: Any) -> dict[str, Any]:
     chain, of_state = node.operator, [arguments["_" + name] for name in node.operator.aout]
-    cotangents = Cotangents(chain, of_state, wanted_parameters(node), find_donated(node))
+    cotangents = Cotangents(chain, of_state, wanted_parameters(node), node.donated)
     arguments[HISTORY].go_back(cotangents)
     return cotangents.result()
 

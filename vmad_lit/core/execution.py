@@ -7,26 +7,23 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any
+from typing import Any, ClassVar
 
 from .error import BrokenPrimitive, ExecutionError, ResolveError, did_you_mean
 from .graph import Graph, Node, Symbols
 from .operator import ZeroGradient
-from .symbol import AttrSymbol, BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
+from .symbol import AttrSymbol, BaseSymbol, Ignored, List, Literal, Value, leaves
 
 Slots = list[Value]  # all values of a run
 Step = tuple[Any, ...]  # a function, the node that it is for (or None), and what else the function needs
 Target = Any  # the number of a slot, or a (nested) list of such numbers
+LastUse = dict[Any, Node | None]  # from symbols to the nodes that use them last; None if a value stays
 
 
-def find_needed(graph: Graph, vout: Iterable[str]) -> tuple[list[Node], dict[Any, Node | None]]:
+def find_needed(graph: Graph, vout: Iterable[str], results: bool = True) -> tuple[list[Node], LastUse]:
     """The nodes that have to run to compute the outputs named in `vout`, in order, and when values
-    are used last.
-
-    The latter is a dict from each symbol that is used to the node that uses it last; for an output
-    that is None.
-    """
-    last_use: dict[Any, Node | None] = {leaf: None for name in vout for leaf in leaves(graph._outputs[name])}
+    are used last: outputs never, unless it is only the nodes that matter and not the `results`."""
+    last_use: LastUse = {leaf: None for name in vout for leaf in leaves(graph._outputs[name])}
     used = last_use.keys()
     needed = []
     for node in reversed(graph):
@@ -34,11 +31,15 @@ def find_needed(graph: Graph, vout: Iterable[str]) -> tuple[list[Node], dict[Any
         if not varout or not used.isdisjoint(varout.values()) or not used.isdisjoint(flatten(varout)):
             needed.append(node)
             note_use(last_use, node)
+    if not results:
+        last_use = {}
+        for node in needed:
+            note_use(last_use, node)
     needed.reverse()
     return needed, last_use
 
 
-def note_use(last_use: dict[Any, Node | None], node: Node) -> None:
+def note_use(last_use: LastUse, node: Node) -> None:
     """Note that a node uses its arguments, unless it is known that a later one does."""
     for symbol in node.varin.values():
         for leaf in leaves(symbol) if isinstance(symbol, List) else (symbol,):
@@ -69,441 +70,239 @@ def find_active(graph: Graph, nodes: Iterable[Node]) -> tuple[set[BaseSymbol], l
     return active, active_nodes
 
 
-class Plan:
-    """How to compute some outputs of a graph.
+def find_recorded(active_nodes: Iterable[Node], last_use: LastUse) -> dict[Node, Symbols]:
+    """For each node that computes active symbols, those that its derivatives read, by name; notes in
+    `last_use` that they stay."""
+    recorded: dict[Node, Symbols] = {}
+    for node in active_nodes:
+        operator = node.primitive.operator
+        if node.primitive.kind == "apl":
+            symbols = recorded[node] = {}
+            if operator.rcd is None and operator.recorded:
+                of_node = {**node.varout, **node.varin}
+                symbols.update((name, of_node[name]) for name in operator.recorded if name in of_node)
+                last_use.update(dict.fromkeys(flatten(symbols)))
+    return recorded
+
+
+class Layout:
+    """Where the values of a run are kept, and the steps that compute them.
 
     Parameters
     ----------
     graph : Graph
-    vout : sequence of str
-        The names of the outputs.
-    record : bool
-        Whether the slots keep what the derivatives need.
-    reuse : bool
-        Whether slots may be used again; not if somebody wants to look at values by name.
-    base : Plan, optional
-        For a derived graph the recording plan of the original, whose slots precede ours.
-    donated : collection of str
-        The inputs whose values may be overwritten.
-    results : bool
-        Whether the outputs are wanted, or only the tape of a run that computes them.
+    last_use : dict
+        Which node uses a symbol last; None if its value stays.
+    recorded : dict
+        For each node that records, the symbols that its derivatives read, by name.
+    record, reuse, base
+        As for `Plan`.
 
     Attributes
     ----------
-    nodes : list of Node
-        Those that run.
-    steps : list of tuple
-        What is done, see `call`.
-    active : set of Symbol
-        If recording: the values that have derivatives.
-    records : dict
-        If recording: for each node where to find what it recorded. Either the slot of the dict that
-        its `rcd` returned, or a dict from names to slots.
-    unrecorded : list of int
-        The slots of outputs that no node recorded.
-    fresh_outputs : tuple of str
-        The outputs that are new arrays, which nobody else holds.
-    derived : dict
-        The models derived from this plan, so that they are made only once.
-    acting : dict
-        From nodes to those that stand for them.
+    slots : dict
+        From symbols to the numbers of their slots. Several symbols have a slot in turn.
+    steps, template, records, stand_ins, last_reads
+        See `Plan`.
+    make_step : callable
+        Makes the step of a node that has no lists, from what `general_step` takes.
     """
+
+    make_step: ClassVar[Callable[..., Step]]
 
     def __init__(
         self,
         graph: Graph,
-        vout: Iterable[str],
+        last_use: LastUse,
+        recorded: Mapping[Node, Symbols],
         record: bool = False,
         reuse: bool = True,
         base: Plan | None = None,
-        donated: Collection[str] = (),
-        results: bool = True,
     ) -> None:
-        self.vout = tuple(vout)
-        self.record = record
-        self.base = base
-        self.records: dict[Node, Any] = {}
-        self.derived: dict[str, Any] = {}
-        self.acting: dict[Node, Node] = {}
+        self.graph, self.last_use, self.recorded = graph, last_use, recorded
+        self.record, self.reuse, self.base = record, reuse, base
+        self.slots: dict[Any, int] = {}
         self.steps: list[Step] = []
-        self.size: int
-        self._last_reads: dict[int, int] = {}
-        self._consuming: list[Step] | None = None
-        with undisturbed():
-            self.nodes, self._last_use = find_needed(graph, self.vout)
-            if not results:
-                self._last_use = {}
-                for node in reversed(self.nodes):
-                    note_use(self._last_use, node)
-            # Find out what is recorded
-            self.active: set[BaseSymbol] = set()
-            recording: list[Node] = []
-            if record:
-                self.active, recording = find_active(graph, self.nodes)
-            self._recorded: dict[Node, Symbols] = {}
-            for node in recording:
-                symbols: Symbols = {}
-                self._recorded[node] = symbols
-                operator = node.primitive.operator
-                if operator.rcd is None and operator.recorded:
-                    of_node = {**node.varout, **node.varin}
-                    symbols.update((name, of_node[name]) for name in operator.recorded if name in of_node)
-                    self._last_use.update(dict.fromkeys(flatten(symbols)))
-            # Prepare the slots
-            self.offset = base.size if base else 0
-            self.template: Slots = []
-            self._slots: dict[Any, int] = {}
-            self._constants: dict[BaseSymbol, int] = {}
-            self._free: list[int] | None = [] if reuse else None
-            self._may_change_values = reuse and not record
-            self._private: set[Any] = set()
-            if reuse:
-                self._private.update(graph._inputs[name] for name in donated if name in graph._inputs)
-            self._totals: dict[BaseSymbol, int] = {}
-            # Plan all nodes
-            self.inputs = {
-                name: self._give_slot(symbol)
-                for name, symbol in graph._inputs.items()
-                if symbol in self._last_use
-            }
-            for node in self.nodes:
-                self._plan_node(node)
-            wanted = [graph._outputs[name] for name in self.vout] if results else []
-            self.outputs = [self._target(symbol) for symbol in wanted]
-            recorded = {slot for record in self.records.values() for slot in numbers_in(record)}
-            self.unrecorded = [slot for slot in numbers_in(self.outputs) if slot not in recorded]
-            self.fresh_outputs = tuple(
-                name
-                for name, symbol in zip(self.vout, wanted)
-                if symbol in self._private
-                and wanted.count(symbol) == 1
-                and self._slots[symbol] not in recorded
-            )
-            self.size = self.offset + len(self.template)
-            del self._last_use, self._recorded, self._free, self._totals, self._private
+        self.records: dict[Node, Any] = {}
+        self.stand_ins: dict[Node, Node] = {}
+        self.last_reads: dict[int, int] = {}
+        self._saw_list = False
+        # Prepare the slots
+        self.offset = base.size if base else 0
+        self.template: Slots = []
+        self._constants: dict[BaseSymbol, int] = {}
+        self._free: list[int] = []
 
-    def _new_slot(self, value: Value = None) -> int:
+    def new_slot(self, value: Value = None) -> int:
         self.template.append(value)
         return self.offset + len(self.template) - 1
 
-    def _give_slot(self, symbol: BaseSymbol) -> int:
-        slot = self._slots[symbol] = self._free.pop() if self._free else self._new_slot()
+    def place(self, symbol: BaseSymbol) -> int:
+        """Give a slot to a symbol."""
+        slot = self.slots[symbol] = self._free.pop() if self._free else self.new_slot()
         return slot
 
-    def _target(self, symbol: BaseSymbol) -> Target:
+    def target(self, symbol: BaseSymbol) -> Target:
         """The slot of a symbol; for a List, the list of the slots of its items."""
-        slot: Target = self._slots.get(symbol)
+        slot: Target = self.slots.get(symbol)
         if slot is None:
             # Find a slot for a symbol that is no result
             if type(symbol) is Literal:
                 slot = self._constants.get(symbol)
                 if slot is None:
-                    slot = self._constants[symbol] = self._new_slot(symbol._value)
+                    slot = self._constants[symbol] = self.new_slot(symbol._value)
             elif isinstance(symbol, List):
-                slot = [self._target(item) for item in symbol]
+                slot = [self.target(item) for item in symbol]
             elif isinstance(symbol, AttrSymbol):
-                slot = self._add_step(get_attribute, self._target(symbol._parent), symbol._attrname)
+                slot = self.add_step(get_attribute, self.target(symbol._parent), symbol._attrname)
             else:
                 raise ResolveError(
                     f"the symbol '{symbol!r}' has no value: it is not an input, and no node before its use computes it"
                 )
         return slot
 
-    def _slot(self, target: Target) -> int:
-        """One slot for the value of an argument, also for a list of slots."""
-        return target if type(target) is int else self._add_step(pack, target)
-
-    def _add_step(self, function: Callable[..., None], *operands: Any) -> int:
-        slot = self._new_slot()
-        self._note_reads(operands)
+    def add_step(self, function: Callable[..., None], *operands: Any) -> int:
+        """Append a small step, whose result goes into a new slot."""
+        slot = self.new_slot()
+        self.note_reads(operands)
         self.steps.append((function, None, slot, *operands))
         return slot
 
-    def _note_reads(self, operands: Iterable[Any]) -> None:
-        """Note that the next step reads what of these are slots on the tape, or lists of slots."""
-        if self.base is None:
-            return
-        for operand in operands:
-            if type(operand) in (int, list):
-                self._last_reads.update(
-                    (slot, len(self.steps)) for slot in numbers_in(operand) if slot < self.offset
-                )
+    def packed(self, target: Target) -> int:
+        """One slot for the value of an argument, also for a list of slots."""
+        return target if type(target) is int else self.add_step(pack, target)
 
-    def _record_of(self, node: Node) -> Any:
-        """What the original of a derived node recorded: the slot of a dict, or a dict of slots by name."""
-        return self.base.records.get(node.forward, {}) if self.base and node.forward else {}
-
-    def _find_on_tape(self, node: Node, name: str) -> int:
+    def find_on_tape(self, node: Node, name: str) -> int:
         """A slot for an argument of a derived node that comes from the record of the original node."""
-        record = self._record_of(node)
+        record = record_of(node, self.base)
         if type(record) is int:
-            return self._add_step(get_recorded, record, name, node.forward)
+            return self.add_step(get_recorded, record, name, node.forward)
         if name in record:
-            return self._slot(record[name])
-        return self._new_slot(node.primitive.defaults[name])
+            return self.packed(record[name])
+        return self.new_slot(node.primitive.defaults[name])
 
-    def _plan_node(self, node: Node) -> None:
-        primitive, slots, last_use = node.primitive, self._slots, self._last_use
+    def note_reads(self, operands: Iterable[Any]) -> None:
+        """Note that the next step reads what of these are slots on the tape, or lists of slots."""
+        if self.base is not None:
+            for operand in operands:
+                if type(operand) in (int, list):
+                    self.last_reads.update(
+                        (slot, len(self.steps)) for slot in numbers_in(operand) if slot < self.offset
+                    )
+
+    def add_node(self, node: Node) -> None:
+        """Append the step of a node, and the small ones before it that it needs."""
+        primitive, slots, last_use, varin = node.primitive, self.slots, self.last_use, node.varin
         # Find the slots of the arguments, and those that die here
+        names, record = primitive.argnames, None
+        if primitive.from_record and type(kept_record := record_of(node, self.base)) is int:
+            names, record = tuple(primitive.ain), (taker(primitive.from_record), kept_record)
         ins: list[int] = []
         dead: list[int] = []
         clear: list[int] = []
-        lists = False
-        varin: dict[str, Any] = node.varin
-        names: Collection[str] = primitive.argnames
-        record = None
-        if primitive.from_record and type(kept_record := self._record_of(node)) is int:
-            names, record = primitive.ain, (taker(primitive.from_record), kept_record)
         for name in names:
             symbol = varin.get(name)
             slot = slots.get(symbol)
             if slot is None:
-                # Find the slot of an argument that is not a result
-                if symbol in self._constants:
-                    slot = self._constants[symbol]
-                elif type(symbol) is Literal:
-                    slot = self._constants[symbol] = self._new_slot(symbol._value)
-                elif symbol is None:
-                    slot = self._find_on_tape(node, name)
-                elif not isinstance(symbol, List):
-                    slot = self._target(symbol)
-                else:
-                    lists = True
-                    slot = self._slot(self._target(symbol))
-                    leaf_slots = {
-                        slots[leaf] for leaf in leaves(symbol) if leaf in slots and last_use[leaf] is node
-                    }
-                    dead += sorted(leaf_slots.difference(dead))
-                    if name not in self._recorded.get(node, ()):
-                        clear.append(slot)
+                slot = self.find_argument(node, name, dead, clear)
             elif last_use[symbol] is node and slot not in dead:
                 dead.append(slot)
             ins.append(slot)
-        # Give slots to the results
-        free = self._free if self._free is not None else []
-        others = len(free)
-        free += dead
-        outs = []
-        for name, symbol in node.varout.items():
-            if symbol in last_use:
-                outs.append((name, self._give_slot(symbol)))
-            elif isinstance(symbol, List):
-                lists = True
-                outs.append((name, self._give_slots(symbol)))
-        clear += free[others:]
-        # Tell the operator what nobody uses
-        used = [name for name, _ in outs]
-        owned = self._find_donated(node, dead, primitive.operator.inplace)
-        unused = any(name not in used and symbol is not Ignored for name, symbol in node.varout.items())
-        acting = node.acting(used, owned) if owned or unused else node
-        if self._free is not None:
-            own = primitive.operator.fresh_results(acting, self)
-            if primitive.operator.alias and primitive.kind == "vjp" and len(outs) == 1:
-                own = used if self._find_donated(node, dead, primitive.ain) else []
-            if self._private:
-                self._private.difference_update(flatten(varin))
-            self._private.update(node.varout[name] for name in own)
-        if acting is not node:
-            self.acting[node] = acting
-        # Arrange for the record
-        recorded = self._recorded.get(node)
-        extras: list[tuple[str, int]] = []
-        kept = None
-        if recorded is not None:
-            operator = primitive.operator
-            if operator.rcd is not None:
-                kept = self.records[node] = self._new_slot()
-            elif operator.recorded:
-                extras = [(name, self._new_slot()) for name in operator.extras]
-                places = dict(zip(names, ins))
-                self.records[node] = {
-                    name: places[name] if name in places else self._target(symbol)
-                    for name, symbol in recorded.items()
-                }
-                self.records[node].update(extras)
-        # Choose the step
-        function = primitive.recording_call if self.record else primitive.call
-        single = len(outs) == len(node.varout) == 1 and not lists and not extras
+        outs = self.place_results(node, dead, clear)
+        extras, kept = self.arrange_record(node, names, ins) if node in self.recorded else ((), None)
         linear = None
         if primitive.kind != "apl" and not primitive.operator.collective:
-            # Find the cotangents or tangents
-            linear = [
-                slot
-                for name, slot in zip(names, ins)
-                if name in primitive.ain
-                and not (type(varin[name]) is Literal and varin[name]._value is ZeroGradient)
-            ]
-            if primitive.kind == "hvp":
-                of_names = dict(zip(names, ins))
-                factors = ([of_names[name] for name in factor] for factor in primitive.factors)
-                linear = [self._add_step(product, *factors)]
-        if single and kept is None and linear is None and record is None and len(clear) < 2:
-            ((name, out),) = outs
-            spent = (clear or [out])[0]
-            if primitive.operator.grow and self._may_change_values:
-                step = self._plan_total(node, ins[0], ins[1], out, spent)
-            elif len(ins) == 2:
-                step = call_two, acting, function, *ins, name, out, spent
-            else:
-                step = call, acting, function, gatherer(ins), name, out, spent
-        elif single and kept is not None and linear is None:
-            step = call_and_record, acting, function, gatherer(ins), *outs[0], kept, clear
-        elif linear is not None and not clear and not lists and len(linear) == 1:
-            # Choose the step of a derivative
-            if single and ins[0] == linear[0] and (record is None or len(ins) == 1):
-                step = differentiate_one, acting, function, ins[0], gatherer(ins[1:]), record, *outs[0]
-            else:
-                step = differentiate, acting, function, gatherer(ins), record, linear[0], outs
-        elif linear is not None and single and len(clear) < 2 and len(linear) == 2:
-            ((name, out),) = outs
-            step = (
-                differentiate_two,
-                acting,
-                function,
-                gatherer(ins),
-                record,
-                *linear,
-                name,
-                out,
-                (clear or [out])[0],
-            )
-        else:
-            step = execute, acting, function, gatherer(ins), record, linear, outs, extras, kept, clear
-        self._note_reads(ins if record is None else [*ins, record[1]])
-        self.steps.append(step)
+            linear = self.find_linear(node, names, ins)
+        if self.base is not None:
+            self.note_reads(ins if record is None else [*ins, record[1]])
+        function = primitive.recording_call if self.record else primitive.call
+        if len(outs) < len(node.varout):
+            node = self.tell_unused(node, outs)
+        make, self._saw_list = general_step if self._saw_list else self.make_step, False
+        self.steps.append(make(node, function, ins, record, linear, outs, extras, kept, clear))
 
-    def _give_slots(self, symbol: BaseSymbol) -> Target:
+    def find_argument(self, node: Node, name: str, dead: list[int], clear: list[int]) -> int:
+        """The slot of an argument that is not a result; adds to the slots that die at the node, or are to be cleared."""
+        symbol: Any = node.varin.get(name)
+        if symbol is None:
+            return self.find_on_tape(node, name)
+        slot: int = self.packed(self.target(symbol))
+        if not isinstance(symbol, List):
+            return slot
+        dying = [leaf for leaf in leaves(symbol) if self.last_use.get(leaf) is node and leaf in self.slots]
+        dead += sorted({self.slots[leaf] for leaf in dying}.difference(dead))
+        if name not in self.recorded.get(node, ()):
+            clear.append(slot)
+        self._saw_list = True
+        return slot
+
+    def place_results(self, node: Node, dead: list[int], clear: list[int]) -> list[tuple[str, Target]]:
+        """Slots for the results that are used, by name; what dies and gets no result is to be cleared."""
+        others = len(self._free)
+        self._free += dead if self.reuse else ()
+        outs = []
+        for name, symbol in node.varout.items():
+            if symbol in self.last_use:
+                outs.append((name, self.place(symbol)))
+            elif isinstance(symbol, List):
+                outs.append((name, self.place_items(symbol)))
+                self._saw_list = True
+        clear += self._free[others:] if self.reuse else dead
+        return outs
+
+    def place_items(self, symbol: BaseSymbol) -> Target:
         """Slots for a result that is used, or for the items of a List; None if it is not used."""
         if isinstance(symbol, List):
-            return [self._give_slots(item) for item in symbol]
-        return self._give_slot(symbol) if symbol in self._last_use else None
+            return [self.place_items(item) for item in symbol]
+        return self.place(symbol) if symbol in self.last_use else None
 
-    def _find_donated(self, node: Node, dead: list[int], names: Iterable[str]) -> list[str]:
-        """Those of some arguments that nobody has seen before this node, and nobody needs after it."""
-        if not self._private:
-            return []
-        symbols: list[Any] = [*node.varin.values()]
+    def arrange_record(
+        self, node: Node, names: Sequence[str], ins: Sequence[int]
+    ) -> tuple[Sequence[tuple[str, int]], int | None]:
+        """Note where a node keeps its record; returns the slots of extras, by name, and that of a dict."""
+        operator = node.primitive.operator
+        if operator.rcd is not None:
+            kept = self.records[node] = self.new_slot()
+            return (), kept
+        extras = [(name, self.new_slot()) for name in operator.extras]
+        if operator.recorded:
+            places = dict(zip(names, ins))
+            self.records[node] = {
+                name: places[name] if name in places else self.target(symbol)
+                for name, symbol in self.recorded[node].items()
+            }
+            self.records[node].update(extras)
+        return extras, None
+
+    def find_linear(self, node: Node, names: Sequence[str], ins: Sequence[int]) -> list[int]:
+        """The slots of the tangents or cotangents of a derivative, which is zero if all of these are."""
+        primitive, varin = node.primitive, node.varin
+        if primitive.kind == "hvp":
+            of_names = dict(zip(names, ins))
+            factors = ([of_names[name] for name in factor] for factor in primitive.factors)
+            return [self.add_step(product, *factors)]
         return [
-            name
-            for name in names
-            if (symbol := node.varin.get(name)) in self._private
-            and self._slots[symbol] in dead
-            and symbols.count(symbol) == 1
+            slot
+            for name, slot in zip(names, ins)
+            if name in primitive.ain
+            and not (type(symbol := varin[name]) is Literal and symbol._value is ZeroGradient)
         ]
 
-    def _plan_total(self, node: Node, a: int, b: int, out: int, dead: int) -> Step:
-        """The step of a sum of two, which may be one of a row of sums."""
-        first, total = node.varin["a"], node.varout["y"]
-        own = self._totals.pop(first, None)
-        user = self._last_use[total]
-        continued = user is not None and user.primitive is node.primitive and user.varin["a"] is total
-        if continued:
-            own = self._totals[total] = self._new_slot() if own is None else own
-        if own is None:
-            return call_two, node, node.primitive.call, a, b, "y", out, dead
-        return grow_total, node, node.primitive.operator.grow, a, b, out, dead, own, continued
-
-    def run(
-        self,
-        init: Mapping[str, Value],
-        tape: Slots | None = None,
-        monitor: Callable[..., object] | None = None,
-    ) -> tuple[list[Value], Slots]:
-        """Run the plan.
-
-        Parameters
-        ----------
-        init : dict
-            Values of the inputs.
-        tape : list, optional
-            For a derived graph: the slots that a run of `base` left behind.
-        monitor : callable, optional
-            `monitor(node, inputs, outputs, context)` is called after each node with the symbols of
-            the node by name, and a mapping from the names of symbols to values.
-
-        Returns
-        -------
-        values : list
-            The outputs, in the order of `vout`.
-        slots : list
-            All slots, as the run leaves them.
-        """
-        slots: Slots
-        if type(tape) is ConsumedTape and monitor is None:
-            slots, todo = tape, self._find_consuming()
-            slots += self.template
-        else:
-            slots, todo = self.template.copy() if tape is None else tape + self.template, self.steps
-        for name, slot in self.inputs.items():
-            if name not in init:
-                raise ResolveError(
-                    f"the input '{name}' is needed and was not given" + did_you_mean(name, list(init))
-                )
-            slots[slot] = init[name]
-        steps: Any = iter(todo)
-        try:
-            # Go through the steps
-            if monitor is None:
-                for step in steps:
-                    step[0](slots, step)
-            else:
-                context = Context(self, slots)
-                for step in steps:
-                    function, node, *_ = step
-                    function(slots, step)
-                    if node is not None:
-                        monitor(node, node.varin, node.varout, context)
-        except Exception as error:
-            # Tell in which node it happened
-            node = todo[len(todo) - steps.__length_hint__() - 1][1]
-            if node is not None:
-                filename, line = node.place
-                arguments = ", ".join(
-                    f"{name}: {describe(collect(slots, self._target(symbol)))}"
-                    for name, symbol in node.varin.items()
-                    if not any(isinstance(leaf, AttrSymbol) for leaf in leaves(symbol))
-                )
-                error.add_note(f"in {node.name}({arguments}), built at {filename}:{line}")
-            raise
-        return [collect(slots, target) for target in self.outputs], slots
-
-    def _find_consuming(self) -> list[Step]:
-        """The steps, and between them those that drop what is not needed on the tape any more."""
-        if self._consuming is None:
-            block = 1 + len(self.steps) // 100
-            dropped: dict[int, list[int]] = {}
-            outputs = set(numbers_in(self.outputs))
-            for slot in range(self.offset):
-                if slot not in outputs:
-                    last = self._last_reads.get(slot, -1)
-                    dropped.setdefault(last // block, []).append(slot)
-            tapes: dict[int, list[int]] = {}
-            for node, record in self.base.records.items() if self.base else ():
-                for name in node.primitive.operator.extras if type(record) is dict else ():
-                    if record[name] in self._last_reads:
-                        tapes.setdefault(self._last_reads[record[name]], []).append(record[name])
-            self._consuming = [(drop, None, dropped[-1])] if -1 in dropped else []
-            for i, step in enumerate(self.steps):
-                if i in tapes:
-                    self._consuming.append((hand_over, None, tapes[i]))
-                self._consuming.append(self._with_its_record(i, step))
-                if i % block == block - 1 and i // block in dropped:
-                    self._consuming.append((drop, None, dropped[i // block]))
-        return self._consuming
-
-    def _with_its_record(self, i: int, step: Step) -> Step:
-        """A step, which may overwrite what only it and the tape have, if it is the last to read that."""
-        function, node, *others = step
-        if node is None or not node.operator.inplace:
-            return step
-        record = self._record_of(node)
-        if type(record) is not int or self._last_reads.get(record) != i:
-            return step
-        recorded = set(node.operator.inplace).difference(node.primitive.ain)
-        return (function, node.acting(node.used, recorded.union(node._owned)), *others)
+    def tell_unused(self, node: Node, outs: Iterable[tuple[str, Target]]) -> Node:
+        """The node to be called if only some of the results of a node are used."""
+        used = [name for name, _ in outs]
+        if all(name in used or symbol is Ignored for name, symbol in node.varout.items()):
+            return node
+        stand_in = self.stand_ins[node] = node.stand_in(used)
+        return stand_in
 
 
 # Small steps
+def record_of(node: Node, base: Plan | None) -> Any:
+    """What the original of a derived node recorded in the plan `base`: the slot of a dict, or a dict of slots."""
+    return base.records.get(node.forward, {}) if base and node.forward else {}
+
+
 def get_attribute(s: Slots, step: Step) -> None:
     _, _, slot, parent, name = step
     s[slot] = getattr(s[parent], name)
@@ -547,127 +346,14 @@ def product(s: Slots, step: Step) -> None:
     s[slot] = ZeroGradient if any(all(is_zero(s[i]) for i in factor) for factor in factors) else None
 
 
-# The steps of nodes
-def call(s: Slots, step: Step) -> None:
-    """Call a function that has one result."""
-    _, node, function, gather, name, out, dead = step
-    r = function(node, *gather(s))
-    s[dead] = None
-    s[out] = r if type(r) is not dict else the_only(r, name, node)
+def is_zero(value: Value) -> bool:
+    """Whether a tangent or cotangent is ZeroGradient, or a list of nothing else."""
+    return all(map(is_zero, value)) if type(value) is list else value is ZeroGradient
 
 
-def call_two(s: Slots, step: Step) -> None:
-    """Call a function of two arguments that has one result."""
-    _, node, function, i, j, name, out, dead = step
-    r = function(node, s[i], s[j])
-    s[dead] = None
-    s[out] = r if type(r) is not dict else the_only(r, name, node)
-
-
-def the_only(r: dict[str, Value], name: str, node: Node) -> Value:
-    try:
-        return r[name]
-    except KeyError:
-        raise broken(node, r) from None
-
-
-def gatherer(slots: Sequence[int]) -> Callable[[Slots], Any]:
-    """A function that returns the values in some slots in a row."""
-    if len(slots) > 1:
-        return itemgetter(*slots)
-    return itemgetter(slice(slots[0], slots[0] + 1) if slots else slice(0))
-
-
-def grow_total(s: Slots, step: Step) -> None:
-    """Add to a sum that only the engine knows."""
-    _, _, grow, a, b, out, dead, own, continued = step
-    total, mine = grow(s[a], s[b], s[own])
-    s[own] = mine if continued else None
-    s[dead] = None
-    s[out] = total
-
-
-def call_and_record(s: Slots, step: Step) -> None:
-    """Call a function that has one result, and record what its `rcd` wants to."""
-    _, node, function, gather, name, out, kept, clear = step
-    args = gather(s)
-    r = function(node, *args)
-    operator = node.primitive.operator
-    if type(r) is dict:
-        s[kept] = operator.rcd(node, **{**r, **dict(zip(operator.apl.argnames, args))})
-        r = the_only(r, name, node)
-    elif operator.rcd_in_order:
-        s[kept] = operator.rcd(node, *args, r)
-    else:
-        s[kept] = operator.rcd(node, **{name: r, **dict(zip(operator.apl.argnames, args))})
-    s[out] = r
-    for slot in clear:
-        s[slot] = None
-
-
-@lru_cache(None)
-def taker(names: tuple[str, ...]) -> Callable[[dict[str, Value]], Any]:
-    """A function that takes values by name, in a row, from a dict."""
-    return itemgetter(*names) if len(names) > 1 else lambda record: (record[names[0]],)
-
-
-def take_recorded(s: Slots, record: tuple[Callable[..., Any], int], node: Any) -> Any:
-    """What a derivative takes, in a row, from what the original of its node recorded."""
-    take, kept = record
-    try:
-        return take(s[kept])
-    except KeyError:
-        return [find_extra(node.forward, name, s[kept]) for name in node.primitive.from_record]
-
-
-def differentiate_one(s: Slots, step: Step) -> None:
-    """Call a derivative that has one tangent or cotangent, and one result."""
-    _, node, function, linear, gather, record, name, out = step
-    r = s[linear]
-    if r is not ZeroGradient:
-        r = function(node, r, *(gather(s) if record is None else take_recorded(s, record, node)))
-        if type(r) is dict:
-            r = the_only(r, name, node)
-        if r.__class__ is int and r == 0:
-            r = ZeroGradient
-    s[out] = r
-
-
-def differentiate(s: Slots, step: Step) -> None:
-    """Call a derivative of which only one argument can be something else than zero."""
-    _, node, function, gather, record, linear, outs = step
-    if s[linear] is ZeroGradient:
-        for name, out in outs:
-            s[out] = ZeroGradient
-        return
-    if record is None:
-        r = function(node, *gather(s))
-    else:
-        r = function(node, *gather(s), *take_recorded(s, record, node))
-    if type(r) is not dict:
-        r = as_dict(r, node)
-    for name, out in outs:
-        value = r[name] if name in r else the_only(r, name, node)
-        s[out] = value if value.__class__ is not int or value else ZeroGradient
-
-
-def differentiate_two(s: Slots, step: Step) -> None:
-    """Call a derivative that has two tangents and one result."""
-    _, node, function, gather, record, i, j, name, out, dead = step
-    if s[i] is ZeroGradient and s[j] is ZeroGradient:
-        r = ZeroGradient
-    elif record is None:
-        r = function(node, *gather(s))
-    else:
-        r = function(node, *gather(s), *take_recorded(s, record, node))
-    if type(r) is dict:
-        r = the_only(r, name, node)
-    s[dead] = None
-    s[out] = r if r.__class__ is not int or r else ZeroGradient
-
-
+# The step of a node
 def execute(s: Slots, step: Step) -> None:
-    """Call any function."""
+    """Call the function of a node."""
     _, node, function, gather, record, linear, outs, extras, kept, clear = step
     args = gather(s)
     if linear is not None and all(is_zero(s[slot]) for slot in linear):
@@ -693,6 +379,36 @@ def execute(s: Slots, step: Step) -> None:
         s[slot] = None
 
 
+@lru_cache(None)
+def taker(names: tuple[str, ...]) -> Callable[[dict[str, Value]], Any]:
+    """A function that takes values by name, in a row, from a dict."""
+    return itemgetter(*names) if len(names) > 1 else lambda record: (record[names[0]],)
+
+
+def take_recorded(s: Slots, record: tuple[Callable[..., Any], int], node: Any) -> Any:
+    """What a derivative takes, in a row, from what the original of its node recorded."""
+    take, kept = record
+    try:
+        return take(s[kept])
+    except KeyError:
+        return [find_extra(node.forward, name, s[kept]) for name in node.primitive.from_record]
+
+
+def gatherer(slots: Sequence[int]) -> Callable[[Slots], Any]:
+    """A function that returns the values in some slots in a row."""
+    if len(slots) > 1:
+        return itemgetter(*slots)
+    return itemgetter(slice(slots[0], slots[0] + 1) if slots else slice(0))
+
+
+def general_step(node: Node, function: Callable[..., Any], ins: Sequence[int], *others: Any) -> Step:
+    """The step of a node; `others` are the names in `execute` from `record` on."""
+    return execute, node, function, gatherer(ins), *others
+
+
+Layout.make_step = staticmethod(general_step)
+
+
 def as_dict(r: Any, node: Node) -> dict[str, Value]:
     """What a function returned, as a dict."""
     names = node.primitive.outnames
@@ -707,9 +423,12 @@ def as_dict(r: Any, node: Node) -> dict[str, Value]:
     raise broken(node, r)
 
 
-def is_zero(value: Value) -> bool:
-    """Whether a tangent or cotangent is ZeroGradient, or a list of nothing else."""
-    return all(map(is_zero, value)) if type(value) is list else value is ZeroGradient
+def the_only(r: dict[str, Value], name: str, node: Node) -> Value:
+    """The result of a name in what a function returned."""
+    try:
+        return r[name]
+    except KeyError:
+        raise broken(node, r) from None
 
 
 def broken(node: Node, r: Any) -> ExecutionError:
@@ -732,21 +451,171 @@ def find_extra(node: Node, key: str, r: dict[str, Value]) -> Value:
     )
 
 
-class ConsumedTape(list[Value]):
-    """The slots of a tape that nobody will use again."""
+class Plan:
+    """How to compute some outputs of a graph.
 
+    Parameters
+    ----------
+    graph : Graph
+    vout : sequence of str
+        The names of the outputs.
+    record : bool
+        Whether the slots keep what the derivatives need.
+    reuse : bool
+        Whether slots may be used again; not if somebody wants to look at values by name.
+    base : Plan, optional
+        For a derived graph the recording plan of the original, whose slots precede ours.
+    donated : collection of str
+        The inputs whose values may be overwritten.
+    results : bool
+        Whether the outputs are wanted, or only the tape of a run that computes them.
 
-def drop(s: Slots, step: Step) -> None:
-    for slot in step[2]:
-        s[slot] = None
+    Attributes
+    ----------
+    nodes : list of Node
+        Those that run.
+    steps : list of tuple
+        What is done, see `execute`.
+    template : list
+        The slots before the first step; `size` is the number of the slot behind them.
+    inputs : dict
+        The slots of the inputs that are needed, by name.
+    outputs : list
+        The slots of the outputs, or (nested) lists of slots.
+    active : set of Symbol
+        If recording: the values that have derivatives.
+    records : dict
+        If recording: for each node where to find what it recorded. Either the slot of the dict that
+        its `rcd` returned, or a dict from names to slots.
+    unrecorded : list of int
+        The slots of outputs that no node recorded.
+    stand_ins : dict
+        From nodes to those that are called in their place.
+    last_reads : dict
+        For each slot of the tape that is read, the step that reads it last.
+    fresh_outputs : tuple of str
+        The outputs that are new arrays, which nobody else holds.
+    derived : dict
+        The models derived from this plan, so that they are made only once.
+    consuming : list of tuple, or None
+        The steps for a tape that is used for the last time, once they have been made.
+    """
 
+    fresh_outputs: tuple[str, ...] = ()
+    consuming: list[Step] | None = None
 
-def hand_over(s: Slots, step: Step) -> None:
-    """Tell inner tapes that they are used for the last time."""
-    for slot in step[2]:
-        consume = getattr(s[slot], "consume", None)
-        if consume is not None:
-            consume()
+    def __init__(
+        self,
+        graph: Graph,
+        vout: Iterable[str],
+        record: bool = False,
+        reuse: bool = True,
+        base: Plan | None = None,
+        donated: Collection[str] = (),
+        results: bool = True,
+    ) -> None:
+        self.vout, self.donated = tuple(vout), tuple(donated)
+        self.record, self.base = record, base
+        self.active: set[BaseSymbol] = set()
+        self.derived: dict[str, Any] = {}
+        self.size: int
+        with undisturbed():
+            # Find out what is needed and what is recorded
+            self.nodes, last_use = find_needed(graph, self.vout, results)
+            recorded: dict[Node, Symbols] = {}
+            if record:
+                self.active, active_nodes = find_active(graph, self.nodes)
+                recorded = find_recorded(active_nodes, last_use)
+            # Lay out the values
+            layout = Layout(graph, last_use, recorded, record, reuse, base)
+            self.inputs = {name: layout.place(x) for name, x in graph._inputs.items() if x in last_use}
+            for node in self.nodes:
+                layout.add_node(node)
+            self.outputs = [layout.target(graph._outputs[name]) for name in self.vout] if results else []
+            self.steps, self.template, self.records = layout.steps, layout.template, layout.records
+            self.stand_ins, self.last_reads = layout.stand_ins, layout.last_reads
+            self._slots = layout.slots
+            kept = {slot for record in self.records.values() for slot in numbers_in(record)}
+            self.unrecorded = [slot for slot in numbers_in(self.outputs) if slot not in kept]
+            # Improve the plan
+            for improve in PASSES:
+                improve(self, layout)
+        self.size = layout.offset + len(self.template)
+
+    def run(
+        self,
+        init: Mapping[str, Value],
+        tape: Slots | None = None,
+        monitor: Callable[..., object] | None = None,
+    ) -> tuple[list[Value], Slots]:
+        """Run the plan.
+
+        Parameters
+        ----------
+        init : dict
+            Values of the inputs.
+        tape : list, optional
+            For a derived graph: the slots that a run of `base` left behind.
+        monitor : callable, optional
+            `monitor(node, inputs, outputs, context)` is called after each node with the symbols of
+            the node by name, and a mapping from the names of symbols to values.
+
+        Returns
+        -------
+        values : list
+            The outputs, in the order of `vout`.
+        slots : list
+            All slots, as the run leaves them.
+        """
+        slots = self.template.copy() if tape is None else tape + self.template
+        return self.follow(self.steps, slots, init, monitor)
+
+    def follow(
+        self,
+        todo: Sequence[Step],
+        slots: Slots,
+        init: Mapping[str, Value],
+        monitor: Callable[..., object] | None = None,
+    ) -> tuple[list[Value], Slots]:
+        """Go through steps, with given slots; the rest is as for `run`."""
+        for name, slot in self.inputs.items():
+            if name not in init:
+                raise ResolveError(
+                    f"the input '{name}' is needed and was not given" + did_you_mean(name, list(init))
+                )
+            slots[slot] = init[name]
+        steps: Any = iter(todo)
+        try:
+            # Go through the steps
+            if monitor is None:
+                for step in steps:
+                    step[0](slots, step)
+            else:
+                context = Context(self, slots)
+                for step in steps:
+                    function, node, *_ = step
+                    function(slots, step)
+                    if node is not None:
+                        monitor(node, node.varin, node.varout, context)
+        except Exception as error:
+            # Tell in which node it happened
+            node = todo[len(todo) - steps.__length_hint__() - 1][1]
+            if node is not None:
+                filename, line = node.place
+                arguments = ", ".join(
+                    f"{name}: {describe(self._value(symbol, slots))}"
+                    for name, symbol in node.varin.items()
+                    if not any(isinstance(leaf, AttrSymbol) for leaf in leaves(symbol))
+                )
+                error.add_note(f"in {node.name}({arguments}), built at {filename}:{line}")
+            raise
+        return [collect(slots, target) for target in self.outputs], slots
+
+    def _value(self, symbol: BaseSymbol, slots: Slots) -> Value:
+        """The value of an argument, as long as it is alive."""
+        if isinstance(symbol, List):
+            return [self._value(item, slots) for item in symbol]
+        return symbol._value if isinstance(symbol, Literal) else slots[self._slots[symbol]]
 
 
 def describe(value: Value) -> str:
@@ -757,6 +626,10 @@ def describe(value: Value) -> str:
         return f"{type(value).__name__} of {len(value)}"
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     return type(value).__name__ + (f" {dtype}{list(shape)}" if isinstance(shape, tuple) else "")
+
+
+# Passes
+PASSES: list[Callable[[Plan, Layout], None]] = []  # what later chapters do to a plan that works already
 
 
 # Pause of the garbage collector

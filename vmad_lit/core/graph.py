@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-import html
 import os
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 from .error import BadArgument, DuplicatedOutput, InferError
-from .symbol import BaseSymbol, Ignored, List, Literal, Recorded, Symbol, assymbol, leaves
-
-if TYPE_CHECKING:
-    from .operator import Operator, Primitive
+from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, assymbol, leaves
 
 Symbols = dict[str, BaseSymbol]  # arguments or results, by name
+
+
+class Callee(Protocol):
+    """What a node calls: one of the functions of an operator. The next chapter makes them."""
+
+    operator: Any
+    name: str
+    kind: str
+    ain: dict[str, Any]
+    factors: tuple[dict[str, Any], ...]
+    argnames: tuple[str, ...]
+    outnames: tuple[str, ...]
+    defaults: dict[str, Any]
+    call: Callable[..., Any]
+    recording_call: Callable[..., Any]
+    from_record: tuple[str, ...]
 
 
 class Node:
@@ -34,13 +46,15 @@ class Node:
         In a derived model, the node of the original model that this one is the derivative of.
     cache : object
         Room for the operator to remember something about this node between runs.
+    donated : tuple of str
+        The arguments whose values a run gives away to this node; see `owns`.
     """
 
-    __slots__ = ("primitive", "varin", "varout", "number", "forward", "cache", "_origin", "_owned")
+    __slots__ = ("primitive", "varin", "varout", "number", "forward", "cache", "donated", "_origin")
 
     def __init__(
         self,
-        primitive: Primitive,
+        primitive: Callee,
         varin: Symbols,
         varout: Symbols,
         origin: tuple[CodeType, int] | None,
@@ -52,8 +66,8 @@ class Node:
         self.number = -1
         self.forward = forward
         self.cache: Any = None
+        self.donated: tuple[str, ...] = ()
         self._origin = origin
-        self._owned: Collection[str] = ()
 
     def __getitem__(self, argname: str) -> BaseSymbol:
         """The symbol that was given for an argument."""
@@ -65,31 +79,8 @@ class Node:
         varin = self.varin if self.forward is None else self.forward.varin
         return isinstance(varin[argname], Literal)
 
-    def needs(self, name: str) -> bool:
-        """Whether anybody wants a result; in a jvp its tangent, in a vjp or hvp the cotangent of an
-        argument, or the tangent of that."""
-        form = {"apl": "{}", "jvp": "{}_", "vjp": "_{}", "hvp": "_{}_"}[self.primitive.kind]
-        return self.varout[form.format(name)] is not Ignored
-
     @property
-    def used(self) -> list[str]:
-        """The names of the results that somebody wants."""
-        return [name for name, symbol in self.varout.items() if symbol is not Ignored]
-
-    def owns(self, name: str) -> bool:
-        """Whether the value of an argument may be overwritten; only of one that the operator declares in
-        `inplace`."""
-        return name in self._owned
-
-    def acting(self, used: Collection[str], owned: Collection[str]) -> Node:
-        """A node that stands for this one in a run which needs only some results, and gives some arguments away."""
-        varout = {name: symbol if name in used else Ignored for name, symbol in self.varout.items()}
-        node = Node(self.primitive, self.varin, varout, self._origin, self.forward or self)
-        node.number, node._owned = self.number, owned
-        return node
-
-    @property
-    def operator(self) -> Operator:
+    def operator(self) -> Any:
         return self.primitive.operator
 
     @property
@@ -98,7 +89,8 @@ class Node:
         for symbol in self.varout.values():
             for leaf in leaves(symbol):
                 if isinstance(leaf, Symbol):
-                    return leaf._model
+                    graph: Graph | None = leaf._model
+                    return graph
         return None
 
     @property
@@ -108,6 +100,30 @@ class Node:
     @property
     def name(self) -> str:
         return f"{self.primitive.name}-{self.number}"
+
+    def needs(self, name: str) -> bool:
+        """Whether the run needs a result: `name` is that of a result in `apl`; in a jvp that of the result whose
+        tangent is meant, in a vjp or hvp that of the argument whose cotangent is, or the tangent of that."""
+        form = {"apl": "{}", "jvp": "{}_", "vjp": "_{}", "hvp": "_{}_"}[self.primitive.kind]
+        return self.varout[form.format(name)] is not Ignored
+
+    def owns(self, name: str) -> bool:
+        """Whether the function may overwrite the value of an argument, since nobody else holds it any more. Only
+        an argument that the operator declares in `inplace` is ever given away like that."""
+        return name in self.donated
+
+    @property
+    def used(self) -> list[str]:
+        """The names of the results that the run needs."""
+        return [name for name, symbol in self.varout.items() if symbol is not Ignored]
+
+    def stand_in(self, used: Collection[str], donated: Collection[str] = ()) -> Node:
+        """A node to be called in the place of this one, in a run that needs only the results `used` and
+        gives the arguments `donated` away."""
+        varout = {name: symbol if name in used else Ignored for name, symbol in self.varout.items()}
+        node = Node(self.primitive, self.varin, varout, self._origin, self.forward or self)
+        node.number, node.donated = self.number, tuple(donated)
+        return node
 
     @property
     def place(self) -> tuple[str, int]:
@@ -137,6 +153,19 @@ class Node:
         return f"{self.name}({ins}) -> {outs or '()'} at {os.path.basename(filename)}:{line}"
 
 
+class Recorded(BaseSymbol):
+    """In a derived model, for the eye: what a node of the original model recorded under a name."""
+
+    __slots__ = ("_node", "_key")
+
+    def __init__(self, node: Node, key: str) -> None:
+        self._node = node
+        self._key = key
+
+    def __repr__(self) -> str:
+        return f"tape[{self._node.name}].{self._key}"
+
+
 _engine = os.path.dirname(__file__)
 _is_engine: dict[str, bool] = {}
 
@@ -158,7 +187,13 @@ def caller(depth: int = 1) -> tuple[CodeType, int]:
 
 
 class Graph(list[Node]):
-    """A list of nodes in the order in which they were built, with named inputs and outputs."""
+    """A list of nodes in the order in which they were built, with named inputs and outputs.
+
+    How it looks in a notebook, and `to_dot`, which makes a picture of it, come from `core.draw`.
+    """
+
+    to_dot: ClassVar[Callable[..., str]]
+    _repr_html_: ClassVar[Callable[..., str]]
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,74 +264,9 @@ class Graph(list[Node]):
                         leaf._label = (NAME_OF_RESULT, node.primitive.name, node.number, key)
         fragment._ref = None
 
-    # How a graph shows itself
     def __repr__(self) -> str:
         ins, outs = ", ".join(self._inputs), ", ".join(self._outputs)
         return f"{type(self).__name__}: {ins or '()'} -> {outs or '()'} ({len(self)} nodes)"
-
-    def _repr_html_(self) -> str:
-        def show(symbol: BaseSymbol) -> str:
-            return f"<code>{html.escape(clip(repr(symbol)))}</code>"
-
-        def cells(node: Node) -> list[str]:
-            filename, line = node.place
-            ins = ", ".join(f"{html.escape(key)}={show(symbol)}" for key, symbol in node.arguments.items())
-            outs = ", ".join(show(symbol) for symbol in node.varout.values())
-            return [html.escape(node.name), ins, outs, html.escape(f"{os.path.basename(filename)}:{line}")]
-
-        return fold(repr(self), ("node", "inputs", "results", "built at"), self, cells)
-
-    def to_dot(self, depth: int = 0) -> str:
-        """The source text of a Graphviz picture of the model.
-
-        Parameters
-        ----------
-        depth : int
-            How many levels of autooperators are opened; their models are drawn as clusters. One whose model is
-            only known when it runs stays closed.
-        """
-        lines = ["digraph model {", "  rankdir=LR; node [shape=box, fontname=monospace];"]
-        self._draw(lines, "", depth)
-        return "\n".join([*lines, "}"]) + "\n"
-
-    def _draw(self, lines: list[str], prefix: str, depth: int) -> None:
-        """Append the lines for all nodes, whose names in the picture begin with a prefix."""
-        made_by: dict[BaseSymbol, str] = {}
-
-        # Draw the inputs, the nodes and the outputs
-        def arrows(symbol: BaseSymbol, target: str) -> None:
-            for leaf in leaves(symbol):
-                if leaf in made_by:
-                    lines.append(f"  {made_by[leaf]} -> {target} [label={quote(repr(leaf))}];")
-                elif isinstance(leaf, Recorded):
-                    lines.append(f"  {quote(prefix + repr(leaf))} [label={quote(repr(leaf))}, shape=note];")
-                    lines.append(f"  {quote(prefix + repr(leaf))} -> {target};")
-
-        for name, given in self._inputs.items():
-            made_by[given] = quote(f"{prefix}in: {name}")
-            lines.append(f"  {made_by[given]} [label={quote(name)}, style=rounded];")
-        for node in self:
-            inner = node.operator.model_of(node) if depth and node.forward is None else None
-            if inner is not None:
-                # Draw a cluster
-                inside = f"{prefix}{node.name}/"
-                lines.append(f"  subgraph {quote(f'cluster {prefix}{node.name}')} {{")
-                lines.append(f"  label={quote(node.name)};")
-                inner._draw(lines, inside, depth - 1)
-                lines.append("  }")
-                for name in inner._inputs:
-                    arrows(node.varin[name], quote(f"{inside}in: {name}"))
-                for name, symbol in node.varout.items():
-                    made_by.update((leaf, quote(f"{inside}out: {name}")) for leaf in leaves(symbol))
-            else:
-                box = quote(prefix + node.name)
-                lines.append(f"  {box} [label={quote(node.name)}];")
-                for symbol in node.arguments.values():
-                    arrows(symbol, box)
-                made_by.update((leaf, box) for symbol in node.varout.values() for leaf in leaves(symbol))
-        for name, symbol in self._outputs.items():
-            lines.append(f"  {quote(f'{prefix}out: {name}')} [label={quote(name)}, style=rounded];")
-            arrows(symbol, quote(f"{prefix}out: {name}"))
 
 
 class Fragment(Graph):
@@ -350,50 +320,3 @@ def alive(ref: Callable[[], Graph | None]) -> Graph:
     if graph is None:
         raise InferError("the model of these symbols no longer exists; keep a reference to it while building")
     return graph
-
-
-# Tables that unfold
-SHOWN = 50  # rows at either end of a long table
-
-
-def fold(
-    summary: str, columns: Iterable[str], items: Sequence[Any], cells: Callable[[Any], Iterable[str]]
-) -> str:
-    """A table in HTML that unfolds from a line of text; of many items it shows the first and the last.
-
-    `cells` makes the HTML of the cells in the row of an item.
-    """
-    n = len(items)
-    left_out = max(n - 2 * SHOWN, 0)
-    columns = list(columns)
-    rows = []
-    for i in range(n):
-        if left_out and i == SHOWN:
-            rows.append(f"<tr><td colspan={len(columns)}>({left_out} more rows)</td></tr>")
-        if not left_out or not SHOWN <= i < n - SHOWN:
-            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells(items[i])) + "</tr>")
-    header = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    return (
-        f"<details><summary>{html.escape(clip(summary))}</summary><table><tr>{header}</tr>"
-        + "".join(rows)
-        + "</table></details>"
-    )
-
-
-def clip(text: str, length: int = 160) -> str:
-    """A text, or the beginning of it."""
-    return text if len(text) <= length else text[:length] + "..."
-
-
-def in_bytes(size: float) -> str:
-    """A number of bytes in a unit that leaves at most four digits before the point."""
-    for unit in "B", "kB", "MB", "GB":
-        if size < 9999.5:
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def quote(text: str) -> str:
-    """A string of the language of Graphviz."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
+from .autodiff import write_sweep
 from .error import BadArgument, UnexpectedOutput, did_you_mean
 from .execution import Plan, describe
 from .graph import Graph, Node
@@ -70,6 +71,16 @@ class Model(Graph):
         out = dict(zip(plan.vout, values))
         return out, (Tape(self, plan, slots, init, out) if record else None)
 
+    def derive(self, plan: Plan, kind: str) -> Self:
+        """The model of a derivative, 'vjp', 'jvp' or 'hvp', for all runs of a recording plan of this model."""
+        model: Self | None = plan.derived.get(kind)
+        if model is None:
+            model = type(self)()
+            model._base, model._kind = plan, kind
+            write_sweep(kind, plan, self, model)
+            plan.derived[kind] = model
+        return model
+
     def on(self, tape: Tape) -> Self:
         """This derived model, joined with a tape of the original."""
         joined = type(self)()
@@ -113,7 +124,7 @@ class Model(Graph):
         every = tuple(dict.fromkeys([*self._outputs, *names])) if return_tape else names
         out, tape = self._run(every, self._conforming(dict(init)), return_tape, monitor)
         if return_tape:
-            tape.private = False
+            tape.shared = True
         result = select(out, vout, return_dict)
         return (result, tape) if return_tape else result
 

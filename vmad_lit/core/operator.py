@@ -8,7 +8,7 @@ from typing import Any
 
 from .error import BadArgument, MissingArgument, OverwritePrecaution, did_you_mean
 from .graph import NAME_OF_RESULT, Graph, Node, Symbols, caller, find_graph
-from .symbol import BaseSymbol, List, ListPlaceholder, Symbol, Value, assymbol, leaves
+from .symbol import BaseSymbol, ListPlaceholder, Symbol, Value, assymbol, leaves
 
 Patterns = dict[str, Any]  # the type patterns of arguments or results, by name
 
@@ -71,7 +71,7 @@ class ZeroGradientType(int):
         return getattr(ufunc, method)(*(0 if x is self else x for x in inputs), **kwargs)
 
 
-ZeroGradient = ZeroGradientType()
+ZeroGradient: Any = ZeroGradientType()  # a value of any type, for type checkers too
 
 
 class Primitive:
@@ -132,7 +132,7 @@ class Primitive:
             self.aout = {f"_{name}_": p for name, p in ain.items()}
         else:
             self.ain, self.aout = ain, aout
-        self.factors = (cotangents, tangents) if kind == "hvp" else (self.ain,)
+        self.factors: tuple[Patterns, ...] = (cotangents, tangents) if kind == "hvp" else (self.ain,)
         # Prepare to be called
         self.call, self.recording_call = impl, recording_impl or impl
         if not positional:
@@ -237,14 +237,11 @@ class Operator:
     transparent : bool
         Whether both derivatives are the identity, from one argument to one result, so that the sweeps
         may leave them out.
-    fresh : bool
-        Whether the results of `apl` and `vjp` are new arrays, each with its own memory, which nobody else
-        holds; or arguments that were overwritten.
-    alias : bool
-        Whether a `vjp` of which one result is wanted returns a new array, or the cotangent that it got.
+    fresh, alias : bool
+        Whether the results of `apl` and `vjp` are new arrays which nobody else holds; whether the cotangent
+        that a `vjp` returns may be the one that it got. See `core.ownership`, also for
     inplace : collection of str
-        Arguments of `apl` and `vjp`, whose memory these may use for something else if `node.owns(name)` says
-        so. If `rcd` returns something by such a name, it is a copy of its own.
+        Arguments of `apl` and `vjp` that these overwrite if `node.owns(name)` says that they may.
     special : callable or None
         Given the symbols of a call by name, an operator to be used in the place of this one, or None.
     grow : callable or None
@@ -270,11 +267,8 @@ class Operator:
                 if isinstance(value, staticmethod):
                     setattr(self, name, getattr(prototype, name))
         self.prototype = prototype
-        self.collective = getattr(prototype, "collective", self.collective)
-        self.transparent = getattr(prototype, "transparent", self.transparent)
-        self.fresh = getattr(prototype, "fresh", self.fresh)
-        self.alias = getattr(prototype, "alias", self.alias)
-        self.inplace = getattr(prototype, "inplace", self.inplace)
+        for name in "collective", "transparent", "fresh", "alias", "inplace":
+            setattr(self, name, getattr(prototype, name, getattr(self, name)))
         self.__name__ = prototype.__name__
         self.__qualname__ = prototype.__qualname__
         self.__module__ = prototype.__module__
@@ -311,7 +305,8 @@ class Operator:
         self.extras = tuple(name for name in taken if name not in available)
 
     def fresh_results(self, node: Node, plan: Any) -> Collection[str]:
-        """The results of a node in a plan that are new arrays, which nobody else holds."""
+        """The names of the results of a node in a plan that are fresh: what the operator declares, unless its
+        class knows better."""
         return node.varout if self.fresh and node.primitive.kind in ("apl", "vjp") else ()
 
     def model_of(self, node: Node) -> Graph | None:

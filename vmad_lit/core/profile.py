@@ -7,15 +7,16 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple, Self
 
+from .draw import fold, in_bytes
 from .error import needed_for
 from .execution import Plan, Slots, Step, collect, flatten
-from .graph import Node, fold, in_bytes
+from .graph import Node
 from .model import Model
+from .ownership import with_steps
 from .symbol import leaves
 from .valuetypes import nbytes_of
 
@@ -86,9 +87,7 @@ class Profile:
             return self._before(plan, *args)
         measured = self._plans.get(plan)
         if measured is None:
-            measured = self._plans[plan] = copy(plan)
-            measured.steps = [self._wrap(plan, step) for step in plan.steps]
-            measured._consuming = None
+            measured = self._plans[plan] = with_steps(plan, lambda step: self._wrap(plan, step))
         values, slots = self._before(measured, *args)
         # Weigh what the run recorded
         for node in plan.nodes if plan.record else ():

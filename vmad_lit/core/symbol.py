@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from .error import ModelError, UnpackError
-
-if TYPE_CHECKING:
-    from .graph import Graph, Node
 
 Value = Any  # the engine never looks into a value
 
@@ -39,6 +36,13 @@ class BaseSymbol:
         def eval(self, function: Any) -> Symbol: ...
 
 
+class Home(Protocol):
+    """Where symbols belong: a graph, or a part of one that is not finished."""
+
+    def anchor(self, symbol: Symbol) -> None:
+        """Tie a symbol to this place."""
+
+
 class Symbol(BaseSymbol):
     """A name for one value in a model.
 
@@ -52,9 +56,9 @@ class Symbol(BaseSymbol):
     __slots__ = ("_label", "_graph")
 
     _label: str | tuple[Any, ...]
-    _graph: Callable[[], Graph | None] | None
+    _graph: Callable[[], Any] | None
 
-    def __init__(self, name: str, model: Graph | None = None) -> None:
+    def __init__(self, name: str, model: Home | None = None) -> None:
         if not isinstance(name, str):
             raise TypeError(f"the name of a symbol is a str, got {type(name).__name__}")
         self._label = name
@@ -72,7 +76,7 @@ class Symbol(BaseSymbol):
         return label
 
     @property
-    def _model(self) -> Graph | None:
+    def _model(self) -> Any:
         """The model (or fragment of one) that the symbol belongs to, or None."""
         return None if self._graph is None else self._graph()
 
@@ -185,19 +189,6 @@ def is_numeric(value: Any) -> bool:
 def nested(value: Any) -> Any:
     """A copy of a (nested) list, with lists for tuples; a number as it is."""
     return list(map(nested, value)) if isinstance(value, (list, tuple)) else value
-
-
-class Recorded(BaseSymbol):
-    """In a derived model, for the eye: what a node of the original model recorded under a name."""
-
-    __slots__ = ("_node", "_key")
-
-    def __init__(self, node: Node, key: str) -> None:
-        self._node = node
-        self._key = key
-
-    def __repr__(self) -> str:
-        return f"tape[{self._node.name}].{self._key}"
 
 
 class IgnoredSymbol(BaseSymbol):

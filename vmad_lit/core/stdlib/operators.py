@@ -12,6 +12,7 @@ from ..operator import Operator, ZeroGradient, operator
 from ..symbol import BaseSymbol, Literal, Value
 from ..valuetypes import PLAIN, VALUE_TYPES, apart, by_parts, parts_of
 
+Array = numpy.ndarray[Any, Any]
 Shape = tuple[Any, ...]
 Kind = tuple[Shape, bool]
 
