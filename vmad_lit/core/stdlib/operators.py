@@ -25,7 +25,8 @@ def kind(x: Value) -> Kind:
     if cls is float or cls is int:
         return NUMBER
     if has_parts(x):
-        return ShapeOf(x), has_complex(x)
+        shape = ShapeOf(x)
+        return shape, shape.is_complex
     return numpy.shape(x), numpy.iscomplexobj(x)
 
 
@@ -92,21 +93,19 @@ def has_parts(x: Value) -> bool:
     return not isinstance(x, (list, tuple)) and VALUE_TYPES[type(x)].take_apart(x) is not None
 
 
-def has_complex(x: Value) -> bool:
-    """Whether a value is complex, or one of its parts."""
-    return any(map(has_complex, parts_of(x))) if has_parts(x) else numpy.iscomplexobj(x)
-
-
 class ShapeOf(tuple[Any, ...]):
-    """The shape of a value with parts, which remembers how to make such a value."""
+    """The shape of a value with parts, which remembers how to make such a value, and whether one is complex."""
 
     rebuild: Any
     parts: list[Shape]
+    is_complex: bool
 
     def __new__(cls, x: Value) -> Self:
-        self = super().__new__(cls, VALUE_TYPES[type(x)].shape(x) or ())
-        self.rebuild, parts = apart(x)
-        self.parts = [ShapeOf(part) if has_parts(part) else numpy.shape(part) for part in parts]
+        rebuild, parts = apart(x)
+        kinds = [kind(part) for part in parts]
+        shapes = [shape for shape, _ in kinds]
+        self = super().__new__(cls, shapes[0] if len(shapes) == 1 else shapes)
+        self.rebuild, self.parts, self.is_complex = rebuild, shapes, any(c for _, c in kinds)
         return self
 
     def make(self, value: Value) -> Value:
@@ -133,7 +132,7 @@ def unbroadcast_parts(g: Value, shape: Shape, is_complex: bool) -> Value:
         )
     if type(shape) is not ShapeOf:
         (g,) = VALUE_TYPES[type(g)].weighted_parts(g)
-    return g if is_complex or not has_complex(g) else real_part(g)
+    return g if is_complex or not like.is_complex else real_part(g)
 
 
 def weighted_sum(x: Value) -> Value:
