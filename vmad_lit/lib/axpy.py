@@ -117,7 +117,7 @@ def plus_multiple(x: Value, v: Value, c: Value) -> Value:
 class LargeArrays(Arrays):
     """Arrays whose sums are made in memory that is used again, if they are large."""
 
-    def add(self, a, b):
+    def add(self, a: Array, b: Array) -> Array:
         return add_multiple(a, b, 1.0) if a.nbytes >= memory.LEAST and alike(a, b) else a + b
 
 

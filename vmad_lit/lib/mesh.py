@@ -20,7 +20,7 @@ from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.store import Disk
 from vmad_lit.core.symbol import Value
-from vmad_lit.core.valuetypes import ValueType, register, rng_of_rank, value_type
+from vmad_lit.core.valuetypes import Apart, ValueType, register, rng_of_rank, value_type
 from vmad_lit.lib import memory
 
 with needed_for("fields on a mesh", extra="mesh"):
@@ -218,36 +218,36 @@ class ParticleMesh(pmesh.ParticleMesh):
 class Fields(ValueType):
     """The fields of meshes, also those of pmesh."""
 
-    def take_apart(self, x):
+    def take_apart(self, x: Field) -> Apart:
         pm, kind = x.pm, type(x)
         return lambda parts: pm.create(type=kind, value=parts[0]), [x.value]
 
-    def comm(self, x):
+    def comm(self, x: Field) -> MPI.Comm:
         return x.pm.comm
 
-    def whole(self, x):
+    def whole(self, x: Field) -> tuple[int, ...]:
         return tuple(map(int, x.cshape))
 
-    def weighted_parts(self, x):
+    def weighted_parts(self, x: Field) -> list[Value]:
         return [x.value * mode_weights(x) if isinstance(x, BaseComplexField) else x.value]
 
-    def add(self, a, b):
+    def add(self, a: Field, b: Field) -> Field:
         if a.pm is not b.pm:
             return a + b
         total = a.pm.create(type=type(a))
         numpy.add(a.value, b.value, out=total.value)
         return total
 
-    def add_in_place(self, total, part):
+    def add_in_place(self, total: Field, part: Field) -> bool:
         return value_type(total.value).add_in_place(total.value, part.value)
 
-    def random_like(self, x, rng):
+    def random_like(self, x: Field, rng: numpy.random.Generator) -> Field:
         real = x.pm.create(type="real")
         noise = value_type(real.value).random_like(real.value, rng_of_rank(rng, x.pm.comm))
         real[...] = noise
         return real.cast(type=type(x))
 
-    def gather(self, x):
+    def gather(self, x: Field) -> list[Value]:
         return [x.preview()]
 
 
