@@ -6,6 +6,7 @@
 PYTHON ?= python3
 MPI ?= mpich
 RANKS ?= 2 3
+CORES ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST ?= python -m pytest
 SPHINX ?= sphinx-build -n -W --keep-going
 # More ranks than cores is what these tests want; Open MPI needs to be told.
@@ -22,9 +23,9 @@ book: .venv/ready                       ## the rendered book, in _build/html
 
 test: serial ranks                      ## everything, on one rank and on several
 
-serial: .venv/ready
+serial: .venv/ready                     # one process a core, with one thread
 	python tools/tangle.py --check
-	timeout -k 10 2400 $(PYTEST)
+	OMP_NUM_THREADS=1 timeout -k 10 2400 $(PYTEST) -n $(CORES) --dist worksteal
 
 ranks: .venv/ready
 	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 timeout -k 10 1800 mpirun -n $$n $(PYTEST) -p no:cacheprovider || exit 1; done
