@@ -920,3 +920,17 @@ def f(x: '*', y: '*', n) -> 'z':
     exec(compile(source, "<postponed>", "exec"), namespace)
     assert (list(namespace["f"].ain), list(namespace["f"].aout)) == (["x", "y"], ["z"])
     assert namespace["f"].build(n=2).compute("z", dict(x=2.0, y=3.0)) == 12.0
+
+
+def test_a_model_is_built_with_the_hyper_parameters_that_there_are():
+    @autooperator("x -> y")
+    def scaled(x, factor, shift=0.0):
+        return x * factor + shift
+
+    assert scaled.build(factor=2.0).compute("y", dict(x=3.0)) == 6.0
+    with pytest.raises(error.BadArgument, match="scaled has no hyper-parameter 'factr'.*factor"):
+        scaled.build(factor=2.0, factr=3.0)
+    with pytest.raises(error.ModelError, match="needs the hyper-parameter 'factor'"):
+        scaled.build(shift=1.0)
+    with pytest.raises(error.ModelError, match="'x' is an input of scaled"):
+        scaled.build(factor=2.0, x=1.0)

@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -808,10 +809,12 @@ print(state.nit, state.fev, state.x.tobytes().hex())
 @pytest.mark.parametrize("units, converged", [(150, True), (250, False)])
 def test_a_failed_search_has_converged_where_the_fall_to_expect_is_lost_in_rounding(units, converged):
     """Half of the slope is what a quadratic function falls at most; 100 units of rounding are lost."""
-    g = np.array([math.sqrt(units * EPS)])
-    state = LBFGS(linesearch=lambda line, first: None, gtol=0.0).minimize(Problem(lambda x: 1.0 + g @ x, lambda x: g), np.zeros(1))
-    assert state.nit == 0 and state.converged == converged
-    assert ("rounding" if converged else "line search failed") in state.message
+    for kind, share in (LBFGS, 1.0), (GradientDescent, 0.5):  # which is content with the whole slope
+        g = np.array([math.sqrt(units * share * EPS)])
+        problem = Problem(lambda x: 1.0 + g @ x, lambda x: g)
+        state = kind(linesearch=lambda line, first: None, gtol=0.0).minimize(problem, np.zeros(1))
+        assert state.nit == 0 and state.converged == converged
+        assert ("rounding" if converged else "line search failed") in state.message
 
 
 def test_a_step_that_ends_on_the_surface_of_the_region_is_on_the_surface():
@@ -821,3 +824,35 @@ def test_a_step_that_ends_on_the_surface_of_the_region_is_on_the_surface():
         assert on is surface
         assert_allclose(p, -g * min(radius / 5, 1))
         assert_allclose(r, g + p, atol=1e-14)
+
+
+def test_the_first_region():
+    """Ten steps of steepest descent where the objective is convex; else as large as the point, and at least 1."""
+    vs, g = VectorSpace(), np.array([3.0, 4.0])
+    for point, curvature, radius in (0.0, 2.0, 25.0), (0.0, 0.0, 1.0), (7.0, -1.0, 7.0), (700.0, -1.0, 50.0), (0.0, 0.1, 50.0):
+        state = SimpleNamespace(Pg=g, Pgnorm=5.0, Px=np.array([0.0, point]))
+        assert TrustRegionCG(maxradius=50.0).first_radius(vs, lambda d: curvature * d, state) == pytest.approx(radius)
+    assert TrustRegionCG(radius=3.0).first_radius(vs, None, state) == 3.0
+
+
+def test_a_minimisation_that_goes_on_has_not_converged():
+    problem, told = Problem(rosen, rosen_der), []
+    state = LBFGS(gtol=1e-2).minimize(problem, np.array([-1.2, 1.0]))
+    assert state.converged
+    state = LBFGS(gtol=1e-8).minimize(problem, state, monitor=lambda state: told.append((state.converged, state.message)))
+    assert state.converged and len(told) > 1 and set(told[:-1]) == {(False, "")}
+
+
+def test_scipy_gets_the_hessian():
+    x0 = np.array([-1.2, 1.0, 0.5])
+    ours = scipy_minimize(Problem(rosen, rosen_der, rosen_hess_prod), x0, method='Newton-CG')
+    want = scipy.optimize.minimize(rosen, x0, method='Newton-CG', jac=rosen_der, hessp=rosen_hess_prod)
+    assert (ours.nit, ours.nhev) == (want.nit, want.nhev)
+    assert_allclose(ours.x, want.x, rtol=1e-12)
+
+
+@pytest.mark.collective
+def test_the_progress_bar_shows_objective_and_gradient(capsys):
+    pytest.importorskip('tqdm')
+    LBFGS(maxiter=3).minimize(Problem(lambda x: 7.25 + 0 * x[0], lambda x: np.array([0.0])), np.array([1.0]), progress=True)
+    assert ('y=7.25 |g|=0' in capsys.readouterr().err) == (COMM.rank == 0)
