@@ -16,7 +16,8 @@ within ``mpi_grace`` seconds waits for something that will not come (one rank fa
 then the job is ended, and the reports that exist are printed.  Without mpi4py, or without mpirun, none of this happens.
 
 *Examples of hypothesis.*  On one rank they are new in each run; on several they are fewer, the same on all ranks, and
-others than on another number of ranks.  ``examples(n)`` of ``tests/helpers.py`` follows.
+others than on another number of ranks; in a soak (``--soak``) they are many.  ``examples(n)`` of ``tests/helpers.py``
+follows.
 """
 
 from __future__ import annotations
@@ -44,12 +45,15 @@ pytest.register_assert_rewrite("helpers")
 
 def pytest_addoption(parser):
     parser.addini("mpi_grace", "seconds to wait for the other ranks after a test", default="60")
+    parser.addoption("--soak", action="store_true", help="ten times as many random examples and the tests marked `soak`, "
+                                                         "and no others")
 
 
 def pytest_configure(config):
     os.environ["MPLBACKEND"] = "Agg"
     config.addinivalue_line("markers", "collective: uses a communicator; run under mpirun too, as no other test is")
     config.addinivalue_line("markers", "serial: uses a communicator, of one rank only; left out under mpirun")
+    config.addinivalue_line("markers", "soak: takes long, and is run by `make soak` only")
     watch_communicators()
     ranks = Ranks.join(float(config.getini("mpi_grace")))
     try:
@@ -59,23 +63,31 @@ def pytest_configure(config):
     else:  # no failures for being slow on a busy machine
         settings.register_profile("project", deadline=None)
         settings.register_profile("ranks", deadline=None, max_examples=40, derandomize=True, database=None)
-        settings.load_profile("ranks" if ranks else "project")
+        settings.register_profile("soak", deadline=None, max_examples=1000)
+        settings.load_profile("ranks" if ranks else "soak" if config.getoption("--soak") else "project")
     if ranks is not None:
         config.pluginmanager.register(ranks, "ranks")
 
 
 def pytest_collection_modifyitems(config, items):
-    ranks = config.pluginmanager.get_plugin("ranks")
-    if ranks is None:
-        return
-    alone = [item for item in items if not is_collective(item)]
-    config.hook.pytest_deselected(items=alone)
-    items[:] = [item for item in items if is_collective(item)]
+    ranks, soak = config.pluginmanager.get_plugin("ranks"), config.getoption("--soak")
+
+    def belongs(item):
+        long = item.get_closest_marker("soak") is not None
+        return (is_collective(item) if ranks else True) and (long or is_random(item) if soak else not long)
+
+    config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
+    items[:] = [item for item in items if belongs(item)]
     for item in items:
-        if getattr(getattr(item, "function", None), "is_hypothesis_test", False):
+        if ranks and is_random(item):
             from hypothesis import seed
 
             seed(f"{item.function.__qualname__} on {ranks.size} ranks")(item.function)
+
+
+def is_random(item):
+    """Whether hypothesis draws the examples of a test."""
+    return getattr(getattr(item, "function", None), "is_hypothesis_test", False)
 
 
 def is_collective(item):

@@ -1,7 +1,9 @@
 """What several test files need: how many examples, who has which part, meshes that do not know of ranks, and proofs."""
 
 import numpy
+import pytest
 
+from tools.mpirun import launcher
 from vmad_lit import Builder
 from vmad_lit.core.error import BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
@@ -33,6 +35,15 @@ def soaking():
 
 
 # Ranks
+
+try:
+    launcher()
+except FileNotFoundError:
+    HAS_MPIRUN = False
+else:
+    HAS_MPIRUN = COMM is not None
+#: For tests that start an mpirun of their own.
+needs_mpirun = pytest.mark.skipif(not HAS_MPIRUN, reason="needs mpi4py and mpirun")
 
 
 def split(x):

@@ -10,17 +10,12 @@ from textwrap import dedent
 
 import pytest
 
+from helpers import needs_mpirun
 from tools.mpirun import environment, launcher
 from tools.tangle import Book
 
 ROOT = Path(__file__).resolve().parent.parent
-try:
-    launcher()
-    import mpi4py  # noqa: F401
-except (ImportError, FileNotFoundError):
-    needs_mpi = pytest.mark.skip(reason="needs mpi4py and mpirun")
-else:
-    needs_mpi = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(120)
 
 
 def make_project(root):
@@ -190,7 +185,7 @@ def test_line_magics_are_for_the_page_alone_and_tags_are_kept(chapters):
     assert "05-magics.md::cells PASSED" in chapters.text
 
 
-@needs_mpi
+@needs_mpirun
 @pytest.mark.parametrize("wrong", [False, True])
 def test_mpirun_cells_run_on_their_own_ranks(chapters, wrong):
     assert f"06-mpirun-{wrong}.md::cells {'FAILED' if wrong else 'PASSED'}" in chapters.text
@@ -233,7 +228,7 @@ def tangled(project):
 # -- communicators ----------------------------------------------------------------------------------------------
 
 
-@needs_mpi
+@needs_mpirun
 def test_the_marks_are_checked(project):
     project.test("""\
         import copy, pickle
@@ -301,7 +296,7 @@ def test_the_marks_are_checked(project):
 # -- ranks --------------------------------------------------------------------------------------------------
 
 
-@needs_mpi
+@needs_mpirun
 def test_rank_0_alone_speaks_and_tests_of_one_rank_stay_away(project):
     with_module(project)
     project.chapter("""\
@@ -376,7 +371,7 @@ def failures(tmp_path_factory):
     return project.run("-v", ranks=3)
 
 
-@needs_mpi
+@needs_mpirun
 @pytest.mark.parametrize("culprit", [0, 1, 2])
 def test_a_failure_on_one_rank_is_a_failure_and_the_rest_goes_on(failures, culprit):
     assert failures.returncode == 1, failures.text
@@ -386,7 +381,7 @@ def test_a_failure_on_one_rank_is_a_failure_and_the_rest_goes_on(failures, culpr
     assert culprit == 0 or f"-- rank {culprit} --" in failures.text
 
 
-@needs_mpi
+@needs_mpirun
 def test_setup_that_fails_or_skips_on_one_rank_keeps_the_ranks_in_step(project):
     project.test("""\
         from mpi4py import MPI
@@ -424,7 +419,7 @@ def test_setup_that_fails_or_skips_on_one_rank_keeps_the_ranks_in_step(project):
     assert done.seconds < 10
 
 
-@needs_mpi
+@needs_mpirun
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_rank_that_fails_inside_a_collective_call_ends_the_job_with_its_report(project, culprit):
     project.test(f"""\
@@ -444,7 +439,7 @@ def test_a_rank_that_fails_inside_a_collective_call_ends_the_job_with_its_report
     assert done.seconds < 20
 
 
-@needs_mpi
+@needs_mpirun
 def test_ranks_must_collect_the_same_tests(project):
     project.test("""\
         from mpi4py import MPI
@@ -462,7 +457,7 @@ def test_ranks_must_collect_the_same_tests(project):
     assert "rank 1 collected other tests than rank 0" in done.text and "test_here_only" in done.text
 
 
-@needs_mpi
+@needs_mpirun
 def test_a_chapter_that_fails_on_one_rank_names_its_line(project):
     project.chapter("""\
         ---
