@@ -97,7 +97,7 @@ class Chain(Operator):
 
     def __init__(
         self, step: AutoOperator, n: int, schedule: Callable[[int], Any], folder: str | None, comm: Any
-    ):
+    ) -> None:
         self.step, self.n, self.schedule, self.folder, self.comm = step, n, schedule, folder, comm
         self._opened: dict[tuple[str, ...], Chain] = {}
         self.state_names = list(step.ain)[: len(step.aout)]
@@ -154,7 +154,7 @@ class Chain(Operator):
 class Models:
     """The models of the steps of a chain, for some hyper-parameters."""
 
-    def __init__(self, step: AutoOperator, hyperargs: dict[str, Any]):
+    def __init__(self, step: AutoOperator, hyperargs: dict[str, Any]) -> None:
         self._step, self._hyperargs = step, hyperargs
         self._numbered = "i" in step.argnames
         self._models: dict[int, Model] = {}
@@ -170,7 +170,7 @@ class Models:
 class StepRuns:
     """The steps of a chain, with values for its parameters."""
 
-    def __init__(self, chain: Chain, models: Models, parameters: dict[str, Any]):
+    def __init__(self, chain: Chain, models: Models, parameters: dict[str, Any]) -> None:
         self.chain, self.models, self.parameters = chain, models, parameters
 
     def run(self, i: int, state: tuple[Any, ...], private: Names = ()) -> tuple[tuple[Any, ...], Names]:
@@ -221,7 +221,7 @@ def run_chain(node: Any, **arguments: Any) -> dict[str, Any]:
 class Runner:
     """Executes a schedule: knows the number of the next step, the state before it, and what is kept."""
 
-    def __init__(self, steps: StepRuns, state: Any, disk: Disk, given: Names = ()):
+    def __init__(self, steps: StepRuns, state: Any, disk: Disk, given: Names = ()) -> None:
         self.steps, self.disk, self.given = steps, disk, given
         self.at, self.state = 0, state
         self.private: Names = ()
@@ -315,7 +315,7 @@ def run_chain_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
 class History:
     """What a chain records: the start, and what was kept up to the end of the forward run."""
 
-    def __init__(self, runner: Runner, start: Any):
+    def __init__(self, runner: Runner, start: Any) -> None:
         self.steps, self.disk = runner.steps, runner.disk
         self.start = runner.states.get(("DISK", 0)) or InMemory(start)
         self._kept: tuple[dict[Any, Any], dict[int, Any]] | None = (runner.states, runner.tapes)
@@ -369,7 +369,7 @@ class Cotangents:
 
     form = "_{}"
 
-    def __init__(self, chain: Chain, of_state: list[Any], wanted: list[str], private: Names = ()):
+    def __init__(self, chain: Chain, of_state: list[Any], wanted: list[str], private: Names = ()) -> None:
         self.chain, self.of_state, self.private = chain, of_state, private
         self.of_parameters: dict[str, Any] = dict.fromkeys(wanted, ZeroGradient)
         self._own: dict[str, Any] = dict.fromkeys(wanted)
@@ -413,7 +413,7 @@ def wanted_parameters(node: Any) -> list[str]:
 class StepRunsWithTangents:
     """The steps of a chain, on which a state takes its tangent along; a recorded tape, too."""
 
-    def __init__(self, steps: StepRuns, arguments: dict[str, Any]):
+    def __init__(self, steps: StepRuns, arguments: dict[str, Any]) -> None:
         self.chain, self.steps = steps.chain, steps
         self.parameters = {name + "_": arguments[name + "_"] for name in steps.chain.parameter_names}
 
@@ -456,7 +456,7 @@ class Changes(Cotangents):
 
     form = "_{}_"
 
-    def __init__(self, chain: Chain, of_state: list[Any], wanted: list[str]):
+    def __init__(self, chain: Chain, of_state: list[Any], wanted: list[str]) -> None:
         super().__init__(chain, [ZeroGradient] * len(of_state), wanted)
         self.cotangents = of_state
 

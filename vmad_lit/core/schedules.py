@@ -142,7 +142,7 @@ class Actions:
         Whether the reverse sweep leaves behind all that was kept at the end of the forward run.
     """
 
-    def __init__(self, schedule: Any, n: int):
+    def __init__(self, schedule: Any, n: int) -> None:
         self.repeatable = schedule.max_n is None
         self.forward: list[Any] = []
         self.reverse: list[Any] | None = None

@@ -18,7 +18,7 @@ T = TypeVar("T")
 class InMemory:
     """A state that is kept in memory."""
 
-    def __init__(self, state: Any):
+    def __init__(self, state: Any) -> None:
         self._state = state
 
     def get(self) -> Any:
@@ -31,7 +31,7 @@ class Disk:
     #: Makes memory of so many bytes; a program may put a function of its own in its place.
     allocate: Callable[[int], Any] = bytearray
 
-    def __init__(self, folder: str | None, comm: Any):
+    def __init__(self, folder: str | None, comm: Any) -> None:
         self.folder, self.comm = folder, comm
         self._file: Any = None
         self._free: list[tuple[int, int]] = []
@@ -94,7 +94,7 @@ class Disk:
 class OnDisk:
     """A state that is kept in the file of a `Disk`."""
 
-    def __init__(self, disk: Disk, state: Any):
+    def __init__(self, disk: Disk, state: Any) -> None:
         header = io.BytesIO()
         buffers: list[pickle.PickleBuffer] = []
         writer = Writer(header, buffers)
@@ -127,7 +127,7 @@ class OnDisk:
 class Writer(pickle.Pickler):
     """Pickles a state; large buffers are set aside, and so is what stays in memory."""
 
-    def __init__(self, file: io.BytesIO, buffers: list[pickle.PickleBuffer]):
+    def __init__(self, file: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffers.append)
         self.in_memory: list[Any] = []
 
@@ -148,7 +148,7 @@ class Writer(pickle.Pickler):
 class Reader(pickle.Unpickler):
     """Makes a state again from what a `Writer` wrote."""
 
-    def __init__(self, header: Any, buffers: list[Any], in_memory: list[Any]):
+    def __init__(self, header: Any, buffers: list[Any], in_memory: list[Any]) -> None:
         super().__init__(io.BytesIO(header), buffers=buffers)
         self._in_memory = in_memory
 
