@@ -354,11 +354,17 @@ def test_ranks_share_the_work(tmp_path, monkeypatch):
 
 
 def test_one_process_at_a_time_compiles(place):
-    """The others wait for it, and do not compile what it has compiled."""
-    code = ("from vmad_lit.lib.compiled import compiled\nf = compiled(lambda x: x**3 + x)\nassert f(2.0) == f(2) == 10\n"
-            "print(sum(f.stats.cache_misses.values()))")
-    several = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert sum(int(process.communicate()[0]) for process in several) == 2 == len(kept(place))
+    """The others wait for it, and do not compile what it has compiled; who comes later does not even load the compiler."""
+    code = ("import sys, numpy\nfrom vmad_lit.lib.compiled import compiled\n"
+            "f = compiled(lambda x: numpy.full(2, x**3 + x)[1])\nassert f(2.0) == f(2) == 10\n"
+            "print(sum(f.stats.cache_misses.values()), 'numba.np.linalg' in sys.modules)")
+
+    def start():
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+    outputs = [process.communicate()[0].split() for process in [start() for _ in range(3)]]
+    assert sum(int(compiled) for compiled, _ in outputs) == 2 == len(kept(place))
+    assert start().communicate()[0].split() == ["0", "False"]
 
 
 def test_threads_share_the_work(load):
