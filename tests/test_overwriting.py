@@ -600,3 +600,19 @@ def test_the_onlooker_leaves():
     with pytest.raises(AssertionError):
         check_ownership(operator(ReturnsWhatItGot), np.ones(3))
     assert Model.runner is runner
+
+
+@autooperator("x -> y")
+def bent(x):
+    y = double(x)
+    return double(y * y * 0.125)
+
+
+@pytest.mark.parametrize("options", [dict(ram=2), dict(ram=3), dict(ram=1, disk=2), dict(schedule="two-level", period=2)], ids=str)
+def test_states_that_a_chain_keeps_in_memory_are_not_overwritten(options):
+    """Its first operator may overwrite the state, and the slopes are those of the state that was."""
+    chain, x = checkpoint(bent, n=6, **options), np.linspace(0.1, 0.4, 3)
+    m, plain = model(chain), model(*[bent] * 6)
+    (_, [_x]), own = owned(lambda: m.compute_with_vjp(dict(x=x.copy()), dict(_y=np.ones(3))))
+    assert True in own and False in own
+    assert_array_equal(_x, plain.compute_with_vjp(dict(x=x), dict(_y=np.ones(3)))[1][0])
