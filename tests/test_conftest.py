@@ -21,9 +21,7 @@ pytestmark = pytest.mark.timeout(120)
 def make_project(root):
     """A project of its own, with our conftest.py and a function ``run``."""
     shutil.copy(ROOT / "conftest.py", root)
-    (root / "tools").mkdir()
-    for name in ("tangle.py", "mpirun.py"):
-        shutil.copy(ROOT / "tools" / name, root / "tools")
+    shutil.copytree(ROOT / "tools", root / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "pytest.ini").write_text(dedent("""\
         [pytest]
         testpaths = tests book/chapters

@@ -206,9 +206,7 @@ def toy(tmp_path):
             pass
         """)
     )
-    (root / "tools").mkdir()
-    for name in ("mutate.py", "tangle.py", "mutants.toml"):
-        shutil.copy(ROOT / "tools" / name, root / "tools")
+    shutil.copytree(ROOT / "tools", root / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "tools" / "mutants.toml").write_text('[equivalent]\n"lib/toy.py:half:constant:1" = "so be it"\n')
     (root / "pytest.ini").write_text(
         "[pytest]\npythonpath = .\naddopts = -p no:cacheprovider --import-mode=importlib\n"
@@ -300,7 +298,7 @@ def test_the_fastest_tests_come_first_within_a_budget():
     inner = Finder("a.py", "def f():\n    def inner():\n        return 1\n").mutants[0]
     assert inner.scope == "f.inner" and known.concerned(inner) == ["quick", "slow"]
     top = Finder("a.py", "A = 1\n").mutants[0]
-    assert known.concerned(top)[:2] == ["a quick one", "other"] and len(known.concerned(top)) == 5
+    assert sorted(known.concerned(top)[:2]) == ["a quick one", "other"] and len(known.concerned(top)) == 5
     assert known.within(["quick", "slow"], 3) == ["quick"] and known.within(["slow"], 3) == ["slow"]
 
 
