@@ -970,6 +970,7 @@ class Trial:
             "mpi_grace=30",
             f"--hypothesis-seed={self.seed}",
             f"--timeout={slow:g}",
+            "--timeout-method=thread",
             f"@{listed}",
         ]
         on = f" on {ranks} ranks" if ranks > 1 else ""
