@@ -1,6 +1,7 @@
 """The operators of the particle mesh: derivatives and rank invariance on 1 to 4 ranks."""
 import gc
 import weakref
+from functools import lru_cache
 from itertools import combinations
 
 import numpy
@@ -534,6 +535,14 @@ class capricious:
     hvp = ZeroGradient
 
 
+COMMUNICATING = [
+    'to_scalar', 'to_scalar of modes', 'cdot', 'as_complex_field', 'r2c', 'c2r', 'apply_transfer', 'apply_digitized',
+    'decompose', 'exchange', 'exchange of complex numbers', 'gather', 'paint', 'paint one mass', 'paint without a layout',
+    'readout', 'readout_all', 'readout_neg_gradient', 'force', 'force in single precision',
+]
+
+
+@lru_cache
 def communicating():
     """Operators whose derivatives communicate, and neighbours of theirs: (function, inputs, tangents) by name."""
     pm = make_mesh([5, 8, 4])
@@ -545,7 +554,7 @@ def communicating():
     tf, tf_ = numpy.random.default_rng(3).normal(size=(2, 4))
     digitizer = fastpm.apply_digitized.isotropic_wavenumber(numpy.linspace(0.1, 2.5, 5))
     two = dict(x1=fields[0], x2=fields[1]), dict(x1=fields[2], x2=fields[3])
-    return {
+    cases = {
         'to_scalar': (fastpm.to_scalar, dict(x=fields[0]), dict(x=fields[1])),
         'to_scalar of modes': (fastpm.to_scalar, dict(x=modes(pm)), dict(x=modes(pm, 2))),
         'cdot': (fastpm.cdot, *two),
@@ -577,6 +586,8 @@ def communicating():
         'force in single precision': (lambda x: fastpm.force(x, layout, pm),
                                       dict(x=x.astype('f4')), dict(x=x_.astype('f4'))),
     }
+    assert list(cases) == COMMUNICATING
+    return cases
 
 
 def some_of(names):
@@ -589,7 +600,7 @@ SILENT = {'rank 0': {0}, 'the others': set(range(1, COMM.size)), 'all': set(rang
 
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize('silent', SILENT.values(), ids=list(SILENT))
-@pytest.mark.parametrize('name', communicating())
+@pytest.mark.parametrize('name', COMMUNICATING)
 class TestZerosOfSomeRanks:
     """The sweeps go through, and give what they give for zeros that all ranks spell out."""
 

@@ -11,7 +11,6 @@ from mpi4py import MPI
 from numpy.testing import assert_allclose
 from pmesh.pm import ParticleMesh
 from pmesh.window import Affine, FindResampler
-from scipy.interpolate import BSpline
 
 from helpers import examples, soaking
 from vmad_lit.lib import window
@@ -190,6 +189,8 @@ def test_any_slab_against_pmesh(slab):
 
 @lru_cache
 def derivative(support, order):
+    from scipy.interpolate import BSpline
+
     return BSpline.basis_element(numpy.arange(support + 1) - support / 2, extrapolate=False).derivative(order)
 
 
