@@ -6,6 +6,10 @@
 PYTHON ?= python3
 MPI ?= mpich
 RANKS ?= 2 3
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+SOAK_MINUTES ?= 60
+# A test that hangs is ended by pytest, and pytest itself by this.
+LIMIT ?= timeout -k 10 2400
 PYTEST ?= python -m pytest
 SPHINX ?= sphinx-build -n -W --keep-going
 # More ranks than cores is what these tests want; Open MPI needs to be told.
@@ -14,20 +18,26 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SHELL := /bin/bash
 
-.PHONY: book test serial ranks bench tangle check dist clean
+.PHONY: book test serial ranks soak mutate bench tangle check dist clean
 
 book: .venv/ready                       ## the rendered book, in _build/html
 	python tools/tangle.py
 	$(SPHINX) -b html . _build/html
 
-test: serial ranks                      ## everything, on one rank and on several
+test: serial ranks                      ## everything on one rank, and what communicates on several
 
-serial: .venv/ready
+serial: .venv/ready                     # one process for each core
 	python tools/tangle.py --check
-	timeout -k 10 2400 $(PYTEST)
+	OMP_NUM_THREADS=1 $(LIMIT) $(PYTEST) -n $(JOBS) --dist worksteal $(SOAK)
 
 ranks: .venv/ready
-	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 timeout -k 10 1800 mpirun -n $$n $(PYTEST) -p no:cacheprovider || exit 1; done
+	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 $(LIMIT) mpirun -n $$n $(PYTEST) -p no:cacheprovider $(SOAK) || exit 1; done
+
+soak: .venv/ready                       ## for SOAK_MINUTES: thousands of random examples, jobs that are killed; in rounds
+	end=$$((SECONDS + 60 * $(SOAK_MINUTES))); while ((SECONDS < end)); do $(MAKE) test LIMIT= SOAK="--soak -o timeout=3600" || exit 1; done
+
+mutate: .venv/ready                     ## break the package in forty places, one by one: does a test notice?
+	python tools/mutate.py --sample $(or $(SAMPLE),40) --seed $(or $(SEED),1)
 
 bench: .venv/bench-ready                ## this package beside its peers
 	python -m benchmarks

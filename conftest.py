@@ -1,22 +1,35 @@
 """How pytest reads this project: the chapters of the book are tests, and every test may run on several ranks.
 
 *Chapters.*  Each chapter is collected as two items: ``examples``, all its ``pycon`` fences in one name space, and
-``cells``, its executed cells in another.  A failure names ``chapter.md:line``.
+``cells``, its executed cells in another.  A failure names ``chapter.md:line``.  A package that is older than its
+chapters is told before anything else.
+
+*Communicators.*  A test that uses a communicator is marked ``collective``: such tests, and no others, run under mpirun.
+The mark is checked.  ``MPI.COMM_WORLD`` is replaced by one that counts what is asked of it; a test that asks and is not
+marked fails, and so does one that is marked and does not ask.  ``serial`` is for tests that ask and must stay on one rank.
+In a chapter the mark is a line of the front matter, ``tests: collective``, for one of the two items ``tests: collective
+cells``.
 
 *Ranks.*  ``mpirun -n 3 pytest`` runs the same tests on all ranks, in step.  After every phase of a test the ranks tell
 rank 0 how it went: a failure on any of them is a failure on all, reported once, by rank 0.  A rank that does not answer
 within ``mpi_grace`` seconds waits for something that will not come (one rank failed inside a collective call, say);
 then the job is ended, and the reports that exist are printed.  Without mpi4py, or without mpirun, none of this happens.
+
+*Examples of hypothesis.*  On one rank they are new in each run; on several they are fewer, the same on all ranks, and
+others than on another number of ranks; in a soak (``--soak``) they are many.  ``examples(n)`` of ``tests/helpers.py``
+follows.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import sys
 import tempfile
 import time
 import traceback
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import pytest
@@ -27,30 +40,183 @@ ROOT = Path(__file__).resolve().parent
 LAUNCHED = any(name in os.environ for name in ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
 
 
+pytest.register_assert_rewrite("helpers")
+
+
 def pytest_addoption(parser):
     parser.addini("mpi_grace", "seconds to wait for the other ranks after a test", default="60")
+    parser.addoption("--soak", action="store_true", help="ten times as many random examples and the tests marked `soak`, "
+                                                         "and no others")
 
 
 def pytest_configure(config):
-    os.environ.setdefault("MPLBACKEND", "Agg")
+    os.environ["MPLBACKEND"] = "Agg"
+    config.addinivalue_line("markers", "collective: uses a communicator; run under mpirun too, as no other test is")
+    config.addinivalue_line("markers", "serial: uses a communicator, of one rank only; left out under mpirun")
+    config.addinivalue_line("markers", "soak: takes long, and is run by `make soak` only")
+    watch_communicators()
     ranks = Ranks.join(float(config.getini("mpi_grace")))
     try:
         from hypothesis import settings
     except ImportError:
         pass
-    else:  # the same examples on all ranks, and no failures for being slow on a busy machine
-        settings.register_profile("project", deadline=None, derandomize=ranks is not None,
-                                  **({"database": None} if ranks else {}))
-        settings.load_profile("project")
+    else:  # no failures for being slow on a busy machine
+        settings.register_profile("project", deadline=None)
+        settings.register_profile("ranks", deadline=None, max_examples=40, derandomize=True, database=None)
+        settings.register_profile("soak", deadline=None, max_examples=1000)
+        settings.load_profile("ranks" if ranks else "soak" if config.getoption("--soak") else "project")
     if ranks is not None:
         config.pluginmanager.register(ranks, "ranks")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.pluginmanager.has_plugin("ranks"):
-        serial = [item for item in items if item.get_closest_marker("serial")]
-        config.hook.pytest_deselected(items=serial)
-        items[:] = [item for item in items if item not in serial]
+    ranks, soak = config.pluginmanager.get_plugin("ranks"), config.getoption("--soak")
+
+    def belongs(item):
+        long = item.get_closest_marker("soak") is not None
+        return (is_collective(item) if ranks else True) and (long or is_random(item) if soak else not long)
+
+    config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
+    items[:] = [item for item in items if belongs(item)]
+    for item in items:
+        if ranks and is_random(item):
+            from hypothesis import seed
+
+            seed(f"{item.function.__qualname__} on {ranks.size} ranks")(item.function)
+
+
+def is_random(item):
+    """Whether hypothesis draws the examples of a test."""
+    return getattr(getattr(item, "function", None), "is_hypothesis_test", False)
+
+
+def is_collective(item):
+    return item.get_closest_marker("collective") is not None and item.get_closest_marker("serial") is None
+
+
+class Heap:
+    """What imports have left in memory is set aside, or each ``gc.collect()`` of a test would walk through it again."""
+
+    modules = 0
+
+    @classmethod
+    def set_aside(cls):
+        if len(sys.modules) > cls.modules + 50:
+            cls.modules = len(sys.modules)
+            gc.collect()
+            gc.freeze()
+
+
+@pytest.fixture
+def folder(tmp_path, request):
+    """The path of an empty folder, the same on all ranks."""
+    ranks = request.config.pluginmanager.get_plugin("ranks")
+    return ranks.comm.bcast(str(tmp_path)) if ranks else str(tmp_path)
+
+
+# -- Chapters that are newer than the package -----------------------------------------------------------------------
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not hasattr(session.config, "workerinput") and (ROOT / "book").is_dir():
+        wrong = drift(session.config)
+        if wrong:
+            reporter.write_line(f"THE PACKAGE IS OLDER THAN ITS CHAPTERS: {', '.join(wrong[:3])}"
+                                + (f" and {len(wrong) - 3} more" if wrong[3:] else "")
+                                + "\nrun `python tools/tangle.py`, or these tests tell nothing of the chapters", red=True)
+
+
+def drift(config) -> list[str]:
+    """What differs between book and package; remembered, so that chapters are read again only if a file has changed."""
+    cache = getattr(config, "cache", None)
+    known = cache.get("vmad_lit/older", None) if cache else None
+    if known and known["stamp"] == stamp(known["files"], known["folders"]):
+        return known["wrong"]
+    from tools.tangle import TangleError
+
+    book = the_book(ROOT)
+    try:
+        wrong = [found.path for found in book.check()]
+    except TangleError as error:
+        wrong = [str(error.problems[0])]
+    if cache:
+        files, folders = list(book.roots), book.packages
+        cache.set("vmad_lit/older", dict(wrong=wrong, files=files, folders=folders, stamp=stamp(files, folders)))
+    return wrong
+
+
+def stamp(files, folders) -> list:
+    """Names, times and sizes of the chapters, of these files, and of what else is in these folders."""
+    paths = {ROOT / name for name in files} | {path for name in folders for path in (ROOT / name).rglob("*.py")}
+    known = sorted(path for path in paths | set((ROOT / "book").rglob("*.md")) if path.exists())
+    return [[str(path), path.stat().st_mtime_ns, path.stat().st_size] for path in known]
+
+
+# -- Communicators ----------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """How often a communicator of all ranks has been asked for something, in this process."""
+
+    asked = 0
+
+
+def watch_communicators():
+    """Replace ``MPI.COMM_WORLD`` by one that counts what is asked of it and of those that are split off from it."""
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        return
+
+    def watched(base):
+        class Communicator(base):
+            def __getattribute__(self, name):
+                Watch.asked += 1
+                return super().__getattribute__(name)
+
+            def __reduce__(self):
+                return "COMM_WORLD" if self is MPI.COMM_WORLD else super().__reduce__()
+
+        for name in ("Split", "Split_type", "Create", "Create_group", "Create_cart", "Sub"):
+            if hasattr(base, name):
+                setattr(Communicator, name, splitting(getattr(base, name)))
+        Communicator.__name__, Communicator.__qualname__ = base.__name__, base.__qualname__
+        Communicator.__module__ = MPI.__name__  # by this name COMM_WORLD is pickled
+        return Communicator
+
+    def splitting(method):
+        @wraps(method)
+        def split(self, *args, **kwargs):
+            made = method(self, *args, **kwargs)
+            return kinds[type(made)](made) if type(made) in kinds else made
+
+        return split
+
+    kinds = {base: watched(base) for base in (MPI.Intracomm, MPI.Cartcomm)}
+    if type(MPI.COMM_WORLD) in kinds:
+        MPI.COMM_WORLD = kinds[MPI.Intracomm](MPI.COMM_WORLD)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item):
+    Heap.set_aside()
+    item.asked_before = Watch.asked
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item):
+    """A test that has passed must be marked for what it is."""
+    result = yield
+    uses = Watch.asked > item.asked_before
+    if uses and not (is_collective(item) or item.get_closest_marker("serial")):
+        pytest.fail("this test uses a communicator: mark it `collective`, or `serial` if it must stay on one rank",
+                    pytrace=False)
+    if is_collective(item) and not uses:
+        pytest.fail("this test is marked `collective` and uses no communicator", pytrace=False)
+    return result
 
 
 # -- Chapters -----------------------------------------------------------------------------------------------
@@ -90,6 +256,10 @@ class Page(pytest.Module):
             yield DoctestItem.from_parent(self, name="examples", runner=runner, dtest=test)
 
 
+# In the front matter of a chapter: the mark of both its items, or of one of them.
+MARK = r"---\n(?:(?!---).*\n)*?tests: *(\w+)(?: +(examples|cells))? *\n"
+
+
 class Chapter(Page):
     """A chapter of the book: its examples and its cells."""
 
@@ -97,18 +267,17 @@ class Chapter(Page):
         name = self.path.relative_to(self.config.rootpath).as_posix()
         blocks = [block for block in the_book(self.config.rootpath).blocks if block.chapter == name]
         text = self.path.read_text(encoding="utf-8-sig")
-        serial = re.search(r"\A---\n(.*\n)*?tests: *serial *\n(.*\n)*?---\n", text)
-
         examples = [range(block.body_line, block.end_line) for block in blocks if block.language == "pycon"]
-        yield from self.examples(blank(text, examples))
-
+        items = list(self.examples(blank(text, examples)))
         cells = [Cell(block) for block in blocks if block.directive == "code-cell"]
         if cells:
-            item = Cells.from_parent(self, name="cells")
-            item.cells = cells
-            if serial:
-                item.add_marker(pytest.mark.serial)
-            yield item
+            items.append(Cells.from_parent(self, name="cells"))
+            items[-1].cells = cells
+        mark, only = re.match(MARK, text).groups() if re.match(MARK, text) else (None, None)
+        for item in items:
+            if mark and only in (None, item.name):
+                item.add_marker(getattr(pytest.mark, mark))
+        yield from items
 
 
 @lru_cache
@@ -169,9 +338,8 @@ class Cells(pytest.Item):
     cells: list[Cell]
 
     def runtest(self):
-        pytest.importorskip("matplotlib").use("Agg")
-        import matplotlib.pyplot as plt
-
+        if any("matplotlib" in cell.source for cell in self.cells):
+            pytest.importorskip("matplotlib")
         namespace = {"__name__": "__main__", "__file__": str(self.path)}
         here = os.getcwd()
         with tempfile.TemporaryDirectory() as scratch:  # as in the build: what a cell writes does not stay
@@ -182,7 +350,8 @@ class Cells(pytest.Item):
                         cell.run(namespace, self.path)
             finally:
                 os.chdir(here)
-                plt.close("all")
+                if "matplotlib.pyplot" in sys.modules:
+                    sys.modules["matplotlib.pyplot"].close("all")
 
     def repr_failure(self, excinfo):
         if isinstance(excinfo.value, CellFailed):

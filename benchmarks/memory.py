@@ -21,7 +21,7 @@ import tracemalloc
 
 import numpy as np
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 
 from .common import best, describe, machine, optional, save, table
 

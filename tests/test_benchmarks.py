@@ -41,7 +41,6 @@ def test_the_second_time_nothing_is_built(name, what):
     assert engine.made(ours.model) > before
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("name", engine.CASES)
 def test_memory_is_linear(name):
     """The bytes per operation do not grow with the number of operations."""
@@ -50,7 +49,6 @@ def test_memory_is_linear(name):
         assert large[what] < 1.3 * small[what] + 16, what
 
 
-@pytest.mark.serial
 def test_memory_of_large_arrays():
     """As many arrays at the peak as in the same gradient written by hand, but for a few, however long the model is."""
     for row in engine.study_large(size=50_000, n=20, repeat=1):
@@ -91,6 +89,7 @@ def test_exponents():
     assert powers == pytest.approx(dict(run=1.0, build=2.0))
 
 
+@pytest.mark.collective
 def test_fourier_transforms():
     [row, single] = fft.study([8], repeat=1)
     assert row["pfft"]["forward"] > 0 and single["dtype"] == "f4"
@@ -107,7 +106,6 @@ def test_memory_measures_one_gradient():
         np.testing.assert_array_equal(gradient, gradients["full tape"], err_msg=name)
 
 
-@pytest.mark.serial
 def test_the_peak_of_memory_follows_the_schedule(capsys):
     names = "revolve, 5", "revolve, 20", "multistage, 5 and 20 on disk", "disk"
     results = memory.study([10, 60], names, size=20_000, repeat=1, budget=0.1)
@@ -122,7 +120,6 @@ def test_the_peak_of_memory_follows_the_schedule(capsys):
     assert full["peak"] > 60 * 3 and full["runs"] == 1
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("order", ["displaced", "random"])
 def test_kernels_compute_what_pmesh_does(order):
     for name, (ours, theirs) in kernels.cases(8, "cic", order).items():
@@ -133,7 +130,6 @@ def test_kernels_compute_what_pmesh_does(order):
         np.testing.assert_allclose(a if a.shape == b.shape else a.T, b, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.serial
 def test_kernels_report(capsys):
     results = kernels.study([8], ["cic"], repeat=1, orders=["random"])
     kernels.report(results)
@@ -142,6 +138,7 @@ def test_kernels_report(capsys):
     assert all(row["threads 1"] > 0 and row["threads 2"] > 0 for row in results if row["what"] != "decompose")
 
 
+@pytest.mark.collective
 def test_files(tmp_path):
     path = str(tmp_path / f"rank-{MPI.COMM_WORLD.rank}" / "numbers.json")
     common.save(path, common.machine(), results=[1.5])
@@ -153,7 +150,6 @@ def test_files(tmp_path):
     assert place("a", "fft", False).endswith("fft.json")
 
 
-@pytest.mark.serial
 def test_nbody_knows_where_its_time_goes():
     [row] = nbody.study([8], repeat=1, systems=["vmad_lit"])
     spent = row["vmad_lit"]["kernels"]
@@ -163,7 +159,6 @@ def test_nbody_knows_where_its_time_goes():
     assert row["vmad_lit"]["error"] == 0
 
 
-@pytest.mark.serial
 def test_nbody_over_steps():
     rows = nbody.study_steps(n=8, numbers=[3])
     assert [row["policy"] for row in rows] == list(nbody.POLICIES)

@@ -12,16 +12,19 @@ h5py = pytest.importorskip("h5py")
 
 from mpi4py import MPI  # noqa: E402
 
+from helpers import join  # noqa: E402
 from vmad_lit.lib import catalogue  # noqa: E402
 from vmad_lit.lib.cosmology import MatterDominated  # noqa: E402
 from vmad_lit.lib.fastpm import FastPMSimulation, ParticleMesh  # noqa: E402
+
+pytestmark = pytest.mark.collective
 
 COMM = MPI.COMM_WORLD
 
 
 @pytest.fixture
-def path(tmp_path):
-    return COMM.bcast(str(tmp_path / "file.hdf5"))
+def path(folder):
+    return os.path.join(folder, "file.hdf5")
 
 
 def rows(n=23):
@@ -44,7 +47,7 @@ def test_columns(path, dtype, chunk, monkeypatch):
     assert attributes["a"] == 0.5 and attributes["name"] == "test" and attributes["box"].tolist() == [1, 1, 1]
     for name, v in whole.items():
         kind = np.dtype(dtype if dtype and v.dtype.kind == "f" else v.dtype)
-        for got in alone[name], np.concatenate(COMM.allgather(columns[name])):
+        for got in alone[name], join(columns[name]):
             assert got.dtype == kind
             np.testing.assert_array_equal(got, v.astype(kind))
     assert list(catalogue.load(path, COMM, ["m"])[0]) == ["m"]
@@ -156,6 +159,7 @@ def test_bad_input_is_refused_on_all_ranks(path, monkeypatch):
     assert not os.path.exists(path)
 
 
+@pytest.mark.serial
 def test_a_subset_is_random_and_knows_no_ranks():
     ids = np.arange(100000)
     for fraction in 0, 0.1, 0.5, 1:
@@ -184,7 +188,7 @@ def test_snapshot(path, shift, lattice):
     order = np.argsort(columns["ID"])
     np.testing.assert_array_equal(columns["ID"][order], np.arange(n))
     assert columns["Position"].dtype == np.float32 and (columns["Position"] < pm.BoxSize).all() and (columns["Position"] >= 0).all()
-    whole = np.concatenate(COMM.allgather(np.column_stack([ids, (q + dx) % pm.BoxSize, p * 100 / 0.8])))
+    whole = join(np.column_stack([ids, (q + dx) % pm.BoxSize, p * 100 / 0.8]))
     whole = whole[np.argsort(whole[:, 0])]
     gap = abs(columns["Position"][order] - whole[:, 1:4])
     assert (np.minimum(gap, pm.BoxSize - gap) < 1e-5).all()

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core import checkpoint as module
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core import chain as chains, store
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.error import BadArgument, BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
 
@@ -147,7 +148,7 @@ def policies(draw):
 
 
 @given(n=st.integers(1, 14), policy=policies())
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_any_schedule_gives_the_same_derivatives(n, policy):
     assert_same_derivatives(model(checkpoint(kick_drift, n, **policy)), n)
 
@@ -229,7 +230,7 @@ def test_without_a_reverse_sweep():
 
 
 @given(n=st.integers(1, 9), policy=policies(), seed=st.integers(0, 100))
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_the_hessian_is_the_change_of_the_gradient(n, policy, seed):
     m = model(checkpoint(kick_drift, n, **policy))
     rng = np.random.default_rng(seed)
@@ -286,7 +287,7 @@ def test_an_operator_without_second_derivative_is_named():
 
 
 @given(inner=policies(), outer=policies())
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_a_chain_of_chains(inner, outer):
     chain = checkpoint(kick_drift, 3, **inner)
 
@@ -359,7 +360,7 @@ def test_a_step_may_be_a_method():
 
 
 @given(policy=policies())
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_a_tape_may_be_swept_again(policy):
     m = model(checkpoint(kick_drift, 7, **policy))
     _, tape = m.compute(["x", "p"], INIT, return_tape=True)
@@ -523,15 +524,15 @@ def test_one_file_without_a_name(tmp_path, policy):
 
 
 def test_dropped_states_make_room_for_others(monkeypatch):
-    one = module.OnDisk(module.Disk(None, None), (INIT["x"], INIT["p"]))
+    one = store.OnDisk(store.Disk(None, None), (INIT["x"], INIT["p"]))
     disks = []
 
-    class Watched(module.Disk):
+    class Watched(store.Disk):
         def __init__(self, *args):
             super().__init__(*args)
             disks.append(self)
 
-    monkeypatch.setattr(module, "Disk", Watched)
+    monkeypatch.setattr(chains, "Disk", Watched)
     m = model(checkpoint(kick_drift, 50, ram=0, disk=3))
     for _ in range(2):
         m.compute_with_vjp(INIT, COTANGENTS)
@@ -577,7 +578,7 @@ PROGRAM = """
     import os, resource, signal, sys
     import numpy as np
     from vmad_lit import Builder, autooperator, operator
-    from vmad_lit.core.checkpoint import checkpoint
+    from vmad_lit.core.chain import checkpoint
 
     folder, size = sys.argv[1], int(sys.argv[2])
 
@@ -609,7 +610,6 @@ def run_program(text, *arguments, **kwargs):
     )
 
 
-@pytest.mark.serial
 def test_a_killed_run_leaves_no_files(tmp_path):
     done = run_program(
         """
@@ -628,7 +628,6 @@ def test_a_killed_run_leaves_no_files(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.serial
 def test_a_full_disk_is_explained(tmp_path):
     done = run_program(
         """
@@ -651,7 +650,6 @@ def test_a_full_disk_is_explained(tmp_path):
     assert again == "True"
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
 def test_a_full_file_system(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], capture_output=True).returncode:
@@ -677,7 +675,6 @@ def test_folders_that_will_not_do(tmp_path):
             m.compute(["x", "p"], INIT, return_tape=True)
 
 
-@pytest.mark.serial
 def test_a_folder_without_permission(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
@@ -710,9 +707,7 @@ def test_what_cannot_be_pickled_is_named():
         m.compute("y", dict(x=np.ones(2), y=[1.0, lambda: None]), return_tape=True)
 
 
-def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
-    monkeypatch.setattr(module, "TAKE_APART", {})
-
+def test_values_of_other_types_can_be_kept_on_disk():
     class Opaque:
         def __init__(self, number, where):
             self.number, self.where = number, where
@@ -740,7 +735,7 @@ def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
     with pytest.raises(TypeError, match="Opaque.*no pickling"):
         m.compute_with_vjp(dict(x=Opaque(1, here)), dict(_y=1.0))
 
-    @module.keep_on_disk_by(Opaque)
+    @store.keep_on_disk_by(Opaque)
     def take_apart(value):
         return lambda number: Opaque(number, value.where), value.number
 
@@ -751,6 +746,7 @@ def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
 # -- Fields and ranks --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize("policy", [dict(ram=2), dict(ram=1, disk=2), dict(schedule="disk"),
                                     dict(schedule="two-level", period=3, ram=1), dict(schedule="mixed", disk=2)])
 @pytest.mark.parametrize("kind", ["real", "complex", "untransposedcomplex"])
@@ -784,6 +780,7 @@ def test_fields_on_disk(policy, kind):
     assert_same(derivatives(checkpoint(step, 6, **policy)), derivatives(full))
 
 
+@pytest.mark.collective
 def test_a_simulation_with_states_on_disk():
     pytest.importorskip("pmesh")
     from vmad_lit.lib import fastpm
@@ -815,6 +812,7 @@ def test_a_simulation_with_states_on_disk():
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize("found", [True, False])
 def test_a_full_disk_of_one_rank_stops_all(found):
     """The ranks go through collective calls: if only one of them raised, the others would wait for ever."""

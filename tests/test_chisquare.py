@@ -1,13 +1,12 @@
 """Chi-square problems: gradients, Gauss-Newton products, one forward run a point; inversions in epochs."""
 import os
-import shutil
-import tempfile
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 from numpy.testing import assert_allclose, assert_array_equal
 
+from helpers import join, split
 from vmad_lit import Builder, autooperator, operator
 from vmad_lit.contrib.chisquare import (
     Epoch,
@@ -21,23 +20,14 @@ from vmad_lit.contrib.optimize import LBFGS, GradientDescent, State, TrustRegion
 from vmad_lit.contrib.vectorspace import VectorSpace
 from vmad_lit.lib import mpi
 
+pytestmark = pytest.mark.collective
+
 COMM = MPI.COMM_WORLD
 N = 12
 RNG = np.random.default_rng(7)
 A = RNG.normal(size=(N, N)) / 3
 DATA = RNG.normal(size=N)
 POINT = RNG.normal(size=N)
-
-
-def split(x):
-    """This rank's part of x: uneven, with nothing on rank 1."""
-    shares = np.array([0 if rank == 1 else rank + 1 for rank in range(COMM.size)])
-    edges = np.concatenate([[0], np.cumsum(shares) * len(x) // shares.sum()])
-    return x[edges[COMM.rank]:edges[COMM.rank + 1]]
-
-
-def gather(x):
-    return np.concatenate(COMM.allgather(x))
 
 
 @operator
@@ -47,10 +37,10 @@ class mix:
     ain, aout = "x", "y"
 
     def apl(node, x):
-        return split(A @ gather(x))
+        return split(A @ join(x))
 
     def vjp(node, _y):
-        return split(A.T @ gather(_y))
+        return split(A.T @ join(_y))
 
 
 @operator
@@ -152,12 +142,12 @@ def test_objective_gradient_and_product_are_exact():
     problem, s = make(), split(POINT)
     r, J = exact_residuals(POINT), exact_jacobian(POINT)
     assert_allclose(problem.objective(s), r @ r, rtol=1e-12)
-    assert_allclose(gather(problem.gradient(s)), 2 * J.T @ r, rtol=1e-10)
+    assert_allclose(join(problem.gradient(s)), 2 * J.T @ r, rtol=1e-10)
     for v in np.eye(N)[[0, 5, 11]]:
-        product = gather(problem.hessian_vector_product(s, split(v)))
+        product = join(problem.hessian_vector_product(s, split(v)))
         assert_allclose(product, 2 * J.T @ (J @ v), rtol=1e-9, atol=1e-12)
     assert_allclose(problem.chisquares(s), [r[:N] @ r[:N], r[N:] @ r[N:]])
-    assert_allclose(gather(problem.residual_values(s)[0]), r[:N])
+    assert_allclose(join(problem.residual_values(s)[0]), r[:N])
     assert problem.forwards == 1
 
 
@@ -196,7 +186,7 @@ def test_another_point_is_another_run_also_in_the_same_array():
     first = problem.Hvp(s, v)
     s *= 1.1
     J = exact_jacobian(1.1 * POINT)
-    assert_allclose(gather(problem.Hvp(s, v)), 2 * J.T @ (J @ np.ones(N)), rtol=1e-9, atol=1e-12)
+    assert_allclose(join(problem.Hvp(s, v)), 2 * J.T @ (J @ np.ones(N)), rtol=1e-9, atol=1e-12)
     assert problem.forwards == 2
     s /= 1.1
     s[:] = split(POINT)
@@ -210,7 +200,7 @@ def test_the_tape_is_not_spoilt_by_changes_in_place():
     kept = s.copy()
     s[...] = 0
     r, J = exact_residuals(POINT), exact_jacobian(POINT)
-    assert_allclose(gather(problem.gradient(kept)), 2 * J.T @ r, rtol=1e-10)
+    assert_allclose(join(problem.gradient(kept)), 2 * J.T @ r, rtol=1e-10)
     assert problem.forwards == 1
 
 
@@ -223,22 +213,18 @@ def test_same_minimum_on_any_number_of_ranks(optimizer):
     problem = make()
     state = optimizer.minimize(problem, split(0.1 * np.ones(N)))
     assert state.converged, state
-    assert_allclose(gather(state.x), exact.x, atol=1e-2 if isinstance(optimizer, GradientDescent) else 1e-4)
+    assert_allclose(join(state.x), exact.x, atol=1e-2 if isinstance(optimizer, GradientDescent) else 1e-4)
     assert_allclose(state.y, 2 * exact.cost, rtol=1e-4)
     assert problem.forwards <= problem.fev + problem.hev // 2
 
 
-def test_saved_and_resumed():
-    folder = COMM.bcast(tempfile.mkdtemp() if COMM.rank == 0 else None)
+def test_saved_and_resumed(folder):
     path, s = os.path.join(folder, "fit.npz"), split(0.1 * np.ones(N))
     whole = LBFGS(maxiter=9).minimize(make(), s)
     LBFGS(maxiter=4).minimize(make(), s, monitor=autosave(path, 2))
     problem = make()
     resumed = LBFGS(maxiter=9).minimize(problem, state=State.resume(path, problem.vs, s))
     assert_array_equal(resumed.x, whole.x)
-    COMM.Barrier()
-    if COMM.rank == 0:
-        shutil.rmtree(folder)
 
 
 def test_universal_unknowns():
@@ -268,7 +254,7 @@ def test_forward_operator_with_one_output_and_constant_residual():
 
     problem = MPIChiSquareProblem(COMM, double, [residual])
     x = split(np.zeros(5))
-    assert_allclose(gather(LBFGS().minimize(problem, x).x), 0.5)
+    assert_allclose(join(LBFGS().minimize(problem, x).x), 0.5)
     with pytest.raises(ValueError, match="at least one residual"):
         MPIChiSquareProblem(COMM, double, [])
 
@@ -287,6 +273,7 @@ def test_gauss_newton_agrees_with_the_model_s_own():
 
 # epochs
 
+@pytest.mark.serial
 def test_scheduler():
     schedule = EpochScheduler()
     assert schedule.min_nepochs == 1 and schedule.get_args(5) == {}

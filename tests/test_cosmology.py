@@ -80,7 +80,6 @@ def test_orders_are_derivatives_by_ln_a(universe, name):
 
 
 @given(Om=st.floats(0.02, 1.0), a=st.floats(1e-4, 2.0))
-@settings(deadline=None)
 def test_flat_growth_closed_form(Om, a):
     D = linear_growth(np.float64(a), Om, 1 - Om)[0]
     np.testing.assert_allclose(D, a * hyp2f1(1 / 3, 1, 11 / 6, -a ** 3 * (1 - Om) / Om), rtol=1e-11)
@@ -434,6 +433,7 @@ def test_constant_parameters_cost_no_derivative(monkeypatch):
     assert len(steps) == 1
 
 
+@pytest.mark.collective
 def test_wavenumbers_may_be_distributed():
     """Each rank has its own wavenumbers; the gradient on every rank is that of the sum over all of them."""
     MPI = pytest.importorskip('mpi4py.MPI')

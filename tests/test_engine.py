@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
 from vmad_lit.core import error, execution, stdlib
 from vmad_lit.core.execution import Layout, Plan, find_active, find_needed, find_recorded
@@ -18,7 +19,7 @@ from vmad_lit.core.symbol import List, Literal, Symbol
 from vmad_lit.lib import linalg
 from vmad_lit.testing import check, check_dot_product, check_taylor
 
-quick = settings(max_examples=60, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=examples(60), suppress_health_check=list(HealthCheck))
 
 
 # Operators with lists in them, of several results, with a record of their own, and with hyper-parameters
@@ -974,3 +975,17 @@ def f(x: '*', y: '*', n) -> 'z':
     exec(compile(source, "<postponed>", "exec"), namespace)
     assert (list(namespace["f"].ain), list(namespace["f"].aout)) == (["x", "y"], ["z"])
     assert namespace["f"].build(n=2).compute("z", dict(x=2.0, y=3.0)) == 12.0
+
+
+def test_a_model_is_built_with_the_hyper_parameters_that_there_are():
+    @autooperator("x -> y")
+    def scaled(x, factor, shift=0.0):
+        return x * factor + shift
+
+    assert scaled.build(factor=2.0).compute("y", dict(x=3.0)) == 6.0
+    with pytest.raises(error.BadArgument, match="scaled has no hyper-parameter 'factr'.*factor"):
+        scaled.build(factor=2.0, factr=3.0)
+    with pytest.raises(error.ModelError, match="needs the hyper-parameter 'factor'"):
+        scaled.build(shift=1.0)
+    with pytest.raises(error.ModelError, match="'x' is an input of scaled"):
+        scaled.build(factor=2.0, x=1.0)

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 loops = pytest.importorskip("vmad_lit.lib.loops")
 
 
@@ -27,7 +28,7 @@ def halo(x, axis):
     return np.ascontiguousarray(x.take([-2 % n, -1 % n, 0, 1 % n], axis=axis))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.sampled_from(["f4", "f8"]), *[st.booleans()] * 5, st.integers(0, 99))
 def test_gradient_and_divergence(shape, dtype, padded, padded_out, together, halos, beside, seed):
     rng, ndim, shape = np.random.default_rng(seed), len(shape), tuple(shape)
@@ -46,7 +47,7 @@ def test_gradient_and_divergence(shape, dtype, padded, padded_out, together, hal
     np.testing.assert_allclose(x, sum(factors[axis] * along(sources[axis], axis) for axis in range(ndim)), **tolerance)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.booleans(), st.booleans(), st.integers(0, 2), st.integers(0, 99))
 def test_difference(shape, add, halos, axis, seed):
     rng, shape = np.random.default_rng(seed), tuple(shape)

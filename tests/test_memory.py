@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmad_lit.core.tape import nbytes_of
+from helpers import examples
+from vmad_lit.core.valuetypes import nbytes_of
 from vmad_lit.lib import memory
 
 N = memory.LEAST // 8
@@ -24,7 +25,7 @@ def a_store_of_its_own():
     memory.release()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 5)), max_size=30))
 def test_no_array_sees_the_numbers_of_another(steps):
     """Arrays of several sizes are made, kept by views of them, and dropped, in any order."""
@@ -151,7 +152,6 @@ def test_pages_that_were_given_back_are_new():
     assert again.ctypes.data == where and (again[1024:-1024] == 0).all() and (keep == 7).all()
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_that_forks_has_its_copies():
     array = memory.zeros(N)

@@ -8,6 +8,7 @@ pytest.importorskip("pmesh")
 
 from mpi4py import MPI
 
+from helpers import join
 from vmad_lit import Builder
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import fastpm
@@ -15,6 +16,8 @@ from vmad_lit.lib.cosmology import Cosmology, MatterDominated
 from vmad_lit.lib.fastpm import FastPMSimulation, ParticleMesh
 from vmad_lit.lib.mpi import allbcast
 from vmad_lit.testing import check_dot_product, check_second_order, check_taylor
+
+pytestmark = pytest.mark.collective
 
 COMM = MPI.COMM_WORLD
 PT = MatterDominated(0.3)
@@ -125,7 +128,7 @@ def test_any_number_of_ranks(case):
     pm, B = make(case)
     alone, _ = make(case, MPI.COMM_SELF)
     sim, m = build(pm, B)
-    serial, reference = build(alone, B, q=np.concatenate(COMM.allgather(sim.q)))
+    serial, reference = build(alone, B, q=join(sim.q))
     names = ["dx", "p", "f"]
     results = m.compute(names, dict(wnk=noise(pm)))
     expected = reference.compute(names, dict(wnk=noise(alone)))
@@ -399,6 +402,7 @@ def test_zero_power_at_k0():
     assert np.isfinite(c.value).all() and abs(c.cmean() if hasattr(c, "cmean") else 0) < 1e-12
 
 
+@pytest.mark.serial
 def test_second_order_on_a_line_is_zero():
     pm = ParticleMesh([16], BoxSize=8.0, comm=MPI.COMM_SELF)
     source = fastpm.lpt2src.build(pm=pm).compute("rho_lpt2", dict(rhok=noise(pm)))

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
+from helpers import examples
 from vmad_lit import Builder, operator
 from vmad_lit.core import stdlib
 from vmad_lit.core.error import BrokenPrimitive
@@ -114,7 +115,7 @@ def test_every_operator_has_a_proof():
 
 
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - LOOKING))
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_operator(name, data):
     function, dtypes = PROOFS[name]
@@ -808,3 +809,42 @@ def test_a_curvature_that_is_mere_rounding():
     x = np.random.default_rng(62).uniform(0.5, 2.0, (1, 2)).astype("f4")
     for seed in range(20):
         check(lambda x: linalg.norm(x, 1.5, 0), x, seed=seed)
+
+
+def test_a_function_of_two_complex_arguments_is_declared_by_its_derivatives():
+    """None of the library's is complex: those that could be are arithmetic, which has derivatives of its own."""
+
+    @operator
+    class twisted(binary.binary_ufunc):
+        f = staticmethod(lambda x1, x2: x1 * np.exp(x2))
+        fprime1 = staticmethod(lambda x1, x2: np.exp(x2))
+        fprime2 = staticmethod(lambda x1, x2: x1 * np.exp(x2))
+        fsecond11 = staticmethod(lambda x1, x2: 0 * x1)
+        fsecond12 = staticmethod(lambda x1, x2: np.exp(x2))
+        fsecond22 = staticmethod(lambda x1, x2: x1 * np.exp(x2))
+
+    rng = np.random.default_rng(5)
+    x1, x2 = rng.normal(size=(2, 4, 2)).view("c16")[..., 0]
+    assert check(twisted, x1, x2, truth=x1 * np.exp(x2)).second is not None
+
+
+ELEMENTWISE = [key for key, op in OPERATORS.items() if key.startswith(("unary.", "binary.")) and hasattr(op.prototype, "f")]
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_operators_tell_the_derivatives_that_they_have(name):
+    """Also those that are not used, since the operator has formulas of its own in terms of the result."""
+    op, values = OPERATORS[name], dict(x1=np.array([1.5, 2.0]), x2=np.array([1.7, 0.6]))
+    if name.startswith("unary."):
+        inside = name in ("unary.arcsin", "unary.arccos", "unary.arctanh")
+        values = dict(x=np.array([0.3, 0.7]) if inside else values["x1"])
+    with Builder() as m:
+        m.output(y=op(*[m.input(key) for key in values]))
+    told = [getattr(op.prototype, kind)(*values.values()) for kind in (["fprime"] if "x" in values else ["fprime1", "fprime2"])]
+    slopes = []
+    for key in values:
+        tangents = {f"{other}_": np.full(2, float(other == key)) for other in values}
+        slopes.append(m.compute_with_jvp("y", values, tangents)[1])
+    np.testing.assert_allclose(np.broadcast_arrays(*told, slopes[0])[:-1], slopes, rtol=1e-12)
+    _, found = m.compute_with_vjp(values, dict(_y=np.ones(2)))
+    np.testing.assert_allclose(found, slopes, rtol=1e-12)

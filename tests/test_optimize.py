@@ -1,10 +1,9 @@
 """Optimisers over vector spaces: against SciPy and analytic solutions, on several ranks, resumed."""
 import math
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from mpi4py import MPI
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.optimize import rosen, rosen_der, rosen_hess_prod
 
+from helpers import examples, split
 from vmad_lit.contrib.optimize import (
     EPS,
     LBFGS,
@@ -34,23 +34,13 @@ from vmad_lit.contrib.optimize import (
 from vmad_lit.contrib.vectorspace import FieldSpace, ProductSpace, VectorSpace, real_inner_product
 
 COMM = MPI.COMM_WORLD
-quick = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=examples(40), derandomize=True, suppress_health_check=list(HealthCheck))
 OPTIMIZERS = [LBFGS(gtol=1e-9, maxiter=2000), TrustRegionCG(gtol=1e-9, maxiter=2000),
               GradientDescent(gtol=1e-8)]
 
 
 def distributed(comm=COMM):
     return VectorSpace(dot=lambda a, b: comm.allreduce(real_inner_product(a, b)), comm=comm)
-
-
-@pytest.fixture
-def folder():
-    """A folder that all ranks see, removed at the end."""
-    path = COMM.bcast(tempfile.mkdtemp() if COMM.rank == 0 else None)
-    yield path
-    COMM.Barrier()
-    if COMM.rank == 0:
-        shutil.rmtree(path)
 
 
 def beale(v):
@@ -178,6 +168,7 @@ def test_product_space_names_what_does_not_fit():
         vs.dot(np.ones(2), np.ones(2))
 
 
+@pytest.mark.collective
 def test_the_distributed_part_is_summed_and_the_universal_part_is_not():
     vs = ProductSpace({'field': distributed(), 'bias': VectorSpace()})
     v = {'field': np.ones(COMM.rank + 1), 'bias': 2.0}
@@ -185,6 +176,7 @@ def test_the_distributed_part_is_summed_and_the_universal_part_is_not():
     assert vs.comm is COMM
 
 
+@pytest.mark.collective
 def test_agree():
     vs = distributed()
     assert vs.replicate(np.array(2)) == 2.0
@@ -517,6 +509,7 @@ def test_wrong_preconditioners_are_found():
             LBFGS().minimize(Problem(rosen, rosen_der, preconditioner=bad), np.array([-1.2, 1.0]))
 
 
+@pytest.mark.collective
 def test_monitors():
     seen = []
     state = LBFGS().minimize(Problem(rosen, rosen_der), np.array([-1.2, 1.0]),
@@ -562,6 +555,7 @@ def test_table_and_representations():
         state['nonsense']
 
 
+@pytest.mark.collective
 def test_progress_bar(capsys):
     pytest.importorskip('tqdm')
     LBFGS().minimize(Problem(rosen, rosen_der), np.array([-1.2, 1.0]), progress=True)
@@ -588,6 +582,7 @@ def test_scipy_minimize(method):
 
 # saving
 
+@pytest.mark.collective
 @pytest.mark.parametrize('optimizer', [LBFGS(m=4), TrustRegionCG(), GradientDescent(gtol=1e-4)],
                          ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize('whiten', [False, True])
@@ -618,6 +613,7 @@ def test_resumed_equals_uninterrupted(optimizer, whiten, folder):
     assert os.path.exists(path) and not os.path.exists(path + '.tmp')
 
 
+@pytest.mark.collective
 def test_resume_when_there_is_nothing_yet(folder):
     vs = distributed()
     path = os.path.join(folder, 'state.npz')
@@ -632,6 +628,7 @@ def test_resume_when_there_is_nothing_yet(folder):
         State.resume(path, vs, np.zeros(4))
 
 
+@pytest.mark.collective
 def test_a_crash_while_saving_leaves_the_old_state(folder, monkeypatch):
     vs = distributed()
     path = os.path.join(folder, 'state.npz')
@@ -657,6 +654,7 @@ def test_a_crash_while_saving_leaves_the_old_state(folder, monkeypatch):
     assert sorted(os.listdir(folder))[0] == 'state.npz' and len(os.listdir(folder)) == COMM.size
 
 
+@pytest.mark.collective
 def test_files_that_are_not_a_state(folder):
     vs, path = distributed(), os.path.join(folder, 'state.npz')
     state = LBFGS(maxiter=2).minimize(Problem(rosen, rosen_der, vs=VectorSpace(comm=COMM)), np.zeros(2))
@@ -676,6 +674,7 @@ def test_files_that_are_not_a_state(folder):
         State.load(path, vs, np.zeros(2))
 
 
+@pytest.mark.collective
 def test_state_of_another_rank_count(folder):
     path = os.path.join(folder, 'state.npz')
     state = LBFGS(maxiter=2).minimize(Problem(rosen, rosen_der), np.zeros(2))
@@ -691,13 +690,7 @@ def test_state_of_another_rank_count(folder):
 
 # several ranks
 
-def split(x):
-    """This rank's part of x: uneven, with nothing on rank 1."""
-    shares = np.array([(0 if rank == 1 else rank + 1) for rank in range(COMM.size)])
-    edges = np.concatenate([[0], np.cumsum(shares) * len(x) // shares.sum()])
-    return x[edges[COMM.rank]:edges[COMM.rank + 1]]
-
-
+@pytest.mark.collective
 @pytest.mark.parametrize('optimizer', [LBFGS(maxiter=30), TrustRegionCG(maxiter=15),
                                        GradientDescent(maxiter=12)], ids=lambda o: type(o).__name__)
 def test_same_iterates_on_any_number_of_ranks(optimizer):
@@ -726,6 +719,7 @@ def test_same_iterates_on_any_number_of_ranks(optimizer):
     assert len(set(COMM.allgather((state.nit, state.fev, state.y, state.gnorm)))) == 1
 
 
+@pytest.mark.collective
 def test_distributed_state_there_and_back(folder):
     path, vs = os.path.join(folder, 'state.npz'), distributed()
     b = split(np.sin(np.arange(30.0)))
@@ -741,6 +735,7 @@ def test_distributed_state_there_and_back(folder):
     assert len(os.listdir(folder)) == COMM.size
 
 
+@pytest.mark.collective
 def test_an_objective_that_is_not_reduced_is_refused():
     if COMM.size == 1:
         pytest.skip("needs two ranks")
@@ -749,6 +744,7 @@ def test_an_objective_that_is_not_reduced_is_refused():
         LBFGS().minimize(problem, np.ones(COMM.rank + 1))
 
 
+@pytest.mark.collective
 def test_fields(folder):
     pm_module = pytest.importorskip('pmesh.pm')
     pm = pm_module.ParticleMesh(Nmesh=[4, 4, 4], BoxSize=4.0, comm=COMM)
@@ -772,6 +768,7 @@ def test_fields(folder):
         vs.dot(truth, truth.c2r())
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize('mesh', [[4, 4, 4], [4, 4, 5], [5, 3, 7], [4, 5]])
 def test_the_product_of_complex_fields_is_that_of_the_real_ones(mesh):
     pm = pytest.importorskip('pmesh.pm').ParticleMesh(Nmesh=mesh, BoxSize=4.0, comm=COMM)
@@ -807,3 +804,55 @@ print(state.nit, state.fev, state.x.tobytes().hex())
     assert run('killed.npz', 7).returncode == -9
     assert run('killed.npz', 23).returncode == -9
     assert run('killed.npz', -1).stdout == whole.stdout
+
+
+@pytest.mark.parametrize("units, converged", [(150, True), (250, False)])
+def test_a_failed_search_has_converged_where_the_fall_to_expect_is_lost_in_rounding(units, converged):
+    """Half of the slope is what a quadratic function falls at most; 100 units of rounding are lost."""
+    for kind, share in (LBFGS, 1.0), (GradientDescent, 0.5):  # which is content with the whole slope
+        g = np.array([math.sqrt(units * share * EPS)])
+        problem = Problem(lambda x: 1.0 + g @ x, lambda x: g)
+        state = kind(linesearch=lambda line, first: None, gtol=0.0).minimize(problem, np.zeros(1))
+        assert state.nit == 0 and state.converged == converged
+        assert ("rounding" if converged else "line search failed") in state.message
+
+
+def test_a_step_that_ends_on_the_surface_of_the_region_is_on_the_surface():
+    g, inside = np.array([3.0, 4.0]), lambda radius: TrustRegionCG().solve(VectorSpace(), lambda d: d, g, radius, 1e-3)
+    for radius, surface in (5.0, True), (4.0, True), (6.0, False):
+        p, r, on = inside(radius)
+        assert on is surface
+        assert_allclose(p, -g * min(radius / 5, 1))
+        assert_allclose(r, g + p, atol=1e-14)
+
+
+def test_the_first_region():
+    """Ten steps of steepest descent where the objective is convex; else as large as the point, and at least 1."""
+    vs, g = VectorSpace(), np.array([3.0, 4.0])
+    for point, curvature, radius in (0.0, 2.0, 25.0), (0.0, 0.0, 1.0), (7.0, -1.0, 7.0), (700.0, -1.0, 50.0), (0.0, 0.1, 50.0):
+        state = SimpleNamespace(Pg=g, Pgnorm=5.0, Px=np.array([0.0, point]))
+        assert TrustRegionCG(maxradius=50.0).first_radius(vs, lambda d: curvature * d, state) == pytest.approx(radius)
+    assert TrustRegionCG(radius=3.0).first_radius(vs, None, state) == 3.0
+
+
+def test_a_minimisation_that_goes_on_has_not_converged():
+    problem, told = Problem(rosen, rosen_der), []
+    state = LBFGS(gtol=1e-2).minimize(problem, np.array([-1.2, 1.0]))
+    assert state.converged
+    state = LBFGS(gtol=1e-8).minimize(problem, state, monitor=lambda state: told.append((state.converged, state.message)))
+    assert state.converged and len(told) > 1 and set(told[:-1]) == {(False, "")}
+
+
+def test_scipy_gets_the_hessian():
+    x0 = np.array([-1.2, 1.0, 0.5])
+    ours = scipy_minimize(Problem(rosen, rosen_der, rosen_hess_prod), x0, method='Newton-CG')
+    want = scipy.optimize.minimize(rosen, x0, method='Newton-CG', jac=rosen_der, hessp=rosen_hess_prod)
+    assert (ours.nit, ours.nhev) == (want.nit, want.nhev)
+    assert_allclose(ours.x, want.x, rtol=1e-12)
+
+
+@pytest.mark.collective
+def test_the_progress_bar_shows_objective_and_gradient(capsys):
+    pytest.importorskip('tqdm')
+    LBFGS(maxiter=3).minimize(Problem(lambda x: 7.25 + 0 * x[0], lambda x: np.array([0.0])), np.array([1.0]), progress=True)
+    assert ('y=7.25 |g|=0' in capsys.readouterr().err) == (COMM.rank == 0)

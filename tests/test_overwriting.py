@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+from helpers import examples
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
 from vmad_lit.core import ownership
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.model import Model
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.testing import check, check_ownership
@@ -358,7 +359,7 @@ CHAINS = [checkpoint(step, n=n, **options) for step in (twice, pass_on) for n, o
           ((1, dict(ram=1)), (3, dict(ram=1)), (3, dict(ram=0, disk=3)), (2, dict(schedule="tapes")))]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(st.lists(st.tuples(st.sampled_from([double, same, twice, around, *CHAINS]), st.integers(0, 9)), min_size=1, max_size=8),
        st.sets(st.integers(0, 8), min_size=1), st.integers(0, 3))
 def test_any_graph(calls, wanted, seed):
@@ -599,3 +600,19 @@ def test_the_onlooker_leaves():
     with pytest.raises(AssertionError):
         check_ownership(operator(ReturnsWhatItGot), np.ones(3))
     assert Model.runner is runner
+
+
+@autooperator("x -> y")
+def bent(x):
+    y = double(x)
+    return double(y * y * 0.125)
+
+
+@pytest.mark.parametrize("options", [dict(ram=2), dict(ram=3), dict(ram=1, disk=2), dict(schedule="two-level", period=2)], ids=str)
+def test_states_that_a_chain_keeps_in_memory_are_not_overwritten(options):
+    """Its first operator may overwrite the state, and the slopes are those of the state that was."""
+    chain, x = checkpoint(bent, n=6, **options), np.linspace(0.1, 0.4, 3)
+    m, plain = model(chain), model(*[bent] * 6)
+    (_, [_x]), own = owned(lambda: m.compute_with_vjp(dict(x=x.copy()), dict(_y=np.ones(3))))
+    assert True in own and False in own
+    assert_array_equal(_x, plain.compute_with_vjp(dict(x=x), dict(_y=np.ones(3)))[1][0])

@@ -5,6 +5,7 @@ import numpy
 import pytest
 
 pytest.importorskip("mpi4py")
+from helpers import examples
 pfft = pytest.importorskip("pfft")
 if "ducc0" not in getattr(pfft, "__version__", ""):
     pytest.skip("the site's own pfft is installed, not the book's", allow_module_level=True)
@@ -62,6 +63,7 @@ CASES = [(kind, shape) for kind in (Type.R2C, Type.C2C) for shape in SHAPES]
 CASES += [(kind, shape) for kind in (Type.R2CF, Type.C2CF) for shape in SHAPES[::3]]
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize("kind, shape", CASES, ids=lambda value: getattr(value, "name", str(value)))
 def test_there_and_back(kind, shape):
     if len(shape) == 1 and P > 1:
@@ -91,6 +93,7 @@ def test_there_and_back(kind, shape):
             everywhere(kept, "input not preserved", *case)
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize("shape", [(7, 5), (5, 4, 6), (3, 2, 4, 5)], ids=str)
 @pytest.mark.parametrize("flags", [0, Flags.TRANSPOSED_IN, Flags.TRANSPOSED_OUT,
                                    Flags.TRANSPOSED_IN | Flags.TRANSPOSED_OUT], ids=repr)
@@ -117,7 +120,8 @@ def test_any_ends_of_any_kind(shape, flags):
         everywhere(largest <= room, "a stage does not fit the buffers", np, plan)
 
 
-@settings(max_examples=25)
+@pytest.mark.collective
+@settings(max_examples=examples(25))
 @given(shape=st.lists(st.integers(1, 9), min_size=2, max_size=3).map(tuple), data=st.data())
 def test_the_blocks_tile_the_mesh(shape, data):
     np = data.draw(st.sampled_from(meshes(len(shape))))
@@ -141,6 +145,7 @@ def test_blocks_are_those_of_fftw(n, parts):
     assert size.sum() == n and (size[:n // block] == block).all() and (size[-(-n // block):] == 0).all()
 
 
+@pytest.mark.collective
 def test_adjoint():
     """<A, R x> = <C A, x> in the inner product that counts modes without a stored partner twice."""
     shape = (5, 4, 6)
@@ -210,6 +215,7 @@ def test_enumerations():
     assert (Direction.PFFT_FORWARD, Direction.PFFT_BACKWARD) == (-1, 1)
 
 
+@pytest.mark.collective
 def test_a_backward_plan_turns_round():
     partition = Partition(Type.R2C, [4, 4], ProcMesh([P], WORLD), Flags.ESTIMATE | Flags.TRANSPOSED_OUT)
     a, b = LocalBuffer(partition), LocalBuffer(partition)
@@ -250,6 +256,7 @@ def test_threads():
 # -- Communicators -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.collective
 def test_communicators_are_few_and_go_with_their_parent():
     """Far more process meshes than MPI has communicators; and parents that come and go."""
     for _ in range(3000):
@@ -261,6 +268,7 @@ def test_communicators_are_few_and_go_with_their_parent():
         comm.Free()
 
 
+@pytest.mark.collective
 def test_a_part_of_the_world():
     comm = WORLD.Split(WORLD.rank % 2, WORLD.rank)
     partition = Partition(Type.C2C, (4, 3), ProcMesh([comm.size], comm), Flags.TRANSPOSED_OUT)
@@ -275,6 +283,7 @@ def test_a_part_of_the_world():
 # -- Bad input ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.collective
 def test_bad_meshes():
     with pytest.raises(ValueError, match=rf"needs {P + 1} ranks.* has {P}"):
         ProcMesh([P + 1], WORLD)
@@ -290,6 +299,7 @@ def test_bad_meshes():
             Partition(Type.R2C, bad, mesh)
 
 
+@pytest.mark.collective
 def test_bad_flags_and_types():
     mesh = ProcMesh([P], WORLD)
     with pytest.raises(ValueError, match="unknown flags 0x40000000"):
@@ -309,6 +319,7 @@ def test_bad_flags_and_types():
                      & ~Flags.PADDED_R2C & ~Flags.PADDED_C2R)
 
 
+@pytest.mark.collective
 def test_bad_buffers():
     mesh = ProcMesh([P], WORLD)
     partition, larger = Partition(Type.R2C, [4, 4], mesh), Partition(Type.R2C, [40, 40], mesh)

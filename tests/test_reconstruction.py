@@ -18,6 +18,8 @@ from vmad_lit.lib.cosmology import LinearPower, Planck15  # noqa: E402
 from vmad_lit.lib.fastpm import ParticleMesh  # noqa: E402
 from vmad_lit.lib.spectra import Shells  # noqa: E402
 
+pytestmark = pytest.mark.collective
+
 comm = MPI.COMM_WORLD
 power = LinearPower(Planck15)
 
@@ -36,12 +38,6 @@ def everywhere(field):
     whole = np.zeros(tuple(map(int, field.Nmesh)))
     whole[field.slices] = field.value
     return field.pm.comm.allreduce(whole)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """The temporary folder of rank 0."""
-    return comm.bcast(str(tmp_path))
 
 
 def test_white_noise_has_unit_variance_and_does_not_know_ranks():
@@ -249,6 +245,7 @@ def test_demo_refuses_the_state_of_another_mesh(folder):
     assert status == 2 and "the state cannot be used" in text
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("bad", ["/nowhere/at/all.png", "picture.txt"])
 def test_demo_looks_for_its_folders_first(bad, capsys):
     with pytest.raises(SystemExit):
@@ -256,7 +253,7 @@ def test_demo_looks_for_its_folders_first(bad, capsys):
     assert "--output" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(comm.size > 1, reason="starts processes of its own")
+@pytest.mark.serial
 def test_demo_as_a_program(tmp_path):
     run = [sys.executable, "-m", "vmad_lit.demo"]
     help = subprocess.run([*run, "--help"], capture_output=True, text=True, timeout=120)

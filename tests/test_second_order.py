@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
 from vmad_lit.core.error import BadArgument, BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
@@ -187,7 +188,7 @@ MODELS = [straight, nested, forgetful, with_lists, with_constants, by_choice]
 
 
 @pytest.mark.parametrize("formula", MODELS)
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(seed=st.integers(0, 1000), complex=st.booleans())
 def test_models(formula, seed, complex):
     with Builder() as m:

@@ -11,11 +11,11 @@ import pytest
 
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
 from vmad_lit.core import error
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.model import Model
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.profile import Profile, progress
-from vmad_lit.core.tape import nbytes_of
+from vmad_lit.core.valuetypes import nbytes_of
 from vmad_lit.lib import linalg
 
 
@@ -207,6 +207,7 @@ def test_the_bytes_of_a_chain_follow_its_states(ram):
     assert ram * 8000 <= tape.nbytes <= (ram + 2) * 8000
 
 
+@pytest.mark.collective
 def test_the_bytes_of_fields():
     pytest.importorskip("pmesh")
     from vmad_lit.lib import fastpm
@@ -398,6 +399,7 @@ def test_the_picture_of_a_profile(monkeypatch):
         p.plot()
 
 
+@pytest.mark.collective
 def test_profiles_over_ranks():
     MPI = pytest.importorskip("mpi4py.MPI")
     comm = MPI.COMM_WORLD
@@ -419,6 +421,7 @@ def test_profiles_over_ranks():
 # Progress
 
 
+@pytest.mark.collective
 def test_progress_knows_the_total_of_every_sweep():
     m, init, log, totals = long_chain(7), dict(x=np.ones(2)), io.StringIO(), []
 
@@ -454,6 +457,7 @@ def test_progress_knows_the_total_of_every_sweep():
     assert "forward" in log.getvalue() and "7/7" in log.getvalue()
 
 
+@pytest.mark.collective
 def test_progress_is_quiet_without_a_terminal_and_on_other_ranks():
     m, init, log = long_chain(3), dict(x=1.0), io.StringIO()
     m.compute("y", init, monitor=progress(file=log))
@@ -679,6 +683,7 @@ def test_a_number_stands_for_an_array_of_it(dtype):
     assert m.compute_with_vjp(dict(x=x), dict(_y=0))[1][0] is ZeroGradient
 
 
+@pytest.mark.collective
 def test_fields_of_another_mesh_are_refused():
     pytest.importorskip("pmesh")
     from vmad_lit.lib import fastpm

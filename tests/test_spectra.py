@@ -9,6 +9,7 @@ pytest.importorskip("pmesh")
 from mpi4py import MPI
 from scipy.special import eval_legendre
 
+from helpers import deal, make_mesh, modes, whole
 from vmad_lit import Builder
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import fastpm, spectra, tracers
@@ -17,26 +18,12 @@ from vmad_lit.lib.fastpm import ParticleMesh
 from vmad_lit.lib.spectra import Shells
 from vmad_lit.testing import check, check_rank_invariance
 
-COMM = MPI.COMM_WORLD
-BOX = [8.0, 6.0, 10.0]
+pytestmark = pytest.mark.collective
 
+COMM = MPI.COMM_WORLD
 # uneven, prime, thin (empty ranks), odd and even last axes, planes and lines
 MESHES = [[4, 3, 5], [2, 4, 4], [5, 8, 4], [7, 5, 11], [7, 6], [8, 4]] + [[6], [7]] * (COMM.size == 1)
 SOLIDS = [n for n in MESHES if len(n) == 3]
-
-
-def make(nmesh, comm=COMM, dtype="f8", **options):
-    return ParticleMesh(nmesh, BoxSize=BOX[: len(nmesh)], comm=comm, dtype=dtype, **options)
-
-
-def whole(pm, seed=1):
-    return np.random.default_rng(seed).normal(size=pm.Nmesh)
-
-
-def modes(pm, seed=1):
-    field = pm.create("real")
-    field.value[...] = whole(pm, seed)[field.slices]
-    return field.r2c()
 
 
 def reference(pm, a, b, edges, poles=(0,), los=None):
@@ -62,7 +49,7 @@ def reference(pm, a, b, edges, poles=(0,), los=None):
 @pytest.mark.parametrize("dtype", ["f8", "f4"])
 @pytest.mark.parametrize("edges", ["default", "with the mean", "partly empty"])
 def test_against_the_full_transform(nmesh, dtype, edges):
-    pm = make(nmesh, dtype=dtype)
+    pm = make_mesh(nmesh, dtype=dtype)
     edges = dict(default=None).get(edges, np.array([-1, 0.7, 1.9]) if edges == "with the mean" else np.linspace(0.1, 5, 40))
     shells = Shells(pm, edges)
     a, b = whole(pm, 1), whole(pm, 2)
@@ -83,7 +70,7 @@ def test_against_the_full_transform(nmesh, dtype, edges):
 @pytest.mark.parametrize("nmesh", SOLIDS, ids=str)
 @pytest.mark.parametrize("los", [0, 1, None, [1.0, -2.0, 0.5]], ids=str)
 def test_multipoles_against_the_full_transform(nmesh, los):
-    pm = make(nmesh)
+    pm = make_mesh(nmesh)
     edges = np.array([-1.0, 0.9, 1.5, 2.5])
     if np.ndim(los):  # the sign of a Nyquist frequency is nobody's, and so is its angle to an oblique direction
         edges = edges[edges < np.pi * (pm.Nmesh / pm.BoxSize).min()]
@@ -105,7 +92,7 @@ def kinds(pm):
 
 @pytest.mark.parametrize("nmesh", MESHES, ids=str)
 def test_operators(nmesh):
-    pm = make(nmesh)
+    pm = make_mesh(nmesh)
     x, y = modes(pm, 1), modes(pm, 2)
     for shells in kinds(pm):
         options = dict(comm=COMM, replicated=("P", "r", "t", "y"))
@@ -125,7 +112,7 @@ def test_operators(nmesh):
 @pytest.mark.parametrize("literal", ["x1", "x2", None])
 def test_second_derivatives(nmesh, literal):
     """The product with the Hessian is the difference of gradients, which is exact for a quadratic function."""
-    pm = make(nmesh)
+    pm = make_mesh(nmesh)
     for shells in kinds(pm):
         rng, shape = np.random.default_rng(5), np.shape(shells.power(modes(pm)))
         cotangents = dict(_P=rng.normal(size=shape), _Q=rng.normal(size=shape))
@@ -146,7 +133,7 @@ def test_second_derivatives(nmesh, literal):
 
 def test_zeros_on_some_ranks():
     """A tangent that is zero on some ranks joins the sum; one that is zero on all of them makes a zero."""
-    pm = make([5, 8, 4])
+    pm = make_mesh([5, 8, 4])
     shells, x, y = Shells(pm), modes(pm, 1), modes(pm, 2)
     jvp = spectra.cross_power.jvp.impl
     here = y if COMM.rank == 0 else ZeroGradient
@@ -163,7 +150,7 @@ def test_zeros_on_some_ranks():
 
 def test_rank_invariance():
     def run(comm):
-        pm = make([7, 5, 11], comm)
+        pm = make_mesh([7, 5, 11], comm)
         with Builder() as m:
             x = m.input("x")
             m.output(P=spectra.power(x, Shells(pm, poles=[0, 2], window="tsc")))
@@ -174,7 +161,7 @@ def test_rank_invariance():
 
 
 def test_single_precision_sums_in_double():
-    single, double = make([16, 16, 16], dtype="f4"), make([16, 16, 16])
+    single, double = make_mesh([16, 16, 16], dtype="f4"), make_mesh([16, 16, 16])
     a, b = (Shells(pm).power(modes(pm)) for pm in (single, double))
     assert a.dtype == np.float64
     np.testing.assert_allclose(a, b, rtol=2e-6)
@@ -255,7 +242,7 @@ def test_window_of_a_wave():
 
 
 def test_shot_noise_of_unequal_masses():
-    pm = make([4, 3, 5])
+    pm = make_mesh([4, 3, 5])
     mass = np.random.default_rng(1).uniform(size=30)
     mine = mass[COMM.rank :: COMM.size]
     assert spectra.shot_noise(mine, pm) == pytest.approx(pm.BoxSize.prod() * (mass**2).sum() / mass.sum() ** 2)
@@ -264,7 +251,7 @@ def test_shot_noise_of_unequal_masses():
 
 
 def test_bad_shells():
-    pm, plane = make([4, 3, 5]), make([7, 6])
+    pm, plane = make_mesh([4, 3, 5]), make_mesh([7, 6])
     for edges in [1.0], 3.0, [1.0, 1.0], [[1.0, 2.0]]:
         with pytest.raises(ValueError, match="increasing"):
             Shells(pm, edges)
@@ -282,13 +269,13 @@ def test_bad_shells():
     with pytest.raises(TypeError, match="one kind"):
         spectra.cross_power.apl.impl(None, modes(pm), modes(pm).c2r(), Shells(pm))
     with pytest.raises(ValueError, match="shells are of a mesh"):
-        Shells(pm).power(modes(make([5, 8, 4])))
+        Shells(pm).power(modes(make_mesh([5, 8, 4])))
 
 
 @pytest.mark.parametrize("nmesh", [n for n in MESHES if len(n) > 1], ids=str)
 @pytest.mark.parametrize("dtype", ["f8", "f4"])
 def test_projection(nmesh, dtype):
-    pm = make(nmesh, dtype=dtype)
+    pm = make_mesh(nmesh, dtype=dtype)
     values = whole(pm).astype(dtype)
     field = pm.create("real")
     field.value[...] = values[field.slices]
@@ -313,14 +300,8 @@ def test_projection(nmesh, dtype):
 # -- Redshift space and bias -------------------------------------------------------------------------------------
 
 
-def share(data):
-    """This rank's part of an array, the last of three or more ranks has none."""
-    owner = np.arange(len(data)) % max(COMM.size - (COMM.size > 2), 1)
-    return data[owner == COMM.rank]
-
-
 def vectors(seed, ndim, n=24):
-    return share(np.random.default_rng(seed).uniform(0.5, 7, size=(n, ndim)))
+    return deal(np.random.default_rng(seed).uniform(0.5, 7, size=(n, ndim)))
 
 
 SIGHTS = [dict(los=0), dict(los=[1.0, -2.0, 3.0]), dict(observer=[0.3, -4.0, 2.0])]
@@ -360,6 +341,7 @@ def test_second_derivatives_of_redshift_space(sight):
             np.testing.assert_allclose(0 * x if product is ZeroGradient else product, expected, atol=1e-7)
 
 
+@pytest.mark.serial
 def test_an_observer_sees_nothing_of_herself():
     x = np.array([[1.0, 2.0, 3.0], [2.0, 2.0, 3.0]])
     p = np.ones((2, 3))
@@ -408,7 +390,7 @@ def test_kaiser_in_a_simulation():
 @pytest.mark.parametrize("nmesh", MESHES, ids=str)
 def test_lagrangian_fields(nmesh):
     """At the points of the mesh the fields are those that NumPy's transform makes of the whole field."""
-    pm = make(nmesh)
+    pm = make_mesh(nmesh)
     q = pm.generate_uniform_particle_grid(shift=0.0)
     fields = tracers.lagrangian_fields.build(q=q, pm=pm).compute("fields", dict(rhok=modes(pm)))
     values = whole(pm)
@@ -429,7 +411,7 @@ def test_lagrangian_fields(nmesh):
 
 @pytest.mark.parametrize("nmesh", MESHES[:3], ids=str)
 def test_bias_is_differentiable(nmesh):
-    pm = make(nmesh)
+    pm = make_mesh(nmesh)
     q = pm.generate_uniform_particle_grid(shift=0.5)
     b = np.array([0.8, -0.3, 0.4, 0.05])
 
@@ -511,7 +493,7 @@ def test_any_load_grows_alike():
 
 
 def test_sums_of_single_precision_are_in_double():
-    pm = make([16, 16, 16], dtype="f4")
+    pm = make_mesh([16, 16, 16], dtype="f4")
     x = pm.create("real", value=1.0 + 2.0**-20)
     n = 16**3
     exact = float(x.value.flat[0]) if x.value.size else 1.0 + 2.0**-20

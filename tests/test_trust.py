@@ -57,6 +57,7 @@ def weights(dtype="f8"):
     return np.random.default_rng(COMM.rank).uniform(0.5, 1.5, n).astype(dtype)
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize("dtype", ["f8", "f4"])
 def test_a_distributed_operator(dtype):
     report = check(fractions, weights(dtype), COMM, comm=COMM)
@@ -64,6 +65,7 @@ def test_a_distributed_operator(dtype):
     assert len(set(COMM.allgather(tuple(report.rates)))) == 1  # all ranks have seen the same
 
 
+@pytest.mark.collective
 def test_a_model_around_a_distributed_operator():
     @autooperator("x, b -> y")
     def entropy(x, b, comm):
@@ -74,6 +76,7 @@ def test_a_model_around_a_distributed_operator():
     assert check_second_order(lambda x, b: entropy(x, b, COMM), weights(), 1.3, comm=COMM)[-1] > 1.9
 
 
+@pytest.mark.collective
 @pytest.mark.parametrize("wrong", ["jvp", "vjp", "hvp"])
 def test_a_wrong_derivative_is_found_on_all_ranks(wrong):
     """Each rank uses the sum of its own part, which is right on one rank; so there it is wrong by a percent instead."""

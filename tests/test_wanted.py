@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 
 CALLS: list[str] = []
 

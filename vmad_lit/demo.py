@@ -1,15 +1,20 @@
 """Reconstruct the initial conditions of the universe: python -m vmad_lit.demo --help"""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
 from vmad_lit.core.error import needed_for
 
 
-def parse(argv=None):
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vmad_lit.demo",
@@ -86,7 +91,7 @@ def parse(argv=None):
     return args
 
 
-def examine(path, boxsize):
+def examine(path: str, boxsize: float | None) -> tuple[str, tuple[int, ...], float]:
     """Look at a file with a density or positions; returns (kind, shape, boxsize), where kind is
     'density' or 'positions'.
 
@@ -134,7 +139,7 @@ def examine(path, boxsize):
     return kind, array.shape, boxsize
 
 
-def open_array(path, boxsize=None):
+def open_array(path: str, boxsize: float | None = None) -> tuple[NDArray[Any], float | None]:
     """The array in a file, memory-mapped if possible, and the size of the box, if it is known."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no file {path}")
@@ -152,12 +157,13 @@ def open_array(path, boxsize=None):
     return file[names[0]], boxsize
 
 
-def observe(args, comm):
+def observe(args: argparse.Namespace, comm: Any) -> Any:
     """The data in the user's file, as `Data` in units of the mean density."""
     from vmad_lit.contrib import cosmo4d
     from vmad_lit.lib.fastpm import ParticleMesh
+    from vmad_lit.lib.mpi import on_root
 
-    kind, shape, boxsize = cosmo4d.on_root(comm, lambda: examine(args.source, args.boxsize))
+    kind, shape, boxsize = on_root(comm, lambda: examine(args.source, args.boxsize))
     nmesh = shape if kind == "density" else [args.nmesh] * 3
     pm = ParticleMesh(Nmesh=nmesh, BoxSize=boxsize, comm=comm, dtype="f8")
     array, _ = open_array(args.source)
@@ -174,7 +180,7 @@ def observe(args, comm):
     return cosmo4d.Data(d, float(sigma))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration; returns the exit status."""
     args = parse(argv)
     try:
@@ -193,13 +199,13 @@ def main(argv=None):
         return 1
     comm = MPI.COMM_WORLD
 
-    def say(*words):
+    def say(*words: object) -> None:
         if comm.rank == 0:
             print(*words, flush=True)
 
     # Make or read the data
-    def model(pm):
-        at_once = [1.0] if args.steps == 0 else []
+    def model(pm: Any) -> Any:
+        at_once: Any = [1.0] if args.steps == 0 else []
         stages = numpy.linspace(0.1, 1.0, args.steps + 1) if args.steps > 0 else at_once
         q = pm.generate_uniform_particle_grid(shift=0.5)
         return cosmo4d.WhiteNoiseOperator.bind(
@@ -273,22 +279,32 @@ def main(argv=None):
     return 0
 
 
-def load_state(path, pm):
+def load_state(path: str, pm: Any) -> Any:
     """The saved state of a minimisation, or None if there is no file."""
     from vmad_lit.contrib import cosmo4d
     from vmad_lit.contrib.optimize import State
+    from vmad_lit.lib.mpi import on_root
 
-    if not cosmo4d.on_root(pm.comm, lambda: os.path.exists(path)):
+    if not on_root(pm.comm, lambda: os.path.exists(path)):
         return None
     return State.load(path, cosmo4d.FastPMVectorSpace(pm.comm), pm.create(type="real", value=0))
 
 
-def spread(n, most):
+def spread(n: int, most: int) -> list[int]:
     """At most so many indices out of n, evenly spread, with the first and the last."""
     return sorted({round(i) for i in numpy.linspace(0, n - 1, min(n, most))})
 
 
-def draw(path, pm, data, x, final, shells, curves, say):
+def draw(
+    path: str,
+    pm: Any,
+    data: Any,
+    x: Any,
+    final: Any,
+    shells: Any,
+    curves: dict[str, Any],
+    say: Callable[..., None],
+) -> None:
     """Make the picture. Collective; rank 0 writes."""
     from vmad_lit.contrib import cosmo4d
     from vmad_lit.lib.cosmology import LinearPower, Planck15
@@ -296,7 +312,7 @@ def draw(path, pm, data, x, final, shells, curves, say):
 
     smooth = cosmo4d.gaussian(2 * (pm.BoxSize / pm.Nmesh).max())
 
-    def modes(noise):
+    def modes(noise: Any) -> Any:
         linear = cosmo4d.linear_modes.build(power=LinearPower(Planck15), pm=pm)
         delta = linear.compute("modes", dict(x=noise))
         return delta.apply(lambda k, v: v * smooth(k)).c2r()
@@ -323,7 +339,7 @@ def draw(path, pm, data, x, final, shells, curves, say):
         figure, axes = pyplot.subplots(2, 3, figsize=(11, 7.2), layout="constrained")
         for ax, (title, image) in zip(axes.flat, images.items()):
             centre = 0.0 if "linear" in title else 1.0
-            reference = images["reconstruction" if centre else "linear modes: reconstruction"]
+            reference: Any = images["reconstruction" if centre else "linear modes: reconstruction"]
             width = 2.5 * max(numpy.std(reference), 1e-12)
             extent = [0, pm.BoxSize[1], 0, pm.BoxSize[0]]
             ax.imshow(

@@ -6,16 +6,22 @@ Y. Feng, U. Seljak & M. Zaldarriaga, JCAP 07 (2018) 043.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+
 import numpy as np
 
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.contrib.optimize import Problem
-from vmad_lit.contrib.vectorspace import FieldSpace, is_field, local_field_product, real_inner_product
+from vmad_lit.contrib.optimize import Monitor, Optimizer, Preconditioner, Problem, State
+from vmad_lit.contrib.vectorspace import Communicator, FieldSpace, Vector, VectorSpace
+from vmad_lit.contrib.vectorspace import is_field, local_field_product, real_inner_product
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.symbol import Symbol
+from vmad_lit.core.tape import Tape
 from vmad_lit.lib import mpi
 
 
-def local_product(a, b) -> float:
+def local_product(a: Vector, b: Vector) -> float:
     """This rank's share of the inner product of two arrays, or two pmesh fields of one kind."""
     return local_field_product(a, b) if is_field(a) else real_inner_product(a, b)
 
@@ -47,7 +53,7 @@ class MPIChiSquareOperator:
     ain = "x"
     aout = "y"
 
-    def main(self, x, comm):
+    def main(self, x: Symbol, comm: Communicator) -> dict[str, Symbol]:
         return dict(y=mpi.allreduce(local_squares(x), comm))
 
 
@@ -58,10 +64,12 @@ class MPIVectorSpace(FieldSpace):
     not be summed over the ranks. Their space is ``VectorSpace(comm=comm)``.
     """
 
-    def __init__(self, comm):
+    comm: Communicator
+
+    def __init__(self, comm: Communicator) -> None:
         super().__init__(comm=comm)
 
-    def dot(self, a, b) -> float:
+    def dot(self, a: Vector, b: Vector) -> float:
         """The inner product, summed over all ranks."""
         if is_field(a) or is_field(b):
             return super().dot(a, b)
@@ -92,7 +100,14 @@ class MPIChiSquareProblem(Problem):
         how often the model was run forward.
     """
 
-    def __init__(self, comm, forward_operator, residuals, vectorspace=None, preconditioner=None):
+    def __init__(
+        self,
+        comm: Communicator,
+        forward_operator: Callable[..., Any],
+        residuals: Iterable[Callable[..., Any]],
+        vectorspace: VectorSpace | None = None,
+        preconditioner: Preconditioner | None = None,
+    ) -> None:
         residuals = list(residuals)
         if not residuals:
             raise ValueError("a chi-square problem needs at least one residual")
@@ -107,7 +122,8 @@ class MPIChiSquareProblem(Problem):
             outputs.update((f"chisquare{i}", ci) for i, ci in enumerate(chisquare))
             m.output(y=sum(chisquare[1:], start=chisquare[0]), **outputs)
         self.model = m
-        self._tape, self.forwards = None, 0
+        self._tape: Tape | Any = None
+        self.forwards = 0
         super().__init__(
             objective=self._forward,
             gradient=self._pull_back,
@@ -116,32 +132,32 @@ class MPIChiSquareProblem(Problem):
             vs=MPIVectorSpace(comm) if vectorspace is None else vectorspace,
         )
 
-    def _visit(self, x):
+    def _visit(self, x: Vector) -> None:
         super()._visit(x)
         if self._tape is not None and self._tape_point is not self._point:
             self._tape = None
 
-    def _forward(self, x):
+    def _forward(self, x: Vector) -> Any:
         self._tape_point = self._point
         y, self._tape = self.model.compute("y", init=dict(x=self._point), return_tape=True)
         self.forwards += 1
         return y
 
-    def _tape_at(self, x):
+    def _tape_at(self, x: Vector) -> Tape:
         """The tape of the forward run at x, which is run if it has not been."""
         self._visit(x)
         if self._tape is None:
             self.objective(x)
         return self._tape
 
-    def _pull_back(self, x):
+    def _pull_back(self, x: Vector) -> Vector:
         cotangents = {f"_{name}": ZeroGradient for name in self.model_outputs}
         cotangents["_y"] = 1.0
         if self._tape is None:
             self.objective(x)
         return self._vector(self._tape.get_vjp().compute("_x", init=cotangents))
 
-    def _gauss_newton(self, x, v):
+    def _gauss_newton(self, x: Vector, v: Vector) -> Vector:
         tape, names = self._tape_at(x), self.residual_names
         tangents = tape.get_jvp().compute([f"{name}_" for name in names], init=dict(x_=v))
         cotangents = {f"_{name}": ZeroGradient for name in self.model_outputs}
@@ -149,43 +165,43 @@ class MPIChiSquareProblem(Problem):
         product = self._vector(tape.get_vjp().compute("_x", init=cotangents))
         return self.vs.scale(2.0, product)
 
-    def _vector(self, cotangent):
+    def _vector(self, cotangent: Any) -> Vector:
         """A cotangent as a vector: the universal zero becomes the zero vector."""
         return self.vs.zeros_like(self._point) if cotangent is ZeroGradient else cotangent
 
     @property
-    def residual_names(self) -> list:
+    def residual_names(self) -> list[str]:
         """The names of the residuals among the outputs of the model."""
         return [f"r{i}" for i in range(len(self.residuals))]
 
     @property
-    def model_outputs(self) -> list:
+    def model_outputs(self) -> list[str]:
         """The names of all outputs of the model."""
         return ["y", *self.residual_names, *(f"chisquare{i}" for i in range(len(self.residuals)))]
 
-    def chisquares(self, x) -> list:
+    def chisquares(self, x: Vector) -> list[float]:
         """The sum of squares of each residual at x."""
         out = self._tape_at(x).out
         return [float(out[f"chisquare{i}"]) for i in range(len(self.residuals))]
 
-    def residual_values(self, x) -> list:
+    def residual_values(self, x: Vector) -> list[Any]:
         """The residuals at x, this rank's part of them."""
         out = self._tape_at(x).out
         return [out[name] for name in self.residual_names]
 
 
-class EpochScheduler(dict):
+class EpochScheduler(dict[int, dict[str, Any]]):
     """Parameters that change from epoch to epoch: a dictionary of the changes by epoch.
 
     ``scheduler('maxiter', [5, 10, 50])`` gives one value an epoch, ``scheduler('scale', {0: 4.0, 2: 0.0})``
     a step function, and ``scheduler('gtol', 1e-3)`` a value from the start.
     """
 
-    def __call__(self, argname, values):
+    def __call__(self, argname: str, values: Any) -> None:
         """Short for :meth:`schedule`."""
         self.schedule(argname, values)
 
-    def schedule(self, argname, values):
+    def schedule(self, argname: str, values: Any) -> None:
         """Set the values of the parameter `argname`: a list, a dictionary by epoch, or one value."""
         if isinstance(values, (list, tuple)):
             values = dict(enumerate(values))
@@ -201,9 +217,9 @@ class EpochScheduler(dict):
         """The number of epochs that reaches the last change, at least 1."""
         return max(self, default=0) + 1
 
-    def get_args(self, epoch) -> dict:
+    def get_args(self, epoch: int) -> dict[str, Any]:
         """The parameters in an epoch, as if all epochs before had been played."""
-        args = {}
+        args: dict[str, Any] = {}
         for change in sorted(self):
             if change <= epoch:
                 args.update(self[change])
@@ -213,10 +229,10 @@ class EpochScheduler(dict):
 class Epoch:
     """Which epoch of how many: what a monitor of epochs is told."""
 
-    def __init__(self, epoch, nepochs):
+    def __init__(self, epoch: int, nepochs: int) -> None:
         self.epoch, self.nepochs = epoch, nepochs
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Epoch {self.epoch} / {self.nepochs}"
 
 
@@ -242,14 +258,14 @@ class MAPInversion:
         the final state of each epoch of the last :meth:`apply`.
     """
 
-    def __init__(self, optimizer, ForwardOperator):
+    def __init__(self, optimizer: Optimizer, ForwardOperator: Any) -> None:
         self.optimizer = optimizer
         self.ForwardOperator = ForwardOperator
         self.schedule_optimizer = EpochScheduler()
         self.schedule_problem = EpochScheduler()
-        self.states = []
+        self.states: list[State] = []
 
-    def problem_factory(self, d, **args):
+    def problem_factory(self, d: Any, **args: Any) -> Problem:
         """The problem for the data `d` and the scheduled parameters; to be overridden."""
         raise NotImplementedError(
             f"{type(self).__name__} must define problem_factory(self, d, ...), which returns a problem"
@@ -260,11 +276,19 @@ class MAPInversion:
         """The number of epochs that both schedules ask for."""
         return max(self.schedule_optimizer.min_nepochs, self.schedule_problem.min_nepochs)
 
-    def get_problem(self, d, epoch=0):
+    def get_problem(self, d: Any, epoch: int = 0) -> Problem:
         """The problem of one epoch."""
         return self.problem_factory(d=d, **self.schedule_problem.get_args(epoch))
 
-    def apply(self, d, s0, epochs=None, monitor_epoch=None, monitor_progress=None, progress=False):
+    def apply(
+        self,
+        d: Any,
+        s0: Vector,
+        epochs: Iterable[int] | None = None,
+        monitor_epoch: Callable[[Epoch], object] | None = None,
+        monitor_progress: Monitor | None = None,
+        progress: bool = False,
+    ) -> Vector:
         """Invert the data `d`, starting from the signal `s0`.
 
         Parameters
@@ -284,15 +308,14 @@ class MAPInversion:
         """
         epochs = list(range(self.nepochs) if epochs is None else epochs)
         s1, self.states, options = s0, [], dict(vars(self.optimizer))
+        bar: dict[str, Any] = {"progress": True} if progress else {}
         try:
             for epoch in epochs:
                 if monitor_epoch:
                     monitor_epoch(Epoch(epoch, max(epochs) + 1))
                 problem = self.get_problem(d, epoch)
                 vars(self.optimizer).update(self._options(epoch))
-                state = self.optimizer.minimize(
-                    problem, s1, monitor=monitor_progress, **({"progress": True} if progress else {})
-                )
+                state = self.optimizer.minimize(problem, s1, monitor=monitor_progress, **bar)
                 self.states.append(state)
                 s1 = state["x"]
         finally:
@@ -300,7 +323,7 @@ class MAPInversion:
             vars(self.optimizer).update(options)
         return s1
 
-    def _options(self, epoch) -> dict:
+    def _options(self, epoch: int) -> dict[str, Any]:
         """The options of the optimiser in an epoch, checked."""
         args = self.schedule_optimizer.get_args(epoch)
         known = self.optimizer.options() if hasattr(self.optimizer, "options") else args
@@ -312,7 +335,7 @@ class MAPInversion:
         return args
 
     @classmethod
-    def create_like(cls, other, epochs=None):
+    def create_like(cls, other: MAPInversion, epochs: Iterable[int] | None = None) -> Self:
         """A new inversion with the attributes and schedules of `other`, or only these epochs of them."""
         self = object.__new__(cls)
         vars(self).update(vars(other))

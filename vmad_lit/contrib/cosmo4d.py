@@ -1,19 +1,31 @@
 """Reconstruction of the initial conditions of the universe: forward operators, residuals and data."""
 
+from __future__ import annotations
+
 import json
 import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Self
 
 import numpy
 
 from vmad_lit import autooperator
+from vmad_lit.core.autooperator import AutoOperator
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, tracers, unary
-from vmad_lit.lib.mpi import on_root
+from vmad_lit.lib.cosmology import HasMatter
+from vmad_lit.lib.mesh import BaseComplexField, Field, ParticleMesh, RealField
+from vmad_lit.lib.mpi import MPI, on_root
+from vmad_lit.lib.transfer import Transfer
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
-from vmad_lit.contrib.optimize import Preconditioner
+from vmad_lit.contrib.optimize import Monitor, Optimizer, Preconditioner, State
 
 
 @autooperator("x -> s, fs")
-def FastPMOperator(x, q, stages, cosmology, pm):
+def FastPMOperator(
+    x: Symbol, q: Array, stages: Sequence[float], cosmology: HasMatter, pm: ParticleMesh
+) -> dict[str, Symbol]:
     """From linear modes to the density today.
 
     Parameters
@@ -43,7 +55,14 @@ def FastPMOperator(x, q, stages, cosmology, pm):
 
 
 @autooperator("x -> s, fs")
-def WhiteNoiseOperator(x, power, q, stages, cosmology, pm):
+def WhiteNoiseOperator(
+    x: Symbol,
+    power: Callable[[Any], Any],
+    q: Array,
+    stages: Sequence[float],
+    cosmology: HasMatter,
+    pm: ParticleMesh,
+) -> dict[str, Symbol]:
     """From white noise, a RealField of unit variance, to the density today.
 
     `power` is the linear power spectrum today, a function of k in h/Mpc; for the rest see
@@ -55,37 +74,37 @@ def WhiteNoiseOperator(x, power, q, stages, cosmology, pm):
 
 
 @autooperator("x -> modes")
-def linear_modes(x, power, pm):
+def linear_modes(x: Symbol, power: Callable[[Any], Any], pm: ParticleMesh) -> Symbol:
     """The linear modes delta_k = sqrt(P(k) / V) w_k of white noise x of unit variance."""
     unit_modes = fastpm.r2c(x) * float(pm.Nmesh.prod()) ** 0.5
     return fastpm.induce_correlation(unit_modes, power, pm)
 
 
 @autooperator("s, fs -> y")
-def NLResidualOperator(s, fs, d, invN):
+def NLResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value) -> Symbol:
     """The residual of the density: (fs - d) invN**(1/2), with the inverse variance per cell (a number
     or a field)."""
     return (fs - d) * invN**0.5
 
 
 @autooperator("s, fs -> y")
-def SmoothedNLResidualOperator(s, fs, d, invN, scale):
+def SmoothedNLResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value, scale: float) -> Symbol:
     """The residual of the density, smoothed with a Gaussian of a given scale (Mpc/h)."""
     residual = fastpm.apply_transfer(fastpm.r2c(fs - d), gaussian(scale))
     return fastpm.c2r(residual) * invN**0.5
 
 
-def gaussian(scale):
+def gaussian(scale: float) -> Transfer:
     """The transfer function of a Gaussian window."""
 
-    def transfer(k):
+    def transfer(k: Any) -> Array:
         return numpy.exp(-0.5 * scale**2 * sum(ki**2 for ki in k))
 
     return transfer
 
 
 @autooperator("s, fs -> y")
-def LNResidualOperator(s, fs, d, invN, floor=0.1):
+def LNResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value, floor: float = 0.1) -> Symbol:
     """The residual of the logarithm of the density, log(floor + fs) - log(floor + d), with negative
     data taken as 0."""
     target = numpy.log(floor + numpy.maximum(numpy.asarray(getattr(d, "value", d)), 0.0))
@@ -93,18 +112,18 @@ def LNResidualOperator(s, fs, d, invN, floor=0.1):
 
 
 @autooperator("s, fs -> y")
-def WhitePriorOperator(s, fs):
+def WhitePriorOperator(s: Symbol, fs: Symbol) -> Symbol:
     """The prior of white noise: y = s, so that the sum of squares is |s|^2."""
     return s * 1.0
 
 
 @autooperator("s, fs -> y")
-def PriorOperator(s, fs, power, pm):
+def PriorOperator(s: Symbol, fs: Symbol, power: Callable[[Any], Any], pm: ParticleMesh) -> Symbol:
     """The prior of linear modes with the power spectrum `power`: the sum of squares of y is sum_k V
     |s_k|^2 / P(k)."""
     volume, cells = float(pm.BoxSize.prod()), float(pm.Nmesh.prod())
 
-    def transfer(k):
+    def transfer(k: Any) -> Array:
         P = numpy.asarray(power(sum(ki**2 for ki in k) ** 0.5), dtype=float)
         return numpy.where(P > 0, (volume / cells / numpy.where(P > 0, P, 1.0)) ** 0.5, 0.0)
 
@@ -127,10 +146,15 @@ class ChiSquareProblem(MPIChiSquareProblem):
         From `s, fs` to `y`, with their hyper-parameters bound.
     """
 
-    def __init__(self, comm, forward_operator, residuals):
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        forward_operator: Callable[..., Any],
+        residuals: Iterable[Callable[..., Any]],
+    ) -> None:
         super().__init__(comm, forward_operator, residuals, FastPMVectorSpace(comm))
 
-    def set_preconditioner(self, kind):
+    def set_preconditioner(self, kind: Literal["complex", "real"]) -> None:
         """In which variables to optimise modes: 'complex', the modes themselves, or 'real', the field
         in configuration space."""
         if kind not in ("complex", "real"):
@@ -138,11 +162,11 @@ class ChiSquareProblem(MPIChiSquareProblem):
         self.preconditioner = Preconditioner(Pvp=to_real, vPp=to_modes) if kind == "real" else None
 
 
-def to_real(v, direction=1):
+def to_real(v: BaseComplexField, direction: int = 1) -> RealField:
     return v.c2r() * float(v.Nmesh.prod()) ** -0.5
 
 
-def to_modes(v, direction=1):
+def to_modes(v: RealField, direction: int = 1) -> BaseComplexField:
     return v.r2c() * float(v.Nmesh.prod()) ** 0.5
 
 
@@ -161,11 +185,13 @@ class Data:
         The density without noise, if known.
     """
 
-    def __init__(self, d, sigma, truth=None, clean=None):
+    def __init__(
+        self, d: RealField, sigma: float, truth: RealField | None = None, clean: RealField | None = None
+    ) -> None:
         self.d, self.sigma, self.truth, self.clean = d, sigma, truth, clean
 
     @classmethod
-    def synthetic(cls, pm, forward, sigma, seed):
+    def synthetic(cls, pm: ParticleMesh, forward: AutoOperator, sigma: float, seed: int) -> Self:
         """Draw white noise, run `forward` (a `WhiteNoiseOperator` with bound hyper-parameters), and
         add noise."""
         truth = white_noise(pm, seed)
@@ -173,7 +199,7 @@ class Data:
         return cls(clean + white_noise(pm, seed + 1) * sigma, sigma, truth, clean)
 
     # Save and load data
-    def save(self, folder):
+    def save(self, folder: str) -> None:
         """Write the data into a folder. Collective."""
         pm = self.d.pm
         on_root(pm.comm, lambda: os.makedirs(folder, exist_ok=True))
@@ -184,7 +210,7 @@ class Data:
             Nmesh=[int(n) for n in pm.Nmesh], BoxSize=[float(b) for b in pm.BoxSize], sigma=self.sigma
         )
 
-        def write_header():
+        def write_header() -> None:
             with open(os.path.join(folder, "data.json.partial"), "w") as file:
                 json.dump(header, file)
             os.replace(file.name, os.path.join(folder, "data.json"))
@@ -192,33 +218,33 @@ class Data:
         on_root(pm.comm, write_header)
 
     @classmethod
-    def load(cls, folder, comm, **options):
+    def load(cls, folder: str, comm: MPI.Comm, **options: Any) -> Self:
         """Read what `save` wrote, on any number of ranks; `options` go to `ParticleMesh`. Collective."""
 
-        def read_header():
+        def read_header() -> tuple[dict[str, Any], set[str]]:
             with open(os.path.join(folder, "data.json")) as file:
                 return json.load(file), set(os.listdir(folder))
 
         header, files = on_root(comm, read_header)
         pm = fastpm.ParticleMesh(Nmesh=header["Nmesh"], BoxSize=header["BoxSize"], comm=comm, **options)
-        fields = {
+        fields: dict[str, Any] = {
             name: load_field(os.path.join(folder, f"{name}.npy"), pm) if f"{name}.npy" in files else None
             for name in ("d", "truth", "clean")
         }
         return cls(sigma=header["sigma"], **fields)
 
 
-def white_noise(pm, seed):
+def white_noise(pm: ParticleMesh, seed: int) -> RealField:
     """A RealField of independent normal numbers of unit variance; the same on any number of ranks."""
     return pm.generate_whitenoise(seed, type="real", unitary=False) * float(pm.Nmesh.prod()) ** -0.5
 
 
-def save_field(path, field):
+def save_field(path: str, field: Field) -> None:
     """Write a field to a `.npy` file of the shape of the whole mesh. Collective."""
     comm, partial = field.pm.comm, f"{path}.partial"
     shape, dtype = tuple(map(int, field.Nmesh)), field.value.dtype
 
-    def make_file():
+    def make_file() -> None:
         numpy.lib.format.open_memmap(partial, "w+", dtype, shape).flush()
 
     on_root(comm, make_file)
@@ -228,7 +254,7 @@ def save_field(path, field):
     on_root(comm, lambda: os.replace(partial, path))
 
 
-def load_field(path, pm):
+def load_field(path: str, pm: ParticleMesh) -> RealField:
     """Read a RealField from a `.npy` file; each rank reads its own slab. Collective."""
     shape = on_root(pm.comm, lambda: numpy.load(path, mmap_mode="r").shape)
     if shape != tuple(pm.Nmesh):
@@ -239,8 +265,15 @@ def load_field(path, pm):
 
 
 def reconstruct(
-    forward, data, optimizer, start=None, smoothing=0.0, monitor=None, state=None, progress=False
-):
+    forward: AutoOperator,
+    data: Data,
+    optimizer: Optimizer,
+    start: RealField | None = None,
+    smoothing: float = 0.0,
+    monitor: Monitor | Iterable[Monitor] | None = None,
+    state: State | None = None,
+    progress: bool = False,
+) -> State:
     """Find the white noise that explains a density.
 
     Parameters

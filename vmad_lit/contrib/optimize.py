@@ -12,13 +12,17 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
-from vmad_lit.contrib.vectorspace import VectorSpace
+from vmad_lit.contrib.vectorspace import Vector, VectorSpace
 from vmad_lit.core.error import needed_for
+from vmad_lit.core.stdlib.operators import Array
 
 EPS = float(np.finfo(float).eps)
+Path = str | os.PathLike[str]
 
 
 class Preconditioner:
@@ -32,41 +36,41 @@ class Preconditioner:
         ``vPp(v, direction)``: P transposed times v for direction 1, the inverse of P times v for -1.
     """
 
-    def __init__(self, Pvp, vPp):
+    def __init__(self, Pvp: Callable[..., Vector], vPp: Callable[..., Vector]) -> None:
         self.Pvp = Pvp
         self.vPp = vPp
 
     @classmethod
-    def symmetric(cls, apply, solve):
+    def symmetric(cls, apply: Callable[[Vector], Vector], solve: Callable[[Vector], Vector]) -> Self:
         """The preconditioner of a symmetric P, from functions that apply it and its inverse."""
 
-        def either(v, direction):
+        def either(v: Vector, direction: int) -> Vector:
             return apply(v) if direction == 1 else solve(v)
 
         return cls(either, either)
 
     @classmethod
-    def diagonal(cls, d):
+    def diagonal(cls, d: Any) -> Self:
         """Multiply components by `d`, about the root of the curvature, or one over the expected size."""
         return cls.symmetric(lambda v: v * d, lambda v: v / d)
 
-    def whiten(self, x):
+    def whiten(self, x: Vector) -> Vector:
         """``z = P x``."""
         return self.Pvp(x, direction=1)
 
-    def unwhiten(self, z):
+    def unwhiten(self, z: Vector) -> Vector:
         """``x = P^-1 z``."""
         return self.vPp(z, direction=-1)
 
-    def whiten_gradient(self, g):
+    def whiten_gradient(self, g: Vector) -> Vector:
         """The gradient with respect to z from that with respect to x, ``P^-T g``."""
         return self.Pvp(g, direction=-1)
 
-    def unwhiten_gradient(self, gz):
+    def unwhiten_gradient(self, gz: Vector) -> Vector:
         """The gradient with respect to x from that with respect to z, ``P^T gz``."""
         return self.vPp(gz, direction=1)
 
-    def check(self, vs, x, g, rtol=1e-3):
+    def check(self, vs: VectorSpace, x: Vector, g: Vector, rtol: float = 1e-3) -> None:
         """Raise ValueError unless `Pvp` and `vPp` fit together on the vectors `x` and `g`."""
         for there, back, v in (
             (self.whiten, self.unwhiten, x),
@@ -112,35 +116,37 @@ class Problem:
 
     def __init__(
         self,
-        objective=None,
-        gradient=None,
-        hessian_vector_product=None,
-        vs=None,
-        preconditioner=None,
-        value_and_gradient=None,
-        precond=None,
-    ):
+        objective: Callable[[Vector], Any] | None = None,
+        gradient: Callable[[Vector], Vector] | None = None,
+        hessian_vector_product: Callable[[Vector, Vector], Vector] | None = None,
+        vs: VectorSpace | None = None,
+        preconditioner: Preconditioner | None = None,
+        value_and_gradient: Callable[[Vector], tuple[Any, Vector]] | None = None,
+        precond: Preconditioner | None = None,
+    ) -> None:
         if objective is None and value_and_gradient is None:
             raise ValueError("a problem needs an objective (or a value_and_gradient)")
         self.vs = VectorSpace() if vs is None else vs
         self.preconditioner = preconditioner if precond is None else precond
         self._objective, self._gradient, self._hvp = objective, gradient, hessian_vector_product
-        self._both = value_and_gradient
-        self._point = self._value = self._slope = None
+        self._both: Any = value_and_gradient
+        self._point: Vector = None
+        self._value: float | Any = None
+        self._slope: Vector = None
         self.fev = self.gev = self.hev = 0
 
-    def objective(self, x) -> float:
+    def objective(self, x: Vector) -> float:
         """The objective at x, a float that is the same on all ranks."""
         self._visit(x)
         if self._value is None:
             if self._objective is None or (self._both is not None and self._gradient is None):
-                self._evaluate_both(x)
+                self._value = self._evaluate_both(x)
             else:
                 self.fev += 1
                 self._value = self.vs.replicate(self._objective(x))
         return self._value
 
-    def gradient(self, x):
+    def gradient(self, x: Vector) -> Vector:
         """The gradient at x, a vector."""
         self._visit(x)
         if self._slope is None:
@@ -153,7 +159,7 @@ class Problem:
                 raise ValueError("this problem has no gradient; give it a gradient or a value_and_gradient")
         return self._slope
 
-    def value_and_gradient(self, x):
+    def value_and_gradient(self, x: Vector) -> tuple[float, Vector]:
         """The pair (objective, gradient) at x."""
         return self.objective(x), self.gradient(x)
 
@@ -162,7 +168,7 @@ class Problem:
         """Whether Hessian-vector products are available."""
         return self._hvp is not None
 
-    def hessian_vector_product(self, x, v):
+    def hessian_vector_product(self, x: Vector, v: Vector) -> Vector:
         """The Hessian (or Gauss-Newton) matrix at x times the vector v."""
         if self._hvp is None:
             raise ValueError("this problem has no hessian_vector_product; give it one, or use LBFGS")
@@ -171,26 +177,28 @@ class Problem:
 
     f, g, Hvp = objective, gradient, hessian_vector_product
 
-    def _visit(self, x):
+    def _visit(self, x: Vector) -> None:
         if self._point is None or not self.vs.same(x, self._point):
             self._point, self._value, self._slope = self.vs.copy(x), None, None
 
-    def _evaluate_both(self, x):
+    def _evaluate_both(self, x: Vector) -> float:
         self.fev += 1
         self.gev += 1
         value, slope = self._both(x)
         self._value, self._slope = self.vs.replicate(value), self.vs.copy(slope)
+        return self._value
 
 
 class Point:
     """A point of the space, in the optimiser's variables `Px` (z in the text) and in the user's `x`."""
 
-    def __init__(self, problem, Px=None, x=None):
+    def __init__(self, problem: Problem, Px: Vector = None, x: Vector = None) -> None:
         precond = problem.preconditioner
         self.problem = problem
         self.x = x if x is not None else Px if precond is None else precond.unwhiten(Px)
         self.Px = Px if Px is not None else x if precond is None else precond.whiten(x)
-        self._y = self._Pg = None
+        self._y: float | Any = None
+        self._Pg: Vector = None
 
     @property
     def y(self) -> float:
@@ -200,7 +208,7 @@ class Point:
         return self._y
 
     @property
-    def Pg(self):
+    def Pg(self) -> Vector:
         """The gradient with respect to `Px`; `g` is then the one with respect to `x`."""
         if self._Pg is None:
             precond = self.problem.preconditioner
@@ -208,7 +216,7 @@ class Point:
             self._Pg = self.g if precond is None else precond.whiten_gradient(self.g)
         return self._Pg
 
-    def hessian_vector_product(self, v):
+    def hessian_vector_product(self, v: Vector) -> Vector:
         """The Hessian with respect to `Px` times the vector v of that space."""
         precond = self.problem.preconditioner
         if precond is None:
@@ -219,7 +227,9 @@ class Point:
 class Trial:
     """The step `t` along a line: the point, its objective `y`, and, when asked for, the slope there."""
 
-    def __init__(self, line, t, point, y, slope=None):
+    def __init__(
+        self, line: Line, t: float, point: Point | Any, y: float, slope: float | None = None
+    ) -> None:
         self.line, self.t, self.point, self.y, self._slope = line, t, point, y, slope
 
     @property
@@ -240,17 +250,25 @@ class Line:
     A step must fall below `reference`, which is `y` unless given.
     """
 
-    def __init__(self, problem, Px, y, direction, slope, reference=None):
+    def __init__(
+        self,
+        problem: Problem,
+        Px: Vector,
+        y: float,
+        direction: Vector,
+        slope: float,
+        reference: float | None = None,
+    ) -> None:
         self.problem, self.Px, self.direction = problem, Px, direction
         self.start = Trial(self, 0.0, None, y, slope)
         self.reference = y if reference is None else reference
 
-    def __call__(self, t) -> Trial:
+    def __call__(self, t: float) -> Trial:
         """Evaluate the step t."""
         point = Point(self.problem, Px=self.problem.vs.addmul(self.Px, self.direction, t))
         return Trial(self, t, point, point.y)
 
-    def falls_enough(self, trial, c1, grace=0.0) -> bool:
+    def falls_enough(self, trial: Trial, c1: float, grace: float = 0.0) -> bool:
         """Armijo's condition, forgiving a rise by `grace` times the value; without grace it must fall."""
         allowed = self.reference + c1 * trial.t * self.start.slope + grace * abs(self.reference)
         return trial.finite() and trial.y <= allowed and (grace > 0 or trial.y < self.reference)
@@ -259,10 +277,10 @@ class Line:
 class Backtracking:
     """Shorten the step by safeguarded interpolation until the objective falls enough (NW algorithm 3.1)."""
 
-    def __init__(self, c1=1e-4, maxiter=40):
+    def __init__(self, c1: float = 1e-4, maxiter: int = 40) -> None:
         self.c1, self.maxiter = c1, maxiter
 
-    def __call__(self, line, t):
+    def __call__(self, line: Line, t: float) -> Trial | None:
         """The first trial that falls enough, or None."""
         for _ in range(self.maxiter):
             trial = line(t)
@@ -272,7 +290,7 @@ class Backtracking:
         return None
 
 
-def between(a, b, low, high) -> float:
+def between(a: Trial, b: Trial, low: float, high: float) -> float:
     """The step at the minimum of a polynomial through the trials a and b, within bounds.
 
     The bounds are fractions low..high of the way from a to b. Uses the slope at b only if it has been
@@ -289,7 +307,7 @@ def between(a, b, low, high) -> float:
     return a.t + min(max(fraction, low), high) * width
 
 
-def cubic_minimum(y0, d0, y1, d1) -> float:
+def cubic_minimum(y0: float, d0: float, y1: float, d1: float) -> float:
     """Where the cubic with values y0, y1 and slopes d0, d1 at 0 and 1 is least (NW equation 3.59)."""
     theta = d0 + d1 - 3 * (y1 - y0)
     square = theta * theta - d0 * d1
@@ -311,12 +329,12 @@ class StrongWolfe:
         the largest number of trials.
     """
 
-    def __init__(self, c1=1e-4, c2=0.9, maxiter=30):
+    def __init__(self, c1: float = 1e-4, c2: float = 0.9, maxiter: int = 30) -> None:
         if not 0 < c1 < c2 < 1:
             raise ValueError(f"the Wolfe conditions need 0 < c1 < c2 < 1, got c1={c1}, c2={c2}")
         self.c1, self.c2, self.maxiter = c1, c2, maxiter
 
-    def __call__(self, line, t):
+    def __call__(self, line: Line, t: float) -> Trial | None:
         """A good trial; failing that, the best one that falls enough; failing that, None."""
         last = line.start
         for trials in range(1, self.maxiter + 1):
@@ -331,15 +349,15 @@ class StrongWolfe:
             last, t = trial, min(max(t, 2 * trial.t), 10 * trial.t)
         return last if last.t else None
 
-    def too_high(self, line, trial) -> bool:
+    def too_high(self, line: Line, trial: Trial) -> bool:
         """Whether the objective does not fall enough, or has no value or slope."""
         return not (line.falls_enough(trial, self.c1, 4 * EPS) and math.isfinite(trial.slope))
 
-    def flat_enough(self, line, trial) -> bool:
+    def flat_enough(self, line: Line, trial: Trial) -> bool:
         """The curvature condition."""
         return abs(trial.slope) <= -self.c2 * line.start.slope
 
-    def zoom(self, line, low, high, trials):
+    def zoom(self, line: Line, low: Trial, high: Trial, trials: int) -> Trial | None:
         """Shrink the interval between `low` and `high` until a trial in it is good."""
         for count in range(trials, self.maxiter):
             halve = count % 3 == 2 and high.finite()
@@ -358,7 +376,7 @@ class StrongWolfe:
         return low if low.t else None
 
 
-class History(list):
+class History(list[dict[str, Any]]):
     """The table of iterations: a list of dictionaries; ``history['y']`` is a column as an array."""
 
     FORMATS = {
@@ -372,19 +390,19 @@ class History(list):
         "seconds": "8.2f",
     }
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         return np.array([row[key] for row in self]) if isinstance(key, str) else super().__getitem__(key)
 
-    def _cells(self):
+    def _cells(self) -> list[list[str]]:
         return [[format(row[name], spec) for name, spec in self.FORMATS.items()] for row in self]
 
-    def __str__(self):
+    def __str__(self) -> str:
         widths = [len(format(0, spec)) for spec in self.FORMATS.values()]
         lines = [list(self.FORMATS)] + self._cells()
         return "\n".join(" ".join(map(str.rjust, line, widths)) for line in lines)
 
-    def _repr_html_(self):
-        def row(cells, tag):
+    def _repr_html_(self) -> str:
+        def row(cells: Iterable[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
 
         body = "".join(row(cells, "td") for cells in self._cells())
@@ -412,7 +430,21 @@ class State:
         the memory of the algorithm: lists of vectors, and plain numbers or lists of them.
     """
 
-    def __init__(self, vs, optimizer):
+    x: Vector
+    Px: Vector
+    g: Vector
+    Pg: Vector
+    y: float | Any  # None before the start, as the numbers below
+    dy: float | Any
+    gnorm: float | Any
+    Pgnorm: float | Any
+    Pgnorm0: float | Any
+    xnorm: float | Any
+    dxnorm: float | Any
+    vectors: dict[str, list[Vector]]
+    numbers: dict[str, Any]
+
+    def __init__(self, vs: VectorSpace, optimizer: str | None) -> None:
         self.vs, self.optimizer = vs, optimizer
         self.x = self.Px = self.g = self.Pg = None
         self.y = self.dy = self.gnorm = self.Pgnorm = self.Pgnorm0 = self.xnorm = self.dxnorm = None
@@ -423,25 +455,25 @@ class State:
         self.history = History()
         self.vectors, self.numbers = {}, {}
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Any:
         try:
             return getattr(self, name)
         except AttributeError:
             raise KeyError(name) from None
 
-    def __setitem__(self, name, value):
+    def __setitem__(self, name: str, value: Any) -> None:
         setattr(self, name, value)
 
-    def __contains__(self, name):
+    def __contains__(self, name: str) -> bool:
         return hasattr(self, name)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         if self.y is None:
             return "<State, not started>"
         tail = f", {self.message}" if self.message else ""
         return f"<State nit={self.nit} y={self.y:.6g} |g|={self.gnorm:.3g}{tail}>"
 
-    def save(self, path):
+    def save(self, path: Path) -> None:
         """Save the state to the file `path` (``.npz``), with another file beside it for each rank above 0.
 
         Collective. The old file is replaced only when everything new is on disk.
@@ -449,7 +481,7 @@ class State:
         comm, path = self.vs.comm, os.fspath(path)
         size, rank = (1, 0) if comm is None else (comm.size, comm.rank)
         token = f"{self.nit}-{os.urandom(4).hex()}"
-        token = token if size == 1 else comm.bcast(token)
+        token = token if comm is None or size == 1 else comm.bcast(token)
         arrays = {
             f"{name}:{i}": array
             for name, vector in self._named_vectors().items()
@@ -467,11 +499,11 @@ class State:
         # Put the new generation in place
         if rank == 0:
             os.replace(path + ".tmp", path)
-        if size > 1:
+        if comm is not None and size > 1:
             comm.Barrier()
             remove_shards(path, rank, keep=token)
 
-    def _named_vectors(self):
+    def _named_vectors(self) -> dict[str, Vector]:
         """All vectors of the state by name, without those that are one with another (no preconditioner)."""
         vectors = {"x": self.x, "g": self.g}
         if self.Px is not self.x:
@@ -480,7 +512,7 @@ class State:
             vectors.update({f"{name}/{i}": vector for i, vector in enumerate(many)})
         return vectors
 
-    def _plain(self, size, token):
+    def _plain(self, size: int, token: str) -> dict[str, Any]:
         """Everything that is not a vector, ready for JSON."""
         skip = {"vs", "x", "g", "Px", "Pg", "vectors", "history"}
         plain = {name: value for name, value in vars(self).items() if name not in skip}
@@ -495,7 +527,7 @@ class State:
         }
 
     @classmethod
-    def load(cls, path, vs, like):
+    def load(cls, path: Path, vs: VectorSpace, like: Vector) -> Self:
         """Read a state saved by :meth:`save`, on as many ranks as it was saved on.
 
         `vs` is the vector space, and `like` any vector of the kind of x (its values do not matter).
@@ -520,7 +552,7 @@ class State:
             raise error or OSError(f"another rank cannot read its part of {path!r}")
 
         # Make the state again
-        def vector(name):
+        def vector(name: str) -> Vector:
             count = sum(key.rpartition(":")[0] == name for key in arrays)
             return vs.from_arrays([arrays[f"{name}:{i}"] for i in range(count)], like)
 
@@ -534,7 +566,7 @@ class State:
         return state
 
     @classmethod
-    def resume(cls, path, vs, like):
+    def resume(cls, path: Path, vs: VectorSpace, like: Vector) -> Self | None:
         """The state saved at `path`, or None if there is none yet: what `minimize` takes as `state`."""
         exists = os.path.exists(path) if vs.comm is None or vs.comm.rank == 0 else None
         if vs.comm is not None:
@@ -542,12 +574,12 @@ class State:
         return cls.load(path, vs, like) if exists else None
 
 
-def shard_name(path, rank, generation) -> str:
+def shard_name(path: str, rank: int, generation: str) -> str:
     """The name of the file beside `path` with the part that `rank` holds."""
     return f"{path}.rank{rank}.{generation}.npz"
 
 
-def remove_shards(path, rank, keep):
+def remove_shards(path: str, rank: int, keep: str) -> None:
     """Remove this rank's files of generations other than `keep`."""
     folder, name = os.path.split(os.path.abspath(path))
     for entry in os.listdir(folder):
@@ -555,21 +587,25 @@ def remove_shards(path, rank, keep):
             os.remove(os.path.join(folder, entry))
 
 
-def _write_npz(path, arrays):
+def _write_npz(path: str, arrays: Mapping[str, Any]) -> None:
     with open(path, "wb") as file:
         np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
 
 
-def autosave(path, every=10):
+def autosave(path: Path, every: int = 10) -> Callable[[State], None]:
     """A monitor that saves the state to `path` at every `every`-th iteration."""
 
-    def monitor(state):
+    def monitor(state: State) -> None:
         if state.nit % every == 0:
             state.save(path)
 
     return monitor
+
+
+Monitor = Callable[[State], object]  # may return True to stop
+Proposal = tuple[Point | None, float]  # where to go, None for nowhere, and the length of the step
 
 
 class Optimizer:
@@ -593,7 +629,7 @@ class Optimizer:
     ftol: float = 0.0
     xtol: float = 0.0
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         for name, value in options.items():
             if name not in self.options():
                 raise TypeError(
@@ -602,7 +638,7 @@ class Optimizer:
             setattr(self, name, value)
 
     @classmethod
-    def options(cls) -> dict:
+    def options(cls) -> dict[str, Any]:
         """The options of this optimiser and their defaults."""
         return {
             name: getattr(cls, name)
@@ -610,18 +646,25 @@ class Optimizer:
             for name in vars(kind).get("__annotations__", {})
         }
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         values = (f"{name}={getattr(self, name)!r}" for name in self.options())
         return f"{type(self).__name__}({', '.join(values)})"
 
-    def iterate(self, problem, state):
+    def iterate(self, problem: Problem, state: State) -> Proposal | None:
         """One iteration: return (point, length of the step), or (None, 0.0) if no step was taken.
 
         When nothing more can be done, return ``self.give_up(...)``, which is None.
         """
         raise NotImplementedError
 
-    def minimize(self, problem, x0=None, monitor=None, state=None, progress=False):
+    def minimize(
+        self,
+        problem: Problem,
+        x0: Vector = None,
+        monitor: Monitor | Iterable[Monitor] | None = None,
+        state: State | None = None,
+        progress: bool = False,
+    ) -> State:
         """Minimise the objective of `problem`, starting at `x0` or going on from a `state`.
 
         Parameters
@@ -646,7 +689,7 @@ class Optimizer:
             x0, state = None, x0
         monitors = [] if monitor is None else [monitor] if callable(monitor) else list(monitor)
         fresh = state is None
-        if fresh:
+        if state is None:
             state = State(problem.vs, type(self).__name__)
         elif state.optimizer != type(self).__name__:
             state.optimizer, state.vectors, state.numbers = type(self).__name__, {}, {}
@@ -667,7 +710,7 @@ class Optimizer:
                 stop = self._watched(state, monitors, bar)
         return state
 
-    def _start(self, problem, state, x0):
+    def _start(self, problem: Problem, state: State, x0: Vector) -> None:
         if x0 is None:
             raise ValueError("minimize needs a starting point x0, or a state to go on from")
         point = Point(problem, x=x0)
@@ -684,20 +727,20 @@ class Optimizer:
         state.dy = state.dxnorm = 0.0
         state.Pgnorm0 = state.Pgnorm
 
-    def _take(self, problem, state, point):
+    def _take(self, problem: Problem, state: State, point: Point) -> None:
         norm = problem.vs.norm
         state.Pg, state.g, state.x, state.Px, state.y = point.Pg, point.g, point.x, point.Px, point.y
         state.Pgnorm, state.xnorm = norm(state.Pg), norm(state.x)
         state.gnorm = state.Pgnorm if state.g is state.Pg else norm(state.g)
 
-    def _move(self, problem, state, point, step):
+    def _move(self, problem: Problem, state: State, point: Point | None, step: float) -> None:
         before, y = state.x, state.y
         if point is not None:
             self._take(problem, state, point)
             state.dxnorm = problem.vs.norm(problem.vs.addmul(state.x, before, -1))
         state.nit, state.step, state.dy = state.nit + 1, step, state.y - y
 
-    def _finished(self, state) -> bool:
+    def _finished(self, state: State) -> bool:
         """Whether to stop here; sets `converged` and `message`."""
         moved = state.nit > 0 and state.step > 0
         if state.Pgnorm <= max(self.gtol * state.Pgnorm0, self.gatol):
@@ -715,11 +758,12 @@ class Optimizer:
             self.give_up(state, False, f"stopped after maxiter = {self.maxiter} iterations")
         return bool(state.message)
 
-    def give_up(self, state, converged, message) -> None:
+    def give_up(self, state: State, converged: bool, message: str) -> Proposal | None:
         """Note why the minimisation ends."""
         state.converged, state.message = converged, message
+        return None
 
-    def _watched(self, state, monitors, bar) -> bool:
+    def _watched(self, state: State, monitors: Sequence[Monitor], bar: ProgressBar) -> bool:
         """Show the state to the bar and the monitors; whether one of them wants to stop."""
         bar.update(state)
         answers = [monitor(state) for monitor in monitors]
@@ -732,18 +776,18 @@ class Optimizer:
 class Clock:
     """Keeps the counts of evaluations and the seconds of a state, and writes the rows of its history."""
 
-    def __init__(self, problem, state):
+    def __init__(self, problem: Problem, state: State) -> None:
         self.problem, self.state = problem, state
         self.base = {name: getattr(state, name) - getattr(problem, name) for name in ("fev", "gev", "hev")}
         self.begin = time.perf_counter() - state.seconds
 
-    def count(self):
+    def count(self) -> None:
         """Bring the counts up to date."""
         for name, base in self.base.items():
             self.state[name] = base + getattr(self.problem, name)
         self.state.seconds = time.perf_counter() - self.begin
 
-    def record(self):
+    def record(self) -> None:
         """Bring the counts up to date and append a row."""
         self.count()
         self.state.history.append({name: self.state[name] for name in History.FORMATS})
@@ -752,7 +796,7 @@ class Clock:
 class ProgressBar:
     """A tqdm bar on rank 0; does nothing elsewhere, or if it is not wanted."""
 
-    def __init__(self, vs, total, initial, wanted):
+    def __init__(self, vs: VectorSpace, total: int, initial: int, wanted: bool) -> None:
         mpi = sys.modules.get("mpi4py.MPI")
         comm = vs.comm if vs.comm is not None else mpi.COMM_WORLD if mpi else None
         self.bar = None
@@ -761,16 +805,16 @@ class ProgressBar:
                 from tqdm.auto import tqdm
             self.bar = tqdm(total=total, initial=initial, unit="it")
 
-    def update(self, state):
+    def update(self, state: State) -> None:
         """Show the objective and the gradient of a state."""
         if self.bar is not None:
             self.bar.set_postfix_str(f"y={state.y:.6g} |g|={state.gnorm:.3g}", refresh=False)
             self.bar.update(state.nit - self.bar.n)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *unused):
+    def __exit__(self, *unused: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -792,7 +836,7 @@ class LBFGS(Optimizer):
     linesearch: StrongWolfe = StrongWolfe()
     curvature: float = 1e-10
 
-    def direction(self, vs, state):
+    def direction(self, vs: VectorSpace, state: State) -> Vector:
         """``-B g`` by the two-loop recursion (NW algorithm 7.4)."""
         S, R, rho = state.vectors["S"], state.vectors["R"], state.numbers["rho"]
         q, alpha = vs.scale(-1.0, state.Pg), [0.0] * len(S)
@@ -805,7 +849,7 @@ class LBFGS(Optimizer):
             q = vs.accumulate(q, S[i], alpha[i] - beta)
         return q
 
-    def iterate(self, problem, state):
+    def iterate(self, problem: Problem, state: State) -> Proposal | None:
         """Search along the quasi-Newton direction, or along the gradient if that fails."""
         vs = problem.vs
         if "S" not in state.vectors:
@@ -833,18 +877,18 @@ class LBFGS(Optimizer):
         state.numbers["length"] = step
         return trial.point, step
 
-    def forget(self, state):
+    def forget(self, state: State) -> None:
         """Empty the memory."""
         state.vectors.update(S=[], R=[])
         state.numbers.update(rho=[], gamma=1.0, idle=0)
 
-    def first_step(self, state) -> float:
+    def first_step(self, state: State) -> float:
         """The first step to try: 1 with a memory; without, the length of the last step, or at most 1."""
         if state.vectors["S"]:
             return 1.0
         return state.numbers.get("length", min(1.0, state.Pgnorm)) / state.Pgnorm
 
-    def remember(self, vs, state, point):
+    def remember(self, vs: VectorSpace, state: State, point: Point) -> None:
         """Put the step to `point` into the memory if the curvature along it is positive."""
         s = vs.addmul(point.Px, state.Px, -1)
         r = vs.addmul(point.Pg, state.Pg, -1)
@@ -858,7 +902,7 @@ class LBFGS(Optimizer):
         state.numbers["gamma"] = sr / rr
 
 
-def lost_in_rounding(fall, y) -> bool:
+def lost_in_rounding(fall: float, y: float) -> bool:
     """Whether a fall of the objective cannot be told from the rounding of its value."""
     return abs(fall) <= 100 * EPS * abs(y)
 
@@ -887,7 +931,9 @@ class TrustRegionCG(Optimizer):
     cg_rtol: float = 0.5
     cg_maxiter: int = 50
 
-    def solve(self, vs, hvp, g, radius, rtol):
+    def solve(
+        self, vs: VectorSpace, hvp: Callable[[Vector], Vector], g: Vector, radius: float, rtol: float
+    ) -> tuple[Vector, Vector, bool]:
         """Minimise the model within the radius: p, the residual g + H p, whether p is on the surface."""
         p, r, d = vs.zeros_like(g), vs.copy(g), vs.scale(-1.0, g)
         rr = target = vs.dot(r, r)
@@ -905,7 +951,7 @@ class TrustRegionCG(Optimizer):
             d = vs.addmul(vs.scale(-1.0, r), d, rr / last)
         return p, r, False
 
-    def iterate(self, problem, state):
+    def iterate(self, problem: Problem, state: State) -> Proposal | None:
         """Solve the model in the region, then take the step or shrink the region."""
         vs, hvp = problem.vs, Point(problem, Px=state.Px, x=state.x).hessian_vector_product
         radius = state.numbers.get("radius") or self.first_radius(vs, hvp, state)
@@ -934,7 +980,7 @@ class TrustRegionCG(Optimizer):
         state.numbers.update(radius=radius, ratio=ratio)
         return (point, length) if ratio > self.eta else (None, 0.0)
 
-    def first_radius(self, vs, hvp, state) -> float:
+    def first_radius(self, vs: VectorSpace, hvp: Callable[[Vector], Vector], state: State) -> float:
         """The radius to begin with."""
         if self.radius is not None:
             return self.radius
@@ -944,7 +990,7 @@ class TrustRegionCG(Optimizer):
         return min(max(1.0, vs.norm(state.Px)), self.maxradius)
 
 
-def to_the_surface(vs, p, d, radius) -> float:
+def to_the_surface(vs: VectorSpace, p: Vector, d: Vector, radius: float) -> float:
     """The t > 0 for which ``|p + t d| = radius``, where p is inside; infinite for an infinite radius."""
     if radius == math.inf:
         return math.inf
@@ -971,7 +1017,7 @@ class GradientDescent(Optimizer):
     window: int = 10
     linesearch: Backtracking = Backtracking()
 
-    def iterate(self, problem, state):
+    def iterate(self, problem: Problem, state: State) -> Proposal | None:
         """One step downhill."""
         vs, numbers = problem.vs, state.numbers
         recent = numbers.setdefault("recent", [state.y])
@@ -995,7 +1041,7 @@ class GradientDescent(Optimizer):
         return trial.point, trial.t * state.Pgnorm
 
 
-def scipy_minimize(problem, x0, method="L-BFGS-B", **options):
+def scipy_minimize(problem: Problem, x0: Vector, method: str = "L-BFGS-B", **options: Any) -> Any:
     """Minimise `problem` with ``scipy.optimize.minimize``, which gets `options` (tol, callback, ...).
 
     Serial only. The result is SciPy's, with the vector in its `x`. The Hessian-vector product of the
@@ -1011,12 +1057,12 @@ def scipy_minimize(problem, x0, method="L-BFGS-B", **options):
         )
     like = start.Px
 
-    def flatten(vector):
+    def flatten(vector: Vector) -> Array:
         arrays = [np.ravel(np.ascontiguousarray(array)) for array in vs.to_arrays(vector)]
         arrays = [a.view(a.real.dtype) if np.iscomplexobj(a) else a for a in arrays]
         return np.concatenate(arrays).astype(float)
 
-    def unflatten(flat):
+    def unflatten(flat: Array) -> Vector:
         arrays = []
         for array in vs.to_arrays(like):
             kind = np.result_type(array, np.float32)
@@ -1032,11 +1078,11 @@ def scipy_minimize(problem, x0, method="L-BFGS-B", **options):
         )
 
     # Hand the problem to SciPy
-    def value_and_gradient(flat):
+    def value_and_gradient(flat: Array) -> tuple[float, Array]:
         point = Point(problem, Px=unflatten(flat))
         return point.y, flatten(point.Pg)
 
-    def hvp(flat, v):
+    def hvp(flat: Array, v: Array) -> Array:
         return flatten(Point(problem, Px=unflatten(flat)).hessian_vector_product(unflatten(v)))
 
     if problem.has_hessian and method.lower() in ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr"):

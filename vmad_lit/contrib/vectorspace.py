@@ -7,18 +7,27 @@ A space knows how to form ``a + b * c ** p`` and the inner product of two vector
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
 import numpy as np
+from numpy.typing import ArrayLike
+
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.valuetypes import value_type
+
+Vector = Any  # what is moved: an array, a field, a tuple or dictionary of vectors, or the number 0
 
 CACHED = 2**13  # numbers in a part of an array that stays in the cache
 
 
-def slabs(array):
+def slabs(array: Array) -> list[slice]:
     """Slices along the first axis of parts of `array` that fit into the cache."""
     rows = max(1, CACHED * len(array) // max(1, array.size))
     return [slice(i, i + rows) for i in range(0, len(array), rows)]
 
 
-def real_inner_product(a, b) -> float:
+def real_inner_product(a: ArrayLike, b: ArrayLike) -> float:
     """``Re sum conj(a) b`` of two arrays of equal shape, accumulated in double precision at least."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
@@ -29,11 +38,24 @@ def real_inner_product(a, b) -> float:
     )
 
 
-def multiply_add(out, a, b, c):
+def multiply_add(out: Array, a: Array, b: Array, c: float) -> Array:
     """``out[...] = a + b * c`` for arrays of one shape; `out` may be `a`. Returns `out`."""
     for i in slabs(out):
         np.add(a[i], b[i] * c, out=out[i])
     return out
+
+
+class Communicator(Protocol):
+    """What a space asks of a communicator of MPI."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+    def allgather(self, value: Any, /) -> list[Any]: ...
+    def allreduce(self, value: Any, /) -> Any: ...
+    def bcast(self, value: Any, /) -> Any: ...
+    def Barrier(self) -> None: ...
 
 
 class VectorSpace:
@@ -48,58 +70,64 @@ class VectorSpace:
         The base class uses it only to let the ranks agree; summing `dot` over ranks is up to the subclass.
     """
 
-    comm = None
+    comm: Communicator | None = None
 
-    def __init__(self, addmul=None, dot=None, comm=None):
+    def __init__(
+        self,
+        addmul: Callable[..., Vector] | None = None,
+        dot: Callable[..., float] | None = None,
+        comm: Communicator | None = None,
+    ) -> None:
         if addmul is not None:
-            self.addmul, self.accumulate = addmul, addmul
+            self.addmul, self.accumulate = addmul, addmul  # type: ignore[method-assign]
         if dot is not None:
-            self.dot = dot
+            self.dot = dot  # type: ignore[method-assign]
         if comm is not None:
             self.comm = comm
 
-    def addmul(self, a, b, c, p=1):
+    def addmul(self, a: Vector, b: Vector, c: Any, p: float = 1) -> Vector:
         """``a + b * c ** p``, of the type of `b`; `a` may be 0."""
         c = scalar(c, p)
         if is_zero(a):
             return b * c
         return multiply_add(np.empty_like(b), a, b, c) if alike(a, b, c) else a + b * c
 
-    def dot(self, a, b) -> float:
+    def dot(self, a: Vector, b: Vector) -> float:
         """The inner product, a real number that is the same on all ranks."""
         return real_inner_product(a, b)
 
-    def accumulate(self, a, b, c):
+    def accumulate(self, a: Vector, b: Vector, c: Any) -> Vector:
         """``a + b * c`` for an `a` that the caller gives up: its memory may be used for the result."""
         c = scalar(c)
         return multiply_add(a, a, b, c) if alike(a, b, c) else self.addmul(a, b, c)
 
-    def __init_subclass__(cls, **options):
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "addmul" in vars(cls) and "accumulate" not in vars(cls):
-            cls.accumulate = cls.addmul
+            cls.accumulate = cls.addmul  # type: ignore[method-assign]
 
-    def norm(self, a) -> float:
+    def norm(self, a: Vector) -> float:
         """The length ``sqrt(dot(a, a))``."""
         return self.dot(a, a) ** 0.5
 
-    def axpy(self, c, x, y):
+    def axpy(self, c: Any, x: Vector, y: Vector) -> Vector:
         """``c * x + y``."""
         return self.addmul(y, x, c)
 
-    def scale(self, c, x):
+    def scale(self, c: Any, x: Vector) -> Vector:
         """``c * x``."""
         return self.addmul(0, x, c)
 
-    def copy(self, x):
+    def copy(self, x: Vector) -> Vector:
         """A vector equal to `x` that shares no memory with it."""
         return self.addmul(0, x, 1)
 
-    def zeros_like(self, x):
+    def zeros_like(self, x: Vector) -> Vector:
         """The zero vector of the kind of `x`, whatever values `x` has."""
-        return np.zeros_like(x) if isinstance(x, np.ndarray) else self.addmul(0, x, 0)
+        known = isinstance(x, np.ndarray) or value_type(x).take_apart(x) is not None
+        return value_type(x).zeros_like(x) if known else self.addmul(0, x, 0)
 
-    def same(self, a, b) -> bool:
+    def same(self, a: Vector, b: Vector) -> bool:
         """Whether `a` and `b` are the same vector, to the last bit; all ranks get the same answer."""
         if isinstance(a, np.ndarray):
             different = not isinstance(b, np.ndarray) or a.dtype != b.dtype or not np.array_equal(a, b)
@@ -109,7 +137,7 @@ class VectorSpace:
         difference = self.addmul(a, b, -1)
         return self.dot(difference, difference) == 0.0
 
-    def replicate(self, value) -> float:
+    def replicate(self, value: Any) -> float:
         """`value` as a real number that is the same on every rank.
 
         Raises TypeError if it is not one real number, ValueError if ranks disagree by more than rounding.
@@ -131,16 +159,17 @@ class VectorSpace:
             )
         return numbers[0]
 
-    def any(self, flag) -> bool:
+    def any(self, flag: Any) -> bool:
         """Whether `flag` is true on any rank."""
-        alone = self.comm is None or self.comm.size == 1
-        return bool(flag) if alone else self.comm.allreduce(int(bool(flag))) > 0
+        if self.comm is None or self.comm.size == 1:
+            return bool(flag)
+        return self.comm.allreduce(int(bool(flag))) > 0
 
-    def to_arrays(self, x) -> list:
+    def to_arrays(self, x: Vector) -> list[Array]:
         """The part of `x` that this rank holds, as a list of arrays."""
         return [np.asarray(x)]
 
-    def from_arrays(self, arrays, like):
+    def from_arrays(self, arrays: Iterable[Array], like: Vector) -> Vector:
         """The inverse of :meth:`to_arrays`; `like` is a vector of the kind that is wanted."""
         (array,) = arrays
         if array.shape != np.shape(like):
@@ -150,18 +179,18 @@ class VectorSpace:
         return array.item()
 
 
-def scalar(c, p=1):
+def scalar(c: Any, p: float = 1) -> Any:
     """``c ** p``, as a plain Python number if it is a number."""
     c = c.item() if isinstance(c, np.generic) else c
     return c if p == 1 else c**p
 
 
-def is_zero(a) -> bool:
+def is_zero(a: Vector) -> bool:
     """Whether `a` is the plain number 0, which stands for the zero vector."""
     return isinstance(a, (int, float)) and a == 0
 
 
-def alike(a, b, c) -> bool:
+def alike(a: Vector, b: Vector, c: Any) -> bool:
     """Whether a and b are arrays of one shape and floating-point type, and c is a number that keeps it."""
     return (
         type(a) is type(b) is np.ndarray
@@ -173,7 +202,7 @@ def alike(a, b, c) -> bool:
     )
 
 
-def local_field_product(a, b) -> float:
+def local_field_product(a: Vector, b: Vector) -> float:
     """This rank's share of the inner product of two pmesh fields of one kind."""
     if not np.iscomplexobj(a.value):
         return real_inner_product(a.value, b.value)
@@ -185,7 +214,7 @@ def local_field_product(a, b) -> float:
     return 2 * stored - real_inner_product(a.value[..., own], b.value[..., own])
 
 
-def is_field(x) -> bool:
+def is_field(x: Any) -> bool:
     """Whether x is a pmesh field: it knows its mesh."""
     return hasattr(x, "pm") and hasattr(x, "value")
 
@@ -198,10 +227,10 @@ class FieldSpace(VectorSpace):
     so that the ranks can agree on decisions too.
     """
 
-    def __init__(self, comm=None):
+    def __init__(self, comm: Communicator | None = None) -> None:
         super().__init__(comm=comm)
 
-    def dot(self, a, b) -> float:
+    def dot(self, a: Vector, b: Vector) -> float:
         """The inner product over the whole mesh."""
         if type(a) is not type(b) or not is_field(a):
             raise TypeError(
@@ -209,7 +238,7 @@ class FieldSpace(VectorSpace):
             )
         return a.pm.comm.allreduce(local_field_product(a, b))
 
-    def addmul(self, a, b, c, p=1):
+    def addmul(self, a: Vector, b: Vector, c: Any, p: float = 1) -> Vector:
         """``a + b * c ** p``, a field like `b`."""
         number = scalar(c, p)
         if not (is_field(b) and isinstance(number, (int, float))):
@@ -223,33 +252,25 @@ class FieldSpace(VectorSpace):
             return a + b * number
         return out
 
-    def accumulate(self, a, b, c):
+    def accumulate(self, a: Vector, b: Vector, c: Any) -> Vector:
         """``a + b * c`` in the memory of the field `a`."""
         if not is_field(b) or type(a) is not type(b) or not alike(a.value, b.value, scalar(c)):
             return super().accumulate(a, b, c)
         multiply_add(a.value, a.value, b.value, scalar(c))
         return a
 
-    def zeros_like(self, x):
-        """The zero field of the kind of `x`."""
-        if not is_field(x):
-            return super().zeros_like(x)
-        zero = x.pm.create(type=type(x))
-        zero.value[...] = 0
-        return zero
-
-    def same(self, a, b) -> bool:
+    def same(self, a: Vector, b: Vector) -> bool:
         """Whether the fields have the same values everywhere; all ranks get the same answer."""
         if not is_field(a):
             return super().same(a, b)
         equal = type(a) is type(b) and np.array_equal(a.value, b.value)
         return a.pm.comm.allreduce(int(not equal)) == 0
 
-    def to_arrays(self, x) -> list:
+    def to_arrays(self, x: Vector) -> list[Array]:
         """The slab of mesh values that this rank holds."""
         return [np.array(x.value)] if is_field(x) else super().to_arrays(x)
 
-    def from_arrays(self, arrays, like):
+    def from_arrays(self, arrays: Iterable[Array], like: Vector) -> Vector:
         """A field on the mesh of `like` with the values given."""
         if not is_field(like):
             return super().from_arrays(arrays, like)
@@ -271,13 +292,17 @@ class ProductSpace(VectorSpace):
         one space for all components, or a list, tuple or dictionary with the space of each.
     """
 
-    def __init__(self, spaces=None):
+    def __init__(
+        self, spaces: VectorSpace | Sequence[VectorSpace] | Mapping[Any, VectorSpace] | None = None
+    ) -> None:
         self.spaces = VectorSpace() if spaces is None else spaces
-        single = isinstance(self.spaces, VectorSpace)
-        known = [self.spaces] if single else [s for _, s in _items(self.spaces)]
+        if isinstance(self.spaces, VectorSpace):
+            known = [self.spaces]
+        else:
+            known = [space for _, space in _items(self.spaces)]
         self.comm = next((space.comm for space in known if space.comm is not None), None)
 
-    def _zip(self, a, b):
+    def _zip(self, a: Vector, b: Vector) -> list[tuple[VectorSpace, Vector, Vector]]:
         """Triples (space, component of a, component of b); the number 0 as `a` is 0 in each component."""
         keys = [key for key, _ in _items(b)]
         zero = is_zero(a)
@@ -288,7 +313,7 @@ class ProductSpace(VectorSpace):
             )
         return [(self._space(key), 0 if zero else a[key], b[key]) for key in keys]
 
-    def _space(self, key):
+    def _space(self, key: Any) -> VectorSpace:
         if isinstance(self.spaces, VectorSpace):
             return self.spaces
         try:
@@ -299,33 +324,33 @@ class ProductSpace(VectorSpace):
                 f"known are {[key for key, _ in _items(self.spaces)]}"
             ) from None
 
-    def addmul(self, a, b, c, p=1):
+    def addmul(self, a: Vector, b: Vector, c: Any, p: float = 1) -> Vector:
         """``a + b * c ** p``, component by component."""
         return _like(b, [space.addmul(x, y, c, p) for space, x, y in self._zip(a, b)])
 
-    def dot(self, a, b) -> float:
+    def dot(self, a: Vector, b: Vector) -> float:
         """The sum of the inner products of the components."""
         return float(sum(space.dot(x, y) for space, x, y in self._zip(a, b)))
 
-    def accumulate(self, a, b, c):
+    def accumulate(self, a: Vector, b: Vector, c: Any) -> Vector:
         """``a + b * c`` in the memory of `a` where that is possible."""
         return _like(b, [space.accumulate(x, y, c) for space, x, y in self._zip(a, b)])
 
-    def zeros_like(self, x):
+    def zeros_like(self, x: Vector) -> Vector:
         """The zero vector of the kind of `x`."""
         return _like(x, [space.zeros_like(y) for space, _, y in self._zip(0, x)])
 
-    def same(self, a, b) -> bool:
+    def same(self, a: Vector, b: Vector) -> bool:
         """Whether all components are the same."""
         if self.any(type(a) is not type(b) or [k for k, _ in _items(a)] != [k for k, _ in _items(b)]):
             return False
         return all([space.same(x, y) for space, x, y in self._zip(a, b)])
 
-    def to_arrays(self, x) -> list:
+    def to_arrays(self, x: Vector) -> list[Array]:
         """The arrays of all components, one after the other."""
         return [array for space, _, y in self._zip(0, x) for array in space.to_arrays(y)]
 
-    def from_arrays(self, arrays, like):
+    def from_arrays(self, arrays: Iterable[Array], like: Vector) -> Vector:
         """A vector with the components of `like` and the values given."""
         arrays, parts = list(arrays), []
         for space, _, part in self._zip(0, like):
@@ -335,7 +360,7 @@ class ProductSpace(VectorSpace):
         return _like(like, parts)
 
 
-def _items(vector):
+def _items(vector: Any) -> list[tuple[Any, Any]]:
     """The (key, component) pairs of a dictionary, list or tuple."""
     if isinstance(vector, dict):
         return list(vector.items())
@@ -346,7 +371,7 @@ def _items(vector):
     )
 
 
-def _like(vector, parts):
+def _like(vector: Vector, parts: list[Any]) -> Vector:
     """`parts` in a container of the kind of `vector`."""
     if isinstance(vector, dict):
         return type(vector)(zip(vector, parts, strict=True))

@@ -6,7 +6,7 @@ import ast
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
-from typing import Any
+from typing import Any, overload
 
 from .autodiff import ZERO
 from .error import BadArgument, ModelError, did_you_mean
@@ -335,6 +335,14 @@ def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
     of_original, model = inside
     vjp = model.derive(of_original, "vjp")
     return vjp._plan(tuple(node.used), False, True, node.donated), vjp
+
+
+@overload
+def autooperator(*spec: str) -> Callable[[Callable[..., Any]], AutoOperator]: ...
+
+
+@overload
+def autooperator(spec: Callable[..., Any], /) -> AutoOperator: ...
 
 
 def autooperator(*spec: Any) -> Any:

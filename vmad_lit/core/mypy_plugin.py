@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mypy.nodes import ARG_STAR, ARG_STAR2, TypeInfo
+from mypy.nodes import ARG_STAR, ARG_STAR2, MDEF, FuncDef, SymbolTableNode, TypeInfo, Var
 from mypy.plugin import AttributeContext, ClassDefContext, FunctionContext, FunctionSigContext, Plugin
 from mypy.types import AnyType, CallableType, FunctionLike, Type, TypeOfAny
 
@@ -17,14 +17,18 @@ DECORATORS = {
     "vmad_lit.core.registry.overloaded",
 }
 MARK = "vmad_lit"
+ATTRIBUTES = "apl", "vjp", "jvp", "hvp", "prototype", "register"
 ANY = AnyType(TypeOfAny.special_form)
 
 
 class OperatorPlugin(Plugin):
     """Calls of operators take any arguments and return anything; attributes are those of `Operator`."""
 
-    def get_class_decorator_hook_2(self, fullname: str) -> Callable[[ClassDefContext], bool] | None:
+    def get_class_decorator_hook(self, fullname: str) -> Callable[[ClassDefContext], None] | None:
         return mark if fullname in DECORATORS else None
+
+    def get_customize_class_mro_hook(self, fullname: str) -> Callable[[ClassDefContext], None] | None:
+        return free_formulas
 
     def is_operator(self, fullname: str) -> bool:
         symbol = self.lookup_fully_qualified(fullname)
@@ -42,10 +46,24 @@ class OperatorPlugin(Plugin):
         return (lambda context: ANY) if self.is_operator(fullname.rpartition(".")[0]) else None
 
 
-def mark(context: ClassDefContext) -> bool:
-    """Remember, also in the cache of mypy, that a class is an operator."""
-    context.cls.info.metadata[MARK] = {"operator": True}
-    return True
+def mark(context: ClassDefContext) -> None:
+    """Remember, also in the cache of mypy, that a class is an operator; it has some attributes more."""
+    info = context.cls.info
+    info.metadata[MARK] = {"operator": True}
+    for name in ATTRIBUTES:
+        if name not in info.names:
+            variable = Var(name, ANY)
+            variable.info, variable._fullname = info, f"{info.fullname}.{name}"
+            info.names[name] = SymbolTableNode(MDEF, variable)
+
+
+def free_formulas(context: ClassDefContext) -> None:
+    """Take the functions of a node in a declaration, or in a base for declarations, for formulas of anything."""
+    for f in context.cls.defs.body:
+        if isinstance(f, FuncDef) and f.type is None and f.arg_names[:1] == ["node"]:
+            plain = context.api.named_type("builtins.function")
+            f.type = CallableType([ANY] * len(f.arguments), f.arg_kinds, f.arg_names, ANY, plain)
+            f.is_static = True
 
 
 def free_signature(context: FunctionSigContext) -> CallableType:

@@ -1,20 +1,27 @@
 """Sums of arrays and multiples of arrays, in one pass and in memory that is used again."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy
 
 from vmad_lit import operator
-from vmad_lit.core.autodiff import PLUS
+from vmad_lit.core.graph import Node
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.symbol import Value
+from vmad_lit.core.valuetypes import Arrays, register
 from vmad_lit.lib import memory
 from vmad_lit.lib.mesh import is_zero
 
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba
-    loops = None
+    loops = None  # type: ignore[assignment]
 
 
-def add_multiple(x, v, c, out=None):
+def add_multiple(x: Array, v: Array, c: Any, out: Array | None = None) -> Array:
     """x + c * v in the precision of x, as a new array or in `out`."""
     if alike(x, v):
         return loops.axpy(memory.empty_like(x) if out is None else out, x, v, c)
@@ -22,7 +29,7 @@ def add_multiple(x, v, c, out=None):
     return numpy.add(x, y, out=out if out is not None else y if x.dtype == y.dtype else None)
 
 
-def alike(*arrays):
+def alike(*arrays: Array) -> bool:
     """Whether our loops can go over these arrays together."""
     like = arrays[0]
     return (
@@ -66,7 +73,7 @@ class axpy:
         )
 
 
-def multiple(x, c):
+def multiple(x: Value, c: Value) -> Value:
     """c * x for a number c, without work if one of them is zero or c is one."""
     if is_zero(x) or is_zero(c):
         return ZeroGradient
@@ -77,13 +84,13 @@ def multiple(x, c):
     return x * c
 
 
-def copy_of(x):
+def copy_of(x: Array) -> Array:
     y = memory.empty_like(x)
     y[...] = x
     return y
 
 
-def own_copy(node, name, x_, x):
+def own_copy(node: Node, name: str, x_: Value, x: Array) -> Array:
     """A value, tangent or cotangent of x that may be overwritten: a copy, unless it may be anyway; for a zero, zeros."""
     y = room_for(node, name, x_, x)
     if y is not x_:
@@ -91,7 +98,7 @@ def own_copy(node, name, x_, x):
     return y
 
 
-def room_for(node, name, value, like):
+def room_for(node: Node, name: str, value: Value, like: Array) -> Array:
     """The array of an argument, if it may be overwritten by one `like` another; or a new one."""
     same = getattr(value, "dtype", None) == like.dtype and value.shape == like.shape
     if same and node.owns(name) and value.flags.c_contiguous and value.flags.writeable:
@@ -99,22 +106,22 @@ def room_for(node, name, value, like):
     return memory.empty_like(like)
 
 
-def plus_multiple(x, v, c):
+def plus_multiple(x: Value, v: Value, c: Value) -> Value:
     """x + c * v, where any of them may be zero."""
     if is_zero(v) or is_zero(c):
         return x
     return multiple(v, c) if is_zero(x) else add_multiple(x, v, c)
 
 
-def _sum_of_arrays(a, b):
-    """a + b, in memory that is used again if it is large."""
-    return add_multiple(a, b, 1.0) if a.nbytes >= memory.LEAST and alike(a, b) else a + b
+@register(numpy.ndarray)
+class LargeArrays(Arrays):
+    """Arrays whose sums are made in memory that is used again, if they are large."""
+
+    def add(self, a: Array, b: Array) -> Array:
+        return add_multiple(a, b, 1.0) if a.nbytes >= memory.LEAST and alike(a, b) else a + b
 
 
-PLUS[numpy.ndarray] = _sum_of_arrays
-
-
-def sum_products(a, b):
+def sum_products(a: Value, b: Value) -> float:
     """The inner product of two arrays on this rank, added up in double precision."""
     if is_zero(a) or is_zero(b):
         return 0.0

@@ -4,11 +4,18 @@ A new one is declared by its value and its two derivatives, as static methods `f
 and for exact second derivatives by `fsecond11`, `fsecond12` and `fsecond22` as well.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import numpy
 
 from ..core import stdlib
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import as_array, conj, unbroadcast, kind, slope_of_base, slope_of_exponent, widen
+from ..core.stdlib.operators import Array, as_array, conj, kind, unbroadcast, widen
+from ..core.stdlib.operators import slope_of_base, slope_of_exponent
+from ..core.symbol import Value
 from .unary import offer_curvature, scaled, slope
 
 
@@ -20,15 +27,15 @@ class binary_ufunc:
     aout = "y"
 
     @staticmethod
-    def f(x1, x2):
+    def f(x1: Value, x2: Value, /) -> Value:
         return x1
 
     @staticmethod
-    def fprime1(x1, x2):
+    def fprime1(x1: Value, x2: Value, /) -> Value:
         return 1
 
     @staticmethod
-    def fprime2(x1, x2):
+    def fprime2(x1: Value, x2: Value, /) -> Value:
         return 0
 
     def apl(node, x1, x2):
@@ -39,7 +46,7 @@ class binary_ufunc:
 
     def vjp(node, _y, x1, x2):
         # Pull the cotangent back to each operand that varies
-        def pull(name, x, fprime):
+        def pull(name: str, x: Value, fprime: Callable[..., Value]) -> Value:
             if node.is_literal(name):
                 return ZeroGradient
             return unbroadcast(scaled(_y, conj(slope(fprime, x1, x2))), kind(x))
@@ -48,20 +55,22 @@ class binary_ufunc:
 
     def jvp(node, x1_, x2_, x1, x2):
         # Push the tangent of each operand that has one
-        def push(x_, fprime):
+        def push(x_: Value, fprime: Callable[..., Value]) -> Value:
             return x_ if x_ is ZeroGradient else scaled(x_, slope(fprime, x1, x2))
 
         return widen(
             push(x1_, node.prototype.fprime1) + push(x2_, node.prototype.fprime2), kind(x1), kind(x2)
         )
 
-    def __init_subclass__(cls):
+    def __init_subclass__(cls) -> None:
         second = ["fsecond11", "fsecond12", "fsecond22"]
         offer_curvature(cls, cls._differentiate_vjp, ["fprime1", "fprime2"], second)
 
     def _differentiate_vjp(node, _y, x1_, x2_, x1, x2):
         # Pull the cotangent back with slopes that change
-        def curvature(name, x, along1, along2):
+        def curvature(
+            name: str, x: Value, along1: Callable[..., Value], along2: Callable[..., Value]
+        ) -> Value:
             if not node.needs(name):
                 return ZeroGradient
             slope_ = ZeroGradient
@@ -77,9 +86,9 @@ class binary_ufunc:
         )
 
 
-def share(x1, x2):
+def share(x1: Value, x2: Value) -> Array:
     """1 where x1 > x2, 0 where x1 < x2, and 1/2 where they are equal; in the precision of the operands."""
-    dtype = numpy.result_type(*(getattr(x, "dtype", x) for x in (x1, x2)))
+    dtype: Any = numpy.result_type(*(getattr(x, "dtype", x) for x in (x1, x2)))
     dtype = numpy.finfo(dtype).dtype if dtype.kind in "fc" else "f8"
     return (numpy.greater(x1, x2).astype(dtype) + numpy.greater_equal(x1, x2).astype(dtype)) * 0.5
 
@@ -124,7 +133,7 @@ class fmin(binary_ufunc):
     hvp = ZeroGradient
 
 
-def radius(x1, x2):
+def radius(x1: Value, x2: Value) -> Value:
     """The distance from the origin, but 1 at the origin itself."""
     r = numpy.hypot(x1, x2)
     return r + (r == 0)
@@ -154,7 +163,7 @@ class arctan2(binary_ufunc):
     fsecond22 = staticmethod(lambda x1, x2: -arctan2.fsecond11(x1, x2))
 
 
-def weight(x1, x2):
+def weight(x1: Value, x2: Value) -> Value:
     """The share of exp(x1) in exp(x1) + exp(x2)."""
     share = 1 / (1 + numpy.exp(x2 - x1))
     if numpy.any(numpy.isinf(x1)):

@@ -3,21 +3,33 @@
 A file has columns of a catalogue in its group `particles`, meshes in its group `fields`, and attributes.
 """
 
+from __future__ import annotations
+
 import os
+from collections.abc import Mapping, Sequence
+from typing import IO, Any, TypeAlias
 
 import numpy
+from numpy.typing import ArrayLike, DTypeLike
 
 from vmad_lit.core.error import needed_for
+from vmad_lit.core.stdlib.operators import Array, Shape
+from vmad_lit.lib.mesh import ParticleMesh
 from vmad_lit.lib.mpi import fail_together, on_root, run_together
+from vmad_lit.lib.nbody import FastPMSimulation
 from vmad_lit.lib.tracers import velocity
 
 with needed_for("catalogues of particles", extra="mesh"):
+    from mpi4py import MPI
     from pmesh.pm import RealField
+
+Lattice = Sequence[int] | Array  # the number of points along each axis
+Fields: TypeAlias = Mapping[str, RealField]
 
 CHUNK = 1 << 22  # bytes that a rank converts and writes at a time
 
 
-def hdf5():
+def hdf5() -> Any:
     """The module h5py."""
     with needed_for("HDF5 files", extra="output"):
         import h5py
@@ -27,22 +39,22 @@ def hdf5():
 class Block:
     """This rank's part of a distributed array: the whole shape, where the part begins, and its values."""
 
-    def __init__(self, shape, start, values, dtype):
+    def __init__(self, shape: Shape, start: Shape, values: Array, dtype: numpy.dtype[Any]) -> None:
         self.shape, self.start, self.values, self.dtype = shape, start, values, dtype
 
     @classmethod
-    def of_rows(cls, comm, values, dtype):
+    def of_rows(cls, comm: MPI.Comm, values: Array, dtype: numpy.dtype[Any]) -> Block:
         lengths = comm.allgather(len(values))
         start = (sum(lengths[: comm.rank]),) + (0,) * (values.ndim - 1)
         return cls((sum(lengths), *values.shape[1:]), start, values, dtype)
 
     @classmethod
-    def of_field(cls, field, dtype):
+    def of_field(cls, field: RealField, dtype: numpy.dtype[Any]) -> Block:
         start = tuple(part.start for part in field.slices)
         return cls(tuple(int(n) for n in field.Nmesh), start, field.value, dtype)
 
     # Write the bytes of a block
-    def write(self, file, offset):
+    def write(self, file: IO[bytes], offset: int) -> None:
         """Write the block into an open file, in which the whole array begins at byte `offset`."""
         if self.values.size == 0:
             return
@@ -58,7 +70,14 @@ class Block:
                 file.write(numpy.ascontiguousarray(run[begin : begin + rows], dtype=self.dtype).tobytes())
 
 
-def save(path, comm, columns=None, fields=None, attributes=None, dtype=None):
+def save(
+    path: str,
+    comm: MPI.Comm,
+    columns: Mapping[str, Any] | None = None,
+    fields: Fields | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    dtype: DTypeLike | None = None,
+) -> None:
     """Write columns of a catalogue and fields to an HDF5 file. Collective.
 
     Parameters
@@ -83,11 +102,11 @@ def save(path, comm, columns=None, fields=None, attributes=None, dtype=None):
     try:
         offsets = on_root(comm, lambda: _lay_out(partial, blocks, attributes or {}))
 
-        def write():
+        def write() -> None:
             with open(partial, "r+b") as file:
                 for name, block in blocks.items():
-                    if offsets[name] is not None:
-                        block.write(file, offsets[name])
+                    if (begin := offsets[name]) is not None:
+                        block.write(file, begin)
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -99,7 +118,7 @@ def save(path, comm, columns=None, fields=None, attributes=None, dtype=None):
     on_root(comm, lambda: os.replace(partial, path))
 
 
-def _lay_out(path, blocks, attributes):
+def _lay_out(path: str, blocks: Mapping[str, Block], attributes: Mapping[str, Any]) -> dict[str, int | None]:
     """Make a file with data sets for the blocks; tells where their bytes begin, None if there are none."""
     h5py = hdf5()
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -113,7 +132,9 @@ def _lay_out(path, blocks, attributes):
         }
 
 
-def _blocks(comm, columns, fields, dtype):
+def _blocks(
+    comm: MPI.Comm, columns: Mapping[str, Any], fields: Fields, dtype: DTypeLike | None
+) -> dict[str, Block]:
     """The blocks of all columns and fields by their names in the file, checked to fit on all ranks."""
     columns = {name: numpy.asarray(values) for name, values in columns.items()}
     complaint = None
@@ -137,22 +158,24 @@ def _blocks(comm, columns, fields, dtype):
     return blocks
 
 
-def _shapes(columns):
+def _shapes(columns: Mapping[str, Array]) -> dict[str, Shape]:
     return {name: values.shape for name, values in columns.items()}
 
 
-def _in_file(values, dtype):
+def _in_file(values: Any, dtype: DTypeLike | None) -> numpy.dtype[Any]:
     return numpy.dtype(dtype if dtype is not None and values.dtype.kind == "f" else values.dtype)
 
 
-def load(path, comm, names=None):
+def load(
+    path: str, comm: MPI.Comm, names: Sequence[str] | None = None
+) -> tuple[dict[str, Array], dict[str, Any]]:
     """Read what `save` wrote, on any number of ranks: this rank's rows of the columns, and the attributes.
 
     `names` are the columns to read, by default all. Collective.
     """
     run_together(comm, hdf5)
 
-    def read():
+    def read() -> tuple[dict[str, Array], dict[str, Any]]:
         with hdf5().File(path, "r") as file:
             group = file.get("particles", {})
             columns = {}
@@ -166,11 +189,11 @@ def load(path, comm, names=None):
     return run_together(comm, read)
 
 
-def load_field(path, name, pm):
+def load_field(path: str, name: str, pm: ParticleMesh) -> RealField:
     """Read a field that `save` wrote; each rank reads its own part. Collective."""
     run_together(pm.comm, hdf5)
 
-    def read():
+    def read() -> RealField:
         with hdf5().File(path, "r") as file:
             group = file.get("fields", {})
             if name not in group:
@@ -188,13 +211,13 @@ def load_field(path, name, pm):
     return run_together(pm.comm, read)
 
 
-def lattice_ids(q, Nmesh, BoxSize):
+def lattice_ids(q: Array, Nmesh: Lattice, BoxSize: ArrayLike) -> Array:
     """The number of each particle's point on a lattice of Nmesh points, from its position (N, ndim)."""
     cells = numpy.floor(q / (numpy.asarray(BoxSize) / Nmesh) + 1e-5).astype("i8")
     return numpy.ravel_multi_index(tuple(cells.T), tuple(int(n) for n in Nmesh), mode="wrap").astype("i8")
 
 
-def chosen(ids, fraction, seed=0):
+def chosen(ids: ArrayLike, fraction: float, seed: int = 0) -> Array:
     """Whether each particle belongs to a random subset of the given fraction, decided by its ID alone."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"the fraction must be between 0 and 1, not {fraction}")
@@ -205,8 +228,17 @@ def chosen(ids, fraction, seed=0):
 
 
 def save_snapshot(
-    path, sim, dx, p, a=None, lattice=None, fraction=1.0, dtype="f4", fields=None, **attributes
-):
+    path: str,
+    sim: FastPMSimulation,
+    dx: Array,
+    p: Array,
+    a: float | None = None,
+    lattice: Lattice | None = None,
+    fraction: float = 1.0,
+    dtype: DTypeLike = "f4",
+    fields: Fields | None = None,
+    **attributes: Any,
+) -> None:
     """Write the particles of a FastPM simulation to an HDF5 file. Collective.
 
     Columns are Position (Mpc/h, in the box), Velocity (peculiar, km/s) and ID.

@@ -11,13 +11,18 @@ the end of the file can take exact derivatives by a complex step.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..core.error import needed_for
+from ..core.graph import Node
 from ..core.operator import Operator, Primitive, ZeroGradient
-from ..core.symbol import Symbol
+from ..core.stdlib.operators import Array
+from ..core.symbol import Symbol, Value
 
 __all__ = [
     "linear_growth",
@@ -44,11 +49,17 @@ __all__ = [
     "linear_power",
 ]
 
+Number = Any  # a number, or a symbol of one; complex in functions that are differentiated by a complex step
+Numbers = Any  # a number or an array, of the shape of the argument, or a symbol of these
+Growth = tuple[Numbers, Numbers, Numbers]  # a growth factor and its derivatives with respect to ln a
+FunctionOfK = Callable[[Any], Any]
+Transfer = Literal["EisensteinHu", "NoWiggle"] | FunctionOfK
+
 SPEED_OF_LIGHT = 299792.458  # km/s
 HUBBLE_DISTANCE = SPEED_OF_LIGHT / 100.0  # c / H0 in Mpc/h
 
 
-def _expansion(a, Om0, Ode0, Ok0):
+def _expansion(a: Numbers, Om0: Number, Ode0: Number, Ok0: Number) -> Numbers:
     """X(a) = a^3 E^2(a) for matter, a cosmological constant and curvature; must stay positive."""
     X = Om0 + a * (Ok0 + a * a * Ode0)
     if not np.all(np.real(X) > 0):
@@ -59,12 +70,12 @@ def _expansion(a, Om0, Ode0, Ok0):
     return X
 
 
-def _dlnE(a, X, Om0, Ok0):
+def _dlnE(a: Numbers, X: Numbers, Om0: Number, Ok0: Number) -> Numbers:
     """d ln E / d ln a."""
     return -(3 * Om0 + 2 * Ok0 * a) / (2 * X)
 
 
-def _scale_factor(a):
+def _scale_factor(a: ArrayLike) -> Array:
     """`a` as an array of floats, after a check that all of them are positive."""
     a = np.asarray(a, dtype="f8")
     if not np.all(a > 0):
@@ -72,7 +83,7 @@ def _scale_factor(a):
     return a
 
 
-def _gauss_rule(n):
+def _gauss_rule(n: int) -> tuple[Array, Array]:
     """Nodes and weights of Gauss-Legendre quadrature on [0, 1]."""
     t, w = np.polynomial.legendre.leggauss(n)
     return 0.5 * (t + 1), 0.5 * w
@@ -82,13 +93,13 @@ _S, _W = _gauss_rule(48)
 _TAU = _S**2  # a' / a at the nodes, for the substitution a' = a s^2
 
 
-def _growth_integral(a, Om0, Ode0, Ok0):
+def _growth_integral(a: Numbers, Om0: Number, Ode0: Number, Ok0: Number) -> Numbers:
     """J(a) = a^(-5/2) times the integral of da' / (a' E)^3 from 0 to a."""
     X = _expansion(np.multiply.outer(a, _TAU), Om0, Ode0, Ok0)
     return (1 / (X * np.sqrt(X))) @ (2 * _W * _S**4)
 
 
-def linear_growth(a, Om0, Ode0, Ok0=0.0):
+def linear_growth(a: Numbers, Om0: Number, Ode0: Number, Ok0: Number = 0.0) -> Growth:
     """Growth of the linear density contrast, normalised to D1 -> a at early times.
 
     Parameters: scale factors `a` (any shape) and the densities of today. Returns `(D1, D1', D1'')`, primes
@@ -101,7 +112,7 @@ def linear_growth(a, Om0, Ode0, Ok0=0.0):
     return D, F, -(2 + hE) * F + 1.5 * Om0 / X * D
 
 
-def _second_order_block(a, Om0, Ode0, Ok0):
+def _second_order_block(a: Array, Om0: Number, Ode0: Number, Ok0: Number) -> Growth:
     """D2, D2' and D2'' for a one-dimensional array of scale factors."""
     X = _expansion(a, Om0, Ode0, Ok0)
     hE = _dlnE(a, X, Om0, Ok0)
@@ -118,7 +129,9 @@ def _second_order_block(a, Om0, Ode0, Ok0):
     return D, F, -(2 + hE) * F + 1.5 * Om0 / X * (D - D1**2)
 
 
-def second_order_growth(a, Om0, Ode0, Ok0=0.0, block=256):
+def second_order_growth(
+    a: ArrayLike, Om0: Number, Ode0: Number, Ok0: Number = 0.0, block: int = 256
+) -> Growth:
     """Growth of the second-order displacement, normalised to D2 -> -3/7 a^2 at early times.
 
     Arguments and results as in :func:`linear_growth`. The equation of Bouchet et al. (1995, A&A 296, 575),
@@ -129,7 +142,29 @@ def second_order_growth(a, Om0, Ode0, Ok0=0.0, block=256):
     parts = [
         _second_order_block(part, Om0, Ode0, Ok0) for part in np.split(flat, range(block, flat.size, block))
     ]
-    return tuple(np.concatenate(x).reshape(a.shape) for x in zip(*parts, strict=True))
+    D, F, F_prime = (np.concatenate(x).reshape(a.shape) for x in zip(*parts, strict=True))
+    return D, F, F_prime
+
+
+class HasMatter(Protocol):
+    """Anything with the density of matter today."""
+
+    @property
+    def Om0(self) -> Number: ...
+
+
+class Background(HasMatter, Protocol):
+    """What a simulation asks of the background: expansion and growth at scale factors."""
+
+    def E(self, a: Any, /) -> Numbers: ...
+    def D1(self, a: Any, /) -> Numbers: ...
+    def f1(self, a: Any, /) -> Numbers: ...
+    def D2(self, a: Any, /) -> Numbers: ...
+    def f2(self, a: Any, /) -> Numbers: ...
+    def Gp(self, a: Any, /) -> Numbers: ...
+    def gp(self, a: Any, /) -> Numbers: ...
+    def Gf(self, a: Any, /) -> Numbers: ...
+    def gf(self, a: Any, /) -> Numbers: ...
 
 
 class MatterDominated:
@@ -147,7 +182,14 @@ class MatterDominated:
     Methods take scale factors of any shape. `order` counts derivatives with respect to ln a.
     """
 
-    def __init__(self, Omega0_m, Omega0_lambda=None, Omega0_k=0, a=None, a_normalize=1.0):
+    def __init__(
+        self,
+        Omega0_m: float,
+        Omega0_lambda: float | None = None,
+        Omega0_k: float = 0,
+        a: ArrayLike | None = None,
+        a_normalize: float = 1.0,
+    ) -> None:
         if Omega0_lambda is None:
             Omega0_lambda = 1 - Omega0_k - Omega0_m
         if not Omega0_m > 0:
@@ -161,95 +203,95 @@ class MatterDominated:
         self._D2_norm = second_order_growth(start, *self._densities)[0]
 
     @property
-    def _densities(self):
+    def _densities(self) -> tuple[float, float, float]:
         return self.Omega0_m, self.Omega0_lambda, self.Omega0_k
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"MatterDominated(Omega0_m={self.Omega0_m:g}, Omega0_lambda={self.Omega0_lambda:g}, "
             f"Omega0_k={self.Omega0_k:g})"
         )
 
-    def efunc(self, a):
+    def efunc(self, a: ArrayLike) -> Numbers:
         """E(a) = H(a) / H0."""
         a = _scale_factor(a)
         return np.sqrt(_expansion(a, *self._densities) / a**3)
 
-    def efunc_prime(self, a):
+    def efunc_prime(self, a: ArrayLike) -> Numbers:
         """dE / da."""
         a = _scale_factor(a)
         return self.efunc(a) * _dlnE(a, _expansion(a, *self._densities), self.Omega0_m, self.Omega0_k) / a
 
-    def E(self, a, order=0):
+    def E(self, a: ArrayLike, order: int = 0) -> Numbers:
         """E(a) for order 0, dE / d ln a for order 1."""
         if order not in (0, 1):
             raise ValueError(f"E is there with order 0 and 1, not {order}")
         return self.efunc(a) if order == 0 else self.efunc_prime(a) * a
 
-    def Hfac(self, a):
+    def Hfac(self, a: ArrayLike) -> Numbers:
         """-2 - d ln E / d ln a, the friction of the growth equation."""
         return -2.0 - self.E(a, order=1) / self.E(a)
 
-    def Om(self, a):
+    def Om(self, a: ArrayLike) -> Numbers:
         """Density parameter of matter at scale factor a."""
         return self.Omega0_m / _expansion(_scale_factor(a), *self._densities)
 
-    def D1(self, a, order=0):
+    def D1(self, a: ArrayLike, order: int = 0) -> Numbers:
         """First-order growth factor, or its derivative of order 1 or 2 by ln a."""
         _check_order(order)
         return linear_growth(_scale_factor(a), *self._densities)[order] / self._D1_norm
 
-    def D2(self, a, order=0):
+    def D2(self, a: ArrayLike, order: int = 0) -> Numbers:
         """Second-order growth factor, or its derivative of order 1 or 2 by ln a."""
         _check_order(order)
         return second_order_growth(_scale_factor(a), *self._densities)[order] / self._D2_norm
 
-    def f1(self, a):
+    def f1(self, a: ArrayLike) -> Numbers:
         """Growth rate d ln D1 / d ln a."""
         D, F, _ = linear_growth(_scale_factor(a), *self._densities)
         return F / D
 
-    def f2(self, a):
+    def f2(self, a: ArrayLike) -> Numbers:
         """Growth rate d ln D2 / d ln a."""
         D, F, _ = second_order_growth(_scale_factor(a), *self._densities)
         return F / D
 
-    def Gp(self, a):
+    def Gp(self, a: ArrayLike) -> Numbers:
         """FastPM's drift function, D1 (Feng et al. 2016, arXiv:1603.00476, eq. 19)."""
         return self.D1(a)
 
-    def gp(self, a):
+    def gp(self, a: ArrayLike) -> Numbers:
         """dGp / da."""
         return self.D1(a, order=1) / a
 
-    def Gf(self, a):
+    def Gf(self, a: ArrayLike) -> Numbers:
         """FastPM's kick function, a^3 E dD1/da (Feng et al. 2016, eq. 20)."""
         return self.D1(a, order=1) * np.square(a) * self.E(a)
 
-    def gf(self, a):
+    def gf(self, a: ArrayLike) -> Numbers:
         """dGf / da."""
         D, F, F_prime = linear_growth(_scale_factor(a), *self._densities)
         return a * self.E(a) * (F_prime - self.Hfac(a) * F) / self._D1_norm
 
-    def Gp2(self, a):
+    def Gp2(self, a: ArrayLike) -> Numbers:
         """As `Gp`, for second order."""
         return self.D2(a)
 
-    def gp2(self, a):
+    def gp2(self, a: ArrayLike) -> Numbers:
         """dGp2 / da."""
         return self.D2(a, order=1) / a
 
-    def Gf2(self, a):
+    def Gf2(self, a: ArrayLike) -> Numbers:
         """As `Gf`, for second order."""
         return self.D2(a, order=1) * np.square(a) * self.E(a)
 
-    def gf2(self, a):
+    def gf2(self, a: ArrayLike) -> Numbers:
         """dGf2 / da."""
         D, F, F_prime = second_order_growth(_scale_factor(a), *self._densities)
         return a * self.E(a) * (F_prime - self.Hfac(a) * F) / self._D2_norm
 
 
-def _check_order(order):
+def _check_order(order: int) -> None:
     if order not in (0, 1, 2):
         raise ValueError(f"growth factors are there with order 0, 1 and 2, not {order}")
 
@@ -268,15 +310,15 @@ class Cosmology:
 
     __symbols__ = "Om0", "h", "Ob0", "n_s", "sigma8"
 
-    Om0: float = 0.3
-    h: float = 0.7
-    Ob0: float = 0.05
-    n_s: float = 0.96
-    sigma8: float = 0.8
+    Om0: Number = 0.3
+    h: Number = 0.7
+    Ob0: Number = 0.05
+    n_s: Number = 0.96
+    sigma8: Number = 0.8
     T_cmb: float = 2.7255
     Ok0: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("Om0", "h", "sigma8", "T_cmb"):
             value = getattr(self, name)
             if not isinstance(value, Symbol) and not value > 0:
@@ -289,63 +331,65 @@ class Cosmology:
                 f"baryons are a part of matter: 0 <= Ob0 < Om0 = {self.Om0} expected, got {self.Ob0}"
             )
 
-    def replace(self, **changes):
+    def replace(self, **changes: Number) -> Cosmology:
         """A cosmology that differs from this one by the parameters given."""
         return replace(self, **changes)
 
     @property
-    def Ode0(self):
+    def Ode0(self) -> Number:
         """Density of the cosmological constant today."""
         return 1 - self.Om0 - self.Ok0
 
-    def background(self, a=None, a_normalize=1.0):
+    def background(
+        self, a: ArrayLike | None = None, a_normalize: float = 1.0
+    ) -> MatterDominated | SymbolicBackground:
         """Expansion and growth: a :class:`MatterDominated`, of a symbol a :class:`SymbolicBackground`."""
         if isinstance(self.Om0, Symbol):
             return SymbolicBackground(self.Om0, self.Ok0, a_normalize)
         return MatterDominated(self.Om0, self.Ode0, self.Ok0, a=a, a_normalize=a_normalize)
 
-    def efunc(self, z):
+    def efunc(self, z: ArrayLike) -> Numbers:
         """H(z) / H0 at redshift z."""
         return self._evaluate(expansion_rate, 1 / (1 + _redshift(z)))
 
-    def _evaluate(self, of_matter, x):
+    def _evaluate(self, of_matter: AnalyticOperator, x: ArrayLike) -> Numbers:
         """An operator of this chapter at our Om0: its value, or a symbol of it."""
         f = of_matter if isinstance(self.Om0, Symbol) else of_matter.function
         return f(self.Om0, x, self.Ok0)
 
     # Distances
-    def comoving_distance(self, z):
+    def comoving_distance(self, z: ArrayLike) -> Numbers:
         """Comoving distance to redshift z along the line of sight, Mpc/h."""
         return self._evaluate(comoving_distance, z)
 
-    def comoving_transverse_distance(self, z):
+    def comoving_transverse_distance(self, z: ArrayLike) -> Numbers:
         """Comoving distance across the line of sight, per radian, Mpc/h."""
         return self._evaluate(comoving_transverse_distance, z)
 
-    def angular_diameter_distance(self, z):
+    def angular_diameter_distance(self, z: ArrayLike) -> Numbers:
         """Proper size per radian at redshift z, Mpc/h."""
         return self._evaluate(angular_diameter_distance, z)
 
-    def luminosity_distance(self, z):
+    def luminosity_distance(self, z: ArrayLike) -> Numbers:
         """sqrt(L / 4 pi F) for a source at redshift z, Mpc/h."""
         return self._evaluate(luminosity_distance, z)
 
 
-def _redshift(z):
+def _redshift(z: ArrayLike) -> Array:
     z = np.asarray(z, dtype="f8")
     if not np.all(z > -1):
         raise ValueError(f"redshifts must be above -1, the smallest here is {np.min(z):g}")
     return z
 
 
-def _comoving_distance(z, Om0, Ode0, Ok0):
+def _comoving_distance(z: ArrayLike, Om0: Number, Ode0: Number, Ok0: Number) -> Numbers:
     """Line-of-sight comoving distance in Mpc/h."""
     start = np.sqrt(1 / (1 + _redshift(z)))
     s = start[..., None] + (1 - start)[..., None] * _S
     return 2 * HUBBLE_DISTANCE * (1 - start) * ((1 / np.sqrt(_expansion(s * s, Om0, Ode0, Ok0))) @ _W)
 
 
-def _transverse(chi, Ok0):
+def _transverse(chi: Numbers, Ok0: Number) -> Numbers:
     """The comoving distance across the line of sight, from that along it."""
     if Ok0 == 0:
         return chi
@@ -360,7 +404,7 @@ Planck15 = Cosmology(Om0=0.3089, h=0.6774, Ob0=0.02230 / 0.6774**2, n_s=0.9667, 
 Planck18 = Cosmology(Om0=0.3111, h=0.6766, Ob0=0.02242 / 0.6766**2, n_s=0.9665, sigma8=0.8102)
 
 
-def _acoustic_scales(om, ob, theta):
+def _acoustic_scales(om: Number, ob: Number, theta: float) -> tuple[Number, ...]:
     """Equality and drag epochs and scales in Mpc (Eisenstein & Hu 1998, section 2.1).
 
     `om` and `ob` are Omega h^2 of matter and baryons, `theta` is T_cmb / 2.7 K.
@@ -381,14 +425,14 @@ def _acoustic_scales(om, ob, theta):
     return z_eq, k_eq, z_d, R_d, s, k_silk
 
 
-def _pressureless(q, alpha, beta):
+def _pressureless(q: Numbers, alpha: Number, beta: Number) -> Numbers:
     """The smooth transfer function that the others are made of (eqs. 19 and 20)."""
     C = 14.2 / alpha + 386 / (1 + 69.9 * q**1.08)
     L = np.log(np.e + 1.8 * beta * q)
     return L / (L + C * q * q)
 
 
-def _dark_matter(k, q, s, om, fb):
+def _dark_matter(k: Numbers, q: Numbers, s: Number, om: Number, fb: Number) -> Numbers:
     """Transfer function of cold dark matter; `fb` is the fraction of baryons (eqs. 11, 12, 17 and 18)."""
     a1 = (46.9 * om) ** 0.670 * (1 + (32.1 * om) ** -0.532)
     a2 = (12.0 * om) ** 0.424 * (1 + (45.0 * om) ** -0.582)
@@ -400,7 +444,7 @@ def _dark_matter(k, q, s, om, fb):
     return f * _pressureless(q, 1, beta) + (1 - f) * _pressureless(q, alpha, beta)
 
 
-def _baryons(k, q, scales, om, fb):
+def _baryons(k: Numbers, q: Numbers, scales: tuple[Number, ...], om: Number, fb: Number) -> Numbers:
     """Transfer function of the baryons (eqs. 14, 15 and 21 to 24)."""
     z_eq, k_eq, z_d, R_d, s, k_silk = scales
     y = (1 + z_eq) / (1 + z_d)
@@ -420,7 +464,7 @@ def _baryons(k, q, scales, om, fb):
 _NO_WAVENUMBER = 1e-30
 
 
-def eisenstein_hu(k, Om0, h, Ob0, T_cmb=2.7255):
+def eisenstein_hu(k: ArrayLike, Om0: Number, h: Number, Ob0: Number, T_cmb: float = 2.7255) -> Numbers:
     """Matter transfer function with acoustic wiggles, Eisenstein & Hu (1998, ApJ 496, 605); k in h/Mpc."""
     k = np.where(k == 0, _NO_WAVENUMBER, k) * h  # from here on in 1/Mpc
     om, fb = Om0 * h**2, Ob0 / Om0
@@ -430,7 +474,9 @@ def eisenstein_hu(k, Om0, h, Ob0, T_cmb=2.7255):
     return fb * _baryons(k, q, scales, om, fb) + (1 - fb) * _dark_matter(k, q, s, om, fb)
 
 
-def eisenstein_hu_nowiggle(k, Om0, h, Ob0, T_cmb=2.7255):
+def eisenstein_hu_nowiggle(
+    k: ArrayLike, Om0: Number, h: Number, Ob0: Number, T_cmb: float = 2.7255
+) -> Numbers:
     """Smooth transfer function through the wiggles, Eisenstein & Hu (1998, section 4.2); k in h/Mpc."""
     k = np.where(k == 0, _NO_WAVENUMBER, k)
     om, ob, fb = Om0 * h**2, Ob0 * h**2, Ob0 / Om0
@@ -446,7 +492,7 @@ _LOGK = np.linspace(np.log(1e-5), np.log(50.0), 4096)
 _TRANSFERS = {"EisensteinHu": eisenstein_hu, "NoWiggle": eisenstein_hu_nowiggle}
 
 
-def _variance(power, r):
+def _variance(power: FunctionOfK, r: float) -> Number:
     """Variance in spheres of radius r Mpc/h of a field with the given power, a function of k."""
     k = np.exp(_LOGK)
     x = k * r
@@ -454,7 +500,7 @@ def _variance(power, r):
     return np.sum(k**3 * power(k) * window**2) * (_LOGK[1] - _LOGK[0]) / (2 * np.pi**2)
 
 
-def _transfer_function(transfer, Om0, h, Ob0, T_cmb):
+def _transfer_function(transfer: Transfer, Om0: Number, h: Number, Ob0: Number, T_cmb: float) -> FunctionOfK:
     """A function of k from the name of a transfer function, or from a function of k."""
     if callable(transfer):
         return transfer
@@ -465,16 +511,31 @@ def _transfer_function(transfer, Om0, h, Ob0, T_cmb):
     return lambda k: _TRANSFERS[transfer](k, Om0, h, Ob0, T_cmb)
 
 
-def _amplitude(T, n_s, sigma8):
+def _amplitude(T: FunctionOfK, n_s: Number, sigma8: Number) -> Number:
     """A of P = A k^n_s T^2 that makes the amplitude in spheres of 8 Mpc/h sigma8."""
     return sigma8**2 / _variance(lambda k: k**n_s * T(k) ** 2, 8.0)
 
 
-def _relative_growth(z, Om0, Ok0):
+def _relative_growth(z: float, Om0: Number, Ok0: Number) -> Number:
     """D1(z) / D1(0)."""
     a = _scale_factor(1 / (1 + _redshift(z)))
     D = linear_growth(np.array([1.0, a]), Om0, 1 - Om0 - Ok0, Ok0)[0]
     return D[1] / D[0]
+
+
+class HasParameters(HasMatter, Protocol):
+    """Anything with the parameters of the linear power spectrum, such as `Cosmology`."""
+
+    @property
+    def h(self) -> Number: ...
+    @property
+    def Ob0(self) -> Number: ...
+    @property
+    def n_s(self) -> Number: ...
+    @property
+    def sigma8(self) -> Number: ...
+    @property
+    def T_cmb(self) -> float: ...
 
 
 class LinearPower:
@@ -494,7 +555,7 @@ class LinearPower:
 
     __symbols__ = ("cosmology",)
 
-    def __init__(self, cosmology, z=0.0, transfer="EisensteinHu"):
+    def __init__(self, cosmology: HasParameters, z: float = 0.0, transfer: Transfer = "EisensteinHu") -> None:
         c = self.cosmology = cosmology
         self.z = float(z)
         self._transfer = transfer
@@ -505,32 +566,32 @@ class LinearPower:
         self.amplitude = _amplitude(self.transfer, c.n_s, c.sigma8) * growth**2
 
     @property
-    def is_symbolic(self):
+    def is_symbolic(self) -> bool:
         """Whether the power is a symbol, since a parameter of the cosmology is."""
         return any(isinstance(value, Symbol) for value in self._parameters)
 
     @property
-    def _parameters(self):
+    def _parameters(self) -> list[Number]:
         return [getattr(self.cosmology, name) for name in ("Om0", "h", "n_s", "sigma8", "Ob0")]
 
-    def __repr__(self):
-        name = self._transfer
+    def __repr__(self) -> str:
+        name: Any = self._transfer
         name = name if isinstance(name, str) else getattr(name, "__name__", "tabulated")
         return f"LinearPower({self.cosmology}, z={self.z:g}, transfer={name!r})"
 
-    def __call__(self, k):
+    def __call__(self, k: ArrayLike) -> Numbers:
         if self.is_symbolic:
             T_cmb, curvature = self.cosmology.T_cmb, getattr(self.cosmology, "Ok0", 0.0)
             return linear_power(*self._parameters, k, self.z, T_cmb, curvature, self._transfer)
         return _power_law_times(self.transfer, k, self.cosmology.n_s, self.amplitude)
 
-    def sigma_r(self, r=8.0):
+    def sigma_r(self, r: float = 8.0) -> Number:
         """Root mean square of the linear density contrast in spheres of radius r Mpc/h."""
         return np.sqrt(_variance(self, r))
 
     # Spectra from tables
     @classmethod
-    def from_table(cls, cosmology, k, P, z=0.0):
+    def from_table(cls, cosmology: HasParameters, k: ArrayLike, P: ArrayLike, z: float = 0.0) -> LinearPower:
         """From the power P today at increasing wavenumbers k; rescaled to the cosmology's sigma8 and to z."""
         k, P = np.asarray(k, dtype="f8"), np.asarray(P, dtype="f8")
         if isinstance(cosmology.n_s, Symbol):
@@ -548,7 +609,7 @@ class LinearPower:
         return cls(cosmology, z, _TabulatedTransfer(k, np.sqrt(P / k**cosmology.n_s)))
 
     @classmethod
-    def from_camb(cls, cosmology, z=0.0, kmax=20.0):
+    def from_camb(cls, cosmology: HasParameters, z: float = 0.0, kmax: float = 20.0) -> LinearPower:
         """From a run of the Boltzmann code CAMB today, up to kmax h/Mpc, with massless neutrinos."""
         try:
             import camb
@@ -571,7 +632,7 @@ class LinearPower:
         return cls.from_table(cosmology, k, P[0], z)
 
 
-def _power_law_times(T, k, n_s, amplitude):
+def _power_law_times(T: FunctionOfK, k: ArrayLike, n_s: Number, amplitude: Number) -> Numbers:
     """amplitude k^n_s T^2, and zero at k = 0."""
     k = np.asarray(k, dtype="f8")
     if np.any(k < 0):
@@ -583,14 +644,14 @@ def _power_law_times(T, k, n_s, amplitude):
 class _TabulatedTransfer:
     """T(k) by a cubic spline through ln T at ln k, continued by a constant below and a power law above."""
 
-    def __init__(self, k, T):
+    def __init__(self, k: Array, T: Array) -> None:
         with needed_for("tabulated powers", extra="interop"):
             from scipy.interpolate import CubicSpline
 
         self._ends = np.log(k[0]), np.log(k[-1])
         self._spline = CubicSpline(np.log(k), np.log(T))
 
-    def __call__(self, k):
+    def __call__(self, k: ArrayLike) -> Array:
         low, high = self._ends
         logk = np.log(np.where(k == 0, _NO_WAVENUMBER, k))
         beyond = np.maximum(logk - high, 0)
@@ -600,17 +661,24 @@ class _TabulatedTransfer:
 _STEP = 1e-40
 
 
-def _push_forward(function, parameters, tangents):
+def _push_forward(
+    function: Callable[..., Any], parameters: Sequence[Number], tangents: Iterable[Number]
+) -> list[Any]:
     """Tangents of the results of an analytic function, by one complex step."""
     shifted = [p + 1j * _STEP * float(t) if t else p for p, t in zip(parameters, tangents, strict=True)]
     return [np.imag(y) / _STEP for y in _as_tuple(function(*shifted))]
 
 
-def _as_tuple(results):
+def _as_tuple(results: Any) -> tuple[Any, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-def _pull_back(function, parameters, cotangents, wanted):
+def _pull_back(
+    function: Callable[..., Any],
+    parameters: Sequence[Number],
+    cotangents: Sequence[Value],
+    wanted: Sequence[bool],
+) -> list[Value]:
     """Cotangents of the parameters of an analytic function from those of its results."""
     pulled = []
     for i, want in enumerate(wanted):
@@ -631,13 +699,19 @@ def _pull_back(function, parameters, cotangents, wanted):
 _WEIGHTS = {1: 3 / 4, 2: -3 / 20, 3: 1 / 60}  # of the central difference of sixth order
 
 
-def _differentiate_pull_back(function, parameters, tangents, cotangents, wanted):
+def _differentiate_pull_back(
+    function: Callable[..., Any],
+    parameters: Sequence[Number],
+    tangents: Sequence[Number],
+    cotangents: Sequence[Value],
+    wanted: Sequence[bool],
+) -> list[Value]:
     """The derivative of `_pull_back` along tangents of the parameters."""
     step = 1e-4 / max(
         abs(float(t)) / (abs(float(p)) or 1.0) for p, t in zip(parameters, tangents, strict=True)
     )
 
-    def at(distance):
+    def at(distance: float) -> list[Value]:
         moved = [p + distance * float(t) for p, t in zip(parameters, tangents, strict=True)]
         return _pull_back(function, moved, cotangents, wanted)
 
@@ -651,13 +725,13 @@ def _differentiate_pull_back(function, parameters, tangents, cotangents, wanted)
 class AnalyticOperator(Operator):
     """An operator made of an analytic function, with derivatives by complex steps. Made by `analytic`."""
 
-    def __init__(self, function, ain, aout):
+    def __init__(self, function: Callable[..., Any], ain: str, aout: str) -> None:
         self.function = function
         self._parameters = inspect.signature(function).parameters
         copied = {name: getattr(function, name) for name in ("__doc__", "__module__", "__qualname__")}
         super().__init__(type(function.__name__, (), dict(copied, ain=ain, aout=aout)))
 
-    def _make_primitives(self):
+    def _make_primitives(self) -> None:
         names = list(self._parameters)
         of_results, of_numbers = ["_" + name for name in self.aout], [name + "_" for name in self.ain]
         self.apl = Primitive(self, "apl", self._apply, names)
@@ -669,27 +743,27 @@ class AnalyticOperator(Operator):
         self._find_recorded()
 
     # The functions of an analytic operator
-    def _fix(self, arguments):
+    def _fix(self, arguments: Mapping[str, Any]) -> tuple[Callable[..., Any], list[Number]]:
         """The function of the numbers alone, and the numbers."""
         fixed = {name: arguments[name] for name in self._parameters if name not in self.ain}
         numbers = [arguments[name] for name in self.ain]
         return (lambda *numbers: self.function(**dict(zip(self.ain, numbers)), **fixed)), numbers
 
-    def _apply(self, node, **arguments):
+    def _apply(self, node: Node, **arguments: Any) -> dict[str, Any]:
         function, numbers = self._fix(arguments)
         return dict(zip(self.aout, _as_tuple(function(*numbers))))
 
-    def _jvp(self, node, **arguments):
+    def _jvp(self, node: Node, **arguments: Any) -> dict[str, Any]:
         tangents = [arguments[name + "_"] for name in self.ain]
         pushed = _push_forward(*self._fix(arguments), tangents)
         return {name + "_": tangent for name, tangent in zip(self.aout, pushed)}
 
-    def _vjp(self, node, **arguments):
+    def _vjp(self, node: Node, **arguments: Any) -> dict[str, Any]:
         cotangents = [arguments["_" + name] for name in self.aout]
         pulled = _pull_back(*self._fix(arguments), cotangents, [node.needs(name) for name in self.ain])
         return {"_" + name: cotangent for name, cotangent in zip(self.ain, pulled)}
 
-    def _hvp(self, node, **arguments):
+    def _hvp(self, node: Node, **arguments: Any) -> dict[str, Any]:
         tangents = [arguments[name + "_"] for name in self.ain]
         cotangents = [arguments["_" + name] for name in self.aout]
         wanted = [node.needs(name) for name in self.ain]
@@ -697,7 +771,7 @@ class AnalyticOperator(Operator):
         return {f"_{name}_": change for name, change in zip(self.ain, changes)}
 
 
-def analytic(spec):
+def analytic(spec: str) -> Callable[[Callable[..., Any]], AnalyticOperator]:
     """Declare an operator by an analytic function of a few numbers.
 
     Parameters
@@ -712,7 +786,7 @@ def analytic(spec):
 
 
 @analytic("Om0 -> D1, f1, D2, f2")
-def growth(Om0, a, Ok0=0.0):
+def growth(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> tuple[Numbers, ...]:
     """Growth factors D1, D2 (one today) and rates f1, f2 at scale factors a, as functions of Om0.
 
     growth(Om0, a, Ok0=0) gives the symbols [D1, f1, D2, f2]; each has the shape of `a`.
@@ -731,37 +805,37 @@ def growth(Om0, a, Ok0=0.0):
 
 
 @analytic("Om0 -> E")
-def expansion_rate(Om0, a, Ok0=0.0):
+def expansion_rate(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """E(a) = H(a) / H0 as a function of Om0: expansion_rate(Om0, a, Ok0=0)."""
     a = _scale_factor(a)
     return np.sqrt(_expansion(a, Om0, 1 - Om0 - Ok0, Ok0) / a**3)
 
 
 @analytic("Om0 -> chi")
-def comoving_distance(Om0, z, Ok0=0.0):
+def comoving_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """Line-of-sight comoving distance in Mpc/h as a function of Om0: comoving_distance(Om0, z, Ok0=0)."""
     return _comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0)
 
 
 @analytic("Om0 -> d")
-def comoving_transverse_distance(Om0, z, Ok0=0.0):
+def comoving_transverse_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """Comoving distance across the line of sight, per radian, in Mpc/h; as `comoving_distance`."""
     return _transverse(_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0), Ok0)
 
 
 @analytic("Om0 -> d")
-def angular_diameter_distance(Om0, z, Ok0=0.0):
+def angular_diameter_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """Proper size per radian at redshift z, in Mpc/h; as `comoving_distance`."""
     return _transverse(_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0), Ok0) / (1 + _redshift(z))
 
 
 @analytic("Om0 -> d")
-def luminosity_distance(Om0, z, Ok0=0.0):
+def luminosity_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """sqrt(L / 4 pi F) for a source at redshift z, in Mpc/h; as `comoving_distance`."""
     return _transverse(_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0), Ok0) * (1 + _redshift(z))
 
 
-def _step_functions(a, Om0, Ok0):
+def _step_functions(a: ArrayLike, Om0: Number, Ok0: Number) -> tuple[Numbers, Numbers]:
     """D1 and Gf = a^2 E D1' at scale factors a, with the normalisation of `linear_growth`."""
     a = _scale_factor(a)
     densities = Om0, 1 - Om0 - Ok0, Ok0
@@ -770,7 +844,7 @@ def _step_functions(a, Om0, Ok0):
 
 
 @analytic("Om0 -> K")
-def kick_factor(Om0, ai, ac, af, Ok0=0.0):
+def kick_factor(Om0: Number, ai: ArrayLike, ac: ArrayLike, af: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """FastPM's kick from ai to af by the force at ac, as a function of Om0.
 
     kick_factor(Om0, ai, ac, af, Ok0=0) multiplies the force, gradient and inverse Laplacian of
@@ -781,14 +855,14 @@ def kick_factor(Om0, ai, ac, af, Ok0=0.0):
 
 
 @analytic("Om0 -> D")
-def drift_factor(Om0, ai, ac, af, Ok0=0.0):
+def drift_factor(Om0: Number, ai: ArrayLike, ac: ArrayLike, af: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """FastPM's drift from ai to af with the momentum at ac, as a function of Om0; as `kick_factor`."""
     (start, _), (_, Gf), (end, _) = (_step_functions(a, Om0, Ok0) for a in (ai, ac, af))
     return (end - start) / Gf
 
 
 @analytic("Om0 -> factors")
-def step_factors(Om0, stages, Ok0=0.0):
+def step_factors(Om0: Number, stages: ArrayLike, Ok0: Number = 0.0) -> Array:
     """The coefficients of FastPM's kick-drift-kick steps between scale factors, as functions of Om0.
 
     step_factors(Om0, stages, Ok0=0) has the shape (number of steps, 3): a kick by the force of the bare
@@ -805,7 +879,7 @@ def step_factors(Om0, stages, Ok0=0.0):
 
 
 @analytic("Om0 -> factors")
-def start_factors(Om0, a, Ok0=0.0):
+def start_factors(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> Array:
     """D1, D2, and a^2 E times their derivatives by ln a, at one scale factor, as functions of Om0.
 
     These (4,) numbers multiply the displacements of first and second order in the displacements and
@@ -818,7 +892,18 @@ def start_factors(Om0, a, Ok0=0.0):
 
 
 @analytic("Om0, h, n_s, sigma8, Ob0 -> P")
-def linear_power(Om0, h, n_s, sigma8, Ob0, k, z=0.0, T_cmb=2.7255, Ok0=0.0, transfer="EisensteinHu"):
+def linear_power(
+    Om0: Number,
+    h: Number,
+    n_s: Number,
+    sigma8: Number,
+    Ob0: Number,
+    k: ArrayLike,
+    z: float = 0.0,
+    T_cmb: float = 2.7255,
+    Ok0: Number = 0.0,
+    transfer: Transfer = "EisensteinHu",
+) -> Numbers:
     """Linear power at wavenumbers k as a function of the parameters; :class:`LinearPower` as an operator.
 
     linear_power(Om0, h, n_s, sigma8, Ob0, k, z=0, T_cmb=2.7255, Ok0=0, transfer='EisensteinHu'), in
@@ -843,30 +928,30 @@ class SymbolicBackground:
 
     __symbols__ = ("Om0",)
 
-    def __init__(self, Om0, Ok0=0.0, a_normalize=1.0):
+    def __init__(self, Om0: Number, Ok0: float = 0.0, a_normalize: float = 1.0) -> None:
         if a_normalize != 1.0:
             raise ValueError(f"the growth of a symbol is normalised to one today, not at a = {a_normalize:g}")
         self.Om0, self.Ok0 = Om0, Ok0
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"SymbolicBackground({self.Om0}, Ok0={self.Ok0:g})"
 
-    def E(self, a):
+    def E(self, a: ArrayLike) -> Symbol:
         """H(a) / H0."""
         return expansion_rate(self.Om0, a, self.Ok0)
 
-    def D1(self, a):
+    def D1(self, a: ArrayLike) -> Symbol:
         """First-order growth factor."""
         return growth(self.Om0, a, self.Ok0)[0]
 
-    def f1(self, a):
+    def f1(self, a: ArrayLike) -> Symbol:
         """Growth rate d ln D1 / d ln a."""
         return growth(self.Om0, a, self.Ok0)[1]
 
-    def D2(self, a):
+    def D2(self, a: ArrayLike) -> Symbol:
         """Second-order growth factor."""
         return growth(self.Om0, a, self.Ok0)[2]
 
-    def f2(self, a):
+    def f2(self, a: ArrayLike) -> Symbol:
         """Growth rate d ln D2 / d ln a."""
         return growth(self.Om0, a, self.Ok0)[3]

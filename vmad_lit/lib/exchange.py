@@ -3,15 +3,22 @@
 Positions are arrays (N, ndim), in the units of the box.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy
+from numpy.typing import ArrayLike
 
 from vmad_lit import operator
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.stdlib.operators import Array, Shape
+from vmad_lit.core.symbol import Value
 from vmad_lit.lib import memory
-from vmad_lit.lib.mesh import as_rows, common_dtypes, is_zero, once_per_mesh
+from vmad_lit.lib.mesh import ParticleMesh, as_rows, common_dtypes, is_zero, once_per_mesh
 
 with needed_for("the exchange of particles", extra="mesh"):
     from mpi4py import MPI
@@ -20,10 +27,13 @@ with needed_for("the exchange of particles", extra="mesh"):
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba
-    loops = None
+    loops = None  # type: ignore[assignment]
+
+Rows = tuple[Sequence[int] | Array, Array]  # how many for each rank, and where they begin
+Axes = tuple[tuple[int, ...], tuple[float, ...], tuple[Array, ...], Array]  # see `loops.find_ranks`
 
 
-def _touched_domains(x, pm, support):
+def _touched_domains(x: Array, pm: ParticleMesh, support: int) -> Array:
     """The domains of the cells of each particle's window, with repetitions: (n, N)."""
     domains = numpy.zeros((1, len(x)), dtype="i4")
     shift, left = 0.5 * (support % 2), (support - 1) // 2
@@ -43,7 +53,7 @@ def _touched_domains(x, pm, support):
     return domains
 
 
-def make_layout(x, pm, support):
+def make_layout(x: Array, pm: ParticleMesh, support: int) -> GhostLayout:
     """A layout that sends each particle to exactly the ranks that hold cells of its window."""
     if loops is not None:
         return GhostLayout(
@@ -58,10 +68,10 @@ def make_layout(x, pm, support):
     return GhostLayout(pm.comm, len(x), counts, numpy.concatenate(rows))
 
 
-def _axes_of_domains(pm):
+def _axes_of_domains(pm: ParticleMesh) -> Axes:
     """What `loops.find_ranks` wants to know of the domains of a mesh."""
 
-    def make():
+    def make() -> Axes:
         shape, domain = pm.domain.shape, pm.domain
         axes = [d for d in range(pm.ndim) if shape[d] > 1] or [0]
         owners = []
@@ -77,12 +87,12 @@ def _axes_of_domains(pm):
 class GhostLayout(Layout):
     """A layout of pmesh, given by the rows to send to each rank, that sends with a single collective call."""
 
-    def exchange(self, *args, pack=True):
+    def exchange(self, *args: Array, pack: bool = True) -> Any:
         """Rows for the particles needed on this rank, ghosts included; one result for each argument."""
         sent = tuple(self._send(data) for data in args)
         return sent[0] if len(sent) == 1 else sent or None
 
-    def gather(self, data, mode="sum", out=None):
+    def gather(self, data: Array, mode: Any = "sum", out: Array | None = None) -> Array:
         """Rows for our own particles, from those of all their copies: the sum, or what pmesh calls `mode`."""
         if not isinstance(mode, str) or mode != "sum":
             return super().gather(data, mode=mode, out=out)
@@ -105,7 +115,7 @@ class GhostLayout(Layout):
         out[...] = total
         return out
 
-    def _send(self, data):
+    def _send(self, data: Array) -> Array:
         data = numpy.asarray(data)
         if len(data) != self.sendlength:
             raise ValueError(
@@ -117,7 +127,7 @@ class GhostLayout(Layout):
         return deliver(self.comm, data.take(others, axis=0), there, here, received)
 
     @cached_property
-    def _ways(self):
+    def _ways(self) -> tuple[Array, Array, Rows, Rows, slice]:
         """What stays and what travels.
 
         The numbers of the rows that stay on this rank, and of those that go to others; how many go to each
@@ -138,7 +148,7 @@ class GhostLayout(Layout):
         )
 
 
-def deliver(comm, rows, to, fro, received):
+def deliver(comm: MPI.Comm, rows: Array, to: Rows, fro: Rows, received: Array) -> Array:
     """Rows to and from all ranks by one `Alltoallv`, into `received`.
 
     `to` and `fro` are how many rows there are for each rank, and where they begin.
@@ -153,11 +163,11 @@ def deliver(comm, rows, to, fro, received):
     return received
 
 
-def starts(counts):
+def starts(counts: Sequence[int] | Array) -> Array:
     return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype("i4")
 
 
-def _add_rows(total, indices, rows):
+def _add_rows(total: Array, indices: Array, rows: Array) -> None:
     """Add rows to those of `total` with the numbers `indices`, each as often as it is there."""
     if loops is None or not loops.add_rows(total, indices, rows):
         numpy.add.at(total, indices, rows)
@@ -166,17 +176,17 @@ def _add_rows(total, indices, rows):
 class IdentityLayout:
     """The layout of particles that all stay where they are, on a single rank."""
 
-    def __init__(self, comm, length):
+    def __init__(self, comm: MPI.Comm, length: int) -> None:
         self.comm = comm
         self.sendlength = self.recvlength = length
 
-    def exchange(self, *args, pack=True):
+    def exchange(self, *args: Array, pack: bool = True) -> Any:
         """The arguments, unchanged."""
         for data in args:
             self._check(data)
         return args[0] if len(args) == 1 else args or None
 
-    def gather(self, data, mode="sum", out=None):
+    def gather(self, data: Array, mode: Any = "sum", out: Array | None = None) -> Array:
         """`data`, unchanged (or copied to `out`): there are no ghosts."""
         self._check(data)
         if out is None:
@@ -184,22 +194,25 @@ class IdentityLayout:
         out[...] = data
         return out
 
-    def get_exchange_cost(self):
+    def get_exchange_cost(self) -> Array:
         """Nothing travels."""
         return numpy.zeros(1, dtype="i8")
 
-    def _check(self, data):
+    def _check(self, data: Array) -> None:
         if len(data) != self.sendlength:
             raise ValueError(
                 f"the layout was made for {self.sendlength} particles, but the data is for {len(data)}"
             )
 
 
-def exchange_rows(layout, data):
+AnyLayout: TypeAlias = Layout | IdentityLayout
+
+
+def exchange_rows(layout: AnyLayout | None, data: Value) -> Any:
     return data if layout is None or numpy.ndim(data) == 0 else layout.exchange(data)
 
 
-def gather_rows(layout, data):
+def gather_rows(layout: AnyLayout | None, data: Value) -> Any:
     if layout is None or isinstance(layout, IdentityLayout):
         return data if layout is None else layout.gather(data)
     if numpy.iscomplexobj(data) and not isinstance(layout, GhostLayout):
@@ -209,11 +222,11 @@ def gather_rows(layout, data):
     return layout.gather(data)
 
 
-def window_support(resampler):
+def window_support(resampler: Any) -> int:
     return resampler.support if resampler.support > 0 else resampler.nativesupport
 
 
-def as_positions(x, pm):
+def as_positions(x: ArrayLike, pm: ParticleMesh) -> Array:
     """Positions as a floating point array (N, ndim), or an error that says so."""
     x = numpy.asarray(x)
     if x.ndim != 2 or x.shape[1] != pm.ndim:
@@ -233,7 +246,7 @@ class decompose:
     `smoothing` is the window that will be used, by default that of `pm`; or a distance in cells.
     """
 
-    ain = {}
+    ain: dict[str, str] = {}
     aout = {"layout": "*Layout"}
 
     def apl(node, x, pm, smoothing=None):
@@ -287,7 +300,9 @@ class gather:
         return dict(y_=_carry(gather_rows, layout, x_, shapes[0]))
 
 
-def _carry(function, layout, x_, shape):
+def _carry(
+    function: Callable[[AnyLayout | None, Value], Value], layout: AnyLayout | None, x_: Value, shape: Shape
+) -> Value:
     """A tangent or cotangent, of a value of this shape, through `exchange_rows` or `gather_rows`."""
     if layout is None or shape == ():
         return ZeroGradient if is_zero(x_) else x_

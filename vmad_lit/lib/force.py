@@ -1,15 +1,20 @@
 """The force of particles on each other, by way of a mesh: one operator, with its derivatives."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, Literal
 
 import numpy
 
 from vmad_lit import operator
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.lib import memory
 from vmad_lit.lib.exchange import as_positions, deliver, exchange_rows, gather_rows, starts
-from vmad_lit.lib.mesh import as_real_field, as_rows, common_dtypes, once_per_mesh
+from vmad_lit.lib.mesh import ParticleMesh, as_real_field, as_rows, common_dtypes, once_per_mesh
 from vmad_lit.lib.painting import (
     Window,
     in_dtype_of,
@@ -27,27 +32,29 @@ from vmad_lit.lib.transfer import (
 )
 
 with needed_for("forces", extra="mesh"):
-    from pmesh.pm import ComplexField, RealField
+    from pmesh.pm import BaseComplexField, ComplexField, Field, RealField
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba: the transforms serve
-    loops = None
+    loops = None  # type: ignore[assignment]
+
+Order = Literal[0, 1]  # of `fourier_space_neg_gradient`
 
 
-def _halo_plan(pm, axis):
+def _halo_plan(pm: ParticleMesh, axis: int) -> tuple[Any, ...]:
     """The planes to send along an axis, those to receive, and how many of each for each rank."""
     comm, n, mesh = pm.comm, int(pm.Nmesh[axis]), pm.create(type=RealField)
     boxes, me = comm.allgather((tuple(map(int, mesh.start)), mesh.shape)), comm.rank
 
-    def wanted(rank):
+    def wanted(rank: int) -> list[int]:
         begin, count = (corner[axis] for corner in boxes[rank])
         around = begin - 2, begin - 1, begin + count, begin + count + 1
         return [plane % n for plane in around] if min(boxes[rank][1]) else []
 
-    def other_axes(rank):
+    def other_axes(rank: int) -> list[tuple[int, ...]]:
         return [box[:axis] + box[axis + 1 :] for box in boxes[rank]]
 
-    def held(rank, planes):
+    def held(rank: int, planes: Array) -> Array:
         begin, count = (corner[axis] for corner in boxes[rank])
         return numpy.flatnonzero((planes >= begin) & (planes < begin + count))
 
@@ -62,14 +69,15 @@ def _halo_plan(pm, axis):
     return *map(numpy.concatenate, (sends, receives)), *counts
 
 
-def _halo(pm, value, axis):
+def _halo(pm: ParticleMesh, value: Array, axis: int) -> Array | None:
     """Four planes of a mesh along an axis: two before this rank's first, two behind its last; or None."""
     if len(pm.domain.edges[axis]) == 2:
         return None
     sends, receives, *counts = once_per_mesh(pm, ("halo", axis), lambda: _halo_plan(pm, axis))
     planes = numpy.moveaxis(value, axis, 0)[sends]
     received = numpy.empty((len(receives),) + planes.shape[1:], planes.dtype)
-    planes = deliver(pm.comm, planes, *((n, starts(n)) for n in counts), received)
+    there, here = ((n, starts(n)) for n in counts)
+    planes = deliver(pm.comm, planes, there, here, received)
     shape = list(value.shape)
     shape[axis] = 4
     halo = numpy.empty(shape, value.dtype)
@@ -77,7 +85,7 @@ def _halo(pm, value, axis):
     return halo
 
 
-def differences_serve(pm, order):
+def differences_serve(pm: ParticleMesh, order: Order) -> bool:
     """Whether the gradient is a difference of neighbours that our loops can take."""
     return (
         loops is not None
@@ -87,17 +95,17 @@ def differences_serve(pm, order):
     )
 
 
-def _difference_factors(pm, sign):
+def _difference_factors(pm: ParticleMesh, sign: float) -> list[float]:
     """`sign` / (12 h) for each axis."""
     return [float(sign * n / (12 * length)) for n, length in zip(pm.Nmesh, pm.BoxSize)]
 
 
-def difference(pm, value, axis, sign, out, add=False):
+def difference(pm: ParticleMesh, value: Array, axis: int, sign: float, out: Array, add: bool = False) -> None:
     """`sign` times the derivative of this rank's part of a mesh along an axis, into `out` or added to it."""
     loops.difference(out, value, axis, _difference_factors(pm, sign)[axis], _halo(pm, value, axis), add)
 
 
-def _neg_gradient(mesh, beside=None):
+def _neg_gradient(mesh: RealField, beside: RealField | None = None) -> list[Array]:
     """Minus the derivatives of a real field along all axes: arrays, interleaved in memory.
 
     With another field, `beside`, the list ends with that.
@@ -111,7 +119,7 @@ def _neg_gradient(mesh, beside=None):
     return components
 
 
-def _divergence(pm, meshes):
+def _divergence(pm: ParticleMesh, meshes: Sequence[Array]) -> RealField:
     """The sum of the derivatives of arrays, each along its own axis: the adjoint of `_neg_gradient`."""
     total = pm.create(type=RealField)
     halos = [_halo(pm, mesh, axis) for axis, mesh in enumerate(meshes[:-1])]
@@ -119,7 +127,7 @@ def _divergence(pm, meshes):
     return total
 
 
-def _interleaved(pm, count, make=memory.empty):
+def _interleaved(pm: ParticleMesh, count: int, make: Callable[..., Array] = memory.empty) -> list[Array]:
     """Arrays for this rank's part of a mesh, with the numbers of all of them for a point side by side."""
     shape = once_per_mesh(pm, "local shape", lambda: pm.create(type=RealField).shape)
     return list(numpy.moveaxis(make(shape + (count,), pm.dtype), -1, 0))
@@ -218,24 +226,24 @@ class force:
 
     # The steps of the force
     @staticmethod
-    def potential(rho):
+    def potential(rho: RealField) -> BaseComplexField:
         """The modes of the potential of a density, which is overwritten."""
         return force.solve(_transform(rho), 1.0 / float(rho.pm.Nmesh.prod()))
 
     @staticmethod
-    def solve(modes, factor):
+    def solve(modes: BaseComplexField, factor: float) -> Any:
         """The inverse Laplacian of modes, times a number, in their memory."""
         return multiply_field(
             modes, evaluate_transfer(modes, fourier_space_laplace, "wavenumber"), modes, factor
         )
 
     @staticmethod
-    def find_factor(x, pm):
+    def find_factor(x: Array, pm: ParticleMesh) -> float:
         """The mass of a particle: the inverse of their mean number in a cell. Collective."""
         return float(pm.Nmesh.prod()) / max(pm.comm.allreduce(len(x)), 1)
 
     @staticmethod
-    def kept(potk, order, out=Ellipsis):
+    def kept(potk: BaseComplexField, order: Order, out: Any = Ellipsis) -> Field:
         """What of the potential the meshes of the force are made from: itself on the mesh, or its modes.
 
         It is made in the memory of the modes, or in `out`; in a new field for None.
@@ -243,12 +251,12 @@ class force:
         return potk.c2r(out=out) if differences_serve(potk.pm, order) else potk
 
     @staticmethod
-    def find_potential(pot, w, local_x, factor, order):
+    def find_potential(pot: Field | None, w: Window, local_x: Array, factor: float, order: Order) -> Field:
         """What was kept of the potential, or the same made again from the positions."""
         return force.kept(force.potential(w.paint(local_x, factor)), order) if pot is None else pot
 
     @staticmethod
-    def meshes(pot, order, beside=None):
+    def meshes(pot: Field, order: Order, beside: RealField | None = None) -> list[Any]:
         """The components of the force on the mesh; with another field at the end of the list, if it is given."""
         pm = pot.pm
         if isinstance(pot, RealField):
@@ -261,7 +269,7 @@ class force:
         ] + ([] if beside is None else [beside])
 
     @staticmethod
-    def pull_meshes(w, local_x, _f, order, x_=None):
+    def pull_meshes(w: Window, local_x: Array, _f: Array, order: Order, x_: Array | None = None) -> Any:
         """Cotangent of the modes of the potential from that of the force at the particles; or its change along x_."""
         pm = w.pm
         if differences_serve(pm, order):
@@ -275,14 +283,22 @@ class force:
         return _potk
 
     @staticmethod
-    def pull(w, local_x, _f, pot, factor, order, _potk=None):
+    def pull(
+        w: Window,
+        local_x: Array,
+        _f: Array,
+        pot: Field | None,
+        factor: float,
+        order: Order,
+        _potk: Any = None,
+    ) -> list[Any]:
         """The meshes whose slopes at the particles, times `_f` and one, are the cotangent of the positions."""
         _from_f = force.pull_meshes(w, local_x, _f, order)
         _rho = force.pull_density(_from_f if _potk is None else _potk + _from_f, factor)
         return force.meshes(force.find_potential(pot, w, local_x, factor, order), order, _rho)
 
     @staticmethod
-    def pull_density(_potk, factor):
+    def pull_density(_potk: BaseComplexField, factor: float) -> RealField:
         """Cotangent of the mass of particles on the mesh from that of the modes of the potential, which is overwritten."""
         return force.solve(_potk, factor / float(_potk.pm.Nmesh.prod())).c2r(out=Ellipsis)
 
@@ -353,7 +369,7 @@ class force:
         return dict(_x_=in_dtype_of(gather_rows(layout, _x_), x), _layout_=ZeroGradient)
 
 
-def _transform(x):
+def _transform(x: RealField) -> BaseComplexField:
     """The modes of a real field times the number of points: N times r2c."""
     modes = x.pm.create("transposedcomplex")
     x.pm.plans["forwardT"].execute(x._base, modes._base)

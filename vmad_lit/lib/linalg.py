@@ -4,9 +4,13 @@ Whatever is said here about lists holds for tuples as well. `to_scalar`, `sum`, 
 and `copy` also work for mesh fields, on any number of ranks.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterable, Sequence
 from operator import index
 from string import ascii_letters
+from typing import Any, NoReturn
 
 import numpy
 
@@ -16,7 +20,10 @@ from ..core.operator import ZeroGradient, operator
 from ..core.registry import overloaded
 from ..core.stdlib import abs, add, div, mod, mul, pow, sub
 from ..core.stdlib.operators import (
-    ShapeOfField,
+    Array,
+    Kind,
+    Shape,
+    ShapeOf,
     conj as conjugate,
     unbroadcast,
     kind,
@@ -25,11 +32,15 @@ from ..core.stdlib.operators import (
     turn,
     widen,
 )
-from ..core.symbol import BaseSymbol, List, Literal
+from ..core.symbol import BaseSymbol, List, Literal, Symbol, Value
 from . import binary, unary
 from .binary import arctan2, binary_ufunc, divide, fmax, fmin, hypot, logaddexp
 from .binary import maximum, minimum, multiply, power, subtract
 from .unary import *  # noqa: F403
+
+Axis = int | Sequence[int] | None  # one axis, several, or all
+Order = Any  # of a norm: a number, "fro", or None
+DType = numpy.dtype[Any] | None
 
 
 class linear:
@@ -39,12 +50,12 @@ class linear:
     aout = "y"
 
 
-def whole(_y, shape):
+def whole(_y: Value, shape: Shape) -> Value:
     """A cotangent in its full shape."""
     return _y if numpy.shape(_y) == tuple(shape) else numpy.broadcast_to(_y, shape)
 
 
-def filled(items, kinds):
+def filled(items: Sequence[Value], kinds: Iterable[Kind]) -> list[Array]:
     """A list of tangents with arrays of zeros for ZeroGradient."""
     dtype = numpy.result_type(*(item for item in items if item is not ZeroGradient))
     zero = numpy.zeros((), dtype)
@@ -144,7 +155,7 @@ class take(linear):
         return _x.reshape(kind[0])
 
 
-def whole_numbers(i):
+def whole_numbers(i: Value) -> Array:
     """Indices as an array of integers."""
     i = numpy.asarray(i)
     if i.size and i.dtype.kind not in "iu":
@@ -174,7 +185,7 @@ class item_of(linear):
             numpy.add.at(_x, key, _y)
         else:
             _x[key] = _y
-        return like.field(_x) if isinstance(like, ShapeOfField) else _x
+        return like.make(_x) if isinstance(like, ShapeOf) else _x
 
     def jvp(node, x_, key):
         return x_[key]
@@ -182,17 +193,17 @@ class item_of(linear):
     hvp = ZeroGradient
 
 
-def put_into_list(_y, key, n):
+def put_into_list(_y: Value, key: Any, n: int) -> list[Value]:
     _x = [ZeroGradient] * n
     _x[key] = list(_y) if isinstance(key, slice) else _y
     return _x
 
 
-def getitem(x, key):
+def getitem(x: Value, key: Any) -> Symbol:
     """`x[key]` as a node: NumPy's indexing of an array, or an item or slice of a list. Symbols may be
     part of the key."""
 
-    def as_key(k):
+    def as_key(k: Any) -> Any:
         return numpy.asarray(k, dtype=None if len(k) else "intp") if isinstance(k, list) else k
 
     if isinstance(key, tuple):
@@ -272,7 +283,7 @@ class where:
     hvp = ZeroGradient
 
 
-def clip(x, min=None, max=None):
+def clip(x: Value, min: Value = None, max: Value = None) -> Symbol:
     """`x`, but at least `min` and at most `max`, which may be None. Where `x` is on a limit, each has
     the derivative 1/2."""
     if min is not None:
@@ -280,7 +291,9 @@ def clip(x, min=None, max=None):
     return x if max is None else minimum(x, max)
 
 
-def sum_array(x, axis=None, dtype=None, keepdims=False, where=True):
+def sum_array(
+    x: Value, axis: Axis = None, dtype: Any = None, keepdims: bool = False, where: Value = True
+) -> Value:
     x = numpy.asarray(x)
     narrow = x.dtype.itemsize < numpy.result_type("f8", x.dtype).itemsize
     wide = dict(f="f8", c="c16").get(x.dtype.kind) if narrow else None
@@ -288,7 +301,7 @@ def sum_array(x, axis=None, dtype=None, keepdims=False, where=True):
     return y if dtype or not wide else y.astype(x.dtype)
 
 
-def axes_of(axis):
+def axes_of(axis: Axis) -> Any:
     """An axis, or several in a tuple, as Python numbers; None for all."""
     return axis if axis is None else tuple(map(index, axis)) if numpy.iterable(axis) else index(axis)
 
@@ -309,7 +322,7 @@ class sum(linear):
         return masked(spread(_y, shape, xdtype, axis, keepdims), where)
 
 
-def spread(_y, shape, dtype, axis, keepdims):
+def spread(_y: Value, shape: Shape, dtype: DType, axis: Axis, keepdims: bool) -> Array:
     """The transpose of a sum: repeat along the axes that were summed over, in the precision of what
     was summed."""
     if dtype is not None and dtype.kind in "fc" and numpy.result_type(_y).kind in "fc":
@@ -319,7 +332,7 @@ def spread(_y, shape, dtype, axis, keepdims):
     return numpy.broadcast_to(_y, shape)
 
 
-def masked(_x, where):
+def masked(_x: Array, where: Value) -> Array:
     """A cotangent that is zero outside of a mask."""
     return _x if where is True else numpy.where(where, _x, numpy.zeros((), _x.dtype))
 
@@ -341,7 +354,7 @@ class mean(linear):
         return masked(spread(_y, shape, xdtype, axis, keepdims), where)
 
 
-def shared(y, shape, axis, keepdims, where):
+def shared(y: Value, shape: Shape, axis: Axis, keepdims: bool, where: Value) -> Value:
     """A sum divided by the number of its terms, in the precision of the sum."""
     axes = axes_of(axis)
     if where is True:
@@ -461,7 +474,7 @@ class to_scalar(linear):
         return 2 * _y * x_
 
 
-def squared_modulus(x):
+def squared_modulus(x: Value) -> Array:
     x = numpy.asarray(x)
     return x.real * x.real + x.imag * x.imag if x.dtype.kind == "c" else x * x
 
@@ -515,7 +528,7 @@ class norm(linear):
         return spread(_y, shape, real, axis, keepdims) * curvature_of_norm(x, x_, y, ord, axis)
 
 
-def slope_of_norm(x, y, ord, axis):
+def slope_of_norm(x: Value, y: Value, ord: Order, axis: Axis) -> Value:
     """The direction of steepest ascent of a norm `y`, repeated to the shape of `x`."""
     nonzero = y + (y == 0)
     if ord in (None, "fro", 2):
@@ -527,7 +540,7 @@ def slope_of_norm(x, y, ord, axis):
     return numpy.sign(x) * (numpy.absolute(x) / nonzero) ** (ord - 1)
 
 
-def curvature_of_norm(x, x_, y, ord, axis):
+def curvature_of_norm(x: Value, x_: Value, y: Value, ord: Order, axis: Axis) -> Value:
     """The tangent of `slope_of_norm`."""
     nonzero, slope = y + (y == 0), slope_of_norm(x, y, ord, axis)
     y_ = numpy.sum(numpy.real(conjugate(slope) * x_), axis=axes_of(axis), keepdims=True)
@@ -540,7 +553,7 @@ def curvature_of_norm(x, x_, y, ord, axis):
     return turn(x_, x) * r ** (ord - 1) + u * (ord - 1) * (r + (r == 0)) ** (ord - 2) * r_
 
 
-def read_subscripts(subscripts, ndims):
+def read_subscripts(subscripts: str, ndims: Sequence[int]) -> tuple[list[str], str]:
     """The indices of each operand and of the result of an einsum, with letters for ellipses."""
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
@@ -554,7 +567,7 @@ def read_subscripts(subscripts, ndims):
     return terms, output.replace("...", dots)
 
 
-def contract(terms, output, operands):
+def contract(terms: Sequence[str], output: str, operands: Sequence[Value]) -> Value:
     """An einsum; for large operands with an optimal order of the products, and by matrix multiplication."""
     large = len(operands) > 1 and max(numpy.size(x) for x in operands) > 1000
     return numpy.einsum(",".join(terms) + "->" + output, *operands, optimize=large)
@@ -611,7 +624,7 @@ class einsum(linear):
         return dict(_x_=_x_)
 
 
-def cotangent_of_factor(i, _y, x, terms, output):
+def cotangent_of_factor(i: int, _y: Value, x: Sequence[Value], terms: Sequence[str], output: str) -> Array:
     """The cotangent of the factor `x[i]` of an einsum."""
     others = [*terms[:i], *terms[i + 1 :], output]
     indices = "".join(dict.fromkeys(terms[i]))
@@ -631,7 +644,7 @@ def cotangent_of_factor(i, _y, x, terms, output):
     return _x
 
 
-def matmul(x, A):
+def matmul(x: Value, A: Value) -> Symbol:
     """The products of the vectors `x[i]` with the matrices `A[i]`: rows y[i] = A[i] x[i]."""
     return einsum("ik,ijk->ij", [x, A])
 
@@ -669,7 +682,7 @@ class matrix_product(product):
         )
 
 
-def cotangent_of_left(_y, x1, x2):
+def cotangent_of_left(_y: Array, x1: Value, x2: Value) -> Value:
     """The cotangent of `x1` in `x1 @ x2`."""
     if x2 is ZeroGradient:
         return x2
@@ -680,7 +693,7 @@ def cotangent_of_left(_y, x1, x2):
     return unbroadcast(_x1[..., 0, :] if x1.ndim == 1 else _x1, kind(x1))
 
 
-def cotangent_of_right(_y, x1, x2):
+def cotangent_of_right(_y: Array, x1: Value, x2: Value) -> Value:
     """The cotangent of `x2` in `x1 @ x2`."""
     if x1 is ZeroGradient:
         return x1
@@ -710,7 +723,7 @@ class dot(product):
         return dict(_x1_=cotangent_of_first(_y, x1, x2_), _x2_=cotangent_of_second(_y, x1_, x2))
 
 
-def cotangent_of_first(_y, x1, x2):
+def cotangent_of_first(_y: Value, x1: Value, x2: Value) -> Value:
     """The cotangent of `x1` in `dot(x1, x2)`."""
     if x2 is ZeroGradient or numpy.ndim(x1) == 0 or numpy.ndim(x2) == 0:
         return times(_y, x2, kind(x1))
@@ -722,7 +735,7 @@ def cotangent_of_first(_y, x1, x2):
     )
 
 
-def cotangent_of_second(_y, x1, x2):
+def cotangent_of_second(_y: Value, x1: Value, x2: Value) -> Value:
     """The cotangent of `x2` in `dot(x1, x2)`."""
     if x1 is ZeroGradient or numpy.ndim(x1) == 0 or numpy.ndim(x2) == 0:
         return times(_y, x1, kind(x2))
@@ -768,21 +781,21 @@ class solve:
         return dict(_A_=_A_, _b_=unbroadcast(rows(_b_, vector), b))
 
 
-def tangent_of_solution(A, A_, b_, y, vector):
+def tangent_of_solution(A: Value, A_: Value, b_: Value, y: Value, vector: bool) -> Value:
     right = b_ if b_ is ZeroGradient else columns(b_, vector)
     return numpy.linalg.solve(A, right - A_ @ columns(y, vector))
 
 
-def adjoint(A):
+def adjoint(A: Value) -> Value:
     return conjugate(A).swapaxes(-1, -2)
 
 
-def columns(x, vector):
+def columns(x: Value, vector: bool) -> Value:
     """A right-hand side or a solution as a (stack of) matrices."""
     return x[..., None] if vector else x
 
 
-def rows(x, vector):
+def rows(x: Value, vector: bool) -> Value:
     """The inverse of `columns`."""
     return x[..., 0] if vector else x
 
@@ -851,10 +864,10 @@ class sum_of_field:
         return x.csum()
 
     def rcd(node, x, y):
-        return dict(shape=ShapeOfField(x))
+        return dict(shape=ShapeOf(x))
 
     def vjp(node, _y, shape):
-        return shape.field(_y)
+        return shape.make(_y)
 
 
 @mean.register
@@ -866,10 +879,10 @@ class mean_of_field(sum_of_field.prototype):
         return x.csum() / x.csize
 
     def rcd(node, x, y):
-        return dict(shape=ShapeOfField(x), n=x.csize)
+        return dict(shape=ShapeOf(x), n=x.csize)
 
     def vjp(node, _y, shape, n):
-        return shape.field(_y / n)
+        return shape.make(_y / n)
 
 
 @dot.register
@@ -894,14 +907,17 @@ class inner_product_of_fields:
         return dict(_x1_=x2_ * _y, _x2_=x1_ * _y)
 
 
-def _no_iteration(self):
+def _no_iteration(self: BaseSymbol) -> NoReturn:
     raise UnpackError(f"{self!r} stands for one value and cannot be unpacked while the model is built")
 
 
-BaseSymbol.__getitem__ = lambda self, key: getitem(self, key)
-BaseSymbol.__iter__ = _no_iteration
-BaseSymbol.__matmul__ = lambda self, other: matrix_product(self, other)
-BaseSymbol.__rmatmul__ = lambda self, other: matrix_product(other, self)
+for _name, _method in dict(
+    __getitem__=lambda self, key: getitem(self, key),
+    __iter__=_no_iteration,
+    __matmul__=lambda self, other: matrix_product(self, other),
+    __rmatmul__=lambda self, other: matrix_product(other, self),
+).items():
+    setattr(BaseSymbol, _name, _method)
 
 __all__ = [
     "abs",

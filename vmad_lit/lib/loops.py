@@ -1,18 +1,26 @@
-"""Compiled loops over particles, meshes and rows: who needs what, differences, and updates in one pass.
+"""Compiled loops over particles, meshes and rows: who needs what, differences, and updates in one pass."""
 
-Threads share the work as they do in the windows.
-"""
+from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy
+from numpy.typing import ArrayLike
 
 from vmad_lit.core.error import needed_for
+from vmad_lit.core.stdlib.operators import Array, Shape
+from vmad_lit.core.symbol import Value
 from vmad_lit.lib import memory
-from vmad_lit.lib.window import _run as run_on_threads, _shares as share_out, _view as as_flat, compiled
+from vmad_lit.lib.compiled import compiled, inlined
+from vmad_lit.lib.memory import as_flat
+from vmad_lit.lib.threads import share
 
 with needed_for("compiled loops", extra="fast"):
     from numba import uintp
+
+Halos = Sequence[Array | None]
 
 
 @compiled
@@ -21,7 +29,7 @@ def _multiply(out, x, factor, scale, start, end):
         out[i] = x[i] * (factor[i] * scale)
 
 
-def multiply(out, x, factor, scale=1.0):
+def multiply(out: Array, x: Array, factor: Value, scale: float = 1.0) -> bool:
     """x * factor * scale into `out`, if the three arrays lie alike in memory; tells whether they do."""
     if not (isinstance(factor, numpy.ndarray) and out.shape == x.shape == factor.shape and out.size):
         return False
@@ -33,12 +41,6 @@ def multiply(out, x, factor, scale=1.0):
         return False
     share(partial(_multiply, *(a.reshape(-1) for a in turned), float(scale)), out.size)
     return True
-
-
-def share(loop, n):
-    """Call a loop with the two ends of each thread's share of n points."""
-    edges = share_out(n, 1 << 17)
-    run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
 
 
 @compiled
@@ -79,7 +81,15 @@ def _find_ranks(places, rows, fill, pos, step, axes, scales, owners, assign, sup
                         places[rank] += 1
 
 
-def find_ranks(pos, axes, scales, owners, assign, support, nrank):
+def find_ranks(
+    pos: Array,
+    axes: tuple[int, ...],
+    scales: tuple[float, ...],
+    owners: tuple[Array, ...],
+    assign: Array,
+    support: int,
+    nrank: int,
+) -> tuple[Array, Array]:
     """The particles to send to each rank that holds cells of their windows.
 
     Parameters
@@ -111,7 +121,7 @@ def _add_rows(total, indices, rows, width):
             total[indices[i] * width + c] += rows[i * width + c]
 
 
-def add_rows(total, indices, rows):
+def add_rows(total: Array, indices: Array, rows: Array) -> bool:
     """Add rows to those of `total` with the numbers `indices`, if they are real or complex; tells whether."""
     if total.dtype.char not in "fdFD" or rows.dtype != total.dtype:
         return False
@@ -120,7 +130,7 @@ def add_rows(total, indices, rows):
     return True
 
 
-@compiled
+@inlined
 def _put_difference(out, first, step, source, rows, stride, n, factor, add):
     """The differences of four rows of `source` into the row of `out` at `first`, or added to it."""
     a, b, c, d = rows
@@ -136,10 +146,12 @@ def _put_difference(out, first, step, source, rows, stride, n, factor, add):
             out[i] = out[i] + x if add else x
 
 
-@compiled
+@inlined
 def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, aside, factor, add):
     """The difference along an axis for the row at i, j of a mesh, by way of `aside` where it is needed."""
     n, own = shape[2], i * strides[0] + j * strides[1]
+    place, count, stride = (i, shape[0], strides[0]) if axis == 0 else (j, shape[1], strides[1])
+    source, between = aside, 1
     if axis == 2:
         # Copy the row with its ends
         for k in range(n):
@@ -148,10 +160,8 @@ def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, as
             aside[k] = aside[2 + (k - 2) % n]
             aside[n + 2 + k] = aside[2 + k % n]
         rows = uintp(0), uintp(1), uintp(3), uintp(4)
-        _put_difference(out, first, step, aside, rows, 1, n, factor, add)
-        return
-    place, count, stride = (i, shape[0], strides[0]) if axis == 0 else (j, shape[1], strides[1])
-    if len(halo) == 0 or 2 <= place < count - 2:
+    elif len(halo) == 0 or 2 <= place < count - 2:
+        source, between = mesh, strides[2]
         start = own - place * stride
         rows = (
             uintp(start + (place - 2) % count * stride),
@@ -159,22 +169,21 @@ def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, as
             uintp(start + (place + 1) % count * stride),
             uintp(start + (place + 2) % count * stride),
         )
-        _put_difference(out, first, step, mesh, rows, strides[2], n, factor, add)
-        return
-    # Copy the four rows
-    for m in range(4):
-        plane = place + (m - 2 if m < 2 else m - 1)
-        if 0 <= plane < count:
-            source = own + (plane - place) * stride
-            for k in range(n):
-                aside[uintp(m * n + k)] = mesh[uintp(source + k * strides[2])]
-        else:
-            plane = plane + 2 if plane < 0 else plane - count + 2
-            source = (plane * shape[1] + j if axis == 0 else i * 4 + plane) * n
-            for k in range(n):
-                aside[uintp(m * n + k)] = halo[uintp(source + k)]
-    rows = uintp(0), uintp(n), uintp(2 * n), uintp(3 * n)
-    _put_difference(out, first, step, aside, rows, 1, n, factor, add)
+    else:
+        # Copy the four rows
+        for m in range(4):
+            plane = place + (m - 2 if m < 2 else m - 1)
+            if 0 <= plane < count:
+                start = own + (plane - place) * stride
+                for k in range(n):
+                    aside[uintp(m * n + k)] = mesh[uintp(start + k * strides[2])]
+            else:
+                plane = plane + 2 if plane < 0 else plane - count + 2
+                start = (plane * shape[1] + j if axis == 0 else i * 4 + plane) * n
+                for k in range(n):
+                    aside[uintp(m * n + k)] = halo[uintp(start + k)]
+        rows = uintp(0), uintp(n), uintp(2 * n), uintp(3 * n)
+    _put_difference(out, first, step, source, rows, between, n, factor, add)
 
 
 @compiled
@@ -213,7 +222,9 @@ def _divergence(out, step, meshes, strides, halos, shape, axes, factors, start, 
                 _put_derivative(out, first, 1, mesh0, strides, halo0, shape, 0, i, j, aside, factors[0], True)
 
 
-def gradient(outs, mesh, factors, halos, beside=None):
+def gradient(
+    outs: Sequence[Array], mesh: Array, factors: Sequence[float], halos: Halos, beside: Array | None = None
+) -> None:
     """The four-point differences of a periodic mesh along all of its axes.
 
     Parameters
@@ -231,7 +242,7 @@ def gradient(outs, mesh, factors, halos, beside=None):
     _over_planes(_gradient, flats, targets[0][1], source, strides, mesh, factors, halos, other)
 
 
-def divergence(out, meshes, factors, halos):
+def divergence(out: Array, meshes: Sequence[Array], factors: Sequence[float], halos: Halos) -> None:
     """The sum of the differences of periodic meshes, each along its own axis: see `gradient`.
 
     The `meshes` have common strides; rows of the last axis of `out` are contiguous.
@@ -240,7 +251,17 @@ def divergence(out, meshes, factors, halos):
     _over_planes(_divergence, target, step, [flat for flat, _ in sources], sources[0][1], out, factors, halos)
 
 
-def _over_planes(loop, out, step, mesh, strides, like, factors, halos, *more_arguments):
+def _over_planes(
+    loop: Callable[..., object],
+    out: Any,
+    step: Shape,
+    mesh: Any,
+    strides: Shape,
+    like: Array,
+    factors: Sequence[float],
+    halos: Halos,
+    *more_arguments: Any,
+) -> None:
     if not like.size:
         return
     more, none = 3 - like.ndim, numpy.empty(0, like.dtype)
@@ -251,14 +272,13 @@ def _over_planes(loop, out, step, mesh, strides, like, factors, halos, *more_arg
     share_planes(partial(loop, out, step, mesh, strides, *rest, *more_arguments), shape)
 
 
-def share_planes(loop, shape):
+def share_planes(loop: Callable[[int, int], object], shape: Shape) -> None:
     """Call a loop with the two ends of each thread's share of the planes of a mesh."""
     enough = -(-(1 << 17) // max(1, shape[1] * shape[2]))  # planes, for the work to be worth a thread
-    edges = share_out(shape[0], enough)
-    run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
+    share(loop, shape[0], enough)
 
 
-def _as_flat_3d(mesh):
+def _as_flat_3d(mesh: Array) -> tuple[Array, Shape]:
     flat, strides = as_flat(mesh)
     return flat, (0,) * (3 - mesh.ndim) + strides
 
@@ -272,7 +292,9 @@ def _difference(out, step, mesh, strides, halo, shape, axis, factor, add, start,
             _put_derivative(out, first, step[2], mesh, strides, halo, shape, axis, i, j, aside, factor, add)
 
 
-def difference(out, mesh, axis, factor, halo, add=False):
+def difference(
+    out: Array, mesh: Array, axis: int, factor: float, halo: Array | None, add: bool = False
+) -> None:
     """The four-point difference of a periodic mesh along one axis into `out`, or added to it; see `gradient`."""
     if not mesh.size:
         return
@@ -308,21 +330,21 @@ def _quadratic_vjp(out, factor, ndim, a, start, end):
             a2[p], a02[p], a12[p] = s * (t - a2[p]), -2 * s * a02[p], -2 * s * a12[p]
 
 
-def second_invariant(a, b, ndim, factor):
+def second_invariant(a: Sequence[Array], b: Sequence[Array], ndim: int, factor: float) -> Array:
     """`factor` times (tr A tr B - tr AB) at each point, for symmetric matrices as lists of meshes, the diagonal first."""
     out = memory.empty_like(a[0])
     share(partial(_quadratic, out.reshape(-1), factor, ndim, _flatten(a, ndim), _flatten(b, ndim)), out.size)
     return out
 
 
-def second_invariant_vjp(_out, a, ndim, factor):
+def second_invariant_vjp(_out: Array, a: list[Array], ndim: int, factor: float) -> list[Array]:
     """The cotangent of A in `second_invariant(a, a, ...)`, which inplace `a`."""
     flat = numpy.ascontiguousarray(_out).reshape(-1)
     share(partial(_quadratic_vjp, flat, factor, ndim, _flatten(a, ndim)), a[0].size)
     return a
 
 
-def _flatten(meshes, ndim):
+def _flatten(meshes: Sequence[Array], ndim: int) -> tuple[Array, ...]:
     """The elements of a matrix as those of one in three dimensions; nothing is in those that are not there."""
     flat = [mesh.reshape(-1) for mesh in meshes]
     none = flat[0][:0]
@@ -336,7 +358,7 @@ def _add_multiple(out, x, v, c, start, end):
         out[i] = x[i] + c * v[i]
 
 
-def axpy(out, x, v, c):
+def axpy(out: Array, x: Array, v: Array, c: float) -> Array:
     """x + c * v into `out`, for C-ordered arrays of one shape and type; `out` may be `x`."""
     share(partial(_add_multiple, out.reshape(-1), as_flat(x)[0], as_flat(v)[0], float(c)), out.size)
     return out
@@ -350,7 +372,7 @@ def _mix(a_out, b_out, a, b, aa, ab, ba, bb, start, end):
         b_out[i] = ba * x + bb * y
 
 
-def mix(a, b, matrix, outs):
+def mix(a: Array, b: Array, matrix: ArrayLike, outs: Sequence[Array]) -> None:
     """The product of a matrix (2, 2) of numbers with a pair of C-ordered arrays of one shape and type, in `outs`."""
     flat = [as_flat(x)[0] for x in (*outs, a, b)]
     share(partial(_mix, *flat, *map(float, numpy.ravel(matrix))), a.size)

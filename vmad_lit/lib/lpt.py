@@ -1,20 +1,28 @@
 """Initial conditions: a density field with a given power spectrum, and Lagrangian perturbation theory."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy
 
 from vmad_lit import autooperator, operator
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import memory
 from vmad_lit.lib.cosmology import LinearPower
 from vmad_lit.lib.exchange import decompose
 from vmad_lit.lib.force import difference, differences_serve, readout_neg_gradient
 from vmad_lit.lib.linalg import concatenate
-from vmad_lit.lib.mesh import as_real_field, c2r, common_dtypes, once_per_mesh, r2c, wavenumbers
+from vmad_lit.lib.mesh import ParticleMesh, as_real_field, c2r, common_dtypes, once_per_mesh, r2c, wavenumbers
 from vmad_lit.lib.painting import readout_all
 from vmad_lit.lib.transfer import (
+    Digitizer,
+    Transfer,
     apply_digitized,
     apply_transfer,
     fixed_transfer,
@@ -24,15 +32,15 @@ from vmad_lit.lib.transfer import (
 from vmad_lit.lib.unary import sqrt
 
 with needed_for("initial conditions", extra="mesh"):
-    from pmesh.pm import ComplexField, RealField
+    from pmesh.pm import ComplexField, RealField, xslab
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba
-    loops = None
+    loops = None  # type: ignore[assignment]
 
 
 @autooperator("wnk -> c")
-def induce_correlation(wnk, powerspectrum, pm):
+def induce_correlation(wnk: Symbol, powerspectrum: Callable[[Any], Any], pm: ParticleMesh) -> Symbol:
     """Modes of a Gaussian field from those of white noise.
 
     Parameters
@@ -52,7 +60,7 @@ def induce_correlation(wnk, powerspectrum, pm):
     volume = float(numpy.prod(pm.BoxSize))
 
     @partial(fixed_transfer, pointwise=True)
-    def amplitude(k):
+    def amplitude(k: Any) -> Array:
         k = k.normp(2) ** 0.5
         with numpy.errstate(divide="ignore", invalid="ignore"):
             factor = (powerspectrum(k) / volume) ** 0.5
@@ -61,10 +69,10 @@ def induce_correlation(wnk, powerspectrum, pm):
     return apply_transfer(wnk, amplitude)
 
 
-def find_wavenumbers(pm):
+def find_wavenumbers(pm: ParticleMesh) -> Array:
     """The distinct moduli of the wave vectors of a mesh but zero, ascending; the same on all ranks."""
 
-    def make():
+    def make() -> Array:
         k = numpy.unique(_moduli(wavenumbers(pm.create(type=ComplexField, value=0))))
         k = numpy.unique(numpy.concatenate(pm.comm.allgather(k)))
         k = k[k > 0]
@@ -76,12 +84,12 @@ def find_wavenumbers(pm):
 _SAME = 1e-6  # wave numbers that differ relatively by less are one
 
 
-def _moduli(k):
+def _moduli(k: Any) -> Array:
     return numpy.sqrt(sum(numpy.square(numpy.asarray(component, "f8")) for component in k))
 
 
 @autooperator("wnk, power -> c")
-def color_modes(wnk, power, pm):
+def color_modes(wnk: Symbol, power: Symbol, pm: ParticleMesh) -> Symbol:
     """Modes of a Gaussian field from those of white noise, for a power spectrum that has derivatives.
 
     Parameters
@@ -98,13 +106,13 @@ def color_modes(wnk, power, pm):
     return apply_digitized(wnk, concatenate([numpy.zeros(1), amplitude]), _digitize_moduli(pm))
 
 
-def _digitize_moduli(pm):
+def _digitize_moduli(pm: ParticleMesh) -> Digitizer:
     """The digitizer for tables with an entry for k = 0, and one for each of `find_wavenumbers`."""
     k = find_wavenumbers(pm)
     edges = 0.5 * (numpy.concatenate([[0.0], k[:-1]]) + k)
 
     @fixed_transfer
-    def digitizer(labels):
+    def digitizer(labels: xslab) -> tuple[Array, Array]:
         ind = numpy.searchsorted(edges, _moduli(labels))
         return ind, numpy.zeros_like(ind, dtype="?")
 
@@ -133,7 +141,7 @@ class in_precision:
 
 
 @autooperator("rhok -> dx1")
-def lpt1(rhok, q, pm, layout=None):
+def lpt1(rhok: Symbol, q: Array, pm: ParticleMesh, layout: Value = None) -> Symbol:
     """First-order (Zel'dovich) displacement for a linear density contrast.
 
     Parameters
@@ -150,13 +158,13 @@ def lpt1(rhok, q, pm, layout=None):
     return _displacement(_potential(rhok, pm), q, pm, decompose(q, pm) if layout is None else layout)
 
 
-def _potential(rhok, pm):
+def _potential(rhok: Symbol, pm: ParticleMesh) -> Symbol:
     """The potential of a density contrast: a real field where differences serve, or else its modes."""
     potential = apply_transfer(rhok, fourier_space_laplace)
     return c2r(potential) if differences_serve(pm, order=1) else potential
 
 
-def _displacement(potential, q, pm, layout):
+def _displacement(potential: Symbol, q: Array, pm: ParticleMesh, layout: Value) -> Symbol:
     """Minus the gradient of a `_potential` at q, in the precision of q."""
     if differences_serve(pm, order=1):
         dx = readout_neg_gradient(potential, q, layout)
@@ -183,12 +191,12 @@ class second_order_source:
     collective = True
 
     @staticmethod
-    def elements(ndim):
+    def elements(ndim: int) -> list[tuple[int, int]]:
         """The axes of the elements of the matrix, the diagonal first."""
         return [(d, d) for d in range(ndim)] + [(i, j) for j in range(ndim) for i in range(j)]
 
     @staticmethod
-    def matrix(mesh):
+    def matrix(mesh: RealField) -> list[Array]:
         """The second derivatives of a real field, a list of arrays."""
         pairs = second_order_source.elements(mesh.ndim)
         result = [memory.empty(mesh.shape, mesh.dtype) for _ in pairs]
@@ -201,7 +209,7 @@ class second_order_source:
         return result
 
     @staticmethod
-    def product(mesh, other):
+    def product(mesh: RealField, other: RealField) -> RealField:
         """The quadratic form of two fields; with two of a kind, the source."""
         pm, a = mesh.pm, second_order_source.matrix(mesh)
         b = a if other is mesh else second_order_source.matrix(other)
@@ -209,7 +217,7 @@ class second_order_source:
         return pm.create(type=RealField, value=value)
 
     @staticmethod
-    def pull(_source, mesh):
+    def pull(_source: Value, mesh: RealField) -> RealField:
         """The cotangent of the potential, for second derivatives of `mesh`."""
         pm = mesh.pm
         matrix = second_order_source.matrix(mesh)
@@ -252,18 +260,18 @@ class second_order_source:
         return dict(_potential_=second_order_source.pull(_source, as_real_field(pm, potential_)))
 
 
-def fourier_space_second_derivative(i, j, pm):
+def fourier_space_second_derivative(i: int, j: int, pm: ParticleMesh) -> Transfer:
     """The transfer function of the second derivative by axes i and j, the four-point difference twice."""
     first, second = (fourier_space_neg_gradient(d, pm, order=1) for d in (i, j))
 
-    def make():
+    def make() -> Transfer:
         return fixed_transfer(lambda k: (first(k) * second(k)).real)
 
     return once_per_mesh(pm, ("second_derivative", i, j), make)
 
 
 @autooperator("rhok -> rho_lpt2")
-def lpt2src(rhok, pm):
+def lpt2src(rhok: Symbol, pm: ParticleMesh) -> Symbol:
     """The density contrast whose first-order displacement is the displacement of second order.
 
     Bouchet et al. (1995), in the normalisation in which D2 is 1 today. In two dimensions there is one pair of
@@ -281,12 +289,12 @@ def lpt2src(rhok, pm):
     return _source(_potential(rhok, pm), pm)
 
 
-def _source(potential, pm):
+def _source(potential: Symbol, pm: ParticleMesh) -> Symbol:
     """The source of second order from a `_potential`."""
     if differences_serve(pm, order=1):
         return second_order_source(potential) if pm.ndim > 1 else potential * 0.0
 
-    def second(i, j):
+    def second(i: int, j: int) -> Symbol:
         return c2r(apply_transfer(potential, fourier_space_second_derivative(i, j, pm)))
 
     diagonal = [second(d, d) for d in range(pm.ndim)]
@@ -298,7 +306,7 @@ def _source(potential, pm):
 
 
 @autooperator("rhok -> dx1, dx2")
-def lpt(rhok, q, pm):
+def lpt(rhok: Symbol, q: Array, pm: ParticleMesh) -> tuple[Symbol, Symbol]:
     """Displacements of first and second order.
 
     The position at scale factor a is q + D1(a) dx1 + D2(a) dx2, with growth factors that are 1 today.

@@ -1,22 +1,32 @@
-"""Large arrays in memory that is used again, without page faults.
+"""Large arrays in memory that is used again, without page faults, and arrays as compiled loops see them.
 
 The memory of an array that was made here returns when the last view of it is gone, and serves the next
 arrays.
 """
 
+from __future__ import annotations
+
 from collections import deque
+from collections.abc import Callable
 import mmap
 import os
 import platform
 import sys
 from threading import Lock
+from typing import Any
 
 import numpy
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import DTypeLike
+
+from vmad_lit.core.stdlib.operators import Array, Shape
 
 #: Bytes from which on it pays to keep memory, and whose multiples pieces are.
 LEAST, LINE = 1 << 18, 64
 
-_returned = deque()
+Piece = tuple["Region", int, int]  # a region, and where in it a piece of memory begins and ends
+
+_returned: deque[Piece] = deque()
 
 
 class _Piece:
@@ -24,29 +34,30 @@ class _Piece:
 
     __slots__ = "memory", "__array_interface__", "__weakref__"
 
-    def __init__(self, memory, shape, dtype):
+    def __init__(self, memory: Piece, shape: Shape, dtype: numpy.dtype[Any]) -> None:
         self.memory = memory
         region, begin, end = memory
         self.__array_interface__ = dict(
             version=3, shape=shape, typestr=dtype.str, data=(region.address + begin, False)
         )
 
-    def __del__(self, put_back=_returned.append):
+    def __del__(self, put_back: Callable[[Piece], None] = _returned.append) -> None:
         put_back(self.memory)
 
     @property
-    def nbytes(self):
-        """The size of the piece, for those who nbytes_of arrays by what owns their memory."""
+    def nbytes(self) -> int:
+        """The size of the piece, for those who weigh arrays by what owns their memory."""
         return _size(self.memory)
 
 
 class _Store:
     """Pieces of memory that wait to be used again: each a region, and where in it the piece begins and ends."""
 
-    def __init__(self):
-        self.idle, self.lock = [], Lock()
+    def __init__(self) -> None:
+        self.idle: list[Piece] = []
+        self.lock = Lock()
 
-    def take(self, nbytes):
+    def take(self, nbytes: int) -> Piece:
         """A piece of so many bytes, or a few more."""
         nbytes = -(-nbytes // LINE) * LINE
         with self.lock:
@@ -64,7 +75,7 @@ class _Store:
             region.high = max(region.high, begin + nbytes)
         return region, begin, begin + nbytes
 
-    def collect(self):
+    def collect(self) -> None:
         while _returned:
             region, begin, end = _returned.popleft()
             # Join it with its neighbours
@@ -73,12 +84,12 @@ class _Store:
                 begin, end = min(begin, piece[1]), max(end, piece[2])
             self.idle.append((region, begin, end))
 
-    def give_back(self):
+    def give_back(self) -> None:
         """Let go of the regions that are idle as a whole."""
         self.idle = [piece for piece in self.idle if _size(piece) < len(piece[0])]
 
 
-def _size(piece):
+def _size(piece: Piece) -> int:
     return piece[2] - piece[1]
 
 
@@ -88,7 +99,7 @@ _store = _Store()
 class Region:
     """A range of addresses from the operating system, to which it returns when nobody uses it."""
 
-    def __init__(self, nbytes):
+    def __init__(self, nbytes: int) -> None:
         try:
             self.map = mmap.mmap(-1, nbytes, **_private)
         except (OSError, OverflowError) as error:
@@ -97,10 +108,10 @@ class Region:
         self.address = self.bytes.ctypes.data
         self.high = 0  # where the part ends that has been in use since the last `release`
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.bytes)
 
-    def discard(self, begin, end):
+    def discard(self, begin: int, end: int) -> None:
         """Give back the pages of a part that is idle; they are found anew when they are needed."""
         begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
         if begin < end and hasattr(mmap, "MADV_DONTNEED"):
@@ -114,12 +125,12 @@ NORESERVE = getattr(
     0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0,
 )
 
-_private = {}
+_private: dict[str, int] = {}
 if hasattr(mmap, "MAP_PRIVATE"):
     _private["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
 
 
-def reserve(nbytes):
+def reserve(nbytes: int) -> Region:
     """A region of at least so many bytes."""
     try:
         return Region(max(nbytes, _affordable()))
@@ -127,7 +138,7 @@ def reserve(nbytes):
         return Region(nbytes)
 
 
-def _affordable():
+def _affordable() -> int:
     """How many addresses we may ask for without harm: as many as there are bytes of memory, or none."""
     try:
         import resource
@@ -140,7 +151,7 @@ def _affordable():
         return 0
 
 
-def _accounts_for_addresses(setting="/proc/sys/vm/overcommit_memory"):
+def _accounts_for_addresses(setting: str = "/proc/sys/vm/overcommit_memory") -> bool:
     """Whether the kernel hands out no more addresses than it has memory for."""
     try:
         with open(setting) as file:
@@ -149,7 +160,7 @@ def _accounts_for_addresses(setting="/proc/sys/vm/overcommit_memory"):
         return False
 
 
-def empty(shape, dtype="f8"):
+def empty(shape: Any, dtype: DTypeLike = "f8") -> Array:
     """An array with undefined contents, as `numpy.empty`."""
     dtype = numpy.dtype(dtype)
     shape = (shape,) if numpy.ndim(shape) == 0 else tuple(shape)
@@ -161,19 +172,19 @@ def empty(shape, dtype="f8"):
     return numpy.asarray(_Piece(_store.take(int(nbytes)), shape, dtype))
 
 
-def empty_like(array):
+def empty_like(array: Array) -> Array:
     """An array of the shape and type of another, in C order, with undefined contents."""
     return empty(array.shape, array.dtype)
 
 
-def zeros(shape, dtype="f8"):
+def zeros(shape: Any, dtype: DTypeLike = "f8") -> Array:
     """An array of zeros, as `numpy.zeros`."""
     array = empty(shape, dtype)
     array.fill(0)
     return array
 
 
-def release():
+def release() -> int:
     """Give all idle memory back; returns how many bytes of it had been in use."""
     count = 0
     with _store.lock:
@@ -186,3 +197,31 @@ def release():
                 region.high = begin
         _store.give_back()
     return count
+
+
+class _Writeable:
+    """Hands memory to NumPy without the read-only flag."""
+
+    def __init__(self, array: Array) -> None:
+        self.__array_interface__ = dict(array.__array_interface__, data=(array.ctypes.data, False))
+        self.base = array
+
+
+def flatten(array: Array) -> Array:
+    """The elements of a contiguous array as a flat one, writeable as such, for loops that do not write to it."""
+    flat = array.reshape(-1)
+    return flat if flat.flags.writeable else numpy.asarray(_Writeable(flat))
+
+
+def as_flat(array: Array) -> Any:
+    """Memory of an array of real numbers as a flat array, and its strides in elements; None if there is no such view."""
+    size = array.dtype.itemsize
+    if array.dtype.char not in "fd" or not array.dtype.isnative or not array.flags.aligned:
+        return None
+    if any(s < 0 or s % size for s in array.strides):
+        return None
+    strides = tuple(s // size for s in array.strides)
+    if array.flags.c_contiguous:
+        return flatten(array), strides
+    extent = 1 + sum((n - 1) * s for n, s in zip(array.shape, strides)) if array.size else 0
+    return flatten(as_strided(array, (extent,), (size,))), strides

@@ -4,30 +4,41 @@ Cotangents of half-stored complex fields refer to the inner product in which a m
 its conjugate is not stored.
 """
 
+from __future__ import annotations
+
 import weakref
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, Self, TypeVar
 
 import numpy
+from numpy.typing import ArrayLike, DTypeLike
 
 from vmad_lit import operator
-from vmad_lit.core.autodiff import IN_PLACE, PLUS
-from vmad_lit.core.checkpoint import Disk, keep_on_disk_by
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.core.stdlib.operators import add_to_array
+from vmad_lit.core.stdlib.operators import Array, Shape
+from vmad_lit.core.store import Disk
+from vmad_lit.core.symbol import Value
+from vmad_lit.core.valuetypes import Apart, ValueType, register, rng_of_rank, value_type
 from vmad_lit.lib import memory
 
 with needed_for("fields on a mesh", extra="mesh"):
+    from mpi4py import MPI
     from pmesh import pm as pmesh
-    from pmesh.pm import BaseComplexField, xslab
+    from pmesh.pm import BaseComplexField, Field, xslab
     from pfft import LocalBuffer
 
 is_zero = type(ZeroGradient).is_zero
 
-_kept = weakref.WeakKeyDictionary()
+T = TypeVar("T")
+Kind = str | type  # of a field: a name that pmesh knows, or a class
+Metric = Callable[[Array], Array]  # weights of modes, a function of |k|
+
+_kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-def once_per_mesh(pm, key, make):
+def once_per_mesh(pm: ParticleMesh, key: Any, make: Callable[[], T]) -> T:
     """The value of `make()`, made once for the mesh `pm` and this key."""
     values = _kept.setdefault(pm, {})
     if key not in values:
@@ -35,10 +46,10 @@ def once_per_mesh(pm, key, make):
     return values[key]
 
 
-def mode_weights(x):
+def mode_weights(x: BaseComplexField) -> Array:
     """How many modes each stored number of a complex field speaks for: 1 or 2, as a broadcastable array."""
 
-    def make():
+    def make() -> Array:
         i = numpy.asarray(x.i[-1])
         alone = (i == (-i) % x.Nmesh[-1]) if x.compressed else numpy.ones_like(i, dtype="?")
         return numpy.where(alone, 1, 2).astype(x.real.dtype)
@@ -46,19 +57,19 @@ def mode_weights(x):
     return once_per_mesh(x.pm, ("mode_weights", type(x)), make)
 
 
-def total(x, values):
+def total(x: Field, values: Array) -> Any:
     """The sum of an array of values of a field over all ranks, in double precision. Collective."""
     return x.pm.comm.allreduce(values.sum(dtype=numpy.result_type(values, "f8")).item())
 
 
-def sum_modes(x, values, metric=None):
+def sum_modes(x: BaseComplexField, values: Array, metric: Metric | None = None) -> Any:
     """The sum of `values` over all modes of a field, also those not stored; `metric(k)` weighs them. Collective."""
     if metric is not None:
         values = values * metric(wavenumbers(x).normp(2) ** 0.5)
     return total(x, mode_weights(x) * values)
 
 
-def check_kinds(x, other):
+def check_kinds(x: Field, other: Value) -> None:
     """Raise TypeError unless the second factor of an inner product is a field like the first, or an array."""
     if hasattr(other, "pm") and type(x).__name__ != type(other).__name__:
         raise TypeError(
@@ -66,7 +77,7 @@ def check_kinds(x, other):
         )
 
 
-def centre(labels, indices, pm):
+def centre(labels: list[Array], indices: Sequence[Array], pm: ParticleMesh) -> list[Array]:
     """Put the wavenumbers of a mesh right where it is odd, in place; returns them."""
     for k, i, n, length in zip(labels, indices, pm.Nmesh, pm.BoxSize):
         if n % 2:
@@ -74,7 +85,7 @@ def centre(labels, indices, pm):
     return labels
 
 
-def wavenumbers(x):
+def wavenumbers(x: BaseComplexField) -> xslab:
     """The wavenumbers of a complex field, a list of broadcastable arrays with pmesh's `normp`."""
     labels = xslab(centre([k.copy() for k in x.x], x.i, x.pm))
     labels.BoxSize, labels.Nmesh = x.BoxSize, x.Nmesh
@@ -91,26 +102,26 @@ class Buffer(LocalBuffer):
         allocate = staticmethod(partial(memory.empty, dtype="u1"))
 
 
-class _Field:
+class _Field(Field):
     """What our fields have beside pmesh's: memory that is used again."""
 
-    def __init__(self, pm, base=None):
+    def __init__(self, pm: ParticleMesh, base: LocalBuffer | None = None) -> None:
         super().__init__(pm, Buffer(pm._get_partition(type(self))) if base is None else base)
 
 
 class RealField(_Field, pmesh.RealField):
     """A real field of pmesh; sums are in double precision."""
 
-    def csum(self, dtype=None):
+    def csum(self, dtype: DTypeLike | None = None) -> Any:
         """Sum over the whole mesh, by default in double precision. Collective."""
         return total(self, self.value.astype(self.dtype if dtype is None else dtype, copy=False))
 
-    def cdot(self, other):
+    def cdot(self, other: Value) -> Any:
         """Inner product of two real fields over the whole mesh, summed in double precision. Collective."""
         check_kinds(self, other)
         return total(self, self.value * getattr(other, "value", other))
 
-    def r2c(self, out=None):
+    def r2c(self, out: Any = None) -> BaseComplexField:
         """The modes of the field, with the factor 1/N; `out` may be a complex field, or Ellipsis for in place."""
         if out is None or out is Ellipsis:
             out = TransposedComplexField(self.pm, None if out is None else self._base)
@@ -120,16 +131,19 @@ class RealField(_Field, pmesh.RealField):
 class _Modes(_Field):
     """What our complex fields have beside pmesh's."""
 
-    def cdot(self, other, metric=None):
+    def cdot(self, other: Value, metric: Metric | None = None) -> Any:
         """Inner product of two complex fields over all modes, also those not stored; `metric(k)` weighs modes."""
         check_kinds(self, other)
-        return sum_modes(self, self.value * numpy.conj(getattr(other, "value", other)), metric)
+        values: Value = getattr(other, "value", other)
+        return sum_modes(self, self.value * numpy.conj(values), metric)
 
-    def cnorm(self, metric=None, norm=lambda x: x.real**2 + x.imag**2):
+    def cnorm(
+        self, metric: Metric | None = None, norm: Callable[[Array], Array] = lambda x: x.real**2 + x.imag**2
+    ) -> Any:
         """Sum of `norm` over all modes, also those not stored; `metric(k)` weighs modes."""
         return sum_modes(self, norm(self.value), metric)
 
-    def c2r(self, out=None):
+    def c2r(self, out: Any = None) -> RealField:
         """The real field of these modes; `out` may be a real field, or Ellipsis for in place."""
         if out is None or out is Ellipsis or out is self:
             out = RealField(self.pm, None if out is None else self._base)
@@ -149,7 +163,7 @@ ComplexField = TransposedComplexField
 FIELDS = {kind.__name__: kind for kind in (RealField, TransposedComplexField, UntransposedComplexField)}
 
 
-def ours(kind):
+def ours(kind: Any) -> Any:
     """Our class of fields, for a class of pmesh or its name."""
     kind = pmesh._typestr_to_type(kind) if kind is not None else kind
     return FIELDS.get(getattr(kind, "__name__", None), kind)
@@ -161,61 +175,89 @@ class ParticleMesh(pmesh.ParticleMesh):
     See :class:`pmesh.pm.ParticleMesh` for all that it does.
     """
 
-    def create(self, type=None, base=None, value=None, mode=None):
+    def create(
+        self, type: Kind | None = None, base: Any = None, value: Value = None, mode: Kind | None = None
+    ) -> Any:
         """A field: 'real', 'complex' or 'untransposedcomplex', or a class; see pmesh."""
         return super().create(ours(type), base, value, ours(mode))
 
-    def create_coords(self, field_type, return_indices=False):
+    def create_coords(self, field_type: Kind, return_indices: bool = False) -> list[Array]:
         """Positions or wavenumbers along each axis, or indices (`return_indices`); see pmesh."""
         labels = super().create_coords(field_type, return_indices)
         if return_indices or ours(field_type) is RealField:
             return labels
         return centre(labels, super().create_coords(field_type, True), self)
 
-    def generate_whitenoise(self, seed, unitary=False, mean=0, type=ComplexField, mode=None, **others):
+    def generate_whitenoise(
+        self,
+        seed: int,
+        unitary: bool = False,
+        mean: float = 0,
+        type: Kind = ComplexField,
+        mode: Kind | None = None,
+        **others: Any,
+    ) -> Any:
         """White noise of unit variance, the same on any number of ranks; see pmesh."""
         type = getattr(pmesh, ours(type if mode is None else mode).__name__)
         return super().generate_whitenoise(seed, unitary, mean, type, **others)
 
-    def reshape(self, Nmesh=None, BoxSize=None):
+    def reshape(self, Nmesh: ArrayLike | None = None, BoxSize: ArrayLike | None = None) -> Self:
         """A mesh with another number of points, or another box."""
         return self._like(super().reshape(Nmesh, BoxSize))
 
-    def respawn(self, comm, np=None):
+    def respawn(self, comm: MPI.Comm, np: Sequence[int] | None = None) -> Self:
         """The mesh on another communicator."""
         return self._like(super().respawn(comm, np))
 
-    def _like(self, pm):
+    def _like(self, pm: pmesh.ParticleMesh) -> Self:
         given = "BoxSize Nmesh dtype comm resampler np".split()
         return type(self)(**{name: getattr(pm, name) for name in given})
 
 
-def _add_to_field(total, part):
-    """Add a field to another one in place; returns whether it has the shape and dtype for that."""
-    return add_to_array(total.value, part.value)
+@register(pmesh.RealField, BaseComplexField)
+class Fields(ValueType):
+    """The fields of meshes, also those of pmesh."""
+
+    def take_apart(self, x: Field) -> Apart:
+        pm, kind = x.pm, type(x)
+        return lambda parts: pm.create(type=kind, value=parts[0]), [x.value]
+
+    def comm(self, x: Field) -> MPI.Comm:
+        return x.pm.comm
+
+    def whole(self, x: Field) -> tuple[int, ...]:
+        return tuple(map(int, x.cshape))
+
+    def weighted_parts(self, x: Field) -> list[Value]:
+        return [x.value * mode_weights(x) if isinstance(x, BaseComplexField) else x.value]
+
+    def add(self, a: Field, b: Field) -> Field:
+        if a.pm is not b.pm:
+            return a + b
+        total = a.pm.create(type=type(a))
+        numpy.add(a.value, b.value, out=total.value)
+        return total
+
+    def add_in_place(self, total: Field, part: Field) -> bool:
+        return value_type(total.value).add_in_place(total.value, part.value)
+
+    def random_like(self, x: Field, rng: numpy.random.Generator) -> Field:
+        real = x.pm.create(type="real")
+        noise = value_type(real.value).random_like(real.value, rng_of_rank(rng, x.pm.comm))
+        real[...] = noise
+        return real.cast(type=type(x))
+
+    def gather(self, x: Field) -> list[Value]:
+        return [x.preview()]
 
 
-def _sum_of_fields(a, b):
-    """The sum of two fields of one kind."""
-    if a.pm is not b.pm:
-        return a + b
-    total = a.pm.create(type=type(a))
-    numpy.add(a.value, b.value, out=total.value)
-    return total
-
-
-_kinds = [kind for ours in FIELDS.values() for kind in (ours, getattr(pmesh, ours.__name__))]
-IN_PLACE.update(dict.fromkeys(_kinds, _add_to_field))
-PLUS.update(dict.fromkeys(_kinds, _sum_of_fields))
-
-
-def _inner(*pairs):
+def _inner(*pairs: tuple[Field, Value]) -> float:
     """The real inner product of two fields of one kind, on all ranks; for several pairs the sum."""
     x, _ = pairs[0]
     return x.pm.comm.allreduce(sum(_local_inner(x, y) for x, y in pairs))
 
 
-def _local_inner(x, y):
+def _local_inner(x: Field, y: Value) -> float:
     """This rank's part of an inner product; the second factor may be a zero, or whatever makes a field."""
     if is_zero(y):
         return 0.0
@@ -225,7 +267,7 @@ def _local_inner(x, y):
     return float(numpy.real(numpy.conj(x.value) * y.value).sum(dtype="f8"))
 
 
-def field_like(x, value):
+def field_like(x: Field, value: Value) -> Any:
     """A value (array, number or field) as a field like `x`, without a copy if it is one."""
     if type(value) is type(x) and value.pm is x.pm:
         return value
@@ -303,13 +345,7 @@ class as_complex_field:
         return dict(_x=numpy.stack([_y.real * weights, _y.imag * weights], axis=-1))
 
 
-@keep_on_disk_by(pmesh.RealField, BaseComplexField)
-def _take_apart(field):
-    pm, kind = field.pm, type(field)
-    return lambda value: pm.create(kind, value=value), field.value
-
-
-def common_dtypes(comm, *derivatives):
+def common_dtypes(comm: MPI.Comm, *derivatives: Value) -> list[numpy.dtype[Any] | None]:
     """The common dtype of each tangent or cotangent on all ranks; None for what is zero on all of them.
 
     All ranks must call it. It tells them what has to be computed, and where a zero has to be spelled out.
@@ -326,7 +362,7 @@ def common_dtypes(comm, *derivatives):
     ]
 
 
-def as_rows(x_, shape, dtype):
+def as_rows(x_: Value, shape: int | Shape, dtype: Any) -> Array:
     """A tangent or cotangent as an array that can be sent; a zero, or another number, is spelled out."""
     if numpy.ndim(x_) > 0:
         return numpy.asarray(x_, dtype)
@@ -385,6 +421,6 @@ class c2r:
         return dict(y_=x_.c2r())
 
 
-def as_real_field(pm, value):
+def as_real_field(pm: ParticleMesh, value: Value) -> RealField:
     """A real field on `pm` with these values, without a copy if it is one."""
     return value if isinstance(value, pmesh.RealField) else pm.create(type=RealField, value=value)

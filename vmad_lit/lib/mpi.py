@@ -9,18 +9,28 @@ Arrays and NumPy numbers travel as buffers, other objects are pickled. All opera
 ranks of the communicator have to run the same model.
 """
 
+from __future__ import annotations
+
 import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy
 
 from ..core.error import needed_for
 from ..core.operator import ZeroGradient, operator
+from ..core.stdlib.operators import Array, Shape
+from ..core.symbol import Symbol, Value
+
+T = TypeVar("T")
+Description = tuple[Shape, numpy.dtype[Any]] | str  # shape and dtype, or the name of a type
+Halo = tuple[Array, list[int], list[int], Array]  # see `plan_halo`
 
 with needed_for("communication between ranks", extra="mpi"):
     from mpi4py import MPI
 
 
-def describe(x):
+def describe(x: Value) -> Description:
     """What others must know about a value: (shape, dtype) of an array or number, else its type's name."""
     if isinstance(x, (numpy.ndarray, numpy.generic, int, float, complex)) and x is not ZeroGradient:
         x = numpy.asarray(x)
@@ -29,7 +39,7 @@ def describe(x):
     return type(x).__name__
 
 
-def dense(x_, kind, comm):
+def dense(x_: Value, kind: Description, comm: MPI.Comm) -> Value:
     """A tangent or cotangent: ZeroGradient if all ranks have that, else a value on each, maybe zeros."""
     if comm.allreduce(x_ is ZeroGradient, op=MPI.LAND):
         return ZeroGradient
@@ -38,7 +48,7 @@ def dense(x_, kind, comm):
     return x_
 
 
-def gather_kinds(comm, x):
+def gather_kinds(comm: MPI.Comm, x: Value) -> tuple[list[Any], numpy.dtype[Any] | None]:
     """The shapes of a value on all ranks, and the dtype that holds them all; None if it is not an array."""
     kinds = comm.allgather(describe(x))
     if any(type(kind) is str for kind in kinds):
@@ -46,16 +56,17 @@ def gather_kinds(comm, x):
     return [shape for shape, _ in kinds], numpy.result_type(*(dtype for _, dtype in kinds))
 
 
-def fail_together(comm, message):
+def fail_together(comm: MPI.Comm, message: str | None) -> None:
     """Raise ValueError on all ranks if any of them has a message."""
     messages = [f"rank {rank}: {text}" for rank, text in enumerate(comm.allgather(message)) if text]
     if messages:
         raise ValueError("; ".join(messages))
 
 
-def run_together(comm, function):
+def run_together(comm: MPI.Comm, function: Callable[[], T]) -> T:
     """Call a function on all ranks; if any of them has an exception, all raise one."""
-    result = error = None
+    result: Any = None
+    error: Exception | None = None
     try:
         result = function()
     except Exception as exception:
@@ -66,12 +77,12 @@ def run_together(comm, function):
     return result
 
 
-def on_root(comm, function):
+def on_root(comm: MPI.Comm, function: Callable[[], T]) -> T:
     """Call a function on rank 0 and return its result, or raise its exception, on all ranks."""
     return comm.bcast(run_together(comm, function if comm.rank == 0 else lambda: None))
 
 
-def _portable(error):
+def _portable(error: Exception | None) -> Exception | None:
     """An exception that can be sent to other ranks."""
     try:
         pickle.loads(pickle.dumps(error))
@@ -80,7 +91,7 @@ def _portable(error):
     return error
 
 
-def total(x, comm):
+def total(x: Value, comm: MPI.Comm) -> Value:
     """The sum of a value over the ranks."""
     if x is ZeroGradient:
         return x
@@ -166,7 +177,7 @@ class allbcast:
         return dict(y_=x_)
 
 
-def from_root(x, comm, root):
+def from_root(x: Value, comm: MPI.Comm, root: int) -> Value:
     """The value of one rank, on all ranks."""
     kind = comm.bcast(describe(x), root)
     if type(kind) is str or kind[0] == ():
@@ -209,7 +220,7 @@ class bcast:
         return dict(y_=from_root(x_, comm, root))
 
 
-def find_counts(comm, x):
+def find_counts(comm: MPI.Comm, x: Value) -> tuple[list[int] | Any, numpy.dtype[Any] | None]:
     """The number of rows on each rank and the common dtype of a partitioned array, else None, None."""
     shapes, dtype = gather_kinds(comm, x)
     if dtype is None:
@@ -221,7 +232,7 @@ def find_counts(comm, x):
     return [shape[0] for shape in shapes], dtype
 
 
-def join(x, comm, root=None):
+def join(x: Value, comm: MPI.Comm, root: int | None = None) -> tuple[Value, list[int] | None]:
     """The joined parts of all ranks, on `root` (others get None) or, without it, on all; and the counts."""
     counts, dtype = find_counts(comm, x)
     if counts is None:
@@ -238,12 +249,12 @@ def join(x, comm, root=None):
     return y, counts
 
 
-def row_size(x):
+def row_size(x: Array) -> int:
     """The number of bytes of one item along the first axis."""
     return x.dtype.itemsize * int(numpy.prod(x.shape[1:]))
 
 
-def deal(x, counts, comm, root, scalar=False):
+def deal(x: Value, counts: Sequence[int] | None, comm: MPI.Comm, root: int, scalar: bool = False) -> Value:
     """Our part of a value of `root`: counts[rank] rows, or an item of a list if `counts` is None."""
     if counts is None:
         return comm.scatter(x, root)
@@ -296,7 +307,7 @@ class gather:
         return dict(y_=x_ if x_ is ZeroGradient else join(x_, comm, root)[0])
 
 
-def plan_scatter(x, counts, comm, root):
+def plan_scatter(x: Value, counts: Sequence[int] | None, comm: MPI.Comm, root: int) -> Sequence[int] | None:
     """The counts of a scatter, on all ranks; None for a list of objects."""
     complaint = None
     if comm.rank == root:
@@ -314,7 +325,7 @@ def plan_scatter(x, counts, comm, root):
     return counts
 
 
-def even_counts(n, size):
+def even_counts(n: int, size: int) -> list[int]:
     """Counts that add up to n and differ by at most one."""
     return [n // size + (rank < n % size) for rank in range(size)]
 
@@ -385,7 +396,7 @@ class allgather:
         return dict(y_=x_ if x_ is ZeroGradient else join(x_, comm)[0])
 
 
-def exchange_rows(x, send, recv, comm):
+def exchange_rows(x: Value, send: Sequence[int], recv: Sequence[int], comm: MPI.Comm) -> Array:
     """Send send[r] rows to each rank r and receive recv[r] from it; the dtype is the same on all."""
     x = numpy.asarray(x, order="C")
     y = numpy.empty((sum(recv), *x.shape[1:]), x.dtype)
@@ -394,7 +405,9 @@ def exchange_rows(x, send, recv, comm):
     return y
 
 
-def return_rows(_y, kind, send, recv, comm):
+def return_rows(
+    _y: Value, kind: Description, send: Sequence[int], recv: Sequence[int], comm: MPI.Comm
+) -> Value:
     """The transpose of `exchange_rows`."""
     _y = dense(_y, kind, comm)
     if _y is ZeroGradient:
@@ -454,7 +467,7 @@ class alltoall:
         return dict(y_=return_rows(x_, kinds[0], recv, send, comm))
 
 
-def pass_on(x, dest, source, comm):
+def pass_on(x: Value, dest: int, source: int, comm: MPI.Comm) -> Value:
     """Send a value to one rank and receive one from another; None if nobody is the source."""
     mine = describe(x)
     kind = comm.sendrecv(mine, dest, 0, source=source, recvtag=0)
@@ -509,12 +522,12 @@ class sendrecv:
         return dict(y_=ZeroGradient if source == MPI.PROC_NULL else y_)
 
 
-def shift(x, comm, offset=1):
+def shift(x: Symbol, comm: MPI.Comm, offset: int = 1) -> Symbol:
     """Pass values around a ring: rank r receives the value of rank r - offset (see `sendrecv`)."""
     return sendrecv(x, comm, (comm.rank + offset) % comm.size, (comm.rank - offset) % comm.size)
 
 
-def plan_halo(counts, rank, width, periodic):
+def plan_halo(counts: Sequence[int], rank: int, width: int, periodic: bool) -> Halo:
     """Who needs which rows of whom for a halo.
 
     Returns
@@ -527,7 +540,7 @@ def plan_halo(counts, rank, width, periodic):
     n, size = edges[-1], len(counts)
     wanted = []
     for r in range(size):
-        ghosts = numpy.r_[edges[r] - width : edges[r], edges[r + 1] : edges[r + 1] + width]
+        ghosts: Array = numpy.r_[edges[r] - width : edges[r], edges[r + 1] : edges[r + 1] + width]
         place = numpy.r_[0:width, width + counts[r] : 2 * width + counts[r]]
         if not periodic or n == 0:
             inside = (ghosts >= 0) & (ghosts < n)
@@ -591,7 +604,7 @@ class halo:
         return dict(y_=extend(numpy.asarray(x_, dtype), plan, width, comm))
 
 
-def extend(x, plan, width, comm):
+def extend(x: Array, plan: Halo, width: int, comm: MPI.Comm) -> Array:
     """An array with its halo."""
     rows, send, recv, places = plan
     y = numpy.zeros((len(x) + 2 * width, *x.shape[1:]), x.dtype)

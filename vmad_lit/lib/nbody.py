@@ -3,12 +3,19 @@
 Feng, Chu, Seljak & McDonald (2016), MNRAS 463, 2273.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import numpy
+from numpy.typing import ArrayLike
 
 from vmad_lit import autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.core.symbol import Symbol
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import memory
 from vmad_lit.lib.axpy import (
     add_multiple,
@@ -22,29 +29,42 @@ from vmad_lit.lib.axpy import (
     sum_products,
 )
 from vmad_lit.lib.cosmology import (
+    Background,
+    HasMatter,
     MatterDominated,
+    Numbers,
     SymbolicBackground,
     drift_factor,
     kick_factor,
     start_factors,
     step_factors,
 )
-from vmad_lit.lib.exchange import IdentityLayout, as_positions, decompose, exchange_rows, gather_rows
+from vmad_lit.lib.exchange import (
+    AnyLayout,
+    IdentityLayout,
+    as_positions,
+    decompose,
+    exchange_rows,
+    gather_rows,
+)
 from vmad_lit.lib.force import force
 from vmad_lit.lib.linalg import einsum, reshape
 from vmad_lit.lib.lpt import lpt
-from vmad_lit.lib.mesh import as_rows, common_dtypes, is_zero
+from vmad_lit.lib.mesh import Field, ParticleMesh, as_rows, common_dtypes, is_zero
 from vmad_lit.lib.mpi import allbcast
 from vmad_lit.lib.painting import Window, in_dtype_of
 
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba
-    loops = None
+    loops = None  # type: ignore[assignment]
+
+AnyBackground = Background | SymbolicBackground
+Pair = tuple[Array, Array]
 
 
 @autooperator("dx -> f, potk")
-def gravity(dx, q, pm, keep_potential=True):
+def gravity(dx: Symbol, q: Array, pm: ParticleMesh, keep_potential: bool = True) -> tuple[Symbol, Symbol]:
     """The force on particles at q + dx.
 
     Parameters
@@ -63,7 +83,7 @@ def gravity(dx, q, pm, keep_potential=True):
     return force(x, decompose(x, pm), pm, keep_potential=keep_potential)
 
 
-def KickFactor(pt, ai, ac, af):
+def KickFactor(pt: AnyBackground, ai: Numbers, ac: Numbers, af: Numbers) -> Numbers:
     """FastPM's coefficient of a kick from ai to af by a force at ac (Feng et al. 2016).
 
     `pt` is the background, such as `MatterDominated`. The momentum changes by 1.5 * Om0 * KickFactor * f.
@@ -73,14 +93,14 @@ def KickFactor(pt, ai, ac, af):
     return 1 / (ac**2 * pt.E(ac)) * (pt.Gf(af) - pt.Gf(ai)) / pt.gf(ac)
 
 
-def DriftFactor(pt, ai, ac, af):
+def DriftFactor(pt: AnyBackground, ai: Numbers, ac: Numbers, af: Numbers) -> Numbers:
     """FastPM's coefficient of a drift from ai to af with the momentum at ac (Feng et al. 2016)."""
     if isinstance(pt, SymbolicBackground):
         return drift_factor(pt.Om0, ai, ac, af, pt.Ok0)
     return 1 / (ac**3 * pt.E(ac)) * (pt.Gp(af) - pt.Gp(ai)) / pt.gp(ac)
 
 
-def factors_of_step(pt, ai, af):
+def factors_of_step(pt: Background, ai: float, af: float) -> tuple[float, float, float]:
     """The coefficients of the two kicks and the drift between them: kick, drift, kick."""
     ac = (ai * af) ** 0.5
     return (
@@ -97,7 +117,15 @@ class ForceAt:
     None, or a function that makes the positions of some rows, so that they need not be held.
     """
 
-    def __init__(self, x, pm, layout=None, pot=None, factor=None, again=None):
+    def __init__(
+        self,
+        x: Array,
+        pm: ParticleMesh,
+        layout: AnyLayout | None = None,
+        pot: Field | None = None,
+        factor: float | None = None,
+        again: Callable[[slice], Array] | None = None,
+    ) -> None:
         self.x, self.pm, self.pot, self._window = x, pm, pot, Window(pm)
         self._count, self.field_like, self._again = len(x), numpy.empty(0, x.dtype), again
         self.layout = decompose.apl.impl(None, x=x, pm=pm)["layout"] if layout is None else layout
@@ -105,24 +133,24 @@ class ForceAt:
         self._stays = isinstance(self.layout, IdentityLayout)
         self._local_x = exchange_rows(self.layout, as_positions(x, pm))
 
-    def kick(self, p, c, out):
+    def kick(self, p: Array, c: float, out: Array) -> None:
         """p + c * force into `out`, which may be `p`."""
         meshes = self._meshes()
         self._add(lambda rows, **to: self._window.readout(meshes, self._local_x[rows], **to), p, c, out)
 
-    def force(self):
+    def force(self) -> Iterator[tuple[slice, Array]]:
         """Rows of particles, and the force on them."""
         meshes = self._meshes()
         for rows in self._blocks():
             yield rows, self._bring_back(self._window.readout(meshes, self._local_x[rows]))
 
-    def write_force(self, out):
+    def write_force(self, out: Array) -> Array:
         """The force on all particles, into `out`."""
         for rows, part in self.force():
             out[rows] = part
         return out
 
-    def pull(self, _f, _x, c, out):
+    def pull(self, _f: Array, _x: Array, c: float, out: Array) -> None:
         """_x plus c times the cotangent of the positions from that of the force, into `out`, which may be `_x`; once."""
         _f, x = exchange_rows(self.layout, _f), self._local_x
         _potk = force.pull_meshes(self._window, x, _f, 1)
@@ -141,16 +169,16 @@ class ForceAt:
             apart,
         )
 
-    def record(self):
+    def record(self) -> dict[str, Any]:
         """What the derivatives of the force ask for; the potential is computed once."""
         self._find_potential()
         return dict(x=self.x, layout=self.layout, pm=self.pm, order=1, pot=self.pot, factor=self.factor)
 
-    def push(self, x_):
+    def push(self, x_: Value) -> Value:
         """The tangent of the force on all particles from that of the positions."""
         return force.jvp.impl(None, x_=x_, **self.record())["f_"]
 
-    def pull_change(self, _f, _f_, x_):
+    def pull_change(self, _f: Value, _f_: Value, x_: Value) -> Value:
         """The change of the cotangent of all positions, from that of the force, its change, and a tangent."""
         record = dict(_potk=ZeroGradient, **self.record())
         return plus_multiple(
@@ -160,7 +188,9 @@ class ForceAt:
         )
 
     # Add what is found for particles
-    def _add(self, find, base, c, out, apart=False):
+    def _add(
+        self, find: Callable[..., Array], base: Array, c: float, out: Array, apart: bool = False
+    ) -> None:
         """base + c * what `find` finds for rows of particles, into `out`; for some at a time (`apart`) if need be."""
         direct = self._stays and self._window.compiled and alike(base, out) and out.dtype == "f8"
         for rows in [slice(None)] if direct and not apart else self._blocks():
@@ -169,7 +199,7 @@ class ForceAt:
             else:
                 add_multiple(base[rows], self._bring_back(find(rows)), c, out=out[rows])
 
-    def _blocks(self):
+    def _blocks(self) -> Iterator[slice]:
         """The rows of some particles after others; all at once, if they travel between ranks."""
         if not self._stays:
             yield slice(None)
@@ -177,13 +207,13 @@ class ForceAt:
         for start in range(0, self._count, self.BLOCK):
             yield slice(start, start + self.BLOCK)
 
-    def _bring_back(self, values):
+    def _bring_back(self, values: Array) -> Array:
         return in_dtype_of(values if self._stays else gather_rows(self.layout, values), self.field_like)
 
-    def _find_potential(self):
+    def _find_potential(self) -> None:
         self.pot = force.find_potential(self.pot, self._window, self._local_x, self.factor, 1)
 
-    def _meshes(self):
+    def _meshes(self) -> list[Any]:
         """The components of the force on the mesh."""
         self._find_potential()
         return force.meshes(self.pot, 1)
@@ -191,7 +221,16 @@ class ForceAt:
     BLOCK = 1 << 17  # particles: some megabytes of their forces
 
 
-def _apply_kick_drift(gravity, dx_i, p_i, kick, drift, dx, p, f=None):
+def _apply_kick_drift(
+    gravity: ForceAt,
+    dx_i: Array,
+    p_i: Array,
+    kick: float,
+    drift: float,
+    dx: Array,
+    p: Array,
+    f: Array | None = None,
+) -> None:
     """p_i + kick * f into `p`, and dx_i plus drift times that into `dx`; the force into `f`, if it is given."""
     if f is None:
         gravity.kick(p_i, kick, p)
@@ -309,7 +348,7 @@ class StepFactors:
 
     __symbols__ = "Om0", "factors"
 
-    def __init__(self, pt, stages, pm):
+    def __init__(self, pt: AnyBackground, stages: Sequence[float], pm: ParticleMesh) -> None:
         self.n = len(stages) - 1
         if isinstance(pt, SymbolicBackground):
             # Compute the coefficients from a symbol
@@ -320,19 +359,19 @@ class StepFactors:
             steps = [factors_of_step(pt, ai, af) for ai, af in zip(stages[:-1], stages[1:])]
             self.Om0, self.factors = pt.Om0, join_kicks(self.n) @ numpy.ravel(steps)
 
-    def kick(self, i):
+    def kick(self, i: int) -> Any:
         """The coefficient of the kick at stage i."""
         return self[2 * i]
 
-    def drift(self, i):
+    def drift(self, i: int) -> Any:
         """The coefficient of the drift from stage i to the next."""
         return self[2 * i + 1]
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Any:
         return pick(self.factors, i) if isinstance(self.factors, Symbol) else float(self.factors[i])
 
 
-def join_kicks(n):
+def join_kicks(n: int) -> Array:
     """The matrix that makes the kicks and drifts in turn from kick, drift and kick of each of n steps."""
     matrix = numpy.zeros((2 * n + 1, 3 * n))
     for i in range(n):
@@ -342,7 +381,15 @@ def join_kicks(n):
 
 
 @autooperator("dx_i, p_i -> dx, p")
-def leapfrog_step(dx_i, p_i, q, steps, pm, i, keep_potential=True):
+def leapfrog_step(
+    dx_i: Symbol,
+    p_i: Symbol,
+    q: Array,
+    steps: StepFactors,
+    pm: ParticleMesh,
+    i: int,
+    keep_potential: bool = True,
+) -> Symbol:
     """The kick at a stage and the drift to the next.
 
     Parameters
@@ -407,8 +454,18 @@ class pick:
 
 @autooperator("dx_i, p_i -> dx, p, f")
 def leapfrog(
-    dx_i, p_i, q, stages, pt, pm, ram=None, reversible=False, keep_potential=True, disk=None, folder=None
-):
+    dx_i: Symbol,
+    p_i: Symbol,
+    q: Array,
+    stages: ArrayLike,
+    pt: AnyBackground,
+    pm: ParticleMesh,
+    ram: int | None = None,
+    reversible: bool = False,
+    keep_potential: bool = True,
+    disk: int | None = None,
+    folder: str | None = None,
+) -> tuple[Symbol, Symbol, Symbol]:
     """Evolve particles through kick-drift-kick steps between the given scale factors.
 
     Parameters
@@ -448,7 +505,7 @@ def leapfrog(
     return dx, axpy(p, f, steps.kick(steps.n)), scale(f, 1.5 * steps.Om0)
 
 
-def check_stages(stages):
+def check_stages(stages: ArrayLike) -> list[float]:
     """The scale factors of a simulation as a list of floats."""
     stages = numpy.atleast_1d(numpy.asarray(stages, dtype="f8"))
     if stages.ndim != 1 or len(stages) == 0 or not (stages > 0).all():
@@ -483,7 +540,15 @@ class reversible_leapfrog:
 
     # Undo the steps
     @staticmethod
-    def undo(dx, p, factors, q, pm, kicked=True, _p=ZeroGradient):
+    def undo(
+        dx: Array,
+        p: Array,
+        factors: Array,
+        q: Array,
+        pm: ParticleMesh,
+        kicked: bool = True,
+        _p: Value = ZeroGradient,
+    ) -> Iterator[tuple[int, ForceAt | None, float]]:
         """From the state at the end: the state before each kick i, last first.
 
         Yields (i, gravity, _p . f), while `dx`, `p`, which are overwritten, are the state and `gravity` knows
@@ -499,7 +564,9 @@ class reversible_leapfrog:
                 add_multiple(dx, p, -factors[2 * i - 1], out=dx)
 
     @staticmethod
-    def take_back(dx, p, kick, q, pm, _p):
+    def take_back(
+        dx: Array, p: Array, kick: float, q: Array, pm: ParticleMesh, _p: Value
+    ) -> tuple[ForceAt, float]:
         """Undo a kick in place."""
         gravity, product = (
             ForceAt(add_multiple(q, dx, 1.0), pm, again=lambda rows: add_multiple(q[rows], dx[rows], 1.0)),
@@ -647,7 +714,7 @@ class reversible_leapfrog:
         return dict(_dx_i_=_dx_, _p_i_=_p_, _factors_=_factors_)
 
 
-def _mix(a, b, matrix, outs):
+def _mix(a: Array, b: Array, matrix: Any, outs: Pair) -> Pair:
     """The product of a matrix (2, 2) of numbers with a pair of arrays, in two arrays, which may be these."""
     if alike(a, b, *outs):
         loops.mix(a, b, matrix, outs)
@@ -721,7 +788,7 @@ class superpose:
 
 
 @autooperator("rhok -> dx, p")
-def firststep(rhok, q, a, pt, pm):
+def firststep(rhok: Symbol, q: Array, a: float, pt: AnyBackground, pm: ParticleMesh) -> list[Symbol]:
     """Displacements and momenta at scale factor a by second-order perturbation theory.
 
     Parameters
@@ -740,7 +807,7 @@ def firststep(rhok, q, a, pt, pm):
     return superpose(dx1, dx2, *factors_of_start(pt, a, pm))
 
 
-def factors_of_start(pt, a, pm):
+def factors_of_start(pt: AnyBackground, a: float, pm: ParticleMesh) -> Sequence[Any]:
     """The coefficients of both displacements at scale factor a: in the displacement, and in the momentum."""
     if isinstance(pt, SymbolicBackground):
         table = allbcast(start_factors(pt.Om0, a, pt.Ok0), pm.comm)
@@ -750,7 +817,7 @@ def factors_of_start(pt, a, pm):
     return D1, D2, D1 * rate1, D2 * rate2
 
 
-def find_background(cosmology, stages):
+def find_background(cosmology: HasMatter, stages: ArrayLike) -> AnyBackground:
     """The background of a cosmology, for steps between the given scale factors."""
     if isinstance(cosmology, (MatterDominated, SymbolicBackground)):
         return cosmology
@@ -764,7 +831,9 @@ def find_background(cosmology, stages):
 
 
 @autooperator("rhok -> dx, p, f")
-def nbody(rhok, q, stages, cosmology, pm):
+def nbody(
+    rhok: Symbol, q: Array, stages: ArrayLike, cosmology: HasMatter, pm: ParticleMesh
+) -> tuple[Symbol, Symbol, Symbol]:
     """A FastPM simulation, with forces on the mesh of the initial conditions.
 
     Parameters
@@ -810,17 +879,17 @@ class FastPMSimulation:
 
     def __init__(
         self,
-        stages,
-        cosmology,
-        pm,
-        B=1,
-        q=None,
-        ram=None,
-        reversible=False,
-        keep_potential=True,
-        disk=None,
-        folder=None,
-    ):
+        stages: ArrayLike,
+        cosmology: HasMatter,
+        pm: ParticleMesh,
+        B: float = 1,
+        q: ArrayLike | None = None,
+        ram: int | None = None,
+        reversible: bool = False,
+        keep_potential: bool = True,
+        disk: int | None = None,
+        folder: str | None = None,
+    ) -> None:
         self.stages = numpy.array(check_stages(stages))
         self.pt = find_background(cosmology, stages)
         self.pm, self.reversible, self.keep_potential = pm, reversible, keep_potential
@@ -833,26 +902,31 @@ class FastPMSimulation:
         self.fpm = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int))
         self.q = numpy.ascontiguousarray(pm.generate_uniform_particle_grid(shift=0.5) if q is None else q)
 
-    def KickFactor(self, ai, ac, af):
+    @property
+    def comm(self) -> Any:
+        """The communicator of the ranks that run the simulation together."""
+        return self.pm.comm
+
+    def KickFactor(self, ai: Numbers, ac: Numbers, af: Numbers) -> Numbers:
         """See the function `KickFactor`."""
         return KickFactor(self.pt, ai, ac, af)
 
-    def DriftFactor(self, ai, ac, af):
+    def DriftFactor(self, ai: Numbers, ac: Numbers, af: Numbers) -> Numbers:
         """See the function `DriftFactor`."""
         return DriftFactor(self.pt, ai, ac, af)
 
     @autooperator("rhok -> dx, p")
-    def firststep(self, rhok):
+    def firststep(self, rhok: Symbol) -> list[Symbol]:
         """Displacements and momenta at the first stage."""
         return firststep(rhok, self.q, float(self.stages[0]), self.pt, self.pm)
 
     @autooperator("dx -> f, potk")
-    def gravity(self, dx):
+    def gravity(self, dx: Symbol) -> list[Symbol]:
         """The force on particles at q + dx, on the mesh of the force, and the potential."""
         return gravity(dx, self.q, self.fpm, self.keep_potential)
 
     @autooperator("rhok -> dx, p, f")
-    def run(self, rhok):
+    def run(self, rhok: Symbol) -> tuple[Symbol, Symbol, Symbol]:
         """The simulation: displacements, momenta and force times 1.5 * Om0 at the last stage."""
         dx, p = self.firststep(rhok)
         return leapfrog(

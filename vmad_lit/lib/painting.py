@@ -1,46 +1,60 @@
 """Particles painted to meshes, and meshes read out at particles, with the windows of pmesh or our own loops."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
 import numpy
+from numpy.typing import ArrayLike
 
 from vmad_lit import operator
 from vmad_lit.core.error import BrokenPrimitive, needed_for
+from vmad_lit.core.graph import Node
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.lib.exchange import as_positions, exchange_rows, gather_rows
-from vmad_lit.lib.mesh import as_real_field, as_rows, common_dtypes, is_zero
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.symbol import Value
+from vmad_lit.lib.exchange import AnyLayout, as_positions, exchange_rows, gather_rows
+from vmad_lit.lib.mesh import ParticleMesh, as_real_field, as_rows, common_dtypes, is_zero
 
 with needed_for("painting and reading out", extra="mesh"):
     from pmesh.pm import RealField
-    from pmesh.window import FindResampler
+    from pmesh.window import FindResampler, ResampleWindow
 try:
     from vmad_lit.lib import window
 except ImportError:  # no numba: pmesh's own windows serve
-    window = None
+    window = None  # type: ignore[assignment]
+
+Mesh: TypeAlias = Array | RealField
+Meshes = TypeVar("Meshes", bound=Sequence[Any])
+Resampler: TypeAlias = str | ResampleWindow
+Zeros = Callable[[ParticleMesh, int], Sequence[Any]]  # that many meshes to add to
 
 
 class Window:
     """Painting and reading out on a rank's part of a mesh, by the compiled loops or by pmesh."""
 
-    def __init__(self, pm, resampler=None):
+    def __init__(self, pm: ParticleMesh, resampler: Resampler | None = None) -> None:
         self.pm = pm
         self.resampler = FindResampler(pm.resampler if resampler is None else resampler)
         self.compiled = window is not None and window.support(self.resampler) is not None
         self.args = dict(window=self.resampler, transform=pm.affine)
 
     @property
-    def differentiable(self):
+    def differentiable(self) -> ResampleWindow:
         """pmesh's resampler for derivatives; those of its tuned pcs are in cells, of its cubic in lengths."""
         return FindResampler("cubic") if self.resampler.kind == "tunedpcs" else self.resampler
 
     # Paint and read out
-    def empty(self):
+    def empty(self) -> RealField:
         """A mesh of zeros."""
         return self.pm.create(type=RealField, value=0)
 
-    def field(self, mesh):
+    def field(self, mesh: Mesh) -> RealField:
         """A mesh, which may be an array, as a field."""
         return mesh if isinstance(mesh, RealField) else self.pm.create(type=RealField, value=mesh)
 
-    def paint(self, x, mass):
+    def paint(self, x: Array, mass: Value) -> RealField:
         """The mesh painted with particles."""
         mesh = self.empty()
         if self.compiled:
@@ -48,7 +62,7 @@ class Window:
         mass = numpy.asarray(mass, dtype="f8")
         return self.pm.paint(x, mass=mass, resampler=self.resampler, out=mesh, hold=True)
 
-    def readout(self, meshes, x, **to):
+    def readout(self, meshes: Sequence[Mesh], x: Array, **to: Any) -> Array:
         """The values (N, n) of n meshes; only our loops can add them `to` something, see `window.readout`."""
         if self.compiled:
             return window.readout(meshes, x, **self.args, **to)
@@ -56,7 +70,7 @@ class Window:
             [self.field(mesh).readout(x, resampler=self.resampler) for mesh in meshes], axis=-1
         )
 
-    def spread(self, x, value, out, x_=None):
+    def spread(self, x: Array, value: Array, out: Meshes, x_: Array | None = None) -> Meshes:
         """Add the columns of `value` (N, n) to the n meshes of `out`, and return them: the adjoint of `readout`.
 
         With `x_`, the change of that along a tangent of the positions.
@@ -72,7 +86,7 @@ class Window:
         return out
 
     # Derivatives of painting and reading out
-    def gradient(self, mesh, x):
+    def gradient(self, mesh: Mesh, x: Array) -> Array:
         """The derivatives (N, ndim) of the value of a mesh by the position."""
         if self.compiled:
             return window.gradient(mesh, x, **self.args)
@@ -81,18 +95,24 @@ class Window:
             [mesh.readout(x, resampler=self.differentiable, gradient=d) for d in range(self.pm.ndim)], axis=-1
         )
 
-    def weighted_gradient(self, meshes, x, factors=None, **to):
+    def weighted_gradient(
+        self, meshes: Sequence[Mesh], x: Array, factors: Array | None = None, **to: Any
+    ) -> Any:
         """The sum of the gradients of meshes, each times its column of `factors` (N, n); if none is left, times one.
 
         Only our loops can add it `to` something, see `window.weighted_gradient`.
         """
         if self.compiled:
             return window.weighted_gradient(meshes, x, factors, **self.args, **to)
-        given = 0 if factors is None else factors.shape[1]
-        columns = [factors[:, c, None] if c < given else 1.0 for c in range(len(meshes))]
+        columns = [
+            1.0 if factors is None or c >= factors.shape[1] else factors[:, c, None]
+            for c in range(len(meshes))
+        ]
         return sum(self.gradient(mesh, x) * column for mesh, column in zip(meshes, columns))
 
-    def paint_vjp(self, mesh, x, mass, need_x=True, need_mass=True):
+    def paint_vjp(
+        self, mesh: RealField, x: Array, mass: Value, need_x: bool = True, need_mass: bool = True
+    ) -> tuple[Array | None, Array | None]:
         """Cotangents of positions and masses from that of the mesh."""
         if self.compiled:
             return window.paint_vjp(mesh, x, mass, need_pos=need_x, need_mass=need_mass, **self.args)
@@ -101,7 +121,9 @@ class Window:
             mesh.readout(x, resampler=self.resampler) if need_mass else None,
         )
 
-    def paint_jvp(self, x, mass, x_=None, mass_=None):
+    def paint_jvp(
+        self, x: Array, mass: Value, x_: Array | None = None, mass_: Array | None = None
+    ) -> RealField:
         """Tangent of the mesh."""
         mesh = self.empty()
         if self.compiled:
@@ -116,17 +138,27 @@ class Window:
             self.pm.paint(x, mass=numpy.asarray(mass_, "f8"), resampler=self.resampler, out=mesh, hold=True)
         return mesh
 
-    def readout_jvp(self, meshes, x, x_=None, meshes_=None):
+    def readout_jvp(
+        self, meshes: Sequence[Mesh], x: Array, x_: Array | None = None, meshes_: Sequence[Mesh] | None = None
+    ) -> Any:
         """Tangent of the values (N, n); None is zero."""
         if self.compiled:
             return window.readout_jvp(meshes, x, x_, meshes_, **self.args)
-        value_ = 0
+        value_: Any = 0
         if x_ is not None:
             value_ = numpy.stack([(self.gradient(mesh, x) * x_).sum(axis=-1) for mesh in meshes], axis=-1)
         return value_ if meshes_ is None else value_ + self.readout(meshes_, x)
 
     # Second derivatives of painting and reading out
-    def weighted_gradient_jvp(self, meshes, x, factors=None, x_=None, meshes_=None, factors_=None):
+    def weighted_gradient_jvp(
+        self,
+        meshes: Sequence[Mesh],
+        x: Array,
+        factors: Array | None = None,
+        x_: Array | None = None,
+        meshes_: Sequence[Mesh] | None = None,
+        factors_: Array | None = None,
+    ) -> Array:
         """Tangent of `weighted_gradient`; None is zero."""
         if not self.compiled:
             raise BrokenPrimitive(
@@ -137,7 +169,7 @@ class Window:
         return window.weighted_gradient_jvp(meshes, x, factors, x_, meshes_, factors_, **self.args)
 
 
-def _masses(mass):
+def _masses(mass: ArrayLike) -> Array:
     mass = numpy.asarray(mass)
     if mass.dtype.kind not in "fiub":
         raise TypeError(f"masses must be real numbers, but their type is {mass.dtype}")
@@ -215,14 +247,14 @@ class paint:
         return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
 
     @staticmethod
-    def of_masses(pm, layout, _mass, mass):
+    def of_masses(pm: ParticleMesh, layout: AnyLayout | None, _mass: Array, mass: Value) -> Value:
         """The cotangent of masses, or of one mass for all, from that of each particle here."""
         if numpy.ndim(mass) == 0:
             return pm.comm.allreduce(float(_mass.sum()))
         return in_dtype_of(gather_rows(layout, _mass), mass)
 
 
-def in_dtype_of(_x, x):
+def in_dtype_of(_x: Array, x: Value) -> Array:
     """A cotangent in the precision of its value, if that is a floating point array."""
     return _x.astype(x.dtype, copy=False) if getattr(x, "dtype", None) in ("f4", "f8") else _x
 
@@ -323,13 +355,26 @@ class readout:
         )
 
 
-def read(pm, meshes, x, layout, resampler):
+def read(
+    pm: ParticleMesh, meshes: Sequence[Mesh], x: Array, layout: AnyLayout | None, resampler: Resampler | None
+) -> Array:
     return gather_rows(
         layout, Window(pm, resampler).readout(meshes, exchange_rows(layout, as_positions(x, pm)))
     )
 
 
-def read_vjp(node, _value, meshes, x, layout, resampler, pm, name, count, zeros):
+def read_vjp(
+    node: Node,
+    _value: Value,
+    meshes: Any,
+    x: Array,
+    layout: AnyLayout | None,
+    resampler: Resampler | None,
+    pm: ParticleMesh,
+    name: str,
+    count: int,
+    zeros: Zeros,
+) -> tuple[Value, Any]:
     """The cotangents of positions and of `count` meshes, added to what `zeros(pm, count)` makes; or None."""
     (dtype,) = common_dtypes(pm.comm, _value)
     if dtype is None:
@@ -346,7 +391,15 @@ def read_vjp(node, _value, meshes, x, layout, resampler, pm, name, count, zeros)
     return _x, w.spread(local_x, _value, zeros(pm, count)) if need_meshes else None
 
 
-def read_jvp(pm, meshes, meshes_, x, x_, layout, resampler):
+def read_jvp(
+    pm: ParticleMesh,
+    meshes: Any,
+    meshes_: Sequence[Mesh] | None,
+    x: Array,
+    x_: Array | None,
+    layout: AnyLayout | None,
+    resampler: Resampler | None,
+) -> Value:
     """The tangent of the values, from those of positions and meshes; None is zero."""
     if x_ is None and meshes_ is None:
         return ZeroGradient
@@ -357,7 +410,19 @@ def read_jvp(pm, meshes, meshes_, x, x_, layout, resampler):
     return gather_rows(layout, Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
 
 
-def read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, name, zeros):
+def read_hvp(
+    node: Node,
+    _value: Array | None,
+    x_: Array | None,
+    meshes_: Sequence[Mesh] | None,
+    meshes: Any,
+    x: Array,
+    layout: AnyLayout | None,
+    resampler: Resampler | None,
+    pm: ParticleMesh,
+    name: str,
+    zeros: Zeros,
+) -> tuple[Value, Any]:
     """The changes of what `read_vjp` returns, along tangents of positions and meshes; None is zero."""
     if _value is None or x_ is None and meshes_ is None:
         return ZeroGradient, None
@@ -373,6 +438,6 @@ def read_hvp(node, _value, x_, meshes_, meshes, x, layout, resampler, pm, name, 
     return _x_, w.spread(local_x, _value, zeros(pm, _value.shape[1]), x_)
 
 
-def zero_fields(pm, count):
+def zero_fields(pm: ParticleMesh, count: int) -> list[RealField]:
     """Real fields of zeros."""
     return [pm.create(type=RealField, value=0) for c in range(count)]

@@ -1,15 +1,26 @@
 """Power spectra, cross spectra, multipoles and maps of pmesh fields: operators and plain functions."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
 import numpy
+from numpy.typing import ArrayLike
 
 from vmad_lit import autooperator, operator
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.lib.mesh import is_zero, mode_weights
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.symbol import Symbol, Value
+from vmad_lit.lib.mesh import ParticleMesh, is_zero, mode_weights
+
+Direction = Any  # an axis or the components of a vector; None for a default
+WindowName = Literal["nnb", "nearest", "cic", "tsc", "pcs"]
 
 with needed_for("spectra and maps", extra="mesh"):
     from mpi4py import MPI
-    from pmesh.pm import BaseComplexField
+    from pmesh.pm import BaseComplexField, Field, RealField
     from scipy.interpolate import BSpline
     from scipy.special import eval_legendre
 
@@ -37,7 +48,14 @@ class Shells:
         The mean wavenumber and the number of modes of each shell. Shells without modes are left out.
     """
 
-    def __init__(self, pm, edges=None, poles=0, los=None, window=None):
+    def __init__(
+        self,
+        pm: ParticleMesh,
+        edges: ArrayLike | None = None,
+        poles: int | Sequence[int] = 0,
+        los: Direction = None,
+        window: WindowName | None = None,
+    ) -> None:
         self.pm, self.window = pm, window
         self.volume = float(pm.BoxSize.prod())
         # Check the edges of the shells
@@ -65,7 +83,7 @@ class Shells:
         if self.los.shape != (pm.ndim,) or not numpy.linalg.norm(self.los) > 0:
             raise ValueError(f"the line of sight must be an axis or {pm.ndim} numbers, not all 0; got {los}")
         self.los = self.los / numpy.linalg.norm(self.los)
-        self._sorted = {}
+        self._sorted: dict[type, tuple[Array, list[Any]]] = {}
         # Count the modes of each shell
         modes, nbin = pm.create(type="complex"), len(self.edges) - 1
         self._number, self.counts = numpy.append(numpy.arange(nbin), nbin), 1.0
@@ -82,7 +100,7 @@ class Shells:
         self.noise = noise[0] if self.one else noise
 
     # Sort the modes of a field
-    def sort(self, x):
+    def sort(self, x: BaseComplexField) -> tuple[Array, list[Any]]:
         """The shell of each mode of a field like `x`, flat, and the factors g of the multipoles."""
         if not isinstance(x, BaseComplexField):
             raise TypeError(
@@ -114,7 +132,7 @@ class Shells:
         return self._sorted[type(x)]
 
     # Average over shells
-    def average(self, x, values, factors):
+    def average(self, x: BaseComplexField, values: Value, factors: Sequence[Any]) -> Array:
         """Means over shells of values of the modes, times each of the factors: (npoles, nbin). Collective."""
         index, _ = self.sort(x)
         values = values * mode_weights(x)
@@ -126,7 +144,7 @@ class Shells:
         self.pm.comm.Allreduce(MPI.IN_PLACE, sums)
         return sums / self.counts
 
-    def cross(self, *pairs):
+    def cross(self, *pairs: tuple[BaseComplexField, Value]) -> Array:
         """The sum of the cross spectra of pairs of fields, the second ones possibly zero. Collective."""
         x = pairs[0][0]
         product = numpy.zeros(x.shape)
@@ -138,7 +156,7 @@ class Shells:
         spectrum = self.volume * self.average(x, product, self.sort(x)[1])
         return spectrum[0] if self.one else spectrum
 
-    def spread(self, x, spectrum):
+    def spread(self, x: BaseComplexField, spectrum: ArrayLike) -> BaseComplexField:
         """The transpose of `cross`: a field of the kind of `x`, `x` times the number of each mode's shell."""
         index, factors = self.sort(x)
         table = numpy.zeros((len(self.poles), len(self.k) + 1))
@@ -150,7 +168,7 @@ class Shells:
         return y
 
     # Spectra as plain functions
-    def power(self, a, b=None, shot_noise=0.0):
+    def power(self, a: Field, b: Field | None = None, shot_noise: float = 0.0) -> Array:
         """The power spectrum of a real or complex field, or the cross spectrum of two of them. Collective.
 
         `shot_noise` is subtracted, times what the mesh makes of noise; it is for one field, not for two.
@@ -158,7 +176,7 @@ class Shells:
         a = _modes(a)
         return self.cross((a, a if b is None else _modes(b))) - shot_noise * self.noise
 
-    def compare(self, a, b):
+    def compare(self, a: Field, b: Field) -> tuple[Array, Array]:
         """The correlation coefficient r and the transfer function t of `a` with respect to `b`. Collective."""
         a, b = _modes(a), _modes(b)
         aa, bb, ab = self.cross((a, a)), self.cross((b, b)), self.cross((a, b))
@@ -166,7 +184,7 @@ class Shells:
             return ab / (aa * bb) ** 0.5, (aa / bb) ** 0.5
 
 
-def wavenumbers(x):
+def wavenumbers(x: BaseComplexField) -> list[Array]:
     """The components of k for the modes of a field, a list of broadcastable arrays in double precision."""
     components = []
     for i, n, length in zip(x.i, x.Nmesh, x.BoxSize):
@@ -178,36 +196,36 @@ def wavenumbers(x):
 _ORDERS = dict(nnb=1, nearest=1, cic=2, tsc=3, pcs=4)
 
 
-def _order(window):
+def _order(window: WindowName) -> int:
     if window not in _ORDERS:
         raise ValueError(f"the window must be one of {', '.join(_ORDERS)}, not {window!r}")
     return _ORDERS[window]
 
 
-def _angles(k, x):
+def _angles(k: Sequence[Array], x: BaseComplexField) -> list[Array]:
     return [ki * float(length / n) / 2 for ki, length, n in zip(k, x.BoxSize, x.Nmesh)]
 
 
-def window_squared(k, x, window):
+def window_squared(k: Sequence[Array], x: BaseComplexField, window: WindowName) -> Value:
     """The square of the transform of a window, for components k of modes of the field `x`."""
     p = _order(window)
-    square = 1.0
+    square: Value = 1.0
     for theta in _angles(k, x):
         square = square * numpy.sinc(theta / numpy.pi) ** (2 * p)
     return square
 
 
-def aliased_window_squared(k, x, window):
+def aliased_window_squared(k: Sequence[Array], x: BaseComplexField, window: WindowName) -> Value:
     """The same, summed over all aliases of each mode (Jing 2005): what a mesh makes of white noise."""
     p = _order(window)
     spline = BSpline.basis_element(numpy.arange(2 * p + 1) - p)
-    total = 1.0
+    total: Value = 1.0
     for theta in _angles(k, x):
         total = total * sum(float(spline(m)) * numpy.cos(2 * m * theta) for m in range(1 - p, p))
     return total
 
 
-def shot_noise(mass, pm):
+def shot_noise(mass: ArrayLike, pm: ParticleMesh) -> float:
     """The shot noise of particles, V sum(m^2) / sum(m)^2, from the masses (N,) on this rank. Collective."""
     mass = numpy.asarray(mass, dtype="f8")
     square, total = pm.comm.allreduce(numpy.array([(mass**2).sum(), mass.sum()]))
@@ -258,7 +276,7 @@ class cross_power:
         )
 
 
-def _alike(x, value):
+def _alike(x: BaseComplexField, value: Value) -> BaseComplexField:
     """A tangent as a field of the kind of `x`."""
     return value if type(value) is type(x) else x.pm.create(type=type(x), value=value)
 
@@ -299,22 +317,24 @@ class power:
 
 
 @autooperator("x1, x2 -> r")
-def correlation(x1, x2, shells):
+def correlation(x1: Symbol, x2: Symbol, shells: Shells) -> Symbol:
     """The correlation coefficient r(k) of two complex fields, between -1 and 1, for each shell."""
     return cross_power(x1, x2, shells) / (power(x1, shells) * power(x2, shells)) ** 0.5
 
 
 @autooperator("x1, x2 -> t")
-def transfer(x1, x2, shells):
+def transfer(x1: Symbol, x2: Symbol, shells: Shells) -> Symbol:
     """The transfer function t(k) of the complex field x1 with respect to x2, for each shell."""
     return (power(x1, shells) / power(x2, shells)) ** 0.5
 
 
-def _modes(field):
+def _modes(field: Field) -> BaseComplexField:
     return field if isinstance(field, BaseComplexField) else field.r2c()
 
 
-def projection(field, axis=-1, start=0, thickness=None, root=None):
+def projection(
+    field: RealField, axis: int = -1, start: int = 0, thickness: int | None = None, root: int | None = None
+) -> Array | None:
     """The mean of a real field over some planes, as an array without that axis. Collective.
 
     Parameters

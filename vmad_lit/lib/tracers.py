@@ -1,19 +1,29 @@
 """From particles to what is observed: densities, positions in redshift space, and biased tracers."""
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy
 
 from vmad_lit import autooperator, operator
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, linalg
-from vmad_lit.lib.mpi import allbcast
+from vmad_lit.lib.cosmology import Background
+from vmad_lit.lib.mesh import ParticleMesh
+from vmad_lit.lib.mpi import MPI, allbcast
+from vmad_lit.lib.spectra import Direction
+from vmad_lit.lib.transfer import Transfer
 
 is_zero = type(ZeroGradient).is_zero
 
 
 @autooperator("x, mass -> rho")
-def density(x, mass, q, pm):
+def density(x: Symbol, mass: Value, q: Array, pm: ParticleMesh) -> Symbol:
     """The density of particles in units of its mean, 1 + delta.
 
     Parameters
@@ -27,24 +37,27 @@ def density(x, mass, q, pm):
     return fastpm.paint(x, mass, fastpm.decompose(x, pm), pm) * (1.0 / per_cell)
 
 
-def velocity(p, a):
+def velocity(p: Value, a: float) -> Value:
     """Peculiar velocities in km/s, from momenta a^2 dx/dt / H0 in Mpc/h at scale factor a."""
     return p * (100.0 / a)
 
 
-def redshift_factor(pt, a):
+def redshift_factor(pt: Background, a: float) -> float:
     """The factor 1 / (a^2 E) from momenta to displacements in redshift space; `pt` is the background."""
     return float(1 / (a**2 * pt.E(a)))
 
 
-def _dot(a, b):
+def _dot(a: Array, b: Array) -> Array:
     return (a * b).sum(axis=-1, keepdims=True)
 
 
 class Sight:
     """Lines of sight: unit vectors `n`, and inverse distances `w`, which are 0 for a distant observer."""
 
-    def __init__(self, x, los, observer):
+    n: Array
+    w: Value
+
+    def __init__(self, x: Array, los: Direction, observer: Direction) -> None:
         ndim = x.shape[1]
         if (los is None) == (observer is None):
             raise ValueError("give either los, an axis or a direction, or the position of an observer")
@@ -59,7 +72,7 @@ class Sight:
             self.w = numpy.divide(1, distance, out=numpy.zeros_like(distance), where=distance > 0)
             self.n = r * self.w
 
-    def across(self, v):
+    def across(self, v: Array) -> Array:
         """P v: the part of `v` perpendicular to the line of sight, over the distance."""
         return (v - self.n * _dot(self.n, v)) * self.w
 
@@ -104,7 +117,7 @@ class along_sight:
         x_, v_ = (numpy.zeros_like(x) if is_zero(d) else d for d in (x_, v_))
         n_ = s.across(x_)
 
-        def change(u):
+        def change(u: Array) -> Array:
             return -(n_ * _dot(s.n, u) + s.n * _dot(n_, u) + s.across(u) * _dot(s.n, x_)) * s.w
 
         _x_ = s.across(v) * _dot(n_, _y) + (change(v) + s.across(v_)) * _dot(s.n, _y)
@@ -113,7 +126,14 @@ class along_sight:
 
 
 @autooperator("x, p, factor -> s")
-def redshift_space(x, p, factor, comm, los=None, observer=None):
+def redshift_space(
+    x: Symbol,
+    p: Symbol,
+    factor: Value,
+    comm: MPI.Comm,
+    los: Direction = None,
+    observer: Direction = None,
+) -> Symbol:
     """Positions in redshift space, from positions and momenta.
 
     Parameters
@@ -131,11 +151,11 @@ def redshift_space(x, p, factor, comm, los=None, observer=None):
 
 
 @functools.lru_cache(maxsize=None)
-def tidal_transfer(i, j):
+def tidal_transfer(i: int, j: int) -> Transfer:
     """The transfer function k_i k_j / k^2 of second derivatives of an inverse Laplacian, 0 for the mean."""
 
     @fastpm.fixed_transfer
-    def transfer(k):
+    def transfer(k: Any) -> Array:
         k2 = k.normp(2)
         product = k[i] * k[j] / numpy.where(k2 == 0, 1, k2)
         for d in {i, j} if i != j else ():
@@ -146,12 +166,12 @@ def tidal_transfer(i, j):
 
 
 @fastpm.fixed_transfer
-def laplace_transfer(k):
+def laplace_transfer(k: Any) -> Array:
     """The transfer function of the Laplacian, -k^2."""
     return -k.normp(2)
 
 
-def tidal_square(rhok, delta, pm):
+def tidal_square(rhok: Symbol, delta: Symbol, pm: ParticleMesh) -> Symbol:
     """The square of the traceless tidal field, from the modes of a field and its values."""
     total = delta * delta * (-1.0 / pm.ndim)
     for j in range(pm.ndim):
@@ -165,7 +185,7 @@ BIAS_TERMS = ("b1", "b2", "bs2", "bnabla2")
 
 
 @autooperator("rhok -> fields")
-def lagrangian_fields(rhok, q, pm, terms=BIAS_TERMS):
+def lagrangian_fields(rhok: Symbol, q: Array, pm: ParticleMesh, terms: Sequence[str] = BIAS_TERMS) -> Symbol:
     """The terms of the Lagrangian bias expansion at the points of a lattice.
 
     Parameters
@@ -196,7 +216,9 @@ def lagrangian_fields(rhok, q, pm, terms=BIAS_TERMS):
 
 
 @autooperator("rhok, b -> w")
-def lagrangian_weights(rhok, b, q, pm, terms=BIAS_TERMS):
+def lagrangian_weights(
+    rhok: Symbol, b: Value, q: Array, pm: ParticleMesh, terms: Sequence[str] = BIAS_TERMS
+) -> Symbol:
     """The weights of particles as biased tracers, 1 + sum of b times the fields (Modi, Chen & White 2020).
 
     `b` are the bias parameters (nterms,), replicated; for the rest see `lagrangian_fields`. The weights are
@@ -207,6 +229,6 @@ def lagrangian_weights(rhok, b, q, pm, terms=BIAS_TERMS):
 
 
 @autooperator("rho, b -> y")
-def eulerian_bias(rho, b):
+def eulerian_bias(rho: Symbol, b: Value) -> Symbol:
     """The density 1 + b (rho - 1) of tracers of linear bias b, a number, from that of matter."""
     return (rho - 1.0) * b + 1.0

@@ -1,14 +1,22 @@
 """Transfer functions: what multiplies the modes of a field, fixed or fitted."""
 
+from __future__ import annotations
+
 import weakref
+from collections.abc import Callable
 from functools import partial
+from typing import Any, Literal
 
 import numpy
+from numpy.typing import ArrayLike
 
 from vmad_lit import operator
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.symbol import Value
 from vmad_lit.lib.mesh import (
+    ParticleMesh,
     as_rows,
     common_dtypes,
     field_like,
@@ -23,10 +31,14 @@ with needed_for("transfer functions", extra="mesh"):
 try:
     from vmad_lit.lib import loops
 except ImportError:  # no numba
-    loops = None
+    loops = None  # type: ignore[assignment]
+
+Labels = Literal["wavenumber", "circular", "index"]
+Transfer = Callable[[xslab], Any]  # of the labels of modes, one for each axis
+Digitizer = Callable[[xslab], tuple[Array, Array]]  # the bin of each mode, and whether to conjugate
 
 
-def coordinates(x, kind):
+def coordinates(x: BaseComplexField, kind: Labels) -> xslab:
     """Labels of a field's modes, as a list of broadcastable arrays with pmesh's `normp`."""
     if not isinstance(x, BaseComplexField):
         raise TypeError(
@@ -42,7 +54,7 @@ def coordinates(x, kind):
     return labels
 
 
-def fixed_transfer(tf, pointwise=False):
+def fixed_transfer(tf: Any, pointwise: bool = False) -> Transfer:
     """Declare that a function of the mode labels depends on them alone, so that results may be kept.
 
     For transfer functions and for digitizers. Do not use it on a function that reads variables that change. A
@@ -52,11 +64,11 @@ def fixed_transfer(tf, pointwise=False):
     return tf
 
 
-def evaluate_transfer(x, f, kind):
+def evaluate_transfer(x: BaseComplexField, f: Transfer, kind: Labels) -> Any:
     """`f` of the labels of the modes of `x`; kept, if `f` is declared to be fixed."""
     if not getattr(f, "fixed_transfer", False):
         return f(coordinates(x, kind))
-    kept = once_per_mesh(x.pm, "fixed_transfer", weakref.WeakKeyDictionary).setdefault(f, {})
+    kept = once_per_mesh(x.pm, "fixed_transfer", weakref.WeakKeyDictionary[Any, Any]).setdefault(f, {})
     if (kind, type(x)) not in kept:
         # Evaluate, and arrange the result in memory like the field
         labels = coordinates(x, kind)
@@ -78,7 +90,9 @@ def evaluate_transfer(x, f, kind):
     return kept[kind, type(x)]
 
 
-def multiply_field(x, factor, out=None, scale=1.0):
+def multiply_field(
+    x: BaseComplexField, factor: Value, out: BaseComplexField | None = None, scale: float = 1.0
+) -> Any:
     """A field times an array that broadcasts to it and a number, in the field's precision; in `out`, if given."""
     y = x.pm.create(type=type(x)) if out is None else out
     if loops is None or not loops.multiply(y.value, x.value, factor, scale):
@@ -110,21 +124,21 @@ class apply_transfer:
         return dict(y_=multiply_field(x_, evaluate_transfer(x_, tf, kind)))
 
 
-def _field(like, value):
+def _field(like: tuple[ParticleMesh, type], value: Value) -> Any:
     """A value as a field of the mesh and type `like`, without a copy if it is one."""
     pm, kind = like
     return value if isinstance(value, kind) else pm.create(type=kind, value=value)
 
 
 @partial(fixed_transfer, pointwise=True)
-def fourier_space_laplace(k):
+def fourier_space_laplace(k: xslab) -> Array:
     """The inverse Laplacian in Fourier space, -1 / k^2, and 0 for the mean."""
     k2 = k.normp(2)
     zero = k2 == 0
     return numpy.where(zero, 0, -1 / numpy.where(zero, 1, k2))
 
 
-def fourier_space_neg_gradient(dir, pm, order=1):
+def fourier_space_neg_gradient(dir: int, pm: ParticleMesh, order: Literal[0, 1] = 1) -> Transfer:
     """The transfer function of minus the derivative along the axis `dir`.
 
     `order` 0 is exact, without the Nyquist mode; 1 is the four-point central difference
@@ -137,12 +151,12 @@ def fourier_space_neg_gradient(dir, pm, order=1):
     cell = float(pm.BoxSize[dir] / pm.Nmesh[dir])
     nyquist = float(numpy.pi / pm.BoxSize[dir] * (pm.Nmesh[dir] - 0.01))
 
-    def make():
+    def make() -> Transfer:
         if order == 0:
             return fixed_transfer(lambda k: -1j * k[dir] * (abs(k[dir]) < nyquist))
 
         # Make the four-point difference
-        def difference(k):
+        def difference(k: xslab) -> Array:
             w = k[dir] * cell
             return -1j / (6 * cell) * (8 * numpy.sin(w) - numpy.sin(2 * w))
 
@@ -151,7 +165,7 @@ def fourier_space_neg_gradient(dir, pm, order=1):
     return once_per_mesh(pm, ("neg_gradient", dir, order), make)
 
 
-def _spread(bins, ind, conj, default):
+def _spread(bins: Array, ind: Array, conj: Array, *, default: Value) -> Array:
     """The number of each mode's bin, conjugated where asked for, `default` outside of all bins."""
     outside = (ind < 0) | (ind >= len(bins))
     found = bins[numpy.where(outside, 0, ind)]
@@ -160,7 +174,7 @@ def _spread(bins, ind, conj, default):
     return numpy.where(outside, default, found)
 
 
-def _sum_bins(values, ind, nbin):
+def _sum_bins(values: Array, ind: Array, nbin: int) -> Array:
     """The sum of the values in each bin."""
     ind = numpy.where((ind < 0) | (ind >= nbin), nbin, ind).ravel()
     real, imag = (
@@ -188,12 +202,12 @@ class apply_digitized:
     collective = True
 
     @staticmethod
-    def isotropic_wavenumber(kedges):
+    def isotropic_wavenumber(kedges: ArrayLike) -> Digitizer:
         """A digitizer of the modulus of k by bin edges; bin i is kedges[i] <= |k| < kedges[i + 1]."""
         kedges = numpy.array(kedges, dtype="f8")
 
         @fixed_transfer
-        def digitizer(k):
+        def digitizer(k: xslab) -> tuple[Array, Array]:
             ind = numpy.digitize(k.normp(2) ** 0.5, kedges) - 1
             return ind, numpy.zeros_like(ind, dtype="?")
 
@@ -201,7 +215,7 @@ class apply_digitized:
 
     # The table applied, and its derivatives
     @staticmethod
-    def factors(tf, mode):
+    def factors(tf: ArrayLike, mode: Literal["amplitude", "phase"]) -> tuple[Array, Array]:
         """The factors of the bins, and their derivatives by the numbers of the table."""
         tf = numpy.asarray(tf)
         if tf.ndim != 1:
@@ -216,7 +230,7 @@ class apply_digitized:
     def apl(node, x, tf, digitizer, kind="wavenumber", mode="amplitude"):
         ind, conj = evaluate_transfer(x, digitizer, kind)
         factors, _ = apply_digitized.factors(tf, mode)
-        return dict(y=multiply_field(x, _spread(factors, ind, conj, 1)), bins=(ind, conj))
+        return dict(y=multiply_field(x, _spread(factors, ind, conj, default=1)), bins=(ind, conj))
 
     def vjp(node, _y, x, tf, bins, mode):
         (dtype,) = common_dtypes(x.pm.comm, _y)
@@ -226,7 +240,7 @@ class apply_digitized:
         factors, derivative = apply_digitized.factors(tf, mode)
         _x = _tf = ZeroGradient
         if not node.is_literal("x"):
-            _x = multiply_field(_y, numpy.conj(_spread(factors, *bins, 1)))
+            _x = multiply_field(_y, numpy.conj(_spread(factors, *bins, default=1)))
         if not node.is_literal("tf"):
             _tf = apply_digitized.cross_power(x, _y, bins, len(tf)) * numpy.conj(derivative)
         return dict(_x=_x, _tf=_tf if numpy.iscomplexobj(tf) else numpy.real(_tf))
@@ -235,13 +249,13 @@ class apply_digitized:
         factors, derivative = apply_digitized.factors(tf, mode)
         y_ = ZeroGradient
         if not is_zero(x_):
-            y_ = multiply_field(field_like(x, x_), _spread(factors, *bins, 1))
+            y_ = multiply_field(field_like(x, x_), _spread(factors, *bins, default=1))
         if not is_zero(tf_):
-            y_ = y_ + multiply_field(x, _spread(derivative * tf_, *bins, 0))
+            y_ = y_ + multiply_field(x, _spread(derivative * tf_, *bins, default=0))
         return dict(y_=y_)
 
     @staticmethod
-    def cross_power(x, _y, bins, nbin):
+    def cross_power(x: BaseComplexField, _y: BaseComplexField, bins: tuple[Array, Array], nbin: int) -> Array:
         """The sum over the modes of each bin, on all ranks, of a cotangent times the conjugate of the field."""
         ind, conj = bins
         power = mode_weights(x) * _y.value * numpy.conj(x.value)
@@ -257,7 +271,7 @@ class apply_digitized:
         change = None if of_tf is None else derivative * as_rows(tf_, numpy.shape(tf), of_tf)
         _x_, _tf_ = ZeroGradient, 0.0
         if change is not None:
-            _x_ = multiply_field(_y, numpy.conj(_spread(change, *bins, 0)))
+            _x_ = multiply_field(_y, numpy.conj(_spread(change, *bins, default=0)))
         if of_x is not None:
             _tf_ = apply_digitized.cross_power(field_like(x, x_), _y, bins, len(tf)) * numpy.conj(derivative)
         if change is not None and mode == "phase":

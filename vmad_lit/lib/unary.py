@@ -10,15 +10,20 @@ by another one::
         fsecond = staticmethod(lambda x: 1 / (2 + numpy.exp(x) + numpy.exp(-x)))
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy
 
 from ..core.operator import ZeroGradient, operator
 from ..core.stdlib.operators import conj, unbroadcast, kind, turn
+from ..core.symbol import Value
 
 
-def scaled(g, slope):
+def scaled(g: Value, slope: Value) -> Value:
     """The product of a cotangent or tangent with a slope, zero where the former is zero even if the
     latter is infinite."""
     if g is ZeroGradient:
@@ -38,11 +43,11 @@ class unary_ufunc:
     aout = "y"
 
     @staticmethod
-    def f(x):
+    def f(x: Value, /) -> Value:
         return x
 
     @staticmethod
-    def fprime(x):
+    def fprime(x: Value, /) -> Value:
         return 1
 
     def apl(node, x):
@@ -54,14 +59,14 @@ class unary_ufunc:
     def jvp(node, x_, x):
         return scaled(x_, slope(node.prototype.fprime, x))
 
-    def __init_subclass__(cls):
+    def __init_subclass__(cls) -> None:
         offer_curvature(cls, cls._differentiate_vjp, ["fprime"], ["fsecond"])
 
     def _differentiate_vjp(node, _y, x_, x):
         return unbroadcast(scaled(_y, conj(scaled(x_, slope(node.prototype.fsecond, x)))), kind(x))
 
 
-def offer_curvature(cls, hvp, first, second):
+def offer_curvature(cls: Any, hvp: Callable[..., Value], first: Iterable[str], second: Iterable[str]) -> None:
     """Give a class the function `hvp` if it declares the second derivatives; take it away if it
     declares only the first ones."""
     declared = vars(cls)
@@ -71,7 +76,7 @@ def offer_curvature(cls, hvp, first, second):
         cls.hvp = None
 
 
-def slope(fprime, *x):
+def slope(fprime: Callable[..., Value], *x: Value) -> Value:
     """A derivative, without the warnings about its poles."""
     with numpy.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return fprime(*x)
@@ -82,7 +87,7 @@ class result_ufunc(unary_ufunc):
     well, and for exact second derivatives also `curvature(y)`."""
 
     @staticmethod
-    def slope(y):
+    def slope(y: Value, /) -> Value:
         return 1
 
     def vjp(node, _y, y):
@@ -91,7 +96,7 @@ class result_ufunc(unary_ufunc):
     def jvp(node, x_, y):
         return scaled(x_, slope(node.prototype.slope, y))
 
-    def __init_subclass__(cls):
+    def __init_subclass__(cls) -> None:
         offer_curvature(cls, cls._differentiate_vjp, ["fprime", "slope"], ["curvature"])
 
     def _differentiate_vjp(node, _y, x_, y):
@@ -283,7 +288,7 @@ class rad2deg(unary_ufunc):
     hvp = ZeroGradient
 
 
-def sinc_slope(x):
+def sinc_slope(x: Value) -> Value:
     u = math.pi * x
     near = numpy.abs(u) < 0.5
     small, large = u * near, u + near
@@ -296,7 +301,7 @@ def sinc_slope(x):
     return (series + direct * ~near) * math.pi
 
 
-def sinc_curvature(x):
+def sinc_curvature(x: Value) -> Value:
     u = math.pi * x
     near = numpy.abs(u) < 0.5
     small, large = u * near, u + near
@@ -317,7 +322,7 @@ class sinc(unary_ufunc):
     fsecond = staticmethod(sinc_curvature)
 
     @staticmethod
-    def f(x):
+    def f(x: Value, /) -> Value:
         if type(x) is not numpy.ndarray and hasattr(x, "__array_ufunc__"):
             u = math.pi * x + (x == 0) * 1e-20
             return numpy.sin(u) / u

@@ -11,22 +11,40 @@ position to the mesh by ``pos * scale + translate``, indices are folded with ``p
 axis that is not periodic), and what then falls outside the array is left out.
 """
 
-from contextlib import contextmanager
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from math import floor
-import os
-from queue import SimpleQueue
-from threading import Thread
-import time
+from typing import Any, Protocol
 
 import numpy
-from numpy.lib.stride_tricks import as_strided
+from numpy.typing import ArrayLike
 
 from vmad_lit.core.error import needed_for
+from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib import memory
+from vmad_lit.lib.compiled import compiled, inlined
+from vmad_lit.lib.memory import as_flat, flatten
+from vmad_lit.lib.threads import get_threads, run_on_threads, set_threads, share_out
 
-with needed_for("compiled windows", extra="fast"):
-    from numba import float64, from_dtype, int64, njit, types, uint64, uintp
+with needed_for("compiled loops", extra="fast"):
+    from numba import float64, from_dtype, int64, types, uint64, uintp
+
+Mesh = Any  # an array, or a field that has one as its `value`
+WindowLike = Any  # the name of a window, or pmesh's object
+DType = numpy.dtype[Any]
+Box = tuple[tuple[Any, ...], ...]  # see `_box`
+View = tuple[Array, Shape]  # flat memory, and strides in elements
+
+
+class Transform(Protocol):
+    """From positions to cells: `pos * scale + translate`, folded with `period`."""
+
+    scale: Any
+    translate: Any
+    period: Any
+
 
 #: Number of cells that each window covers along an axis.
 SUPPORT = {"nnb": 1, "cic": 2, "tsc": 3, "pcs": 4}
@@ -40,10 +58,8 @@ TOGETHER = 4
 #: The type of a geometry: shape, stride, scale, translate, origin and period, each for three axes.
 BOX = types.Tuple([types.UniTuple(kind, 3) for kind in (int64, int64, float64, float64, int64, int64)])
 
-_compiled = dict(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 
-
-@njit(**_compiled)
+@inlined
 def _spline(support, x):
     """First cell, weights and derivatives of the B-spline of this support at `x`.
 
@@ -72,19 +88,19 @@ def _spline(support, x):
     )
 
 
-@njit(**_compiled)
+@inlined
 def _fold(i, period):
     """The cell `i` of a mesh of this period."""
     return i if uintp(i) < uintp(period) else i % period
 
 
-@njit(**_compiled)
+@inlined
 def _offset(cell, low, high, stride, whole):
     """Offset of a folded cell in memory, or -1 if it is not among the local cells `low` to `high`."""
     return cell * stride if whole or low <= cell < high else -1
 
 
-@njit(**_compiled)
+@inlined
 def _offsets(first, period, low, high, stride, whole):
     """Offsets of the cells from `first` on, as many as the widest window has; `whole`: all are local."""
     a = _fold(first, period)
@@ -100,7 +116,16 @@ def _offsets(first, period, low, high, stride, whole):
 
 
 @lru_cache(maxsize=None)
-def _scatter_loop(mesh, position, ndim, support, n, asked, moving, spreading=False):
+def _scatter_loop(
+    mesh: DType,
+    position: DType,
+    ndim: int,
+    support: int,
+    n: int,
+    asked: int,
+    moving: bool,
+    spreading: bool = False,
+) -> Any:
     """The compiled loop that adds particles to `n` meshes, for these types of `mesh` and `position`.
 
     Along the first `asked` axes cells may be elsewhere. `moving`: the tangent of painting one mesh; or
@@ -213,7 +238,7 @@ def _scatter_loop(mesh, position, ndim, support, n, asked, moving, spreading=Fal
                                 mesh3[i] += weight * m3
 
     reals = float64[::1]
-    return _compile(
+    return compiled(
         scatter,
         *4 * [_array(mesh)],
         BOX,
@@ -232,7 +257,9 @@ def _scatter_loop(mesh, position, ndim, support, n, asked, moving, spreading=Fal
 
 
 @lru_cache(maxsize=None)
-def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
+def _gather_loop(
+    mesh: DType, position: DType, ndim: int, support: int, n: int, asked: int, moving: bool, slopes: bool
+) -> Any:
     """The compiled loop that reads `n` meshes, their change (`moving`) or their gradients (`weighted_gradient`).
 
     Along the first `asked` axes cells may be elsewhere.
@@ -391,7 +418,7 @@ def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
                     out[uintp(first + 3)] = s3
 
     reals = float64[::1]
-    return _compile(
+    return compiled(
         gather,
         *4 * [_array(mesh)],
         BOX,
@@ -411,63 +438,12 @@ def _gather_loop(mesh, position, ndim, support, n, asked, moving, slopes):
     )
 
 
-def _array(dtype):
+def _array(dtype: DType) -> Any:
     return types.Array(from_dtype(dtype), 1, "C")
 
 
-def _compile(function, *signature):
-    """Compile a function for these types, or read it from disk if this or another process did so before."""
-    loop = njit(**_compiled)(function)
-    with _locked(loop.stats.cache_path):
-        loop.compile(signature)
-    loop.disable_compile()
-    return loop
-
-
-def compiled(function):
-    """A compiled function; each of its cases is compiled by one process at a time."""
-    loop = njit(**_compiled)(function)
-    compile_case = loop._compile_for_args
-
-    def in_turn(*args, **kwargs):
-        with _locked(loop.stats.cache_path):
-            return compile_case(*args, **kwargs)
-
-    loop._compile_for_args = in_turn
-    return loop
-
-
-#: Seconds to wait for another process that compiles.
-PATIENCE = 120
-
-
-@contextmanager
-def _locked(folder):
-    """Hold the lock of a folder, so that one process at a time compiles; without it if that cannot be."""
-    try:
-        import fcntl
-
-        os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, "vmad_lit.lock"), "a")
-    except (ImportError, OSError, TypeError):
-        yield False
-        return
-    with file:
-        # Wait for the lock
-        held, start = False, time.monotonic()
-        while not held and time.monotonic() - start < PATIENCE:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
-            except BlockingIOError:
-                time.sleep(0.02)
-            except OSError:
-                break
-        yield held
-
-
 @lru_cache(maxsize=None)
-def _census_loop(position):
+def _census_loop(position: DType) -> Any:
     """The compiled loop that finds for blocks of particles the owners whose planes they may touch."""
 
     # The loop that takes the census
@@ -498,7 +474,7 @@ def _census_loop(position):
             mask[b] = bits
 
     axis = float64, float64, int64, int64
-    return _compile(
+    return compiled(
         census, int64, *axis, uint64[::1], int64, int64, uint64[::1], int64, _array(position), int64
     )
 
@@ -506,116 +482,8 @@ def _census_loop(position):
 #: Particles in a block of the census.
 BLOCK = 1024
 
-#: Owners are bits of a word, so there can be no more threads than that.
-MAX_THREADS = 64
 
-_threads = None
-
-
-def set_threads(n):
-    """Use `n` threads in this process; None goes back to what the environment says."""
-    global _threads
-    if n is not None and not 1 <= n <= MAX_THREADS:
-        raise ValueError(f"the number of threads must be between 1 and {MAX_THREADS}, not {n}")
-    _threads = n
-
-
-def get_threads():
-    """The number of threads in use: `set_threads`, else the environment, else the cores for each rank."""
-    if _threads is not None:
-        return _threads
-    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        value = os.environ.get(name, "").split(",")[0]
-        if value.isdigit() and int(value) > 0:
-            return min(int(value), MAX_THREADS)
-    # Share the cores among the ranks of the node
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = 1
-    for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
-        if os.environ.get(name, "").isdigit():
-            ranks = max(1, int(os.environ[name]))
-            break
-    return max(1, min(cores // ranks, MAX_THREADS))
-
-
-@lru_cache(maxsize=None)
-def _crew(pid, threads):
-    """The queue of the worker threads of the process `pid`; the calling thread works too."""
-    tasks = SimpleQueue()
-    for _ in range(threads - 1):
-        Thread(target=_work, args=(tasks,), name="vmad_lit-window", daemon=True).start()
-    return tasks
-
-
-def _work(tasks):
-    """Take a function, its arguments, and the queue for its error, or None; for ever."""
-    while True:
-        function, arguments, done = tasks.get()
-        error = None
-        try:
-            function(*arguments)
-        except BaseException as e:
-            error = e
-        del function, arguments
-        done.put(error)
-        del done, error
-
-
-def _run(function, tasks):
-    """Call `function` with each tuple of `tasks`, one of them here and the rest on other threads."""
-    if len(tasks) < 2:
-        for task in tasks:
-            function(*task)
-        return
-    crew, done = _crew(os.getpid(), len(tasks)), SimpleQueue()
-    for task in tasks[1:]:
-        crew.put((function, task, done))
-    try:
-        function(*tasks[0])
-    finally:
-        errors = [done.get() for _ in tasks[1:]]
-    for error in errors:
-        if error is not None:
-            raise error
-
-
-def _shares(n, least):
-    """Edges that cut `range(n)` into about equal parts of at least `least`, one for each thread."""
-    parts = max(1, min(get_threads(), n // least))
-    return [n * t // parts for t in range(parts + 1)]
-
-
-class _Memory:
-    """Hands memory to NumPy without the read-only flag."""
-
-    def __init__(self, array):
-        self.__array_interface__ = dict(array.__array_interface__, data=(array.ctypes.data, False))
-        self.base = array
-
-
-def _flat(array):
-    """The elements of a contiguous array as a flat array, for the loops only."""
-    flat = array.reshape(-1)
-    return flat if flat.flags.writeable else numpy.asarray(_Memory(flat))
-
-
-def _view(mesh):
-    """Memory of a mesh as a flat array, and its strides in elements; None if it cannot be seen so."""
-    size = mesh.dtype.itemsize
-    if mesh.dtype.char not in "fd" or not mesh.dtype.isnative or not mesh.flags.aligned:
-        return None
-    if any(s < 0 or s % size for s in mesh.strides):
-        return None
-    strides = tuple(s // size for s in mesh.strides)
-    if mesh.flags.c_contiguous:
-        flat = mesh.reshape(-1)
-    else:
-        extent = 1 + sum((n - 1) * s for n, s in zip(mesh.shape, strides)) if mesh.size else 0
-        flat = as_strided(mesh, (extent,), (size,))
-    return (flat if flat.flags.writeable else numpy.asarray(_Memory(flat))), strides
-
-
-def check_positions(pos, ndim):
+def check_positions(pos: ArrayLike, ndim: int) -> Array:
     """`pos` as a C-ordered native float32 or float64 array of shape (N, ndim) or wider.
 
     Integers become float64. Raises ValueError for a wrong shape, TypeError for what is not a real number.
@@ -626,17 +494,17 @@ def check_positions(pos, ndim):
             f"positions must have the shape (N, {ndim}), one row for each particle, "
             f"but their shape is {pos.shape}"
         )
-    return numpy.require(pos, _real_dtype(pos, "positions"), "CA")
+    return numpy.require(pos, _real_dtype(pos, "positions"), ["C", "A"])
 
 
-def _real_dtype(array, what):
+def _real_dtype(array: Array, what: str) -> DType:
     kind, size = array.dtype.kind, array.dtype.itemsize
     if kind not in "fiub":
         raise TypeError(f"{what} must be real numbers, but their type is {array.dtype}")
     return numpy.dtype("f4" if kind == "f" and size <= 4 else "f8")
 
 
-def _per_particle(value, npart, what, width=None):
+def _per_particle(value: ArrayLike, npart: int, what: str, width: int | None = None) -> tuple[Array, int]:
     """A value for each particle (or one for all) as flat float64 memory and its step (0 for one)."""
     value = numpy.asarray(value)
     _real_dtype(value, what)
@@ -647,10 +515,10 @@ def _per_particle(value, npart, what, width=None):
         raise ValueError(
             f"{what} must be one number or have the shape {shape}, but the shape is {value.shape}"
         )
-    return _flat(numpy.require(value, "f8", "CA")), width or 1
+    return flatten(numpy.require(value, "f8", ["C", "A"])), width or 1
 
 
-def support(window):
+def support(window: WindowLike) -> int | None:
     """The support of a window that is served here, by name or as pmesh's object, else None."""
     if isinstance(window, str):
         return SUPPORT.get(window.lower())
@@ -662,7 +530,7 @@ def support(window):
     return None
 
 
-def _find_support(window):
+def _find_support(window: WindowLike) -> int:
     found = support(window)
     if found is None:
         raise ValueError(
@@ -671,7 +539,7 @@ def _find_support(window):
     return found
 
 
-def _box(mesh, transform):
+def _box(mesh: Array, transform: Transform | None) -> Box:
     """Shape, stride, scale, translation (below one), origin and period of a mesh, each for three axes."""
     shape, ndim = mesh.shape, mesh.ndim
     if not 1 <= ndim <= 3:
@@ -692,20 +560,30 @@ def _box(mesh, transform):
     )
 
 
-def _asked(box):
+def _asked(box: Box) -> int:
     """Along how many axes, the first ones, cells of the periodic mesh may be elsewhere: none, one, or all."""
     shape, period = box[0], box[-1]
     return 0 if shape == period else 1 if shape[1:] == period[1:] else 3
 
 
-def _groups(views):
+def _groups(views: Sequence[View]) -> Iterator[tuple[int, int, list[Array]]]:
     """Where each group of meshes begins, how many they are, and their flat arrays, always four."""
     for first in range(0, len(views), TOGETHER):
         flats = [flat for flat, _ in views[first : first + TOGETHER]]
         yield first, len(flats), flats + flats[:1] * (TOGETHER - len(flats))
 
 
-def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1.0, spreading=False):
+def _scatter(
+    meshes: Sequence[Array],
+    pos: Array,
+    mass: Array,
+    mass_step: int,
+    window: WindowLike,
+    transform: Transform | None,
+    speed: Array | None = None,
+    rate: float = 1.0,
+    spreading: bool = False,
+) -> None:
     """Add to each of `meshes` the window of each particle times its column of `mass`, and its change along
     `rate` times `speed`; or (`spreading`) the column times the change of the window along `speed`."""
     cells = _find_support(window)
@@ -715,8 +593,8 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1
     if not len(pos) or not meshes[0].size:
         return
     step = pos.shape[1]
-    pos = _flat(pos)
-    views = [_view(mesh) for mesh in meshes]
+    pos = flatten(pos)
+    views = [as_flat(mesh) for mesh in meshes]
     # Paint aside what cannot be painted in place
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
         for c, mesh in enumerate(meshes):
@@ -750,7 +628,7 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1
             spreading=spreading,
         )
         rest = BLOCK, pos, step, mass[first:], mass_step, mass[:0] if speed is None else speed, rate
-        _run(
+        run_on_threads(
             _scatter_in_turns,
             [
                 (
@@ -763,7 +641,9 @@ def _scatter(meshes, pos, mass, mass_step, window, transform, speed=None, rate=1
         )
 
 
-def _turns(find_loop, asked, mask, owner, alone):
+def _turns(
+    find_loop: Callable[[int], Any], asked: int, mask: Array, owner: int, alone: bool
+) -> list[tuple[Any, Array]]:
     """The loops to call for an owner, and the mask for each."""
     if asked > 0 or alone:
         return [(find_loop(asked), mask)]
@@ -771,53 +651,55 @@ def _turns(find_loop, asked, mask, owner, alone):
     return [(find_loop(0), numpy.where(mine, mask, 0)), (find_loop(1), numpy.where(mine, 0, mask))]
 
 
-def _scatter_in_turns(turns, place, rest):
+def _scatter_in_turns(
+    turns: Sequence[tuple[Any, Array]], place: tuple[Any, ...], rest: tuple[Any, ...]
+) -> None:
     for scatter, mask in turns:
         scatter(*place, mask, *rest)
 
 
-def _owners(cells, box, pos, step):
+def _owners(cells: int, box: Box, pos: Array, step: int) -> tuple[list[int], Array]:
     """Edges of the planes owned by each thread, and for each block of particles the owners it touches."""
     nplane = box[0][0]
     nblock = -(-(len(pos) // step) // BLOCK)
-    edges = _shares(nplane, cells + 2)
+    edges = share_out(nplane, cells + 2)
     if len(edges) == 2 or nblock < 2 * (len(edges) - 1):
         return [0, nplane], numpy.ones(nblock, dtype="u8")
     mask = numpy.zeros(nblock, dtype="u8")
     bits = numpy.uint64(1) << numpy.arange(len(edges) - 1, dtype="u8")
     owners = numpy.repeat(bits, numpy.diff(edges))
-    cuts = _shares(nblock, 1)
+    cuts = share_out(nblock, 1)
     axis = tuple(values[0] for values in box[2:])
-    _run(
+    run_on_threads(
         _census_loop(pos.dtype),
         [(cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step) for t in range(len(cuts) - 1)],
     )
     return edges, mask
 
 
-def _readable(meshes):
+def _readable(meshes: Sequence[Array]) -> tuple[Array, list[View]]:
     """The first of meshes that lie in memory alike, and the views of all: those given, or else copies."""
-    views = [_view(mesh) for mesh in meshes]
+    views = [as_flat(mesh) for mesh in meshes]
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
-        meshes = [numpy.require(mesh, "f8", "CA") for mesh in meshes]
-        views = [_view(mesh) for mesh in meshes]
+        meshes = [numpy.require(mesh, "f8", ["C", "A"]) for mesh in meshes]
+        views = [as_flat(mesh) for mesh in meshes]
     return meshes[0], views
 
 
 def _gather(
-    meshes,
-    pos,
-    window,
-    transform,
-    out=None,
-    speed=None,
-    coef=None,
-    coef_step=0,
-    slope=None,
-    given=None,
-    base=None,
-    factor=1.0,
-):
+    meshes: Sequence[Array],
+    pos: Array,
+    window: WindowLike,
+    transform: Transform | None,
+    out: Array | None = None,
+    speed: Array | None = None,
+    coef: Array | None = None,
+    coef_step: int = 0,
+    slope: Array | None = None,
+    given: int | None = None,
+    base: Array | None = None,
+    factor: float = 1.0,
+) -> Array:
     """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is there.
 
     Both in one go only for a single mesh. The slopes fill `slope` (N, ndim), or a new array. There are
@@ -838,18 +720,18 @@ def _gather(
             if result is not None and len(result):
                 result[...] = 0.0 if base is None else base
         return slope
-    pos = _flat(pos)
+    pos = flatten(pos)
     none = numpy.empty(0)
     width = 0 if out is None else len(meshes)
     given = len(meshes) if given is None else given
     base = none if base is None else base.reshape(-1)
-    cuts = _shares(npart, 4 * BLOCK)
+    cuts = share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
         gather = _gather_loop(
             flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box), speed is not None, slopes
         )
         part = memory.empty_like(slope) if first else slope
-        _run(
+        run_on_threads(
             gather,
             [
                 (
@@ -877,13 +759,13 @@ def _gather(
     return slope
 
 
-def _mesh(mesh):
+def _mesh(mesh: Mesh) -> Array:
     """The values of an array or field, the real part of complex ones."""
     value = numpy.asarray(getattr(mesh, "value", mesh))
     return value.real if value.dtype.kind == "c" else value
 
 
-def _meshes(meshes):
+def _meshes(meshes: Sequence[Mesh]) -> list[Array]:
     values = [_mesh(mesh) for mesh in meshes]
     if not values:
         raise ValueError("at least one mesh is needed")
@@ -892,7 +774,13 @@ def _meshes(meshes):
     return values
 
 
-def paint(mesh, pos, mass=1.0, window="cic", transform=None):
+def paint(
+    mesh: Mesh,
+    pos: Array,
+    mass: ArrayLike = 1.0,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+) -> Mesh:
     """Add particles to `mesh`, in place.
 
     Parameters
@@ -912,7 +800,15 @@ def paint(mesh, pos, mass=1.0, window="cic", transform=None):
     return mesh
 
 
-def readout(meshes, pos, window="cic", transform=None, out=None, base=None, factor=1.0):
+def readout(
+    meshes: Mesh | Sequence[Mesh],
+    pos: Array,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+    out: Array | None = None,
+    base: ArrayLike | None = None,
+    factor: float = 1.0,
+) -> Array:
     """Values of meshes at positions: (N,) for one mesh, (N, n) for a list of n, in float64.
 
     They fill `out` if it is given, a C-ordered array of that shape and type. With `base`, another such array or
@@ -934,14 +830,20 @@ def readout(meshes, pos, window="cic", transform=None, out=None, base=None, fact
     return out
 
 
-def gradient(mesh, pos, window="cic", transform=None, out=None):
+def gradient(
+    mesh: Mesh,
+    pos: Array,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+    out: Array | None = None,
+) -> Array:
     """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), float64; as `readout`."""
     values = _meshes([mesh])
     out = _result(out, (len(pos), values[0].ndim))
     return _gather(values, pos, window, transform, coef=numpy.ones(1), coef_step=0, slope=out)
 
 
-def _result(out, shape):
+def _result(out: Array | None, shape: tuple[int, ...]) -> Array:
     """`out`, if it is fit to hold a result of this shape, or a new array."""
     if out is None:
         return memory.empty(shape)
@@ -951,35 +853,51 @@ def _result(out, shape):
     return out
 
 
-def _base(base, out):
+def _base(base: ArrayLike | None, out: Array) -> Array | None:
     """What the result is added to as memory like that of `out`; or None."""
     if base is None:
         return None
     if numpy.shape(base) != out.shape:
         raise ValueError(f"base must have the shape of the result, {out.shape}, not {numpy.shape(base)}")
-    return _flat(numpy.require(base, "f8", "CA")).reshape(out.shape)
+    return flatten(numpy.require(base, "f8", ["C", "A"])).reshape(out.shape)
 
 
-def paint_vjp(mesh, pos, mass=1.0, window="cic", transform=None, need_pos=True, need_mass=True):
+def paint_vjp(
+    mesh: Mesh,
+    pos: Array,
+    mass: ArrayLike = 1.0,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+    need_pos: bool = True,
+    need_mass: bool = True,
+) -> tuple[Array | None, Array | None]:
     """Cotangents of positions (N, ndim) and masses (N,) from the cotangent of the painted mesh.
 
     What is not needed comes back as None. With one mass for all, the second is still for each particle.
     """
     mass, step = _per_particle(mass, len(pos), "mass")
-    out = memory.empty((len(pos), 1)) if need_mass else None
+    out: Any = memory.empty((len(pos), 1)) if need_mass else None
     slope = _gather(
         _meshes([mesh]), pos, window, transform, out=out, coef=mass if need_pos else None, coef_step=step
     )
     return (slope if need_pos else None), (out[:, 0] if need_mass else None)
 
 
-def _velocities(pos_, npart, ndim):
+def _velocities(pos_: ArrayLike, npart: int, ndim: int) -> Array:
     """The tangent of positions as flat memory with `ndim` numbers for each particle, also if it is one number."""
     speed, step = _per_particle(pos_, npart, "tangent of positions", ndim)
     return speed if step else numpy.tile(speed, npart)
 
 
-def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window="cic", transform=None):
+def paint_jvp(
+    mesh: Mesh,
+    pos: Array,
+    mass: Any = 1.0,
+    pos_: ArrayLike | None = None,
+    mass_: ArrayLike | None = None,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+) -> Mesh:
     """Add to `mesh` the tangent of painting along `pos_` (N, ndim) and `mass_` (N,); None is zero."""
     value = _mesh(mesh)
     change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), "tangent of mass")
@@ -997,8 +915,15 @@ def paint_jvp(mesh, pos, mass=1.0, pos_=None, mass_=None, window="cic", transfor
 
 
 def weighted_gradient(
-    meshes, pos, factors=None, window="cic", transform=None, out=None, base=None, factor=1.0
-):
+    meshes: Sequence[Mesh],
+    pos: Array,
+    factors: ArrayLike | None = None,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+    out: Array | None = None,
+    base: ArrayLike | None = None,
+    factor: float = 1.0,
+) -> Array:
     """The sum of the gradients of meshes at positions, each times its column of factors: (N, ndim), float64.
 
     `factors` has a row for each particle and a column for each of the first meshes, or is one number for all
@@ -1021,7 +946,7 @@ def weighted_gradient(
     )
 
 
-def _coefficients(factors, npart, count):
+def _coefficients(factors: Any, npart: int, count: int) -> tuple[Array, int, int]:
     """The factors of `count` meshes as flat memory, their step, and for how many of the meshes they are."""
     given = 0 if factors is None else numpy.shape(factors)[-1] if numpy.ndim(factors) else count
     if given > count:
@@ -1029,7 +954,15 @@ def _coefficients(factors, npart, count):
     return (*(_per_particle(factors, npart, "factors", given) if given else (numpy.empty(0), 0)), given)
 
 
-def readout_vjp(meshes, pos, value, window="cic", transform=None, out=None, need_pos=True):
+def readout_vjp(
+    meshes: Any,
+    pos: Array,
+    value: ArrayLike,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+    out: Any = None,
+    need_pos: bool = True,
+) -> Array | None:
     """Cotangents of `readout(meshes, pos)` from that of its result, `value`: (N,) or (N, n).
 
     The meshes' cotangents are added to `out` (a mesh, or a list of n); without it they are not computed.
@@ -1048,7 +981,14 @@ def readout_vjp(meshes, pos, value, window="cic", transform=None, out=None, need
     return _gather(values, pos, window, transform, coef=coef, coef_step=step)
 
 
-def readout_jvp(meshes, pos, pos_=None, meshes_=None, window="cic", transform=None):
+def readout_jvp(
+    meshes: Any,
+    pos: Array,
+    pos_: ArrayLike | None = None,
+    meshes_: Any = None,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+) -> Array:
     """Tangent of `readout(meshes, pos)` along `pos_` (N, ndim) and `meshes_`; None is zero."""
     several = isinstance(meshes if meshes is not None else meshes_, (list, tuple))
     width = len(meshes if meshes is not None else meshes_) if several else 1
@@ -1064,7 +1004,7 @@ def readout_jvp(meshes, pos, pos_=None, meshes_=None, window="cic", transform=No
     return out if several else out[:, 0]
 
 
-@njit(**_compiled)
+@inlined
 def _spline_curvatures(support, x):
     """The second derivatives of the B-spline of this support at `x`, in the cells of `_spline`."""
     if support == 3:
@@ -1076,7 +1016,7 @@ def _spline_curvatures(support, x):
 
 
 @lru_cache(maxsize=None)
-def _hessian_product_loop(mesh, position, ndim, support, n, asked):
+def _hessian_product_loop(mesh: DType, position: DType, ndim: int, support: int, n: int, asked: int) -> Any:
     """The compiled loop that adds the Hessians of `n` meshes, with coefficients, times a velocity to `slope`."""
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
@@ -1170,7 +1110,7 @@ def _hessian_product_loop(mesh, position, ndim, support, n, asked):
                 slope[uintp(p * ndim + 2)] += (xz * vx + yz * vy + zz * vz) * scale[2]
 
     reals = float64[::1]
-    return _compile(
+    return compiled(
         hessian_product,
         *4 * [_array(mesh)],
         BOX,
@@ -1186,7 +1126,17 @@ def _hessian_product_loop(mesh, position, ndim, support, n, asked):
     )
 
 
-def _hessian_product(meshes, pos, coef, coef_step, given, speed, slope, window, transform):
+def _hessian_product(
+    meshes: Sequence[Array],
+    pos: Array,
+    coef: Array,
+    coef_step: int,
+    given: int,
+    speed: Array,
+    slope: Array,
+    window: WindowLike,
+    transform: Transform | None,
+) -> None:
     """Add to `slope` (N, ndim) the Hessians of meshes, with coefficients for the first `given`, times `speed`."""
     cells = _find_support(window)
     ndim = meshes[0].ndim
@@ -1196,10 +1146,10 @@ def _hessian_product(meshes, pos, coef, coef_step, given, speed, slope, window, 
     box = _box(mesh, transform)
     if not npart or not mesh.size:
         return
-    pos, cuts = _flat(pos), _shares(npart, 4 * BLOCK)
+    pos, cuts = flatten(pos), share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
         hessian_product = _hessian_product_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box))
-        _run(
+        run_on_threads(
             hessian_product,
             [
                 (
@@ -1221,8 +1171,15 @@ def _hessian_product(meshes, pos, coef, coef_step, given, speed, slope, window, 
 
 
 def weighted_gradient_jvp(
-    meshes, pos, factors=None, pos_=None, meshes_=None, factors_=None, window="cic", transform=None
-):
+    meshes: Any,
+    pos: Array,
+    factors: ArrayLike | None = None,
+    pos_: ArrayLike | None = None,
+    meshes_: Sequence[Mesh] | None = None,
+    factors_: ArrayLike | None = None,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+) -> Array:
     """Tangent of `weighted_gradient(meshes, pos, factors)` along `pos_` (N, ndim), `meshes_`, and `factors_`; None is zero.
 
     `factors_` is shaped as the factors. The meshes may be None if neither positions nor factors change.
@@ -1243,7 +1200,14 @@ def weighted_gradient_jvp(
     return slope
 
 
-def spread_jvp(out, pos, value, pos_, window="cic", transform=None):
+def spread_jvp(
+    out: Sequence[Mesh],
+    pos: Array,
+    value: ArrayLike,
+    pos_: ArrayLike,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+) -> Sequence[Mesh]:
     """Add to the n meshes of `out` the change along `pos_` of what `readout_vjp` adds for `value` (N, n)."""
     targets = [_mesh(mesh) for mesh in out]
     mass, step = _per_particle(value, len(pos), "cotangent of the values", len(targets))
