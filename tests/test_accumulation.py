@@ -1,6 +1,7 @@
 """Cotangents are summed in place where nobody else holds the array, and nowhere else."""
 
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -204,6 +205,33 @@ def test_a_recorded_sweep_and_added_outputs():
     assert [total[0] for total in vjp.compute(list(names), v)] == [2, 3, 4]
     (total, *_), _ = vjp.compute([*names], v, return_tape=True)
     assert total[0] == 2
+
+
+def test_a_sum_is_not_kept_longer_than_it_is_needed():
+    """Not by the slot either in which it grows."""
+    alive = []
+
+    class Tracked(np.ndarray):
+        """An array that can be referred to weakly."""
+
+    def watch(name):
+        @operator
+        class watched(one_to_one):
+            def vjp(node, _y):
+                alive.append([ref() is not None for ref in refs])
+                refs.append(weakref.ref(_y))
+                return np.array(_y).view(Tracked)
+
+        watched.__name__ = name
+        return watched
+
+    refs = []
+    with Builder() as m:
+        x = watch("before")(watch("after")(m.input("x")))
+        m.output(y=sum((same(x) * 2.0 for i in range(4)), same(x)))
+    (y,), (_x,) = m.compute_with_vjp(dict(x=np.ones(3)), dict(_y=np.ones(3)))
+    np.testing.assert_array_equal(_x, np.full(3, 9.0))
+    assert alive == [[], [False]]
 
 
 def test_wider_cotangents_widen_the_sum():
