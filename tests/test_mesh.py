@@ -358,7 +358,7 @@ def test_the_hessian_of_a_number(nmesh, resampler):
 def test_the_hessian_in_single_precision():
     results = []
     for dtype in 'f4', 'f8':
-        pm = make_mesh([4, 6, 8], dtype=dtype, resampler='cic')
+        pm = make_mesh([4, 6, 8], dtype=dtype, resampler='tsc')
         x, mass, v, u = (a.astype(dtype) for a in (particles(pm), 1 + per_particle(4) ** 2, per_particle(5, 3), per_particle(6)))
         with Builder() as m:
             m.output(y=objective(pm, *m.input('mesh', 'x', 'mass')))
