@@ -141,9 +141,13 @@ PARTIAL = dict(
 def build(names):
     with Builder() as m:
         x = m.input("x")
-        m.output(**{
-            f"y{i}": shared(x, x) if name == "shared" else OPERATORS[name](x) for i, name in enumerate(names)
-        }, x=x)
+        m.output(
+            **{
+                f"y{i}": shared(x, x) if name == "shared" else OPERATORS[name](x)
+                for i, name in enumerate(names)
+            },
+            x=x,
+        )
     return m
 
 
@@ -254,7 +258,9 @@ def test_lists_are_added_item_by_item(zero):
     parts = [[np.full(2, 10.0**i), np.full(3, 2 * 10.0**i)] for i in range(3)]
     if zero is not None:
         parts[zero] = ZeroGradient if zero == 1 else [ZeroGradient, parts[zero][1]]
-    expected = [sum(p[k] for p in parts if p is not ZeroGradient and p[k] is not ZeroGradient) for k in (0, 1)]
+    expected = [
+        sum(p[k] for p in parts if p is not ZeroGradient and p[k] is not ZeroGradient) for k in (0, 1)
+    ]
     own, a = None, ZeroGradient
     for b in [*parts, *parts]:
         a, own = autodiff.add_cotangents(a, b, own)

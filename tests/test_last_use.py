@@ -1,4 +1,5 @@
 """A sweep that is the last over its tape drops what it does not need any more; other sweeps leave the tape as it is."""
+
 import weakref
 
 import numpy as np
