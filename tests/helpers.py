@@ -1,9 +1,13 @@
 """What several test files need: how many examples, who has which part, meshes that do not know of ranks, and proofs."""
 
+import subprocess
+import sys
+import textwrap
+
 import numpy
 import pytest
 
-from tools.mpirun import launcher
+from tools.mpirun import environment, launcher
 from vmad_lit import Builder
 from vmad_lit.core.error import BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
@@ -32,6 +36,13 @@ def soaking():
     from hypothesis import settings
 
     return settings().max_examples > 100
+
+
+def run_python(code, *arguments, **options):
+    """Run a program in a process of its own, on one rank, with this package; its output is text."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    options = dict(env=environment(), capture_output=True, text=True, timeout=120) | options
+    return subprocess.run(command, **options)
 
 
 # Ranks

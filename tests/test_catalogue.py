@@ -1,7 +1,6 @@
 """Files of catalogues and fields: written by all ranks, read on any number, and whole or not there at all."""
 
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +11,7 @@ h5py = pytest.importorskip("h5py")
 
 from mpi4py import MPI  # noqa: E402
 
-from helpers import join  # noqa: E402
+from helpers import join, run_python  # noqa: E402
 from vmad_lit.lib import catalogue  # noqa: E402
 from vmad_lit.lib.cosmology import MatterDominated  # noqa: E402
 from vmad_lit.lib.fastpm import FastPMSimulation, ParticleMesh  # noqa: E402
@@ -113,7 +112,7 @@ def test_a_failure_on_one_rank_leaves_the_old_file(path, monkeypatch):
 
 @pytest.mark.serial
 def test_a_killed_write_leaves_the_old_file(tmp_path):
-    program = """if True:
+    program = """
         import os, sys, numpy
         from mpi4py import MPI
         from vmad_lit.lib import catalogue
@@ -124,7 +123,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
         catalogue.save(sys.argv[1], MPI.COMM_SELF, dict(x=numpy.arange(7)))
     """
     path = str(tmp_path / "file.hdf5")
-    assert subprocess.run([sys.executable, "-c", program, path]).returncode == 9
+    assert run_python(program, path).returncode == 9
     np.testing.assert_array_equal(catalogue.load(path, MPI.COMM_SELF)[0]["x"], np.arange(5))
     catalogue.save(path, MPI.COMM_SELF, dict(x=np.arange(9)))  # the rest of it is no obstacle
     np.testing.assert_array_equal(catalogue.load(path, MPI.COMM_SELF)[0]["x"], np.arange(9))

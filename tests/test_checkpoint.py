@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import textwrap
 import weakref
 
@@ -16,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import examples
+from helpers import examples, run_python
 from vmad_lit import Builder, autooperator, operator
 from vmad_lit.core import chain as chains, store
 from vmad_lit.core.chain import checkpoint
@@ -601,13 +600,8 @@ PROGRAM = """
 """
 
 
-def run_program(text, *arguments, **kwargs):
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI", "PMIX"))}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM) + textwrap.dedent(text), *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, cwd=root, env={**env, "PYTHONPATH": root}, **kwargs,
-    )
+def run_program(text, *arguments):
+    return run_python(textwrap.dedent(PROGRAM) + textwrap.dedent(text), *arguments)
 
 
 def test_a_killed_run_leaves_no_files(tmp_path):

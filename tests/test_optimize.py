@@ -1,8 +1,6 @@
 """Optimisers over vector spaces: against SciPy and analytic solutions, on several ranks, resumed."""
 import math
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +12,7 @@ from mpi4py import MPI
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.optimize import rosen, rosen_der, rosen_hess_prod
 
-from helpers import examples, split
+from helpers import examples, run_python, split
 from vmad_lit.contrib.optimize import (
     EPS,
     LBFGS,
@@ -792,12 +790,8 @@ problem, x0 = Problem(rosen, rosen_der), np.tile([-1.2, 1.0], 5)
 state = LBFGS().minimize(problem, x0, state=State.resume(path, problem.vs, x0), monitor=[autosave(path, 1), kill])
 print(state.nit, state.fev, state.x.tobytes().hex())
 """
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]))
-
     def run(name, last):
-        return subprocess.run([sys.executable, '-c', script, os.path.join(folder, name), str(last)],
-                              env=environment, capture_output=True, text=True, timeout=120)
+        return run_python(script, os.path.join(folder, name), last)
 
     whole = run('whole.npz', -1)
     assert whole.returncode == 0, whole.stderr

@@ -169,16 +169,18 @@ def test_public_functions_have_types():
 
 
 @pytest.fixture(scope="module")
-def check_program(tmp_path_factory):
-    """Check programs strictly, one after the other in one folder, so that they share what mypy keeps."""
+def check_program(tmp_path_factory, request):
+    """Check programs strictly. What mypy keeps is shared, also with later runs."""
     folder = tmp_path_factory.mktemp("programs")
+    cache = getattr(request.config, "cache", None)
+    kept = cache.mkdir("mypy") if cache else folder / "kept"
     options = "strict = true", "disallow_subclassing_any = false", "follow_imports = silent"
     lines = ["[mypy]", "plugins = vmad_lit.core.mypy_plugin", *options]
     (folder / "mypy.ini").write_text("\n".join(lines))
 
     def check(program):
         (folder / "program.py").write_text(program)
-        return mypy("program.py", cwd=folder)
+        return mypy("--cache-dir", str(kept), "program.py", cwd=folder)
 
     return check
 

@@ -1,6 +1,4 @@
 """The compiled windows beside pmesh's own, serially and on slabs with ghosts."""
-import subprocess
-import sys
 from functools import lru_cache
 
 import numpy
@@ -12,7 +10,7 @@ from numpy.testing import assert_allclose
 from pmesh.pm import ParticleMesh
 from pmesh.window import Affine, FindResampler
 
-from helpers import examples, soaking
+from helpers import examples, run_python, soaking
 from vmad_lit.lib import window
 
 COMM = MPI.COMM_WORLD
@@ -535,11 +533,11 @@ def test_windows_of_pmesh_are_recognised():
 
 def test_importing_the_package_does_not_import_numba():
     code = "import sys, vmad_lit; assert 'numba' not in sys.modules"
-    subprocess.run([sys.executable, '-c', code], check=True)
+    run_python(code, check=True)
 
 
 def test_without_numba_the_error_names_it():
     code = ("import sys; sys.modules['numba'] = None\n"
             "try:\n    import vmad_lit.lib.window\n"
             "except ImportError as e:\n    assert 'numba' in str(e)\nelse:\n    raise SystemExit(1)")
-    subprocess.run([sys.executable, '-c', code], check=True)
+    run_python(code, check=True)
