@@ -8,6 +8,8 @@ import numpy
 import pytest
 from mpi4py import MPI
 from numpy.testing import assert_allclose
+import pmesh.domain
+import pmesh.pm
 from pmesh.pm import Field
 
 from helpers import BOX, cotangent, deal, join, make_mesh, modes, prove, real
@@ -693,3 +695,19 @@ def test_rows_of_any_kind_travel(dtype, shape):
     out = numpy.empty_like(data)
     assert layout.gather(layout.exchange(data), out=out) is out
     assert_allclose(out, back)
+
+
+@pytest.mark.parametrize('dtype', ['f8', 'c16', 'c8'])
+def test_rows_come_back_by_a_layout_of_pmesh(dtype):
+    """Real and complex: as many times as a row was sent."""
+    pm = pmesh.pm.ParticleMesh([8, 6, 4], BoxSize=1.0, comm=COMM)
+    rng = numpy.random.default_rng(COMM.rank)
+    x = rng.uniform(size=(30 + 5 * COMM.rank, 3))
+    layout = pm.decompose(x, smoothing=1.0)
+    assert isinstance(layout, pmesh.domain.Layout)
+    for shape in (), (2,):
+        data = rng.normal(size=(len(x), *shape, 2)).view('c16')[..., 0].astype(dtype) if dtype != 'f8' else rng.normal(size=(len(x), *shape))
+        copies = layout.gather(layout.exchange(numpy.ones(len(x)))).reshape((-1,) + (1,) * len(shape))
+        back = exchange.gather_rows(layout, exchange.exchange_rows(layout, data))
+        assert back.dtype == data.dtype
+        assert_allclose(back, data * copies, rtol=1e-6)

@@ -11,7 +11,7 @@ from mpi4py import MPI
 from helpers import join
 from vmad_lit import Builder
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.lib import fastpm
+from vmad_lit.lib import fastpm, force, lpt
 from vmad_lit.lib.cosmology import Cosmology, MatterDominated
 from vmad_lit.lib.fastpm import FastPMSimulation, ParticleMesh
 from vmad_lit.lib.mpi import allbcast
@@ -419,3 +419,24 @@ def test_lpt_is_a_quadratic_function(dtype):
     rtol = 1e-4 if dtype == "f4" else 1e-10
     for order in (0, 1):
         np.testing.assert_allclose(two[order], one[order] * 2.0 ** (order + 1), atol=rtol * abs(two[order]).max())
+
+
+@pytest.mark.parametrize("shape", ["uneven", "cube"])
+def test_second_order_by_transforms_is_that_by_differences(shape, monkeypatch):
+    """Without compiled loops, or where the last axis is divided, the same differences are taken in Fourier space."""
+    pm, _ = make(shape)
+    found = []
+    for whole in True, False:
+        if not whole:
+            for module in force, lpt:
+                monkeypatch.setattr(module, "differences_serve", lambda pm, order: False)
+        with Builder() as m:
+            m.output(source=fastpm.lpt2src(m.input("rhok"), pm))
+        x, v, w = noise(pm, 1), noise(pm, 2), noise(pm, 3).c2r()
+        (source,), (_x,) = m.compute_with_vjp(dict(rhok=x), dict(_source=w))
+        _, source_ = m.compute_with_jvp("source", dict(rhok=x), dict(rhok_=v))
+        found.append([source, source_, _x])
+    assert abs(found[0][0].value).max() > 0
+    for one, other in zip(*found):
+        scale = COMM.allreduce(abs(one.value).max(initial=0.0), op=MPI.MAX)
+        np.testing.assert_allclose(other.value, one.value, atol=1e-10 * scale)
