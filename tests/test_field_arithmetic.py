@@ -39,7 +39,9 @@ def names(module):
 
 
 @pytest.mark.parametrize("dtype", ["f8", "f4"])
-@pytest.mark.parametrize("op", [stdlib.add, stdlib.sub, stdlib.mul, stdlib.div, stdlib.pow], ids=lambda op: op.__name__)
+@pytest.mark.parametrize(
+    "op", [stdlib.add, stdlib.sub, stdlib.mul, stdlib.div, stdlib.pow], ids=lambda op: op.__name__
+)
 def test_arithmetic_of_fields_and_numbers(op, dtype):
     r, c = fields(dtype)
     for pair in (r, r * 1.1), (r, 2.0), (2.0, r), (r, np.array(2.0, dtype)):
@@ -129,9 +131,13 @@ def test_fields_are_summed_in_place_and_cotangents_stay(monkeypatch):
     fields = []
     kind = value_type(values[0])
     plain = kind.add_in_place
-    monkeypatch.setattr(kind, "add_in_place", lambda total, part: plain(total, part) and not fields.append(total))
+    monkeypatch.setattr(
+        kind, "add_in_place", lambda total, part: plain(total, part) and not fields.append(total)
+    )
     _, [_x] = m.compute_with_vjp(dict(x=values[0]), {f"_y{i}": values[i] for i in range(6)})
     assert type(_x) is RealField and np.all(_x.value == 15.0)
     assert all(np.all(value.value == i) for i, value in enumerate(values))
-    assert len(fields) in (0, 4) and all(field is _x for field in fields)  # few rows on a rank are a small array
+    assert len(fields) in (0, 4) and all(
+        field is _x for field in fields
+    )  # few rows on a rank are a small array
     assert len(fields) == 4 or _x.value.nbytes < SMALL

@@ -147,7 +147,12 @@ def test_allbcast(dtype, shape):
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("root", [0])
 def test_bcast(dtype, shape, root):
-    y = prove(lambda s: mpi.bcast(s, COMM, root), ("root", "replicated"), noise("root", shape, dtype), tolerance(dtype))
+    y = prove(
+        lambda s: mpi.bcast(s, COMM, root),
+        ("root", "replicated"),
+        noise("root", shape, dtype),
+        tolerance(dtype),
+    )
     assert np.array_equal(y, COMM.bcast(y)) and np.shape(y) == shape
 
 
@@ -204,12 +209,18 @@ def test_scatter_of_objects():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("how", ["even", "triangle", "empty rank"])
 def test_alltoall(dtype, how):
-    counts = {"even": None, "triangle": [RANK + r for r in range(SIZE)], "empty rank": [0 if RANK else 1] * SIZE}[how]
+    counts = {
+        "even": None,
+        "triangle": [RANK + r for r in range(SIZE)],
+        "empty rank": [0 if RANK else 1] * SIZE,
+    }[how]
     n = SIZE + 1 if counts is None else sum(counts)
     x = noise("partitioned", (n, 2), dtype)
     if COMM.allreduce(n) == 0:
         return
-    y = prove(lambda s: mpi.alltoall(s, COMM, counts=counts), ("partitioned", "partitioned"), x, tolerance(dtype))
+    y = prove(
+        lambda s: mpi.alltoall(s, COMM, counts=counts), ("partitioned", "partitioned"), x, tolerance(dtype)
+    )
     if counts is not None:
         edges = np.cumsum([0, *counts])
         parts = COMM.alltoall([x[edges[r] : edges[r + 1]] for r in range(SIZE)])
@@ -251,7 +262,9 @@ def test_sendrecv_with_open_ends():
 @pytest.mark.parametrize("counts", [[2] * SIZE, [r % 2 * 3 + (SIZE == 1) for r in range(SIZE)]])
 def test_halo(dtype, periodic, width, counts):
     x = noise("partitioned", (counts[RANK], 2), dtype)
-    y = prove(lambda s: mpi.halo(s, COMM, width, periodic), ("partitioned", "partitioned"), x, tolerance(dtype))
+    y = prove(
+        lambda s: mpi.halo(s, COMM, width, periodic), ("partitioned", "partitioned"), x, tolerance(dtype)
+    )
     whole = join(x)
     n, start = len(whole), sum(counts[:RANK])
     index = np.arange(start - width, start + counts[RANK] + width)

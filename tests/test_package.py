@@ -287,7 +287,9 @@ def version_of(folder):
     module, _, attribute = project["tool"]["setuptools"]["dynamic"]["version"]["attr"].rpartition(".")
     tree = ast.parse((folder / module / "__init__.py").read_text())
     [value] = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == attribute
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == attribute
     ]
     return ast.literal_eval(value)
 

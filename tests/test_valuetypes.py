@@ -59,7 +59,13 @@ def test_a_type_is_found_by_the_first_base_that_is_registered():
 
 
 def test_types_of_numpy_are_arrays():
-    for x in np.ones(2), np.float32(1), np.float64(1), np.ma.masked_array([1.0]), np.ones(1).view(np.recarray):
+    for x in (
+        np.ones(2),
+        np.float32(1),
+        np.float64(1),
+        np.ma.masked_array([1.0]),
+        np.ones(1).view(np.recarray),
+    ):
         assert isinstance(value_type(x), Arrays)
     for x in 1.0, 1, True, 1j, None, "text", ZeroGradient:
         assert type(value_type(x)) is ValueType
@@ -174,7 +180,9 @@ class stir:
         return State(np.sin(x.heat) + x.level, x.salt * x.salt, x.level * 0.5, x.where)
 
     def vjp(node, _y, x):
-        return State(np.cos(x.heat) * _y.heat, 2 * x.salt * _y.salt, float(np.sum(_y.heat)) + 0.5 * _y.level, x.where)
+        return State(
+            np.cos(x.heat) * _y.heat, 2 * x.salt * _y.salt, float(np.sum(_y.heat)) + 0.5 * _y.level, x.where
+        )
 
     def jvp(node, x_, x):
         return State(np.cos(x.heat) * x_.heat + x_.level, 2 * x.salt * x_.salt, 0.5 * x_.level, x.where)
@@ -246,8 +254,15 @@ def test_cotangents_that_do_not_fit_are_refused():
     x = state()
     with Builder() as m:
         m.output(y=operator(stir)(m.input("x")))
-    for _y, looks in (State(x.heat, x.salt[0], 0.0, None), r"State \[\(4,\), \(3,\), \(\)\]"), (1.0, "1.0"), (x.heat, r"ndarray float64\[4\]"):
-        with pytest.raises(BadArgument, match=rf"'_y' is {looks}, and belongs to a value that is State \[\(4,\), \(2, 3\), \(\)\]"):
+    for _y, looks in (
+        (State(x.heat, x.salt[0], 0.0, None), r"State \[\(4,\), \(3,\), \(\)\]"),
+        (1.0, "1.0"),
+        (x.heat, r"ndarray float64\[4\]"),
+    ):
+        with pytest.raises(
+            BadArgument,
+            match=rf"'_y' is {looks}, and belongs to a value that is State \[\(4,\), \(2, 3\), \(\)\]",
+        ):
             m.compute_with_vjp(dict(x=x), dict(_y=_y))
 
 
@@ -270,7 +285,9 @@ def test_the_algebra_of_parts():
     assert [a.shape for a in values.gather(x)] == [(4,), (2, 3), ()]
 
 
-@pytest.mark.parametrize("x", [2.0, 3, 2j, np.float32(2), np.arange(3), np.ones((2, 1), "c8"), [1.0, [np.ones(2), 1j]]], ids=repr)
+@pytest.mark.parametrize(
+    "x", [2.0, 3, 2j, np.float32(2), np.arange(3), np.ones((2, 1), "c8"), [1.0, [np.ones(2), 1j]]], ids=repr
+)
 def test_the_algebra_of_known_types(x):
     values = value_type(x)
     zero = values.zeros_like(x)
@@ -460,12 +477,16 @@ def test_what_is_asked_of_fields():
         v = values.random_like(x, rng)
         zero, copy = values.zeros_like(x), values.copy(x)
         assert type(v) is type(zero) is type(copy) is type(x)
-        assert inner(x, x) == 96 and inner(zero, v) == 0 and same(copy, x) and not (x.value.size and same(v, x))
+        assert (
+            inner(x, x) == 96 and inner(zero, v) == 0 and same(copy, x) and not (x.value.size and same(v, x))
+        )
         np.testing.assert_allclose(inner(x, v), np.real(x.cdot(v)))
         (whole,) = values.gather(v)
         assert len({a.tobytes() for a in comm.allgather(whole)}) == 1 and len(np.unique(whole)) > 40
         with Builder() as m:
             m.output(y=m.input("x") * 2.0)
         other = fastpm.ParticleMesh(Nmesh=[6, 3, 4], BoxSize=1.0, comm=comm).create(type=kind, value=1.0)
-        with pytest.raises(BadArgument, match="'_y' is .*Field.* of .*, and belongs to a value that is .*Field.* of "):
+        with pytest.raises(
+            BadArgument, match="'_y' is .*Field.* of .*, and belongs to a value that is .*Field.* of "
+        ):
             m.compute_with_vjp(dict(x=x), dict(_y=other))
