@@ -18,7 +18,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SHELL := /bin/bash
 
-.PHONY: book test serial ranks soak bench tangle check dist clean
+.PHONY: book test serial ranks soak mutate bench tangle check dist clean
 
 book: .venv/ready                       ## the rendered book, in _build/html
 	python tools/tangle.py
@@ -35,6 +35,9 @@ ranks: .venv/ready
 
 soak: .venv/ready                       ## for SOAK_MINUTES: thousands of random examples, jobs that are killed; in rounds
 	end=$$((SECONDS + 60 * $(SOAK_MINUTES))); while ((SECONDS < end)); do $(MAKE) test LIMIT= SOAK="--soak -o timeout=3600" || exit 1; done
+
+mutate: .venv/ready                     ## break the package in forty places, one by one: does a test notice?
+	python tools/mutate.py --sample $(or $(SAMPLE),40) --seed $(or $(SEED),1)
 
 bench: .venv/bench-ready                ## this package beside its peers
 	python -m benchmarks

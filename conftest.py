@@ -37,7 +37,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent
 
 # Set by the launchers of MPICH, Open MPI and Slurm: only then is this process one of several.
-LAUNCHED = any(name in os.environ for name in ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+LAUNCHED = any(
+    name in os.environ for name in ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+)
 
 
 pytest.register_assert_rewrite("helpers")
@@ -45,13 +47,18 @@ pytest.register_assert_rewrite("helpers")
 
 def pytest_addoption(parser):
     parser.addini("mpi_grace", "seconds to wait for the other ranks after a test", default="60")
-    parser.addoption("--soak", action="store_true", help="ten times as many random examples and the tests marked `soak`, "
-                                                         "and no others")
+    parser.addoption(
+        "--soak",
+        action="store_true",
+        help="ten times as many random examples and the tests marked `soak`, and no others",
+    )
 
 
 def pytest_configure(config):
     os.environ["MPLBACKEND"] = "Agg"
-    config.addinivalue_line("markers", "collective: uses a communicator; run under mpirun too, as no other test is")
+    config.addinivalue_line(
+        "markers", "collective: uses a communicator; run under mpirun too, as no other test is"
+    )
     config.addinivalue_line("markers", "serial: uses a communicator, of one rank only; left out under mpirun")
     config.addinivalue_line("markers", "soak: takes long, and is run by `make soak` only")
     watch_communicators()
@@ -123,9 +130,12 @@ def pytest_sessionstart(session):
     if reporter is not None and not hasattr(session.config, "workerinput") and (ROOT / "book").is_dir():
         wrong = drift(session.config)
         if wrong:
-            reporter.write_line(f"THE PACKAGE IS OLDER THAN ITS CHAPTERS: {', '.join(wrong[:3])}"
-                                + (f" and {len(wrong) - 3} more" if wrong[3:] else "")
-                                + "\nrun `python tools/tangle.py`, or these tests tell nothing of the chapters", red=True)
+            reporter.write_line(
+                f"THE PACKAGE IS OLDER THAN ITS CHAPTERS: {', '.join(wrong[:3])}"
+                + (f" and {len(wrong) - 3} more" if wrong[3:] else "")
+                + "\nrun `python tools/tangle.py`, or these tests tell nothing of the chapters",
+                red=True,
+            )
 
 
 def drift(config) -> list[str]:
@@ -143,13 +153,17 @@ def drift(config) -> list[str]:
         wrong = [str(error.problems[0])]
     if cache:
         files, folders = list(book.roots), book.packages
-        cache.set("vmad_lit/older", dict(wrong=wrong, files=files, folders=folders, stamp=stamp(files, folders)))
+        cache.set(
+            "vmad_lit/older", dict(wrong=wrong, files=files, folders=folders, stamp=stamp(files, folders))
+        )
     return wrong
 
 
 def stamp(files, folders) -> list:
     """Names, times and sizes of the chapters, of these files, and of what else is in these folders."""
-    paths = {ROOT / name for name in files} | {path for name in folders for path in (ROOT / name).rglob("*.py")}
+    paths = {ROOT / name for name in files} | {
+        path for name in folders for path in (ROOT / name).rglob("*.py")
+    }
     known = sorted(path for path in paths | set((ROOT / "book").rglob("*.md")) if path.exists())
     return [[str(path), path.stat().st_mtime_ns, path.stat().st_size] for path in known]
 
@@ -212,8 +226,10 @@ def pytest_runtest_call(item):
     result = yield
     uses = Watch.asked > item.asked_before
     if uses and not (is_collective(item) or item.get_closest_marker("serial")):
-        pytest.fail("this test uses a communicator: mark it `collective`, or `serial` if it must stay on one rank",
-                    pytrace=False)
+        pytest.fail(
+            "this test uses a communicator: mark it `collective`, or `serial` if it must stay on one rank",
+            pytrace=False,
+        )
     if is_collective(item) and not uses:
         pytest.fail("this test is marked `collective` and uses no communicator", pytrace=False)
     return result
@@ -239,7 +255,9 @@ class Page(pytest.Module):
         from markdown_it import MarkdownIt
 
         text = self.path.read_text(encoding="utf-8-sig")
-        fences = [token for token in MarkdownIt().parse(text) if token.type == "fence" and token.info == "pycon"]
+        fences = [
+            token for token in MarkdownIt().parse(text) if token.type == "fence" and token.info == "pycon"
+        ]
         yield from self.examples(blank(text, [range(token.map[0] + 2, token.map[1]) for token in fences]))
 
     def examples(self, text):
@@ -249,10 +267,16 @@ class Page(pytest.Module):
         from _pytest.doctest import DoctestItem, _get_runner
         from pytest_doctestplus.plugin import OutputChecker, get_optionflags
 
-        test = doctest.DocTestParser().get_doctest(text, {"__name__": "__main__"}, "examples", str(self.path), 0)
+        test = doctest.DocTestParser().get_doctest(
+            text, {"__name__": "__main__"}, "examples", str(self.path), 0
+        )
         if test.examples:  # the runner stops at the first failure, so that all ranks stop at the same place
-            runner = _get_runner(checker=OutputChecker(), verbose=False, continue_on_failure=False,
-                                 optionflags=get_optionflags(self) | doctest.REPORT_UDIFF)
+            runner = _get_runner(
+                checker=OutputChecker(),
+                verbose=False,
+                continue_on_failure=False,
+                optionflags=get_optionflags(self) | doctest.REPORT_UDIFF,
+            )
             yield DoctestItem.from_parent(self, name="examples", runner=runner, dtest=test)
 
 
@@ -318,7 +342,9 @@ class Cell:
 
             done = mpirun(self.source, self.ranks, check=False)
             if done.returncode:
-                raise CellFailed(f"{path}:{self.line}: under mpirun {' '.join(self.ranks)}\n{done.stdout}{done.stderr}")
+                raise CellFailed(
+                    f"{path}:{self.line}: under mpirun {' '.join(self.ranks)}\n{done.stdout}{done.stderr}"
+                )
             return
         code = compile("\n" * (self.line - 1) + self.source, str(path), "exec")
         if "raises-exception" in self.tags:
@@ -388,7 +414,9 @@ def chapter_lines(error: BaseException) -> list[str]:
     for frame in traceback.extract_tb(error.__traceback__):
         try:
             place = the_book(ROOT).where(frame.filename, frame.lineno)
-        except Exception:  # not a file of the book, or the book is broken: a report must not fail for want of a comment
+        except (
+            Exception
+        ):  # not a file of the book, or the book is broken: a report must not fail for want of a comment
             continue
         rows.append(f"{place[0]}:{place[1]}: {frame.line}")
     return rows
@@ -530,7 +558,9 @@ class Ranks:
             self.failures.append(f"-- {mine['name']} had failed before --\n{mine['text']}\n{verdict['text']}")
         elif report.outcome != verdict["outcome"]:
             report.outcome = verdict["outcome"]
-            report.longrepr = verdict["text"] if report.failed else verdict["reason"] or (str(item.path), 0, "skipped")
+            report.longrepr = (
+                verdict["text"] if report.failed else verdict["reason"] or (str(item.path), 0, "skipped")
+            )
             if verdict["wasxfail"] is not None:
                 report.wasxfail = verdict["wasxfail"]
             elif hasattr(report, "wasxfail"):
@@ -550,6 +580,9 @@ def merge(everybody: list[dict]) -> dict | None:
     worst = max(everybody, key=lambda answer: SEVERITY[answer["outcome"]])
     if worst["outcome"] != "failed" and all(answer["outcome"] == worst["outcome"] for answer in everybody):
         return None
-    others = [f"-- rank {rank} --\n{answer['text']}" for rank, answer in enumerate(everybody)
-              if rank and answer["text"] not in ("", everybody[0]["text"])]
+    others = [
+        f"-- rank {rank} --\n{answer['text']}"
+        for rank, answer in enumerate(everybody)
+        if rank and answer["text"] not in ("", everybody[0]["text"])
+    ]
     return worst | {"text": "\n".join(others)}

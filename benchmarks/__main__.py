@@ -19,9 +19,13 @@ def place(path, name, alone):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"which of {', '.join(ALL)}; all if none is given")
     parser.add_argument(
-        "--json", metavar="PATH", help="write the numbers to PATH if it ends in .json (several: beside it, by name), else to PATH/name.json"
+        "names", nargs="*", metavar="name", help=f"which of {', '.join(ALL)}; all if none is given"
+    )
+    parser.add_argument(
+        "--json",
+        metavar="PATH",
+        help="write the numbers to PATH if it ends in .json (several: beside it, by name), else to PATH/name.json",
     )
     args, options = parser.parse_known_args(argv)
     for name in args.names:

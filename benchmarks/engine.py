@@ -187,7 +187,9 @@ def by_jax(jax, case, n):
 
 
 def by_vmad(vmad, case, n):
-    if case not in (chain, fan) or n > 300:  # a thousand operations take ten seconds and more: its cost is quadratic
+    if (
+        case not in (chain, fan) or n > 300
+    ):  # a thousand operations take ten seconds and more: its cost is quadratic
         return None
     return Ours(case, n, vmad.Builder).gradient
 
@@ -201,7 +203,9 @@ def peers(case, n, slow):
         if module is not None and name not in slow:
             if name == "autograd":
                 optional("autograd.numpy")
-            function = dict(autograd=by_autograd, PyTorch=by_torch, JAX=by_jax, vmad=by_vmad)[name](module, case, n)
+            function = dict(autograd=by_autograd, PyTorch=by_torch, JAX=by_jax, vmad=by_vmad)[name](
+                module, case, n
+            )
             if function is not None:
                 found[name] = function
     return found
@@ -357,15 +361,29 @@ def study_large(size=1000000, n=20, repeat=5, budget=4.0):
             compute()
         peaks = {who: allocated(compute)[2] / x.nbytes for who, compute in functions.items()}
         seconds = best(functions, repeat, budget, time.process_time)
-        results.append(dict(case=name, size=size, n=n, **{f"{who}_arrays": peaks[who] for who in peaks}, **seconds))
+        results.append(
+            dict(case=name, size=size, n=n, **{f"{who}_arrays": peaks[who] for who in peaks}, **seconds)
+        )
     return results
 
 
 def report_large(results):
-    table(["large arrays", "size", "uses", "ours, arrays", "by hand, arrays", "ours, s", "by hand, s", "ratio"], [
-        [row["case"], str(row["size"]), row["n"], row["ours_arrays"], row["by_hand_arrays"], row["ours"], row["by_hand"], row["ours"] / row["by_hand"]]
-        for row in results
-    ])
+    table(
+        ["large arrays", "size", "uses", "ours, arrays", "by hand, arrays", "ours, s", "by hand, s", "ratio"],
+        [
+            [
+                row["case"],
+                str(row["size"]),
+                row["n"],
+                row["ours_arrays"],
+                row["by_hand_arrays"],
+                row["ours"],
+                row["by_hand"],
+                row["ours"] / row["by_hand"],
+            ]
+            for row in results
+        ],
+    )
 
 
 # -- Reports -----------------------------------------------------------------------------------------------------------
@@ -394,8 +412,12 @@ def ratios(row):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="benchmarks engine", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="up to 100000 operations, and arrays of ten million numbers")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks engine", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="up to 100000 operations, and arrays of ten million numbers"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of operations")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--repeat", type=int, default=5)

@@ -96,7 +96,9 @@ def study(sizes=(32, 64, 128), dtypes=("f8", "f4"), repeat=7):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="benchmarks fft", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks fft", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="up to 256^3")
     parser.add_argument("--sizes", type=int, nargs="+", help="points along an axis")
     parser.add_argument("--repeat", type=int, default=7)
@@ -108,7 +110,13 @@ def main(argv=None):
         return
     print(describe(host), f"\n{world.size} ranks; milliseconds, forward / backward\n")
     names = [name for name in results[0] if name not in ("n", "dtype")]
-    times = [[f"{row['n']}^3 {row['dtype']}", *("{forward:.2f} / {backward:.2f}".format(**row[name]) for name in names)] for row in results]
+    times = [
+        [
+            f"{row['n']}^3 {row['dtype']}",
+            *("{forward:.2f} / {backward:.2f}".format(**row[name]) for name in names),
+        ]
+        for row in results
+    ]
     table(["mesh", *names], times)
     if args.json:
         save(args.json, host, unit="milliseconds", ranks=world.size, results=results)

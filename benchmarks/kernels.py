@@ -61,7 +61,14 @@ def cases(n, window, order="displaced"):
     }
 
 
-def study(sizes=(32, 64), windows=("cic", "tsc"), repeat=5, budget=1.5, orders=("displaced", "random"), threads=(1, 2)):
+def study(
+    sizes=(32, 64),
+    windows=("cic", "tsc"),
+    repeat=5,
+    budget=1.5,
+    orders=("displaced", "random"),
+    threads=(1, 2),
+):
     """The least times of all cases; those on several threads by the clock on the wall."""
     from vmad_lit.lib.window import set_threads
 
@@ -80,7 +87,11 @@ def study(sizes=(32, 64), windows=("cic", "tsc"), repeat=5, budget=1.5, orders=(
         more = {number: of(ours, number) for number in threads[1:]}
         for name in pairs:
             row = dict(window=window, n=n, order=order, what=name, pmesh=1e3 * first[name, "pmesh"])
-            row |= {f"threads {number}": 1e3 * least[name] for number, least in {threads[0]: first, **more}.items() if name in ours}
+            row |= {
+                f"threads {number}": 1e3 * least[name]
+                for number, least in {threads[0]: first, **more}.items()
+                if name in ours
+            }
             results.append(row)
     set_threads(None)
     return results
@@ -89,14 +100,25 @@ def study(sizes=(32, 64), windows=("cic", "tsc"), repeat=5, budget=1.5, orders=(
 def report(results):
     """A table of what is ours, on each number of threads, and the ratios to pmesh's."""
     columns = [name for name in results[0] if name.startswith("threads")]
-    table(["", *columns, "pmesh", "pmesh / ours"], [
-        [f"{row['window']} {row['n']}^3 {row['order']}: {row['what']}", *(row[name] for name in columns), row["pmesh"], row["pmesh"] / row[columns[0]]]
-        for row in results if columns[0] in row
-    ])
+    table(
+        ["", *columns, "pmesh", "pmesh / ours"],
+        [
+            [
+                f"{row['window']} {row['n']}^3 {row['order']}: {row['what']}",
+                *(row[name] for name in columns),
+                row["pmesh"],
+                row["pmesh"] / row[columns[0]],
+            ]
+            for row in results
+            if columns[0] in row
+        ],
+    )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="benchmarks kernels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks kernels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="also 128^3")
     parser.add_argument("--sizes", type=int, nargs="+", help="particles and cells along an axis")
     parser.add_argument("--repeat", type=int, default=5)

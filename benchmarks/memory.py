@@ -21,7 +21,7 @@ import tracemalloc
 
 import numpy as np
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 
 from .common import best, describe, machine, optional, save, table
 
@@ -86,7 +86,11 @@ def kept_states(chain):
     """How many states the schedule of a chain keeps at once, at most, in memory and on disk."""
     kept, most = set(), dict(RAM=0, DISK=0)
     for action in chain.actions.forward + chain.actions.reverse:
-        if getattr(action, "write_ics", False) or getattr(action, "write_adj_deps", False) and action.storage.name == "DISK":
+        if (
+            getattr(action, "write_ics", False)
+            or getattr(action, "write_adj_deps", False)
+            and action.storage.name == "DISK"
+        ):
             kept.add((action.storage.name, action.n0))
         elif type(action).__name__ == "Move":
             kept.discard((action.from_storage.name, action.n))
@@ -171,12 +175,16 @@ COLUMNS = "kept", "on disk", "peak", "rest", "runs", "time"
 def report(results):
     for n in dict.fromkeys(row["n"] for row in results):
         rows = [row for row in results if row["n"] == n]
-        table([f"{n} steps", *COLUMNS], [[row["policy"], *(row.get(name) for name in COLUMNS)] for row in rows])
+        table(
+            [f"{n} steps", *COLUMNS], [[row["policy"], *(row.get(name) for name in COLUMNS)] for row in rows]
+        )
         print(flush=True)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="benchmarks memory", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks memory", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000], help="numbers of steps")
     parser.add_argument("--size", type=int, default=10_000, help="numbers in a state")
     parser.add_argument("--repeat", type=int, default=3)

@@ -128,9 +128,15 @@ def measure_jaxpm(n, repeat, folder):
         return jax.vjp(density, noise)[1](out_)[0]
 
     forward, gradient, product = map(jax.jit, (objective, jax.value_and_grad(objective), product))
-    tasks = dict(forward=lambda: forward(noise), gradient=lambda: gradient(noise), gnp=lambda: product(noise, direction))
+    tasks = dict(
+        forward=lambda: forward(noise),
+        gradient=lambda: gradient(noise),
+        gnp=lambda: product(noise, direction),
+    )
     numbers, results = time_tasks(
-        {name: (lambda task=task: jax.block_until_ready(task())) for name, task in tasks.items()}, repeat, None
+        {name: (lambda task=task: jax.block_until_ready(task())) for name, task in tasks.items()},
+        repeat,
+        None,
     )
     leave(folder, "jaxpm", numbers, np.asarray(results["gradient"][1]).ravel())
 
@@ -200,7 +206,17 @@ def breakdown(task):
 
     from vmad_lit.lib import axpy, exchange, force, loops, painting, transfer
 
-    windows = "paint", "readout", "spread", "gradient", "weighted_gradient", "paint_vjp", "paint_jvp", "readout_jvp", "weighted_gradient_jvp"
+    windows = (
+        "paint",
+        "readout",
+        "spread",
+        "gradient",
+        "weighted_gradient",
+        "paint_vjp",
+        "paint_jvp",
+        "readout_jvp",
+        "weighted_gradient_jvp",
+    )
     differences = "gradient", "divergence", "difference", "second_invariant", "second_invariant_vjp"
     updates = "axpy", "mix"
     kinds = {
@@ -209,7 +225,11 @@ def breakdown(task):
         "transfer functions": [(transfer, "multiply_field")],
         "differences": [*((loops, name) for name in differences), (force, "_halo")],
         "drifts and sums": [*((loops, name) for name in updates), (axpy, "multiple")],
-        "decompose and exchange": [(exchange, "make_layout"), (exchange, "exchange_rows"), (exchange, "gather_rows")],
+        "decompose and exchange": [
+            (exchange, "make_layout"),
+            (exchange, "exchange_rows"),
+            (exchange, "gather_rows"),
+        ],
     }
     spent, running, before = dict.fromkeys(kinds, 0.0), [], []
 
@@ -250,7 +270,9 @@ def measure_policy(policy, n, steps):
     pm = ParticleMesh([n] * 3, BoxSize=4.0 * n, comm=MPI.COMM_WORLD)
     _, objective = build("vmad_lit", pm, np.linspace(0.1, 1.0, steps + 1), **POLICIES[policy])
     init = dict(wn=pm.generate_whitenoise(seed=1, unitary=False, type="real"))
-    numbers, _ = time_tasks(dict(gradient=lambda: objective.compute_with_vjp(init, dict(_objective=1.0))), 1, pm.comm)
+    numbers, _ = time_tasks(
+        dict(gradient=lambda: objective.compute_with_vjp(init, dict(_objective=1.0))), 1, pm.comm
+    )
     if pm.comm.rank == 0:
         print(json.dumps(numbers))
 
@@ -317,14 +339,28 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="benchmarks nbody", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--sizes", type=int, nargs="+", help="particles along an axis, 32 and 64 if not given")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help="particles along an axis, 32 and 64 if not given"
+    )
     parser.add_argument("--full", action="store_true", help="also 128^3")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file")
-    parser.add_argument("--peer-python", metavar="PYTHON", help="interpreter of another environment, for peers not in this one")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, help="all, if not given; the first is the standard")
-    parser.add_argument("--scaling", type=int, nargs="?", const=64, metavar="N", help="also ranks and steps, on N^3 (64)")
+    parser.add_argument(
+        "--peer-python",
+        metavar="PYTHON",
+        help="interpreter of another environment, for peers not in this one",
+    )
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        choices=SYSTEMS,
+        default=SYSTEMS,
+        help="all, if not given; the first is the standard",
+    )
+    parser.add_argument(
+        "--scaling", type=int, nargs="?", const=64, metavar="N", help="also ranks and steps, on N^3 (64)"
+    )
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--policy", nargs=3, help=argparse.SUPPRESS)
     args, _ = parser.parse_known_args(argv)
@@ -345,11 +381,17 @@ def main(argv=None):
         for name in args.systems:
             theirs = result[name]
             if theirs:
-                rows.append([f"{result['n']}^3 {name}", *(theirs[c] for c in columns), f"{theirs['error']:.0e}"])
+                rows.append(
+                    [f"{result['n']}^3 {name}", *(theirs[c] for c in columns), f"{theirs['error']:.0e}"]
+                )
             if ours and theirs and theirs is not ours:
-                rows.append([f"      {name} / vmad_lit", *(f"{theirs[c] / ours[c]:.1f} x" for c in columns), ""])
+                rows.append(
+                    [f"      {name} / vmad_lit", *(f"{theirs[c] / ours[c]:.1f} x" for c in columns), ""]
+                )
     table(["", *columns, "error"], rows)
-    kernels = {f"{result['n']}^3": result["vmad_lit"]["kernels"] for result in results if result.get("vmad_lit")}
+    kernels = {
+        f"{result['n']}^3": result["vmad_lit"]["kernels"] for result in results if result.get("vmad_lit")
+    }
     if kernels:
         print("\nThe gradient by kernel, seconds\n")
         table(["", *next(iter(kernels.values()))], [[n, *spent.values()] for n, spent in kernels.items()])
@@ -361,10 +403,20 @@ def main(argv=None):
             for result in study([args.scaling], args.repeat, ranks, systems=["vmad_lit"]):
                 more["ranks_results"].append(dict(ranks=ranks, **result))
         print("\nRanks\n")
-        table(["ranks", *columns], [[str(r["ranks"]), *(r["vmad_lit"][c] for c in columns)] for r in more["ranks_results"]])
+        table(
+            ["ranks", *columns],
+            [[str(r["ranks"]), *(r["vmad_lit"][c] for c in columns)] for r in more["ranks_results"]],
+        )
         print("\nSteps\n")
-        rows = [(n, r) for n, part in ((args.scaling, "steps"), (2 * args.scaling, "policies")) for r in more[part]]
-        table(["policy, steps", "gradient", "memory"], [[f"{n}^3 {r['policy']}, {r['steps']}", r["gradient"], r["memory"]] for n, r in rows])
+        rows = [
+            (n, r)
+            for n, part in ((args.scaling, "steps"), (2 * args.scaling, "policies"))
+            for r in more[part]
+        ]
+        table(
+            ["policy, steps", "gradient", "memory"],
+            [[f"{n}^3 {r['policy']}, {r['steps']}", r["gradient"], r["memory"]] for n, r in rows],
+        )
     if args.json:
         save(args.json, host, unit="seconds, megabytes", ranks=args.ranks, results=results, **more)
 

@@ -1,6 +1,7 @@
 """Cotangents are summed in place where nobody else holds the array, and nowhere else."""
 
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -9,15 +10,16 @@ from hypothesis import strategies as st
 
 from helpers import examples
 from vmad_lit import Builder, operator
-from vmad_lit.core import autodiff
+from vmad_lit.core import autodiff, valuetypes
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.core.stdlib import add, operators
+from vmad_lit.core.stdlib import add
+from vmad_lit.core.valuetypes import value_type
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_array_is_small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operators, "SMALL", 0)
+        patch.setattr(valuetypes, "SMALL", 0)
         yield
 
 
@@ -139,9 +141,13 @@ PARTIAL = dict(
 def build(names):
     with Builder() as m:
         x = m.input("x")
-        m.output(**{
-            f"y{i}": shared(x, x) if name == "shared" else OPERATORS[name](x) for i, name in enumerate(names)
-        }, x=x)
+        m.output(
+            **{
+                f"y{i}": shared(x, x) if name == "shared" else OPERATORS[name](x)
+                for i, name in enumerate(names)
+            },
+            x=x,
+        )
     return m
 
 
@@ -205,6 +211,33 @@ def test_a_recorded_sweep_and_added_outputs():
     assert total[0] == 2
 
 
+def test_a_sum_is_not_kept_longer_than_it_is_needed():
+    """Not by the slot either in which it grows."""
+    alive = []
+
+    class Tracked(np.ndarray):
+        """An array that can be referred to weakly."""
+
+    def watch(name):
+        @operator
+        class watched(one_to_one):
+            def vjp(node, _y):
+                alive.append([ref() is not None for ref in refs])
+                refs.append(weakref.ref(_y))
+                return np.array(_y).view(Tracked)
+
+        watched.__name__ = name
+        return watched
+
+    refs = []
+    with Builder() as m:
+        x = watch("before")(watch("after")(m.input("x")))
+        m.output(y=sum((same(x) * 2.0 for i in range(4)), same(x)))
+    (y,), (_x,) = m.compute_with_vjp(dict(x=np.ones(3)), dict(_y=np.ones(3)))
+    np.testing.assert_array_equal(_x, np.full(3, 9.0))
+    assert alive == [[], [False]]
+
+
 def test_wider_cotangents_widen_the_sum():
     """No precision, shape or imaginary part is lost by adding in place."""
     wide = [np.ones(2, "f4"), np.ones(2, "f4"), np.full(2, 1e-9), np.full(2, 1j), 2.0, np.ones((3, 2))]
@@ -225,7 +258,9 @@ def test_lists_are_added_item_by_item(zero):
     parts = [[np.full(2, 10.0**i), np.full(3, 2 * 10.0**i)] for i in range(3)]
     if zero is not None:
         parts[zero] = ZeroGradient if zero == 1 else [ZeroGradient, parts[zero][1]]
-    expected = [sum(p[k] for p in parts if p is not ZeroGradient and p[k] is not ZeroGradient) for k in (0, 1)]
+    expected = [
+        sum(p[k] for p in parts if p is not ZeroGradient and p[k] is not ZeroGradient) for k in (0, 1)
+    ]
     own, a = None, ZeroGradient
     for b in [*parts, *parts]:
         a, own = autodiff.add_cotangents(a, b, own)
@@ -328,8 +363,9 @@ def test_memory_of_a_fan(n):
 def test_a_large_sum_is_made_in_one_array(monkeypatch):
     """Of a hundred uses, one sum is a new array."""
     made = []
-    plain = autodiff.IN_PLACE[np.ndarray]
-    monkeypatch.setitem(autodiff.IN_PLACE, np.ndarray, lambda a, b: plain(a, b) and not made.append(id(a)))
+    arrays = value_type(np.ones(1))
+    plain = arrays.add_in_place
+    monkeypatch.setattr(arrays, "add_in_place", lambda a, b: plain(a, b) and not made.append(id(a)))
     m, init, v = fan(100)
     m.compute_with_vjp(init, v)
     assert len(made) == 98 and len(set(made)) == 1

@@ -70,13 +70,17 @@ def test_peers_compute_the_same():
         value, gradient = function()
         if name == "autograd":
             np.testing.assert_allclose(value, engine.chain(engine.Ours.x, 10).sum())
-        np.testing.assert_allclose(np.asarray(gradient).ravel(), engine.Ours(engine.chain, 10).gradient()[1][0])
+        np.testing.assert_allclose(
+            np.asarray(gradient).ravel(), engine.Ours(engine.chain, 10).gradient()[1][0]
+        )
 
 
 def test_study_and_report(capsys):
     results = engine.study(["chain"], [10, 20], repeat=1, budget=0.1)
     assert [row["n"] for row in results] == [10, 20]
-    assert all(row[name] > 0 for row in results for name in ("build", "run", "gradient", "jvp", "gnp", "NumPy"))
+    assert all(
+        row[name] > 0 for row in results for name in ("build", "run", "gradient", "jvp", "gnp", "NumPy")
+    )
     engine.report(results)
     engine.report_memory(engine.study_memory(["chain"], [10]))
     engine.report_large(engine.study_large(size=100, n=3, repeat=1))
@@ -112,10 +116,15 @@ def test_the_peak_of_memory_follows_the_schedule(capsys):
     memory.report(results)
     assert "60 steps" in capsys.readouterr().out
     assert {row["policy"]: (row["kept"], row["on disk"]) for row in results[4:]} == {
-        "revolve, 5": (5, 0), "revolve, 20": (20, 0), "multistage, 5 and 20 on disk": (5, 20), "disk": (0, 60)
+        "revolve, 5": (5, 0),
+        "revolve, 20": (20, 0),
+        "multistage, 5 and 20 on disk": (5, 20),
+        "disk": (0, 60),
     }
     rest = [row["rest"] for row in results]
-    assert max(rest) - min(rest) < 3, results  # the start, which is not ours, and the state that is read from the disk
+    assert max(rest) - min(rest) < 3, (
+        results
+    )  # the start, which is not ours, and the state that is read from the disk
     full = memory.measure("full tape", 60, size=20_000, repeat=1)
     assert full["peak"] > 60 * 3 and full["runs"] == 1
 

@@ -29,7 +29,12 @@ def path(folder):
 def rows(n=23):
     """Columns of a catalogue, and the slice of this rank: uneven, and the last of three or more ranks has none."""
     rng = np.random.default_rng(4)
-    whole = dict(x=rng.normal(size=(n, 3)), m=rng.normal(size=n).astype("f4"), id=rng.integers(1 << 40, size=n), on=rng.uniform(size=n) < 0.5)
+    whole = dict(
+        x=rng.normal(size=(n, 3)),
+        m=rng.normal(size=n).astype("f4"),
+        id=rng.integers(1 << 40, size=n),
+        on=rng.uniform(size=n) < 0.5,
+    )
     edges = np.linspace(0, 1, max(COMM.size - (COMM.size > 2), 1) + 1) ** 2
     edges = np.append(edges, np.ones(COMM.size))
     return whole, slice(int(edges[COMM.rank] * n), int(edges[COMM.rank + 1] * n))
@@ -40,7 +45,13 @@ def rows(n=23):
 def test_columns(path, dtype, chunk, monkeypatch):
     monkeypatch.setattr(catalogue, "CHUNK", chunk)
     whole, mine = rows()
-    catalogue.save(path, COMM, {name: v[mine] for name, v in whole.items()}, attributes=dict(a=0.5, name="test", box=np.ones(3)), dtype=dtype)
+    catalogue.save(
+        path,
+        COMM,
+        {name: v[mine] for name, v in whole.items()},
+        attributes=dict(a=0.5, name="test", box=np.ones(3)),
+        dtype=dtype,
+    )
     columns, attributes = catalogue.load(path, COMM)
     alone, _ = catalogue.load(path, MPI.COMM_SELF)
     assert attributes["a"] == 0.5 and attributes["name"] == "test" and attributes["box"].tolist() == [1, 1, 1]
@@ -167,7 +178,9 @@ def test_a_subset_is_random_and_knows_no_ranks():
     half = catalogue.chosen(ids, 0.5)
     assert abs(np.corrcoef(half[1:], half[:-1])[0, 1]) < 0.02
     assert abs(np.mean(catalogue.chosen(ids, 0.5, seed=1) == half) - 0.5) < 0.02
-    assert catalogue.chosen(ids, 0.1)[half].sum() == catalogue.chosen(ids, 0.1).sum()  # the smaller subset is part of the larger
+    assert (
+        catalogue.chosen(ids, 0.1)[half].sum() == catalogue.chosen(ids, 0.1).sum()
+    )  # the smaller subset is part of the larger
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, 0.9])
@@ -186,14 +199,23 @@ def test_snapshot(path, shift, lattice):
     n = int(np.prod(grid.Nmesh))
     order = np.argsort(columns["ID"])
     np.testing.assert_array_equal(columns["ID"][order], np.arange(n))
-    assert columns["Position"].dtype == np.float32 and (columns["Position"] < pm.BoxSize).all() and (columns["Position"] >= 0).all()
+    assert (
+        columns["Position"].dtype == np.float32
+        and (columns["Position"] < pm.BoxSize).all()
+        and (columns["Position"] >= 0).all()
+    )
     whole = join(np.column_stack([ids, (q + dx) % pm.BoxSize, p * 100 / 0.8]))
     whole = whole[np.argsort(whole[:, 0])]
     gap = abs(columns["Position"][order] - whole[:, 1:4])
     assert (np.minimum(gap, pm.BoxSize - gap) < 1e-5).all()
     np.testing.assert_allclose(columns["Velocity"][order], whole[:, 4:], rtol=1e-6, atol=1e-5)
-    assert attributes["ScaleFactor"] == 0.8 and attributes["Particles"] == n and attributes["note"] == "a test"
+    assert (
+        attributes["ScaleFactor"] == 0.8 and attributes["Particles"] == n and attributes["note"] == "a test"
+    )
     assert attributes["UnitLength"] == "Mpc/h" and attributes["BoxSize"].tolist() == [30, 25, 20]
     catalogue.save_snapshot(path, sim, dx, p, lattice=lattice, fraction=0.3)
-    np.testing.assert_array_equal(np.sort(catalogue.load(path, MPI.COMM_SELF)[0]["ID"]), np.flatnonzero(catalogue.chosen(np.arange(n), 0.3)))
+    np.testing.assert_array_equal(
+        np.sort(catalogue.load(path, MPI.COMM_SELF)[0]["ID"]),
+        np.flatnonzero(catalogue.chosen(np.arange(n), 0.3)),
+    )
     COMM.Barrier()

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from helpers import examples, run_python
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core import checkpoint as module
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core import chain as chains, store
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.error import BadArgument, BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
 
@@ -127,8 +127,21 @@ def assert_same_derivatives(m, n):
 @st.composite
 def policies(draw):
     """The arguments of `checkpoint` for any schedule."""
-    name = draw(st.sampled_from(["multistage", "revolve", "two-level", "disk", "disk-revolve",
-                                 "periodic-disk-revolve", "h-revolve", "mixed", "tapes"]))
+    name = draw(
+        st.sampled_from(
+            [
+                "multistage",
+                "revolve",
+                "two-level",
+                "disk",
+                "disk-revolve",
+                "periodic-disk-revolve",
+                "h-revolve",
+                "mixed",
+                "tapes",
+            ]
+        )
+    )
     at_least_one = st.integers(1, 5)
     costs = st.none() | st.just(dict(forward=2, write=5))
     taken = {
@@ -152,8 +165,18 @@ def test_any_schedule_gives_the_same_derivatives(n, policy):
     assert_same_derivatives(model(checkpoint(kick_drift, n, **policy)), n)
 
 
-@pytest.mark.parametrize("name", ["Revolve", "DiskRevolve", "HRevolve", "SingleMemoryStorageSchedule",
-                                  "SingleDiskStorageSchedule", "TwoLevelCheckpointSchedule", "MixedCheckpointSchedule"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Revolve",
+        "DiskRevolve",
+        "HRevolve",
+        "SingleMemoryStorageSchedule",
+        "SingleDiskStorageSchedule",
+        "TwoLevelCheckpointSchedule",
+        "MixedCheckpointSchedule",
+    ],
+)
 def test_schedules_of_the_library(name):
     make = {
         "Revolve": lambda n: schedules.Revolve(n, 2),
@@ -162,7 +185,9 @@ def test_schedules_of_the_library(name):
         "SingleMemoryStorageSchedule": lambda n: schedules.SingleMemoryStorageSchedule(),
         "SingleDiskStorageSchedule": lambda n: schedules.SingleDiskStorageSchedule(move_data=True),
         "TwoLevelCheckpointSchedule": lambda n: schedules.TwoLevelCheckpointSchedule(3, 2),
-        "MixedCheckpointSchedule": lambda n: schedules.MixedCheckpointSchedule(n, 3, storage=schedules.StorageType.DISK),
+        "MixedCheckpointSchedule": lambda n: schedules.MixedCheckpointSchedule(
+            n, 3, storage=schedules.StorageType.DISK
+        ),
     }[name]
     assert_same_derivatives(model(checkpoint(kick_drift, 9, schedule=make)), 9)
 
@@ -193,10 +218,21 @@ def test_the_same_state_in_two_places():
 
     RAM, DISK, WORK, NONE = (StorageType[name] for name in ("RAM", "DISK", "WORK", "NONE"))
     make = handmade(
-        Forward(0, 2, True, False, DISK), Forward(2, 3, False, True, WORK), EndForward(), Reverse(3, 2, True),
-        Copy(0, DISK, RAM), Copy(0, RAM, WORK), Forward(0, 1, False, False, WORK), Forward(1, 2, False, True, WORK),
-        Reverse(2, 1, True), Move(0, RAM, NONE), Copy(0, DISK, WORK), Forward(0, 1, False, True, WORK),
-        Move(0, DISK, NONE), Reverse(1, 0, True), EndReverse(),
+        Forward(0, 2, True, False, DISK),
+        Forward(2, 3, False, True, WORK),
+        EndForward(),
+        Reverse(3, 2, True),
+        Copy(0, DISK, RAM),
+        Copy(0, RAM, WORK),
+        Forward(0, 1, False, False, WORK),
+        Forward(1, 2, False, True, WORK),
+        Reverse(2, 1, True),
+        Move(0, RAM, NONE),
+        Copy(0, DISK, WORK),
+        Forward(0, 1, False, True, WORK),
+        Move(0, DISK, NONE),
+        Reverse(1, 0, True),
+        EndReverse(),
     )
     assert_same_derivatives(model(checkpoint(kick_drift, 3, schedule=make)), 3)
 
@@ -207,11 +243,23 @@ def test_schedules_that_do_not_fit():
     WORK, RAM = StorageType.WORK, StorageType.RAM
     end = Forward(2, 3, False, True, WORK), EndForward(), Reverse(3, 2, True)
     for actions, what in [
-        ((Forward(1, 3, False, True, WORK), EndForward(), EndReverse()), "goes on at step 1, but the chain is at step 0"),
-        ((Forward(0, 2, False, True, WORK), EndForward(), EndReverse()), "goes on at step 3, but the chain is at step 2"),
+        (
+            (Forward(1, 3, False, True, WORK), EndForward(), EndReverse()),
+            "goes on at step 1, but the chain is at step 0",
+        ),
+        (
+            (Forward(0, 2, False, True, WORK), EndForward(), EndReverse()),
+            "goes on at step 3, but the chain is at step 2",
+        ),
         ((Forward(0, 2, True, False, RAM), *end, EndReverse()), "leaves 2 of 3 steps unswept"),
-        ((Forward(0, 2, True, False, RAM), *end, Copy(1, RAM, WORK), EndReverse()), "did not keep, of step 1"),
-        ((Forward(0, 2, True, False, RAM), *end, Copy(0, RAM, WORK), Reverse(2, 1, True), EndReverse()), "goes on at step 1"),
+        (
+            (Forward(0, 2, True, False, RAM), *end, Copy(1, RAM, WORK), EndReverse()),
+            "did not keep, of step 1",
+        ),
+        (
+            (Forward(0, 2, True, False, RAM), *end, Copy(0, RAM, WORK), Reverse(2, 1, True), EndReverse()),
+            "goes on at step 1",
+        ),
     ]:
         m = model(checkpoint(kick_drift, 3, schedule=handmade(*actions)))
         with pytest.raises(BadArgument, match=what):
@@ -368,7 +416,9 @@ def test_a_tape_may_be_swept_again(policy):
     for factor in 1.0, 2.0, -1.0:
         v = {name: factor * value for name, value in ALL_COTANGENTS.items()}
         assert_same(tape.get_vjp().compute(names, v), full.get_vjp().compute(names, v))
-        assert_same(tape.get_jvp().compute(["x_", "p_"], DIRECTION), full.get_jvp().compute(["x_", "p_"], DIRECTION))
+        assert_same(
+            tape.get_jvp().compute(["x_", "p_"], DIRECTION), full.get_jvp().compute(["x_", "p_"], DIRECTION)
+        )
 
 
 def test_ragged_values_and_lists_of_parameters():
@@ -405,7 +455,12 @@ def test_ragged_values_and_lists_of_parameters():
         return m.compute_with_vjp(init, dict(_z=xs)), m.compute_with_jvp("z", init, dict(k0_=ks[0], x_=xs))
 
     expected = derivatives(full)
-    for policy in dict(ram=2), dict(ram=1, disk=2), dict(schedule="disk"), dict(schedule="two-level", period=2):
+    for policy in (
+        dict(ram=2),
+        dict(ram=1, disk=2),
+        dict(schedule="disk"),
+        dict(schedule="two-level", period=2),
+    ):
         assert_same(derivatives(checkpoint(step, 6, **policy)), expected)
 
 
@@ -473,9 +528,12 @@ def test_the_peak_is_what_was_asked_for(n, ram):
     assert peak <= min(ram, n - 1) + WORKING
     assert runs == schedules.optimal_steps_binomial(n, min(ram, n - 1)) if n > 1 else runs == 1
     for policy in (
-        dict(schedule="revolve", ram=ram), dict(schedule="two-level", ram=ram, period=10),
-        dict(schedule="disk-revolve", ram=ram), dict(schedule="periodic-disk-revolve", ram=ram),
-        dict(schedule="h-revolve", ram=ram, disk=2), dict(ram=ram, disk=3),
+        dict(schedule="revolve", ram=ram),
+        dict(schedule="two-level", ram=ram, period=10),
+        dict(schedule="disk-revolve", ram=ram),
+        dict(schedule="periodic-disk-revolve", ram=ram),
+        dict(schedule="h-revolve", ram=ram, disk=2),
+        dict(ram=ram, disk=3),
     ):
         assert census_of(n, **policy)[0] <= min(ram, n - 1) + WORKING, policy
     assert census_of(n, schedule="mixed", ram=ram)[0] <= min(ram, n - 1) + WORKING + 1
@@ -503,7 +561,9 @@ def open_files():
 
 
 @linux
-@pytest.mark.parametrize("policy", [dict(ram=1, disk=20), dict(schedule="disk"), dict(schedule="two-level", period=2)])
+@pytest.mark.parametrize(
+    "policy", [dict(ram=1, disk=20), dict(schedule="disk"), dict(schedule="two-level", period=2)]
+)
 def test_one_file_without_a_name(tmp_path, policy):
     folder, n = str(tmp_path), 40
     m = model(checkpoint(kick_drift, n, folder=folder, **policy))
@@ -523,15 +583,15 @@ def test_one_file_without_a_name(tmp_path, policy):
 
 
 def test_dropped_states_make_room_for_others(monkeypatch):
-    one = module.OnDisk(module.Disk(None, None), (INIT["x"], INIT["p"]))
+    one = store.OnDisk(store.Disk(None, None), (INIT["x"], INIT["p"]))
     disks = []
 
-    class Watched(module.Disk):
+    class Watched(store.Disk):
         def __init__(self, *args):
             super().__init__(*args)
             disks.append(self)
 
-    monkeypatch.setattr(module, "Disk", Watched)
+    monkeypatch.setattr(chains, "Disk", Watched)
     m = model(checkpoint(kick_drift, 50, ram=0, disk=3))
     for _ in range(2):
         m.compute_with_vjp(INIT, COTANGENTS)
@@ -577,7 +637,7 @@ PROGRAM = """
     import os, resource, signal, sys
     import numpy as np
     from vmad_lit import Builder, autooperator, operator
-    from vmad_lit.core.checkpoint import checkpoint
+    from vmad_lit.core.chain import checkpoint
 
     folder, size = sys.argv[1], int(sys.argv[2])
 
@@ -615,7 +675,8 @@ def test_a_killed_run_leaves_no_files(tmp_path):
 
         model(die, ram=0, disk=4)()
         """,
-        tmp_path, 10_000,
+        tmp_path,
+        10_000,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert int(done.stdout) >= 4 * 80_000  # the states were there
@@ -635,23 +696,32 @@ def test_a_full_disk_is_explained(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         print(gradient()[1][0][0] == 0.5**10)
         """,
-        tmp_path, 10_000,
+        tmp_path,
+        10_000,
     )
     assert done.returncode == 0, done.stderr
     message, again = done.stdout.splitlines()
-    assert message.startswith(f"{errno.EFBIG} [Errno {errno.EFBIG}] a state of 0.0801 MB could not be kept in {tmp_path}, ")
-    assert "up to 0.16 MB of the same chain already: File too large; choose another folder (folder=" in message
+    assert message.startswith(
+        f"{errno.EFBIG} [Errno {errno.EFBIG}] a state of 0.0801 MB could not be kept in {tmp_path}, "
+    )
+    assert (
+        "up to 0.16 MB of the same chain already: File too large; choose another folder (folder=" in message
+    )
     assert again == "True"
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
 def test_a_full_file_system(tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         m = model(checkpoint(kick_drift, 10, ram=0, disk=5, folder=str(tmp_path)))
         big = {name: np.ones(10_000) for name in INIT}
-        with pytest.raises(OSError, match="could not be kept in .*No space left on device; choose another folder") as caught:
+        with pytest.raises(
+            OSError, match="could not be kept in .*No space left on device; choose another folder"
+        ) as caught:
             m.compute("x", big, return_tape=True)
         assert caught.value.errno == errno.ENOSPC
         del caught
@@ -684,9 +754,12 @@ def test_a_folder_without_permission(tmp_path):
         except PermissionError as error:
             print(error)
         """,
-        closed, 10,
+        closed,
+        10,
     )
-    assert "could not be kept in" in done.stdout and "Permission denied" in done.stdout, done.stdout + done.stderr
+    assert "could not be kept in" in done.stdout and "Permission denied" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_what_cannot_be_pickled_is_named():
@@ -701,9 +774,7 @@ def test_what_cannot_be_pickled_is_named():
         m.compute("y", dict(x=np.ones(2), y=[1.0, lambda: None]), return_tape=True)
 
 
-def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
-    monkeypatch.setattr(module, "TAKE_APART", {})
-
+def test_values_of_other_types_can_be_kept_on_disk():
     class Opaque:
         def __init__(self, number, where):
             self.number, self.where = number, where
@@ -731,7 +802,7 @@ def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
     with pytest.raises(TypeError, match="Opaque.*no pickling"):
         m.compute_with_vjp(dict(x=Opaque(1, here)), dict(_y=1.0))
 
-    @module.keep_on_disk_by(Opaque)
+    @store.keep_on_disk_by(Opaque)
     def take_apart(value):
         return lambda number: Opaque(number, value.where), value.number
 
@@ -743,8 +814,16 @@ def test_values_of_other_types_can_be_kept_on_disk(monkeypatch):
 
 
 @pytest.mark.collective
-@pytest.mark.parametrize("policy", [dict(ram=2), dict(ram=1, disk=2), dict(schedule="disk"),
-                                    dict(schedule="two-level", period=3, ram=1), dict(schedule="mixed", disk=2)])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        dict(ram=2),
+        dict(ram=1, disk=2),
+        dict(schedule="disk"),
+        dict(schedule="two-level", period=3, ram=1),
+        dict(schedule="mixed", disk=2),
+    ],
+)
 @pytest.mark.parametrize("kind", ["real", "complex", "untransposedcomplex"])
 def test_fields_on_disk(policy, kind):
     pytest.importorskip("pmesh")

@@ -1,4 +1,5 @@
 """Chi-square problems: gradients, Gauss-Newton products, one forward run a point; inversions in epochs."""
+
 import os
 
 import numpy as np
@@ -87,6 +88,7 @@ def exact_jacobian(s):
 
 # the operator and the space
 
+
 def test_operator_sums_over_all_ranks():
     model = MPIChiSquareOperator.build(comm=COMM)
     x = np.arange(COMM.rank + 2.0)
@@ -138,6 +140,7 @@ def test_vector_space():
 
 # the problem
 
+
 def test_objective_gradient_and_product_are_exact():
     problem, s = make(), split(POINT)
     r, J = exact_residuals(POINT), exact_jacobian(POINT)
@@ -172,8 +175,11 @@ def test_one_forward_run_a_point_whatever_is_asked_first():
     s, v = split(POINT), split(np.ones(N))
     for first in ("objective", "gradient", "product"):
         problem = make()
-        asked = dict(objective=lambda p=problem: p.objective(s), gradient=lambda p=problem: p.gradient(s),
-                     product=lambda p=problem: p.Hvp(s, v))
+        asked = dict(
+            objective=lambda p=problem: p.objective(s),
+            gradient=lambda p=problem: p.gradient(s),
+            product=lambda p=problem: p.Hvp(s, v),
+        )
         asked[first]()
         for ask in asked.values():
             ask()
@@ -204,12 +210,17 @@ def test_the_tape_is_not_spoilt_by_changes_in_place():
     assert problem.forwards == 1
 
 
-@pytest.mark.parametrize("optimizer", [LBFGS(gtol=1e-7), TrustRegionCG(gtol=1e-7),
-                                       GradientDescent(gtol=1e-4)], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "optimizer",
+    [LBFGS(gtol=1e-7), TrustRegionCG(gtol=1e-7), GradientDescent(gtol=1e-4)],
+    ids=lambda o: type(o).__name__,
+)
 def test_same_minimum_on_any_number_of_ranks(optimizer):
     import scipy.optimize
-    exact = scipy.optimize.least_squares(exact_residuals, 0.1 * np.ones(N), exact_jacobian,
-                                         gtol=1e-14, xtol=1e-14, ftol=1e-15)
+
+    exact = scipy.optimize.least_squares(
+        exact_residuals, 0.1 * np.ones(N), exact_jacobian, gtol=1e-14, xtol=1e-14, ftol=1e-15
+    )
     problem = make()
     state = optimizer.minimize(problem, split(0.1 * np.ones(N)))
     assert state.converged, state
@@ -273,6 +284,7 @@ def test_gauss_newton_agrees_with_the_model_s_own():
 
 # epochs
 
+
 @pytest.mark.serial
 def test_scheduler():
     schedule = EpochScheduler()
@@ -321,8 +333,12 @@ def inversion(**options):
 def test_inversion_runs_its_epochs():
     d, s0 = split(np.arange(6.0)), split(np.zeros(6))
     made, epochs, iterations = inversion(m=5), [], []
-    s1 = made.apply(d, s0, monitor_epoch=lambda e: epochs.append(repr(e)),
-                    monitor_progress=lambda state: iterations.append(made.optimizer.maxiter))
+    s1 = made.apply(
+        d,
+        s0,
+        monitor_epoch=lambda e: epochs.append(repr(e)),
+        monitor_progress=lambda state: iterations.append(made.optimizer.maxiter),
+    )
     assert_allclose(s1, (4 * d + 1) / 5, atol=1e-8)
     assert epochs == ["Epoch 0 / 3", "Epoch 1 / 3", "Epoch 2 / 3"] and made.nepochs == 3
     assert set(iterations) == {20, 50}
@@ -380,6 +396,7 @@ def test_any_optimizer_will_do():
 
 # fields
 
+
 @pytest.mark.parametrize("unknowns", ["real", "complex"])
 def test_fields_are_fitted(unknowns):
     """A field, given as values or as modes, smoothed and squared, from noiseless data."""
@@ -389,7 +406,7 @@ def test_fields_are_fitted(unknowns):
     @autooperator("s -> f")
     def smooth(s):
         modes = fastpm.r2c(s) if unknowns == "real" else s
-        modes = fastpm.apply_transfer(modes, lambda k: np.exp(-0.1 * sum(ki ** 2 for ki in k)))
+        modes = fastpm.apply_transfer(modes, lambda k: np.exp(-0.1 * sum(ki**2 for ki in k)))
         f = fastpm.c2r(modes)
         return f + f * f * 0.1
 

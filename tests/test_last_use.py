@@ -1,4 +1,5 @@
 """A sweep that is the last over its tape drops what it does not need any more; other sweeps leave the tape as it is."""
+
 import weakref
 
 import numpy as np
@@ -88,6 +89,13 @@ def test_what_was_recorded_is_dropped_on_the_way(kind):
     watch.made, watch.seen = [], []
     m.compute_with_gnDp("y", dict(x=1.0), dict(x_=1.0))
     assert watch.seen == [4] * 4 + [4, 3, 2, 1] and watch.alive() == 0
+
+
+def test_a_monitor_sees_the_last_sweep():
+    watch, seen = Watch(), []
+    m = build(watch, "keep")
+    m.compute_with_vjp(dict(x=1.0), dict(_y=1.0), monitor=lambda node, *others: seen.append(node.name))
+    assert seen == [f"keep-{i}" for i in range(4)] + [f"keep-vjp-{i}" for i in range(4)]
 
 
 def test_second_derivatives():

@@ -1,10 +1,12 @@
 """The compiled loops over meshes, beside the same sums by NumPy; over ranks they are tested with the force."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import examples
+
 loops = pytest.importorskip("vmad_lit.lib.loops")
 
 
@@ -19,7 +21,7 @@ def meshes(shape, count, dtype, padded, together, rng):
     if together:
         return list(np.moveaxis(rng.normal(size=(*shape, count)).astype(dtype), -1, 0))
     row = shape[:-1] + (shape[-1] + (2 if padded else 0),)
-    return [rng.normal(size=row).astype(dtype)[..., :shape[-1]] for _ in range(count)]
+    return [rng.normal(size=row).astype(dtype)[..., : shape[-1]] for _ in range(count)]
 
 
 def halo(x, axis):
@@ -29,10 +31,18 @@ def halo(x, axis):
 
 
 @settings(max_examples=examples(150))
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.sampled_from(["f4", "f8"]), *[st.booleans()] * 5, st.integers(0, 99))
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    st.sampled_from(["f4", "f8"]),
+    *[st.booleans()] * 5,
+    st.integers(0, 99),
+)
 def test_gradient_and_divergence(shape, dtype, padded, padded_out, together, halos, beside, seed):
     rng, ndim, shape = np.random.default_rng(seed), len(shape), tuple(shape)
-    factors, tolerance = rng.normal(size=ndim), dict(rtol=1e-4, atol=1e-4) if dtype == "f4" else dict(atol=1e-12)
+    factors, tolerance = (
+        rng.normal(size=ndim),
+        dict(rtol=1e-4, atol=1e-4) if dtype == "f4" else dict(atol=1e-12),
+    )
     x, other = meshes(shape, 2, dtype, padded, False, rng)
     outs = meshes(shape, ndim + beside, dtype, padded_out, together, rng)
     around = [halo(x, axis) if halos else None for axis in range(ndim - 1)]
@@ -44,11 +54,19 @@ def test_gradient_and_divergence(shape, dtype, padded, padded_out, together, hal
     sources = meshes(shape, ndim, dtype, padded_out, together, rng)
     around = [halo(source, axis) if halos else None for axis, source in enumerate(sources[:-1])]
     loops.divergence(x, sources, factors, around)
-    np.testing.assert_allclose(x, sum(factors[axis] * along(sources[axis], axis) for axis in range(ndim)), **tolerance)
+    np.testing.assert_allclose(
+        x, sum(factors[axis] * along(sources[axis], axis) for axis in range(ndim)), **tolerance
+    )
 
 
 @settings(max_examples=examples(60))
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.booleans(), st.booleans(), st.integers(0, 2), st.integers(0, 99))
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2),
+    st.integers(0, 99),
+)
 def test_difference(shape, add, halos, axis, seed):
     rng, shape = np.random.default_rng(seed), tuple(shape)
     axis = min(axis, len(shape) - 1)

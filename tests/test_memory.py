@@ -1,4 +1,5 @@
 """Memory that is used again: nobody's numbers are overwritten, and no more is held than there should be."""
+
 import gc
 import os
 import threading
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import examples
-from vmad_lit.core.tape import nbytes_of
+from vmad_lit.core.valuetypes import nbytes_of
 from vmad_lit.lib import memory
 
 N = memory.LEAST // 8
@@ -41,8 +42,19 @@ def test_no_array_sees_the_numbers_of_another(steps):
             assert (values == expected).all()
 
 
-@pytest.mark.parametrize("shape, dtype", [(N, "f8"), ((3, N), "f4"), ((N, 2, 2), "c8"), ((2, N), "i8"), ((), "f8"), ((0, 5), "f8"),
-                                          ((10,), "f4"), ((2 * N,), "u1")])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        (N, "f8"),
+        ((3, N), "f4"),
+        ((N, 2, 2), "c8"),
+        ((2, N), "i8"),
+        ((), "f8"),
+        ((0, 5), "f8"),
+        ((10,), "f4"),
+        ((2 * N,), "u1"),
+    ],
+)
 def test_like_numpy(shape, dtype):
     got, expected = memory.zeros(shape, dtype), np.zeros(shape, dtype)
     assert got.dtype == expected.dtype and got.shape == expected.shape and got.strides == expected.strides
@@ -78,6 +90,7 @@ def test_new_memory_takes_the_place_of_what_is_idle():
 
 def test_arrays_of_a_rhythm_are_packed():
     """Arrays of several sizes that come and go alike in each round take no more room in the hundredth than in the first."""
+
     def a_round():
         waves = [memory.empty(N * (1 + i % 4)) for i in range(12)]
         del waves[::2]
@@ -199,6 +212,7 @@ def test_fields_are_made_of_it():
     if not hasattr(LocalBuffer, "allocate"):
         pytest.skip("the transforms have memory of their own")
     from mpi4py import MPI
+
     pm = ParticleMesh([48] * 3, BoxSize=1.0, comm=MPI.COMM_SELF)
     field = pm.create("real", value=1.0)
     where = field.value.ctypes.data

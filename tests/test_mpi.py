@@ -147,7 +147,12 @@ def test_allbcast(dtype, shape):
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("root", [0])
 def test_bcast(dtype, shape, root):
-    y = prove(lambda s: mpi.bcast(s, COMM, root), ("root", "replicated"), noise("root", shape, dtype), tolerance(dtype))
+    y = prove(
+        lambda s: mpi.bcast(s, COMM, root),
+        ("root", "replicated"),
+        noise("root", shape, dtype),
+        tolerance(dtype),
+    )
     assert np.array_equal(y, COMM.bcast(y)) and np.shape(y) == shape
 
 
@@ -204,12 +209,18 @@ def test_scatter_of_objects():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("how", ["even", "triangle", "empty rank"])
 def test_alltoall(dtype, how):
-    counts = {"even": None, "triangle": [RANK + r for r in range(SIZE)], "empty rank": [0 if RANK else 1] * SIZE}[how]
+    counts = {
+        "even": None,
+        "triangle": [RANK + r for r in range(SIZE)],
+        "empty rank": [0 if RANK else 1] * SIZE,
+    }[how]
     n = SIZE + 1 if counts is None else sum(counts)
     x = noise("partitioned", (n, 2), dtype)
     if COMM.allreduce(n) == 0:
         return
-    y = prove(lambda s: mpi.alltoall(s, COMM, counts=counts), ("partitioned", "partitioned"), x, tolerance(dtype))
+    y = prove(
+        lambda s: mpi.alltoall(s, COMM, counts=counts), ("partitioned", "partitioned"), x, tolerance(dtype)
+    )
     if counts is not None:
         edges = np.cumsum([0, *counts])
         parts = COMM.alltoall([x[edges[r] : edges[r + 1]] for r in range(SIZE)])
@@ -251,7 +262,9 @@ def test_sendrecv_with_open_ends():
 @pytest.mark.parametrize("counts", [[2] * SIZE, [r % 2 * 3 + (SIZE == 1) for r in range(SIZE)]])
 def test_halo(dtype, periodic, width, counts):
     x = noise("partitioned", (counts[RANK], 2), dtype)
-    y = prove(lambda s: mpi.halo(s, COMM, width, periodic), ("partitioned", "partitioned"), x, tolerance(dtype))
+    y = prove(
+        lambda s: mpi.halo(s, COMM, width, periodic), ("partitioned", "partitioned"), x, tolerance(dtype)
+    )
     whole = join(x)
     n, start = len(whole), sum(counts[:RANK])
     index = np.arange(start - width, start + counts[RANK] + width)
@@ -333,3 +346,37 @@ def test_second_derivatives():
     np.testing.assert_allclose(y, n * x**3)
     np.testing.assert_allclose(gradient, n * w * 3 * x**2)
     np.testing.assert_allclose(product, (n - (squares[1] if SIZE > 1 else 0)) * w * 6 * x * v)
+
+
+@pytest.mark.parametrize("root", range(SIZE))
+def test_any_rank_may_be_the_root(root):
+    """What is dealt from a root and joined on it; what other ranks have as its tangent or cotangent is nobody's."""
+    counts = [rank + 1 for rank in range(SIZE)]
+    rows, zero = np.arange(sum(counts) * 2.0).reshape(-1, 2), 5.0 if RANK != root else ZeroGradient
+    start = sum(counts[:RANK])
+    mine, on_root = rows[start : start + counts[RANK]], rows if RANK == root else None
+    with Builder() as deal:
+        x = deal.input("x")
+        deal.output(y=mpi.scatter(x, COMM, counts if RANK == root else None, root))
+    with Builder() as join:
+        x = join.input("x")
+        join.output(y=mpi.gather(x, COMM, root))
+    elsewhere = [on_root, rows if RANK == root else ZeroGradient]
+
+    [y], [_x] = deal.compute_with_vjp(dict(x=on_root), dict(_y=-mine))
+    assert np.array_equal(y, mine)
+    assert np.array_equal(_x, -rows) if RANK == root else _x is ZeroGradient
+    for x_ in elsewhere:
+        assert np.array_equal(deal.compute_with_jvp("y", dict(x=on_root), dict(x_=x_))[1], mine)
+    assert deal.compute_with_jvp("y", dict(x=on_root), dict(x_=zero))[1] is ZeroGradient
+
+    for _y in elsewhere:
+        [y], [_x] = join.compute_with_vjp(dict(x=mine), dict(_y=_y))
+        assert np.array_equal(y, rows) if RANK == root else y is None
+        assert np.array_equal(_x, mine)
+    assert join.compute_with_vjp(dict(x=mine), dict(_y=zero))[1] == [ZeroGradient]
+    y_ = join.compute_with_jvp("y", dict(x=mine), dict(x_=-mine))[1]
+    assert np.array_equal(y_, -rows) if RANK == root else y_ is None
+    words = compute(lambda s: mpi.gather(s, COMM, root), str(RANK))
+    assert words == ([str(rank) for rank in range(SIZE)] if RANK == root else None)
+    assert compute(lambda s: mpi.scatter(s, COMM, root=root), words) == str(RANK)

@@ -11,7 +11,7 @@ from mpi4py import MPI
 from helpers import join
 from vmad_lit import Builder
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.lib import fastpm
+from vmad_lit.lib import fastpm, force, lpt
 from vmad_lit.lib.cosmology import Cosmology, MatterDominated
 from vmad_lit.lib.fastpm import FastPMSimulation, ParticleMesh
 from vmad_lit.lib.mpi import allbcast
@@ -112,11 +112,18 @@ def test_hessian(case):
         return fastpm.to_scalar(fastpm.paint(x, 1.0, fastpm.decompose(x, pm), pm) - 1.0)
 
     assert check_second_order(chi2, noise(pm), comm=COMM, steps=(1e-6, 5e-7, 2.5e-7))[-1] > 1.9
-    x, v, w = noise(pm), noise(pm, 2), {name: np.sin((i + 1) * sim.q) for i, name in enumerate(["_dx", "_p", "_f"])}
+    x, v, w = (
+        noise(pm),
+        noise(pm, 2),
+        {name: np.sin((i + 1) * sim.q) for i, name in enumerate(["_dx", "_p", "_f"])},
+    )
     step = 1e-6
     for outs, given in (["chi2"], {}), (["dx", "p", "f"], w):
         _, _, [product] = m.compute_with_hvp(outs, dict(wnk=x), dict(wnk_=v, **given))
-        there, back = (m.compute_with_vjp(dict(wnk=x + v * h), given or dict(_chi2=1.0))[1][0].value for h in (step, -step))
+        there, back = (
+            m.compute_with_vjp(dict(wnk=x + v * h), given or dict(_chi2=1.0))[1][0].value
+            for h in (step, -step)
+        )
         size = max(COMM.allgather(abs(product.value).max(initial=0)))
         assert size > 0
         np.testing.assert_allclose(product.value, (there - back) / (2 * step), atol=1e-5 * size)
@@ -139,10 +146,16 @@ def test_any_number_of_ranks(case):
     _, [gradient] = m.compute_with_vjp(dict(wnk=noise(pm)), dict(_chi2=1.0))
     _, [expected] = reference.compute_with_vjp(dict(wnk=noise(alone)), dict(_chi2=1.0))
     gradient, expected = gradient.c2r(), expected.c2r()
-    np.testing.assert_allclose(gradient.value, expected.value[pm.create("real").slices], atol=1e-9 * abs(expected.value).max())
+    np.testing.assert_allclose(
+        gradient.value, expected.value[pm.create("real").slices], atol=1e-9 * abs(expected.value).max()
+    )
     product = m.compute_with_hvp("chi2", dict(wnk=noise(pm)), dict(wnk_=noise(pm, 2)))[2][0].c2r()
-    expected = reference.compute_with_hvp("chi2", dict(wnk=noise(alone)), dict(wnk_=noise(alone, 2)))[2][0].c2r()
-    np.testing.assert_allclose(product.value, expected.value[pm.create("real").slices], atol=1e-8 * abs(expected.value).max())
+    expected = reference.compute_with_hvp("chi2", dict(wnk=noise(alone)), dict(wnk_=noise(alone, 2)))[2][
+        0
+    ].c2r()
+    np.testing.assert_allclose(
+        product.value, expected.value[pm.create("real").slices], atol=1e-8 * abs(expected.value).max()
+    )
 
 
 def test_conservation():
@@ -195,7 +208,11 @@ def test_long_waves_grow_as_in_linear_theory(steps):
     assert above / below == pytest.approx(PT.D1(1.0) / PT.D1(0.1), rel=0.01)
 
 
-@pytest.mark.parametrize("options", [dict(ram=1), dict(ram=2), dict(keep_potential=False), dict(ram=2, keep_potential=False)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(ram=1), dict(ram=2), dict(keep_potential=False), dict(ram=2, keep_potential=False)],
+    ids=str,
+)
 def test_few_states_give_the_same_gradient(options):
     pm, _ = make("uneven")
     stages = np.linspace(0.1, 1.0, 6)
@@ -224,7 +241,9 @@ def test_steps_undone_give_the_same_gradient(case):
         model = sim.run.build()
         outs, [_rhok] = model.compute_with_vjp(dict(rhok=noise(pm)), w)
         _, tangents = model.compute_with_jvp(["dx", "p", "f"], dict(rhok=noise(pm)), dict(rhok_=noise(pm, 2)))
-        _, _, [product] = model.compute_with_hvp(["dx", "p", "f"], dict(rhok=noise(pm)), dict(rhok_=noise(pm, 2), **w))
+        _, _, [product] = model.compute_with_hvp(
+            ["dx", "p", "f"], dict(rhok=noise(pm)), dict(rhok_=noise(pm, 2), **w)
+        )
         results.append([*outs, *tangents, product.value, _rhok.value])
     for a, b in zip(*results):
         assert abs(a).max(initial=0) > 0 or not a.size
@@ -256,7 +275,10 @@ def test_reversible_leapfrog_to_second_order(resampler, steps):
         return fastpm.reversible_leapfrog(dx_i, p_i, allbcast(factors, COMM), q, pm)
 
     for factors in np.array([0.3]), np.array([0.1, 0.3, 0.45, -0.2, 0.15]):
-        assert check_second_order(leapfrog, dx_i, p_i, factors, comm=COMM, replicated="factors", steps=steps)[-1] > 1.9
+        assert (
+            check_second_order(leapfrog, dx_i, p_i, factors, comm=COMM, replicated="factors", steps=steps)[-1]
+            > 1.9
+        )
 
 
 def test_second_order_of_steps_undone_in_single_precision():
@@ -266,7 +288,9 @@ def test_second_order_of_steps_undone_in_single_precision():
         q = pm.generate_uniform_particle_grid(shift=0.5).astype(dtype)
         arrays = np.random.default_rng(COMM.rank).normal(size=(5,) + q.shape).astype(dtype)
         with Builder() as m:
-            dx, p, f = fastpm.reversible_leapfrog(*m.input("dx_i", "p_i"), np.array([0.1, 0.3, 0.45, -0.2, 0.15]), q, pm)
+            dx, p, f = fastpm.reversible_leapfrog(
+                *m.input("dx_i", "p_i"), np.array([0.1, 0.3, 0.45, -0.2, 0.15]), q, pm
+            )
             m.output(dx=dx)
         v = dict(zip(("dx_i_", "p_i_", "_dx"), arrays[2:]))
         results.append(m.compute_with_hvp(["dx"], dict(dx_i=arrays[0], p_i=arrays[1]), v)[2])
@@ -303,7 +327,9 @@ def test_a_cotangent_that_is_zero_on_some_ranks_only(given):
     q = pm.generate_uniform_particle_grid(shift=0.5)
     dx_i, p_i, w = np.random.default_rng(COMM.rank).normal(size=(3,) + q.shape)
     with Builder() as m:
-        dx, p, f = fastpm.reversible_leapfrog(*m.input("dx_i", "p_i"), np.array([0.1, 0.3, 0.45, -0.2, 0.15]), q, pm)
+        dx, p, f = fastpm.reversible_leapfrog(
+            *m.input("dx_i", "p_i"), np.array([0.1, 0.3, 0.45, -0.2, 0.15]), q, pm
+        )
         m.output(dx=dx, p=p, f=f)
     results = []
     for zero in ZeroGradient, 0 * w:
@@ -313,8 +339,13 @@ def test_a_cotangent_that_is_zero_on_some_ranks_only(given):
         _, pulled = m.compute_with_vjp(dict(dx_i=dx_i, p_i=p_i), cotangents)
         results.append(pulled)
         for silent in [], ["p_i_"], ["dx_i_", "p_i_"]:
-            v = {name: zero if name in silent and COMM.rank == 0 else x(q) for name, x in dict(dx_i_=np.sin, p_i_=np.cos).items()}
-            results[-1] += m.compute_with_hvp(["dx", "p", "f"], dict(dx_i=dx_i, p_i=p_i), {**v, **cotangents})[2]
+            v = {
+                name: zero if name in silent and COMM.rank == 0 else x(q)
+                for name, x in dict(dx_i_=np.sin, p_i_=np.cos).items()
+            }
+            results[-1] += m.compute_with_hvp(
+                ["dx", "p", "f"], dict(dx_i=dx_i, p_i=p_i), {**v, **cotangents}
+            )[2]
     for a, b in zip(*results):
         assert COMM.size == 1 or COMM.allreduce(float(np.sum(abs(b)))) > 0
         a, b = (0 * w if value is ZeroGradient else value for value in (a, b))
@@ -352,14 +383,18 @@ def test_nbody_and_the_class_agree():
     sim, m = build(pm)
     rhok = noise(pm) * 0.5
     one = sim.run.build().compute(["dx", "p", "f"], dict(rhok=rhok))
-    two = fastpm.nbody.build(q=sim.q, stages=STAGES, cosmology=PT, pm=pm).compute(["dx", "p", "f"], dict(rhok=rhok))
+    two = fastpm.nbody.build(q=sim.q, stages=STAGES, cosmology=PT, pm=pm).compute(
+        ["dx", "p", "f"], dict(rhok=rhok)
+    )
     for a, b in zip(one, two):
         assert np.array_equal(a, b)
     f, potk = sim.gravity.build().compute(["f", "potk"], dict(dx=one[0]))
     np.testing.assert_allclose(f * 1.5 * PT.Om0, one[2], atol=1e-13 * abs(one[2]).max())
     expected = potk.apply(lambda k, v: v * fastpm.fourier_space_neg_gradient(1, pm, order=1)(k)).c2r()
     x = sim.q + one[0]
-    np.testing.assert_allclose(expected.readout(x, layout=pm.decompose(x)), f[:, 1], atol=1e-11 * max(abs(f).max(), 1))
+    np.testing.assert_allclose(
+        expected.readout(x, layout=pm.decompose(x)), f[:, 1], atol=1e-11 * max(abs(f).max(), 1)
+    )
 
 
 def test_potential_is_differentiable():
@@ -398,7 +433,9 @@ def test_bad_input():
 def test_zero_power_at_k0():
     """A spectrum that diverges at k = 0 leaves the mean zero and everything else finite."""
     pm, _ = make("cube")
-    c = fastpm.induce_correlation.build(powerspectrum=lambda k: k**-2.0, pm=pm).compute("c", dict(wnk=noise(pm)))
+    c = fastpm.induce_correlation.build(powerspectrum=lambda k: k**-2.0, pm=pm).compute(
+        "c", dict(wnk=noise(pm))
+    )
     assert np.isfinite(c.value).all() and abs(c.cmean() if hasattr(c, "cmean") else 0) < 1e-12
 
 
@@ -418,4 +455,27 @@ def test_lpt_is_a_quadratic_function(dtype):
     one, two = (model.compute(["dx1", "dx2"], dict(rhok=x * c)) for c in (1.0, 2.0))
     rtol = 1e-4 if dtype == "f4" else 1e-10
     for order in (0, 1):
-        np.testing.assert_allclose(two[order], one[order] * 2.0 ** (order + 1), atol=rtol * abs(two[order]).max())
+        np.testing.assert_allclose(
+            two[order], one[order] * 2.0 ** (order + 1), atol=rtol * abs(two[order]).max()
+        )
+
+
+@pytest.mark.parametrize("shape", ["uneven", "cube"])
+def test_second_order_by_transforms_is_that_by_differences(shape, monkeypatch):
+    """Without compiled loops, or where the last axis is divided, the same differences are taken in Fourier space."""
+    pm, _ = make(shape)
+    found = []
+    for whole in True, False:
+        if not whole:
+            for module in force, lpt:
+                monkeypatch.setattr(module, "differences_serve", lambda pm, order: False)
+        with Builder() as m:
+            m.output(source=fastpm.lpt2src(m.input("rhok"), pm))
+        x, v, w = noise(pm, 1), noise(pm, 2), noise(pm, 3).c2r()
+        (source,), (_x,) = m.compute_with_vjp(dict(rhok=x), dict(_source=w))
+        _, source_ = m.compute_with_jvp("source", dict(rhok=x), dict(rhok_=v))
+        found.append([source, source_, _x])
+    assert abs(found[0][0].value).max() > 0
+    for one, other in zip(*found):
+        scale = COMM.allreduce(abs(one.value).max(initial=0.0), op=MPI.MAX)
+        np.testing.assert_allclose(other.value, one.value, atol=1e-10 * scale)

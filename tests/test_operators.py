@@ -19,7 +19,12 @@ from vmad_lit.lib import binary, linalg, unary
 from vmad_lit.testing import Trial, check, check_second_order
 
 MODULES = {"stdlib": stdlib, "unary": unary, "binary": binary, "linalg": linalg}
-LOOKING = {"stdlib.eval", "stdlib.watchpoint", "stdlib.assert_true", "stdlib.assert_isinstance"}  # tested below
+LOOKING = {
+    "stdlib.eval",
+    "stdlib.watchpoint",
+    "stdlib.assert_true",
+    "stdlib.assert_isinstance",
+}  # tested below
 PROOFS = {}
 REAL, COMPLEX = ("f8", "f4"), ("f8", "f4", "c16", "c8")
 LAYOUTS = st.sampled_from(["plain", "fortran", "strided", "reversed", "read-only"])
@@ -64,10 +69,15 @@ class Draw:
     def pair(self, low=-2.0, high=2.0, grids=(None, None)):
         """Two operands that broadcast, one of which may be a Python number."""
         both = mutually_broadcastable_shapes(num_shapes=2, min_side=0, max_side=3, max_dims=3)
-        x = [self.array(shape, low, high, grid) for shape, grid in zip(self(both, "shapes").input_shapes, grids)]
+        x = [
+            self.array(shape, low, high, grid)
+            for shape, grid in zip(self(both, "shapes").input_shapes, grids)
+        ]
         number = self(st.sampled_from([None, 0, 1]), "number")
         if number is not None:
-            x[number] = float(np.round(4 * self.rng.uniform(max(low, 0.5), high)) / 4) + (grids[number] or 0.0)
+            x[number] = float(np.round(4 * self.rng.uniform(max(low, 0.5), high)) / 4) + (
+                grids[number] or 0.0
+            )
         return x
 
     def mask(self, shape):
@@ -100,7 +110,9 @@ def operators():
     for key, module in MODULES.items():
         for name, op in vars(module).items():
             public = name in module.__all__ and callable(op) and not isinstance(op, type)
-            of_field = isinstance(op, Operator) and any("Field" in str(pattern) for pattern in op.ain.values())
+            of_field = isinstance(op, Operator) and any(
+                "Field" in str(pattern) for pattern in op.ain.values()
+            )
             if (isinstance(op, Operator) or public) and not of_field:  # those are in test_field_arithmetic.py
                 found.setdefault(id(op), (f"{key}.{name}", op))
     return dict(found.values())
@@ -124,7 +136,9 @@ def test_operator(name, data):
         report = check(OPERATORS[name], *args, truth=truth, allow_zero=True, **kwargs)
     assert report.second is not None, "no second derivative is offered"
     one = not isinstance(truth, (list, tuple))
-    for value, expected in zip([report.value] if one else report.value, [truth] if one else truth, strict=True):
+    for value, expected in zip(
+        [report.value] if one else report.value, [truth] if one else truth, strict=True
+    ):
         assert np.asarray(value).dtype == np.asarray(expected).dtype
 
 
@@ -203,7 +217,11 @@ def _(draw):
 def _(draw):
     shape = draw(shapes(), "shape")
     x = draw.array(shape)
-    new = draw(st.one_of(st.permutations(shape).map(tuple), st.just((x.size,)), st.just(x.size), st.just((1, *shape))))
+    new = draw(
+        st.one_of(
+            st.permutations(shape).map(tuple), st.just((x.size,)), st.just(x.size), st.just((1, *shape))
+        )
+    )
     if x.size:
         new = draw(st.sampled_from([new, -1]))
     order = draw(st.sampled_from("CF"), "order")
@@ -234,14 +252,37 @@ def _(draw):
     n = x.size if axis is None else x.shape[axis]
     mode = draw(st.sampled_from(["raise", "wrap", "clip"]), "mode")
     index = st.integers(-n, n - 1) if mode == "raise" else st.integers(-3 * n, 3 * n)
-    i = draw(st.one_of(index, st.lists(index, max_size=4), st.lists(st.lists(index, min_size=2, max_size=2), max_size=3)), "i")
+    i = draw(
+        st.one_of(
+            index, st.lists(index, max_size=4), st.lists(st.lists(index, min_size=2, max_size=2), max_size=3)
+        ),
+        "i",
+    )
     return (x, i, axis, mode), {}, np.take(x, np.asarray(i, dtype="intp"), axis, mode=mode)
 
 
 KEYS = st.sampled_from(
     [
-        *(0, -1, slice(1, None), slice(None, None, -1), Ellipsis, None, [0, 0, 1], [], np.array([[1, -1], [0, 1]])),
-        *((0, 1), (slice(None), 1), (Ellipsis, -1), (None, 0, None), ([1, 1], slice(None, 1)), (0, [1, 0, 1]), ([0, 1], [1, 1])),
+        *(
+            0,
+            -1,
+            slice(1, None),
+            slice(None, None, -1),
+            Ellipsis,
+            None,
+            [0, 0, 1],
+            [],
+            np.array([[1, -1], [0, 1]]),
+        ),
+        *(
+            (0, 1),
+            (slice(None), 1),
+            (Ellipsis, -1),
+            (None, 0, None),
+            ([1, 1], slice(None, 1)),
+            (0, [1, 0, 1]),
+            ([0, 1], [1, 1]),
+        ),
         np.array([True, False]),
         np.array([[True, False], [True, True]]),
         (np.array([False, True]), 0),
@@ -270,7 +311,9 @@ def _(draw):
 
 @proof("linalg.where")
 def _(draw):
-    condition, shape1, shape2 = draw(mutually_broadcastable_shapes(num_shapes=3, min_side=0, max_side=3), "shapes").input_shapes
+    condition, shape1, shape2 = draw(
+        mutually_broadcastable_shapes(num_shapes=3, min_side=0, max_side=3), "shapes"
+    ).input_shapes
     condition = draw.rng.random(condition) < 0.5
     x1, x2 = draw.array(shape1), draw.array(shape2)
     return (condition, x1, x2), {}, np.where(condition, x1, x2)
@@ -279,7 +322,10 @@ def _(draw):
 @proof("linalg.clip", REAL)
 def _(draw):
     x = draw.array(draw(shapes(), "shape"), grid=0.125)
-    low, high = draw(st.sampled_from([(-1.0, 1.0), (None, 0.0), (0.5, None), (None, None), (np.array(0.0, x.dtype), 1.5)]), "limits")
+    low, high = draw(
+        st.sampled_from([(-1.0, 1.0), (None, 0.0), (0.5, None), (None, None), (np.array(0.0, x.dtype), 1.5)]),
+        "limits",
+    )
     return (x, low, high), {}, np.clip(x, low, high)
 
 
@@ -322,7 +368,11 @@ def _(draw):
     x = draw.array(draw(shapes(), "shape"))
     axis, keepdims = draw.axis(x.ndim, several=True), draw(st.booleans())
     where = draw.mask(x.shape)
-    return (x, axis, None, keepdims, where), {}, accurate(np.sum, x, axis=axis, keepdims=keepdims, where=where)
+    return (
+        (x, axis, None, keepdims, where),
+        {},
+        accurate(np.sum, x, axis=axis, keepdims=keepdims, where=where),
+    )
 
 
 @proof("linalg.mean")
@@ -330,8 +380,14 @@ def _(draw):
     x = draw.array(draw(shapes(1), "shape"))
     axis, keepdims = draw.axis(x.ndim, several=True), draw(st.booleans())
     where = draw.mask(x.shape)
-    assume(np.all(np.sum(np.broadcast_to(where, x.shape), axis=axis) > 0))  # the mean of nothing is not a number
-    return (x, axis, None, keepdims, where), {}, accurate(np.mean, x, axis=axis, keepdims=keepdims, where=where)
+    assume(
+        np.all(np.sum(np.broadcast_to(where, x.shape), axis=axis) > 0)
+    )  # the mean of nothing is not a number
+    return (
+        (x, axis, None, keepdims, where),
+        {},
+        accurate(np.mean, x, axis=axis, keepdims=keepdims, where=where),
+    )
 
 
 @proof("linalg.cumsum")
@@ -388,7 +444,11 @@ def _(draw):
     if ord in (np.inf, -np.inf):  # the moduli shall differ by more than the steps of the Taylor test
         x = x / abs(x) * draw.rng.permutation(1.0 + np.arange(x.size)).reshape(x.shape).astype(abs(x).dtype)
     keepdims = draw(st.booleans())
-    truth = np.linalg.norm(x, ord, axis, keepdims) if axis is None or ord else np.sum(abs(x) ** 2, axis, keepdims=keepdims) ** 0.5
+    truth = (
+        np.linalg.norm(x, ord, axis, keepdims)
+        if axis is None or ord
+        else np.sum(abs(x) ** 2, axis, keepdims=keepdims) ** 0.5
+    )
     return (x, ord, axis, keepdims), {}, truth
 
 
@@ -428,7 +488,9 @@ def _(draw):
 @proof("linalg.matrix_product")
 def _(draw):
     n = draw(st.integers(0, 3), "n")
-    batch1, batch2 = draw(mutually_broadcastable_shapes(num_shapes=2, min_side=0, max_side=3, max_dims=2), "batch").input_shapes
+    batch1, batch2 = draw(
+        mutually_broadcastable_shapes(num_shapes=2, min_side=0, max_side=3, max_dims=2), "batch"
+    ).input_shapes
     left = draw(st.sampled_from([(n,), (2, n), (*batch1, 3, n), (*batch1, 0, n)]), "left")
     right = draw(st.sampled_from([(n,), (n, 2), (*batch2, n, 3)]), "right")
     x1, x2 = draw.array(left), draw.array(right)
@@ -505,7 +567,11 @@ def slopes(f, x, v=1.0):
 def test_powers_of_zero_and_of_negative_numbers(exponent):
     x = np.array([0.0, -1.5, 2.0])
     with np.errstate(all="ignore"):
-        expected = np.where(np.asarray(exponent) == 0, 0.0, exponent * x ** np.where(np.asarray(exponent) == 0, 1.0, np.asarray(exponent) - 1.0))
+        expected = np.where(
+            np.asarray(exponent) == 0,
+            0.0,
+            exponent * x ** np.where(np.asarray(exponent) == 0, 1.0, np.asarray(exponent) - 1.0),
+        )
     np.testing.assert_allclose(slopes(lambda x: x**exponent, x), expected)
 
 
@@ -514,7 +580,9 @@ def test_zero_to_a_power_that_varies():
     np.testing.assert_array_equal(slopes(lambda x: np.array([0.0, 1.0]) ** x, np.array([2.0, 2.0])), 0.0)
 
 
-@pytest.mark.parametrize("name", ["sqrt", "cbrt", "log", "log1p", "reciprocal", "arcsin", "arccosh", "arctanh", "log2", "log10"])
+@pytest.mark.parametrize(
+    "name", ["sqrt", "cbrt", "log", "log1p", "reciprocal", "arcsin", "arccosh", "arctanh", "log2", "log10"]
+)
 def test_zero_times_an_infinite_slope_is_zero(name):
     pole = {"log1p": -1.0, "arcsin": 1.0, "arccosh": 1.0, "arctanh": 1.0}.get(name, 0.0)
     assert np.isinf(slopes(getattr(unary, name), np.array([pole]))).all()
@@ -523,7 +591,13 @@ def test_zero_times_an_infinite_slope_is_zero(name):
 
 def test_kinks():
     zero = np.zeros(1)
-    for f in abs, unary.absolute, unary.sinc, lambda x: binary.hypot(x, x), lambda x: linalg.norm(x, keepdims=True):
+    for f in (
+        abs,
+        unary.absolute,
+        unary.sinc,
+        lambda x: binary.hypot(x, x),
+        lambda x: linalg.norm(x, keepdims=True),
+    ):
         assert slopes(f, zero) == 0
     for f in binary.maximum, binary.minimum, binary.fmax, binary.fmin:
         assert slopes(lambda x, f=f: f(x, 0.0), zero) == 0.5
@@ -533,7 +607,9 @@ def test_kinks():
         assert slopes(lambda x, f=f: f(np.nan, x), np.ones(1)) == 1
     with Builder() as m:
         m.output(y=linalg.norm(m.input("x"), np.inf))
-    np.testing.assert_array_equal(m.compute_with_vjp(dict(x=np.array([3.0, -3.0, 1.0])), dict(_y=1.0))[1][0], [0.5, -0.5, 0.0])
+    np.testing.assert_array_equal(
+        m.compute_with_vjp(dict(x=np.array([3.0, -3.0, 1.0])), dict(_y=1.0))[1][0], [0.5, -0.5, 0.0]
+    )
     assert slopes(lambda x: binary.logaddexp(x, x), np.array([-np.inf])) == 1
 
 
@@ -562,7 +638,9 @@ def bends(f, x, v=1.0):
         return m.compute_with_hvp("y", dict(x=x), dict(x_=v * np.ones_like(x), _y=np.ones_like(y)))[2][0]
 
 
-@pytest.mark.parametrize("exponent", [0, 0.0, 1, 2, 2.0, 3, np.array([0.0, 1.0, 2.0]), np.array([0, 1, 2])], ids=repr)
+@pytest.mark.parametrize(
+    "exponent", [0, 0.0, 1, 2, 2.0, 3, np.array([0.0, 1.0, 2.0]), np.array([0, 1, 2])], ids=repr
+)
 def test_bends_of_powers_of_zero_and_of_negative_numbers(exponent):
     x, n = np.array([0.0, -1.5, 2.0]), np.asarray(exponent)
     expected = n * (n - 1) * x ** np.where(n < 2, 0, n - 2)
@@ -634,7 +712,9 @@ def test_a_wrong_second_derivative_is_found(wrong):
 
     if wrong == "flat":
         product.hvp = ZeroGradient
-    expected = dict([("one at a time", "one tangent at a time"), ("not symmetric", "not symmetric")]).get(wrong, "not the derivative")
+    expected = dict([("one at a time", "one tangent at a time"), ("not symmetric", "not symmetric")]).get(
+        wrong, "not the derivative"
+    )
     with pytest.raises(AssertionError, match=expected):
         check_second_order(operator(product), np.array([0.5, 1.5]), np.array([1.0, 2.0]))
 
@@ -655,25 +735,61 @@ def test_derivatives_of_integers_are_floats(name):
     two = len(OPERATORS[name].ain) == 2 if isinstance(op, Operator) else False
     trial = Trial(op, calls.get(name, (i, i) if two else (i,)), {})
     assert trial.varied
-    for derivatives in trial.jvp(trial.tangents()), trial.vjp(trial.cotangents()), trial.hvp(trial.cotangents(), trial.tangents()):
+    for derivatives in (
+        trial.jvp(trial.tangents()),
+        trial.vjp(trial.cotangents()),
+        trial.hvp(trial.cotangents(), trial.tangents()),
+    ):
         for value in derivatives.values():
             assert value is ZeroGradient or np.asarray(value).dtype.kind in "fc"
 
 
-@pytest.mark.parametrize("op", [stdlib.add, stdlib.sub, stdlib.mul, stdlib.div, stdlib.mod, stdlib.pow, binary.maximum, binary.fmin, binary.hypot, binary.logaddexp, linalg.dot, linalg.matrix_product], ids=lambda op: op.__name__)
+@pytest.mark.parametrize(
+    "op",
+    [
+        stdlib.add,
+        stdlib.sub,
+        stdlib.mul,
+        stdlib.div,
+        stdlib.mod,
+        stdlib.pow,
+        binary.maximum,
+        binary.fmin,
+        binary.hypot,
+        binary.logaddexp,
+        linalg.dot,
+        linalg.matrix_product,
+    ],
+    ids=lambda op: op.__name__,
+)
 def test_lists_of_numbers(op):
     x, numbers = np.array([1.5, 2.5, 0.7]), [1.0, 2.0, 4.0]
     array = np.array(numbers)
-    for f, g in (lambda x: op(x, numbers), lambda x: op(x, array)), (lambda x: op(numbers, x), lambda x: op(array, x)):
+    for f, g in (
+        (lambda x: op(x, numbers), lambda x: op(x, array)),
+        (lambda x: op(numbers, x), lambda x: op(array, x)),
+    ):
         of_list, of_array = check(f, x), check(g, x)
         np.testing.assert_array_equal(of_list.value, of_array.value)
         assert of_list.second is not None
 
 
 def test_solve_with_lists():
-    check(lambda x: linalg.solve([[2, 1], [1, 3]], x), np.array([1.0, 2.0]), truth=lambda x: np.linalg.solve([[2, 1], [1, 3]], x))
-    check(lambda x: linalg.solve(x, [1, 2]), np.array([[2.0, 1], [1, 3]]), truth=lambda x: np.linalg.solve(x, [1, 2]))
-    check(lambda x: linalg.clip(x, [0, 1, 2], None), np.array([0.5, 0.5, 2.5]), truth=lambda x: np.maximum(x, [0, 1, 2]))
+    check(
+        lambda x: linalg.solve([[2, 1], [1, 3]], x),
+        np.array([1.0, 2.0]),
+        truth=lambda x: np.linalg.solve([[2, 1], [1, 3]], x),
+    )
+    check(
+        lambda x: linalg.solve(x, [1, 2]),
+        np.array([[2.0, 1], [1, 3]]),
+        truth=lambda x: np.linalg.solve(x, [1, 2]),
+    )
+    check(
+        lambda x: linalg.clip(x, [0, 1, 2], None),
+        np.array([0.5, 0.5, 2.5]),
+        truth=lambda x: np.maximum(x, [0, 1, 2]),
+    )
 
 
 @pytest.mark.parametrize("f, message", [
@@ -704,7 +820,9 @@ def cplx(*shape):
     return real(*shape) + 1j * real(*shape)
 
 
-@pytest.mark.parametrize("op", [stdlib.add, stdlib.sub, stdlib.mul, stdlib.div, stdlib.pow], ids=lambda op: op.__name__)
+@pytest.mark.parametrize(
+    "op", [stdlib.add, stdlib.sub, stdlib.mul, stdlib.div, stdlib.pow], ids=lambda op: op.__name__
+)
 def test_arithmetic_of_real_and_complex(op):
     for pair in (real(3, 1), cplx(4)), (cplx(3, 1), real(4)), (real(3), 1j), (2.0, cplx(3)):
         check(op, *pair)
@@ -769,7 +887,9 @@ def test_public_names_exist():
 
 
 @pytest.mark.parametrize("number", [2.5, -3, np.float64(0.5), True], ids=repr)
-@pytest.mark.parametrize("x", [np.array([1.0, -2.0]), np.array([1.0 + 2.0j, -1.0j]), 1.5, np.float32([1, 2])], ids=repr)
+@pytest.mark.parametrize(
+    "x", [np.array([1.0, -2.0]), np.array([1.0 + 2.0j, -1.0j]), 1.5, np.float32([1, 2])], ids=repr
+)
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "div"])
 def test_next_to_a_number_is_like_next_to_a_value(name, x, number):
     """The operators that are used next to a number have the name, the values and the derivatives of the whole ones."""
@@ -785,7 +905,10 @@ def test_next_to_a_number_is_like_next_to_a_value(name, x, number):
         assert m[0].name == whole[0].name and list(m[0].varin) == list(whole[0].varin)
         v, w = np.ones_like(x) * 0.3, np.ones_like(x) * 0.7
         one = m.compute_with_vjp(dict(x=x), dict(_y=w)), m.compute_with_jvp("y", dict(x=x), dict(x_=v))
-        other = whole.compute_with_vjp(dict(x=x, c=number), dict(_y=w)), whole.compute_with_jvp("y", dict(x=x, c=number), dict(x_=v))
+        other = (
+            whole.compute_with_vjp(dict(x=x, c=number), dict(_y=w)),
+            whole.compute_with_jvp("y", dict(x=x, c=number), dict(x_=v)),
+        )
         np.testing.assert_array_equal(one[0][1][0], other[0][1][0])
         np.testing.assert_array_equal(one[1], other[1])
 
@@ -809,3 +932,49 @@ def test_a_curvature_that_is_mere_rounding():
     x = np.random.default_rng(62).uniform(0.5, 2.0, (1, 2)).astype("f4")
     for seed in range(20):
         check(lambda x: linalg.norm(x, 1.5, 0), x, seed=seed)
+
+
+def test_a_function_of_two_complex_arguments_is_declared_by_its_derivatives():
+    """None of the library's is complex: those that could be are arithmetic, which has derivatives of its own."""
+
+    @operator
+    class twisted(binary.binary_ufunc):
+        f = staticmethod(lambda x1, x2: x1 * np.exp(x2))
+        fprime1 = staticmethod(lambda x1, x2: np.exp(x2))
+        fprime2 = staticmethod(lambda x1, x2: x1 * np.exp(x2))
+        fsecond11 = staticmethod(lambda x1, x2: 0 * x1)
+        fsecond12 = staticmethod(lambda x1, x2: np.exp(x2))
+        fsecond22 = staticmethod(lambda x1, x2: x1 * np.exp(x2))
+
+    rng = np.random.default_rng(5)
+    x1, x2 = rng.normal(size=(2, 4, 2)).view("c16")[..., 0]
+    assert check(twisted, x1, x2, truth=x1 * np.exp(x2)).second is not None
+
+
+ELEMENTWISE = [
+    key
+    for key, op in OPERATORS.items()
+    if key.startswith(("unary.", "binary.")) and hasattr(op.prototype, "f")
+]
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_operators_tell_the_derivatives_that_they_have(name):
+    """Also those that are not used, since the operator has formulas of its own in terms of the result."""
+    op, values = OPERATORS[name], dict(x1=np.array([1.5, 2.0]), x2=np.array([1.7, 0.6]))
+    if name.startswith("unary."):
+        inside = name in ("unary.arcsin", "unary.arccos", "unary.arctanh")
+        values = dict(x=np.array([0.3, 0.7]) if inside else values["x1"])
+    with Builder() as m:
+        m.output(y=op(*[m.input(key) for key in values]))
+    told = [
+        getattr(op.prototype, kind)(*values.values())
+        for kind in (["fprime"] if "x" in values else ["fprime1", "fprime2"])
+    ]
+    slopes = []
+    for key in values:
+        tangents = {f"{other}_": np.full(2, float(other == key)) for other in values}
+        slopes.append(m.compute_with_jvp("y", values, tangents)[1])
+    np.testing.assert_allclose(np.broadcast_arrays(*told, slopes[0])[:-1], slopes, rtol=1e-12)
+    _, found = m.compute_with_vjp(values, dict(_y=np.ones(2)))
+    np.testing.assert_allclose(found, slopes, rtol=1e-12)

@@ -1,6 +1,8 @@
 """Optimisers over vector spaces: against SciPy and analytic solutions, on several ranks, resumed."""
+
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,8 +34,11 @@ from vmad_lit.contrib.vectorspace import FieldSpace, ProductSpace, VectorSpace, 
 
 COMM = MPI.COMM_WORLD
 quick = settings(max_examples=examples(40), derandomize=True, suppress_health_check=list(HealthCheck))
-OPTIMIZERS = [LBFGS(gtol=1e-9, maxiter=2000), TrustRegionCG(gtol=1e-9, maxiter=2000),
-              GradientDescent(gtol=1e-8)]
+OPTIMIZERS = [
+    LBFGS(gtol=1e-9, maxiter=2000),
+    TrustRegionCG(gtol=1e-9, maxiter=2000),
+    GradientDescent(gtol=1e-8),
+]
 
 
 def distributed(comm=COMM):
@@ -42,14 +47,18 @@ def distributed(comm=COMM):
 
 def beale(v):
     x, y = v
-    return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y ** 2) ** 2 + (2.625 - x + x * y ** 3) ** 2
+    return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
 
 
 def beale_der(v):
     x, y = v
-    a, b, c = 1.5 - x + x * y, 2.25 - x + x * y ** 2, 2.625 - x + x * y ** 3
-    return np.array([2 * a * (y - 1) + 2 * b * (y ** 2 - 1) + 2 * c * (y ** 3 - 1),
-                     2 * a * x + 4 * b * x * y + 6 * c * x * y ** 2])
+    a, b, c = 1.5 - x + x * y, 2.25 - x + x * y**2, 2.625 - x + x * y**3
+    return np.array(
+        [
+            2 * a * (y - 1) + 2 * b * (y**2 - 1) + 2 * c * (y**3 - 1),
+            2 * a * x + 4 * b * x * y + 6 * c * x * y**2,
+        ]
+    )
 
 
 def beale_hessian(v, d, h=1e-6):
@@ -66,13 +75,20 @@ def quadratic(n, condition, seed, whiten=False):
     if whiten:  # a square root of A that is not symmetric: the transposes matter
         root = np.linalg.cholesky(A).T
         inverse = np.linalg.inv(root)
-        precond = Preconditioner(lambda v, direction: root @ v if direction == 1 else inverse.T @ v,
-                                 lambda v, direction: root.T @ v if direction == 1 else inverse @ v)
-    return truth, Problem(lambda x: 0.5 * (x - truth) @ A @ (x - truth), lambda x: A @ (x - truth),
-                          lambda x, v: A @ v, preconditioner=precond)
+        precond = Preconditioner(
+            lambda v, direction: root @ v if direction == 1 else inverse.T @ v,
+            lambda v, direction: root.T @ v if direction == 1 else inverse @ v,
+        )
+    return truth, Problem(
+        lambda x: 0.5 * (x - truth) @ A @ (x - truth),
+        lambda x: A @ (x - truth),
+        lambda x, v: A @ v,
+        preconditioner=precond,
+    )
 
 
 # vector spaces
+
 
 def test_addmul_follows_the_reference():
     vs, a, b = VectorSpace(), np.array([1.0, 2.0]), np.array([3.0, 4.0])
@@ -81,22 +97,22 @@ def test_addmul_follows_the_reference():
     assert_array_equal(vs.addmul(0, b, 2, 3), b * 8)
     assert_array_equal(vs.axpy(2, a, b), b + 2 * a)
     assert_array_equal(vs.zeros_like(np.array([np.nan, np.inf])), 0)
-    assert vs.addmul(np.float32(1) * a.astype('f4'), b.astype('f4'), np.float64(2)).dtype == np.float32
+    assert vs.addmul(np.float32(1) * a.astype("f4"), b.astype("f4"), np.float64(2)).dtype == np.float32
     copy = vs.copy(a)
     copy[0] = 7
     assert a[0] == 1
 
 
-@pytest.mark.parametrize('shape', [(7,), (3, 5), (200, 300), (2, 100, 500), (0, 3), (70000,)])
-@pytest.mark.parametrize('dtype', ['f8', 'f4', 'c16'])
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (200, 300), (2, 100, 500), (0, 3), (70000,)])
+@pytest.mark.parametrize("dtype", ["f8", "f4", "c16"])
 def test_long_and_strided_arrays_go_through_in_slabs(shape, dtype):
     rng = np.random.default_rng(1)
-    factor = 1 - 2j if dtype == 'c16' else 1
+    factor = 1 - 2j if dtype == "c16" else 1
     wide = [(rng.normal(size=shape[:-1] + (shape[-1] + 2,)) * factor).astype(dtype) for _ in range(2)]
     a, b = (w[..., 1:-1] for w in wide)
     vs = VectorSpace()
-    rtol = 1e-5 if dtype == 'f4' else 1e-12
-    assert_allclose(vs.dot(a, b), np.sum((a.conj() * b).real, dtype='f8'), rtol=rtol, atol=rtol * a.size)
+    rtol = 1e-5 if dtype == "f4" else 1e-12
+    assert_allclose(vs.dot(a, b), np.sum((a.conj() * b).real, dtype="f8"), rtol=rtol, atol=rtol * a.size)
     before = a.copy()
     assert_allclose(vs.addmul(a, b, -0.3), a - np.asarray(0.3, dtype) * b, rtol=rtol, atol=rtol)
     assert_array_equal(a, before)
@@ -108,7 +124,7 @@ def test_long_and_strided_arrays_go_through_in_slabs(shape, dtype):
 
 def test_an_addmul_of_one_s_own_is_used_everywhere():
     def wrapped(a, b, c, p=1):
-        return (a + b * c ** p) % 1.0
+        return (a + b * c**p) % 1.0
 
     class Circle(VectorSpace):
         def addmul(self, a, b, c, p=1):
@@ -125,7 +141,7 @@ def test_inner_product_is_real_wide_and_checked():
     z = np.array([1 + 2j, 3 - 1j])
     assert VectorSpace().dot(z, z * 1j) == 0
     assert VectorSpace().dot(z, z) == 15
-    ones = np.full(3 * 10 ** 6, np.float32(0.1))
+    ones = np.full(3 * 10**6, np.float32(0.1))
     assert abs(VectorSpace().dot(ones, ones) / (3e6 * float(np.float32(0.1)) ** 2) - 1) < 1e-11
     with pytest.raises(ValueError, match="one shape"):
         VectorSpace().dot(np.ones(3), np.ones((3, 1)))
@@ -138,37 +154,48 @@ def test_same_sees_values_shapes_and_types():
     assert not vs.same(np.ones(3), np.array([1, 1, 1 + 1e-15]))
     assert not vs.same(np.array([np.nan]), np.array([np.nan]))
     tree = ProductSpace()
-    assert tree.same({'a': np.ones(2), 'b': 1.0}, {'a': np.ones(2), 'b': 1.0})
-    assert not tree.same({'a': np.ones(2)}, {'b': np.ones(2)})
+    assert tree.same({"a": np.ones(2), "b": 1.0}, {"a": np.ones(2), "b": 1.0})
+    assert not tree.same({"a": np.ones(2)}, {"b": np.ones(2)})
     assert not tree.same([np.ones(2)], [np.ones(2), np.ones(2)])
     assert not tree.same([np.ones(2)], (np.ones(2),))
 
 
-@pytest.mark.parametrize('like', [
-    3.5, np.arange(6.).reshape(2, 3), {'a': np.arange(3.), 'b': [np.ones(2) * 1j, 2.0]},
-    (np.zeros((0, 2)), 1.0)])
+@pytest.mark.parametrize(
+    "like",
+    [
+        3.5,
+        np.arange(6.0).reshape(2, 3),
+        {"a": np.arange(3.0), "b": [np.ones(2) * 1j, 2.0]},
+        (np.zeros((0, 2)), 1.0),
+    ],
+)
 def test_arrays_there_and_back(like):
-    vs = ProductSpace({'a': VectorSpace(), 'b': ProductSpace()}) if isinstance(like, dict) else \
-        ProductSpace() if isinstance(like, tuple) else VectorSpace()
+    vs = (
+        ProductSpace({"a": VectorSpace(), "b": ProductSpace()})
+        if isinstance(like, dict)
+        else ProductSpace()
+        if isinstance(like, tuple)
+        else VectorSpace()
+    )
     back = vs.from_arrays(vs.to_arrays(like), like)
     assert type(back) is type(like)
     assert vs.same(back, like)
 
 
 def test_product_space_names_what_does_not_fit():
-    vs = ProductSpace({'a': VectorSpace()})
+    vs = ProductSpace({"a": VectorSpace()})
     with pytest.raises(ValueError, match="no space is known for component 'b'"):
-        vs.dot({'b': 1.0}, {'b': 1.0})
+        vs.dot({"b": 1.0}, {"b": 1.0})
     with pytest.raises(ValueError, match="differ in their components"):
-        vs.dot({'a': 1.0}, {'a': 1.0, 'b': 1.0})
+        vs.dot({"a": 1.0}, {"a": 1.0, "b": 1.0})
     with pytest.raises(TypeError, match="dictionary, list or tuple"):
         vs.dot(np.ones(2), np.ones(2))
 
 
 @pytest.mark.collective
 def test_the_distributed_part_is_summed_and_the_universal_part_is_not():
-    vs = ProductSpace({'field': distributed(), 'bias': VectorSpace()})
-    v = {'field': np.ones(COMM.rank + 1), 'bias': 2.0}
+    vs = ProductSpace({"field": distributed(), "bias": VectorSpace()})
+    v = {"field": np.ones(COMM.rank + 1), "bias": 2.0}
     assert vs.dot(v, v) == COMM.size * (COMM.size + 1) / 2 + 4
     assert vs.comm is COMM
 
@@ -179,7 +206,7 @@ def test_agree():
     assert vs.replicate(np.array(2)) == 2.0
     assert vs.replicate(1 + 1e-15 * COMM.rank) == 1.0
     assert math.isnan(vs.replicate(math.nan))
-    for bad in (np.ones(2), 1j, 'x', None):
+    for bad in (np.ones(2), 1j, "x", None):
         with pytest.raises(TypeError, match="one real number"):
             vs.replicate(bad)
     if COMM.size > 1:
@@ -191,26 +218,35 @@ def test_agree():
 
 # convergence
 
-@pytest.mark.parametrize('optimizer', OPTIMIZERS, ids=lambda o: type(o).__name__)
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: type(o).__name__)
 def test_rosenbrock_and_beale(optimizer):
-    for f, g, H, x0, answer in [(rosen, rosen_der, rosen_hess_prod, [-1.2, 1.0], [1, 1]),
-                                (rosen, rosen_der, rosen_hess_prod, [-1.2, 1.0, -1.2, 1.0, 0.5], [1] * 5),
-                                (beale, beale_der, beale_hessian, [1.0, 1.0], [3, 0.5])]:
+    for f, g, H, x0, answer in [
+        (rosen, rosen_der, rosen_hess_prod, [-1.2, 1.0], [1, 1]),
+        (rosen, rosen_der, rosen_hess_prod, [-1.2, 1.0, -1.2, 1.0, 0.5], [1] * 5),
+        (beale, beale_der, beale_hessian, [1.0, 1.0], [3, 0.5]),
+    ]:
         problem = Problem(f, g, H)
         state = optimizer.minimize(problem, np.array(x0))
         assert state.converged, state
         assert_allclose(state.x, answer, atol=2e-4 if isinstance(optimizer, GradientDescent) else 1e-6)
         assert (state.fev, state.gev, state.hev) == (problem.fev, problem.gev, problem.hev)
         assert len(state.history) == state.nit + 1
-        assert state.y == state['y'] == f(state.x)
+        assert state.y == state["y"] == f(state.x)
         assert_array_equal(state.g, g(state.x))
 
 
 @quick
-@given(n=st.integers(1, 12), exponent=st.floats(0, 4), seed=st.integers(0, 10 ** 6), kind=st.integers(0, 2),
-       whiten=st.booleans(), start=st.floats(-1e3, 1e3))
+@given(
+    n=st.integers(1, 12),
+    exponent=st.floats(0, 4),
+    seed=st.integers(0, 10**6),
+    kind=st.integers(0, 2),
+    whiten=st.booleans(),
+    start=st.floats(-1e3, 1e3),
+)
 def test_quadratics_are_solved(n, exponent, seed, kind, whiten, start):
-    truth, problem = quadratic(n, 10 ** exponent, seed, whiten)
+    truth, problem = quadratic(n, 10**exponent, seed, whiten)
     state = OPTIMIZERS[kind].minimize(problem, np.full(n, start))
     assert state.converged, state
     assert np.linalg.norm(state.x - truth) <= 1e-3 * (1 + abs(start))
@@ -221,8 +257,13 @@ def test_quadratics_are_solved(n, exponent, seed, kind, whiten, start):
 def test_lbfgs_is_a_match_for_scipy():
     x0 = np.tile([-1.2, 1.0], 20)
     ours = LBFGS(gtol=1e-9, maxiter=1000).minimize(Problem(rosen, rosen_der), x0)
-    theirs = scipy.optimize.minimize(rosen, x0, jac=rosen_der, method='L-BFGS-B',
-                                     options=dict(gtol=1e-9 * ours.Pgnorm0, ftol=0, maxiter=2000))
+    theirs = scipy.optimize.minimize(
+        rosen,
+        x0,
+        jac=rosen_der,
+        method="L-BFGS-B",
+        options=dict(gtol=1e-9 * ours.Pgnorm0, ftol=0, maxiter=2000),
+    )
     assert ours.converged
     assert ours.fev <= 1.3 * theirs.nfev
     assert_allclose(ours.x, theirs.x, atol=1e-5)
@@ -247,6 +288,7 @@ def test_steihaug_against_the_exact_solution():
     truth, problem = quadratic(6, 100, 3)
     optimizer, x = TrustRegionCG(cg_rtol=1e-12), np.ones(6)
     g = problem.gradient(x)
+
     def hvp(v):
         return problem.hessian_vector_product(x, v)
 
@@ -264,17 +306,20 @@ def test_steihaug_against_the_exact_solution():
 def test_complex_unknowns_are_pairs_of_reals():
     data = np.array([1 + 2j, -3j, 0.5])
     weight = np.array([1.0, 10.0, 100.0])
-    problem = Problem(lambda z: float(np.sum(weight * abs(z - data) ** 2)), lambda z: 2 * weight * (z - data),
-                      lambda z, v: 2 * weight * v)
+    problem = Problem(
+        lambda z: float(np.sum(weight * abs(z - data) ** 2)),
+        lambda z: 2 * weight * (z - data),
+        lambda z, v: 2 * weight * v,
+    )
     for optimizer in OPTIMIZERS:
         assert_allclose(optimizer.minimize(problem, np.zeros(3, complex)).x, data, atol=1e-6)
     assert_allclose(scipy_minimize(problem, np.zeros(3, complex)).x, data, atol=1e-4)
 
 
 def test_float32_stays_float32():
-    target = np.linspace(-1, 1, 50, dtype='f4')
-    problem = Problem(lambda x: float(np.sum((x - target).astype('f8') ** 2)), lambda x: 2 * (x - target))
-    state = LBFGS(gtol=1e-5).minimize(problem, np.zeros(50, 'f4'))
+    target = np.linspace(-1, 1, 50, dtype="f4")
+    problem = Problem(lambda x: float(np.sum((x - target).astype("f8") ** 2)), lambda x: 2 * (x - target))
+    state = LBFGS(gtol=1e-5).minimize(problem, np.zeros(50, "f4"))
     assert state.x.dtype == np.float32 and state.converged
     assert_allclose(state.x, target, atol=1e-4)
 
@@ -282,58 +327,59 @@ def test_float32_stays_float32():
 def test_memory_is_limited_and_has_only_pairs_of_positive_curvature():
     optimizer = LBFGS(m=3, maxiter=8)
     state = optimizer.minimize(Problem(rosen, rosen_der), np.tile([-1.2, 1.0], 3))
-    S, R = state.vectors['S'], state.vectors['R']
-    assert len(S) == len(R) == len(state.numbers['rho']) == 3
+    S, R = state.vectors["S"], state.vectors["R"]
+    assert len(S) == len(R) == len(state.numbers["rho"]) == 3
     assert all(s @ r > 0 for s, r in zip(S, R, strict=True))
-    assert_allclose(state.numbers['rho'], [1 / (s @ r) for s, r in zip(S, R, strict=True)])
+    assert_allclose(state.numbers["rho"], [1 / (s @ r) for s, r in zip(S, R, strict=True)])
     # a step along which the gradient falls short
     problem = Problem(lambda x: -float(x @ x), lambda x: -2 * x)
     optimizer.remember(problem.vs, state, Point(problem, Px=state.Px + 1))
-    assert np.all(state.vectors['S'][-1] == S[-1])
+    assert np.all(state.vectors["S"][-1] == S[-1])
 
 
 def test_two_loops_apply_the_bfgs_matrix():
     optimizer = LBFGS(m=4, maxiter=9)
     state = optimizer.minimize(Problem(rosen, rosen_der), np.tile([-1.2, 1.0], 3))
-    B = state.numbers['gamma'] * np.eye(6)
-    for s, r in zip(state.vectors['S'], state.vectors['R'], strict=True):
+    B = state.numbers["gamma"] * np.eye(6)
+    for s, r in zip(state.vectors["S"], state.vectors["R"], strict=True):
         V = np.eye(6) - np.outer(r, s) / (r @ s)
         B = V.T @ B @ V + np.outer(s, s) / (r @ s)
     assert_allclose(optimizer.direction(VectorSpace(), state), -B @ state.g, rtol=1e-9)
-    assert_allclose(B @ state.vectors['R'][-1], state.vectors['S'][-1], rtol=1e-9)
+    assert_allclose(B @ state.vectors["R"][-1], state.vectors["S"][-1], rtol=1e-9)
 
 
 def test_trust_region_grows_and_shrinks():
     c = np.array([1.0, 3.0])
     problem = Problem(lambda x: 0.5 * float(x @ (c * x)), lambda x: c * x, lambda x, v: c * v)
     state = TrustRegionCG(radius=1e-2, maxiter=5).minimize(problem, np.array([10.0, 1.0]))
-    assert_allclose(state.numbers['radius'], 1e-2 * 2 ** 5)
+    assert_allclose(state.numbers["radius"], 1e-2 * 2**5)
     state = TrustRegionCG(radius=1e-2, maxradius=0.05, maxiter=5).minimize(problem, np.array([10.0, 1.0]))
-    assert_allclose(state.numbers['radius'], 0.05)
+    assert_allclose(state.numbers["radius"], 0.05)
     wrong = Problem(rosen, rosen_der, lambda x, v: 1e-3 * v)
     state = TrustRegionCG(radius=10.0, maxiter=1).minimize(wrong, np.array([-1.2, 1.0]))
-    assert state.step == 0 and state.numbers['radius'] < 10 and state.y == state.history['y'][0]
+    assert state.step == 0 and state.numbers["radius"] < 10 and state.y == state.history["y"][0]
 
 
 def test_a_wrong_hessian_ends_in_a_small_region():
     problem = Problem(rosen, lambda x: -rosen_der(x), rosen_hess_prod)
     state = TrustRegionCG().minimize(problem, np.array([-1.2, 1.0]))
-    assert not state.converged and ('gradient' in state.message or 'maxiter' in state.message)
+    assert not state.converged and ("gradient" in state.message or "maxiter" in state.message)
     assert np.all(state.x == [-1.2, 1.0])
 
 
 def test_gradient_descent_may_climb_within_its_window_only():
     c = np.logspace(0, 3, 20)
     problem = Problem(lambda x: 0.5 * float(x @ (c * x)), lambda x: c * x)
-    free = GradientDescent().minimize(problem, np.ones(20)).history['y']
-    monotonic = GradientDescent(window=1).minimize(problem, np.ones(20)).history['y']
-    plain = GradientDescent(barzilai_borwein=False).minimize(problem, np.ones(20)).history['y']
+    free = GradientDescent().minimize(problem, np.ones(20)).history["y"]
+    monotonic = GradientDescent(window=1).minimize(problem, np.ones(20)).history["y"]
+    plain = GradientDescent(barzilai_borwein=False).minimize(problem, np.ones(20)).history["y"]
     assert np.any(np.diff(free) > 0) and len(free) < len(plain)
-    assert all(free[i] < free[max(0, i - 10):i].max() for i in range(1, len(free)))
+    assert all(free[i] < free[max(0, i - 10) : i].max() for i in range(1, len(free)))
     assert np.all(np.diff(monotonic) < 0)
 
 
 # line searches
+
 
 @quick
 @given(st.floats(-3, 3), st.floats(-3, 3), st.floats(-3, 3), st.floats(-3, 3))
@@ -347,8 +393,12 @@ def test_cubic_minimum(a, b, c, d):
 
 
 @quick
-@given(seed=st.integers(0, 10 ** 6), c2=st.sampled_from([0.1, 0.5, 0.9]), t=st.floats(1e-4, 1e4),
-       n=st.integers(2, 6))
+@given(
+    seed=st.integers(0, 10**6),
+    c2=st.sampled_from([0.1, 0.5, 0.9]),
+    t=st.floats(1e-4, 1e4),
+    n=st.integers(2, 6),
+)
 def test_accepted_steps_satisfy_the_wolfe_conditions(seed, c2, t, n):
     x = np.random.default_rng(seed).normal(size=n) * 2
     problem, search = Problem(rosen, rosen_der), StrongWolfe(c1=1e-4, c2=c2)
@@ -362,7 +412,7 @@ def test_accepted_steps_satisfy_the_wolfe_conditions(seed, c2, t, n):
     assert abs(rosen_der(trial.point.x) @ direction) <= c2 * abs(slope)
 
 
-@pytest.mark.parametrize('c2', [0.1, 0.9])
+@pytest.mark.parametrize("c2", [0.1, 0.9])
 def test_every_step_of_lbfgs_satisfies_them(c2):
     steps = []
 
@@ -380,7 +430,7 @@ def test_every_step_of_lbfgs_satisfies_them(c2):
 
 
 @quick
-@given(seed=st.integers(0, 10 ** 6), t=st.floats(1e-3, 1e3))
+@given(seed=st.integers(0, 10**6), t=st.floats(1e-3, 1e3))
 def test_backtracking_satisfies_armijo(seed, t):
     x = np.random.default_rng(seed).normal(size=4) * 2
     y, g = rosen(x), rosen_der(x)
@@ -396,14 +446,15 @@ def test_bad_wolfe_constants():
 
 # not a number
 
-@pytest.mark.parametrize('optimizer', OPTIMIZERS, ids=lambda o: type(o).__name__)
-@pytest.mark.parametrize('beyond', [math.nan, math.inf])
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("beyond", [math.nan, math.inf])
 def test_walks_back_from_where_there_is_no_value(optimizer, beyond):
     def f(x):
         return float(np.sum(x - np.log(x))) if np.all(x > 0) else beyond
 
     seen = []
-    problem = Problem(lambda x: seen.append(f(x)) or f(x), lambda x: 1 - 1 / x, lambda x, v: v / x ** 2)
+    problem = Problem(lambda x: seen.append(f(x)) or f(x), lambda x: 1 - 1 / x, lambda x, v: v / x**2)
     state = optimizer.minimize(problem, np.array([30.0, 0.01, 3.0]))
     assert state.converged
     assert_allclose(state.x, 1, atol=1e-5)
@@ -411,7 +462,7 @@ def test_walks_back_from_where_there_is_no_value(optimizer, beyond):
         assert not all(np.isfinite(seen))  # the test is about something
 
 
-@pytest.mark.parametrize('optimizer', OPTIMIZERS, ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: type(o).__name__)
 def test_says_what_is_not_finite_at_the_start(optimizer):
     with pytest.raises(ValueError, match="the objective is nan at the starting point"):
         optimizer.minimize(Problem(lambda x: np.nan, lambda x: x, lambda x, v: v), np.ones(2))
@@ -421,9 +472,9 @@ def test_says_what_is_not_finite_at_the_start(optimizer):
 
 def test_wrong_gradient_is_reported_not_believed():
     state = LBFGS().minimize(Problem(rosen, lambda x: -rosen_der(x)), np.array([-1.2, 1.0]))
-    assert not state.converged and 'gradient' in state.message
+    assert not state.converged and "gradient" in state.message
     state = GradientDescent().minimize(Problem(rosen, lambda x: -rosen_der(x)), np.array([-1.2, 1.0]))
-    assert not state.converged and 'gradient' in state.message
+    assert not state.converged and "gradient" in state.message
 
 
 def test_missing_parts_are_named():
@@ -447,15 +498,18 @@ def test_already_at_the_minimum():
 
 def test_rounding_ends_the_search_as_converged():
     for optimizer in (LBFGS(gtol=0), TrustRegionCG(gtol=0), GradientDescent(gtol=0)):
-        problem = Problem(lambda x: 1e3 + float(np.sum((x - 2) ** 2 * np.arange(1, 5))),
-                          lambda x: 2 * (x - 2) * np.arange(1, 5) + 1e-9,
-                          lambda x, v: 2 * v * np.arange(1, 5))
+        problem = Problem(
+            lambda x: 1e3 + float(np.sum((x - 2) ** 2 * np.arange(1, 5))),
+            lambda x: 2 * (x - 2) * np.arange(1, 5) + 1e-9,
+            lambda x, v: 2 * v * np.arange(1, 5),
+        )
         state = optimizer.minimize(problem, np.zeros(4))
         assert state.converged, state
         assert_allclose(state.x, 2, atol=1e-5)
 
 
 # problems
+
 
 def test_one_evaluation_a_point_and_none_stale():
     problem = Problem(rosen, rosen_der)
@@ -491,16 +545,19 @@ def test_a_gradient_in_a_reused_buffer():
         return buffer
 
     x0 = np.tile([-1.2, 1.0], 2)
-    assert_array_equal(LBFGS().minimize(Problem(rosen, gradient), x0).x,
-                       LBFGS().minimize(Problem(rosen, rosen_der), x0).x)
+    assert_array_equal(
+        LBFGS().minimize(Problem(rosen, gradient), x0).x, LBFGS().minimize(Problem(rosen, rosen_der), x0).x
+    )
 
 
 def test_wrong_preconditioners_are_found():
     root = np.array([[2.0, 1.0], [0.0, 1.0]])
     inverse = np.linalg.inv(root)
     not_inverse = Preconditioner.symmetric(lambda v: 2 * v, lambda v: v / 3)
-    not_transposed = Preconditioner(lambda v, direction: root @ v if direction == 1 else inverse @ v,
-                                    lambda v, direction: root @ v if direction == 1 else inverse @ v)
+    not_transposed = Preconditioner(
+        lambda v, direction: root @ v if direction == 1 else inverse @ v,
+        lambda v, direction: root @ v if direction == 1 else inverse @ v,
+    )
     for bad, words in ((not_inverse, "not inverses"), (not_transposed, "not the inverse transpose")):
         with pytest.raises(ValueError, match=words):
             LBFGS().minimize(Problem(rosen, rosen_der, preconditioner=bad), np.array([-1.2, 1.0]))
@@ -509,16 +566,25 @@ def test_wrong_preconditioners_are_found():
 @pytest.mark.collective
 def test_monitors():
     seen = []
-    state = LBFGS().minimize(Problem(rosen, rosen_der), np.array([-1.2, 1.0]),
-                             monitor=[lambda s: seen.append((s.nit, s['y'], s.x)), lambda s: s.y,
-                                      lambda s: s.nit == 7 and COMM.rank == COMM.size - 1])
+    state = LBFGS().minimize(
+        Problem(rosen, rosen_der),
+        np.array([-1.2, 1.0]),
+        monitor=[
+            lambda s: seen.append((s.nit, s["y"], s.x)),
+            lambda s: s.y,
+            lambda s: s.nit == 7 and COMM.rank == COMM.size - 1,
+        ],
+    )
     if COMM.size == 1:
         assert state.message == "stopped by the monitor" and not state.converged and state.nit == 7
         assert [nit for nit, _, _ in seen] == list(range(8))
-        assert_array_equal([rosen(x) for _, _, x in seen], state.history['y'])
+        assert_array_equal([rosen(x) for _, _, x in seen], state.history["y"])
     seen = []
-    state = LBFGS().minimize(Problem(rosen, rosen_der, vs=VectorSpace(comm=COMM)), np.array([-1.2, 1.0]),
-                             monitor=lambda s: s.nit == 3 and COMM.rank == COMM.size - 1)
+    state = LBFGS().minimize(
+        Problem(rosen, rosen_der, vs=VectorSpace(comm=COMM)),
+        np.array([-1.2, 1.0]),
+        monitor=lambda s: s.nit == 3 and COMM.rank == COMM.size - 1,
+    )
     assert state.nit == 3
 
 
@@ -526,69 +592,76 @@ def test_options_can_be_set_at_any_time():
     optimizer = LBFGS(maxiter=3)
     problem, x0 = Problem(rosen, rosen_der), np.array([-1.2, 1.0])
     state = optimizer.minimize(problem, x0)
-    assert state.nit == 3 and not state.converged and 'maxiter = 3' in state.message
+    assert state.nit == 3 and not state.converged and "maxiter = 3" in state.message
     optimizer.__dict__.update(maxiter=100, m=3)
     assert optimizer.minimize(problem, x0).converged
-    assert 'm=3' in repr(optimizer)
+    assert "m=3" in repr(optimizer)
     assert optimizer.minimize(problem, state).converged  # a state may take the place of x0
 
 
 def test_tolerances():
     problem, x0 = Problem(rosen, rosen_der), np.tile([-1.2, 1.0], 5)
-    assert 'objective fell' in LBFGS(gtol=0, ftol=1e-3).minimize(problem, x0).message
-    assert 'x moved' in LBFGS(gtol=0, xtol=1e-2).minimize(problem, x0).message
+    assert "objective fell" in LBFGS(gtol=0, ftol=1e-3).minimize(problem, x0).message
+    assert "x moved" in LBFGS(gtol=0, xtol=1e-2).minimize(problem, x0).message
     state = LBFGS(gtol=0, gatol=1.0).minimize(problem, x0)
-    assert state.converged and state.gnorm <= 1 and state.history['gnorm'][-2] > 1
+    assert state.converged and state.gnorm <= 1 and state.history["gnorm"][-2] > 1
 
 
 def test_table_and_representations():
     state = LBFGS(maxiter=4).minimize(Problem(rosen, rosen_der), np.array([-1.2, 1.0]))
     lines = str(state.history).splitlines()
-    assert len(lines) == 6 and len(set(map(len, lines))) == 1 and lines[0].split()[:2] == ['nit', 'y']
-    assert state.history._repr_html_().count('<tr>') == 6
-    assert 'nit=4' in repr(state) and 'not started' in repr(State(VectorSpace(), 'LBFGS'))
-    assert 'y' in state and 'nonsense' not in state
+    assert len(lines) == 6 and len(set(map(len, lines))) == 1 and lines[0].split()[:2] == ["nit", "y"]
+    assert state.history._repr_html_().count("<tr>") == 6
+    assert "nit=4" in repr(state) and "not started" in repr(State(VectorSpace(), "LBFGS"))
+    assert "y" in state and "nonsense" not in state
     with pytest.raises(KeyError):
-        state['nonsense']
+        state["nonsense"]
 
 
 @pytest.mark.collective
 def test_progress_bar(capsys):
-    pytest.importorskip('tqdm')
+    pytest.importorskip("tqdm")
     LBFGS().minimize(Problem(rosen, rosen_der), np.array([-1.2, 1.0]), progress=True)
-    assert ('it' in capsys.readouterr().err) == (COMM.rank == 0)
+    assert ("it" in capsys.readouterr().err) == (COMM.rank == 0)
 
 
-@pytest.mark.parametrize('method', ['L-BFGS-B', 'CG', 'BFGS', 'Newton-CG', 'trust-ncg'])
+@pytest.mark.parametrize("method", ["L-BFGS-B", "CG", "BFGS", "Newton-CG", "trust-ncg"])
 def test_scipy_minimize(method):
     vs = ProductSpace()
-    target = {'a': np.array([[1.0, 2.0]]), 'b': (3.0, np.array([1 - 1j]))}
+    target = {"a": np.array([[1.0, 2.0]]), "b": (3.0, np.array([1 - 1j]))}
+
     def diff(v):
         return vs.addmul(v, target, -1)
 
-    problem = Problem(lambda v: vs.dot(diff(v), diff(v)), lambda v: vs.scale(2, diff(v)),
-                      lambda v, d: vs.scale(2, d),
-                      vs=ProductSpace({'a': VectorSpace(), 'b': ProductSpace()}))
+    problem = Problem(
+        lambda v: vs.dot(diff(v), diff(v)),
+        lambda v: vs.scale(2, diff(v)),
+        lambda v, d: vs.scale(2, d),
+        vs=ProductSpace({"a": VectorSpace(), "b": ProductSpace()}),
+    )
     vs.spaces = problem.vs.spaces
-    x0 = {'a': np.zeros((1, 2)), 'b': (0.0, np.zeros(1, complex))}
+    x0 = {"a": np.zeros((1, 2)), "b": (0.0, np.zeros(1, complex))}
     result = scipy_minimize(problem, x0, method=method, tol=1e-8)
-    assert result.success and isinstance(result.x['b'], tuple)
+    assert result.success and isinstance(result.x["b"], tuple)
     assert vs.norm(diff(result.x)) < 1e-5
-    assert problem.hev > 0 or method not in ('Newton-CG', 'trust-ncg')
+    assert problem.hev > 0 or method not in ("Newton-CG", "trust-ncg")
 
 
 # saving
 
+
 @pytest.mark.collective
-@pytest.mark.parametrize('optimizer', [LBFGS(m=4), TrustRegionCG(), GradientDescent(gtol=1e-4)],
-                         ids=lambda o: type(o).__name__)
-@pytest.mark.parametrize('whiten', [False, True])
+@pytest.mark.parametrize(
+    "optimizer", [LBFGS(m=4), TrustRegionCG(), GradientDescent(gtol=1e-4)], ids=lambda o: type(o).__name__
+)
+@pytest.mark.parametrize("whiten", [False, True])
 def test_resumed_equals_uninterrupted(optimizer, whiten, folder):
     precond = Preconditioner.diagonal(np.linspace(1, 3, 6)) if whiten else None
+
     def make():
         return Problem(rosen, rosen_der, rosen_hess_prod, preconditioner=precond)
 
-    path, x0 = os.path.join(folder, f'{COMM.rank}.npz'), np.tile([-1.2, 1.0], 3)
+    path, x0 = os.path.join(folder, f"{COMM.rank}.npz"), np.tile([-1.2, 1.0], 3)
     whole = optimizer.minimize(make(), x0)
 
     class Killed(Exception):
@@ -604,16 +677,21 @@ def test_resumed_equals_uninterrupted(optimizer, whiten, folder):
     assert saved.nit == 10
     resumed = optimizer.minimize(make(), state=saved)
     assert_array_equal(resumed.x, whole.x)
-    assert (resumed.nit, resumed.fev, resumed.gev, resumed.hev, resumed.y) == \
-        (whole.nit, whole.fev, whole.gev, whole.hev, whole.y)
-    assert_array_equal(resumed.history['y'], whole.history['y'])
-    assert os.path.exists(path) and not os.path.exists(path + '.tmp')
+    assert (resumed.nit, resumed.fev, resumed.gev, resumed.hev, resumed.y) == (
+        whole.nit,
+        whole.fev,
+        whole.gev,
+        whole.hev,
+        whole.y,
+    )
+    assert_array_equal(resumed.history["y"], whole.history["y"])
+    assert os.path.exists(path) and not os.path.exists(path + ".tmp")
 
 
 @pytest.mark.collective
 def test_resume_when_there_is_nothing_yet(folder):
     vs = distributed()
-    path = os.path.join(folder, 'state.npz')
+    path = os.path.join(folder, "state.npz")
     assert State.resume(path, vs, np.zeros(1)) is None
     problem = Problem(lambda x: vs.dot(x, x), lambda x: 2 * x, vs=vs)
     state = State.resume(path, vs, np.zeros(3))
@@ -628,8 +706,8 @@ def test_resume_when_there_is_nothing_yet(folder):
 @pytest.mark.collective
 def test_a_crash_while_saving_leaves_the_old_state(folder, monkeypatch):
     vs = distributed()
-    path = os.path.join(folder, 'state.npz')
-    problem = Problem(lambda x: vs.dot(x ** 2, x ** 2), lambda x: 4 * x ** 3, vs=vs)
+    path = os.path.join(folder, "state.npz")
+    problem = Problem(lambda x: vs.dot(x**2, x**2), lambda x: 4 * x**3, vs=vs)
     state = LBFGS(maxiter=3).minimize(problem, np.linspace(1.1, 2, COMM.rank + 1))
     state.save(path)
     later = LBFGS(maxiter=6).minimize(problem, state=State.load(path, vs, state.x))
@@ -639,7 +717,7 @@ def test_a_crash_while_saving_leaves_the_old_state(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         if COMM.rank == COMM.size - 1:
-            patch.setattr(np, 'savez', full)
+            patch.setattr(np, "savez", full)
         with pytest.raises(OSError, match="no space left" if COMM.rank == COMM.size - 1 else "another rank"):
             later.save(path)
     assert State.load(path, vs, state.x).nit == 3
@@ -648,17 +726,17 @@ def test_a_crash_while_saving_leaves_the_old_state(folder, monkeypatch):
     assert loaded.nit == 6
     assert_array_equal(loaded.x, later.x)
     COMM.Barrier()
-    assert sorted(os.listdir(folder))[0] == 'state.npz' and len(os.listdir(folder)) == COMM.size
+    assert sorted(os.listdir(folder))[0] == "state.npz" and len(os.listdir(folder)) == COMM.size
 
 
 @pytest.mark.collective
 def test_files_that_are_not_a_state(folder):
-    vs, path = distributed(), os.path.join(folder, 'state.npz')
+    vs, path = distributed(), os.path.join(folder, "state.npz")
     state = LBFGS(maxiter=2).minimize(Problem(rosen, rosen_der, vs=VectorSpace(comm=COMM)), np.zeros(2))
     state.save(path)
     if COMM.size > 1:
         if COMM.rank == COMM.size - 1:
-            name, = [n for n in os.listdir(folder) if f'.rank{COMM.rank}.' in n]
+            (name,) = [n for n in os.listdir(folder) if f".rank{COMM.rank}." in n]
             os.remove(os.path.join(folder, name))
         COMM.Barrier()
         with pytest.raises(OSError):
@@ -673,7 +751,7 @@ def test_files_that_are_not_a_state(folder):
 
 @pytest.mark.collective
 def test_state_of_another_rank_count(folder):
-    path = os.path.join(folder, 'state.npz')
+    path = os.path.join(folder, "state.npz")
     state = LBFGS(maxiter=2).minimize(Problem(rosen, rosen_der), np.zeros(2))
     if COMM.rank == 0:
         state.save(path)
@@ -687,12 +765,17 @@ def test_state_of_another_rank_count(folder):
 
 # several ranks
 
+
 @pytest.mark.collective
-@pytest.mark.parametrize('optimizer', [LBFGS(maxiter=30), TrustRegionCG(maxiter=15),
-                                       GradientDescent(maxiter=12)], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "optimizer",
+    [LBFGS(maxiter=30), TrustRegionCG(maxiter=15), GradientDescent(maxiter=12)],
+    ids=lambda o: type(o).__name__,
+)
 def test_same_iterates_on_any_number_of_ranks(optimizer):
     n = 40
     c, truth = np.logspace(0, 2, n), np.sin(np.arange(n))
+
     def f(x, c, t):
         return float(np.sum(c * (x - t) ** 2 + (x - t) ** 4))
 
@@ -702,27 +785,34 @@ def test_same_iterates_on_any_number_of_ranks(optimizer):
     def H(x, v, c, t):
         return (2 * c + 12 * (x - t) ** 2) * v
 
-    serial = optimizer.minimize(Problem(lambda x: f(x, c, truth), lambda x: g(x, c, truth),
-                                        lambda x, v: H(x, v, c, truth)), np.zeros(n))
+    serial = optimizer.minimize(
+        Problem(lambda x: f(x, c, truth), lambda x: g(x, c, truth), lambda x, v: H(x, v, c, truth)),
+        np.zeros(n),
+    )
     a, b, vs = split(c), split(truth), distributed()
     if COMM.size > 1 and COMM.rank == 1:
         assert len(a) == 0
-    problem = Problem(lambda x: COMM.allreduce(f(x, a, b)), lambda x: g(x, a, b),
-                      lambda x, v: H(x, v, a, b), vs=vs)
+    problem = Problem(
+        lambda x: COMM.allreduce(f(x, a, b)), lambda x: g(x, a, b), lambda x, v: H(x, v, a, b), vs=vs
+    )
     state = optimizer.minimize(problem, split(np.zeros(n)))
     assert state.nit == serial.nit
-    assert_allclose(state.history['y'], serial.history['y'], rtol=1e-6, atol=1e-10)
+    assert_allclose(state.history["y"], serial.history["y"], rtol=1e-6, atol=1e-10)
     assert_allclose(state.x, split(serial.x), atol=1e-6)
     assert len(set(COMM.allgather((state.nit, state.fev, state.y, state.gnorm)))) == 1
 
 
 @pytest.mark.collective
 def test_distributed_state_there_and_back(folder):
-    path, vs = os.path.join(folder, 'state.npz'), distributed()
+    path, vs = os.path.join(folder, "state.npz"), distributed()
     b = split(np.sin(np.arange(30.0)))
+
     def make():
-        return Problem(lambda x: COMM.allreduce(float(np.sum((x - b) ** 4 + (x - b) ** 2))),
-                       lambda x: 4 * (x - b) ** 3 + 2 * (x - b), vs=vs)
+        return Problem(
+            lambda x: COMM.allreduce(float(np.sum((x - b) ** 4 + (x - b) ** 2))),
+            lambda x: 4 * (x - b) ** 3 + 2 * (x - b),
+            vs=vs,
+        )
 
     whole = LBFGS(gtol=1e-10).minimize(make(), 0 * b)
     LBFGS(maxiter=3).minimize(make(), 0 * b, monitor=autosave(path, 1))
@@ -736,23 +826,28 @@ def test_distributed_state_there_and_back(folder):
 def test_an_objective_that_is_not_reduced_is_refused():
     if COMM.size == 1:
         pytest.skip("needs two ranks")
-    problem = Problem(lambda x: float(np.sum(x ** 2)), lambda x: 2 * x, vs=distributed())
+    problem = Problem(lambda x: float(np.sum(x**2)), lambda x: 2 * x, vs=distributed())
     with pytest.raises(ValueError, match="differs between ranks"):
         LBFGS().minimize(problem, np.ones(COMM.rank + 1))
 
 
 @pytest.mark.collective
 def test_fields(folder):
-    pm_module = pytest.importorskip('pmesh.pm')
+    pm_module = pytest.importorskip("pmesh.pm")
     pm = pm_module.ParticleMesh(Nmesh=[4, 4, 4], BoxSize=4.0, comm=COMM)
-    vs, path = FieldSpace(pm.comm), os.path.join(folder, 'field.npz')
-    for kind in ('real', 'complex'):
+    vs, path = FieldSpace(pm.comm), os.path.join(folder, "field.npz")
+    for kind in ("real", "complex"):
         truth = pm.generate_whitenoise(3, type=kind)
+
         def diff(x, truth=truth):
             return vs.addmul(x, truth, -1)
 
-        problem = Problem(lambda x: vs.dot(diff(x), diff(x)), lambda x: vs.scale(2.0, diff(x)),
-                          lambda x, v: vs.scale(2.0, v), vs=vs)
+        problem = Problem(
+            lambda x: vs.dot(diff(x), diff(x)),
+            lambda x: vs.scale(2.0, diff(x)),
+            lambda x, v: vs.scale(2.0, v),
+            vs=vs,
+        )
         for optimizer in (LBFGS(), TrustRegionCG(), GradientDescent()):
             state = optimizer.minimize(problem, vs.zeros_like(truth), monitor=autosave(path, 1))
             assert state.converged and type(state.x) is type(truth)
@@ -766,10 +861,10 @@ def test_fields(folder):
 
 
 @pytest.mark.collective
-@pytest.mark.parametrize('mesh', [[4, 4, 4], [4, 4, 5], [5, 3, 7], [4, 5]])
+@pytest.mark.parametrize("mesh", [[4, 4, 4], [4, 4, 5], [5, 3, 7], [4, 5]])
 def test_the_product_of_complex_fields_is_that_of_the_real_ones(mesh):
-    pm = pytest.importorskip('pmesh.pm').ParticleMesh(Nmesh=mesh, BoxSize=4.0, comm=COMM)
-    vs, (a, b) = FieldSpace(pm.comm), [pm.generate_whitenoise(seed, type='complex') for seed in (3, 4)]
+    pm = pytest.importorskip("pmesh.pm").ParticleMesh(Nmesh=mesh, BoxSize=4.0, comm=COMM)
+    vs, (a, b) = FieldSpace(pm.comm), [pm.generate_whitenoise(seed, type="complex") for seed in (3, 4)]
     real_a, real_b = a.c2r(), b.c2r()
     assert_allclose(vs.dot(real_a.r2c(), real_b.r2c()) * np.prod(mesh), vs.dot(real_a, real_b), rtol=1e-10)
 
@@ -789,11 +884,79 @@ problem, x0 = Problem(rosen, rosen_der), np.tile([-1.2, 1.0], 5)
 state = LBFGS().minimize(problem, x0, state=State.resume(path, problem.vs, x0), monitor=[autosave(path, 1), kill])
 print(state.nit, state.fev, state.x.tobytes().hex())
 """
+
     def run(name, last):
         return run_python(script, os.path.join(folder, name), last)
 
-    whole = run('whole.npz', -1)
+    whole = run("whole.npz", -1)
     assert whole.returncode == 0, whole.stderr
-    assert run('killed.npz', 7).returncode == -9
-    assert run('killed.npz', 23).returncode == -9
-    assert run('killed.npz', -1).stdout == whole.stdout
+    assert run("killed.npz", 7).returncode == -9
+    assert run("killed.npz", 23).returncode == -9
+    assert run("killed.npz", -1).stdout == whole.stdout
+
+
+@pytest.mark.parametrize("units, converged", [(150, True), (250, False)])
+def test_a_failed_search_has_converged_where_the_fall_to_expect_is_lost_in_rounding(units, converged):
+    """Half of the slope is what a quadratic function falls at most; 100 units of rounding are lost."""
+    for kind, share in (LBFGS, 1.0), (GradientDescent, 0.5):  # which is content with the whole slope
+        g = np.array([math.sqrt(units * share * EPS)])
+        problem = Problem(lambda x: 1.0 + g @ x, lambda x: g)
+        state = kind(linesearch=lambda line, first: None, gtol=0.0).minimize(problem, np.zeros(1))
+        assert state.nit == 0 and state.converged == converged
+        assert ("rounding" if converged else "line search failed") in state.message
+
+
+def test_a_step_that_ends_on_the_surface_of_the_region_is_on_the_surface():
+    g, inside = (
+        np.array([3.0, 4.0]),
+        lambda radius: TrustRegionCG().solve(VectorSpace(), lambda d: d, g, radius, 1e-3),
+    )
+    for radius, surface in (5.0, True), (4.0, True), (6.0, False):
+        p, r, on = inside(radius)
+        assert on is surface
+        assert_allclose(p, -g * min(radius / 5, 1))
+        assert_allclose(r, g + p, atol=1e-14)
+
+
+def test_the_first_region():
+    """Ten steps of steepest descent where the objective is convex; else as large as the point, and at least 1."""
+    vs, g = VectorSpace(), np.array([3.0, 4.0])
+    for point, curvature, radius in (
+        (0.0, 2.0, 25.0),
+        (0.0, 0.0, 1.0),
+        (7.0, -1.0, 7.0),
+        (700.0, -1.0, 50.0),
+        (0.0, 0.1, 50.0),
+    ):
+        state = SimpleNamespace(Pg=g, Pgnorm=5.0, Px=np.array([0.0, point]))
+        assert TrustRegionCG(maxradius=50.0).first_radius(
+            vs, lambda d: curvature * d, state
+        ) == pytest.approx(radius)
+    assert TrustRegionCG(radius=3.0).first_radius(vs, None, state) == 3.0
+
+
+def test_a_minimisation_that_goes_on_has_not_converged():
+    problem, told = Problem(rosen, rosen_der), []
+    state = LBFGS(gtol=1e-2).minimize(problem, np.array([-1.2, 1.0]))
+    assert state.converged
+    state = LBFGS(gtol=1e-8).minimize(
+        problem, state, monitor=lambda state: told.append((state.converged, state.message))
+    )
+    assert state.converged and len(told) > 1 and set(told[:-1]) == {(False, "")}
+
+
+def test_scipy_gets_the_hessian():
+    x0 = np.array([-1.2, 1.0, 0.5])
+    ours = scipy_minimize(Problem(rosen, rosen_der, rosen_hess_prod), x0, method="Newton-CG")
+    want = scipy.optimize.minimize(rosen, x0, method="Newton-CG", jac=rosen_der, hessp=rosen_hess_prod)
+    assert (ours.nit, ours.nhev) == (want.nit, want.nhev)
+    assert_allclose(ours.x, want.x, rtol=1e-12)
+
+
+@pytest.mark.collective
+def test_the_progress_bar_shows_objective_and_gradient(capsys):
+    pytest.importorskip("tqdm")
+    LBFGS(maxiter=3).minimize(
+        Problem(lambda x: 7.25 + 0 * x[0], lambda x: np.array([0.0])), np.array([1.0]), progress=True
+    )
+    assert ("y=7.25 |g|=0" in capsys.readouterr().err) == (COMM.rank == 0)

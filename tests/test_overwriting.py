@@ -8,8 +8,8 @@ from numpy.testing import assert_array_equal
 
 from helpers import examples
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
 from vmad_lit.core import ownership
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.model import Model
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.testing import check, check_ownership
@@ -256,7 +256,7 @@ def test_a_tape_is_as_it_was():
     class keeps:
         ain = "x"
         aout = "y"
-        inplace = "x",
+        inplace = ("x",)
 
         def apl(node, x):
             return dict(y=x * x)
@@ -282,7 +282,45 @@ def test_a_tape_is_as_it_was():
     assert_array_equal(x, X + 1)
 
 
-@pytest.mark.parametrize("options", [dict(ram=1), dict(ram=2), dict(ram=0, disk=3), dict(ram=5), dict(schedule="two-level", period=2)], ids=str)
+def test_only_the_last_to_read_a_record_may_overwrite_it():
+    @operator
+    class keeps:
+        ain = "x"
+        aout = "y"
+        inplace = ("x",)
+
+        def apl(node, x):
+            return dict(y=x**3)
+
+        def rcd(node, x, y):
+            return dict(x=x.copy())
+
+        def vjp(node, _y, x):
+            return dict(_x=np.multiply(3 * _y * x, x, out=place(node, "x", x)))
+
+        def jvp(node, x_, x):
+            return dict(y_=3 * x**2 * x_)
+
+        def hvp(node, _y, x_, x):
+            return dict(_x_=6 * x * x_ * _y)
+
+    m, x = model(keeps, keeps), X + 1
+    (_, [_x], [product]), own = owned(
+        lambda: m.compute_with_hvp("y", dict(x=x), dict(x_=np.ones(3), _y=np.ones(3)))
+    )
+    assert not any(own) and len(own) == 3  # no change of a cotangent arrives at the last of them
+    np.testing.assert_allclose(_x, 9 * x**8)
+    np.testing.assert_allclose(product, 72 * x**7)
+    (_, [product]), own = owned(lambda: m.compute_with_gnDp("y", dict(x=x), dict(x_=np.ones(3))))
+    assert own == [True, True]
+    np.testing.assert_allclose(product, (9 * x**8) ** 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(ram=1), dict(ram=2), dict(ram=0, disk=3), dict(ram=5), dict(schedule="two-level", period=2)],
+    ids=str,
+)
 def test_chains(options):
     chain, x = checkpoint(twice, n=5, **options), X.copy()
     m, plain = model(chain), model(*[twice] * 5)
@@ -299,7 +337,11 @@ def test_chains(options):
     assert_array_equal(x, X)
 
 
-@pytest.mark.parametrize("options, first", [(dict(ram=0, disk=5), True), (dict(ram=1), False), (dict(schedule="tapes"), False)], ids=str)
+@pytest.mark.parametrize(
+    "options, first",
+    [(dict(ram=0, disk=5), True), (dict(ram=1), False), (dict(schedule="tapes"), False)],
+    ids=str,
+)
 def test_a_chain_in_a_graph(options, first):
     """A chain overwrites the state that it is given once that is on disk, and gives away the cotangents of the first state."""
     chain, x = checkpoint(twice, n=3, **options), X.copy()
@@ -323,13 +365,28 @@ def pass_on(x):
     return same(x)
 
 
-CHAINS = [checkpoint(step, n=n, **options) for step in (twice, pass_on) for n, options in
-          ((1, dict(ram=1)), (3, dict(ram=1)), (3, dict(ram=0, disk=3)), (2, dict(schedule="tapes")))]
+CHAINS = [
+    checkpoint(step, n=n, **options)
+    for step in (twice, pass_on)
+    for n, options in (
+        (1, dict(ram=1)),
+        (3, dict(ram=1)),
+        (3, dict(ram=0, disk=3)),
+        (2, dict(schedule="tapes")),
+    )
+]
 
 
 @settings(max_examples=examples(200))
-@given(st.lists(st.tuples(st.sampled_from([double, same, twice, around, *CHAINS]), st.integers(0, 9)), min_size=1, max_size=8),
-       st.sets(st.integers(0, 8), min_size=1), st.integers(0, 3))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([double, same, twice, around, *CHAINS]), st.integers(0, 9)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.sets(st.integers(0, 8), min_size=1),
+    st.integers(0, 3),
+)
 def test_any_graph(calls, wanted, seed):
     """Whatever is made of what: outputs, cotangents and what was given are those of operators that never overwrite."""
     with Builder() as m:
@@ -518,17 +575,29 @@ class ReturnsTheSameTwice(SharesBetweenResults):
 
 
 WRONG = [
-    (RecordsItsResult, "'y' of RecordsItsResult is declared to be fresh, and shares memory with 'root' of the record"),
-    (ReturnsItsRecord, "'_x' of ReturnsItsRecord-vjp is declared to be fresh, and shares memory with 'x' of the record"),
+    (
+        RecordsItsResult,
+        "'y' of RecordsItsResult is declared to be fresh, and shares memory with 'root' of the record",
+    ),
+    (
+        ReturnsItsRecord,
+        "'_x' of ReturnsItsRecord-vjp is declared to be fresh, and shares memory with 'x' of the record",
+    ),
     (ReturnsAConstant, "shares memory with what another run got"),
-    (ReturnsWhatItGot, "'_x' of ReturnsWhatItGot-vjp is declared to be fresh, and shares memory with the argument '_y'"),
+    (
+        ReturnsWhatItGot,
+        "'_x' of ReturnsWhatItGot-vjp is declared to be fresh, and shares memory with the argument '_y'",
+    ),
     (HandsOnAnotherArray, "declared to be an alias of a cotangent, and shares memory with 'x' of the record"),
     (OverwritesTooEarly, "the result 'y' is another one when arrays are given away"),
     (OverwritesItsCotangent, "the cotangent '_x' is another one when arrays are given away"),
     (RecordsWhatItOverwrote, "the cotangent '_x' is another one when arrays are given away"),
     (RecordsNoCopy, "changed one of its inputs in place"),
     (DoesNotAsk, "changed one of its cotangents in place"),
-    (ReturnsTheSameTwice, "the result 'z' of ReturnsTheSameTwice is declared to be fresh, and shares memory with the result 'y'"),
+    (
+        ReturnsTheSameTwice,
+        "the result 'z' of ReturnsTheSameTwice is declared to be fresh, and shares memory with the result 'y'",
+    ),
 ]
 
 
@@ -541,14 +610,20 @@ def test_a_broken_promise_is_found(prototype, message):
         check(op, x)
 
 
-@pytest.mark.parametrize("prototype", [Square, KeepsItsPromises, HandsOn, SharesBetweenResults], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "prototype", [Square, KeepsItsPromises, HandsOn, SharesBetweenResults], ids=lambda p: p.__name__
+)
 def test_promises_that_are_kept(prototype):
     op, x = operator(prototype), np.array([0.5, 2.0, 3.0])
     check(op, x)
     check_ownership(lambda x: op(x), x)
 
 
-@pytest.mark.parametrize("step, message", [(p, message) for p, message in WRONG if p is not DoesNotAsk], ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "step, message",
+    [(p, message) for p, message in WRONG if p is not DoesNotAsk],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_a_broken_promise_is_found_inside_of_a_model(step, message):
     """Whatever stands around the operator, also an autooperator, and although the message may be another one."""
     broken = operator(step)
@@ -568,3 +643,21 @@ def test_the_onlooker_leaves():
     with pytest.raises(AssertionError):
         check_ownership(operator(ReturnsWhatItGot), np.ones(3))
     assert Model.runner is runner
+
+
+@autooperator("x -> y")
+def bent(x):
+    y = double(x)
+    return double(y * y * 0.125)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(ram=2), dict(ram=3), dict(ram=1, disk=2), dict(schedule="two-level", period=2)], ids=str
+)
+def test_states_that_a_chain_keeps_in_memory_are_not_overwritten(options):
+    """Its first operator may overwrite the state, and the slopes are those of the state that was."""
+    chain, x = checkpoint(bent, n=6, **options), np.linspace(0.1, 0.4, 3)
+    m, plain = model(chain), model(*[bent] * 6)
+    (_, [_x]), own = owned(lambda: m.compute_with_vjp(dict(x=x.copy()), dict(_y=np.ones(3))))
+    assert True in own and False in own
+    assert_array_equal(_x, plain.compute_with_vjp(dict(x=x), dict(_y=np.ones(3)))[1][0])

@@ -22,7 +22,7 @@ EXTRAS = PROJECT["project"]["optional-dependencies"]
 SOURCES = sorted((ROOT / "vmad_lit").rglob("*.py"))
 
 # Where the name of a module is not that of what one installs; and packages that come with another one.
-DISTRIBUTION = {"pfft": "pmesh"}
+DISTRIBUTION = {"pfft": "pmesh", "llvmlite": "numba"}
 # Packages that no extra brings: mypy imports its plugin itself, and CAMB is one of several sources of a table.
 ELSEWHERE = {"mypy", "camb"}
 # What must work with NumPy alone, beside the engine.
@@ -287,7 +287,9 @@ def version_of(folder):
     module, _, attribute = project["tool"]["setuptools"]["dynamic"]["version"]["attr"].rpartition(".")
     tree = ast.parse((folder / module / "__init__.py").read_text())
     [value] = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == attribute
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == attribute
     ]
     return ast.literal_eval(value)
 

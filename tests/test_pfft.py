@@ -1,4 +1,5 @@
 """The distributed Fourier transform against NumPy's, in every combination, on any number of ranks."""
+
 import itertools
 
 import numpy
@@ -6,6 +7,7 @@ import pytest
 
 pytest.importorskip("mpi4py")
 from helpers import examples
+
 pfft = pytest.importorskip("pfft")
 if "ducc0" not in getattr(pfft, "__version__", ""):
     pytest.skip("the site's own pfft is installed, not the book's", allow_module_level=True)
@@ -95,12 +97,16 @@ def test_there_and_back(kind, shape):
 
 @pytest.mark.collective
 @pytest.mark.parametrize("shape", [(7, 5), (5, 4, 6), (3, 2, 4, 5)], ids=str)
-@pytest.mark.parametrize("flags", [0, Flags.TRANSPOSED_IN, Flags.TRANSPOSED_OUT,
-                                   Flags.TRANSPOSED_IN | Flags.TRANSPOSED_OUT], ids=repr)
+@pytest.mark.parametrize(
+    "flags",
+    [0, Flags.TRANSPOSED_IN, Flags.TRANSPOSED_OUT, Flags.TRANSPOSED_IN | Flags.TRANSPOSED_OUT],
+    ids=repr,
+)
 def test_any_ends_of_any_kind(shape, flags):
     """Also the unusual ones: real arrays in the transposed layout, a forward c2r, a backward r2c."""
     for kind, direction, np, inplace in itertools.product(
-            (Type.R2C, Type.C2R, Type.C2C), Direction, meshes(len(shape)), (False, True)):
+        (Type.R2C, Type.C2R, Type.C2C), Direction, meshes(len(shape)), (False, True)
+    ):
         partition = Partition(kind, shape, ProcMesh(np, WORLD), flags)
         a = LocalBuffer(partition)
         b = a if inplace else LocalBuffer(partition)
@@ -128,8 +134,10 @@ def test_the_blocks_tile_the_mesh(shape, data):
     flags = data.draw(st.sampled_from([0, Flags.TRANSPOSED_OUT, Flags.TRANSPOSED_IN]))
     kind = data.draw(st.sampled_from([Type.R2C, Type.C2R, Type.C2C]))
     p = Partition(kind, shape, ProcMesh(np, WORLD), flags)
-    for whole, cut, start, edges in [(p.ni, p.local_i_slice, p.local_i_start, p.i_edges),
-                                     (p.no, p.local_o_slice, p.local_o_start, p.o_edges)]:
+    for whole, cut, start, edges in [
+        (p.ni, p.local_i_slice, p.local_i_start, p.i_edges),
+        (p.no, p.local_o_slice, p.local_o_start, p.o_edges),
+    ]:
         count = numpy.zeros(whole, dtype="i8")
         count[cut] = 1
         assert (WORLD.allreduce(count) == 1).all()
@@ -142,7 +150,7 @@ def test_the_blocks_tile_the_mesh(shape, data):
 def test_blocks_are_those_of_fftw(n, parts):
     size = numpy.diff(block_edges(n, parts))
     block = -(-n // parts)
-    assert size.sum() == n and (size[:n // block] == block).all() and (size[-(-n // block):] == 0).all()
+    assert size.sum() == n and (size[: n // block] == block).all() and (size[-(-n // block) :] == 0).all()
 
 
 @pytest.mark.collective
@@ -167,19 +175,34 @@ def test_adjoint():
 # -- The interface: what is documented of the PFFT binding -------------------------------------------------
 
 
-@pytest.mark.parametrize("size, factors", [(1, (1, 1)), (2, (2, 1)), (3, (1, 3)), (4, (2, 2)), (6, (3, 2)),
-                                           (7, (1, 7)), (12, (4, 3)), (16, (4, 4)), (64, (8, 8))])
+@pytest.mark.parametrize(
+    "size, factors",
+    [
+        (1, (1, 1)),
+        (2, (2, 1)),
+        (3, (1, 3)),
+        (4, (2, 2)),
+        (6, (3, 2)),
+        (7, (1, 7)),
+        (12, (4, 3)),
+        (16, (4, 4)),
+        (64, (8, 8)),
+    ],
+)
 def test_split_size_2d(size, factors):
     assert pfft.split_size_2d(size) == factors
 
 
-@pytest.mark.parametrize("np, n, flags, i_strides, o_strides", [
-    ([1], (4, 8), Flags.TRANSPOSED_OUT, (128, 16), (16, 64)),
-    ([1], (1, 2, 3, 4), Flags.TRANSPOSED_OUT, (384, 192, 64, 16), (192, 192, 64, 16)),
-    ([1, 1], (1, 2, 3, 4), Flags.TRANSPOSED_OUT, (384, 192, 64, 16), (64, 192, 64, 16)),
-    ([1, 1], (2, 3, 4), Flags.TRANSPOSED_OUT, (192, 64, 16), (16, 128, 32)),
-    ([1, 1], (2, 3, 4), Flags.TRANSPOSED_NONE, (192, 64, 16), (192, 64, 16)),
-])
+@pytest.mark.parametrize(
+    "np, n, flags, i_strides, o_strides",
+    [
+        ([1], (4, 8), Flags.TRANSPOSED_OUT, (128, 16), (16, 64)),
+        ([1], (1, 2, 3, 4), Flags.TRANSPOSED_OUT, (384, 192, 64, 16), (192, 192, 64, 16)),
+        ([1, 1], (1, 2, 3, 4), Flags.TRANSPOSED_OUT, (384, 192, 64, 16), (64, 192, 64, 16)),
+        ([1, 1], (2, 3, 4), Flags.TRANSPOSED_OUT, (192, 64, 16), (16, 128, 32)),
+        ([1, 1], (2, 3, 4), Flags.TRANSPOSED_NONE, (192, 64, 16), (192, 64, 16)),
+    ],
+)
 def test_strides(np, n, flags, i_strides, o_strides):
     buffer = LocalBuffer(Partition(Type.C2C, n, ProcMesh(np, MPI.COMM_SELF), flags))
     assert buffer.view_input().strides == i_strides
@@ -315,8 +338,12 @@ def test_bad_flags_and_types():
     if P > 1:
         with pytest.raises(NotImplementedError, match="one rank only"):
             Partition(Type.R2C, [4], mesh)
-    assert Partition(Type.R2C, [4, 4], mesh, ALL_FLAGS & ~Flags.SHIFTED_IN & ~Flags.SHIFTED_OUT
-                     & ~Flags.PADDED_R2C & ~Flags.PADDED_C2R)
+    assert Partition(
+        Type.R2C,
+        [4, 4],
+        mesh,
+        ALL_FLAGS & ~Flags.SHIFTED_IN & ~Flags.SHIFTED_OUT & ~Flags.PADDED_R2C & ~Flags.PADDED_C2R,
+    )
 
 
 @pytest.mark.collective

@@ -52,7 +52,9 @@ def test_linear_modes_have_the_power():
     shells = Shells(pm, edges=np.linspace(0.03, 0.5, 6))
     measured = 0
     for seed in range(4):
-        modes = cosmo4d.linear_modes.build(power=power, pm=pm).compute("modes", dict(x=cosmo4d.white_noise(pm, seed)))
+        modes = cosmo4d.linear_modes.build(power=power, pm=pm).compute(
+            "modes", dict(x=cosmo4d.white_noise(pm, seed))
+        )
         measured = measured + shells.power(modes) / 4
     # A shell of n independent modes scatters by sqrt(2/n) around its mean.
     assert (abs(measured / power(shells.k) - 1) < 5 * (2 / (4 * shells.counts)) ** 0.5 + 0.05).all()
@@ -102,12 +104,20 @@ def test_residuals_agree_with_their_formulas():
 
 def test_both_preconditioners_end_at_the_same_modes():
     pm = mesh(8)
-    d = cosmo4d.linear_modes.build(power=power, pm=pm).compute("modes", dict(x=cosmo4d.white_noise(pm, 1))).c2r() + 1.0
+    d = (
+        cosmo4d.linear_modes.build(power=power, pm=pm)
+        .compute("modes", dict(x=cosmo4d.white_noise(pm, 1)))
+        .c2r()
+        + 1.0
+    )
     q = pm.generate_uniform_particle_grid(shift=0.5)
     forward = cosmo4d.FastPMOperator.bind(q=q, stages=[], cosmology=Planck15, pm=pm)
     found = []
     for kind in "complex", "real":
-        residuals = [cosmo4d.NLResidualOperator.bind(d=d, invN=1.0), cosmo4d.PriorOperator.bind(power=power, pm=pm)]
+        residuals = [
+            cosmo4d.NLResidualOperator.bind(d=d, invN=1.0),
+            cosmo4d.PriorOperator.bind(power=power, pm=pm),
+        ]
         problem = cosmo4d.ChiSquareProblem(comm, forward, residuals)
         problem.set_preconditioner(kind)
         state = LBFGS(maxiter=200, gtol=1e-9).minimize(problem, pm.create(type="complex", value=0))
@@ -208,7 +218,10 @@ def test_demo_takes_particles(folder):
 
 BAD = {
     "wrong shape": (dict(a=np.ones((5, 5))), "got the shape (5, 5)"),
-    "not a number": (dict(a=np.where(np.arange(64).reshape(4, 4, 4) == 5, np.nan, 1.0)), "first at index (0, 1, 1)"),
+    "not a number": (
+        dict(a=np.where(np.arange(64).reshape(4, 4, 4) == 5, np.nan, 1.0)),
+        "first at index (0, 1, 1)",
+    ),
     "text": (dict(a=np.array(["a"])), "expected real numbers"),
     "outside": (dict(a=np.array([[1.0, 2, 3], [1, 2, 50]])), "the first is number 1"),
     "overdensity": (dict(a=np.random.default_rng(1).normal(size=(16, 16, 16)) - 0.1), "add 1"),

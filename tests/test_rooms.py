@@ -1,9 +1,18 @@
 """The package as a house: what importing it does to others, and what its rooms are called."""
 
+import importlib
+import inspect
+import pkgutil
+import re
 import subprocess
 import sys
+from types import CodeType, FunctionType
 
 import pytest
+
+import vmad_lit.lib
+from vmad_lit.core.autooperator import AutoOperator
+from vmad_lit.core.operator import Operator
 
 SNAPSHOT = """
 import inspect, pkgutil, sys
@@ -45,3 +54,49 @@ def test_fastpm_has_the_names_of_its_rooms():
     for name, value in vars(fastpm).items():
         if not name.startswith("__"):
             assert any(vars(room).get(name) is value for room in rooms), name
+
+
+def reaches_ranks(function, seen):
+    """Whether a function names a communicator, or calls a function or a method of ours that does."""
+    if (
+        not isinstance(function, FunctionType)
+        or function in seen
+        or not function.__module__.startswith("vmad_lit")
+    ):
+        return False
+    seen.add(function)
+    codes = [function.__code__]
+    for code in codes:
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    names = {name for code in codes for name in (*code.co_names, *code.co_varnames, *code.co_freevars)}
+    scope = function.__globals__
+    ours = [
+        vars(kind)
+        for kind in scope.values()
+        if isinstance(kind, type) and kind.__module__.startswith("vmad_lit")
+    ]
+    called = (place.get(name) for name in names for place in (scope, *ours))
+    return "comm" in names or any(reaches_ranks(call, seen) for call in called)
+
+
+def test_operators_are_collective_if_a_derivative_of_theirs_talks_to_ranks():
+    """Or a rank whose cotangent is zero leaves one out, and the others wait for it for ever."""
+    pytest.importorskip("pmesh")
+    found, odd = set(), []
+    for info in pkgutil.iter_modules(vmad_lit.lib.__path__, "vmad_lit.lib."):
+        module = importlib.import_module(info.name)
+        if not re.search(r"\bcomm\b", inspect.getsource(module)):
+            continue
+        for name, op in vars(module).items():
+            if (
+                isinstance(op, Operator)
+                and not isinstance(op, AutoOperator)
+                and op.prototype.__module__ == info.name
+            ):
+                talks = any(
+                    reaches_ranks(getattr(op.prototype, kind, None), set()) for kind in ("vjp", "jvp", "hvp")
+                )
+                found |= {name} if talks else set()
+                odd += [name] if talks != op.collective else []
+    assert found >= {"allreduce", "r2c", "gather", "paint", "force", "kick_drift", "cross_power"}
+    assert not odd

@@ -172,7 +172,7 @@ def forgetful(x, y):
 
 def with_lists(x, y):
     a, b = powers([x, product(x, y)], ys=ListPlaceholder(2))
-    c, = powers([product(a, y)], ys=ListPlaceholder(1))
+    (c,) = powers([product(a, y)], ys=ListPlaceholder(1))
     return product(c, b)
 
 
@@ -301,7 +301,9 @@ def test_bad_input():
     with Builder() as m:
         m.output(y=cube(m.input("x")))
     x = np.ones(3)
-    with pytest.raises(BadArgument, match="'y' is ndarray float64.3., not a real number; give its cotangent '_y'"):
+    with pytest.raises(
+        BadArgument, match="'y' is ndarray float64.3., not a real number; give its cotangent '_y'"
+    ):
         m.compute_with_hvp("y", dict(x=x), dict(x_=x))
     with pytest.raises(BadArgument, match="'_y' is ndarray"):
         m.compute_with_hvp("y", dict(x=x), dict(x_=x, _y=np.ones(4)))

@@ -11,11 +11,11 @@ import pytest
 
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
 from vmad_lit.core import error
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.model import Model
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.profile import Profile, progress
-from vmad_lit.core.tape import nbytes_of
+from vmad_lit.core.valuetypes import nbytes_of
 from vmad_lit.lib import linalg
 
 
@@ -112,7 +112,9 @@ def test_long_tables_are_short_and_fast():
     for thing, n in (large, 100_000), (m, 20_000), (tape, 20_000), (tape.get_vjp(), 20_000):
         begin = time.perf_counter()
         source = thing._repr_html_()
-        assert time.perf_counter() - begin < 20  # a generous limit for a busy machine; quadratic work takes minutes
+        assert (
+            time.perf_counter() - begin < 20
+        )  # a generous limit for a busy machine; quadratic work takes minutes
         page = Balance(source)
         assert f"({n - 100} more rows)" in page.text and page.count == 102 and len(source) < 100_000
     source = large._repr_html_()
@@ -238,7 +240,9 @@ def parse_dot(source):
             depth += 1
         elif line == "}":
             depth -= 1
-        elif match := re.fullmatch(rf"({string}) \[label=({string})(?:, (?:style=rounded|shape=note))?\];", line):
+        elif match := re.fullmatch(
+            rf"({string}) \[label=({string})(?:, (?:style=rounded|shape=note))?\];", line
+        ):
             nodes[match[1]] = depth
         else:
             assert re.fullmatch(rf"label={string};", line), line
@@ -299,11 +303,29 @@ def test_a_profile_counts_times_and_weighs_all_levels():
     assert rows["outer"].total >= rows["step"].total >= rows["scale"].total
     assert np.isclose(p.root.own + sum(row.own for row in rows.values()), p.root.total)
     depths = [(row.name, row.depth) for row in p.by_node()][:8]
-    assert depths == [("outer-0", 0), ("step-0", 1), ("scale-0", 2), ("scale-1", 2), ("step-1", 1), ("scale-0", 2),
-                      ("scale-1", 2), ("step-2", 1)]
+    assert depths == [
+        ("outer-0", 0),
+        ("step-0", 1),
+        ("scale-0", 2),
+        ("scale-1", 2),
+        ("step-1", 1),
+        ("scale-0", 2),
+        ("scale-1", 2),
+        ("step-2", 1),
+    ]
     assert all("test_seeing.py:" in row.place for row in p.by_node())
     text = str(p)
-    assert text.splitlines()[1].split() == ["calls", "own", "ms", "total", "ms", "made", "recorded", "built", "at"]
+    assert text.splitlines()[1].split() == [
+        "calls",
+        "own",
+        "ms",
+        "total",
+        "ms",
+        "made",
+        "recorded",
+        "built",
+        "at",
+    ]
     assert "own ms" in Balance(p._repr_html_()).text
     with pytest.raises(ValueError, match="'operator' or by 'node'"):
         p.table("colour")
@@ -410,7 +432,9 @@ def test_profiles_over_ranks():
     mean, largest = p.over_ranks(comm)
     names = comm.allgather([row.name for row in mean.by_node()])
     assert all(n == names[0] for n in names) and "scale-0" in names[0]
-    made = {(row.depth, row.name): (row.made, most.made) for row, most in zip(mean.by_node(), largest.by_node())}
+    made = {
+        (row.depth, row.name): (row.made, most.made) for row, most in zip(mean.by_node(), largest.by_node())
+    }
     assert made[2, "scale-0"] == (40 * (comm.size + 1), 80 * comm.size)
     assert made[0, "scale-0"] == (40 / comm.size, 40)
     mine, most = (row.total for row in (p.by_node()[0], largest.by_node()[0]))
@@ -445,8 +469,10 @@ def test_progress_knows_the_total_of_every_sweep():
     m.compute_with_vjp(init, dict(_y=np.ones(2)), monitor=watched())
     m.compute_with_jvp("y", init, dict(x_=np.ones(2)), monitor=watched())
     m.compute_with_gnDp("y", init, dict(x_=np.ones(2)), monitor=watched())
-    assert totals == [[kind, 7, 7, True] for kind in
-                      ("forward", "forward", "vjp", "forward", "jvp", "forward", "jvp", "vjp")]
+    assert totals == [
+        [kind, 7, 7, True]
+        for kind in ("forward", "forward", "vjp", "forward", "jvp", "forward", "jvp", "vjp")
+    ]
     del totals[:]
     monitor = watched()
     for _ in range(2):
@@ -597,15 +623,20 @@ def test_misspelt_names():
     for run in m.compute_with_jvp, m.compute_with_gnDp, m.compute_with_hvp:
         assert hint in complaint(bad, run, "energy", init, dict(positon_=np.ones(3)))
     assert "did you mean '_energy'?" in complaint(bad, m.compute_with_vjp, init, dict(energy=1.0))
-    assert "did you mean 'position_'?" in complaint(bad, m.compute_with_jvp, "energy", init, dict(position=1.0))
+    assert "did you mean 'position_'?" in complaint(
+        bad, m.compute_with_jvp, "energy", init, dict(position=1.0)
+    )
     _, tape = m.compute(["energy"], init, return_tape=True)
     vjp, jvp, hvp = tape.get_vjp(), tape.get_jvp(), tape.get_hvp()
     seeds = dict(_energy=1.0, _momentum=0)
     assert "did you mean '_mass'?" in complaint(unexpected, vjp.compute, "_mas", seeds)
-    assert "did you mean '_enrgy'?" in complaint(error.ResolveError, vjp.compute, "_mass", dict(_enrgy=1.0, _momentum=0))
+    assert "did you mean '_enrgy'?" in complaint(
+        error.ResolveError, vjp.compute, "_mass", dict(_enrgy=1.0, _momentum=0)
+    )
     assert "did you mean 'energy_'?" in complaint(unexpected, jvp.compute, "enrgy_", x_)
     assert "did you mean '_energy_'?" in complaint(
-        bad, hvp.compute, "_mass_", dict(seeds, position_=np.ones(3), mass_=0, _enrgy_=1.0))
+        bad, hvp.compute, "_mass_", dict(seeds, position_=np.ones(3), mass_=0, _enrgy_=1.0)
+    )
 
 
 def test_extra_inputs_are_welcome_and_missing_ones_are_guessed():
@@ -633,7 +664,9 @@ def test_cotangents_of_another_shape_are_refused():
     assert "'position_'" in complaint(bad, jvp.compute, "energy_", dict(position_=np.ones((3, 3)), mass_=0))
     for run in m.compute_with_jvp, m.compute_with_gnDp, m.compute_with_hvp:
         assert "'position_'" in complaint(bad, run, "energy", init, dict(position_=np.ones(2)))
-        assert "'mass_'" in complaint(bad, run, "energy", init, dict(mass_=np.ones(2)))  # its value is a number
+        assert "'mass_'" in complaint(
+            bad, run, "energy", init, dict(mass_=np.ones(2))
+        )  # its value is a number
     seeds = dict(position_=np.ones(3), mass_=0, _energy=1.0, _momentum=0)
     assert "'_momentum_'" in complaint(bad, hvp.compute, "_mass_", dict(seeds, _momentum_=np.ones(4)))
 
@@ -653,12 +686,17 @@ def test_items_of_lists_are_named():
         m.output(y=halves(m.input("x"), y=ListPlaceholder(2)), parts=m.input("parts"))
     init = dict(x=np.ones(4), parts=[np.ones(2), [np.ones(3), 1.0]])
     bad = error.BadArgument
-    assert "'_y[1]' is ndarray float64[3]" in complaint(bad, m.compute_with_vjp, init, dict(_y=[np.ones(2), np.ones(3)]))
+    assert "'_y[1]' is ndarray float64[3]" in complaint(
+        bad, m.compute_with_vjp, init, dict(_y=[np.ones(2), np.ones(3)])
+    )
     assert "belongs to a list of 2" in complaint(bad, m.compute_with_vjp, init, dict(_y=[np.ones(2)]))
     assert "'_y'" in complaint(bad, m.compute_with_vjp, init, dict(_y=np.ones(4)))
     assert "'parts_[1][0]'" in complaint(
-        bad, m.compute_with_jvp, "y", init, dict(parts_=[np.ones(2), [np.ones(2), 1.0]]))
-    assert "'_parts[0]'" in complaint(bad, m.compute_with_vjp, init, dict(_parts=[np.ones(3), [np.ones(3), 1.0]]))
+        bad, m.compute_with_jvp, "y", init, dict(parts_=[np.ones(2), [np.ones(2), 1.0]])
+    )
+    assert "'_parts[0]'" in complaint(
+        bad, m.compute_with_vjp, init, dict(_parts=[np.ones(3), [np.ones(3), 1.0]])
+    )
     _, (_x, _) = m.compute_with_vjp(init, dict(_y=[np.ones(2), np.ones(2)]))
     np.testing.assert_array_equal(_x, np.ones(4))
     _, (_x, _) = m.compute_with_vjp(init, dict(_y=[1.0, 2.0]))  # numbers for arrays

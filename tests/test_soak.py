@@ -29,8 +29,15 @@ def start(folder, ranks):
     command = [sys.executable, "-m", "vmad_lit.demo", *JOB]
     if ranks > 1:
         command = [launcher(), "-n", str(ranks), *command]
-    return subprocess.Popen(command, cwd=folder, env=environment(), start_new_session=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def children(pid):

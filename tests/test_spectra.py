@@ -30,7 +30,9 @@ def reference(pm, a, b, edges, poles=(0,), los=None):
     """The estimator on all modes of the whole mesh, by NumPy; with the mean k and the number of modes."""
     los = np.eye(pm.ndim)[-1] if los is None else np.asarray(los) / np.linalg.norm(los)
     A, B = (np.fft.fftn(x) / x.size for x in (a, b))
-    k = np.meshgrid(*[2 * np.pi * np.fft.fftfreq(n, L / n) for n, L in zip(pm.Nmesh, pm.BoxSize)], indexing="ij")
+    k = np.meshgrid(
+        *[2 * np.pi * np.fft.fftfreq(n, L / n) for n, L in zip(pm.Nmesh, pm.BoxSize)], indexing="ij"
+    )
     modulus = np.sqrt(sum(ki**2 for ki in k))
     mu = sum(ki * n for ki, n in zip(k, los)) / np.where(modulus > 0, modulus, 1)
     power = (A * B.conj()).real * np.prod(pm.BoxSize)
@@ -50,7 +52,9 @@ def reference(pm, a, b, edges, poles=(0,), los=None):
 @pytest.mark.parametrize("edges", ["default", "with the mean", "partly empty"])
 def test_against_the_full_transform(nmesh, dtype, edges):
     pm = make_mesh(nmesh, dtype=dtype)
-    edges = dict(default=None).get(edges, np.array([-1, 0.7, 1.9]) if edges == "with the mean" else np.linspace(0.1, 5, 40))
+    edges = dict(default=None).get(
+        edges, np.array([-1, 0.7, 1.9]) if edges == "with the mean" else np.linspace(0.1, 5, 40)
+    )
     shells = Shells(pm, edges)
     a, b = whole(pm, 1), whole(pm, 2)
     if edges is None:
@@ -72,7 +76,9 @@ def test_against_the_full_transform(nmesh, dtype, edges):
 def test_multipoles_against_the_full_transform(nmesh, los):
     pm = make_mesh(nmesh)
     edges = np.array([-1.0, 0.9, 1.5, 2.5])
-    if np.ndim(los):  # the sign of a Nyquist frequency is nobody's, and so is its angle to an oblique direction
+    if np.ndim(
+        los
+    ):  # the sign of a Nyquist frequency is nobody's, and so is its angle to an oblique direction
         edges = edges[edges < np.pi * (pm.Nmesh / pm.BoxSize).min()]
         if len(edges) < 2:
             pytest.skip("no shell below the Nyquist frequency")
@@ -127,8 +133,12 @@ def test_second_derivatives(nmesh, literal):
         x, v = modes(pm, 3), modes(pm, 4)
         _, [g], [product] = m.compute_with_hvp(["P", "Q"], dict(x=x), dict(x_=v, **cotangents))
         expected = (gradient(x + v).value - gradient(x - v).value) / 2
-        np.testing.assert_allclose(g.value, gradient(x).value, atol=1e-12 * COMM.allreduce(abs(g.value).max(initial=0), MPI.MAX))
-        np.testing.assert_allclose(product.value, expected, atol=1e-10 * COMM.allreduce(abs(expected).max(initial=0), MPI.MAX))
+        np.testing.assert_allclose(
+            g.value, gradient(x).value, atol=1e-12 * COMM.allreduce(abs(g.value).max(initial=0), MPI.MAX)
+        )
+        np.testing.assert_allclose(
+            product.value, expected, atol=1e-10 * COMM.allreduce(abs(expected).max(initial=0), MPI.MAX)
+        )
 
 
 def test_zeros_on_some_ranks():
@@ -177,10 +187,14 @@ def test_gaussian_field():
     deviates = []
     for seed in range(6):
         noise = pm.generate_whitenoise(seed=seed, unitary=False, type="complex")
-        field = fastpm.induce_correlation.build(powerspectrum=lambda k: 100 / (0.1 + k**2), pm=pm).compute("c", dict(wnk=noise))
+        field = fastpm.induce_correlation.build(powerspectrum=lambda k: 100 / (0.1 + k**2), pm=pm).compute(
+            "c", dict(wnk=noise)
+        )
         k, w = sum(ki**2 for ki in field.x) ** 0.5, fastpm.mode_weights(field)
         index = np.searchsorted(shells.edges, k, side="right") - 1
-        true = [COMM.allreduce(float((w * (index == i) * 100 / (0.1 + k**2)).sum())) for i in range(len(shells.k))] / shells.counts
+        true = [
+            COMM.allreduce(float((w * (index == i) * 100 / (0.1 + k**2)).sum())) for i in range(len(shells.k))
+        ] / shells.counts
         deviates.append((shells.power(field) / true - 1) / np.sqrt(2 / shells.counts))
     deviates = np.array(deviates)
     assert abs(deviates.mean()) < 4 / np.sqrt(deviates.size)
@@ -211,7 +225,9 @@ def test_windows(window):
     for ki in k:
         theta = ki * 50.0 / 16 / 2
         brute = brute * sum(np.sinc(theta / np.pi + n) ** (2 * p) for n in aliases)
-    np.testing.assert_allclose(spectra.aliased_window_squared(k, field, window), brute, rtol=3e-3 if p == 1 else 1e-7)
+    np.testing.assert_allclose(
+        spectra.aliased_window_squared(k, field, window), brute, rtol=3e-3 if p == 1 else 1e-7
+    )
 
     n = 20000
     x = np.random.default_rng(3).uniform(0, 50, size=(n, 3))[COMM.rank :: COMM.size]
@@ -245,7 +261,9 @@ def test_shot_noise_of_unequal_masses():
     pm = make_mesh([4, 3, 5])
     mass = np.random.default_rng(1).uniform(size=30)
     mine = mass[COMM.rank :: COMM.size]
-    assert spectra.shot_noise(mine, pm) == pytest.approx(pm.BoxSize.prod() * (mass**2).sum() / mass.sum() ** 2)
+    assert spectra.shot_noise(mine, pm) == pytest.approx(
+        pm.BoxSize.prod() * (mass**2).sum() / mass.sum() ** 2
+    )
     with pytest.raises(ValueError, match="positive"):
         spectra.shot_noise(np.zeros(0), pm)
 
@@ -313,13 +331,32 @@ SIGHTS = [dict(los=0), dict(los=[1.0, -2.0, 3.0]), dict(observer=[0.3, -4.0, 2.0
 def test_redshift_space(ndim, dtype, sight):
     sight = {name: value[:ndim] if np.ndim(value) else value for name, value in sight.items()}
     x, p = vectors(1, ndim).astype(dtype), vectors(2, ndim).astype(dtype)
-    n = np.eye(ndim)[0] if sight.get("los") == 0 else np.asarray(sight.get("los", x - sight.get("observer", 0)))
+    n = (
+        np.eye(ndim)[0]
+        if sight.get("los") == 0
+        else np.asarray(sight.get("los", x - sight.get("observer", 0)))
+    )
     n = n / np.linalg.norm(n, axis=-1, keepdims=True)
     truth = x + 0.7 * (p * n).sum(axis=1, keepdims=True) * n
-    check(lambda x, p, factor: tracers.redshift_space(x, p, factor, COMM, **sight), x, p, 0.7, comm=COMM, truth=truth)
+    check(
+        lambda x, p, factor: tracers.redshift_space(x, p, factor, COMM, **sight),
+        x,
+        p,
+        0.7,
+        comm=COMM,
+        truth=truth,
+    )
     for fixed in "x", "v":
         if ndim > 1 or "los" in sight:  # on a line, the derivative by the position is zero to rounding
-            check(tracers.along_sight, x, p, comm=COMM, constant=fixed, allow_zero=fixed == "v" and "los" in sight, **sight)
+            check(
+                tracers.along_sight,
+                x,
+                p,
+                comm=COMM,
+                constant=fixed,
+                allow_zero=fixed == "v" and "los" in sight,
+                **sight,
+            )
 
 
 @pytest.mark.parametrize("sight", SIGHTS, ids=str)
@@ -331,6 +368,7 @@ def test_second_derivatives_of_redshift_space(sight):
     dx, dv = vectors(4, 3), vectors(5, 3)
     h = 1e-5
     for tangents in dict(x_=dx, v_=dv), dict(x_=dx), dict(v_=dv):
+
         def gradients(t):
             at = dict(x=x + t * tangents.get("x_", 0), v=v + t * tangents.get("v_", 0))
             return m.compute_with_vjp(at, dict(_y=w))[1]
@@ -394,7 +432,9 @@ def test_lagrangian_fields(nmesh):
     q = pm.generate_uniform_particle_grid(shift=0.0)
     fields = tracers.lagrangian_fields.build(q=q, pm=pm).compute("fields", dict(rhok=modes(pm)))
     values = whole(pm)
-    k = np.meshgrid(*[2 * np.pi * np.fft.fftfreq(n, L / n) for n, L in zip(pm.Nmesh, pm.BoxSize)], indexing="ij")
+    k = np.meshgrid(
+        *[2 * np.pi * np.fft.fftfreq(n, L / n) for n, L in zip(pm.Nmesh, pm.BoxSize)], indexing="ij"
+    )
     k2 = sum(ki**2 for ki in k)
     transform = lambda tf: np.fft.ifftn(np.fft.fftn(values) * tf).real
     s2 = -(values**2) / pm.ndim
@@ -421,7 +461,16 @@ def test_bias_is_differentiable(nmesh):
 
     # the number of particles on a rank is its own, so the Taylor test looks at the field alone
     dx = np.sin(q)
-    check(model, modes(pm) * 0.3, b, dx, comm=COMM, replicated="b", steps=1e-2 * 0.25 ** np.arange(4), constant="dx")
+    check(
+        model,
+        modes(pm) * 0.3,
+        b,
+        dx,
+        comm=COMM,
+        replicated="b",
+        steps=1e-2 * 0.25 ** np.arange(4),
+        constant="dx",
+    )
     check(tracers.eulerian_bias, modes(pm).c2r(), 1.7, comm=COMM, truth=(modes(pm).c2r() - 1.0) * 1.7 + 1.0)
     with pytest.raises(ValueError, match="terms must be some of"):
         tracers.lagrangian_fields.build(q=q, pm=pm, terms=["b1", "b3"])
@@ -437,7 +486,11 @@ def test_large_scale_bias():
         dx, p = fastpm.firststep(rhok, q, 1.0, pt, pm)
         matter = tracers.density(q + dx, 1.0, q, pm)
         w = tracers.lagrangian_weights(rhok, np.array([0.7, 0.2]), q, pm, terms=["b1", "b2"])
-        m.output(matter=matter, lagrangian=tracers.density(q + dx, w, q, pm), eulerian=tracers.eulerian_bias(matter, 1.7))
+        m.output(
+            matter=matter,
+            lagrangian=tracers.density(q + dx, w, q, pm),
+            eulerian=tracers.eulerian_bias(matter, 1.7),
+        )
     noise = pm.generate_whitenoise(seed=3, unitary=False, type="complex")
     matter, *biased = m.compute(["matter", "lagrangian", "eulerian"], dict(wnk=noise))
     shells = Shells(pm, np.array([0.5, 1.1]) * 2 * np.pi / 800)
@@ -479,13 +532,20 @@ def test_any_load_grows_alike():
             rhok = m.input("rhok")
             dx, p, f = sim.run(rhok)
             m.output(rho=tracers.density(q + dx, 1.0, q, pm))
-        linear = fastpm.induce_correlation.build(powerspectrum=lambda k: 10 * np.exp(-((k / 0.03) ** 2)), pm=pm)
+        linear = fastpm.induce_correlation.build(
+            powerspectrum=lambda k: 10 * np.exp(-((k / 0.03) ** 2)), pm=pm
+        )
         linear = linear.compute("c", dict(wnk=noise(pm)))
         rho = m.compute("rho", dict(rhok=linear))
         shells = Shells(pm, np.array([0.5, 1.1]) * 2 * np.pi / 500)
         return shells.compare(rho, linear)
 
-    for lattice, shift, B in ([16] * 3, 0.5, 1), ([16] * 3, 0.1, 2), ([12] * 3, 0.5, 2), ([24, 20, 22], 0.25, 1):
+    for lattice, shift, B in (
+        ([16] * 3, 0.5, 1),
+        ([16] * 3, 0.1, 2),
+        ([12] * 3, 0.5, 2),
+        ([24, 20, 22], 0.25, 1),
+    ):
         r, t = run(COMM, lattice, shift, B)
         np.testing.assert_allclose(r, 1, atol=0.02)
         np.testing.assert_allclose(t, 1, atol=0.06)
@@ -521,7 +581,12 @@ def test_simulation_in_single_precision():
         x = modes(ParticleMesh([8] * 3, BoxSize=40.0, comm=COMM)) * 0.5
         x = pm.create("complex", value=x.value.astype(pm.create("complex").value.dtype))
         (dx, P, chi2), [g] = m.compute_with_vjp(dict(rhok=x), dict(_dx=0, _P=0, _chi2=1.0))
-        assert dx.dtype == positions and g.value.dtype == x.value.dtype and P.dtype == "f8" and type(chi2) is float
+        assert (
+            dx.dtype == positions
+            and g.value.dtype == x.value.dtype
+            and P.dtype == "f8"
+            and type(chi2) is float
+        )
         results.append((dx, P, chi2, g.value))
     for other in results[1:]:
         for a, b, tolerance in zip(results[0], other, (1e-5, 1e-4, 1e-6, 1e-3)):

@@ -1,4 +1,5 @@
 """The threads of a process: how many, that they share a loop without gaps, and what they leave behind."""
+
 import os
 import threading
 import weakref
@@ -18,7 +19,14 @@ def back_to_the_environment():
 
 
 def test_threads_follow_the_environment(monkeypatch):
-    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+    for name in (
+        "OMP_NUM_THREADS",
+        "NUMBA_NUM_THREADS",
+        "MPI_LOCALNRANKS",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "PMI_LOCAL_SIZE",
+        "SLURM_NTASKS_PER_NODE",
+    ):
         monkeypatch.delenv(name, raising=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert threads.get_threads() == min(cores, threads.MAX_THREADS)

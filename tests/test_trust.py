@@ -84,14 +84,21 @@ def test_a_wrong_derivative_is_found_on_all_ranks(wrong):
     right = getattr(Fractions, wrong)
 
     def derivative(node, *args):
-        (name, value), = right(node, *args).items()
+        ((name, value),) = right(node, *args).items()
         return {name: value * 1.01 if COMM.size == 1 else value + 0.01 * COMM.rank * np.ones_like(value)}
 
     source = {"jvp": lambda node, x_, x, comm, y: derivative(node, x_, x, comm, y),
               "vjp": lambda node, _y, x, comm, y: derivative(node, _y, x, comm, y),
               "hvp": lambda node, _y, x_, x, comm, y: derivative(node, _y, x_, x, comm, y)}[wrong]  # fmt: skip
     setattr(cls, wrong, source)
-    with pytest.raises(AssertionError, match="wrong_fractions: the jvp" if wrong == "jvp" else "wrong_fractions: jvp and vjp" if wrong == "vjp" else "wrong_fractions: the hvp"):
+    with pytest.raises(
+        AssertionError,
+        match="wrong_fractions: the jvp"
+        if wrong == "jvp"
+        else "wrong_fractions: jvp and vjp"
+        if wrong == "vjp"
+        else "wrong_fractions: the hvp",
+    ):
         check(operator(cls), weights(), COMM, comm=COMM)
 
 
@@ -103,10 +110,19 @@ def test_the_squared_norm_of_test_classes():
 # All operators of the package
 
 PROVED_IN = {
-    **{f"vmad_lit.{name}": "test_operators.py" for name in ("core.stdlib.operators", "core.stdlib.utils", "lib.unary", "lib.binary", "lib.linalg")},
+    **{
+        f"vmad_lit.{name}": "test_operators.py"
+        for name in ("core.stdlib.operators", "core.stdlib.utils", "lib.unary", "lib.binary", "lib.linalg")
+    },
     "vmad_lit.lib.mpi": "test_mpi.py",
-    **{f"vmad_lit.lib.{name}": "test_mesh.py" for name in ("mesh", "transfer", "exchange", "painting", "force", "lpt")},
-    **{f"vmad_lit.lib.{name}": "test_cosmology_nbody.py test_nbody.py test_checkpoint.py" for name in ("axpy", "nbody")},
+    **{
+        f"vmad_lit.lib.{name}": "test_mesh.py"
+        for name in ("mesh", "transfer", "exchange", "painting", "force", "lpt")
+    },
+    **{
+        f"vmad_lit.lib.{name}": "test_cosmology_nbody.py test_nbody.py test_checkpoint.py"
+        for name in ("axpy", "nbody")
+    },
     "vmad_lit.lib.cosmology": "test_cosmology.py test_cosmology_nbody.py",
     "vmad_lit.lib.spectra": "test_spectra.py",
     "vmad_lit.testing": "test_trust.py",

@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 
 CALLS: list[str] = []
 
@@ -65,8 +65,12 @@ def test_only_what_is_wanted_runs(inner, wanted):
     m, init = model(wanted, inner), dict(x=1.2)
     run = ["shared", *wanted]
     assert calls(lambda: m.compute("y", init)) == sorted(run)
-    assert calls(lambda: m.compute_with_vjp(init, dict(_y=1.0))) == sorted([*run, *("_" + name for name in run)])
-    assert calls(lambda: m.compute_with_jvp("y", init, dict(x_=1.0))) == sorted([*run, *(name + "_" for name in run)])
+    assert calls(lambda: m.compute_with_vjp(init, dict(_y=1.0))) == sorted(
+        [*run, *("_" + name for name in run)]
+    )
+    assert calls(lambda: m.compute_with_jvp("y", init, dict(x_=1.0))) == sorted(
+        [*run, *(name + "_" for name in run)]
+    )
     # The derivatives are right
     n = len(wanted)
     [y], [_x] = m.compute_with_vjp(init, dict(_y=1.0))

@@ -75,7 +75,7 @@ __all__ = [
 PARTS = "_build/upto"
 
 #: Whether ``--check`` asks for the order of dependence, too.
-ORDER_IN_CHECK = False
+ORDER_IN_CHECK = True
 
 
 class Book(literate.Book):

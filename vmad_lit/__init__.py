@@ -8,6 +8,9 @@ from .core.autooperator import autooperator
 from .core.model import Builder
 from .core.operator import operator
 from .core.symbol import ListPlaceholder
+from .core.valuetypes import VALUE_TYPES
+
+VALUE_TYPES.elsewhere["pmesh.pm"] = "vmad_lit.lib.mesh"
 
 __all__ = ["Builder", "ListPlaceholder", "autooperator", "operator", "stdlib"]
 __version__ = "0.1.0"

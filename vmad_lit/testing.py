@@ -6,107 +6,93 @@ independence of the number of ranks.
 differences.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections import namedtuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy
+from numpy.typing import ArrayLike, NDArray
 
 from .core.error import BadArgument, BrokenPrimitive, needed_for
-from .core.execution import collect
+from .core.execution import Plan, Slots, Step, collect
 from .core.model import Builder, Model
-from .core.graph import Graph
+from .core.graph import Graph, Node
 from .core.operator import InstanceOperator, Operator, ZeroGradient, operator
 from .core.ownership import with_steps
-from .core.symbol import List
+from .core.symbol import BaseSymbol, List, Value
+from .core.tape import Tape
+from .core.valuetypes import value_type
+
+Array = NDArray[Any]
+Values = dict[str, Value]  # by the names of variables
+Names = str | Collection[str]
+Comm = Any  # a communicator of MPI, or None
 
 
-def inner(a, b, comm=None):
+def inner(a: Value, b: Value, comm: Comm = None) -> float:
     """The real inner product Re sum conj(a) b of two values of a kind, summed in double precision.
 
     Parameters
     ----------
-    a, b : numbers, arrays, lists of these, or objects with a method `cdot` (fields); ZeroGradient is
+    a, b : numbers, arrays, lists of these, or values with parts, such as fields; ZeroGradient is
         orthogonal to all
     comm : MPI communicator, optional
-        Arrays with axes are partitioned over its ranks: sum over them. Numbers are the same on all ranks.
+        Arrays with axes are partitioned over its ranks: sum over them. Numbers are the same on all
+        ranks. A value that knows its own communicator is summed over that one.
     """
     if a is ZeroGradient or b is ZeroGradient:
         return 0.0
     if isinstance(a, (list, tuple)) or isinstance(b, (list, tuple)):
         return sum((inner(p, q, comm) for p, q in zip(a, b, strict=True)), 0.0)
-    if hasattr(a, "cdot"):
-        return float(numpy.real(a.cdot(b)))
-    a, b = numpy.asarray(a), numpy.asarray(b)
-    total = float(numpy.sum(numpy.conj(a) * b, dtype="c16").real)
-    return total if comm is None or a.ndim == b.ndim == 0 else comm.allreduce(total)
+    values = value_type(a)
+    total, own = values.inner(a, b), values.comm(a)
+    if own is not None:
+        return own.allreduce(total)
+    return comm.allreduce(total) if comm is not None and (has_axes(a) or has_axes(b)) else total
 
 
-def random_like(x, rng):
-    """A random direction for a value: normal deviates of the same shape and precision, complex if the
-    value is."""
-    if isinstance(x, (list, tuple)):
-        return [random_like(item, rng) for item in x]
-    if hasattr(x, "cdot"):
-        # Fill a field with white noise
-        real = x.pm.create(type="real")
-        rng = numpy.random.default_rng([*rng.bit_generator.seed_seq.entropy, x.pm.comm.rank])
-        real[...] = random_like(real[...], rng)
-        return real.cast(type=type(x))
-    if isinstance(x, (bool, int, float, complex)):
-        noise = complex(rng.normal(), rng.normal()) if isinstance(x, complex) else float(rng.normal())
-        return noise
-    x = numpy.asarray(x)
-    noise = rng.normal(size=x.shape)
-    if x.dtype.kind == "c":
-        noise = noise + 1j * rng.normal(size=x.shape)
-    return numpy.asarray(noise).astype(x.dtype if x.dtype.kind in "fc" else "f8")
+def has_axes(x: Value) -> bool:
+    return any(numpy.ndim(item) > 0 for item in items_of(x))
 
 
-def step(x, h, v):
+def items_of(x: Value) -> Iterator[Value]:
+    """Iterate over the numbers and arrays that a value consists of."""
+    apart = value_type(x).take_apart(x)
+    if apart is None:
+        yield x
+    else:
+        for part in apart[1]:
+            yield from items_of(part)
+
+
+def step(x: Value, h: float, v: Value) -> Value:
     """x + h v"""
     if v is ZeroGradient:
         return x
     if isinstance(x, (list, tuple)):
         return [step(item, h, direction) for item, direction in zip(x, v, strict=True)]
-    return x + v * h
+    return value_type(x).step(x, h, v)
 
 
-def copy_of(x):
-    """A copy of a value that does not change when the value is changed in place."""
-    if isinstance(x, (list, tuple)):
-        return [copy_of(item) for item in x]
-    return x.copy() if hasattr(x, "copy") else x
-
-
-def same(x, y):
+def same(x: Value, y: Value) -> bool:
     """Whether two values are equal element by element."""
-    if isinstance(x, (list, tuple)):
-        return len(x) == len(y) and all(map(same, x, y))
-    x, y = getattr(x, "value", x), getattr(y, "value", y)
+    x, y = list(items_of(x)), list(items_of(y))
+    return len(x) == len(y) and all(map(equal, x, y))
+
+
+def equal(x: Value, y: Value) -> bool:
     return numpy.array_equal(x, y, equal_nan=numpy.asarray(x).dtype.kind in "fc")
 
 
-def items_of(x):
-    """Iterate over a value, or over the items of a (nested) list of values."""
-    if isinstance(x, (list, tuple)):
-        for item in x:
-            yield from items_of(item)
-    else:
-        yield x
+def is_differentiable(x: Value) -> bool:
+    return value_type(x).varies(x)
 
 
-def is_differentiable(x):
-    if isinstance(x, (list, tuple)):
-        return len(x) > 0 and all(map(is_differentiable, x))
-    if hasattr(x, "cdot"):
-        return True
-    if isinstance(x, (int, float, complex)):
-        return not isinstance(x, bool)
-    return isinstance(x, (numpy.ndarray, numpy.number)) and x.dtype.kind in "iufc"
-
-
-def precisions(*values):
+def precisions(*values: Value) -> set[float]:
     """The set of the machine epsilons of the floating point arrays and fields among the values."""
     dtypes = (numpy.dtype(item.dtype) for item in items_of(values) if hasattr(item, "dtype"))
     return {float(numpy.finfo(dtype).eps) for dtype in dtypes if dtype.kind in "fc"}
@@ -124,7 +110,20 @@ class Trial:
         The names of the inputs with respect to which derivatives are tested.
     """
 
-    def __init__(self, subject, args, kwargs, comm=None, replicated=(), constant=(), seed=20):
+    model: Any
+    init: Values
+    varied: list[str]
+
+    def __init__(
+        self,
+        subject: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        comm: Comm = None,
+        replicated: Names = (),
+        constant: Names = (),
+        seed: int = 20,
+    ) -> None:
         self.name = getattr(subject, "__name__", None) or repr(subject)
         self.comm = comm
         self.replicated = {replicated} if isinstance(replicated, str) else set(replicated)
@@ -148,7 +147,9 @@ class Trial:
         self.eps = max(known, default=float(numpy.finfo("f8").eps))
         self.uniform = len(known) == 1
 
-    def _build(self, subject, args, kwargs, constant):
+    def _build(
+        self, subject: Any, args: tuple[Any, ...], kwargs: dict[str, Any], constant: set[str]
+    ) -> Builder:
         with Builder() as m:
             # Replace the arguments that vary by inputs
             if isinstance(subject, (Operator, InstanceOperator)):
@@ -175,30 +176,30 @@ class Trial:
                 m.output(**{next(iter(getattr(subject, "aout", "y"))): result})
         return m
 
-    def _symbols(self, m, name, x):
+    def _symbols(self, m: Builder, name: str, x: Value) -> BaseSymbol:
         """Inputs of the model `m` in the place of a value: a symbol, or a List of them."""
         if isinstance(x, (list, tuple)):
             return List([self._symbols(m, f"{name}[{i}]", item) for i, item in enumerate(x)])
         self.init[name] = x
         return m.input(name)
 
-    def _direction(self, name, x):
+    def _direction(self, name: str, x: Value) -> Value:
         partitioned = self.comm is not None and name.strip("_").split("[")[0] not in self.replicated
         entropy = [self.seed, sum(map(ord, name))]
         rng = numpy.random.default_rng(
-            entropy + [1 + self.comm.rank] if partitioned and numpy.ndim(x) else entropy
+            entropy + [1 + self.comm.rank] if partitioned and has_axes(x) else entropy
         )
-        return random_like(x, rng)
+        return value_type(x).random_like(x, rng)
 
-    def inner(self, name, a, b):
+    def inner(self, name: str, a: Value, b: Value) -> float:
         """The inner product of two derivatives of the variable `name`."""
         return inner(a, b, None if name.split("[")[0] in self.replicated else self.comm)
 
-    def norm(self, values):
+    def norm(self, values: Values) -> float:
         """The norm of a dict of values by the names of their variables."""
         return max(sum(self.inner(name, x, x) for name, x in values.items()), 0.0) ** 0.5
 
-    def tangents(self, mark="_"):
+    def tangents(self, mark: str = "_") -> Values:
         """A random tangent for each input that varies, of the size of the value but not larger than one;
         others for another mark."""
         tangents = {}
@@ -208,33 +209,33 @@ class Trial:
             tangents[name] = step(v, (min(ratio, 1.0) or 1.0) - 1.0, v)
         return tangents
 
-    def cotangents(self):
+    def cotangents(self) -> Values:
         return {name: self._direction("_" + name, self.out[name]) for name in self.results}
 
-    def value(self, init):
+    def value(self, init: Values) -> Values:
         return self.model.compute(self.results, init, return_dict=True)
 
-    def jvp(self, tangents):
+    def jvp(self, tangents: Values) -> Values:
         """Tangents of the results, from tangents of some of the inputs."""
         init = {name + "_": tangents.get(name, ZeroGradient) for name in self.model._inputs}
         out = self.tape.get_jvp().compute([name + "_" for name in self.results], init, return_dict=True)
         return {name: out[name + "_"] for name in self.results}
 
-    def vjp(self, cotangents):
+    def vjp(self, cotangents: Values) -> Values:
         """Cotangents of the inputs, from cotangents of some of the results."""
         return self._pull(self.tape, cotangents)
 
-    def vjp_at(self, init, cotangents):
+    def vjp_at(self, init: Values, cotangents: Values) -> Values:
         """Cotangents of the inputs in another run of the model."""
         _, tape = self.model.compute(list(self.model._outputs), init, return_tape=True)
         return self._pull(tape, cotangents)
 
-    def _pull(self, tape, cotangents):
+    def _pull(self, tape: Tape, cotangents: Values) -> Values:
         init = {"_" + name: cotangents.get(name, ZeroGradient) for name in self.model._outputs}
         out = tape.get_vjp().compute(["_" + name for name in self.varied], init, return_dict=True)
         return {name: out["_" + name] for name in self.varied}
 
-    def hvp(self, cotangents, tangents):
+    def hvp(self, cotangents: Values, tangents: Values) -> Values:
         """The change of the cotangents of the inputs along tangents, at fixed cotangents of the results."""
         init = {name + "_": tangents.get(name, ZeroGradient) for name in self.model._inputs}
         init.update({"_" + name: cotangents.get(name, ZeroGradient) for name in self.model._outputs})
@@ -243,8 +244,16 @@ class Trial:
 
 
 def check_dot_product(
-    subject, *args, comm=None, replicated=(), constant=(), seed=20, rtol=None, allow_zero=False, **kwargs
-):
+    subject: Any,
+    *args: Any,
+    comm: Comm = None,
+    replicated: Names = (),
+    constant: Names = (),
+    seed: int = 20,
+    rtol: float | None = None,
+    allow_zero: bool = False,
+    **kwargs: Any,
+) -> tuple[float, float]:
     """Assert that jvp and vjp multiply with the same Jacobian: <w, J v> = <J^T w, v> for random v and w.
 
     Parameters
@@ -273,7 +282,7 @@ def check_dot_product(
     return dot_products(trial, rtol, allow_zero)
 
 
-def dot_products(trial, rtol=None, allow_zero=False):
+def dot_products(trial: Trial, rtol: float | None = None, allow_zero: bool = False) -> tuple[float, float]:
     v, w = trial.tangents(), trial.cotangents()
     rtol = trial.eps**0.6 if rtol is None else rtol
     pushed = {name: trial.jvp({name: v[name]}) for name in trial.varied}
@@ -305,7 +314,7 @@ def dot_products(trial, rtol=None, allow_zero=False):
     return left, right
 
 
-def describe_products(name, x, y, left, right, allowed):
+def describe_products(name: str, x: str, y: str, left: float, right: float, allowed: float) -> str:
     return (
         f"{name}: jvp and vjp disagree on d({y})/d({x}): "
         f"<w, J v> = {left:.12g} and <J^T w, v> = {right:.12g}; "
@@ -318,18 +327,37 @@ Remainders.__doc__ = """Remainders of Taylor's expansion, |f(x + h v) - f(x)| an
 |f(x + h v) - f(x) - h J v| for steps h, and their rounding errors."""
 
 
-def taylor_remainders(subject, *args, steps=None, comm=None, replicated=(), constant=(), seed=20, **kwargs):
+def taylor_remainders(
+    subject: Any,
+    *args: Any,
+    steps: Sequence[float] | Array | None = None,
+    comm: Comm = None,
+    replicated: Names = (),
+    constant: Names = (),
+    seed: int = 20,
+    **kwargs: Any,
+) -> Remainders:
     """Compute the remainders of Taylor's expansion in a random direction, for `check_taylor` and for
     plotting."""
     return remainders(Trial(subject, args, kwargs, comm, replicated, constant, seed), steps)
 
 
-def remainders(trial, steps=None, only=None):
+def remainders(
+    trial: Trial, steps: Sequence[float] | Array | None = None, only: str | None = None
+) -> Remainders:
     v = {name: v for name, v in trial.tangents().items() if only in (None, name)}
     return expand(trial, trial.value, trial.out, trial.jvp(v), trial.init, v, steps)
 
 
-def expand(space, function, y, Jv, x, v, steps=None):
+def expand(
+    space: Trial,
+    function: Callable[[Values], Values],
+    y: Values,
+    Jv: Values,
+    x: Values,
+    v: Values,
+    steps: Sequence[float] | Array | None = None,
+) -> Remainders:
     """Remainders of `function` at the dict of values `x` in the direction `v`; `space` knows norms
     and rounding."""
     if steps is None:
@@ -347,7 +375,7 @@ def expand(space, function, y, Jv, x, v, steps=None):
     return Remainders(numpy.asarray(steps), numpy.array(zeroth), numpy.array(first), numpy.array(floor))
 
 
-def rates_of(r, which="first"):
+def rates_of(r: Remainders, which: str = "first") -> Array:
     """The slopes between successive steps; infinite where the remainder is mere rounding."""
     R = getattr(r, which)
     with numpy.errstate(divide="ignore", invalid="ignore"):
@@ -356,17 +384,17 @@ def rates_of(r, which="first"):
 
 
 def check_taylor(
-    subject,
-    *args,
-    steps=None,
-    comm=None,
-    replicated=(),
-    constant=(),
-    seed=20,
-    order=2,
-    allow_zero=False,
-    **kwargs,
-):
+    subject: Any,
+    *args: Any,
+    steps: Sequence[float] | Array | None = None,
+    comm: Comm = None,
+    replicated: Names = (),
+    constant: Names = (),
+    seed: int = 20,
+    order: float = 2,
+    allow_zero: bool = False,
+    **kwargs: Any,
+) -> Array:
     """Assert that the tangent is the derivative: |f(x + h v) - f(x) - h J v| falls as h squared.
 
     Parameters are those of `check_dot_product`, and
@@ -386,7 +414,9 @@ def check_taylor(
     return taylor_rates(trial, steps, order, allow_zero)
 
 
-def taylor_rates(trial, steps=None, order=2, allow_zero=False):
+def taylor_rates(
+    trial: Trial, steps: Sequence[float] | Array | None = None, order: float = 2, allow_zero: bool = False
+) -> Array:
     r = remainders(trial, steps)
     if not converges(r, order):
         # Find the inputs whose tangents are wrong
@@ -400,7 +430,7 @@ def taylor_rates(trial, steps=None, order=2, allow_zero=False):
     return rates_of(r)
 
 
-def converges(r, order):
+def converges(r: Remainders, order: float) -> bool:
     """Whether the remainder falls at the rate `order`, as far as two rates can be told from rounding."""
     if not numpy.isfinite(r.first).all():
         return False
@@ -410,24 +440,24 @@ def converges(r, order):
     return len(rates) < 2 or bool(rates[-1] > order - 0.25) or bool(numpy.median(rates) > order - 0.1)
 
 
-def describe_slopes(r, order, remainder="|f(x + h v) - f(x) - h J v|"):
+def describe_slopes(r: Remainders, order: float, remainder: str = "|f(x + h v) - f(x) - h J v|") -> str:
     rows = ", ".join(f"h={h:.1e}: {R:.3e}" for h, R in zip(r.steps, r.first))
     slopes = ", ".join(f"{rate:.2f}" for rate in rates_of(r))
     return f"the remainder {remainder} falls with slopes {slopes}, expected {order} ({rows})"
 
 
 def check_gradient(
-    objective,
-    *args,
-    gradient=None,
-    steps=None,
-    comm=None,
-    replicated=(),
-    constant=(),
-    seed=20,
-    order=2,
-    **kwargs,
-):
+    objective: Any,
+    *args: Any,
+    gradient: Callable[..., Any] | None = None,
+    steps: Sequence[float] | Array | None = None,
+    comm: Comm = None,
+    replicated: Names = (),
+    constant: Names = (),
+    seed: int = 20,
+    order: float = 2,
+    **kwargs: Any,
+) -> Array:
     """Assert that a gradient is the derivative of a real scalar objective, by the Taylor test.
 
     Parameters are those of `check_taylor`, and
@@ -468,7 +498,16 @@ def check_gradient(
 class Numeric(Trial):
     """A plain function of numbers on trial."""
 
-    def __init__(self, function, args, kwargs, comm=None, replicated=(), constant=(), seed=20):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        comm: Comm = None,
+        replicated: Names = (),
+        constant: Names = (),
+        seed: int = 20,
+    ) -> None:
         self.name = getattr(function, "__name__", None) or repr(function)
         self.comm, self.seed = comm, seed
         self.replicated = {replicated} if isinstance(replicated, str) else set(replicated)
@@ -478,17 +517,25 @@ class Numeric(Trial):
         self.out, self.results = self.value(self.init), ["y"]
         self.eps = max(precisions(list(self.init.values())), default=float(numpy.finfo("f8").eps))
 
-    def value(self, init):
+    def value(self, init: Values) -> Values:
         return {"y": self.function(*init.values(), **self.kwargs)}
 
-    def gradient(self, gradient):
+    def gradient(self, gradient: Callable[..., Any]) -> Values:
         g = gradient(*self.init.values(), **self.kwargs)
         return dict(zip(self.init, [g] if len(self.init) == 1 else g, strict=True))
 
 
 def check_second_order(
-    subject, *args, steps=None, comm=None, replicated=(), constant=(), seed=20, rtol=None, **kwargs
-):
+    subject: Any,
+    *args: Any,
+    steps: Sequence[float] | Array | None = None,
+    comm: Comm = None,
+    replicated: Names = (),
+    constant: Names = (),
+    seed: int = 20,
+    rtol: float | None = None,
+    **kwargs: Any,
+) -> Array:
     """Assert that hvp is the derivative of vjp: |g(x + h v) - g(x) - h H v| falls as h squared, and
     <u, H v> = <H u, v>, for the gradient g at a fixed random cotangent and random u and v.
 
@@ -508,7 +555,9 @@ def check_second_order(
     return second_order_rates(Trial(subject, args, kwargs, comm, replicated, constant, seed), steps, rtol)
 
 
-def second_order_rates(trial, steps=None, rtol=None):
+def second_order_rates(
+    trial: Trial, steps: Sequence[float] | Array | None = None, rtol: float | None = None
+) -> Array:
     u, v, w = trial.tangents("__"), trial.tangents(), trial.cotangents()
     g, Hu, Hv = trial.vjp(w), trial.hvp(w, u), trial.hvp(w, v)
     for name in trial.varied:
@@ -543,7 +592,9 @@ def second_order_rates(trial, steps=None, rtol=None):
     return rates_of(r)
 
 
-def offered_second_order_rates(trial, steps=None, rtol=None):
+def offered_second_order_rates(
+    trial: Trial, steps: Sequence[float] | Array | None = None, rtol: float | None = None
+) -> Array | None:
     """The slopes of the second-order test, or None if an operator does not offer its hvp."""
     try:
         return second_order_rates(trial, steps, rtol)
@@ -554,12 +605,12 @@ def offered_second_order_rates(trial, steps=None, rtol=None):
 
 
 @contextmanager
-def other_steps(change):
+def other_steps(change: Callable[[Step, Plan], Step]) -> Iterator[None]:
     """A context in which models run with `change(step, plan)` in the place of each step of a node."""
     before = Model.runner
 
-    def run(plan, *args):
-        def wrap(step):
+    def run(plan: Plan, *args: Any) -> Any:
+        def wrap(step: Step) -> Step:
             return step if step[1] is None else change(step, plan)
 
         return before(with_steps(plan, wrap), *args)
@@ -571,10 +622,14 @@ def other_steps(change):
         Model.runner = staticmethod(before)
 
 
-def disown(step, plan):
+def disown(step: Step, plan: Plan) -> Step:
     """The same step, with a node that owns nothing."""
     function, node, *others = step
     return (function, node.stand_in(node.used), *others) if node.donated else step
+
+
+Made = list[tuple[Operator, Array]]
+Described = list[tuple[str, Array]]  # arrays, and what they are
 
 
 class Onlooker:
@@ -588,16 +643,17 @@ class Onlooker:
         Fresh results of an earlier run, which nobody but us has now; those of this one go into `made`.
     """
 
-    def __init__(self, name, earlier=()):
-        self.name, self.earlier, self.made = name, earlier, []
+    def __init__(self, name: str, earlier: Sequence[tuple[Operator, Array]] = ()) -> None:
+        self.name, self.earlier = name, earlier
+        self.made: Made = []
 
-    def watch(self, step, plan):
+    def watch(self, step: Step, plan: Plan) -> Step:
         operator, kind = step[1].operator, step[1].primitive.kind
         promises = operator.fresh and kind in ("apl", "vjp") or hands_on(step[1])
         return (look, step[1], step, self, plan) if promises else step
 
     # Compare a result with other arrays
-    def compare(self, node, what, array, others):
+    def compare(self, node: Node, what: str, array: Array, others: Described) -> None:
         """Assert that a result is what its operator declares."""
         operator = node.operator
         earlier = [("what another run got", x) for other, x in self.earlier if other is operator]
@@ -612,12 +668,12 @@ class Onlooker:
             self.made.append((operator, array))
 
 
-def hands_on(node):
+def hands_on(node: Node) -> bool:
     """Whether a node may return its cotangent as the only one that is wanted."""
     return node.operator.alias and node.primitive.kind == "vjp" and len(node.used) == 1
 
 
-def look(slots, step):
+def look(slots: Slots, step: Step) -> None:
     """The step that runs another one, and looks whose the results are."""
     _, node, inner, onlooker, plan = step
     others = [] if hands_on(node) else arrays_given(node, plan, slots)
@@ -631,13 +687,13 @@ def look(slots, step):
             others.append((f"the result '{name}'", array))
 
 
-def arrays_in(x):
+def arrays_in(x: Value) -> list[Array]:
     """The arrays in a value: itself, that of a field, or those of the items of a list."""
     items = (getattr(item, "value", item) for item in items_of(x))
     return [item for item in items if isinstance(item, numpy.ndarray)]
 
 
-def arrays_given(node, plan, slots):
+def arrays_given(node: Node, plan: Plan, slots: Slots) -> Described:
     """The arrays that go into a node and are not its own, with what they are."""
     return [
         (f"the argument '{name}'", array)
@@ -647,9 +703,10 @@ def arrays_given(node, plan, slots):
     ]
 
 
-def arrays_recorded(node, plan, slots):
+def arrays_recorded(node: Node, plan: Plan | None, slots: Slots) -> Described:
     """The arrays on a tape that belong to a node, or to the original of a derived one, with what they are."""
-    record = plan.records.get(node, plan.records.get(node.forward, {})) if plan else {}
+    records: dict[Any, Any] = plan.records if plan else {}
+    record = records.get(node, records.get(node.forward, {}))
     if type(record) is int:
         values = slots[record] or {}
     else:
@@ -663,14 +720,14 @@ def arrays_recorded(node, plan, slots):
     ]
 
 
-def prove_ownership(trial):
+def prove_ownership(trial: Trial) -> None:
     """Assert that operators keep what they declare about arrays, see `check_ownership`."""
     operators = [node.operator for node in trial.model]
     if not any(operator.fresh or operator.alias or operator.inplace for operator in operators):
         return
     with other_steps(disown):
         truth = run_and_sweep(trial)
-    earlier = []
+    earlier: Made = []
     for give in False, True:
         onlooker = Onlooker(trial.name, earlier)
         with other_steps(onlooker.watch):
@@ -680,7 +737,7 @@ def prove_ownership(trial):
         earlier = onlooker.made
 
 
-def run_and_sweep(trial, give=False):
+def run_and_sweep(trial: Trial, give: bool = False) -> tuple[Values, Values, Values]:
     """The results of a run, those of one with a tape, and the cotangents of the inputs by a sweep that is the last.
 
     All that goes in is given away, or else asserted to be left alone.
@@ -692,7 +749,7 @@ def run_and_sweep(trial, give=False):
     before = copies(recorded)
     tape.consume()
     # Sweep over a tape that is consumed
-    cotangents = {"_" + name: copy_of(w.get(name, ZeroGradient)) for name in names}
+    cotangents = copies({name: w.get(name, ZeroGradient) for name in names}, "_")
     pulled, _ = tape.get_vjp()._run(
         ["_" + name for name in trial.varied], cotangents, donated=tuple(cotangents) if give else ()
     )
@@ -705,16 +762,16 @@ def run_and_sweep(trial, give=False):
     return tuple({name: y[name] for name in trial.results} for y in (out, recorded)) + (pulled,)
 
 
-def copies(values):
-    return {name: copy_of(x) for name, x in values.items()}
+def copies(values: Values, prefix: str = "") -> Values:
+    return {prefix + name: value_type(x).copy(x) for name, x in values.items()}
 
 
-def assert_same(trial, what, now, before):
+def assert_same(trial: Trial, what: str, now: Values, before: Values) -> None:
     if not same(list(now.values()), list(before.values())):
         raise AssertionError(f"{trial.name} changed {what} in place")
 
 
-def assert_unchanged(trial, what, got, expected):
+def assert_unchanged(trial: Trial, what: str, got: Values, expected: Values) -> None:
     """Assert that values are what they are when nothing is overwritten."""
     scale = trial.norm({name.removeprefix("_"): x for name, x in expected.items()})
     for name, x in expected.items():
@@ -726,7 +783,15 @@ def assert_unchanged(trial, what, got, expected):
             )
 
 
-def check_ownership(subject, *args, comm=None, universal=(), constant=(), seed=20, **kwargs):
+def check_ownership(
+    subject: Any,
+    *args: Any,
+    comm: Comm = None,
+    replicated: Names = (),
+    constant: Names = (),
+    seed: int = 20,
+    **kwargs: Any,
+) -> None:
     """Assert that operators keep what they declare about arrays: `fresh`, `alias` and `inplace`.
 
     A fresh result shares memory with no argument, no record and no other result; a cotangent that is an
@@ -735,7 +800,7 @@ def check_ownership(subject, *args, comm=None, universal=(), constant=(), seed=2
 
     Parameters are those of `check_dot_product`.
     """
-    prove_ownership(Trial(subject, args, kwargs, comm, universal, constant, seed))
+    prove_ownership(Trial(subject, args, kwargs, comm, replicated, constant, seed))
 
 
 Report = namedtuple("Report", "value, rates, products, second")
@@ -745,18 +810,18 @@ hvp."""
 
 
 def check(
-    subject,
-    *args,
-    truth=None,
-    comm=None,
-    replicated=(),
-    constant=(),
-    seed=20,
-    rtol=None,
-    steps=None,
-    allow_zero=False,
-    **kwargs,
-):
+    subject: Any,
+    *args: Any,
+    truth: Any = None,
+    comm: Comm = None,
+    replicated: Names = (),
+    constant: Names = (),
+    seed: int = 20,
+    rtol: float | None = None,
+    steps: Sequence[float] | Array | None = None,
+    allow_zero: bool = False,
+    **kwargs: Any,
+) -> Report:
     """Prove an operator, a model, or a function that builds a model, at given inputs.
 
     The value is compared with the truth, the jvp with the value by the Taylor test, the vjp with the
@@ -779,9 +844,10 @@ def check(
     Report
     """
     given = [*args, *kwargs.values()]
-    before = copy_of(given) if all(map(is_differentiable, given)) else None
+    before = value_type(given).copy(given) if all(map(is_differentiable, given)) else None
     trial = Trial(subject, args, kwargs, comm, replicated, constant, seed)
-    snapshot = copy_of(list(trial.init.values())) if before is None else None
+    values = list(trial.init.values())
+    snapshot = value_type(values).copy(values) if before is None else None
     if truth is not None:
         # Compare the value with the truth
         expected = truth(*args, **kwargs) if callable(truth) else truth
@@ -806,27 +872,27 @@ def check(
     return Report(values[0] if len(values) == 1 else values, rates, products, second)
 
 
-def check_value(trial, name, value, expected):
+def check_value(trial: Trial, name: str, value: Value, expected: Value) -> None:
     """Assert that a result is what it should be."""
     if isinstance(expected, (list, tuple)):
         for i, (item, y) in enumerate(zip(value, expected, strict=True)):
             check_value(trial, f"{name}[{i}]", item, y)
         return
-    value, expected = (getattr(x, "value", x) for x in (value, expected))
-    if numpy.shape(value) != numpy.shape(expected):
-        raise AssertionError(
-            f"{trial.name}: '{name}' has shape {numpy.shape(value)}, expected {numpy.shape(expected)}"
+    for item, y in zip(items_of(value), items_of(expected), strict=True):
+        if numpy.shape(item) != numpy.shape(y):
+            raise AssertionError(
+                f"{trial.name}: '{name}' has shape {numpy.shape(item)}, expected {numpy.shape(y)}"
+            )
+        numpy.testing.assert_allclose(
+            item,
+            y,
+            rtol=trial.eps**0.8,
+            atol=trial.eps**0.8,
+            err_msg=f"{trial.name}: the value of '{name}'",
         )
-    numpy.testing.assert_allclose(
-        value,
-        expected,
-        rtol=trial.eps**0.8,
-        atol=trial.eps**0.8,
-        err_msg=f"{trial.name}: the value of '{name}'",
-    )
 
 
-def check_fits(trial, what, derivative, value):
+def check_fits(trial: Trial, what: str, derivative: Value, value: Value) -> None:
     """Assert that a tangent or cotangent has the shape of its value, is real if it is, and has the
     same precision."""
     if derivative is ZeroGradient:
@@ -839,12 +905,14 @@ def check_fits(trial, what, derivative, value):
         for item, x in zip(derivative, value):
             check_fits(trial, what, item, x)
         return
-    if hasattr(value, "cdot"):
-        if not hasattr(derivative, "cdot"):
+    if value_type(value).take_apart(value) is not None:
+        # Compare the parts of a derivative with those of the value
+        if value_type(derivative) is not value_type(value):
             raise AssertionError(
-                f"{trial.name}: the {what} is a {type(derivative).__name__}, "
-                f"expected a {type(value).__name__}"
+                f"{trial.name}: the {what} is a {type(derivative).__name__}, expected a {type(value).__name__}"
             )
+        for part, x in zip(items_of(derivative), items_of(value), strict=True):
+            check_fits(trial, what, part, x)
         return
     if numpy.shape(derivative) != numpy.shape(value):
         raise AssertionError(
@@ -860,7 +928,7 @@ def check_fits(trial, what, derivative, value):
             )
 
 
-def check_rank_invariance(function, comm=None, rtol=1e-9):
+def check_rank_invariance(function: Callable[[Any], Any], comm: Comm = None, rtol: float = 1e-9) -> float:
     """Assert that `function(comm)` does not depend on the number of ranks.
 
     Parameters
@@ -894,16 +962,16 @@ def check_rank_invariance(function, comm=None, rtol=1e-9):
     return worst
 
 
-def collected(x):
-    """A result as a flat list of arrays; a field is gathered from all ranks."""
+def collected(x: Value) -> list[Array]:
+    """A result as a flat list of arrays; a partitioned value is gathered from all ranks."""
     if isinstance(x, dict):
-        x = [x[key] for key in x]
-    if isinstance(x, (list, tuple)):
+        x = list(x.values())
+    if isinstance(x, list | tuple):
         return [array for item in x for array in collected(item)]
-    return [numpy.asarray(x.preview() if hasattr(x, "preview") else x)]
+    return value_type(x).gather(x)
 
 
-def difference(a, b):
+def difference(a: Sequence[Array], b: Sequence[Array]) -> float:
     """The largest difference between two lists of arrays, relative to the largest element of each array."""
     worst = 0.0
     if len(a) != len(b):
@@ -920,22 +988,27 @@ def difference(a, b):
 class FiniteDifferenceTest:
     """What `BaseScalarTest` and `BaseVectorTest` have in common."""
 
-    x = numpy.arange(10)
+    x: Any = numpy.arange(10)
     rtol = 1e-6
     atol = 1e-10
+    epsilon: float
+    m: Builder
 
-    def inner(self, a, b):
+    def setup(self) -> None:
+        """Build the model, and evaluate it and its derivatives."""
+
+    def inner(self, a: Value, b: Value) -> Any:
         """The inner product of a cotangent and a tangent; override it for values other than real arrays."""
         return numpy.sum(a * b)
 
-    def model(self, x):
+    def model(self, x: Any) -> Any:
         """Build the model: from the symbol `x` to the symbol of the result. Override it."""
         return x
 
-    def setup_method(self, method=None):
+    def setup_method(self, method: object = None) -> None:
         self.setup()
 
-    def _differences(self, directions):
+    def _differences(self, directions: Iterable[Value]) -> list[Any]:
         """Central finite differences along the directions."""
         differences = []
         for x_ in directions:
@@ -946,7 +1019,7 @@ class FiniteDifferenceTest:
             raise AssertionError("this test has no power, since all derivatives vanish at this point")
         return differences
 
-    def _assert_close(self, what, got, expected):
+    def _assert_close(self, what: str, got: Value, expected: Value) -> None:
         if numpy.size(got) != numpy.size(expected):
             raise AssertionError(f"{what} has shape {numpy.shape(got)}, expected {numpy.shape(expected)}")
         numpy.testing.assert_allclose(got, expected, rtol=self.rtol, atol=self.atol, err_msg=what)
@@ -966,12 +1039,12 @@ class BaseVectorTest(FiniteDifferenceTest):
         The step of the finite differences.
     """
 
-    y = FiniteDifferenceTest.x
-    x_bases = None
-    y_bases = None
+    y: Any = FiniteDifferenceTest.x
+    x_bases: Any = None
+    y_bases: Any = None
     epsilon = 1e-7
 
-    def setup(self):
+    def setup(self) -> None:
         if callable(self.y):
             self.y = self.y(self.x)
         with Builder() as self.m:
@@ -981,15 +1054,15 @@ class BaseVectorTest(FiniteDifferenceTest):
         self.finite_jvp = self._differences(self.x_bases)
         self._evaluated_y, self.tape = self.m.compute("y", dict(x=self.x), return_tape=True)
 
-    def test_opr(self):
+    def test_opr(self) -> None:
         numpy.testing.assert_allclose(self._evaluated_y, self.y, rtol=self.rtol, atol=self.atol)
 
-    def test_jvp_finite(self):
+    def test_jvp_finite(self) -> None:
         jvp = self.tape.get_jvp()
         for i, (x_, y_) in enumerate(zip(self.x_bases, self.finite_jvp)):
             self._assert_close(f"the jvp along direction {i}", jvp.compute("y_", dict(x_=x_)), y_)
 
-    def test_vjp_finite(self):
+    def test_vjp_finite(self) -> None:
         vjp = self.tape.get_vjp()
         for j, _y in enumerate(self.y_bases):
             _x = vjp.compute("_x", dict(_y=_y))
@@ -998,7 +1071,7 @@ class BaseVectorTest(FiniteDifferenceTest):
                 self._assert_close(what, self.inner(_x, x_), self.inner(_y, y_))
 
 
-def unit_vectors(x):
+def unit_vectors(x: ArrayLike) -> list[Array]:
     """All arrays of the shape of `x` with one element 1 and the others 0."""
     x = numpy.asarray(x)
     return [row.reshape(x.shape).copy() for row in numpy.eye(x.size)]
@@ -1040,29 +1113,29 @@ class BaseScalarTest(FiniteDifferenceTest):
         The step of the finite differences.
     """
 
-    y = sum(FiniteDifferenceTest.x**2)
-    x_ = numpy.eye(10)
-    to_scalar = squared_norm
+    y: Any = sum(FiniteDifferenceTest.x**2)
+    x_: Any = numpy.eye(10)
+    to_scalar: Any = squared_norm
     epsilon = 1e-3
 
-    def setup(self):
+    def setup(self) -> None:
         with Builder() as self.m:
             result = self.model(self.m.input("x"))
             self.m.output(y=type(self).to_scalar(result))
         self.y_ = self._differences(self.x_)
         _, self.tape = self.m.compute("y", dict(x=self.x), return_tape=True)
 
-    def test_opr(self):
+    def test_opr(self) -> None:
         y = self.m.compute("y", dict(x=self.x))
         if self.y is not NotImplemented:
             numpy.testing.assert_allclose(y, self.y, rtol=self.rtol, atol=self.atol)
 
-    def test_jvp_finite(self):
+    def test_jvp_finite(self) -> None:
         jvp = self.tape.get_jvp()
         for i, (x_, y_) in enumerate(zip(self.x_, self.y_)):
             self._assert_close(f"the jvp along direction {i}", jvp.compute("y_", dict(x_=x_)), y_)
 
-    def test_vjp_finite(self):
+    def test_vjp_finite(self) -> None:
         _x = self.tape.get_vjp().compute("_x", dict(_y=1.0))
         for i, (x_, y_) in enumerate(zip(self.x_, self.y_)):
             self._assert_close(f"the vjp along direction {i}", self.inner(_x, x_), y_)

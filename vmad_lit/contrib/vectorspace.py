@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.valuetypes import value_type
 
 Vector = Any  # what is moved: an array, a field, a tuple or dictionary of vectors, or the number 0
 
@@ -123,7 +124,8 @@ class VectorSpace:
 
     def zeros_like(self, x: Vector) -> Vector:
         """The zero vector of the kind of `x`, whatever values `x` has."""
-        return np.zeros_like(x) if isinstance(x, np.ndarray) else self.addmul(0, x, 0)
+        known = isinstance(x, np.ndarray) or value_type(x).take_apart(x) is not None
+        return value_type(x).zeros_like(x) if known else self.addmul(0, x, 0)
 
     def same(self, a: Vector, b: Vector) -> bool:
         """Whether `a` and `b` are the same vector, to the last bit; all ranks get the same answer."""
@@ -256,14 +258,6 @@ class FieldSpace(VectorSpace):
             return super().accumulate(a, b, c)
         multiply_add(a.value, a.value, b.value, scalar(c))
         return a
-
-    def zeros_like(self, x: Vector) -> Vector:
-        """The zero field of the kind of `x`."""
-        if not is_field(x):
-            return super().zeros_like(x)
-        zero = x.pm.create(type=type(x))
-        zero.value[...] = 0
-        return zero
 
     def same(self, a: Vector, b: Vector) -> bool:
         """Whether the fields have the same values everywhere; all ranks get the same answer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from .error import BrokenPrimitive
@@ -10,6 +10,7 @@ from .execution import Plan, flatten, undisturbed
 from .graph import Graph, Node, Symbols, caller
 from .operator import Operator, Primitive, ZeroGradient, operator
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
+from .valuetypes import PLAIN, VALUE_TYPES
 
 ZERO = Literal(ZeroGradient)
 
@@ -211,17 +212,15 @@ def add_cotangents(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
     if a is ZeroGradient:
         return b, None
     cls = type(a)
+    if cls is float:
+        return a + b, None
     if cls is list:
         pairs = [add_cotangents(*items) for items in zip(a, b, own or [None] * len(a), strict=True)]
         return [total for total, _ in pairs], [mine for _, mine in pairs]
-    if a is own is not None and cls is type(b) and IN_PLACE[cls](a, b):
+    if a is own is not None and cls is type(b) and VALUE_TYPES[cls].add_in_place(a, b):
         return a, own
-    total = PLUS[cls](a, b) if cls in PLUS and cls is type(b) else a + b
-    return total, total if type(total) is type(b) is cls and cls in IN_PLACE else None
-
-
-IN_PLACE: dict[type, Callable[[Any, Any], bool]] = {}
-PLUS: dict[type, Callable[[Any, Any], Any]] = {}
+    total = a + b if cls in PLAIN or cls is not type(b) else VALUE_TYPES[cls].add(a, b)
+    return total, total if type(total) is type(b) is cls else None
 
 
 def only(items: Iterable[Any]) -> Any:

@@ -13,7 +13,8 @@ from typing import Any
 from .execution import collect, describe
 from .graph import Graph, Node, Recorded
 from .symbol import BaseSymbol, Literal, leaves
-from .tape import Record, Tape, nbytes_of
+from .tape import Record, Tape
+from .valuetypes import nbytes_of
 
 SHOWN = 50  # rows at either end of a long table
 

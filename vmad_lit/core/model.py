@@ -11,7 +11,8 @@ from .execution import Plan, describe
 from .graph import Graph, Node
 from .operator import ZeroGradient
 from .symbol import Value
-from .tape import Tape, conform, form_of
+from .tape import Tape
+from .valuetypes import conform, form_of
 
 Names = str | list[str]  # one name asks for one value, a list for a list
 Values = Mapping[str, Value] | Iterable[tuple[str, Value]]

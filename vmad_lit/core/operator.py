@@ -8,7 +8,7 @@ from typing import Any
 
 from .error import BadArgument, MissingArgument, OverwritePrecaution, did_you_mean
 from .graph import NAME_OF_RESULT, Graph, Node, Symbols, caller, find_graph
-from .symbol import BaseSymbol, List, ListPlaceholder, Symbol, Value, assymbol, leaves
+from .symbol import BaseSymbol, ListPlaceholder, Symbol, Value, assymbol, leaves
 
 Patterns = dict[str, Any]  # the type patterns of arguments or results, by name
 

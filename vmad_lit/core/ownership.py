@@ -114,10 +114,8 @@ def last_steps(plan: Plan) -> list[Step]:
 def find_dropped(plan: Plan, block: int) -> dict[int, list[int]]:
     """The slots of the tape that are not needed after a block of steps, by its number; -1 is before the first."""
     dropped: dict[int, list[int]] = {}
-    outputs = set(numbers_in(plan.outputs))
     for slot in range(plan.base.size if plan.base else 0):
-        if slot not in outputs:
-            dropped.setdefault(plan.last_reads.get(slot, -1) // block, []).append(slot)
+        dropped.setdefault(plan.last_reads.get(slot, -1) // block, []).append(slot)
     return dropped
 
 

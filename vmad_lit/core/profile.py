@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple, Self
 
@@ -18,7 +18,7 @@ from .graph import Node
 from .model import Model
 from .ownership import with_steps
 from .symbol import leaves
-from .tape import nbytes_of
+from .valuetypes import nbytes_of
 
 Key = tuple[str, str, int]  # the name of a node, and the file and line where it was built
 

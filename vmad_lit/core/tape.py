@@ -2,68 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from .error import BadArgument
 from .execution import Plan, collect, describe
 from .graph import Node, Symbols
 from .operator import ZeroGradient
 from .symbol import Symbol, Value
-
-
-# What tangents look like
-class Form:
-    """The looks of a value: type, shape and dtype, and for a distributed field the shape of the whole."""
-
-    __slots__ = "kind", "shape", "dtype", "whole"
-
-    def __init__(self, value: Value) -> None:
-        self.kind = type(value)
-        self.shape = () if isinstance(value, (int, float, complex)) else getattr(value, "shape", None)
-        self.dtype = getattr(value, "dtype", None)
-        whole = getattr(value, "cshape", None)
-        self.whole = None if whole is None else tuple(map(int, whole))
-
-    def __str__(self) -> str:
-        if not self.shape and self.dtype is None:
-            return "a number" if self.shape == () else f"an object of type {self.kind.__name__}"
-        whole = f" of {list(self.whole)}" if self.whole else ""
-        return f"{self.kind.__name__} {self.dtype}{list(self.shape or ())}{whole}"
-
-
-def form_of(value: Value) -> Any:
-    """The Form of a value, or the list of those of its items."""
-    if type(value) in (list, tuple):
-        return [form_of(item) for item in value]
-    return value if type(value) is Form else Form(value)
-
-
-def conform(name: str, derivative: Value, form: Any) -> Value:
-    """A tangent or cotangent for a value of some form; raises BadArgument if it does not fit."""
-    if derivative is ZeroGradient:
-        return derivative
-    given = form_of(derivative)
-    if type(form) is list:
-        if type(given) is not list or len(given) != len(form):
-            raise BadArgument(f"'{name}' is {describe(derivative)}, and belongs to a list of {len(form)}")
-        return [conform(f"{name}[{i}]", item, part) for i, (item, part) in enumerate(zip(derivative, form))]
-    if form.shape is None:
-        return derivative  # of a type that we know nothing about
-    if (
-        type(given) is list
-        or given.shape != form.shape
-        or ((given.whole or form.whole) != (form.whole or given.whole))
-    ):
-        # Take a number for an array, or complain
-        if type(given) is not list and given.shape == () and form.kind.__name__ == "ndarray":
-            import numpy
-
-            exact = form.dtype.kind not in "fc"
-            dtype = numpy.result_type(float if exact else form.dtype, derivative)
-            return numpy.full(form.shape, derivative, dtype)
-        raise BadArgument(f"'{name}' is {describe(derivative)}, and belongs to a value that is {form}")
-    return derivative
+from .valuetypes import form_of, value_type
 
 
 # Slots of a tape that is consumed
@@ -150,7 +96,8 @@ class Tape(Sequence[Record]):
     @property
     def nbytes(self) -> int:
         """The bytes of all arrays that the tape holds on this rank, each counted once."""
-        return nbytes_of(self.held(), {})
+        held = self.held()
+        return value_type(held).nbytes(held, {})
 
     def let_go(self) -> dict[str, Value]:
         """The outputs, of which the tape keeps from now on only the forms, and what nodes recorded."""
@@ -215,42 +162,3 @@ class Tape(Sequence[Record]):
     def get_hvp_vout(self) -> list[str]:
         """The names of the tangents of the inputs' cotangents, in the order in which values were given."""
         return [f"_{name}_" for name in self.init]
-
-
-def nbytes_of(value: Value, seen: MutableMapping[int, Any]) -> int:
-    """The bytes of the arrays that a value holds on this rank, without those that were `seen` before.
-
-    Looks into lists and dicts, distributed fields (their `value`), objects that tell what they have in a
-    method `held`, and, for all other objects, at the arrays among their attributes. Adds what it finds to
-    `seen`.
-    """
-    kind = type(value)
-    if kind in (int, float, complex, str, bool, type(None)):
-        return 0
-    if kind in (list, tuple):
-        return sum(nbytes_of(item, seen) for item in value)
-    if kind is dict:
-        return sum(nbytes_of(item, seen) for item in value.values())
-    # Weigh an array
-    if is_array(value):
-        owner = value
-        while getattr(owner, "base", None) is not None:
-            owner = owner.base
-        if seen.get(id(owner)) is owner:
-            return 0
-        try:
-            seen[id(owner)] = owner
-        except TypeError:
-            pass
-        size = getattr(owner, "nbytes", value.nbytes)
-        return int(size)
-    if hasattr(kind, "held"):
-        return nbytes_of(value.held(), seen)
-    if is_array(getattr(value, "value", None)):
-        return nbytes_of(value.value, seen)
-    attributes = {} if isinstance(value, type) else getattr(value, "__dict__", {})
-    return sum(nbytes_of(part, seen) for part in attributes.values() if is_array(part))
-
-
-def is_array(value: Value) -> bool:
-    return isinstance(getattr(value, "nbytes", None), int) and hasattr(value, "shape")

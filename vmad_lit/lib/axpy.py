@@ -7,11 +7,11 @@ from typing import Any
 import numpy
 
 from vmad_lit import operator
-from vmad_lit.core.autodiff import PLUS
 from vmad_lit.core.graph import Node
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Value
+from vmad_lit.core.valuetypes import Arrays, register
 from vmad_lit.lib import memory
 from vmad_lit.lib.mesh import is_zero
 
@@ -113,12 +113,12 @@ def plus_multiple(x: Value, v: Value, c: Value) -> Value:
     return multiple(v, c) if is_zero(x) else add_multiple(x, v, c)
 
 
-def _sum_of_arrays(a: Array, b: Array) -> Array:
-    """a + b, in memory that is used again if it is large."""
-    return add_multiple(a, b, 1.0) if a.nbytes >= memory.LEAST and alike(a, b) else a + b
+@register(numpy.ndarray)
+class LargeArrays(Arrays):
+    """Arrays whose sums are made in memory that is used again, if they are large."""
 
-
-PLUS[numpy.ndarray] = _sum_of_arrays
+    def add(self, a: Array, b: Array) -> Array:
+        return add_multiple(a, b, 1.0) if a.nbytes >= memory.LEAST and alike(a, b) else a + b
 
 
 def sum_products(a: Value, b: Value) -> float:

@@ -23,7 +23,7 @@ from ..core.stdlib.operators import (
     Array,
     Kind,
     Shape,
-    ShapeOfField,
+    ShapeOf,
     conj as conjugate,
     unbroadcast,
     kind,
@@ -185,7 +185,7 @@ class item_of(linear):
             numpy.add.at(_x, key, _y)
         else:
             _x[key] = _y
-        return like.field(_x) if isinstance(like, ShapeOfField) else _x
+        return like.make(_x) if isinstance(like, ShapeOf) else _x
 
     def jvp(node, x_, key):
         return x_[key]
@@ -864,10 +864,10 @@ class sum_of_field:
         return x.csum()
 
     def rcd(node, x, y):
-        return dict(shape=ShapeOfField(x))
+        return dict(shape=ShapeOf(x))
 
     def vjp(node, _y, shape):
-        return shape.field(_y)
+        return shape.make(_y)
 
 
 @mean.register
@@ -879,10 +879,10 @@ class mean_of_field(sum_of_field.prototype):
         return x.csum() / x.csize
 
     def rcd(node, x, y):
-        return dict(shape=ShapeOfField(x), n=x.csize)
+        return dict(shape=ShapeOf(x), n=x.csize)
 
     def vjp(node, _y, shape, n):
-        return shape.field(_y / n)
+        return shape.make(_y / n)
 
 
 @dot.register

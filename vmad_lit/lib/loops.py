@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 from numpy.typing import ArrayLike
 
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.symbol import Value
 from vmad_lit.lib import memory
@@ -16,7 +17,8 @@ from vmad_lit.lib.compiled import compiled, inlined
 from vmad_lit.lib.memory import as_flat
 from vmad_lit.lib.threads import share
 
-from numba import uintp
+with needed_for("compiled loops", extra="fast"):
+    from numba import uintp
 
 Halos = Sequence[Array | None]
 

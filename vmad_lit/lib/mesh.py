@@ -15,12 +15,12 @@ import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
 from vmad_lit import operator
-from vmad_lit.core.autodiff import IN_PLACE, PLUS
-from vmad_lit.core.checkpoint import Disk, keep_on_disk_by
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.core.stdlib.operators import Array, Shape, add_to_array
+from vmad_lit.core.stdlib.operators import Array, Shape
+from vmad_lit.core.store import Disk
 from vmad_lit.core.symbol import Value
+from vmad_lit.core.valuetypes import Apart, ValueType, register, rng_of_rank, value_type
 from vmad_lit.lib import memory
 
 with needed_for("fields on a mesh", extra="mesh"):
@@ -214,23 +214,41 @@ class ParticleMesh(pmesh.ParticleMesh):
         return type(self)(**{name: getattr(pm, name) for name in given})
 
 
-def _add_to_field(total: Field, part: Field) -> bool:
-    """Add a field to another one in place; returns whether it has the shape and dtype for that."""
-    return add_to_array(total.value, part.value)
+@register(pmesh.RealField, BaseComplexField)
+class Fields(ValueType):
+    """The fields of meshes, also those of pmesh."""
 
+    def take_apart(self, x: Field) -> Apart:
+        pm, kind = x.pm, type(x)
+        return lambda parts: pm.create(type=kind, value=parts[0]), [x.value]
 
-def _sum_of_fields(a: Field, b: Field) -> Field:
-    """The sum of two fields of one kind."""
-    if a.pm is not b.pm:
-        return a + b
-    total = a.pm.create(type=type(a))
-    numpy.add(a.value, b.value, out=total.value)
-    return total
+    def comm(self, x: Field) -> MPI.Comm:
+        return x.pm.comm
 
+    def whole(self, x: Field) -> tuple[int, ...]:
+        return tuple(map(int, x.cshape))
 
-_kinds = [kind for ours in FIELDS.values() for kind in (ours, getattr(pmesh, ours.__name__))]
-IN_PLACE.update(dict.fromkeys(_kinds, _add_to_field))
-PLUS.update(dict.fromkeys(_kinds, _sum_of_fields))
+    def weighted_parts(self, x: Field) -> list[Value]:
+        return [x.value * mode_weights(x) if isinstance(x, BaseComplexField) else x.value]
+
+    def add(self, a: Field, b: Field) -> Field:
+        if a.pm is not b.pm:
+            return a + b
+        total = a.pm.create(type=type(a))
+        numpy.add(a.value, b.value, out=total.value)
+        return total
+
+    def add_in_place(self, total: Field, part: Field) -> bool:
+        return value_type(total.value).add_in_place(total.value, part.value)
+
+    def random_like(self, x: Field, rng: numpy.random.Generator) -> Field:
+        real = x.pm.create(type="real")
+        noise = value_type(real.value).random_like(real.value, rng_of_rank(rng, x.pm.comm))
+        real[...] = noise
+        return real.cast(type=type(x))
+
+    def gather(self, x: Field) -> list[Value]:
+        return [x.preview()]
 
 
 def _inner(*pairs: tuple[Field, Value]) -> float:
@@ -325,12 +343,6 @@ class as_complex_field:
         _y = _y if isinstance(_y, BaseComplexField) else pm.create(type=ComplexField, value=_y)
         weights = mode_weights(_y)
         return dict(_x=numpy.stack([_y.real * weights, _y.imag * weights], axis=-1))
-
-
-@keep_on_disk_by(pmesh.RealField, BaseComplexField)
-def _take_apart(field: Field) -> tuple[Callable[[Array], Field], Array]:
-    pm, kind = field.pm, type(field)
-    return lambda value: pm.create(kind, value=value), field.value
 
 
 def common_dtypes(comm: MPI.Comm, *derivatives: Value) -> list[numpy.dtype[Any] | None]:

@@ -12,7 +12,7 @@ import numpy
 from numpy.typing import ArrayLike
 
 from vmad_lit import autooperator, operator
-from vmad_lit.core.checkpoint import checkpoint
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
@@ -901,6 +901,11 @@ class FastPMSimulation:
             )
         self.fpm = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int))
         self.q = numpy.ascontiguousarray(pm.generate_uniform_particle_grid(shift=0.5) if q is None else q)
+
+    @property
+    def comm(self) -> Any:
+        """The communicator of the ranks that run the simulation together."""
+        return self.pm.comm
 
     def KickFactor(self, ai: Numbers, ac: Numbers, af: Numbers) -> Numbers:
         """See the function `KickFactor`."""

@@ -21,13 +21,15 @@ from typing import Any, Protocol
 import numpy
 from numpy.typing import ArrayLike
 
+from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib import memory
 from vmad_lit.lib.compiled import compiled, inlined
 from vmad_lit.lib.memory import as_flat, flatten
 from vmad_lit.lib.threads import get_threads, run_on_threads, set_threads, share_out
 
-from numba import float64, from_dtype, int64, types, uint64, uintp
+with needed_for("compiled loops", extra="fast"):
+    from numba import float64, from_dtype, int64, types, uint64, uintp
 
 Mesh = Any  # an array, or a field that has one as its `value`
 WindowLike = Any  # the name of a window, or pmesh's object

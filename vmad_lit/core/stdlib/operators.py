@@ -7,13 +7,13 @@ from typing import Any, Self
 
 import numpy
 
-from ..autodiff import IN_PLACE, PLUS
 from ..graph import Symbols
 from ..operator import Operator, ZeroGradient, operator
 from ..symbol import BaseSymbol, Literal, Value
+from ..valuetypes import PLAIN, VALUE_TYPES, apart, by_parts, parts_of
 
 Array = numpy.ndarray[Any, Any]
-Shape = tuple[int, ...]
+Shape = tuple[Any, ...]
 Kind = tuple[Shape, bool]
 
 
@@ -24,8 +24,9 @@ def kind(x: Value) -> Kind:
         return x.shape, x.dtype.kind == "c"
     if cls is float or cls is int:
         return NUMBER
-    if hasattr(x, "pm"):
-        return ShapeOfField(x), x.dtype.kind == "c"
+    if has_parts(x):
+        shape = ShapeOf(x)
+        return shape, shape.is_complex
     return numpy.shape(x), numpy.iscomplexobj(x)
 
 
@@ -41,8 +42,8 @@ def unbroadcast(g: Value, kind: Kind) -> Value:
     if type(g) is numpy.ndarray:
         if g.shape == shape and (is_complex or g.dtype.kind != "c"):
             return g
-    elif hasattr(g, "pm"):
-        return unbroadcast_field(g, shape, is_complex)
+    elif has_parts(g):
+        return unbroadcast_parts(g, shape, is_complex)
     if not is_complex and numpy.iscomplexobj(g):
         g = numpy.real(g)
     return g if getattr(g, "shape", ()) == shape else sum_to(g, shape)
@@ -62,8 +63,9 @@ def widen(g: Value, kind1: Kind, kind2: Kind) -> Value:
     shape1, shape2 = kind1[0], kind2[0]
     if g is ZeroGradient:
         return g
-    if type(shape1) is ShapeOfField or type(shape2) is ShapeOfField:
-        return widen_to_field(g, shape1, shape2)
+    if type(shape1) is ShapeOf or type(shape2) is ShapeOf:
+        like: Any = shape1 if type(shape1) is ShapeOf else shape2
+        return g if has_parts(g) else like.make(g)
     shape = shape1 if shape1 == shape2 else numpy.broadcast_shapes(shape1, shape2)
     fits = getattr(g, "shape", ()) == shape or numpy.ndim(g) > len(shape)
     return g if fits else numpy.broadcast_to(g, shape)
@@ -86,58 +88,62 @@ def plus(a: Value, b: Value) -> Value:
     return a if b is ZeroGradient else a + b
 
 
-SMALL = 2**14  # bytes; arrays of this size are in the cache anyway
+def has_parts(x: Value) -> bool:
+    """Whether a value is more than a number, an array, or a list that stands for an array."""
+    return not isinstance(x, (list, tuple)) and VALUE_TYPES[type(x)].take_apart(x) is not None
 
 
-def add_to_array(total: Array, part: Array) -> bool:
-    """Add an array to another one in place; returns whether it has the shape and dtype for that, and
-    is large enough."""
-    if total.nbytes < SMALL or part.shape != total.shape or part.dtype != total.dtype:
-        return False
-    total += part
-    return True
+class ShapeOf(tuple[Any, ...]):
+    """The shape of a value with parts, which remembers how to make such a value, and whether one is complex."""
 
-
-IN_PLACE[numpy.ndarray] = add_to_array
-
-
-class ShapeOfField(tuple[int, ...]):
-    """The local shape of a field, which remembers of which mesh and of which type the field is."""
-
-    pm: Any
-    type: Any
+    rebuild: Any
+    parts: list[Shape]
+    is_complex: bool
 
     def __new__(cls, x: Value) -> Self:
-        self = super().__new__(cls, x.shape)
-        self.pm, self.type = x.pm, x.__class__
+        rebuild, parts = apart(x)
+        kinds = [kind(part) for part in parts]
+        shapes = [shape for shape, _ in kinds]
+        self = super().__new__(cls, shapes[0] if len(shapes) == 1 else shapes)
+        self.rebuild, self.parts, self.is_complex = rebuild, shapes, any(c for _, c in kinds)
         return self
 
-    def field(self, value: Value) -> Value:
-        """A field of this kind, with the given values."""
-        return self.pm.create(type=self.type, value=numpy.broadcast_to(value, self))
+    def make(self, value: Value) -> Value:
+        """A value of this shape, with the given numbers in each of its parts."""
+        return self.rebuild([fill(shape, value) for shape in self.parts])
 
 
-def widen_to_field(g: Value, shape1: Shape, shape2: Shape) -> Value:
-    """Make a field of a tangent that is not one."""
-    if hasattr(g, "pm"):
-        return g
-    shape: Any = shape1 if type(shape1) is ShapeOfField else shape2
-    return shape.field(g)
+def fill(shape: Shape, value: Value) -> Value:
+    return shape.make(value) if isinstance(shape, ShapeOf) else numpy.broadcast_to(value, shape)
 
 
-def unbroadcast_field(g: Value, shape: Shape, is_complex: bool) -> Value:
-    """Make of a field the cotangent of an operand: the field, or a sum over the mesh for a number."""
-    if shape == ():
-        total = ShapeOfField(g).field(1.0).cdot(g)
-        return total if is_complex else numpy.real(total)
-    if g.shape != shape:
+def unbroadcast_parts(g: Value, shape: Shape, is_complex: bool) -> Value:
+    """Make of a value with parts the cotangent of an operand: the value, an array, or a sum for a number."""
+    if shape == () and type(shape) is not ShapeOf:
+        total, comm = weighted_sum(g), VALUE_TYPES[type(g)].comm(g)
+        total = total if comm is None else comm.allreduce(total)
+        return total if is_complex else total.real
+    like = ShapeOf(g)
+    if shape != like:
+        # Complain that a value and an array do not go together
         raise ValueError(
-            "only fields of the same mesh and numbers go together, "
-            f"not {type(g).__name__} {g.shape} and an array {shape}"
+            "only values of the same type and shape and numbers go together, "
+            f"not {type(g).__name__} {tuple(like)} and {'one' if type(shape) is ShapeOf else 'an array'} {tuple(shape)}"
         )
-    if not is_complex and g.dtype.kind == "c":
-        g = ShapeOfField(g).field(g.value.real)
-    return g if type(shape) is ShapeOfField else g.value
+    if type(shape) is not ShapeOf:
+        (g,) = VALUE_TYPES[type(g)].weighted_parts(g)
+    return g if is_complex or not like.is_complex else real_part(g)
+
+
+def weighted_sum(x: Value) -> Value:
+    """The sum of this rank's elements of a value, with the weights of the inner product, in double precision."""
+    if has_parts(x):
+        return sum(map(weighted_sum, VALUE_TYPES[type(x)].weighted_parts(x)))
+    return numpy.sum(x, dtype=numpy.result_type(x, "f8")).item()
+
+
+def real_part(x: Value) -> Value:
+    return by_parts(real_part, x) if has_parts(x) else numpy.real(x)
 
 
 class unary:
@@ -203,7 +209,9 @@ class add(binary):
 
     def apl(node, x1, x2):
         cls = type(x1)
-        return PLUS[cls](x1, x2) if cls in PLUS and cls is type(x2) else x1 + x2
+        if cls in PLAIN or cls is not type(x2) or cls in (list, tuple):
+            return x1 + x2
+        return VALUE_TYPES[cls].add(x1, x2)
 
     def rcd(node, x1, x2, y):
         return dict(kind1=kind(x1), kind2=kind(x2))
@@ -448,7 +456,7 @@ def slope_of_exponent(x1: Value, y: Value) -> Value:
     """d(x1**x2)/dx2, and 0 where x1 is 0."""
     if isinstance(x1, (int, float, complex)):
         return y * numpy.log(x1 or 1).item()
-    return y * numpy.log(numpy.where(x1 == 0, 1, x1))
+    return y * numpy.log(x1 + numpy.equal(x1, 0))
 
 
 def curvature_of_base(x1: Value, x2: Value) -> Value:
