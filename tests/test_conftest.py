@@ -22,13 +22,15 @@ def make_project(root):
     """A project of its own, with our conftest.py and a function ``run``."""
     shutil.copy(ROOT / "conftest.py", root)
     shutil.copytree(ROOT / "tools", root / "tools", ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "pytest.ini").write_text(dedent("""\
+    (root / "pytest.ini").write_text(
+        dedent("""\
         [pytest]
         testpaths = tests book/chapters
         addopts = -p no:cacheprovider --import-mode=importlib
         pythonpath = .
         doctest_optionflags = ELLIPSIS NORMALIZE_WHITESPACE FLOAT_CMP
-        """))
+        """)
+    )
     (root / "tests").mkdir()
     (root / "book" / "chapters").mkdir(parents=True)
     return Project(root)
@@ -121,7 +123,8 @@ def chapters(tmp_path_factory):
     project.chapter(text.replace("    4\n", "    5\n"), "02-wrong-example.md")
     project.chapter(text.replace("x == 6", "x == 7"), "03-failing-cell.md")
     project.chapter(text.replace("x == 6", "x == = 6"), "04-no-python.md")
-    project.chapter("""\
+    project.chapter(
+        """\
         # It
 
         ```{code-cell} python
@@ -144,9 +147,12 @@ def chapters(tmp_path_factory):
         ```{code-cell} python
         assert x == 1
         ```
-        """, "05-magics.md")
+        """,
+        "05-magics.md",
+    )
     for wrong in False, True:
-        project.chapter(f"""\
+        project.chapter(
+            f"""\
             # It
 
             ```{{code-cell}} python
@@ -154,7 +160,9 @@ def chapters(tmp_path_factory):
             from mpi4py import MPI
             assert MPI.COMM_WORLD.allreduce(1) == {3 if wrong else 2}
             ```
-            """, f"06-mpirun-{wrong}.md")
+            """,
+            f"06-mpirun-{wrong}.md",
+        )
     return project.run("-v")
 
 
@@ -265,7 +273,8 @@ def test_the_marks_are_checked(project):
             def test_other(self): pass
         """)
     for number, mark in enumerate(["collective cells", "collective", "serial"]):
-        project.chapter(f"""\
+        project.chapter(
+            f"""\
             ---
             file_format: mystnb
             tests: {mark}
@@ -281,11 +290,15 @@ def test_the_marks_are_checked(project):
             from mpi4py import MPI
             MPI.COMM_WORLD.rank
             ```
-            """, f"0{number}-it.md")
+            """,
+            f"0{number}-it.md",
+        )
     done = project.run("-rfp")
     failed = {row.split("::")[-1].split()[0] for row in done.text.splitlines() if row.startswith("FAILED")}
     unmarked = {f"test_{name}_unmarked" for name in ("rank", "split", "cart", "fixture")}
-    assert failed == {*unmarked, "test_it_is_still_a_communicator", "test_nothing_marked", "examples"}, done.text
+    assert failed == {*unmarked, "test_it_is_still_a_communicator", "test_nothing_marked", "examples"}, (
+        done.text
+    )
     assert "FAILED book/chapters/01-it.md::examples" in done.text
     assert done.text.count("mark it `collective`") == 5 and done.text.count("and uses no communicator") == 2
     assert "7 failed, 10 passed, 1 skipped" in done.text
@@ -297,7 +310,8 @@ def test_the_marks_are_checked(project):
 @needs_mpirun
 def test_rank_0_alone_speaks_and_tests_of_one_rank_stay_away(project):
     with_module(project)
-    project.chapter("""\
+    project.chapter(
+        """\
         ---
         tests: collective examples
         ---
@@ -312,7 +326,9 @@ def test_rank_0_alone_speaks_and_tests_of_one_rank_stay_away(project):
         ```{code-cell} python
         assert False
         ```
-        """, "02-it.md")
+        """,
+        "02-it.md",
+    )
     project.test("""\
         from mpi4py import MPI
         from hypothesis import given, settings, strategies as st
