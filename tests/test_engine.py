@@ -583,7 +583,7 @@ def test_forgetting_saves_memory(counting):
         return x
 
     most = {}
-    for name, op in dict(kept=stage, forgotten=stage.forgetful).items():
+    for name, op in dict(kept=stage, forgotten=stage.forgetful, made_again=stage.rematerialise).items():
         m = chain(op, 20)
         Value.most = 0
         _, (_x,) = m.compute_with_vjp(dict(x=Value(0)), dict(_y=Value(1)))
@@ -591,7 +591,20 @@ def test_forgetting_saves_memory(counting):
         most[name] = Value.most
         del _x, _
     assert most["kept"] >= 400
-    assert most["forgotten"] <= 60
+    assert most["forgotten"] <= 60 and most["made_again"] == most["forgotten"]
+
+
+def test_a_method_that_rematerialises():
+    class Scale:
+        @autooperator("x -> y")
+        def twice(self, x):
+            return x * x
+
+    with Builder() as m:
+        m.output(y=Scale().twice.rematerialise(m.input("x")))
+    _, tape = m.compute("y", dict(x=3.0), return_tape=True)
+    assert "x" in tape[0].impl_kwargs and "tape of the model" not in tape[0].impl_kwargs
+    assert tape.get_vjp().compute("_x", dict(_y=1.0)) == 6.0
 
 
 # Lists
