@@ -56,6 +56,7 @@ class Project:
         if ranks:
             command = [launcher(), "-n", str(ranks), *command]
         env = environment() | {"PYTHONPATH": str(self.root), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        env.pop("CI", None)  # there pytest says everything twice
         start = time.monotonic()
         done = subprocess.run(command, cwd=self.root, env=env, capture_output=True, text=True, timeout=100)
         done.seconds = time.monotonic() - start
