@@ -47,6 +47,8 @@ FIRST = """\
     ```python {#scale file="small/scale.py"}
     '''Scaling.'''
 
+    Factors = list[float]
+
 
     def scale(x_):
         '''The scaled ``x_``.
@@ -176,6 +178,7 @@ def test_the_reference_leads_to_the_blocks(built):
     assert ("[source]", "../../book/chapters/01-first.html#block-scale") in links(api)
     assert ("[source]", "../../book/chapters/02-second.html#block-scale-2") in links(api)
     assert "By what." in api and '<span class="pre">x_</span>' in api
+    assert "Factors" not in api  # the name of a type
     assert ("scale()", "91-api.html#small.scale.scale") in links(built.page("02-second"))
 
 

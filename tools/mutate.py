@@ -257,15 +257,11 @@ class Mutant:
     kind: str
     number: int  # among those of this kind in this function
     line: int
-    before: str
-    after: str
+    old: str  # the lines that change, as one
+    new: str
     span: tuple[int, int] = field(compare=False)
     replacement: str = field(compare=False)
     parallel: bool = field(compare=False, default=False)
-
-    @property
-    def change(self) -> str:
-        return f"{' '.join(self.before.split())}  ->  {self.after}"
 
     @property
     def id(self) -> str:
@@ -307,18 +303,21 @@ class Finder:
     def add(self, scope: str, kind: str, node, after: str) -> None:
         """Note that a node may be replaced."""
         start, end = self.span(node)
-        before = self.source[start:end].decode()
-        self.counts[scope, kind] += 1
+        first, last = self.starts[node.lineno - 1], self.starts[node.end_lineno]
         replacement = f"({after})" if isinstance(node, ast.expr) else after
+        new = self.source[first:start] + replacement.encode() + self.source[end:last]
+        old, new = (" ".join(row.decode().split()) for row in (self.source[first:last], new))
+        self.counts[scope, kind] += 1
+        number = self.counts[scope, kind]
         self.mutants.append(
             Mutant(
                 self.file,
                 scope,
                 kind,
-                self.counts[scope, kind],
+                number,
                 node.lineno,
-                before,
-                after,
+                old,
+                new,
                 (start, end),
                 replacement,
                 self.parallel,
@@ -820,7 +819,7 @@ class Verdict:
 
     id: str
     kind: str
-    change: str
+    new: str
     ended: str
     by: str = ""
     tests: int = 0
@@ -907,7 +906,7 @@ class Trial:
         return Verdict(
             mutant.id,
             mutant.kind,
-            mutant.change,
+            mutant.new,
             ended,
             by,
             len(chosen),
@@ -1004,7 +1003,7 @@ class Trial:
 class Results:
     """How mutants ended, kept on disk."""
 
-    def __init__(self, path: Path, same: dict[str, str]):
+    def __init__(self, path: Path, same: dict[str, dict[str, str]]):
         self.path, self.same = path, same
         self.known: dict[str, Verdict] = {}
         if path.exists():
@@ -1012,10 +1011,11 @@ class Results:
 
     def get(self, mutant: Mutant) -> Verdict | None:
         """How a mutant ended, if that is known, and its text is still the same."""
-        if mutant.id in self.same:
-            return Verdict(mutant.id, mutant.kind, mutant.change, "equivalent", self.same[mutant.id])
+        same = self.same.get(mutant.id)
+        if same and same["line"] == mutant.new:
+            return Verdict(mutant.id, mutant.kind, mutant.new, "equivalent", same["why"])
         verdict = self.known.get(mutant.id)
-        return verdict if verdict and verdict.change == mutant.change else None
+        return verdict if verdict and verdict.new == mutant.new else None
 
     def add(self, verdict: Verdict) -> None:
         self.known[verdict.id] = verdict
@@ -1026,8 +1026,8 @@ class Results:
 # The command
 
 
-def equivalents(root: Path = ROOT) -> dict[str, str]:
-    """The mutants that change nothing, and why."""
+def equivalents(root: Path = ROOT) -> dict[str, dict[str, str]]:
+    """The mutants that change nothing: their line, and why."""
     with open(root / "tools" / "mutants.toml", "rb") as file:
         return tomllib.load(file)["equivalent"]
 
@@ -1051,16 +1051,8 @@ def short(text: str) -> str:
 
 def told(root: Path, mutant: Mutant) -> str:
     """The name of a mutant, its place in the book, and the lines before and after."""
-    text = (root / mutant.file).read_text(encoding="utf-8")
-    old, new = text.splitlines(), mutant.apply(text).splitlines()
-    first, last = mutant.line - 1, mutant.line + mutant.before.count("\n")
-    rows = [
-        f"{sign} {row.strip()}"
-        for sign, version in (("-", old), ("+", new))
-        for row in version[first:last]
-        if row.strip()
-    ]
-    return "\n    ".join([mutant.id, place(root, mutant), *map(short, rows)])
+    rows = mutant.id, place(root, mutant), f"- {mutant.old}", f"+ {short(mutant.new)}"
+    return "\n    ".join(rows)
 
 
 def table(verdicts: Iterable[Verdict]) -> str:

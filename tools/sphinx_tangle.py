@@ -19,7 +19,7 @@ import logging as python_logging
 import re
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from docutils import nodes
 from docutils.parsers.rst.directives.admonitions import Note
@@ -362,7 +362,7 @@ class ApiPackage(SphinxDirective):
 
 
 def public_members(module: Any) -> list[tuple[str, Any]]:
-    """The names that a module defines itself and does not hide, in the order of the source."""
+    """The names that a module defines itself and does not hide, in the order of the source; no names of types."""
     names = []
     for node in module_tree(module.__name__)[1].body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -375,7 +375,8 @@ def public_members(module: Any) -> list[tuple[str, Any]]:
         value = getattr(module, name, None)
         if name.startswith("_") or (chosen is not None and name not in chosen):
             continue
-        if callable(value) or documented(value):
+        alias = value is Any or get_origin(value) is not None
+        if not alias and (callable(value) or documented(value)):
             seen.setdefault(name, value)
     return list(seen.items())
 

@@ -742,7 +742,7 @@ class Optimizer:
 
     def _finished(self, state: State) -> bool:
         """Whether to stop here; sets `converged` and `message`."""
-        moved = state.nit > 0 and state.step > 0
+        moved = state.step > 0
         if state.Pgnorm <= max(self.gtol * state.Pgnorm0, self.gatol):
             self.give_up(
                 state,
