@@ -338,7 +338,7 @@ def second_invariant(a: Sequence[Array], b: Sequence[Array], ndim: int, factor: 
 
 
 def second_invariant_vjp(_out: Array, a: list[Array], ndim: int, factor: float) -> list[Array]:
-    """The cotangent of A in `second_invariant(a, a, ...)`, which inplace `a`."""
+    """The cotangent of A in `second_invariant(a, a, ...)`, which overwrites `a`."""
     flat = numpy.ascontiguousarray(_out).reshape(-1)
     share(partial(_quadratic_vjp, flat, factor, ndim, _flatten(a, ndim)), a[0].size)
     return a
