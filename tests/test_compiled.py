@@ -198,6 +198,37 @@ def test_loops_of_one_name_are_told_apart(load, monkeypatch):
     assert count(module.two, module.three) == (2, 0)
 
 
+def test_constants_in_calls_are_values_like_any_other(load):
+    part = compiled.compiled(lambda x, n: x**n)
+    loop = compiled.compiled(lambda x: part(x, 1) + part(x, 2) + part(x, 3))
+    assert loop(2.0) == 14 and len(part.overloads) == 1
+
+
+@pytest.mark.parametrize("kind", ["compiled", "inlined"])
+def test_parts_are_written_into_the_loop(kind):
+    """A long function is called, unless it is to become a part of the loop."""
+    lines = [f"    x = x * {n}.5 / (x + {n}) if x > {n} else x + x / {n + 1}" for n in range(24)]
+    scope = {"__name__": __name__}
+    exec("\n".join(["def part(x):", *lines, "    return x"]), scope)
+    part = getattr(compiled, kind)(scope["part"])
+    loop = compiled.compiled(lambda x: part(x) + part(2 * x) + part(3 * x))
+    assert loop(0.5) == pytest.approx(sum(part.py_func(n * 0.5) for n in (1, 2, 3)))
+    lines = [line.split() for line in loop.inspect_asm()[loop.signatures[0]].splitlines()]
+    calls = [
+        line
+        for line in lines
+        if line and line[0].startswith(("call", "mov", "bl", "adr")) and "part_" in " ".join(line)
+    ]
+    assert bool(calls) is (kind == "compiled")
+
+
+def test_loops_of_two_modules_are_two(load):
+    """Numba imports the module of a function when it loads what was kept."""
+    first, second = (compiled.compiled(lambda x: x) for _ in range(2))
+    second.py_func.__module__ = "elsewhere"
+    assert compiled.ingredients(first) != compiled.ingredients(second)
+
+
 def test_a_signature_compiles_at_once(load):
     real = compiled.numba.float64
     for found in (0, 1), (1, 0):

@@ -1,6 +1,7 @@
 """The threads of a process: how many, that they share a loop without gaps, and what they leave behind."""
 
 import os
+import signal
 import threading
 import weakref
 
@@ -111,6 +112,7 @@ def test_a_process_that_forks_has_its_own_workers():
     threads.run_on_threads(abs, [(1,), (2,)])
     child = os.fork()
     if not child:
+        signal.alarm(60)  # it does not wait for ever for workers that only its parent has
         done = []
         threads.run_on_threads(done.append, [(1,), (2,)])
         os._exit(sum(done))
