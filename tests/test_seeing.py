@@ -655,7 +655,7 @@ def test_cotangents_of_another_shape_are_refused():
     text = complaint(bad, m.compute_with_vjp, init, dict(_momentum=np.ones(4)))
     assert "'_momentum' is ndarray float64[4]" in text and "ndarray float64[3]" in text
     assert "'_energy'" in complaint(bad, m.compute_with_vjp, init, dict(_energy=np.ones(3)))
-    assert "'_momentum'" in complaint(bad, m.compute_with_vjp, init, dict(_momentum=[1.0, 2.0, 3.0]))
+    assert "'_momentum'" in complaint(bad, m.compute_with_vjp, init, dict(_momentum=[1.0, 2.0]))
     assert "'_momentum'" in complaint(bad, m.compute_with_vjp, init, dict(_momentum=np.ones((3, 1))))
     assert "'_momentum'" in complaint(bad, m.compute_with_hvp, "momentum", init, dict(_momentum=np.ones(4)))
     _, tape = m.compute("energy", init, return_tape=True)

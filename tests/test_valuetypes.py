@@ -16,7 +16,16 @@ from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.error import BadArgument
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.store import keep_on_disk_by
-from vmad_lit.core.valuetypes import Arrays, ValueType, by_parts, form_of, nbytes_of, register, value_type
+from vmad_lit.core.valuetypes import (
+    Arrays,
+    ValueType,
+    by_parts,
+    conform,
+    form_of,
+    nbytes_of,
+    register,
+    value_type,
+)
 from vmad_lit.testing import check, inner, items_of, same
 
 schedules = pytest.importorskip("checkpoint_schedules")
@@ -264,6 +273,94 @@ def test_cotangents_that_do_not_fit_are_refused():
             match=rf"'_y' is {looks}, and belongs to a value that is State \[\(4,\), \(2, 3\), \(\)\]",
         ):
             m.compute_with_vjp(dict(x=x), dict(_y=_y))
+
+
+@pytest.mark.parametrize(
+    "value, given, expected",
+    [
+        (np.ones(3), [1, 2.5, 3], np.array([1, 2.5, 3])),
+        (np.ones((2, 3)), [(1, 2, 3), [4, 5, 6]], np.arange(1.0, 7.0).reshape(2, 3)),
+        (np.ones(3), np.array([2.0]), np.full(3, 2.0)),
+        (np.ones(3), np.float32(2.0), np.full(3, 2.0)),
+        (np.ones(3, "f4"), 2, np.full(3, 2.0, "f4")),
+        (np.arange(3), np.uint8([1, 2, 3]), np.array([1.0, 2.0, 3.0])),
+        (np.ones(0), [], np.ones(0)),
+        (2.0, np.array([3.0]), 3.0),
+        (2.0, [[3]], 3),
+        (2.0, np.array(3.0), 3.0),
+        (2.0, np.uint8(3), 3.0),
+        (2j, [1 + 2j], 1 + 2j),
+        ([1.0, 2.0], 3.0, [3.0, 3.0]),
+        ([1.0, [2.0, 3.0]], np.array([4.0]), [4.0, [4.0, 4.0]]),
+        ([1.0, np.ones(2)], 3.0, [3.0, np.full(2, 3.0)]),
+        (
+            [np.ones(2), np.ones(2)],
+            np.arange(4.0).reshape(2, 2),
+            [np.array([0.0, 1.0]), np.array([2.0, 3.0])],
+        ),
+        ([1.0, 2.0], np.array([3.0, 4.0]), [3.0, 4.0]),
+        ((1.0, 2.0), (3, 4), [3, 4]),
+    ],
+    ids=repr,
+)
+def test_derivatives_are_converted_as_numpy_would(value, given, expected):
+    taken = conform("_y", given, form_of(value))
+    assert same(taken, expected)
+    dtypes = [np.asarray(item).dtype.kind for item in items_of(taken)]
+    assert "u" not in dtypes and isinstance(taken, (type(expected), int, float, complex))
+    with Builder() as m:
+        m.output(y=1.0 * m.input("x"))
+    if not isinstance(value, (list, tuple)):
+        _, (_x,) = m.compute_with_vjp(dict(x=value), dict(_y=given))
+        y_ = m.compute_with_jvp("y", dict(x=value), dict(x_=given))[1]
+        assert same(_x, expected) and same(y_, expected)
+
+
+@pytest.mark.parametrize(
+    "value, given",
+    [
+        (np.ones(3), [1.0, 2.0]),
+        (np.ones(3), [1.0, [2.0], 3.0]),
+        (np.ones(3), [[1.0, 2.0, 3.0]]),
+        (np.ones(3), np.ones((3, 1))),
+        (np.ones(3), ["a", "b", "c"]),
+        (np.ones(3), np.array(["a", "b", "c"])),
+        (np.ones(3), [None, 1.0, 2.0]),
+        (np.ones(3), None),
+        (np.ones(3), "1"),
+        (2.0, np.ones(2)),
+        (2.0, []),
+        (2.0, "3"),
+        (2.0, np.array(["3"])),
+        ([1.0, 2.0], [1.0]),
+        ([1.0, 2.0], np.ones(3)),
+        ([1.0, np.ones(2)], np.ones((2, 3))),
+        ([1.0, 2.0], None),
+    ],
+    ids=repr,
+)
+def test_what_numpy_would_not_convert_is_refused(value, given):
+    with pytest.raises(BadArgument, match="'_y.* belongs to a "):
+        conform("_y", given, form_of(value))
+
+
+@pytest.mark.collective
+def test_numbers_and_arrays_that_stand_for_fields():
+    pytest.importorskip("pmesh")
+    from vmad_lit.lib import fastpm
+
+    pm = fastpm.ParticleMesh(Nmesh=[4, 6, 4], BoxSize=1.0)
+    x = pm.generate_whitenoise(4, type="real")
+    with Builder() as m:
+        m.output(y=fastpm.c2r(fastpm.r2c(m.input("x"))) * 2.0)
+    for given in 3.0, [3.0], np.array([3.0]), np.full(x.shape, 3.0):
+        _, (_x,) = m.compute_with_vjp(dict(x=x), dict(_y=given))
+        y_ = m.compute_with_jvp("y", dict(x=x), dict(x_=given))[1]
+        for field in _x, y_:
+            assert type(field) is type(x)
+            np.testing.assert_allclose(field.value, np.full(x.shape, 6.0))
+    with pytest.raises(BadArgument, match="'_y'.* belongs to a value that is RealField"):
+        m.compute_with_vjp(dict(x=x), dict(_y=np.ones((7, 7))))
 
 
 def test_the_algebra_of_parts():

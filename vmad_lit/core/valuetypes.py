@@ -51,7 +51,17 @@ class ValueType:
 
     def full(self, form: Form, number: Value) -> Value | None:
         """A value of a form with one number in all places; None if no number stands for such values."""
-        return None
+        if form.make is None:
+            return number if form.shape == () else None
+        part = VALUE_TYPES[form.part.kind].full(form.part, number)
+        return None if part is None else form.make([part])
+
+    def accept(self, form: Form, derivative: Value) -> Value | None:
+        """A derivative that has the shape of a form; an array as a value like others of the form, if it is its only part."""
+        if form.make is None or type(derivative) is not numpy.ndarray or form.kind is numpy.ndarray:
+            return derivative
+        part = VALUE_TYPES[form.part.kind].accept(form.part, derivative)
+        return None if part is None else form.make([part])
 
     # How values are kept on disk, and by whom
     def to_disk(self, x: Value) -> tuple[Callable[[Any], Value], Any] | None:
@@ -231,7 +241,13 @@ class Arrays(ValueType):
         total += part
         return True
 
-    # Make an array of a number
+    # Make an array of a number, or of what has its shape
+    def accept(self, form: Form, derivative: Value) -> Value | None:
+        kind = getattr(getattr(derivative, "dtype", None), "kind", None)
+        if kind in ("S", "U", "V", "M", "m"):
+            return None
+        return derivative.astype("f8") if kind in ("b", "i", "u") else derivative
+
     def full(self, form: Form, number: Value) -> Value:
         exact = form.dtype.kind not in "fc"
         dtype = numpy.result_type(float if exact else form.dtype, number)
@@ -259,11 +275,13 @@ def apart(x: Value) -> Apart:
 class Form:
     """The looks of a value: type, shape and dtype, and for a partitioned field the shape of the whole."""
 
-    __slots__ = "kind", "shape", "dtype", "whole"
+    __slots__ = "kind", "shape", "dtype", "whole", "make", "part"
 
     def __init__(self, value: Value) -> None:
         values = value_type(value)
         self.kind = type(value)
+        apart = None if self.kind is numpy.ndarray else values.take_apart(value)
+        self.make, self.part = (apart[0], Form(apart[1][0])) if apart and len(apart[1]) == 1 else (None, None)
         self.shape, self.whole = values.shape(value), values.whole(value)
         self.dtype: Any = getattr(value, "dtype", None)
 
@@ -283,25 +301,67 @@ def form_of(value: Value) -> Any:
 
 
 def conform(name: str, derivative: Value, form: Any) -> Value:
-    """A tangent or cotangent for a value of some form; raises BadArgument if it does not fit."""
+    """A tangent or cotangent for a value of some form, converted as NumPy would; raises BadArgument if it does not fit."""
     if derivative is ZeroGradient:
         return derivative
-    given = form_of(derivative)
     if type(form) is list:
-        if type(given) is not list or len(given) != len(form):
+        items = spread(derivative, len(form))
+        if items is None:
             raise BadArgument(f"'{name}' is {describe(derivative)}, and belongs to a list of {len(form)}")
-        return [conform(f"{name}[{i}]", item, part) for i, (item, part) in enumerate(zip(derivative, form))]
+        return [conform(f"{name}[{i}]", item, part) for i, (item, part) in enumerate(zip(items, form))]
     if form.shape is None:
         return derivative  # of a type that we know nothing about
-    if type(given) is list or given.shape != form.shape or wholes_differ(given, form):
-        # Take a number for a value, or complain
-        if type(given) is not list and given.shape == ():
-            full = VALUE_TYPES[form.kind].full(form, derivative)
-            if full is not None:
-                return full
+    taken = convert(derivative, form)
+    if taken is None:
+        given = form_of(derivative)
         looks = given if type(given) is Form and given.shape else describe(derivative)
         raise BadArgument(f"'{name}' is {looks}, and belongs to a value that is {form}")
-    return derivative
+    return taken
+
+
+def spread(derivative: Value, n: int) -> list[Value] | None:
+    """The `n` items of what stands for a list: of a list or the rows of an array, or as often the same number."""
+    given = type(derivative)
+    if given in (list, tuple) or given is numpy.ndarray and derivative.ndim and len(derivative) == n:
+        return list(derivative) if len(derivative) == n else None
+    number = number_in(derivative)
+    return None if number is None else [number] * n
+
+
+def convert(derivative: Value, form: Form) -> Value | None:
+    """What stands for a derivative of a value of some form, or None if it does not fit."""
+    values = VALUE_TYPES[form.kind]
+    given = None if type(derivative) in (list, tuple) else Form(derivative)
+    number = number_in(derivative)
+    if number is not None and form.shape == () and form.kind is not numpy.ndarray:
+        return values.full(form, number)
+    if given and given.shape == form.shape and not wholes_differ(given, form):
+        return values.accept(form, derivative)
+    if number is not None:
+        return values.full(form, number)
+    if given is None and isinstance(derivative, (list, tuple)):
+        array = as_numbers(derivative)
+        return values.accept(form, array) if array is not None and array.shape == form.shape else None
+    return None
+
+
+def number_in(x: Value) -> Value | None:
+    """The number that a value is or holds as its only element; None if there is none."""
+    if isinstance(x, (int, float, complex)):
+        return x
+    array = as_numbers(x) if isinstance(x, (list, tuple, numpy.ndarray, numpy.generic)) else None
+    if array is None or array.size != 1:
+        return None
+    return array.item() if array.dtype.kind in "biu" else array.reshape(())[()]
+
+
+def as_numbers(x: Value) -> Any:
+    """A list or array as an array of numbers, or None if it is not made of numbers."""
+    try:
+        array = numpy.asarray(x)
+    except ValueError:  # rows of different lengths
+        return None
+    return array if array.dtype.kind in "biufc" else None
 
 
 def wholes_differ(a: Form, b: Form) -> bool:
