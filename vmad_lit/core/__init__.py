@@ -2,6 +2,7 @@
 
 from .model import Builder, Model
 
+from .fitting import watch_shapes
 from .ownership import find_owners
 from .specialise import fastest_step
 

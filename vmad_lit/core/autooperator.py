@@ -9,6 +9,7 @@ from copy import copy
 from typing import Any, overload
 
 from .autodiff import ZERO
+from .declaration import check_class
 from .error import BadArgument, ModelError, did_you_mean
 from .execution import Plan
 from .graph import Node
@@ -32,6 +33,7 @@ class AutoOperator(Operator):
     """
 
     collective = True  # there may be collective operators inside
+    trusted = True  # a run looks at the operators inside
 
     def __init__(
         self, prototype: Any, main: Callable[..., Any], argnames: Iterable[str], defaults: Mapping[str, Any]
@@ -397,6 +399,7 @@ def from_function(function: Callable[..., Any], ain: Any, aout: Any) -> AutoOper
 
 
 def from_class(prototype: Any) -> AutoOperator:
+    check_class(prototype, ("main",))
     parameters = list(inspect.signature(prototype.main).parameters.values())[1:]
     return make(prototype, parameters, lambda m, arguments: prototype.main(m, **arguments))
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 from operator import itemgetter
 from typing import Any, ClassVar
 
+from .declaration import NotRecorded, named
 from .error import BrokenPrimitive, ExecutionError, ResolveError, did_you_mean
 from .graph import Graph, Node, Symbols
 from .operator import ZeroGradient
@@ -336,8 +337,24 @@ def scatter(s: Slots, target: Target, value: Value) -> None:
     if type(target) is int:
         s[target] = value
     elif target is not None:
-        for item, v in zip(target, value):
+        for item, v in zip(target, items_for(target, value)):
             scatter(s, item, v)
+
+
+def items_for(target: Sequence[Target], value: Value) -> Any:
+    """The items of a value that belongs in a list of slots."""
+    if value is ZeroGradient:
+        return value
+    if not hasattr(value, "__iter__"):
+        raise ExecutionError(f"a list of {len(target)} was to be returned, and {describe(value)} was")
+    if not hasattr(value, "__len__"):
+        value = list(value)
+    if len(value) != len(target):
+        raise ExecutionError(
+            f"a list of {len(target)} was to be returned, as the call of the operator says (ListPlaceholder), "
+            f"and one of {len(value)} was"
+        )
+    return value
 
 
 def product(s: Slots, step: Step) -> None:
@@ -373,7 +390,7 @@ def execute(s: Slots, step: Step) -> None:
             value = ZeroGradient
         scatter(s, target, value)
     for name, slot in extras:
-        s[slot] = find_extra(node, name, r)
+        s[slot] = find_extra(node, name, r, NotRecorded(r))
     del args
     for slot in clear:
         s[slot] = None
@@ -434,17 +451,20 @@ def the_only(r: dict[str, Value], name: str, node: Node) -> Value:
 def broken(node: Node, r: Any) -> ExecutionError:
     got = f"a dict with {list(r)}" if isinstance(r, dict) else f"an object of type {type(r).__name__}"
     return ExecutionError(
-        f"{node.primitive.name} returned {got}, and is declared to return {list(node.primitive.outnames)}"
+        f"{node.primitive.name} returned {got}, and is declared to return {list(node.primitive.outnames)} "
+        f"({named(node.prototype)})"
     )
 
 
-def find_extra(node: Node, key: str, r: dict[str, Value]) -> Value:
-    """What `apl` or `rcd` returned under a name that a derivative takes."""
+def find_extra(node: Node, key: str, r: dict[str, Value], otherwise: Value = None) -> Value:
+    """What `apl` or `rcd` returned under a name that a derivative takes, or its default value."""
     if key in r:
         return r[key]
     for primitive in (node.operator.vjp, node.operator.jvp, node.operator.hvp):
         if primitive and key in primitive.defaults:
             return primitive.defaults[key]
+    if otherwise is not None:
+        return otherwise
     raise BrokenPrimitive(
         f"a derivative of operator {node.operator.__name__} takes '{key}', which has not been "
         f"recorded; recorded are {list(r)}"
@@ -495,12 +515,15 @@ class Plan:
         For each slot of the tape that is read, the step that reads it last.
     fresh_outputs : tuple of str
         The outputs that are new arrays, which nobody else holds.
+    forms : dict
+        If recording: for some nodes the slot with the looks of their values, see `core.fitting`.
     derived : dict
         The models derived from this plan, so that they are made only once.
     consuming : list of tuple, or None
         The steps for a tape that is used for the last time, once they have been made.
     """
 
+    forms: dict[Node, int]
     fresh_outputs: tuple[str, ...] = ()
     consuming: list[Step] | None = None
 
@@ -518,6 +541,7 @@ class Plan:
         self.record, self.base = record, base
         self.active: set[BaseSymbol] = set()
         self.derived: dict[str, Any] = {}
+        self.forms = {}
         self.size: int
         with undisturbed():
             # Find out what is needed and what is recorded

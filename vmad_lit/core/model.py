@@ -10,7 +10,7 @@ from .error import BadArgument, UnexpectedOutput, did_you_mean
 from .execution import Plan, describe
 from .graph import Graph, Node
 from .operator import ZeroGradient
-from .symbol import Value
+from .symbol import Symbol, Value
 from .tape import Tape
 from .valuetypes import conform, form_of
 
@@ -31,6 +31,12 @@ class Model(Graph):
         self._kind = "apl"
         self._tape: Tape | None = None
         self._optional: dict[str, Value] = {}
+
+    @staticmethod
+    def get_model(symbol: Symbol) -> Graph | None:
+        """The model that a symbol belongs to, or the fragment of one that no model has claimed yet; None without any."""
+        model: Graph | None = symbol._model
+        return model
 
     def _plan(
         self,

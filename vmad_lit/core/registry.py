@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from .autodiff import no_second_derivative
+from .declaration import check_class
 from .error import BadArgument, BrokenPrimitive
 from .execution import is_zero
 from .graph import Node
@@ -113,13 +114,14 @@ class OverloadedOperator(Operator):
     """
 
     def __init__(self, prototype: Any) -> None:
+        check_class(prototype)
         self.default = Operator(prototype)
         self.registry = Registry()
         self._choices: dict[tuple[type, ...], Any] = {}
         super().__init__(prototype)
 
     def _make_primitives(self) -> None:
-        apl = self.default.apl
+        apl, trusted, self.trusted = self.default.apl, self.trusted, True
         self.apl = Primitive(self, "apl", self._apply, apl.argnames, self._apply_and_record)
         self.apl.defaults = apl.defaults
         self.vjp = Primitive(self, "vjp", self._pull_back, [RECORD, *("_" + name for name in self.aout)])
@@ -127,6 +129,7 @@ class OverloadedOperator(Operator):
         of_vjp = *("_" + name for name in self.aout), *(name + "_" for name in self.ain)
         self.hvp = Primitive(self, "hvp", self._differentiate_vjp, [RECORD, *of_vjp])
         self.rcd = None
+        self.trusted = trusted
         self._find_recorded()
 
     def register(self, operator: Any = None, /, **patterns: Any) -> Any:
@@ -152,6 +155,7 @@ class OverloadedOperator(Operator):
             raise BadArgument(f"{operator!r} cannot stand in for {self!r}, which has no argument {extra}")
         self.registry.register(operator, patterns or None, name=self.__name__)
         self.collective = self.collective or operator.collective
+        self.trusted = self.trusted and operator.trusted
         self._choices.clear()
         return operator
 

@@ -281,7 +281,9 @@ class Form:
         values = value_type(value)
         self.kind = type(value)
         apart = None if self.kind is numpy.ndarray else values.take_apart(value)
-        self.make, self.part = (apart[0], Form(apart[1][0])) if apart and len(apart[1]) == 1 else (None, None)
+        self.make: Any = None
+        if apart and len(apart[1]) == 1:
+            self.make, self.part = apart[0], Form(apart[1][0])
         self.shape, self.whole = values.shape(value), values.whole(value)
         self.dtype: Any = getattr(value, "dtype", None)
 

@@ -213,6 +213,10 @@ def getitem(x: Value, key: Any) -> Symbol:
     return item_of(x, as_key(key))
 
 
+def is_list(x: Value) -> bool:
+    return isinstance(x, (list, tuple))
+
+
 @operator
 class stack(linear):
     """Join a list of arrays of the same shape along a new axis."""
@@ -221,11 +225,12 @@ class stack(linear):
         return numpy.stack(x, axis=axis)
 
     def rcd(node, x, axis, y):
-        return dict(kinds=[kind(item) for item in x], axis=axis, yshape=y.shape)
+        return dict(kinds=[kind(item) for item in x], is_list=is_list(x), axis=axis, yshape=y.shape)
 
-    def vjp(node, _y, kinds, axis, yshape):
+    def vjp(node, _y, kinds, is_list, axis, yshape):
         pieces = numpy.moveaxis(whole(_y, yshape), axis, 0)
-        return dict(_x=[unbroadcast(piece, k) for piece, k in zip(pieces, kinds)])
+        pieces = [unbroadcast(piece, k) for piece, k in zip(pieces, kinds)]
+        return dict(_x=pieces if is_list else numpy.stack(pieces))
 
     def jvp(node, x_, kinds, axis):
         return numpy.stack(filled(x_, kinds), axis=axis)
@@ -241,12 +246,13 @@ class concatenate(linear):
         return numpy.concatenate(x, axis=axis)
 
     def rcd(node, x, axis, y):
-        return dict(kinds=[kind(item) for item in x], axis=axis, yshape=y.shape)
+        return dict(kinds=[kind(item) for item in x], is_list=is_list(x), axis=axis, yshape=y.shape)
 
-    def vjp(node, _y, kinds, axis, yshape):
+    def vjp(node, _y, kinds, is_list, axis, yshape):
         sizes = [math.prod(k[0]) if axis is None else k[0][axis] for k in kinds]
         pieces = numpy.split(whole(_y, yshape), numpy.cumsum(sizes)[:-1], axis=axis or 0)
-        return dict(_x=[unbroadcast(piece.reshape(k[0]), k) for piece, k in zip(pieces, kinds)])
+        pieces = [unbroadcast(piece.reshape(k[0]), k) for piece, k in zip(pieces, kinds)]
+        return dict(_x=pieces if is_list else numpy.stack(pieces))
 
     def jvp(node, x_, kinds, axis):
         return numpy.concatenate(filled(x_, kinds), axis=axis)

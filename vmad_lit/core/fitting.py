@@ -1,0 +1,166 @@
+"""Derivatives by hand that have another shape than their values: summed or spread where broadcasting explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+
+from .declaration import misbehaves
+from .execution import PASSES, Layout, Plan, Slots, Step, Target, describe
+from .graph import Node
+from .operator import ZeroGradient, ZeroGradientType
+from .symbol import BaseSymbol, List, Value
+from .valuetypes import VALUE_TYPES, Form, as_numbers
+
+
+def watch_shapes(plan: Plan, layout: Layout) -> None:
+    """The pass: note the looks of values around nodes whose operators nobody vouches for, and compare their derivatives."""
+    nodes = iter(plan.nodes)
+    for i, step in enumerate(plan.steps):
+        if step[1] is None:
+            continue
+        node = next(nodes)
+        operator, kind = node.primitive.operator, node.primitive.kind
+        if operator.trusted:
+            continue
+        function, acting, *others = step
+        if kind == "apl" and node in layout.recorded:
+            # Note the looks before and after
+            slot = plan.forms[node] = layout.new_slot()
+            before = [(name, target_of(plan, node.varin[name])) for name in operator.ain]
+            after = [(name, target_of(plan, symbol)) for name, symbol in node.varout.items()]
+            plan.steps[i] = note_forms, acting, slot, before, after, function, others
+        elif kind != "apl" and plan.base and node.forward in plan.base.forms:
+            # Compare the derivatives
+            slot = plan.base.forms[node.forward]
+            outs = [(name.strip("_"), name, target_of(plan, symbol)) for name, symbol in node.varout.items()]
+            plan.steps[i] = fit_results, acting, slot, outs, kind == "jvp", function, others
+            plan.last_reads[slot] = i
+
+
+PASSES.append(watch_shapes)
+
+
+def target_of(plan: Plan, symbol: BaseSymbol) -> Target:
+    """Where the value of a symbol is in a run; None for a constant, and for a value that nobody wants."""
+    if isinstance(symbol, List):
+        return [target_of(plan, item) for item in symbol]
+    return plan._slots.get(symbol)
+
+
+def note_forms(s: Slots, step: Step) -> None:
+    """Run the step of a node, and note what its arguments and results look like."""
+    _, node, slot, before, after, function, others = step
+    forms = {name: look(s, target) for name, target in before}
+    function(s, (function, node, *others))
+    forms.update((name, look(s, target)) for name, target in after if name not in forms)
+    s[slot] = forms
+
+
+def look(s: Slots, target: Target) -> Any:
+    if type(target) is int:
+        return looks_of(s[target])
+    return target if target is None else [look(s, item) for item in target]
+
+
+def looks_of(x: Value) -> Any:
+    """What is to be known of a value: the shape of an array or number, else its Form; of a list those of its items."""
+    cls = type(x)
+    if cls is numpy.ndarray:
+        return x.shape
+    if cls is float or cls is int:
+        return ()
+    if cls is list or cls is tuple:
+        return [looks_of(item) for item in x]
+    form = Form(x)
+    return (
+        form
+        if form.make or cls is complex or not isinstance(x, (numpy.ndarray, numpy.generic))
+        else form.shape
+    )
+
+
+def fit_results(s: Slots, step: Step) -> None:
+    """Run the step of a derivative, and make the results fit what they belong to."""
+    _, node, slot, outs, spread, function, others = step
+    function(s, (function, node, *others))
+    for name, derivative, target in outs:
+        fit_target(s, target, s[slot].get(name), spread, derivative, node)
+
+
+def fit_target(s: Slots, target: Target, looks: Any, spread: bool, name: str, node: Node) -> None:
+    """Make the value in a slot, or those in a list of slots, fit."""
+    if type(target) is int:
+        g = s[target]
+        if g is ZeroGradient or type(g) is numpy.ndarray and g.shape == looks:
+            return
+        s[target] = fitted = fit(g, looks, spread)
+        if fitted is None:
+            value = name.strip("_")
+            shape = f"an array of shape {list(looks)}" if type(looks) is tuple else f"a value that is {looks}"
+            shape = f"a list of {len(looks)}" if type(looks) is list else "a number" if looks == () else shape
+            raise misbehaves(
+                node.primitive, f"returned '{name}' as {describe(g)}, which does not fit '{value}', {shape}"
+            )
+    elif target is not None and type(looks) is list:
+        for i, (item, part) in enumerate(zip(target, looks)):
+            fit_target(s, item, part, spread, f"{name}[{i}]", node)
+
+
+def fit(g: Value, looks: Any, spread: bool) -> Value | None:
+    """A derivative of a value with such looks: as it is, summed over the axes along which the value was repeated (or,
+    to `spread` a tangent, repeated along them); None if it does not fit."""
+    if looks is None or ZeroGradientType.is_zero(g):
+        return g
+    if type(looks) is list:
+        return fit_items(g, looks, spread)
+    is_complex = False
+    if type(looks) is Form:
+        if looks.shape != () or looks.make is not None:
+            return g if type(g) is not looks.kind or Form(g).shape == looks.shape else None
+        looks, is_complex = (), True
+    if isinstance(g, (list, tuple)):
+        g = as_numbers(g)
+    elif VALUE_TYPES[type(g)].take_apart(g) is not None:
+        return total(g, is_complex) if looks == () else g
+    if g is None or not isinstance(g, (int, float, complex, numpy.ndarray, numpy.generic)):
+        return g
+    return fit_array(g, looks, spread)
+
+
+def fit_items(g: Value, looks: list[Any], spread: bool) -> Value | None:
+    """A list of derivatives, for a value that is a list."""
+    is_list = isinstance(g, (list, tuple)) or isinstance(g, numpy.ndarray) and g.ndim > 0
+    if not is_list or len(g) != len(looks):
+        return None
+    items = [fit(item, part, spread) for item, part in zip(g, looks)]
+    return None if any(item is None for item in items) else items
+
+
+def fit_array(g: Value, shape: tuple[int, ...], spread: bool) -> Value | None:
+    """An array or number of a shape, made of one that broadcasting leads to (or, to `spread` it, from)."""
+    given = numpy.shape(g)
+    if given == shape:
+        return g
+    if numpy.size(g) == 1 == numpy.prod(shape):
+        return numpy.reshape(g, shape)[()]
+    try:
+        common = numpy.broadcast_shapes(given, shape)
+    except ValueError:
+        return None
+    if spread:
+        return numpy.broadcast_to(g, shape).copy() if common == shape else None
+    if common != given:
+        return None
+    first = len(given) - len(shape)
+    repeated = [first + i for i, n in enumerate(shape) if n == 1 and given[first + i] != 1]
+    return numpy.sum(g, axis=(*range(first), *repeated), keepdims=True).reshape(shape)[()]
+
+
+def total(g: Value, is_complex: bool) -> Value:
+    """The sum of the elements of a value on all ranks, with its weights: the cotangent of a number."""
+    from .stdlib.operators import unbroadcast
+
+    return unbroadcast(g, ((), is_complex))
