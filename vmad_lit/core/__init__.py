@@ -2,8 +2,11 @@
 
 from .model import Builder, Model
 
-from .fitting import watch_shapes
 from .ownership import find_owners
 from .specialise import fastest_step
 
 from .draw import to_dot
+
+from .fitting import watch_shapes
+
+from .placement import Placement

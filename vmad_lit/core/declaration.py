@@ -15,7 +15,7 @@ from zlib import crc32
 from .error import BadArgument, BrokenPrimitive, ExecutionError, did_you_mean
 
 FUNCTIONS = "apl", "vjp", "jvp", "hvp", "rcd"
-ATTRIBUTES = "ain", "aout", "collective", "transparent", "fresh", "alias", "inplace", "trusted"
+ATTRIBUTES = "ain", "aout", "collective", "transparent", "fresh", "alias", "inplace", "placements", "trusted"
 Signature = list[str]  # the names of the parameters of a function, the node first
 
 
@@ -79,38 +79,45 @@ def check_functions(prototype: Any, ain: Mapping[str, Any], aout: Mapping[str, A
     """Complain about functions that do not take what they have to."""
     check_names(prototype, ain, "ain")
     check_names(prototype, aout, "aout")
-    parameters = {}
-    for kind in FUNCTIONS:
-        function = getattr(prototype, kind, None)
-        if callable(function):
-            parameters[kind] = read_parameters(prototype, kind, function)
-        elif hasattr(prototype, kind) and kind != "hvp":
-            raise BrokenPrimitive(f"{named(prototype)}: {kind} is {function!r}, and should be a function")
-    arguments, anything = parameters["apl"]
+    found = {kind: getattr(prototype, kind) for kind in FUNCTIONS if hasattr(prototype, kind)}
+    functions = {kind: f for kind, f in found.items() if callable(f) or kind != "hvp"}
+    parameters = {kind: read_parameters(prototype, kind, f) for kind, f in functions.items()}
+    arguments, takes_any = parameters["apl"]
     cotangents, tangents = ["_" + name for name in aout], [name + "_" for name in ain]
     known = {*arguments[1:], *ain, *aout, *cotangents, *tangents}
-    for kind, (names, _) in parameters.items():
-        signature = f"{kind}({', '.join(names)})"
-        if not names or names[0] in known or "node" in names[1:]:
-            raise BrokenPrimitive(
-                f"{named(prototype)}: the first parameter of {signature} has to be the node, as in {kind}(node, ...)"
-            )
-    # See that each function takes what it is for
-    needed = {"apl": list(ain), "rcd": [] if anything else [*arguments[1:], *aout]}
+    needed = {"apl": list(ain), "rcd": [] if takes_any else [*arguments[1:], *aout]}
     factors = {"vjp": [cotangents], "jvp": [tangents], "hvp": [cotangents, tangents]}
-    for kind, (names, anything) in parameters.items():
-        lacking = [name for name in needed.get(kind, ()) if name not in names and not anything]
-        if lacking:
+    for kind, (names, takes_any) in parameters.items():
+        check_node(prototype, kind, names, known)
+        if not takes_any:
+            check_needed(prototype, kind, names, needed.get(kind, ()))
+            for factor in factors.get(kind, ()):
+                check_factor(prototype, kind, names, factor)
+
+
+def check_node(prototype: Any, kind: str, names: Signature, known: Collection[str]) -> None:
+    """Complain about a function whose first parameter is not the node."""
+    if not names or names[0] in known or "node" in names[1:]:
+        raise BrokenPrimitive(
+            f"{named(prototype)}: the first parameter of {kind}({', '.join(names)}) has to be the node, "
+            f"as in {kind}(node, ...)"
+        )
+
+
+def check_needed(prototype: Any, kind: str, names: Signature, needed: Iterable[str]) -> None:
+    """Complain about a function that lacks a parameter."""
+    for name in needed:
+        if name not in names:
             raise BrokenPrimitive(
-                f"{named(prototype)}: {kind}({', '.join(names)}) has no parameter for {', '.join(map(repr, lacking))}"
-                + did_you_mean(lacking[0], names[1:])
+                f"{named(prototype)}: {kind}({', '.join(names)}) has no parameter for {name!r}"
+                + did_you_mean(name, names[1:])
             )
-        for factor in factors.get(kind, ()) if not anything else ():
-            check_factor(prototype, kind, names, factor)
 
 
 def read_parameters(prototype: Any, kind: str, function: Callable[..., Any]) -> tuple[Signature, bool]:
     """The names of the parameters of a function, and whether it takes any other name, too."""
+    if not callable(function):
+        raise BrokenPrimitive(f"{named(prototype)}: {kind} is {function!r}, and has to be a function")
     if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
         raise BrokenPrimitive(
             f"{named(prototype)}: {kind} yields its results or waits for them; it has to return them"
@@ -122,7 +129,7 @@ def read_parameters(prototype: Any, kind: str, function: Callable[..., Any]) -> 
 
 def check_factor(prototype: Any, kind: str, names: Signature, factor: Collection[str]) -> None:
     """Complain about a derivative that takes none of the cotangents (or tangents), but what looks like one."""
-    if not factor or not factor_missing(names, factor):
+    if not factor or not set(factor).isdisjoint(names):
         return
     bare = {name.strip("_") for name in factor}
     others = [name for name in names[1:] if name.strip("_") in bare or name[0] == "_" or name[-1] == "_"]
@@ -131,10 +138,6 @@ def check_factor(prototype: Any, kind: str, names: Signature, factor: Collection
             f"{named(prototype)}: {kind}({', '.join(names)}) takes none of {', '.join(map(repr, factor))}, so that "
             f"what it returns would not depend on it" + did_you_mean(others[0] if others else "", factor)
         )
-
-
-def factor_missing(names: Signature, factor: Collection[str]) -> bool:
-    return not set(factor).intersection(names)
 
 
 FIRST_CALLS = 3  # in which we look for changes of arguments

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy
@@ -11,6 +10,7 @@ from .declaration import misbehaves
 from .execution import PASSES, Layout, Plan, Slots, Step, Target, describe
 from .graph import Node
 from .operator import ZeroGradient, ZeroGradientType
+from .stdlib.operators import sum_to, unbroadcast
 from .symbol import BaseSymbol, List, Value
 from .valuetypes import VALUE_TYPES, Form, as_numbers
 
@@ -124,7 +124,7 @@ def fit(g: Value, looks: Any, spread: bool) -> Value | None:
     if isinstance(g, (list, tuple)):
         g = as_numbers(g)
     elif VALUE_TYPES[type(g)].take_apart(g) is not None:
-        return total(g, is_complex) if looks == () else g
+        return unbroadcast(g, ((), is_complex)) if looks == () else g
     if g is None or not isinstance(g, (int, float, complex, numpy.ndarray, numpy.generic)):
         return g
     return fit_array(g, looks, spread)
@@ -152,15 +152,4 @@ def fit_array(g: Value, shape: tuple[int, ...], spread: bool) -> Value | None:
         return None
     if spread:
         return numpy.broadcast_to(g, shape).copy() if common == shape else None
-    if common != given:
-        return None
-    first = len(given) - len(shape)
-    repeated = [first + i for i, n in enumerate(shape) if n == 1 and given[first + i] != 1]
-    return numpy.sum(g, axis=(*range(first), *repeated), keepdims=True).reshape(shape)[()]
-
-
-def total(g: Value, is_complex: bool) -> Value:
-    """The sum of the elements of a value on all ranks, with its weights: the cotangent of a number."""
-    from .stdlib.operators import unbroadcast
-
-    return unbroadcast(g, ((), is_complex))
+    return sum_to(g, shape)[()] if common == given else None

@@ -249,6 +249,9 @@ class Operator:
     trusted : bool
         Whether nobody looks at what the functions return when they run. It is True for the operators of this
         package, whose tests have looked; others may say so in their class, to save the microsecond.
+    placements : str, callable or None
+        On many ranks, where arguments have to live and where the results do, as in 'partitioned -> partial';
+        by default element by element. See `core.placement`.
     special : callable or None
         Given the symbols of a call by name, an operator to be used in the place of this one, or None.
     grow : callable or None
@@ -261,6 +264,7 @@ class Operator:
     alias = False
     inplace: Collection[str] = ()
     trusted = False
+    placements: str | Callable[..., Any] | None = None
     special: Callable[[Symbols], Operator | None] | None = None
     grow: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
     apl: Primitive
@@ -276,7 +280,7 @@ class Operator:
                     setattr(self, name, getattr(prototype, name))
         self.prototype = prototype
         self.trusted = self.trusted or prototype.__module__.partition(".")[0] == PACKAGE
-        for name in "collective", "transparent", "fresh", "alias", "inplace", "trusted":
+        for name in "collective", "transparent", "fresh", "alias", "inplace", "placements", "trusted":
             setattr(self, name, getattr(prototype, name, getattr(self, name)))
         self.__name__ = prototype.__name__
         self.__qualname__ = prototype.__qualname__
