@@ -1,5 +1,7 @@
 """Operators that are wrongly written: each fault is told in words, with the place of the operator, at the declaration or the first run."""
 
+# ruff: noqa: F811  (the operators of a test all have the same name)
+
 import re
 
 import numpy as np
