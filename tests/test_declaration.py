@@ -11,6 +11,7 @@ from vmad_lit import Builder, ListPlaceholder, autooperator, operator
 from vmad_lit.core.error import BadArgument, BrokenPrimitive, ExecutionError
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.registry import overloaded
+from vmad_lit.lib import linalg, unary
 from vmad_lit.testing import check
 
 
@@ -552,6 +553,65 @@ def test_lists_may_be_filled_and_scratch_space_be_used():
         m.output(y=put(m.input("x"), m.input("e"), 1))
     y, [_x, _e] = m.compute_with_vjp(dict(x=[1.0, 2.0, 3.0], e=5.0), dict(_y=[1.0, 1.0, 1.0]))
     assert y == [[1.0, 5.0, 3.0]] and _x == [1.0, 0.0, 1.0] and _e == 1.0
+
+
+class put:
+    """Stores a row in the array that it is given, and passes that on; as published programs do."""
+
+    ain, aout = "x, row", "y"
+
+    def apl(node, x, row):
+        x[1] = row
+        return dict(y=x)
+
+    def vjp(node, _y):
+        _x = _y.copy()
+        _x[1] = 0.0
+        return dict(_x=_x, _row=_y[1])
+
+    def jvp(node, x_, row_):
+        y_ = np.zeros((2, 3)) if x_ is ZeroGradient else x_.copy()
+        y_[1] = row_
+        return y_
+
+
+X = np.arange(6.0).reshape(2, 3)
+
+
+def test_what_nobody_needs_may_be_changed():
+    op = operator(put)
+    with Builder() as m:
+        x, row = m.input("x", "row")
+        m.output(y=op(x * 1.0, row * 1.0) * 2.0)
+    (y,), (_x, _row) = m.compute_with_vjp(dict(x=X, row=np.ones(3)), dict(_y=1.0))
+    np.testing.assert_array_equal(y, [[0.0, 2.0, 4.0], [2.0, 2.0, 2.0]])
+    np.testing.assert_array_equal(_x, [[2.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(_row, [2.0, 2.0, 2.0])
+    np.testing.assert_array_equal(X, np.arange(6.0).reshape(2, 3))
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (lambda x: x, lambda x, y: y),  # an input
+        (lambda x: x * 1.0, lambda x, y: x + y),  # of which another node takes the value
+        (lambda x: x * 1.0, lambda x, y: [x, y]),  # an output
+        (unary.exp, lambda x, y: y),  # on the tape of another node
+        (lambda x: linalg.reshape(x, (2, 3)), lambda x, y: y),  # a view
+        (lambda x: X.copy(), lambda x, y: y + x),  # a constant
+        (
+            operator(type("same", (Scaled,), dict(apl=lambda node, a: a, vjp=lambda node, _y: _y))),
+            lambda x, y: y,
+        ),
+    ],
+)
+def test_what_others_need_must_not_be_changed(before, after):
+    with Builder() as m:
+        x, row = m.input("x", "row")
+        first = before(x)
+        m.output(y=after(first, operator(put)(first, row)))
+    with pytest.raises(ExecutionError, match="changes its argument 'x' in place, which others need"):
+        m.compute("y", dict(x=X.copy(), row=np.ones(3)), return_tape=True)
 
 
 def test_operators_that_are_trusted_are_not_looked_at():

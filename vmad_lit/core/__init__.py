@@ -7,6 +7,6 @@ from .specialise import fastest_step
 
 from .draw import to_dot
 
-from .fitting import watch_shapes
+from .watching import watch_shapes
 
 from .placement import Placement

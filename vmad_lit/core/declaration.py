@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 import linecache
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from types import FunctionType, GeneratorType, NoneType
 from typing import Any
-from zlib import crc32
 
 from .error import BadArgument, BrokenPrimitive, ExecutionError, did_you_mean
 
@@ -140,25 +139,14 @@ def check_factor(prototype: Any, kind: str, names: Signature, factor: Collection
         )
 
 
-FIRST_CALLS = 3  # in which we look for changes of arguments
-
-
 def watched(primitive: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of an operator, which also complains about what it returns, and about arguments that it changes."""
-    calls_left = FIRST_CALLS
+    """A function of an operator, which also complains about what it was not given, and about what it returns."""
 
     @wraps(function)
     def call(node: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls_left
-        if calls_left or primitive.operator.extras:
-            given = {**dict(zip(primitive.argnames, args)), **kwargs}
-            check_recorded(primitive, given)
-            before = fingerprints(primitive, node, given) if calls_left else []
-            calls_left -= calls_left > 0
-            result = function(node, *args, **kwargs)
-            check_unchanged(primitive, before)
-        else:
-            result = function(node, *args, **kwargs)
+        if primitive.operator.extras:
+            check_recorded(primitive, {**dict(zip(primitive.argnames, args)), **kwargs})
+        result = function(node, *args, **kwargs)
         if type(result) is dict and primitive.kind == "apl":
             return result
         return check_result(primitive, result)
@@ -204,38 +192,6 @@ def check_recorded(primitive: Any, given: Mapping[str, Any]) -> None:
                 f"{named(primitive.operator.prototype)}: {primitive.kind} takes '{name}', which has not been recorded; "
                 f"recorded are the arguments and what apl returned, {value.found}"
             )
-
-
-def fingerprints(primitive: Any, node: Any, given: Mapping[str, Any]) -> list[tuple[str, Any, int]]:
-    """The names, the arrays and the checksums of what a function has to leave as it is."""
-    operator = primitive.operator
-    names = set(primitive.ain) if operator.rcd else {*primitive.ain, *operator.ain, *operator.aout}
-    return [
-        (name, array, crc32(array.tobytes()))
-        for name in names.intersection(given)
-        if node is None or name not in operator.inplace or not node.owns(name)
-        for array in arrays_in(given[name])
-    ]
-
-
-def check_unchanged(primitive: Any, before: Iterable[tuple[str, Any, int]]) -> None:
-    for name, array, checksum in before:
-        if crc32(array.tobytes()) != checksum:
-            raise misbehaves(
-                primitive,
-                f"changes its argument '{name}' in place, which others still need; let it work on a copy, '{name}.copy()'",
-            )
-
-
-def arrays_in(x: Any) -> Iterator[Any]:
-    """The arrays of numbers in a value: itself, that of a field, or those of the items of a list."""
-    if isinstance(x, (list, tuple)):
-        for item in x:
-            yield from arrays_in(item)
-        return
-    array = getattr(x, "value", x)
-    if getattr(getattr(array, "dtype", None), "kind", None) in ("b", "i", "u", "f", "c") and array.ndim:
-        yield array
 
 
 def misbehaves(primitive: Any, what: str) -> ExecutionError:

@@ -97,6 +97,8 @@ class Primitive:
         computed is also recorded.
     from_record : tuple of str
         The arguments of a derivative that come from the record, if they are the last ones.
+    calls : int
+        How often it was called, as far as somebody counts.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Primitive:
     ) -> None:
         self.operator = operator
         self.kind = kind
+        self.calls = 0
         self.name = operator.__name__ if kind == "apl" else f"{operator.__name__}-{kind}"
         self.impl = impl
         # Read the signature

@@ -361,6 +361,8 @@ def as_numbers(x: Value) -> Any:
     """A list or array as an array of numbers, or None if it is not made of numbers."""
     try:
         array = numpy.asarray(x)
+        if array.dtype.kind == "O":
+            array = numpy.asarray(array.tolist())
     except ValueError:  # rows of different lengths
         return None
     return array if array.dtype.kind in "biufc" else None

@@ -1,17 +1,23 @@
-"""Derivatives by hand that have another shape than their values: summed or spread where broadcasting explains it."""
+"""Operators that nobody vouches for are watched when they run.
+
+Derivatives that have another shape than their values are summed or repeated where broadcasting explains it; arguments
+that others need must not be changed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+from zlib import crc32
 
 import numpy
 
 from .declaration import misbehaves
-from .execution import PASSES, Layout, Plan, Slots, Step, Target, describe
+from .execution import PASSES, Layout, Plan, Slots, Step, Target, describe, record_of
 from .graph import Node
 from .operator import ZeroGradient, ZeroGradientType
 from .stdlib.operators import sum_to, unbroadcast
-from .symbol import BaseSymbol, List, Value
+from .symbol import BaseSymbol, List, Literal, Value, leaves
 from .valuetypes import VALUE_TYPES, Form, as_numbers
 
 
@@ -133,9 +139,13 @@ def fit(g: Value, looks: Any, spread: bool) -> Value | None:
 def fit_items(g: Value, looks: list[Any], spread: bool) -> Value | None:
     """A list of derivatives, for a value that is a list."""
     is_list = isinstance(g, (list, tuple)) or isinstance(g, numpy.ndarray) and g.ndim > 0
+    if not looks:
+        return g
     if not is_list or len(g) != len(looks):
         return None
     items = [fit(item, part, spread) for item, part in zip(g, looks)]
+    if all(item is given for item, given in zip(items, g)):
+        return g
     return None if any(item is None for item in items) else items
 
 
@@ -153,3 +163,110 @@ def fit_array(g: Value, shape: tuple[int, ...], spread: bool) -> Value | None:
     if spread:
         return numpy.broadcast_to(g, shape).copy() if common == shape else None
     return sum_to(g, shape)[()] if common == given else None
+
+
+def watch_arguments(plan: Plan, layout: Layout) -> None:
+    """The pass: see that nodes whose operators nobody vouches for leave their arguments as they are."""
+    nodes, callers = iter(plan.nodes), None
+    for i, step in enumerate(plan.steps):
+        if step[1] is not None:
+            node = next(nodes)
+            if not node.primitive.operator.trusted:
+                callers = layout.new_slot() if callers is None else callers
+                given = arguments_of(node, plan, layout)
+                plan.steps[i] = mind_arguments, step[1], given, callers, step[0], step[2:]
+    if callers is not None:
+        function, acting, *others = plan.steps[0]
+        slots = [slot for name, slot in plan.inputs.items() if name not in plan.donated]
+        plan.steps[0] = note_inputs, acting, slots, callers, function, others
+
+
+PASSES.append(watch_arguments)
+
+
+def arguments_of(node: Node, plan: Plan, layout: Layout) -> list[tuple[str, Target, Value, bool]]:
+    """Those arguments of a node that have derivatives, or come from the tape: name, slots, or else the constant, and
+    whether no other node needs them later."""
+    kept = {symbol for name, symbol in layout.graph._inputs.items() if name not in plan.donated}
+    found: list[tuple[str, Target, Value, bool]] = []
+    for name in node.primitive.ain:
+        symbol = node.varin[name]
+        dies = all(layout.last_use.get(leaf) is node and leaf not in kept for leaf in leaves(symbol))
+        constant = symbol._value if isinstance(symbol, Literal) else None
+        found.append((name, target_of(plan, symbol), constant, dies and constant is None))
+    operator, record = node.primitive.operator, record_of(node, plan.base)
+    if node.primitive.kind != "apl" and type(record) is dict:
+        names = [name for name in record if name in operator.ain or name in operator.aout]
+        found += [(name, record[name], None, False) for name in names if name in node.primitive.argnames]
+    return found
+
+
+def note_inputs(s: Slots, step: Step) -> None:
+    """Run the first step, and note which arrays belong to the caller."""
+    _, node, slots, callers, function, others = step
+    s[callers] = {id(array) for slot in slots for array in arrays_in(s[slot])}
+    function(s, (function, node, *others))
+
+
+FIRST_CALLS = 3  # in which we look for changes of arguments
+
+
+def mind_arguments(s: Slots, step: Step) -> None:
+    """Run the step of a node; in the first calls complain about arguments that it changes and others need."""
+    _, node, given, callers, function, others = step
+    primitive = node.primitive
+    if primitive.calls >= FIRST_CALLS:
+        function(s, (function, node, *others))
+        return
+    primitive.calls += 1
+    before = [
+        (name, array, crc32(array.tobytes()), elsewhere(s, target) if dies else None)
+        for name, target, constant, dies in given
+        if not node.owns(name)
+        for array in arrays_in(constant if target is None else look_up(s, target))
+    ]
+    function(s, (function, node, *others))
+    for name, array, checksum, rest in before:
+        if crc32(array.tobytes()) != checksum and (id(array) in s[callers] or is_needed(array, rest)):
+            raise misbehaves(
+                primitive,
+                f"changes its argument '{name}' in place, which others need; let it change a copy, '{name}.copy()'",
+            )
+
+
+def look_up(s: Slots, target: Target) -> Value:
+    """The value in a slot, or the list of those in a list of slots; None where there is no slot."""
+    if type(target) is list:
+        return [look_up(s, item) for item in target]
+    return None if target is None else s[target]
+
+
+def elsewhere(s: Slots, target: Target) -> list[Value]:
+    """The values in other slots than those of an argument."""
+    own = set(slots_in(target))
+    return [value for slot, value in enumerate(s) if slot not in own]
+
+
+def slots_in(target: Target) -> Iterator[int]:
+    if type(target) is int:
+        yield target
+    for item in target if type(target) is list else ():
+        yield from slots_in(item)
+
+
+def is_needed(array: Any, rest: list[Value] | None) -> bool:
+    """Whether somebody may need an array, which may also be a part of another one, or of a value in the `rest`."""
+    if rest is None or not array.flags.owndata:
+        return True
+    return any(numpy.may_share_memory(array, other) for other in arrays_in(rest))
+
+
+def arrays_in(x: Value) -> Iterator[Any]:
+    """The arrays of numbers in a value: itself, that of a field, or those of the items of a list."""
+    if isinstance(x, (list, tuple)):
+        for item in x:
+            yield from arrays_in(item)
+        return
+    array = getattr(x, "value", x)
+    if isinstance(array, numpy.ndarray) and array.dtype.kind in "biufc":
+        yield array

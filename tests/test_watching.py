@@ -309,6 +309,22 @@ def test_a_list_for_an_array_is_made_one():
     np.testing.assert_array_equal(_a, np.full((2, 3), 2.0))
 
 
+def test_numbers_in_arrays_of_objects_are_numbers():
+    @operator
+    class rows:
+        ain, aout = "a", "y"
+
+        def apl(node, a):
+            return dict(y=2.0 * a)
+
+        def vjp(node, _y):
+            return dict(_a=[2.0 * np.asarray(row, dtype=object) for row in _y])
+
+    (_a,) = model(rows, "a").compute_with_vjp(dict(a=np.ones((2, 3))), dict(_y=1.0))[1]
+    assert _a.dtype == "f8"
+    np.testing.assert_array_equal(_a, np.full((2, 3), 2.0))
+
+
 def test_our_own_operators_return_arrays_for_arrays():
     """The rows of an array may be joined like the items of a list."""
     x = np.arange(6.0).reshape(2, 3)
