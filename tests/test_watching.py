@@ -275,6 +275,7 @@ def test_what_fits_is_left_alone():
     thing = Thing()
     for a, g, expected in (
         (np.ones(3), 0, ZeroGradient),
+        (np.ones(3), np.float32(0.0), ZeroGradient),
         (2.0, 0.0, 0.0),
         (thing, 3.0, 3.0),
         (thing, thing, thing),

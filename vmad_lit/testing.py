@@ -9,6 +9,8 @@ differences.
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 from collections import namedtuple
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +19,13 @@ from typing import Any
 import numpy
 from numpy.typing import ArrayLike, NDArray
 
-from .core.error import BadArgument, BrokenPrimitive, needed_for
+from .core import declaration
+from .core.branches import Branches, UntakenBranch, codes_of, describe_branch
+from .core.error import BadArgument, BrokenPrimitive, ExecutionError, did_you_mean, needed_for
 from .core.execution import Plan, Slots, Step, collect
 from .core.model import Builder, Model
 from .core.graph import Graph, Node
-from .core.operator import InstanceOperator, Operator, ZeroGradient, operator
+from .core.operator import InstanceOperator, Operator, Primitive, ZeroGradient, operator
 from .core.ownership import with_steps
 from .core.symbol import BaseSymbol, List, Value
 from .core.tape import Tape
@@ -129,11 +133,17 @@ class Trial:
         self.replicated = {replicated} if isinstance(replicated, str) else set(replicated)
         self.seed = seed
         constant = {constant} if isinstance(constant, str) else set(constant)
+        self.arguments: list[str] = []
         if isinstance(subject, Graph):
             self.model, self.init = subject, dict(*args, **kwargs)
+            self.arguments = list(subject._inputs)
+            check_known(self.name, "input", self.init, self.arguments)
         else:
             self.init = {}
             self.model = self._build(subject, args, kwargs, constant)
+        names = dict.fromkeys([*self.arguments, *self.init])
+        check_known(self.name, "argument", constant, names)
+        check_known(self.name, "argument or result", self.replicated, [*names, *self.model._outputs])
         self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
         if not self.varied:
             raise BadArgument(f"{self.name} has no input that could be varied; given were {list(self.init)}")
@@ -157,12 +167,14 @@ class Trial:
                     args = (subject.instance, *args)
                     subject = subject.base
                 given, places = subject._bind(args, kwargs)
+                self.arguments = list(given)
                 for name in subject.ain:
                     if is_differentiable(given[name]) and name not in constant:
                         given[name] = self._symbols(m, name, given[name])
                 result = subject(**given, **places)
             else:
-                bound = inspect.signature(subject).bind(*args, **kwargs)
+                bound = bind(self.name, subject, args, kwargs)
+                self.arguments = [*bound.arguments, *bound.kwargs]
                 for name, x in bound.arguments.items():
                     if is_differentiable(x) and name not in constant:
                         bound.arguments[name] = self._symbols(m, name, x)
@@ -243,6 +255,24 @@ class Trial:
         return {name: out[f"_{name}_"] for name in self.varied}
 
 
+def check_known(subject: str, what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a name that nobody has."""
+    for name in names:
+        if name not in known:
+            raise BadArgument(f"{subject} has no {what} '{name}'" + did_you_mean(name, known))
+
+
+def bind(name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> inspect.BoundArguments:
+    """The arguments of a function that builds a model, by name."""
+    try:
+        return inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        options = [
+            key for key in inspect.signature(check).parameters if key not in ("subject", "args", "kwargs")
+        ]
+        raise BadArgument(f"{name}: {error}; options of the test are {', '.join(options)}") from None
+
+
 def check_dot_product(
     subject: Any,
     *args: Any,
@@ -282,7 +312,14 @@ def check_dot_product(
     return dot_products(trial, rtol, allow_zero)
 
 
+def check_rtol(rtol: Any) -> None:
+    """Refuse a tolerance with which everything or nothing passes."""
+    if rtol is not None and not 0 < rtol < 1:
+        raise BadArgument(f"rtol is a number between 0 and 1, got {rtol!r}")
+
+
 def dot_products(trial: Trial, rtol: float | None = None, allow_zero: bool = False) -> tuple[float, float]:
+    check_rtol(rtol)
     v, w = trial.tangents(), trial.cotangents()
     rtol = trial.eps**0.6 if rtol is None else rtol
     pushed = {name: trial.jvp({name: v[name]}) for name in trial.varied}
@@ -360,7 +397,9 @@ def expand(
 ) -> Remainders:
     """Remainders of `function` at the dict of values `x` in the direction `v`; `space` knows norms
     and rounding."""
-    if steps is None:
+    if steps is not None:
+        check_steps(steps)
+    else:
         steps = (1e-2 * 0.25 ** numpy.arange(6)) if space.eps < 1e-10 else 0.1 * 0.5 ** numpy.arange(5)
     relative = space.norm({name: x[name] for name in v}) / (space.norm(v) or 1.0)
     sensitivity = space.norm(Jv) * max(1.0, relative)
@@ -373,6 +412,15 @@ def expand(
         first.append(space.norm(rest))
         floor.append(32 * space.eps * (space.norm(shifted) + sensitivity))
     return Remainders(numpy.asarray(steps), numpy.array(zeroth), numpy.array(first), numpy.array(floor))
+
+
+def check_steps(steps: Any) -> None:
+    """Refuse steps from which no slope can be told: it takes two slopes, and smaller and smaller steps."""
+    h = numpy.asarray(steps)
+    if h.ndim != 1 or h.dtype.kind not in "iuf" or len(h) < 3:
+        raise BadArgument(f"steps are at least three numbers, so that there are two slopes; got {steps!r}")
+    if not (numpy.isfinite(h).all() and (h > 0).all() and (numpy.diff(h) < 0).all()):
+        raise BadArgument(f"steps are positive, and each is smaller than the one before; got {steps!r}")
 
 
 def rates_of(r: Remainders, which: str = "first") -> Array:
@@ -425,8 +473,13 @@ def taylor_rates(
             f"{trial.name}: the jvp is not the derivative with respect to "
             f"{', '.join(wrong or trial.varied)}; " + describe_slopes(r, order)
         )
-    if not allow_zero and trial.norm(trial.jvp(trial.tangents())) == 0:
+    slope = trial.norm(trial.jvp(trial.tangents()))
+    if not allow_zero and slope == 0:
         raise AssertionError(f"{trial.name}: all derivatives vanish here, so that this test proves nothing")
+    if slope > 0 and steps is not None and not (r.zeroth > r.floor).any():
+        raise AssertionError(
+            f"{trial.name}: the steps are so small that all changes are lost in rounding, and this test proves nothing"
+        )
     return rates_of(r)
 
 
@@ -800,7 +853,67 @@ def check_ownership(
 
     Parameters are those of `check_dot_product`.
     """
-    prove_ownership(Trial(subject, args, kwargs, comm, replicated, constant, seed))
+    with blaming(getattr(subject, "__name__", None) or repr(subject)):
+        prove_ownership(Trial(subject, args, kwargs, comm, replicated, constant, seed))
+
+
+def tell_branches(trial: Trial, branches: Branches) -> None:
+    """Warn about decisions in the functions of operators that went only one way."""
+    for code, line in branches.untaken():
+        message = f"{trial.name}: this test saw only one side of {describe_branch(code, line)}; check the other side, too"
+        warnings.warn(message, UntakenBranch, stacklevel=3)
+
+
+def primitives_of(graph: Graph) -> Iterator[Primitive]:
+    """The functions of the operators in a model that nobody vouches for, also of those inside of other operators."""
+    for node in graph:
+        operator, inside = node.operator, node.operator.model_of(node)
+        if inside is not None:
+            yield from primitives_of(inside)
+        if not operator.trusted:
+            yield from (
+                p
+                for p in (operator.apl, operator.vjp, operator.jvp, operator.hvp)
+                if isinstance(p, Primitive)
+            )
+
+
+def prove_tapes(trial: Trial, v: Values, w: Values) -> None:
+    """Assert that a sweep needs nothing but its tape: two tapes give what each gives alone."""
+    points = [trial.init, trial.init | {name: step(trial.init[name], 1e-3, x) for name, x in v.items()}]
+    names = list(trial.model._outputs)
+
+    def run(init: Values) -> Tape:
+        tape: Tape = trial.model.compute(names, init, return_tape=True)[1]
+        return tape
+
+    alone = [trial._pull(run(init), w) for init in points]
+    for tape, expected in zip([run(init) for init in points], alone):
+        got, scale = trial._pull(tape, w), trial.norm(expected)
+        rest = trial.norm({name: step(got[name], -1.0, x) for name, x in expected.items()})
+        if not rest <= trial.eps**0.8 * scale:
+            raise AssertionError(
+                f"{trial.name}: the vjp of one run is another one after a second run; something that the derivative "
+                "needs is kept outside of the tape"
+            )
+
+
+@contextmanager
+def blaming(name: str) -> Iterator[None]:
+    """A context in which an operator that does what it must not fails its test."""
+    before, declaration.FIRST_CALLS = declaration.FIRST_CALLS, sys.maxsize
+    try:
+        yield
+    except ExecutionError as error:
+        raise AssertionError(f"{name}: {error}") from error
+    finally:
+        declaration.FIRST_CALLS = before
+
+
+def same_as_before(given: Iterable[Value]) -> Callable[[], bool]:
+    """A function that tells whether some values are still what they are now."""
+    now = [(x, value_type(x).copy(x)) for x in given if is_differentiable(x)]
+    return lambda: all(same(x, copy) for x, copy in now)
 
 
 Report = namedtuple("Report", "value, rates, products, second")
@@ -826,8 +939,10 @@ def check(
 
     The value is compared with the truth, the jvp with the value by the Taylor test, the vjp with the
     jvp by the dot-product test, and the hvp, where it is offered, with the vjp by `check_second_order`;
-    derivatives must fit their values in shape, in being real, and in precision; inputs must not be
-    changed; and what is declared about arrays must be true, see `check_ownership`.
+    derivatives must fit their values in shape, in being real, and in precision; inputs, tangents and
+    cotangents must not be changed; a sweep must need nothing but its tape; and what is declared about arrays
+    must be true, see `check_ownership`. A decision in the functions of an operator that went only one way is
+    told by a warning, `UntakenBranch`.
 
     Parameters are those of `check_dot_product`, and
 
@@ -843,33 +958,48 @@ def check(
     -------
     Report
     """
-    given = [*args, *kwargs.values()]
-    before = value_type(given).copy(given) if all(map(is_differentiable, given)) else None
-    trial = Trial(subject, args, kwargs, comm, replicated, constant, seed)
-    values = list(trial.init.values())
-    snapshot = value_type(values).copy(values) if before is None else None
-    if truth is not None:
-        # Compare the value with the truth
-        expected = truth(*args, **kwargs) if callable(truth) else truth
-        names = list(trial.model._outputs)
-        for name, y in zip(names, [expected] if len(names) == 1 else expected, strict=True):
-            check_value(trial, name, trial.out[name], y)
+    given = [
+        x
+        for value in (*args, *kwargs.values())
+        for x in (value.values() if isinstance(value, dict) else [value])
+    ]
+    unchanged = same_as_before(given)
+    with blaming(getattr(subject, "__name__", None) or repr(subject)):
+        trial = Trial(subject, args, kwargs, comm, replicated, constant, seed)
+        if truth is not None:
+            # Compare the value with the truth
+            expected = truth(*args, **kwargs) if callable(truth) else truth
+            names = list(trial.model._outputs)
+            for name, y in zip(names, [expected] if len(names) == 1 else expected, strict=True):
+                check_value(trial, name, trial.out[name], y)
+        branches = Branches(codes_of(primitives_of(trial.model)))
+        with branches.watched():
+            rates, products, second = prove(trial, rtol, steps, allow_zero)
+    if not unchanged():
+        raise AssertionError(f"{trial.name} changed one of its inputs in place")
+    tell_branches(trial, branches)
+    values = [trial.out[name] for name in trial.model._outputs]
+    return Report(values[0] if len(values) == 1 else values, rates, products, second)
+
+
+def prove(trial: Trial, rtol: float | None, steps: Any, allow_zero: bool) -> tuple[Any, Any, Any]:
+    """Assert all that `check` does about a subject, but its value; returns what it saw."""
     v, w = trial.tangents(), trial.cotangents()
+    left_alone = same_as_before([*v.values(), *w.values()])
+    trial.value(trial.init)
     Jv, JTw = trial.jvp(v), trial.vjp(w)
     for name in trial.results:
         check_fits(trial, f"tangent of the result '{name}'", Jv[name], trial.out[name])
     for name in trial.varied:
         check_fits(trial, f"cotangent of the input '{name}'", JTw[name], trial.init[name])
+    if not left_alone():
+        raise AssertionError(f"{trial.name} changed a tangent or cotangent in place")
+    prove_tapes(trial, v, w)
     rates = taylor_rates(trial, steps, allow_zero=allow_zero)
     products = dot_products(trial, rtol, allow_zero)
     second = offered_second_order_rates(trial, steps, rtol)
     prove_ownership(trial)
-    # Look whether the inputs are what they were
-    now = list(trial.init.values()) if before is None else [*args, *kwargs.values()]
-    if not same(now, snapshot if before is None else before):
-        raise AssertionError(f"{trial.name} changed one of its inputs in place")
-    values = [trial.out[name] for name in trial.model._outputs]
-    return Report(values[0] if len(values) == 1 else values, rates, products, second)
+    return rates, products, second
 
 
 def check_value(trial: Trial, name: str, value: Value, expected: Value) -> None:

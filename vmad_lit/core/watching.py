@@ -12,6 +12,7 @@ from zlib import crc32
 
 import numpy
 
+from . import declaration
 from .declaration import misbehaves
 from .execution import PASSES, Layout, Plan, Slots, Step, Target, describe, record_of
 from .graph import Node
@@ -156,6 +157,8 @@ def fit_array(g: Value, shape: tuple[int, ...], spread: bool) -> Value | None:
         return g
     if numpy.size(g) == 1 == numpy.prod(shape):
         return numpy.reshape(g, shape)[()]
+    if given == () and g == 0:
+        return ZeroGradient
     try:
         common = numpy.broadcast_shapes(given, shape)
     except ValueError:
@@ -208,14 +211,11 @@ def note_inputs(s: Slots, step: Step) -> None:
     function(s, (function, node, *others))
 
 
-FIRST_CALLS = 3  # in which we look for changes of arguments
-
-
 def mind_arguments(s: Slots, step: Step) -> None:
     """Run the step of a node; in the first calls complain about arguments that it changes and others need."""
     _, node, given, callers, function, others = step
     primitive = node.primitive
-    if primitive.calls >= FIRST_CALLS:
+    if primitive.calls >= declaration.FIRST_CALLS:
         function(s, (function, node, *others))
         return
     primitive.calls += 1

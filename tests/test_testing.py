@@ -1,0 +1,272 @@
+"""What the tests of derivatives refuse, and what they tell about operators besides a wrong derivative."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from vmad_lit import Builder, autooperator, operator
+from vmad_lit.core.branches import UntakenBranch
+from vmad_lit.core.error import BadArgument
+from vmad_lit.lib import unary
+from vmad_lit.testing import check, check_dot_product, check_ownership, check_second_order, check_taylor
+
+
+class Square:
+    ain, aout = "x", "y"
+
+    def apl(node, x):
+        return dict(y=x**2)
+
+    def vjp(node, _y, x):
+        return dict(_x=_y * 2 * x)
+
+    def jvp(node, x_, x):
+        return dict(y_=2 * x * x_)
+
+    def hvp(node, _y, x_):
+        return dict(_x_=2 * _y * x_)
+
+
+square = operator(Square)
+X = np.array([0.5, 2.0, 3.0])
+
+
+def cube(x):
+    return x * x * x
+
+
+@autooperator("x -> y")
+def doubled(x):
+    return square(x) * 2.0
+
+
+def model():
+    with Builder() as m:
+        m.output(y=square(m.input("x")))
+    return m
+
+
+SUBJECTS = [square, cube, doubled]
+
+
+# -- Options ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("test", [check, check_taylor, check_second_order])
+@pytest.mark.parametrize(
+    "steps",
+    [[], [0.0], [0.1], [0.1, 0.05], [0.1, 0.0, -0.1], [0.01, 0.02, 0.04], [0.1, 0.1, 0.1], [1.0, np.nan, 0.1]]
+    + [[np.inf, 1.0, 0.1], 0.1, "abc", [[0.1, 0.01, 0.001]]],
+    ids=repr,
+)
+def test_steps_from_which_no_slope_can_be_told(subject, test, steps):
+    with pytest.raises(BadArgument, match="steps are "):
+        test(subject, X, steps=steps)
+
+
+@pytest.mark.parametrize("test", [check, check_taylor])
+def test_steps_that_are_lost_in_rounding(test):
+    with pytest.raises(AssertionError, match="the steps are so small that all changes are lost in rounding"):
+        test(cube, X, steps=[1e-30, 1e-31, 1e-32])
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize(
+    "test", [check, check_taylor, check_dot_product, check_second_order, check_ownership]
+)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(rtoll=1e-3), "rtoll"),
+        (dict(stepps=[0.1, 0.01, 0.001]), "stepps"),
+        (dict(constant="z"), "has no argument 'z'; known are 'x'"),
+        (dict(constant=("x", "z")), "has no argument 'z'"),
+        (dict(replicated="z"), "has no argument or result 'z'; known are 'x', 'y'"),
+    ],
+    ids=str,
+)
+def test_misspelt_options(subject, test, options, message):
+    with pytest.raises(BadArgument, match=message):
+        test(subject, X, **options)
+
+
+@pytest.mark.parametrize("test", [check, check_taylor, check_dot_product])
+def test_inputs_that_the_model_does_not_have(test):
+    with pytest.raises(BadArgument, match="has no input 'rtoll'"):
+        test(model(), dict(x=X), rtoll=1e-3)
+    with pytest.raises(BadArgument, match="has no input 'xx'; did you mean 'x'"):
+        test(model(), dict(x=X, xx=X))
+
+
+@pytest.mark.parametrize("rtol", [0.0, -1.0, 1.0, np.inf, np.nan])
+def test_tolerances_with_which_everything_or_nothing_passes(rtol):
+    for test in check, check_dot_product:
+        with pytest.raises(BadArgument, match="rtol is a number between 0 and 1"):
+            test(square, X, rtol=rtol)
+
+
+# -- What operators do besides ---------------------------------------------------------------------------------------------
+
+
+def test_an_operator_that_changes_what_it_is_given():
+    class ofx(Square):
+        def apl(node, x):
+            x *= 1.5
+            return dict(y=x**2)
+
+    class of_y(Square):
+        def vjp(node, _y, x):
+            _y *= 2 * x
+            return dict(_x=_y)
+
+    class ofx_(Square):
+        def jvp(node, x_, x):
+            x_ *= 2 * x
+            return dict(y_=x_)
+
+    for cls, name in (ofx, "x"), (of_y, "_y"), (ofx_, "x_"):
+        for subject in operator(cls), lambda x: operator(cls)(x):
+            with pytest.raises(
+                AssertionError, match=f"operator {cls.__name__}, declared at .*changes its argument '{name}'"
+            ):
+                check(subject, X.copy())
+
+
+def test_changes_are_looked_for_however_often_the_operator_was_called():
+    @operator
+    class sometimes(Square):
+        def vjp(node, _y, x):
+            if x.min() > 0.4:
+                _y[...] = 2 * x * _y
+                return dict(_x=_y)
+            return dict(_x=2 * x * _y)
+
+    with Builder() as m:
+        m.output(y=sometimes(m.input("x")))
+    for _ in range(5):
+        m.compute_with_vjp(dict(x=X * 0.1), dict(_y=np.ones(3)))
+    with pytest.raises(
+        AssertionError, match="vjp of operator sometimes, .*changes its argument '_y' in place"
+    ):
+        check(sometimes, X)
+
+
+def test_a_trusted_operator_that_changes_what_it_is_given():
+    class trusted(Square):
+        trusted = True
+
+        def jvp(node, x_, x):
+            x_ *= 2 * x
+            return dict(y_=x_)
+
+    with pytest.raises(AssertionError, match="changed a tangent or cotangent in place"):
+        check(operator(trusted), X)
+
+
+@pytest.mark.parametrize("place", ["list", "node", "class"])
+def test_an_operator_that_keeps_a_value_outside_of_the_tape(place):
+    kept = []
+
+    class keeps(Square):
+        def apl(node, x):
+            if place == "node":
+                node.cache = x
+            elif place == "class":
+                keeps.last = x
+            else:
+                kept.append(x)
+            return dict(y=x**2)
+
+        def vjp(node, _y):
+            original = node.forward or node
+            x = original.cache if place == "node" else keeps.last if place == "class" else kept[-1]
+            return dict(_x=2 * x * _y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntakenBranch)
+        with pytest.raises(
+            AssertionError, match="something that the derivative needs is kept outside of the tape"
+        ):
+            check(operator(keeps), X)
+
+
+# -- Branches --------------------------------------------------------------------------------------------------------------
+
+
+def told(subject, *args, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check(subject, *args, **options)
+    return [str(w.message) for w in caught if w.category is UntakenBranch]
+
+
+def test_a_branch_that_was_not_taken():
+    @operator
+    class branched(Square):
+        def vjp(node, _y, x):
+            if x.min() > 0:
+                return dict(_x=_y * 2 * x)
+            return dict(_x=_y * 5)  # wrong
+
+    (text,) = told(branched, X)
+    assert "'if x.min() > 0:' in vjp, at " in text and text.startswith(
+        "branched: this test saw only one side"
+    )
+    (text,) = told(lambda x: branched(unary.exp(x)), X)
+    assert f"{__file__}:" in text
+
+
+def test_branches_within_a_line_and_in_all_functions():
+    class inline(Square):
+        def apl(node, x):
+            return dict(y=x**2 if x.min() > 0 else x**3)
+
+        def jvp(node, x_, x):
+            return dict(y_=2 * x * (x.min() > 0 and x_))
+
+        def hvp(node, _y, x_):
+            while x_ is None:
+                x_ = 0.0
+            return dict(_x_=2 * _y * x_)
+
+    @autooperator("x -> y")
+    def inside(x):
+        return operator(inline)(x)
+
+    assert sorted(text.split(" in ")[-1][:3] for text in told(operator(inline), X)) == ["apl", "hvp", "jvp"]
+    assert len(told(inside, X)) == 3
+
+
+def test_nothing_is_told_of_what_was_seen():
+    @operator
+    class seen(Square):
+        def vjp(node, _y, x):
+            total = 0.0
+            for i in range(3):
+                if i < 2:
+                    total = total + _y * x
+            return dict(_x=total)
+
+    assert told(seen, X) == [] and told(square, X) == [] and told(cube, X) == []
+
+
+def test_a_debugger_is_left_in_peace():
+    import sys
+
+    @operator
+    class branched(Square):
+        def vjp(node, _y, x):
+            return dict(_x=_y * 2 * x if x.min() > 0 else 5.0)
+
+    def tracer(frame, event, arg):
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        texts, after = told(branched, X), sys.gettrace()
+    finally:
+        sys.settrace(before)
+    assert texts == [] and after is tracer
