@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import linecache
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from types import CodeType, FrameType
 from typing import Any
 
 from .operator import Primitive
+
+PACKAGE = os.path.dirname(os.path.dirname(__file__))
 
 
 class UntakenBranch(UserWarning):
@@ -66,11 +69,12 @@ class Branches:
 
 
 def codes_of(primitives: Iterable[Primitive]) -> Iterator[CodeType]:
-    """The code of the functions of primitives, as they were written."""
+    """The code of the functions of primitives, as they were written; but not of ours."""
     for primitive in primitives:
         function = getattr(primitive.impl, "__wrapped__", primitive.impl)
-        if hasattr(function, "__code__"):
-            yield function.__code__
+        code = getattr(function, "__code__", None)
+        if code is not None and not code.co_filename.startswith(PACKAGE):
+            yield code
 
 
 def describe_branch(code: CodeType, line: int) -> str:

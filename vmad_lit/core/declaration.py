@@ -11,6 +11,8 @@ from functools import wraps
 from types import FunctionType, GeneratorType, NoneType
 from typing import Any
 
+from numpy import float64, ndarray
+
 from .error import BadArgument, BrokenPrimitive, ExecutionError, did_you_mean
 
 FUNCTIONS = "apl", "vjp", "jvp", "hvp", "rcd"
@@ -148,11 +150,17 @@ def watched(primitive: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         if primitive.operator.extras:
             check_recorded(primitive, {**dict(zip(primitive.argnames, args)), **kwargs})
         result = function(node, *args, **kwargs)
-        if type(result) is dict and primitive.kind == "apl":
+        if type(result) is dict:
+            for value in result.values():
+                if type(value) not in USUAL:
+                    return check_result(primitive, result)
             return result
-        return check_result(primitive, result)
+        return result if type(result) in USUAL else check_result(primitive, result)
 
     return call
+
+
+USUAL = {ndarray, float64, float}  # types of which nothing has to be asked
 
 
 def check_result(primitive: Any, result: Any) -> Any:

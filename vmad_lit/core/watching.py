@@ -32,18 +32,18 @@ def watch_shapes(plan: Plan, layout: Layout) -> None:
         operator, kind = node.primitive.operator, node.primitive.kind
         if operator.trusted:
             continue
-        function, acting, *others = step
         if kind == "apl" and node in layout.recorded:
             # Note the looks before and after
             slot = plan.forms[node] = layout.new_slot()
-            before = [(name, target_of(plan, node.varin[name])) for name in operator.ain]
-            after = [(name, target_of(plan, symbol)) for name, symbol in node.varout.items()]
-            plan.steps[i] = note_forms, acting, slot, before, after, function, others
+            before = [target_of(plan, node.varin[name]) for name in operator.ain]
+            after = [target_of(plan, symbol) for symbol in node.varout.values()]
+            plan.steps[i] = note_forms, step[1], step, slot, before, after
         elif kind != "apl" and plan.base and node.forward in plan.base.forms:
             # Compare the derivatives
             slot = plan.base.forms[node.forward]
-            outs = [(name.strip("_"), name, target_of(plan, symbol)) for name, symbol in node.varout.items()]
-            plan.steps[i] = fit_results, acting, slot, outs, kind == "jvp", function, others
+            first = len(operator.ain) if kind == "jvp" else 0
+            outs = [(i, name, target_of(plan, x)) for i, (name, x) in enumerate(node.varout.items(), first)]
+            plan.steps[i] = fit_results, step[1], step, slot, outs, kind == "jvp"
             plan.last_reads[slot] = i
 
 
@@ -59,16 +59,22 @@ def target_of(plan: Plan, symbol: BaseSymbol) -> Target:
 
 def note_forms(s: Slots, step: Step) -> None:
     """Run the step of a node, and note what its arguments and results look like."""
-    _, node, slot, before, after, function, others = step
-    forms = {name: look(s, target) for name, target in before}
-    function(s, (function, node, *others))
-    forms.update((name, look(s, target)) for name, target in after if name not in forms)
-    s[slot] = forms
+    _, node, inner, slot, before, after = step
+    looks = [look(s, target) for target in before]
+    go(s, inner, node)
+    looks += [look(s, target) for target in after]
+    s[slot] = tuple(looks)
+
+
+def go(s: Slots, step: Step, node: Node) -> None:
+    """Run a step, for a node that may have been replaced since."""
+    step[0](s, step if step[1] is node else (step[0], node, *step[2:]))
 
 
 def look(s: Slots, target: Target) -> Any:
     if type(target) is int:
-        return looks_of(s[target])
+        x = s[target]
+        return x.shape if type(x) is numpy.ndarray else looks_of(x)
     return target if target is None else [look(s, item) for item in target]
 
 
@@ -91,18 +97,19 @@ def looks_of(x: Value) -> Any:
 
 def fit_results(s: Slots, step: Step) -> None:
     """Run the step of a derivative, and make the results fit what they belong to."""
-    _, node, slot, outs, spread, function, others = step
-    function(s, (function, node, *others))
-    for name, derivative, target in outs:
-        fit_target(s, target, s[slot].get(name), spread, derivative, node)
+    _, node, inner, slot, outs, spread = step
+    go(s, inner, node)
+    looks = s[slot]
+    for i, name, target in outs:
+        g = s[target] if type(target) is int else None
+        if type(g) is not numpy.ndarray or g.shape != looks[i]:
+            fit_target(s, target, looks[i], spread, name, node)
 
 
 def fit_target(s: Slots, target: Target, looks: Any, spread: bool, name: str, node: Node) -> None:
     """Make the value in a slot, or those in a list of slots, fit."""
     if type(target) is int:
         g = s[target]
-        if g is ZeroGradient or type(g) is numpy.ndarray and g.shape == looks:
-            return
         s[target] = fitted = fit(g, looks, spread)
         if fitted is None:
             value = name.strip("_")
@@ -177,11 +184,10 @@ def watch_arguments(plan: Plan, layout: Layout) -> None:
             if not node.primitive.operator.trusted:
                 callers = layout.new_slot() if callers is None else callers
                 given = arguments_of(node, plan, layout)
-                plan.steps[i] = mind_arguments, step[1], given, callers, step[0], step[2:]
+                plan.steps[i] = mind_arguments, step[1], step, given, callers
     if callers is not None:
-        function, acting, *others = plan.steps[0]
         slots = [slot for name, slot in plan.inputs.items() if name not in plan.donated]
-        plan.steps[0] = note_inputs, acting, slots, callers, function, others
+        plan.steps[0] = note_inputs, plan.steps[0][1], plan.steps[0], slots, callers
 
 
 PASSES.append(watch_arguments)
@@ -206,17 +212,17 @@ def arguments_of(node: Node, plan: Plan, layout: Layout) -> list[tuple[str, Targ
 
 def note_inputs(s: Slots, step: Step) -> None:
     """Run the first step, and note which arrays belong to the caller."""
-    _, node, slots, callers, function, others = step
+    _, node, inner, slots, callers = step
     s[callers] = {id(array) for slot in slots for array in arrays_in(s[slot])}
-    function(s, (function, node, *others))
+    go(s, inner, node)
 
 
 def mind_arguments(s: Slots, step: Step) -> None:
     """Run the step of a node; in the first calls complain about arguments that it changes and others need."""
-    _, node, given, callers, function, others = step
+    _, node, inner, given, callers = step
     primitive = node.primitive
     if primitive.calls >= declaration.FIRST_CALLS:
-        function(s, (function, node, *others))
+        go(s, inner, node)
         return
     primitive.calls += 1
     before = [
@@ -225,7 +231,7 @@ def mind_arguments(s: Slots, step: Step) -> None:
         if not node.owns(name)
         for array in arrays_in(constant if target is None else look_up(s, target))
     ]
-    function(s, (function, node, *others))
+    go(s, inner, node)
     for name, array, checksum, rest in before:
         if crc32(array.tobytes()) != checksum and (id(array) in s[callers] or is_needed(array, rest)):
             raise misbehaves(
