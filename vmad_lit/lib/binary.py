@@ -13,10 +13,10 @@ import numpy
 
 from ..core import stdlib
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import Array, as_array, conj, kind, unbroadcast, widen
+from ..core.stdlib.operators import Array, as_array, conj, kind, scaled, slope, unbroadcast, widen
 from ..core.stdlib.operators import slope_of_base, slope_of_exponent
 from ..core.symbol import Value
-from .unary import offer_curvature, scaled, slope
+from .unary import offer_curvature
 
 
 class binary_ufunc:
