@@ -89,22 +89,6 @@ def plus(a: Value, b: Value) -> Value:
     return a if b is ZeroGradient else a + b
 
 
-def in_floats(x: Value) -> Value:
-    """A value for the formula of a derivative: integers and truth values as floats, since sums and products
-    of small integers wrap around; anything else as it is."""
-    if isinstance(x, (numpy.ndarray, numpy.generic)):
-        return x.astype("f8") if x.dtype.kind in "iub" else x
-    return (
-        numpy.asarray(x, "f8") if isinstance(x, (list, tuple)) and not numpy.iscomplexobj(x) else as_array(x)
-    )
-
-
-def slope(fprime: Callable[..., Value], *x: Value, **options: Any) -> Value:
-    """A derivative at values whose integers are taken for floats, without the warnings about its poles."""
-    with numpy.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return fprime(*map(in_floats, x), **options)
-
-
 def scaled(g: Value, slope: Value) -> Value:
     """The product of a cotangent or tangent with a slope, zero where the former is zero even if the
     latter is infinite or not a number."""
@@ -134,7 +118,8 @@ def settled(product: Value, g: Value) -> Value:
         parts = parts_of(g) if has_parts(g) else [g] * len(parts_of(product))
         return apart(product)[0]([settled(*pair) for pair in zip(parts_of(product), parts)])
     zero = numpy.equal(g, 0) & numpy.not_equal(product, product)
-    return numpy.where(zero, numpy.zeros((), numpy.result_type(product)), product)[()]  # type: ignore[call-overload]
+    choice: Any = numpy.where(zero, numpy.zeros((), numpy.result_type(product)), product)
+    return choice[()]
 
 
 def has_nan(x: Value) -> bool:
@@ -160,7 +145,8 @@ def settled_sum(product: Callable[[Value, Value], Value], g: Value, slope: Value
         infinite = ~numpy.isfinite(slope)
         finite = product(g, numpy.where(infinite, numpy.zeros((), numpy.result_type(slope)), slope))
         met = product(1.0 * numpy.not_equal(g, 0), 1.0 * infinite)
-    return numpy.where(met > 0, y, finite)[()]
+    choice: Any = numpy.where(met > 0, y, finite)
+    return choice[()]
 
 
 def cleared(slope: Value, g: Value) -> Value:
@@ -171,6 +157,22 @@ def cleared(slope: Value, g: Value) -> Value:
     return numpy.where(
         numpy.equal(g, 0) & ~numpy.isfinite(slope), numpy.zeros((), numpy.result_type(slope)), slope
     )
+
+
+def in_floats(x: Value) -> Value:
+    """A value for the formula of a derivative: integers and truth values as floats, since sums and products
+    of small integers wrap around; anything else as it is."""
+    if isinstance(x, (numpy.ndarray, numpy.generic)):
+        return x.astype("f8") if x.dtype.kind in "iub" else x
+    return (
+        numpy.asarray(x, "f8") if isinstance(x, (list, tuple)) and not numpy.iscomplexobj(x) else as_array(x)
+    )
+
+
+def slope(fprime: Callable[..., Value], *x: Value, **options: Any) -> Value:
+    """A derivative at values whose integers are taken for floats, without the warnings about its poles."""
+    with numpy.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return fprime(*map(in_floats, x), **options)
 
 
 def has_parts(x: Value) -> bool:
