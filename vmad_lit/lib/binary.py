@@ -228,8 +228,94 @@ class power(stdlib.pow.prototype):
     fprime2 = staticmethod(lambda x1, x2: slope_of_exponent(x1, x1**x2))
 
 
+class comparison:
+    """A base for operators that compare, whose results are masks for `where`, and have no derivative."""
+
+    ain = "x1", "x2"
+    aout = "y"
+
+    @staticmethod
+    def f(x1: Value, x2: Value, /) -> Value:
+        return x1 == x2
+
+    def apl(node, x1, x2):
+        return node.prototype.f(x1, x2)
+
+    def vjp(node):
+        return ZeroGradient
+
+    def jvp(node):
+        return ZeroGradient
+
+    hvp = ZeroGradient
+
+
+@operator
+class equal(comparison):
+    """`x1 == x2`"""
+
+    f = staticmethod(numpy.equal)
+
+
+@operator
+class not_equal(comparison):
+    """`x1 != x2`"""
+
+    f = staticmethod(numpy.not_equal)
+
+
+@operator
+class less(comparison):
+    """`x1 < x2`"""
+
+    f = staticmethod(numpy.less)
+
+
+@operator
+class less_equal(comparison):
+    """`x1 <= x2`"""
+
+    f = staticmethod(numpy.less_equal)
+
+
+@operator
+class greater(comparison):
+    """`x1 > x2`"""
+
+    f = staticmethod(numpy.greater)
+
+
+@operator
+class greater_equal(comparison):
+    """`x1 >= x2`"""
+
+    f = staticmethod(numpy.greater_equal)
+
+
+@operator
+class logical_and(comparison):
+    """Where both are true."""
+
+    f = staticmethod(numpy.logical_and)
+
+
+@operator
+class logical_or(comparison):
+    """Where one of two is true, or both are."""
+
+    f = staticmethod(numpy.logical_or)
+
+
 __all__ = [
     "binary_ufunc",
+    "equal",
+    "not_equal",
+    "less",
+    "less_equal",
+    "greater",
+    "greater_equal",
+    "logical_and",
+    "logical_or",
     "maximum",
     "minimum",
     "fmax",

@@ -42,6 +42,7 @@ from ..core.stdlib.operators import (
 from ..core.symbol import BaseSymbol, List, Literal, Symbol, Value
 from . import binary, unary
 from .binary import arctan2, binary_ufunc, divide, fmax, fmin, hypot, logaddexp
+from .binary import equal, greater, greater_equal, less, less_equal, logical_and, logical_or, not_equal
 from .binary import maximum, minimum, multiply, power, subtract
 from .unary import *  # noqa: F403
 
@@ -965,6 +966,19 @@ class inner_product_of_fields:
         return dict(_x1_=scaled(_y, x2_), _x2_=scaled(_y, x1_))
 
 
+def _equal(self: BaseSymbol, other: Any) -> Any:
+    return NotImplemented if is_no_value(other) else equal(self, other)
+
+
+def _not_equal(self: BaseSymbol, other: Any) -> Any:
+    return NotImplemented if is_no_value(other) else not_equal(self, other)
+
+
+def is_no_value(other: Any) -> bool:
+    """Whether Python compares with a symbol by identity, since the other object is nothing to compute with."""
+    return other is None or other is Ellipsis or isinstance(other, (str, bytes, type))
+
+
 def _no_iteration(self: BaseSymbol) -> NoReturn:
     raise UnpackError(f"{self!r} stands for one value and cannot be unpacked while the model is built")
 
@@ -974,10 +988,24 @@ for _name, _method in dict(
     __iter__=_no_iteration,
     __matmul__=lambda self, other: matrix_product(self, other),
     __rmatmul__=lambda self, other: matrix_product(other, self),
+    __lt__=lambda self, other: less(self, other),
+    __le__=lambda self, other: less_equal(self, other),
+    __gt__=lambda self, other: greater(self, other),
+    __ge__=lambda self, other: greater_equal(self, other),
+    __eq__=_equal,
+    __ne__=_not_equal,
 ).items():
     setattr(BaseSymbol, _name, _method)
 
 __all__ = [
+    "equal",
+    "not_equal",
+    "less",
+    "less_equal",
+    "greater",
+    "greater_equal",
+    "logical_and",
+    "logical_or",
     "abs",
     "add",
     "div",
