@@ -13,7 +13,7 @@ import numpy
 
 from ..core import stdlib
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import Array, as_array, conj, kind, scaled, slope, unbroadcast, widen
+from ..core.stdlib.operators import Array, as_array, bent, conj, kind, scaled, slope, unbroadcast, widen
 from ..core.stdlib.operators import slope_of_base, slope_of_exponent
 from ..core.symbol import Value
 from .unary import offer_curvature
@@ -78,7 +78,7 @@ class binary_ufunc:
             for x_, fsecond in (x1_, along1), (x2_, along2):
                 if x_ is not ZeroGradient:
                     slope_ = slope_ + scaled(x_, slope(fsecond, x1, x2))
-            return unbroadcast(scaled(_y, conj(slope_)), kind(x, node, name))
+            return unbroadcast(bent(_y, conj(slope_)), kind(x, node, name))
 
         second = node.prototype
         return dict(

@@ -24,6 +24,8 @@ from ..core.stdlib.operators import (
     Kind,
     Shape,
     ShapeOf,
+    bend,
+    bent,
     cleared,
     conj as conjugate,
     divided,
@@ -494,7 +496,7 @@ class to_scalar(linear):
         return 2 * sum_array(numpy.real(scaled(x_, conjugate(in_floats(x)))))
 
     def hvp(node, _y, x_):
-        return scaled(2 * _y, x_)
+        return bent(2 * _y, x_)
 
 
 def squared_modulus(x: Value) -> Array:
@@ -549,8 +551,8 @@ class norm(linear):
     def hvp(node, _y, x_, x, y, ord, shape, xdtype, axis, keepdims):
         real = None if xdtype is None else numpy.empty(0, xdtype).real.dtype
         y = spread(y, shape, real, axis, keepdims)
-        bend = slope(curvature_of_norm, x, x_, y, ord=ord, axis=axis)
-        return scaled(spread(_y, shape, real, axis, keepdims), bend)
+        slope_ = slope(curvature_of_norm, x, x_, y, ord=ord, axis=axis)
+        return bent(spread(_y, shape, real, axis, keepdims), slope_)
 
 
 def slope_of_norm(x: Value, y: Value, ord: Order, axis: Axis) -> Value:
@@ -572,7 +574,7 @@ def curvature_of_norm(x: Value, x_: Value, y: Value, ord: Order, axis: Axis) -> 
     if ord in (None, "fro", 2):
         return divided(x_ - scaled(y_, steepest), nonzero) * (y != 0)
     if ord in (math.inf, -math.inf):
-        return numpy.absolute(steepest) * turn(x_, x)
+        return scaled(turn(x_, x), numpy.absolute(steepest))
     u, r = numpy.sign(x), numpy.absolute(x) / nonzero
     r_ = divided(numpy.real(scaled(x_, conjugate(u))) - scaled(y_, r), nonzero)
     return scaled(turn(x_, x), r ** (ord - 1)) + scaled(r_, u * (ord - 1) * (r + (r == 0)) ** (ord - 2))
@@ -606,16 +608,19 @@ def pull_through(
     with numpy.errstate(invalid="ignore"):
         y = contract(terms, output, operands)
         others = [i for i in range(len(operands)) if i not in linear]
-        if not others or not has_nan(y):
+        if not has_nan(y) or len(operands) == 1:
             return y
         (of_g, g), (of_slope, slope) = (outer_product(terms, operands, which) for which in (linear, others))
+        _, moved = outer_product(terms, [1.0 * numpy.not_equal(x, 0) for x in operands], linear)
+        g = numpy.where(moved > 0, g, numpy.zeros((), g.dtype))
         return settled_sum(lambda g, slope: contract([of_g, of_slope], output, [g, slope]), g, slope)
 
 
 def outer_product(terms: Sequence[str], operands: Sequence[Value], which: Sequence[int]) -> tuple[str, Array]:
-    """The indices and the value of the product of some operands of an einsum, before any sum."""
+    """The indices and the value of the product of some operands of an einsum, before any sum; 1 of none."""
     indices = "".join(dict.fromkeys("".join(terms[i] for i in which)))
-    return indices, contract([terms[i] for i in which], indices, [operands[i] for i in which])
+    factors = [*(operands[i] for i in which), numpy.ones((), "f4")]
+    return indices, contract([*(terms[i] for i in which), ""], indices, factors)
 
 
 @operator
@@ -727,8 +732,8 @@ class matrix_product(product):
     def hvp(node, _y, x1_, x2_, x1, x2, yshape):
         _y = numpy.asarray(whole(_y, yshape))
         return dict(
-            _x1_=cotangent_of_left(_y, x1, x2_) if node.needs("x1") else ZeroGradient,
-            _x2_=cotangent_of_right(_y, x1_, x2) if node.needs("x2") else ZeroGradient,
+            _x1_=cotangent_of_left(_y, x1, x2_, True) if node.needs("x1") else ZeroGradient,
+            _x2_=cotangent_of_right(_y, x1_, x2, True) if node.needs("x2") else ZeroGradient,
         )
 
 
@@ -736,25 +741,25 @@ def matmul_from_right(g: Value, slope: Value) -> Value:
     return numpy.matmul(slope, g)
 
 
-def cotangent_of_left(_y: Array, x1: Value, x2: Value) -> Value:
-    """The cotangent of `x1` in `x1 @ x2`."""
+def cotangent_of_left(_y: Array, x1: Value, x2: Value, bent: bool = False) -> Value:
+    """The cotangent of `x1` in `x1 @ x2`, or its tangent (`bent`), with the tangent of `x2`."""
     if x2 is ZeroGradient:
         return x2
     _y = _y[..., None] if x2.ndim == 1 else _y
     _y = _y[..., None, :] if x1.ndim == 1 else _y
     b = x2[:, None] if x2.ndim == 1 else x2
-    _x1 = settled_sum(numpy.matmul, _y, conjugate(b).swapaxes(-1, -2))
+    _x1 = settled_sum(numpy.matmul, _y, conjugate(b).swapaxes(-1, -2), bent)
     return unbroadcast(_x1[..., 0, :] if x1.ndim == 1 else _x1, kind(x1))
 
 
-def cotangent_of_right(_y: Array, x1: Value, x2: Value) -> Value:
-    """The cotangent of `x2` in `x1 @ x2`."""
+def cotangent_of_right(_y: Array, x1: Value, x2: Value, bent: bool = False) -> Value:
+    """The cotangent of `x2` in `x1 @ x2`, or its tangent (`bent`), with the tangent of `x1`."""
     if x1 is ZeroGradient:
         return x1
     _y = _y[..., None] if x2.ndim == 1 else _y
     _y = _y[..., None, :] if x1.ndim == 1 else _y
     a = x1[None, :] if x1.ndim == 1 else x1
-    _x2 = settled_sum(matmul_from_right, _y, conjugate(a).swapaxes(-1, -2))
+    _x2 = settled_sum(matmul_from_right, _y, conjugate(a).swapaxes(-1, -2), bent)
     return unbroadcast(_x2[..., 0] if x2.ndim == 1 else _x2, kind(x2))
 
 
@@ -773,30 +778,30 @@ class dot(product):
         return settled_sum(numpy.dot, x1_, x2) + settled_sum(lambda g, slope: numpy.dot(slope, g), x2_, x1)
 
     def hvp(node, _y, x1_, x2_, x1, x2):
-        return dict(_x1_=cotangent_of_first(_y, x1, x2_), _x2_=cotangent_of_second(_y, x1_, x2))
+        return dict(_x1_=cotangent_of_first(_y, x1, x2_, True), _x2_=cotangent_of_second(_y, x1_, x2, True))
 
 
-def cotangent_of_first(_y: Value, x1: Value, x2: Value) -> Value:
-    """The cotangent of `x1` in `dot(x1, x2)`."""
+def cotangent_of_first(_y: Value, x1: Value, x2: Value, bent: bool = False) -> Value:
+    """The cotangent of `x1` in `dot(x1, x2)`, or its tangent (`bent`), with the tangent of `x2`."""
     if x2 is ZeroGradient or numpy.ndim(x1) == 0 or numpy.ndim(x2) == 0:
-        return times(_y, x2, kind(x1))
+        return (bend if bent else times)(_y, x2, kind(x1))
     n1, n2 = numpy.ndim(x1) - 1, numpy.ndim(x2) - 1
     front = numpy.moveaxis(x2, -2, 0) if n2 else numpy.asarray(x2)
     _y = whole(_y, numpy.shape(x1)[:-1] + front.shape[1:])
     axes = range(n1, n1 + n2), range(1, n2 + 1)
-    _x1 = settled_sum(lambda g, slope: numpy.tensordot(g, slope, axes), _y, conjugate(front))
+    _x1 = settled_sum(lambda g, slope: numpy.tensordot(g, slope, axes), _y, conjugate(front), bent)
     return unbroadcast(_x1, kind(x1))
 
 
-def cotangent_of_second(_y: Value, x1: Value, x2: Value) -> Value:
-    """The cotangent of `x2` in `dot(x1, x2)`."""
+def cotangent_of_second(_y: Value, x1: Value, x2: Value, bent: bool = False) -> Value:
+    """The cotangent of `x2` in `dot(x1, x2)`, or its tangent (`bent`), with the tangent of `x1`."""
     if x1 is ZeroGradient or numpy.ndim(x1) == 0 or numpy.ndim(x2) == 0:
-        return times(_y, x1, kind(x2))
+        return (bend if bent else times)(_y, x1, kind(x2))
     n1, n2 = numpy.ndim(x1) - 1, numpy.ndim(x2) - 1
     shape = numpy.shape(x2)
     _y = whole(_y, numpy.shape(x1)[:-1] + (shape[:-2] + shape[-1:] if n2 else ()))
     axes = range(n1), range(n1)
-    _x2 = settled_sum(lambda g, slope: numpy.tensordot(slope, g, axes), _y, conjugate(x1))
+    _x2 = settled_sum(lambda g, slope: numpy.tensordot(slope, g, axes), _y, conjugate(x1), bent)
     return unbroadcast(numpy.moveaxis(_x2, 0, -2) if n2 else _x2, kind(x2))
 
 
@@ -830,11 +835,11 @@ class solve:
         _b = solved(adjoint(A), columns(whole(_y, y.shape), vector))
         _b_ = _A_ = ZeroGradient
         if A_ is not ZeroGradient:
-            _b_ = -solved(adjoint(A), adjoint(A_) @ _b)
+            _b_ = -solved(adjoint(A), settled_sum(numpy.matmul, adjoint(A_), _b, True))
         if node.needs("A"):
             y_ = tangent_of_solution(A, A_, b_, y, vector)
             first = settled_sum(numpy.matmul, _b_, adjoint(columns(y, vector)))
-            _A_ = unbroadcast(-(first + _b @ adjoint(y_)), kind(A))
+            _A_ = unbroadcast(-(first + settled_sum(numpy.matmul, _b, adjoint(y_), True)), kind(A))
         return dict(_A_=_A_, _b_=unbroadcast(rows(_b_, vector), b))
 
 
@@ -882,7 +887,7 @@ class squared_norm_of_field:
         return 2 * inner_product(x_, x)
 
     def hvp(node, _y, x_):
-        return scaled(2 * _y, x_)
+        return bent(2 * _y, x_)
 
 
 def inner_product(g: Value, x: Value) -> Value:
@@ -908,7 +913,7 @@ class norm_of_field(squared_norm_of_field.prototype):
     def hvp(node, _y, x_, x, y):
         if y == 0:
             return ZeroGradient
-        return scaled(_y / y, x_ - scaled(divided(inner_product(x_, x), y**2), x))
+        return bent(_y / y, x_ - scaled(divided(inner_product(x_, x), y**2), x))
 
 
 @copy.register
@@ -979,7 +984,7 @@ class inner_product_of_fields:
         return first + (0.0 if x2_ is ZeroGradient else inner_product(x2_, x1))
 
     def hvp(node, _y, x1_, x2_):
-        return dict(_x1_=scaled(_y, x2_), _x2_=scaled(_y, x1_))
+        return dict(_x1_=bent(_y, x2_), _x2_=bent(_y, x1_))
 
 
 def _equal(self: BaseSymbol, other: Any) -> Any:

@@ -20,7 +20,7 @@ import numpy
 
 from ..core import stdlib
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import conj, kind, scaled, slope, unbroadcast
+from ..core.stdlib.operators import bent, conj, kind, scaled, slope, unbroadcast
 from ..core.symbol import Value
 
 
@@ -53,7 +53,7 @@ class unary_ufunc:
         offer_curvature(cls, cls._differentiate_vjp, ["fprime"], ["fsecond"])
 
     def _differentiate_vjp(node, _y, x_, x):
-        return unbroadcast(scaled(_y, conj(scaled(x_, slope(node.prototype.fsecond, x)))), kind(x))
+        return unbroadcast(bent(_y, conj(scaled(x_, slope(node.prototype.fsecond, x)))), kind(x))
 
 
 def offer_curvature(cls: Any, hvp: Callable[..., Value], first: Iterable[str], second: Iterable[str]) -> None:
@@ -84,7 +84,7 @@ class result_ufunc(unary_ufunc):
         offer_curvature(cls, cls._differentiate_vjp, ["fprime", "slope"], ["curvature"])
 
     def _differentiate_vjp(node, _y, x_, y):
-        return unbroadcast(scaled(_y, conj(scaled(x_, slope(node.prototype.curvature, y)))), kind(y))
+        return unbroadcast(bent(_y, conj(scaled(x_, slope(node.prototype.curvature, y)))), kind(y))
 
 
 @operator
@@ -252,10 +252,19 @@ class square(unary_ufunc):
 
 @operator
 class reciprocal(result_ufunc):
-    f = staticmethod(numpy.reciprocal)
+    """`1 / x`; of integers, where NumPy has 0, it is refused."""
+
     fprime = staticmethod(lambda x: -((1.0 / x) ** 2))
     slope = staticmethod(lambda y: -y * y)
     curvature = staticmethod(lambda y: 2 * y * y * y)
+
+    @staticmethod
+    def f(x: Value, /) -> Value:
+        if isinstance(x, int) or getattr(getattr(x, "dtype", None), "kind", "f") in "iub":
+            raise TypeError(
+                "the reciprocals of integers are integers in NumPy, mostly 0; write 1 / x, or give floats"
+            )
+        return numpy.reciprocal(x)
 
 
 @operator

@@ -120,6 +120,12 @@ def divided(g: Value, x: Value) -> Value:
     return settled(quotient, g)
 
 
+def bent(_y: Value, slope_: Value) -> Value:
+    """The product of a cotangent with the tangent of a slope, zero where either is."""
+    product = scaled(_y, slope_)
+    return product if slope_ is ZeroGradient else settled(product, slope_)
+
+
 def settled(product: Value, g: Value) -> Value:
     """A product with a cotangent or tangent `g`, and zeros where that is zero and the product is not a number."""
     if not has_nan(product):
@@ -144,19 +150,30 @@ def has_nan(x: Value) -> bool:
     return any(map(has_nan, parts_of(x))) if has_parts(x) else bool(numpy.any(numpy.not_equal(x, x)))
 
 
-def settled_sum(product: Callable[[Value, Value], Value], g: Value, slope: Value) -> Value:
-    """A sum of products of cotangents or tangents with slopes, such as that of matrices, by the same rule."""
+def settled_sum(
+    product: Callable[[Value, Value], Value], g: Value, slope: Value, bent: bool = False
+) -> Value:
+    """A sum of products of cotangents or tangents with slopes, such as that of matrices, by the same rule; for
+    second derivatives with the tangents of slopes (`bent`), whose zeros count as well."""
     if g is ZeroGradient or slope is ZeroGradient:
         return ZeroGradient
     with numpy.errstate(invalid="ignore"):
         y = product(g, slope)
         if not has_nan(y):
             return y
-        infinite = ~numpy.isfinite(slope)
-        finite = product(g, numpy.where(infinite, numpy.zeros((), numpy.result_type(slope)), slope))
+        (g0, infinite_g), (slope0, infinite) = finite_part(g), finite_part(slope)
+        finite = product(g0 if bent else g, slope0)
         met = product(1.0 * numpy.not_equal(g, 0), 1.0 * infinite)
+        if bent:
+            met = met + product(1.0 * infinite_g, 1.0 * numpy.not_equal(slope, 0))
     choice: Any = numpy.where(met > 0, y, finite)
     return choice[()]
+
+
+def finite_part(x: Value) -> tuple[Array, Array]:
+    """An array with zeros for what is not finite, and where that is."""
+    infinite = ~numpy.isfinite(x)
+    return numpy.where(infinite, numpy.zeros((), numpy.result_type(x)), x), infinite
 
 
 def cleared(slope: Value, g: Value) -> Value:
@@ -285,7 +302,7 @@ class abs(unary):
         return unbroadcast(scaled(x_, conj(numpy.sign(in_floats(x)))), (kind(x)[0], False))
 
     def hvp(node, _y, x_, x):
-        return scaled(_y, turn(x_, x)) if kind(x)[1] else ZeroGradient
+        return bent(_y, turn(x_, x)) if kind(x)[1] else ZeroGradient
 
 
 def turn(x_: Value, x: Value) -> Value:
@@ -377,12 +394,17 @@ class mul(binary):
         return widen(plus(scaled(x1_, x2), scaled(x2_, x1)), *kinds)
 
     def hvp(node, _y, x1_, x2_, kinds):
-        return dict(_x1_=times(_y, x2_, kinds[0]), _x2_=times(_y, x1_, kinds[1]))
+        return dict(_x1_=bend(_y, x2_, kinds[0]), _x2_=bend(_y, x1_, kinds[1]))
 
 
 def times(_y: Value, slope: Value, kind: Kind) -> Value:
     """The cotangent of a value, from the derivative of the result with respect to it."""
     return ZeroGradient if slope is ZeroGradient else unbroadcast(scaled(_y, conj(slope)), kind)
+
+
+def bend(_y: Value, slope_: Value, kind: Kind) -> Value:
+    """The tangent of the cotangent of a value, from the tangent of that derivative."""
+    return ZeroGradient if slope_ is ZeroGradient else unbroadcast(bent(_y, conj(slope_)), kind)
 
 
 @operator
@@ -407,7 +429,7 @@ class div(binary):
     def hvp(node, _y, x1_, x2_, x2, y, kind1):
         _x1 = divided(_y, conj(x2))
         second = divided(x1_ - scaled(2 * x2_, y), x2) if node.needs("x2") else ZeroGradient
-        return dict(_x1_=-times(_x1, divided(x2_, x2), kind1), _x2_=-times(_x1, second, kind(x2, node, "x2")))
+        return dict(_x1_=-bend(_x1, divided(x2_, x2), kind1), _x2_=-bend(_x1, second, kind(x2, node, "x2")))
 
 
 class shift1:
@@ -561,7 +583,7 @@ class pow(binary):
         if node.needs("x1") and x2_ is not ZeroGradient:
             slope1_ = plus(slope1_, scaled(x2_, slope(mixed_curvature, x1, x2)))
         return dict(
-            _x1_=times(_y, slope1_, kind(x1, node, "x1")), _x2_=times(_y, slope2_, kind(x2, node, "x2"))
+            _x1_=bend(_y, slope1_, kind(x1, node, "x1")), _x2_=bend(_y, slope2_, kind(x2, node, "x2"))
         )
 
 
