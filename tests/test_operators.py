@@ -442,6 +442,7 @@ def _(draw):
 @proof("linalg.norm")
 def _(draw):
     x = draw.array(draw(shapes(1), "shape"), 0.5)
+    x[...] *= draw.rng.choice([-1, 1], x.shape) if x.flags.writeable else 1
     if x.ndim and draw(st.booleans(), "of vectors"):
         axis = draw.axis(x.ndim, none=x.ndim == 1)
         ord = draw(st.sampled_from([None, 1, 2, 3, 2.5, 1.5, np.inf, -np.inf]), "ord")
