@@ -105,7 +105,7 @@ def scaled(g: Value, slope: Value) -> Value:
     latter is infinite or not a number."""
     if g is ZeroGradient or slope is ZeroGradient:
         return ZeroGradient
-    if type(slope) is float and slope - slope == 0 or type(slope) is int:
+    if is_tame(slope):
         return g * slope
     with numpy.errstate(invalid="ignore"):
         product = g * slope
@@ -116,15 +116,34 @@ def divided(g: Value, x: Value) -> Value:
     """The quotient of a cotangent or tangent and a value, with the same rule."""
     if g is ZeroGradient:
         return g
+    if is_tame(x) and has_no_zero(x):
+        return g / x
     with numpy.errstate(invalid="ignore", divide="ignore"):
         quotient = g / x
     return settled(quotient, g)
 
 
+FEW = 64  # numbers, which are looked at faster one by one than by NumPy
+
+
+def is_tame(x: Value) -> bool:
+    """Whether a value is a number or a few, and all of them are finite."""
+    if type(x) is numpy.ndarray:
+        if x.size > FEW:
+            return False
+        x = sum(x.ravel().tolist())
+    return isinstance(x, (float, int, complex)) and x - x == 0
+
+
+def has_no_zero(x: Value) -> bool:
+    """Whether none of a few numbers is zero."""
+    return all(x.ravel().tolist()) if type(x) is numpy.ndarray else x != 0
+
+
 def bent(_y: Value, slope_: Value) -> Value:
     """The product of a cotangent with the tangent of a slope, zero where either is."""
     product = scaled(_y, slope_)
-    return product if slope_ is ZeroGradient else settled(product, slope_)
+    return product if product is ZeroGradient else settled(product, slope_)
 
 
 def settled(product: Value, g: Value) -> Value:
@@ -141,6 +160,8 @@ def settled(product: Value, g: Value) -> Value:
 
 def has_nan(x: Value) -> bool:
     """Whether any number in a value is not a number."""
+    if is_tame(x):
+        return False
     if type(x) is numpy.ndarray:
         if x.dtype.kind == "f":
             least = x.min(initial=0.0)  # the quickest way to ask
@@ -158,6 +179,8 @@ def settled_sum(
     second derivatives with the tangents of slopes (`bent`), whose zeros count as well."""
     if g is ZeroGradient or slope is ZeroGradient:
         return ZeroGradient
+    if is_tame(slope) and not (bent and has_nan(g)):
+        return product(g, slope)
     with numpy.errstate(invalid="ignore"):
         y = product(g, slope)
         if not has_nan(y):
@@ -190,11 +213,9 @@ def cleared(slope: Value, g: Value) -> Value:
 def in_floats(x: Value) -> Value:
     """A value for the formula of a derivative: integers and truth values as floats, since sums and products
     of small integers wrap around; anything else as it is."""
-    if isinstance(x, (numpy.ndarray, numpy.generic)):
+    if type(x) is numpy.ndarray or isinstance(x, numpy.generic):
         return x.astype("f8") if x.dtype.kind in "iub" else x
-    return (
-        numpy.asarray(x, "f8") if isinstance(x, (list, tuple)) and not numpy.iscomplexobj(x) else as_array(x)
-    )
+    return in_floats(numpy.asarray(x)) if isinstance(x, (list, tuple)) else x
 
 
 def slope(fprime: Callable[..., Value], *x: Value, **options: Any) -> Value:
@@ -460,26 +481,26 @@ class reverse2:
 
 class scale1:
     def vjp(node, _y, x2):
-        return scaled(_y, x2)
+        return _y * x2 if x2 - x2 == 0 else scaled(_y, x2)
 
     def jvp(node, x1_, x2):
-        return scaled(x1_, x2)
+        return x1_ * x2 if x2 - x2 == 0 else scaled(x1_, x2)
 
 
 class scale2:
     def vjp(node, _y, x1):
-        return scaled(_y, x1)
+        return _y * x1 if x1 - x1 == 0 else scaled(_y, x1)
 
     def jvp(node, x2_, x1):
-        return scaled(x2_, x1)
+        return x2_ * x1 if x1 - x1 == 0 else scaled(x2_, x1)
 
 
 class divide1:
     def vjp(node, _y, x2):
-        return divided(_y, x2)
+        return _y / x2 if x2 and x2 == x2 else divided(_y, x2)
 
     def jvp(node, x1_, x2):
-        return divided(x1_, x2)
+        return x1_ / x2 if x2 and x2 == x2 else divided(x1_, x2)
 
 
 def next_to_a_number(whole: Any, **derivatives: type) -> None:
@@ -562,7 +583,7 @@ class pow(binary):
 
     def vjp(node, _y, x1, x2, y):
         return dict(
-            _x1=times(_y, slope(slope_of_base, x1, x2), kind(x1, node, "x1"))
+            _x1=times(_y, slope_along_base(x1, x2), kind(x1, node, "x1"))
             if node.needs("x1")
             else ZeroGradient,
             _x2=times(_y, slope(slope_of_exponent, x1, y), kind(x2, node, "x2"))
@@ -571,7 +592,7 @@ class pow(binary):
         )
 
     def jvp(node, x1_, x2_, x1, x2, y):
-        first = x1_ if x1_ is ZeroGradient else scaled(x1_, slope(slope_of_base, x1, x2))
+        first = x1_ if x1_ is ZeroGradient else scaled(x1_, slope_along_base(x1, x2))
         second = x2_ if x2_ is ZeroGradient else scaled(x2_, slope(slope_of_exponent, x1, y))
         return widen(plus(first, second), kind(x1, node, "x1"), kind(x2, node, "x2"))
 
@@ -588,6 +609,13 @@ class pow(binary):
         return dict(
             _x1_=bend(_y, slope1_, kind(x1, node, "x1")), _x2_=bend(_y, slope2_, kind(x2, node, "x2"))
         )
+
+
+def slope_along_base(x1: Value, x2: Value) -> Value:
+    """`slope_of_base` without warnings; powers from 1 on have no poles."""
+    if type(x2) in (int, float) and x2 >= 1:
+        return x1 * 2 if x2 == 2 else slope_of_base(x1, x2)
+    return slope(slope_of_base, x1, x2)
 
 
 def slope_of_base(x1: Value, x2: Value) -> Value:
