@@ -11,7 +11,7 @@ from vmad_lit import Builder
 from vmad_lit.core.error import ModelError, NoValueYet
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.numpy_calls import symbols_in
-from vmad_lit.core.symbol import BaseSymbol, List, Literal
+from vmad_lit.core.symbol import BaseSymbol, List, Literal, Symbol
 from vmad_lit.lib import binary, linalg
 from vmad_lit.testing import check
 
@@ -241,6 +241,24 @@ def test_comparisons(name):
         assert _b is ZeroGradient or not np.any(_b)
         _, y_ = m.compute_with_jvp("product", init, dict(a_=np.ones(3), b_=np.ones(3)))
         np.testing.assert_array_equal(y_, ufunc(x, y) * 1.0)
+
+
+def test_a_class_of_symbols_with_an_arithmetic_of_its_own():
+    class Angle(Symbol):
+        def __add__(self, other):
+            return (Literal(0.0) + self) % 2.0
+
+        __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = __add__
+
+        def __neg__(self):
+            return self + 1.0
+
+    with Builder() as m:
+        s = m.input(Angle("s"))
+        for f in np.add, np.multiply, np.matmul, operator.add, operator.matmul:
+            for result in f(X, s), f(s, X), f(s, s):
+                assert result._name.startswith("mod")
+        assert np.negative(s)._name.startswith("mod")
 
 
 def test_sums_and_increments_of_python_build_nodes():

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy
 
-from ..core import stdlib
 from ..core.error import NoValueYet
-from ..core.stdlib.numpy_calls import INSTEAD, Unsupported, answers, operand, symbols_in
+from ..core.stdlib.numpy_calls import BUILDERS, INSTEAD, Unsupported, answers, by_method, operand, symbols_in
 from ..core.symbol import List, Symbol, Value
 from . import binary, linalg, unary
 
@@ -19,12 +18,12 @@ ABSENT: Any = numpy._NoValue  # NumPy's default of arguments that were not given
 for _module in unary, binary:
     for _name in _module.__all__:
         _ufunc = getattr(numpy, _name, None)
-        if isinstance(_ufunc, numpy.ufunc) and not hasattr(stdlib, _name):
+        if isinstance(_ufunc, numpy.ufunc) and _ufunc not in BUILDERS:
             answers(_ufunc)(getattr(_module, _name))
 answers(numpy.conjugate)(linalg.conj)
 answers(numpy.degrees)(unary.rad2deg)
 answers(numpy.radians)(unary.deg2rad)
-answers(numpy.matmul)(linalg.matrix_product)
+answers(numpy.matmul)(by_method("matmul"))
 
 
 def array(x: Value) -> Any:

@@ -7,7 +7,7 @@ import numpy
 
 from ..error import BadArgument
 from ..symbol import BaseSymbol
-from .numpy_calls import answers, refuse_strangers
+from .numpy_calls import answers, by_method, refuse_strangers
 from .operators import abs, add, div, mod, mul, neg, pos, pow, sub
 from .utils import assert_isinstance, assert_true, eval, terminal, watchpoint
 
@@ -70,19 +70,6 @@ def _no_floor_division(self: BaseSymbol, other: Any) -> NoReturn:
     )
 
 
-for _call, _operator in {
-    numpy.add: add,
-    numpy.subtract: sub,
-    numpy.multiply: mul,
-    numpy.divide: div,
-    numpy.remainder: mod,
-    numpy.power: pow,
-    numpy.positive: pos,
-    numpy.negative: neg,
-    numpy.absolute: abs,
-}.items():
-    answers(_call)(_operator)
-
 for _name, _method in dict(
     __pow__=_power,
     __rpow__=_reflected(pow),
@@ -91,3 +78,16 @@ for _name, _method in dict(
     __rfloordiv__=_no_floor_division,
 ).items():
     setattr(BaseSymbol, _name, _method)
+
+for _call, _name in {
+    numpy.add: "add",
+    numpy.subtract: "sub",
+    numpy.multiply: "mul",
+    numpy.divide: "truediv",
+    numpy.remainder: "mod",
+    numpy.power: "pow",
+    numpy.positive: "pos",
+    numpy.negative: "neg",
+    numpy.absolute: "abs",
+}.items():
+    answers(_call)(by_method(_name))

@@ -144,6 +144,18 @@ def name_of(call: Call) -> str:
 
 
 # Where NumPy and Python ask
+def by_method(name: str) -> Builder:
+    """A builder that calls a method of the symbol, the reflected one if the symbol is on the right."""
+
+    def build(x1: Any, *x2: Any) -> Any:
+        if isinstance(x1, BaseSymbol):
+            return getattr(x1, f"__{name}__")(*x2)
+        (right,) = x2
+        return getattr(right, f"__r{name}__")(x1)
+
+    return build
+
+
 def array_ufunc(self: BaseSymbol, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     return call_ufunc(ufunc, method, args, kwargs)
 

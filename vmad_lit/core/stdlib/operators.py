@@ -222,7 +222,7 @@ def slope(fprime: Callable[..., Value], *x: Value, **options: Any) -> Value:
     """A derivative at values whose integers are taken for floats, without the warnings about its poles."""
     with numpy.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if all(type(number) in (int, float) for number in x):
-            x = tuple(map(numpy.float64, x))  # which may be divided by zero
+            return float(fprime(*map(numpy.float64, x), **options))  # which may be divided by zero
         return fprime(*map(in_floats, x), **options)
 
 
