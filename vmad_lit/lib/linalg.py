@@ -487,7 +487,7 @@ class to_scalar(linear):
     placements = "reduction"
 
     def apl(node, x):
-        return sum_array(squared_modulus(x))
+        return in_precision_of(x, sum_array(squared_modulus(x)))
 
     def vjp(node, _y, x):
         return scaled(2 * _y, in_floats(x))
@@ -501,7 +501,13 @@ class to_scalar(linear):
 
 def squared_modulus(x: Value) -> Array:
     x = numpy.asarray(in_floats(x))
+    x = x.astype("f4") if x.dtype == "f2" else x
     return x.real * x.real + x.imag * x.imag if x.dtype.kind == "c" else x * x
+
+
+def in_precision_of(x: Value, y: Value) -> Value:
+    """A sum that was taken in single precision, in half precision if its terms were."""
+    return y.astype("f2") if getattr(x, "dtype", None) == "f2" else y
 
 
 @overloaded
@@ -532,7 +538,7 @@ class norm(linear):
                     f"got ord={ord!r} for {numpy.ndim(x)} axes and axis={axis!r}"
                 )
         if ord in (None, "fro") and not isinstance(axes, int):
-            return sum_array(squared_modulus(x), axes, None, keepdims) ** 0.5
+            return in_precision_of(x, sum_array(squared_modulus(x), axes, None, keepdims) ** 0.5)
         return numpy.linalg.norm(x, ord, axes, keepdims)
 
     def rcd(node, x, ord, axis, keepdims, y):
