@@ -172,6 +172,21 @@ def test_a_forgotten_node():
             return dict(k=k)
 
 
+def test_a_forgotten_node_that_cannot_be_told_at_once():
+    class f(Scaled):
+        def apl(k, a):
+            return a * k
+
+        def vjp(node, _y):
+            return _y
+
+    with (
+        Builder() as m,
+        pytest.raises(BadArgument, match="takes 1 arguments .*, got 2; the first parameter .* is the node"),
+    ):
+        operator(f)(2.0, m.input("a"))
+
+
 def test_the_node_may_have_another_name_and_functions_may_be_static():
     class f(Scaled):
         @staticmethod

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from helpers import examples
 from vmad_lit import Builder, ListPlaceholder, autooperator, operator
 from vmad_lit.core import error, execution, stdlib
+from vmad_lit.core.model import Model
 from vmad_lit.core.execution import Layout, Plan, find_active, find_needed, find_recorded
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.symbol import List, Literal, Symbol
@@ -1012,3 +1013,12 @@ def test_a_model_is_built_with_the_hyper_parameters_that_there_are():
         scaled.build(shift=1.0)
     with pytest.raises(error.ModelError, match="'x' is an input of scaled"):
         scaled.build(factor=2.0, x=1.0)
+
+
+def test_the_model_of_a_symbol():
+    with Builder() as m:
+        a = m.input("a")
+        y = a * 2.0
+    assert Model.get_model(a) is Model.get_model(y) is m and Model.get_model(Symbol("free")) is None
+    apart = Symbol("b")
+    assert len(Model.get_model(linalg.sin(apart))) == 1

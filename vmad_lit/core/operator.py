@@ -354,7 +354,8 @@ class Operator:
         apl = self.apl
         if len(args) > len(apl.argnames):
             raise BadArgument(
-                f"{self.__name__} takes {len(apl.argnames)} arguments {apl.argnames}, got {len(args)}"
+                f"{self.__name__} takes {len(apl.argnames)} arguments {apl.argnames}, got {len(args)}; "
+                "the first parameter of its functions is the node, which is not given"
             )
         given = dict(zip(apl.argnames, args))
         places: dict[str, Any] = {}
