@@ -394,10 +394,10 @@ def test_what_no_function_returns():
         def vjp(node, _y, k):
             return {"_a"}
 
-    @told("jvp of .*returned 'y_' as str, which is no value")
+    @told("jvp of .*returned 'y_' as type, which is no value")
     class f(Scaled):
         def jvp(node, a_, k):
-            return "y_"
+            return dict
 
     @told(r"returned a dict with \['z'\], and is declared to return \['y'\]")
     class f(Scaled):

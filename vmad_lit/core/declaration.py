@@ -181,7 +181,7 @@ def check_result(primitive: Any, result: Any) -> Any:
 
 
 NO_VALUES = GeneratorType, map, filter, zip
-NO_DERIVATIVES = NoneType, str, bytes, set, frozenset, FunctionType, type
+NO_DERIVATIVES = NoneType, set, frozenset, FunctionType, type
 
 
 class NotRecorded:
