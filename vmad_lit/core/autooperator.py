@@ -12,6 +12,7 @@ from .autodiff import ZERO
 from .error import BadArgument, ModelError, did_you_mean
 from .execution import Plan
 from .graph import Node
+from .handover import duplicate
 from .model import Builder, Model
 from .operator import InstanceOperator, Operator, Primitive, declare
 from .symbol import Literal, Symbol
@@ -139,7 +140,8 @@ class AutoOperator(Operator):
         inputs = {name: value for name, value in arguments.items() if name in self.ain}
         hyperargs = {name: value for name, value in arguments.items() if name not in self.ain}
         model = self._build(hyperargs)
-        _, tape = model.compute(list(self.aout), inputs, return_tape=True)
+        _, tape = model._run(self.aout, {name: duplicate(value) for name, value in inputs.items()}, True)
+        tape.shared = True
         return self._vary(
             __bound_model__=model, __bound_tape__=tape, _defaults={**self._defaults, **hyperargs}
         )

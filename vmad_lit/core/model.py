@@ -9,6 +9,7 @@ from .autodiff import write_sweep
 from .error import BadArgument, UnexpectedOutput, did_you_mean
 from .execution import Plan, describe
 from .graph import Graph, Node
+from .handover import duplicate, hand_over
 from .operator import ZeroGradient
 from .symbol import Value
 from .tape import Tape
@@ -97,6 +98,7 @@ class Model(Graph):
         return_tape: bool = False,
         return_dict: bool = False,
         monitor: Monitor | None = None,
+        copy: bool = True,
     ) -> Any:
         """Compute outputs of the model.
 
@@ -112,6 +114,9 @@ class Model(Graph):
             Return the values as a dict.
         monitor : callable
             `monitor(node, inputs, outputs, context)` is called after each node.
+        copy : bool
+            Whether arrays that share memory with others, with an input or with the tape, are returned as
+            copies. If not, they are returned read-only.
 
         Raises
         ------
@@ -122,14 +127,22 @@ class Model(Graph):
         """
         names = names_of(vout)
         every = tuple(dict.fromkeys([*self._outputs, *names])) if return_tape else names
-        out, tape = self._run(every, self._conforming(dict(init)), return_tape, monitor)
+        given = self._conforming(dict(init))
         if return_tape:
-            tape.shared = True
-        result = select(out, vout, return_dict)
+            given = {name: duplicate(value) for name, value in given.items()}
+        out, tape = self._run(every, given, return_tape, monitor)
+        if return_tape:
+            out = tape.share()
+        result = select(hand_over(out, names, copy), vout, return_dict)
         return (result, tape) if return_tape else result
 
     def compute_with_vjp(
-        self, init: Values, v: Values, return_dict: bool = False, monitor: Monitor | None = None
+        self,
+        init: Values,
+        v: Values,
+        return_dict: bool = False,
+        monitor: Monitor | None = None,
+        copy: bool = True,
     ) -> tuple[Any, Any]:
         """Compute outputs and a vector-Jacobian product.
 
@@ -148,10 +161,12 @@ class Model(Graph):
         """
         init, v = dict(init), dict(v)
         vout = [without(name, "_", None) for name in v]
-        out, tape = self._run(vout, init, True, monitor)
+        _, tape = self._run(vout, init, True, monitor)
+        out = tape.let_go()
         tape.consume()
-        pulled = tape.get_vjp().compute(tape.get_vjp_vout(), v, return_dict=return_dict, monitor=monitor)
-        return select(out, vout, return_dict), pulled
+        pulled = tape.get_vjp().compute(tape.get_vjp_vout(), v, False, return_dict, monitor, copy)
+        del tape
+        return select(hand_over(out, vout, copy), vout, return_dict), pulled
 
     def compute_with_jvp(
         self,
@@ -160,6 +175,7 @@ class Model(Graph):
         v: Values,
         return_dict: bool = False,
         monitor: Monitor | None = None,
+        copy: bool = True,
     ) -> tuple[Any, Any]:
         """Compute outputs and a Jacobian-vector product.
 
@@ -177,15 +193,18 @@ class Model(Graph):
             The outputs and their tangents, each a value if `vout` is a str, else a list. Dicts if
             `return_dict`.
         """
-        out, tape = self._run(names_of(vout), dict(init), True, monitor)
+        names = names_of(vout)
+        _, tape = self._run(names, dict(init), True, monitor)
         tangents = self._tangents(dict(v))
+        out = tape.let_go()
         tape.consume()
         pushed = tape.get_jvp().compute(
-            [name + "_" for name in names_of(vout)], tangents, return_dict=return_dict, monitor=monitor
+            [name + "_" for name in names], tangents, False, return_dict, monitor, copy
         )
         if not return_dict and isinstance(vout, str):
             pushed = pushed[0]
-        return select(out, vout, return_dict), pushed
+        del tape
+        return select(hand_over(out, names, copy), vout, return_dict), pushed
 
     def compute_with_gnDp(
         self,
@@ -194,6 +213,7 @@ class Model(Graph):
         v: Values,
         return_dict: bool = False,
         monitor: Monitor | None = None,
+        copy: bool = True,
     ) -> tuple[Any, Any]:
         """Compute outputs and a Gauss-Newton product J^T J v.
 
@@ -201,17 +221,27 @@ class Model(Graph):
         `compute_with_vjp`.
         """
         names = names_of(vout)
-        out, tape = self._run(names, dict(init), True, monitor)
+        _, tape = self._run(names, dict(init), True, monitor)
         tangents = self._tangents(dict(v))
+        out = tape.let_go()
         pushed = tape.get_jvp().compute([name + "_" for name in names], tangents, monitor=monitor)
         cotangents = {"_" + name: tangent for name, tangent in zip(names, pushed)}
         tape.consume()
-        pulled, _ = tape.get_vjp()._run(tape.get_vjp_vout(), cotangents, monitor=monitor)
-        return select(out, vout, return_dict), select(pulled, tape.get_vjp_vout(), return_dict)
+        gradient = tape.get_vjp_vout()
+        pulled, _ = tape.get_vjp()._run(gradient, cotangents, monitor=monitor)
+        del tape
+        product = select(hand_over(pulled, gradient, copy), gradient, return_dict)
+        return select(hand_over(out, names, copy), vout, return_dict), product
 
     # Compute a Hessian-vector product
     def compute_with_hvp(
-        self, vout: Names, init: Values, v: Values, return_dict: bool = False, monitor: Monitor | None = None
+        self,
+        vout: Names,
+        init: Values,
+        v: Values,
+        return_dict: bool = False,
+        monitor: Monitor | None = None,
+        copy: bool = True,
     ) -> tuple[Any, Any, Any]:
         """Compute outputs, a gradient, and the product of a Hessian with a vector.
 
@@ -240,7 +270,8 @@ class Model(Graph):
             A cotangent is missing, or a tangent or cotangent does not fit its value.
         """
         names, v = names_of(vout), dict(v)
-        out, tape = self._run(names, dict(init), True, monitor)
+        _, tape = self._run(names, dict(init), True, monitor)
+        out = tape.let_go()
         cotangents: dict[str, Value] = {}
         for name in names:
             cotangents["_" + name] = cotangent = v.pop("_" + name, None)
@@ -255,11 +286,12 @@ class Model(Graph):
         tape.consume()
         hvp, gradient, product = tape.get_hvp(), tape.get_vjp_vout(), tape.get_hvp_vout()
         given = {**cotangents, **self._tangents(v)}
-        swept = hvp.compute([*gradient, *product], given, return_dict=True, monitor=monitor)
+        swept = hvp.compute([*gradient, *product], given, False, True, monitor, copy)
+        del tape, hvp
         return (
-            select(out, vout, return_dict),
-            select(swept, gradient, return_dict),
-            select(swept, product, return_dict),
+            select(hand_over(out, names, copy), vout, return_dict),
+            select([swept[name] for name in gradient], gradient, return_dict),
+            select([swept[name] for name in product], product, return_dict),
         )
 
     def _tangents(self, v: dict[str, Value]) -> dict[str, Value]:
@@ -313,11 +345,11 @@ def names_of(vout: Names) -> list[str]:
     return [vout] if isinstance(vout, str) else list(vout)
 
 
-def select(out: dict[str, Value], vout: Names, return_dict: bool = False) -> Any:
+def select(values: list[Value], vout: Names, return_dict: bool = False) -> Any:
     """The values of the outputs `vout` in the form that the caller wants."""
     if return_dict:
-        return {name: out[name] for name in names_of(vout)}
-    return out[vout] if isinstance(vout, str) else [out[name] for name in vout]
+        return dict(zip(names_of(vout), values))
+    return values[0] if isinstance(vout, str) else values
 
 
 def without(name: str, prefix: str | None, suffix: str | None) -> str:

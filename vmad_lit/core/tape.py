@@ -9,7 +9,7 @@ from .execution import Plan, collect, describe
 from .graph import Node, Symbols
 from .operator import ZeroGradient
 from .symbol import Symbol, Value
-from .valuetypes import form_of, value_type
+from .valuetypes import IMMUTABLE, form_of, value_type
 
 
 # Slots of a tape that is consumed
@@ -102,10 +102,17 @@ class Tape(Sequence[Record]):
     def let_go(self) -> dict[str, Value]:
         """The outputs, of which the tape keeps from now on only the forms, and what nodes recorded."""
         out = self.out
-        self.out = {name: form_of(value) for name, value in out.items()}
+        self.out = {
+            name: value if isinstance(value, IMMUTABLE) else form_of(value) for name, value in out.items()
+        }
         for slot in self.plan.unrecorded:
             self.slots[slot] = None
         return out
+
+    def share(self) -> dict[str, Value]:
+        """The outputs, for somebody who gets the tape as well."""
+        self.shared = True
+        return self.let_go()
 
     def consume(self) -> None:
         """Let the next sweep, which is the last, use up the tape; unless somebody outside of the engine has it."""
