@@ -12,7 +12,8 @@ from .autodiff import ZERO
 from .error import BadArgument, ModelError, did_you_mean
 from .execution import Plan
 from .graph import Node
-from .handover import duplicate
+from .handover import duplicate, snapshot
+from .marks import Mark, mark, matches
 from .model import Builder, Model
 from .operator import InstanceOperator, Operator, Primitive, declare
 from .symbol import Literal, Symbol
@@ -74,7 +75,7 @@ class AutoOperator(Operator):
     def _build(self, hyperargs: Mapping[str, Any]) -> Model:
         if self.__bound_model__ is not None:
             return self.__bound_model__
-        hyperargs = {**self._defaults, **hyperargs}
+        hyperargs = snapshot({**self._defaults, **hyperargs})
         # Check that the hyper-parameters are complete
         expected = [name for name in self.argnames if name not in self.ain]
         for name in hyperargs:
@@ -126,6 +127,7 @@ class AutoOperator(Operator):
 
     def bind(self, /, **hyperargs: Any) -> AutoOperator:
         """A variant with the hyper-parameters fixed, whose model is built once."""
+        hyperargs = snapshot(hyperargs)
         model = self.build(**hyperargs)
         return self._vary(
             __bound_model__=model,
@@ -239,11 +241,9 @@ def find_model(node: Any, arguments: Mapping[str, Any]) -> tuple[Model, dict[str
     if operator.__bound_model__ is not None:
         return operator.__bound_model__, inputs
     hyperargs = {name: arguments[name] for name in operator.argnames if name not in operator.ain}
-    home = node.forward or node
-    if home.cache is None or not all(
-        is_same(home.cache[0][name], value) for name, value in hyperargs.items()
-    ):
-        home.cache = hyperargs, share_model(home, hyperargs)
+    home, marks = node.forward or node, [mark(value) for value in hyperargs.values()]
+    if home.cache is None or not all(map(matches, home.cache[0], marks)):
+        home.cache = marks, share_model(home, hyperargs, marks), hyperargs
     return home.cache[1], inputs
 
 
@@ -257,25 +257,15 @@ def find_known_model(node: Any) -> Any:
     return find_model(node, {**node.varin, **values})[0]
 
 
-def share_model(node: Any, hyperargs: Mapping[str, Any]) -> Any:
+def share_model(node: Any, hyperargs: Mapping[str, Any], marks: list[Mark]) -> Any:
     """The model for some hyper-parameters: that of another node of the same graph, or a new one."""
     operator, graph = node.operator, node.graph
     if graph is None or not all(node.is_literal(name) for name in hyperargs):
         return operator._build(hyperargs)
-    key = (
-        operator,
-        *(
-            (type(value), value) if type(value) in (int, float, str) else id(value)
-            for value in hyperargs.values()
-        ),
-    )
+    key = operator, *marks
     if key not in graph.shared:
         graph.shared[key] = operator._build(hyperargs)
     return graph.shared[key]
-
-
-def is_same(a: Any, b: Any) -> bool:
-    return a is b or type(a) is type(b) and type(a) in (int, float, str) and a == b
 
 
 def compute(node: Any, **arguments: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,9 @@ from .autodiff import add_cotangents
 from .autooperator import AutoOperator, InstanceAutoOperator, find_known_model, find_model
 from .error import BadArgument, BrokenPrimitive
 from .execution import Plan
+from .graph import Node
+from .handover import snapshot
+from .marks import literals
 from .model import Model
 from .operator import InstanceOperator, Operator, Primitive, ZeroGradient
 from .schedules import Actions, find_schedule, is_whole
@@ -155,7 +158,7 @@ class Models:
     """The models of the steps of a chain, for some hyper-parameters."""
 
     def __init__(self, step: AutoOperator, hyperargs: dict[str, Any]) -> None:
-        self._step, self._hyperargs = step, hyperargs
+        self._step, self._hyperargs = step, snapshot(hyperargs)
         self._numbered = "i" in step.argnames
         self._models: dict[int, Model] = {}
 
@@ -324,6 +327,11 @@ class History:
         kept = self._kept
         what = "used up" if kept is None else f"{len(kept[0])} states, {len(kept[1])} tapes"
         return f"history of {self.steps.chain.__name__}: {what}"
+
+    def literals(self) -> Iterator[tuple[Node, str, Any]]:
+        """The constants of the steps, see `Tape`."""
+        for model in self.steps.models._models.values():
+            yield from literals(model)
 
     def held(self) -> list[Any]:
         """What it keeps in memory."""

@@ -116,3 +116,13 @@ def by_items(function: Callable[[Value], Value], value: Value, of_parts: Callabl
         return {key: function(item) for key, item in value.items()}
     values = VALUE_TYPES[kind]
     return value if values.take_apart(value) is None else of_parts(values)
+
+
+def snapshot(value: Any) -> Any:
+    """A value with copies of the arrays in it, and in the containers in it."""
+    if isinstance(value, numpy.ndarray):
+        return duplicate(value)
+    kind = type(value)
+    if kind is dict:
+        return {key: snapshot(item) for key, item in value.items()}
+    return kind(map(snapshot, value)) if kind in (list, tuple) else value

@@ -66,6 +66,7 @@ class Model(Graph):
         plan = self._plan(tuple(vout), record, monitor is None, donated, results)
         slots = None
         if self._tape is not None:
+            self._tape.verify()
             slots = self._tape.slots
             init = self._optional | {name: as_zero(value) for name, value in init.items()}
         values, slots = self.runner(plan, init, slots, monitor)

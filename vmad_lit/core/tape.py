@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+from .error import BadArgument
 from .execution import Plan, collect, describe
 from .graph import Node, Symbols
+from .marks import Mark, literals, mark, matches
 from .operator import ZeroGradient
 from .symbol import Symbol, Value
 from .valuetypes import IMMUTABLE, form_of, value_type
@@ -53,6 +55,8 @@ class Tape(Sequence[Record]):
         The outputs of the run, or their forms after `let_go`.
     shared : bool
         Whether somebody outside of the engine has the tape.
+    marks : list of tuple
+        If so, for each constant the node, the argument, the value and its mark.
     """
 
     _repr_html_: ClassVar[Callable[..., str]]
@@ -72,6 +76,7 @@ class Tape(Sequence[Record]):
         self.out = out
         self.forms = {name: form_of(value) for name, value in init.items()}
         self.shared = False
+        self.marks: list[tuple[Node, str, Value, Mark]] = []
 
     def __len__(self) -> int:
         return len(self.plan.nodes)
@@ -112,7 +117,25 @@ class Tape(Sequence[Record]):
     def share(self) -> dict[str, Value]:
         """The outputs, for somebody who gets the tape as well."""
         self.shared = True
+        self.marks = [(*found, mark(found[-1])) for found in self.literals()]
         return self.let_go()
+
+    def literals(self) -> Iterator[tuple[Node, str, Value]]:
+        """The constants of the nodes that ran, also in inner models, as `marks.literals` has them."""
+        yield from literals(self.plan.nodes)
+        for node, record in self.plan.records.items():
+            for name in node.operator.extras if type(record) is dict else ():
+                yield from getattr(self.slots[record[name]], "literals", tuple)()
+
+    def verify(self) -> None:
+        """Complain if a constant was changed in place after the run."""
+        for node, name, value, before in self.marks:
+            if not matches(before, mark(value)):
+                filename, line = node.place
+                raise BadArgument(
+                    f"the value of '{name}' in {node.name} at {filename}:{line}, {describe(value)}, was changed in "
+                    "place after the run to which this tape belongs; run the model again, or let it have a copy"
+                )
 
     def consume(self) -> None:
         """Let the next sweep, which is the last, use up the tape; unless somebody outside of the engine has it."""
