@@ -16,6 +16,7 @@ from .handover import duplicate, snapshot
 from .marks import Mark, mark, matches
 from .model import Builder, Model
 from .operator import InstanceOperator, Operator, Primitive, declare
+from .runs import run_inside
 from .symbol import Literal, Symbol
 from .tape import Tape
 
@@ -273,7 +274,7 @@ def compute(node: Any, **arguments: Any) -> dict[str, Any]:
     if operator.__bound_tape__ is not None:
         return {name: operator.__bound_tape__.out[name] for name in operator.aout}
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, donated=node.donated)[0]
+    return model._run(find_wanted(node), inputs, donated=node.donated, place=run_inside(node))[0]
 
 
 def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
@@ -296,7 +297,8 @@ def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if operator.__bound_tape__ is not None:
         return operator.__bound_tape__
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, record=True, donated=node.donated)[1]
+    place = run_inside(node)
+    return model._run(find_wanted(node), inputs, record=True, donated=node.donated, place=place)[1]
 
 
 def differentiate(node: Any, **arguments: Any) -> Any:

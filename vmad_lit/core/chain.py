@@ -15,6 +15,7 @@ from .handover import snapshot
 from .marks import literals
 from .model import Model
 from .operator import InstanceOperator, Operator, Primitive, ZeroGradient
+from .runs import Run, run_inside
 from .schedules import Actions, find_schedule, is_whole
 from .store import Disk, InMemory, OnDisk, find_comm
 
@@ -173,26 +174,28 @@ class Models:
 class StepRuns:
     """The steps of a chain, with values for its parameters."""
 
-    def __init__(self, chain: Chain, models: Models, parameters: dict[str, Any]) -> None:
-        self.chain, self.models, self.parameters = chain, models, parameters
+    def __init__(self, chain: Chain, models: Models, parameters: dict[str, Any], place: Run) -> None:
+        self.chain, self.models, self.parameters, self.place = chain, models, parameters, place
 
     def run(self, i: int, state: tuple[Any, ...], private: Names = ()) -> tuple[tuple[Any, ...], Names]:
         """Run a step; returns the next state and what of it is private."""
         model, vout = self.models[i], self.chain.aout
-        out, _ = model._run(vout, self.inputs(state), donated=private)
+        out, _ = model._run(vout, self.inputs(state), donated=private, place=self.place.inside(i))
         return tuple(out.values()), self.own(model._plan(tuple(vout), False, True, private))
 
     def record(
         self, i: int, state: tuple[Any, ...], private: Names = ()
     ) -> tuple[tuple[Any, ...], Names, Any]:
         """Run a step; returns the next state, what of it is private, and the tape."""
-        _, tape = self.models[i]._run(self.chain.aout, self.inputs(state), record=True, donated=private)
+        model, vout, place = self.models[i], self.chain.aout, self.place.inside(i)
+        _, tape = model._run(vout, self.inputs(state), record=True, donated=private, place=place)
         own = self.own(tape.plan)
         return tuple(tape.let_go().values()), own, tape
 
     def record_only(self, i: int, state: tuple[Any, ...]) -> Any:
         """The tape of a step whose result nobody needs, for one sweep."""
-        _, tape = self.models[i]._run(self.chain.aout, self.inputs(state), record=True, results=False)
+        model, vout, place = self.models[i], self.chain.aout, self.place.inside(i)
+        _, tape = model._run(vout, self.inputs(state), record=True, results=False, place=place)
         tape.consume()
         return tape
 
@@ -210,7 +213,8 @@ def prepare(node: Any, arguments: dict[str, Any]) -> tuple[StepRuns, tuple[Any, 
     models: Any
     models, inputs = find_model(node, arguments)
     parameters = {name: inputs[name] for name in chain.parameter_names}
-    return StepRuns(chain, models, parameters), tuple(inputs[name] for name in chain.state_names)
+    state = tuple(inputs[name] for name in chain.state_names)
+    return StepRuns(chain, models, parameters, run_inside(node)), state
 
 
 def run_chain(node: Any, **arguments: Any) -> dict[str, Any]:

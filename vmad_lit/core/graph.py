@@ -9,7 +9,10 @@ from collections.abc import Callable, Collection, Iterable
 from types import CodeType
 from typing import Any, ClassVar, Protocol
 
+import numpy
+
 from .error import BadArgument, DuplicatedOutput, InferError
+from .runs import current_run
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, assymbol, leaves
 
 Symbols = dict[str, BaseSymbol]  # arguments or results, by name
@@ -111,6 +114,16 @@ class Node:
         """Whether the function may overwrite the value of an argument, since nobody else holds it any more. Only
         an argument that the operator declares in `inplace` is ever given away like that."""
         return name in self.donated
+
+    @property
+    def rng(self) -> numpy.random.Generator:
+        """Random numbers for the function that is running: the same on all ranks, and the same again whenever this
+        run is repeated, and in the derivatives of the node."""
+        return current_run().generator(self)
+
+    def rng_of(self, comm: Any) -> numpy.random.Generator:
+        """As `rng`, with other numbers on each rank of a communicator."""
+        return current_run().generator(self, comm.rank)
 
     @property
     def used(self) -> list[str]:

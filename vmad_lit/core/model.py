@@ -11,6 +11,7 @@ from .execution import Plan, describe
 from .graph import Graph, Node
 from .handover import duplicate, hand_over
 from .operator import ZeroGradient
+from .runs import CURRENT, Run, begin_run
 from .symbol import Value
 from .tape import Tape
 from .valuetypes import conform, form_of
@@ -21,7 +22,13 @@ Monitor = Callable[[Node, Any, Any, Mapping[str, Value]], object]
 
 
 class Model(Graph):
-    """A list of nodes with named inputs and outputs, which can be computed."""
+    """A list of nodes with named inputs and outputs, which can be computed.
+
+    Attributes
+    ----------
+    seed : int
+        Not negative; what the random numbers of `node.rng` begin with, the same on all ranks.
+    """
 
     runner: ClassVar[Callable[..., Any]] = staticmethod(Plan.run)
 
@@ -32,6 +39,7 @@ class Model(Graph):
         self._kind = "apl"
         self._tape: Tape | None = None
         self._optional: dict[str, Value] = {}
+        self.seed = 0
 
     def _plan(
         self,
@@ -60,18 +68,26 @@ class Model(Graph):
         monitor: Monitor | None = None,
         donated: tuple[str, ...] = (),
         results: bool = True,
+        place: Run | None = None,
     ) -> tuple[dict[str, Value], Any]:
         """Compute some outputs; returns a dict of them, and the tape or None. The values of the inputs
-        `donated` may be overwritten. Without `results` only the tape is wanted."""
+        `donated` may be overwritten. Without `results` only the tape is wanted. A run inside another one has its
+        `place` there."""
         plan = self._plan(tuple(vout), record, monitor is None, donated, results)
         slots = None
         if self._tape is not None:
             self._tape.verify()
             slots = self._tape.slots
             init = self._optional | {name: as_zero(value) for name, value in init.items()}
-        values, slots = self.runner(plan, init, slots, monitor)
+            place = self._tape.run.again()
+        run = place or begin_run(self.seed)
+        token = CURRENT.set(run)
+        try:
+            values, slots = self.runner(plan, init, slots, monitor)
+        finally:
+            CURRENT.reset(token)
         out = dict(zip(plan.vout, values))
-        return out, (Tape(self, plan, slots, init, out) if record else None)
+        return out, (Tape(self, plan, slots, init, out, run) if record else None)
 
     def derive(self, plan: Plan, kind: str) -> Self:
         """The model of a derivative, 'vjp', 'jvp' or 'hvp', for all runs of a recording plan of this model."""

@@ -10,6 +10,7 @@ from .execution import Plan, collect, describe
 from .graph import Node, Symbols
 from .marks import Mark, literals, mark, matches
 from .operator import ZeroGradient
+from .runs import Run
 from .symbol import Symbol, Value
 from .valuetypes import IMMUTABLE, form_of, value_type
 
@@ -55,6 +56,8 @@ class Tape(Sequence[Record]):
         The outputs of the run, or their forms after `let_go`.
     shared : bool
         Whether somebody outside of the engine has the tape.
+    run : Run
+        Where the random numbers came from.
     marks : list of tuple
         If so, for each constant the node, the argument, the value and its mark.
     """
@@ -68,12 +71,14 @@ class Tape(Sequence[Record]):
         slots: list[Value],
         init: Mapping[str, Value],
         out: dict[str, Value],
+        run: Run,
     ) -> None:
         self.model = model
         self.plan = plan
         self.slots = slots
         self.init = tuple(init)
         self.out = out
+        self.run = run
         self.forms = {name: form_of(value) for name, value in init.items()}
         self.shared = False
         self.marks: list[tuple[Node, str, Value, Mark]] = []
