@@ -108,7 +108,7 @@ def read_only(value: Value) -> Value:
 
 
 def by_items(function: Callable[[Value], Value], value: Value, of_parts: Callable[[Any], Value]) -> Value:
-    """A container like `value` of what a function makes of its items; of another value with parts, what `of_parts` makes of it."""
+    """A container like `value` of what a function makes of its items; of a value with parts what `of_parts` makes."""
     kind = type(value)
     if kind in (list, tuple):
         return kind([function(item) for item in value])

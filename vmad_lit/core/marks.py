@@ -16,9 +16,9 @@ Mark = tuple[Any, ...]
 
 
 def mark(value: Value, brief: bool = False) -> Mark:
-    """What tells a value from others, and from itself after it was changed in place: a number, or the identity of
-    an object, and what is in it: digests of arrays, items, public attributes. If it is to be `brief`, of large arrays
-    only some elements are looked at, and of objects none of their attributes."""
+    """What tells a value from others, and from itself after it was changed in place: a number, or the identity
+    of an object, and what is in it: digests of arrays, items, public attributes. If it is to be `brief`, of
+    large arrays only some elements are looked at, and of objects none of their attributes."""
     kind = type(value)
     if isinstance(value, IMMUTABLE):
         return kind, value
@@ -58,7 +58,7 @@ def matches(kept: Any, now: Any) -> bool:
 
 
 def literals(nodes: Iterable[Node]) -> Iterator[tuple[Node, str, Value]]:
-    """The constants of nodes, and of the models inside, that somebody could change: node, argument and value."""
+    """The constants of nodes, and of models inside, that somebody could change: node, argument, value."""
     for node in nodes:
         for name, symbol in node.varin.items():
             for leaf in leaves(symbol):

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 from .autodiff import write_sweep
+from .doors import admit
 from .error import BadArgument, UnexpectedOutput, did_you_mean
 from .execution import Plan, describe
 from .graph import Graph, Node
 from .handover import duplicate, hand_over
 from .operator import ZeroGradient
 from .runs import CURRENT, Run, begin_run
-from .symbol import Value
+from .symbol import Symbol, Value, leaves
 from .tape import Tape
 from .valuetypes import conform, form_of
 
@@ -144,7 +145,7 @@ class Model(Graph):
         """
         names = names_of(vout)
         every = tuple(dict.fromkeys([*self._outputs, *names])) if return_tape else names
-        given = self._conforming(dict(init))
+        given = self._conforming(self._admitted(init))
         if return_tape:
             given = {name: duplicate(value) for name, value in given.items()}
         out, tape = self._run(every, given, return_tape, monitor)
@@ -176,7 +177,7 @@ class Model(Graph):
             The outputs in the order of `v`, and the cotangents of the inputs in the order of `init`.
             Dicts if `return_dict`.
         """
-        init, v = dict(init), dict(v)
+        init, v = self._admitted(init), dict(v)
         vout = [without(name, "_", None) for name in v]
         _, tape = self._run(vout, init, True, monitor)
         out = tape.let_go()
@@ -211,7 +212,7 @@ class Model(Graph):
             `return_dict`.
         """
         names = names_of(vout)
-        _, tape = self._run(names, dict(init), True, monitor)
+        _, tape = self._run(names, self._admitted(init), True, monitor)
         tangents = self._tangents(dict(v))
         out = tape.let_go()
         tape.consume()
@@ -238,7 +239,7 @@ class Model(Graph):
         `compute_with_vjp`.
         """
         names = names_of(vout)
-        _, tape = self._run(names, dict(init), True, monitor)
+        _, tape = self._run(names, self._admitted(init), True, monitor)
         tangents = self._tangents(dict(v))
         out = tape.let_go()
         pushed = tape.get_jvp().compute([name + "_" for name in names], tangents, monitor=monitor)
@@ -287,7 +288,7 @@ class Model(Graph):
             A cotangent is missing, or a tangent or cotangent does not fit its value.
         """
         names, v = names_of(vout), dict(v)
-        _, tape = self._run(names, dict(init), True, monitor)
+        _, tape = self._run(names, self._admitted(init), True, monitor)
         out = tape.let_go()
         cotangents: dict[str, Value] = {}
         for name in names:
@@ -320,6 +321,19 @@ class Model(Graph):
                 )
         return {name + "_": v.get(name + "_", ZeroGradient) for name in self._inputs}
 
+    def _admitted(self, init: Values) -> dict[str, Value]:
+        """What is given to the model, as it may go in."""
+        return {name: self._admit(name, value) for name, value in dict(init).items()}
+
+    def _admit(self, name: str, value: Value) -> Value:
+        try:
+            return admit(name, value)
+        except BadArgument:
+            symbol = self._inputs.get(name)
+            if symbol is not None and not is_differentiated(symbol, self):
+                return value  # for a hyper-parameter, which may be anything
+            raise
+
     def _conforming(self, init: dict[str, Value]) -> dict[str, Value]:
         """What is given to a derived model, fit for the values that it belongs to."""
         if self._tape is None:
@@ -351,6 +365,12 @@ class Builder(Model):
 
 
 # Tools of models
+def is_differentiated(symbol: Symbol, graph: Graph) -> bool:
+    """Whether a symbol is an output, or a differentiable argument of a node."""
+    used = [graph._outputs.values(), *([node.varin[name] for name in node.primitive.ain] for node in graph)]
+    return any(leaf is symbol for symbols in used for s in symbols for leaf in leaves(s))
+
+
 def as_zero(value: Value) -> Value:
     """A tangent or cotangent, with ZeroGradient for the numbers 0 in it."""
     if type(value) is list:

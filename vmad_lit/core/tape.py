@@ -138,8 +138,8 @@ class Tape(Sequence[Record]):
             if not matches(before, mark(value)):
                 filename, line = node.place
                 raise BadArgument(
-                    f"the value of '{name}' in {node.name} at {filename}:{line}, {describe(value)}, was changed in "
-                    "place after the run to which this tape belongs; run the model again, or let it have a copy"
+                    f"the value of '{name}' in {node.name} at {filename}:{line}, {describe(value)}, was changed "
+                    "in place after the run of this tape; run the model again, or let it have a copy"
                 )
 
     def consume(self) -> None:
