@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -172,32 +172,40 @@ class Models:
 
 
 class StepRuns:
-    """The steps of a chain, with values for its parameters."""
+    """The steps of a chain, with values for its parameters; on many ranks with what is known of where they live."""
 
-    def __init__(self, chain: Chain, models: Models, parameters: dict[str, Any], place: Run) -> None:
-        self.chain, self.models, self.parameters, self.place = chain, models, parameters, place
+    def __init__(
+        self, chain: Chain, models: Models, parameters: dict[str, Any], placed: Mapping[str, Any], outer: Run
+    ) -> None:
+        self.chain, self.models, self.parameters = chain, models, parameters
+        self.placed, self.outer = placed, outer
 
     def run(self, i: int, state: tuple[Any, ...], private: Names = ()) -> tuple[tuple[Any, ...], Names]:
         """Run a step; returns the next state and what of it is private."""
-        model, vout = self.models[i], self.chain.aout
-        out, _ = model._run(vout, self.inputs(state), donated=private, place=self.place.inside(i))
-        return tuple(out.values()), self.own(model._plan(tuple(vout), False, True, private))
+        model, vout, init = self.models[i], self.chain.aout, self.inputs(state)
+        out, _ = model._run(vout, init, donated=private, placed=self.placed, run=self.outer.inside(i))
+        arrivals = model.find_arrivals(init, self.placed)
+        return tuple(out.values()), self.own(
+            model._plan(tuple(vout), False, True, private, arrivals=arrivals)
+        )
 
     def record(
         self, i: int, state: tuple[Any, ...], private: Names = ()
     ) -> tuple[tuple[Any, ...], Names, Any]:
         """Run a step; returns the next state, what of it is private, and the tape."""
-        model, vout, place = self.models[i], self.chain.aout, self.place.inside(i)
-        _, tape = model._run(vout, self.inputs(state), record=True, donated=private, place=place)
+        tape = self.make_tape(i, state, donated=private)
         own = self.own(tape.plan)
         return tuple(tape.let_go().values()), own, tape
 
     def record_only(self, i: int, state: tuple[Any, ...]) -> Any:
         """The tape of a step whose result nobody needs, for one sweep."""
-        model, vout, place = self.models[i], self.chain.aout, self.place.inside(i)
-        _, tape = model._run(vout, self.inputs(state), record=True, results=False, place=place)
+        tape = self.make_tape(i, state, results=False)
         tape.consume()
         return tape
+
+    def make_tape(self, i: int, state: tuple[Any, ...], **options: Any) -> Any:
+        init, run = self.inputs(state), self.outer.inside(i)
+        return self.models[i]._run(self.chain.aout, init, True, placed=self.placed, run=run, **options)[1]
 
     def inputs(self, state: tuple[Any, ...]) -> dict[str, Any]:
         return {**self.parameters, **dict(zip(self.chain.state_names, state))}
@@ -213,8 +221,13 @@ def prepare(node: Any, arguments: dict[str, Any]) -> tuple[StepRuns, tuple[Any, 
     models: Any
     models, inputs = find_model(node, arguments)
     parameters = {name: inputs[name] for name in chain.parameter_names}
+    placed = {
+        name: place
+        for name, place in node.placed.items()
+        if name in parameters or place.kind == "partitioned"  # a state may change its place from step to step
+    }
     state = tuple(inputs[name] for name in chain.state_names)
-    return StepRuns(chain, models, parameters, run_inside(node)), state
+    return StepRuns(chain, models, parameters, placed, run_inside(node)), state
 
 
 def run_chain(node: Any, **arguments: Any) -> dict[str, Any]:

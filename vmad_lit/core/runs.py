@@ -68,7 +68,7 @@ OF_RANK, GUEST = 2**32 - 1, 2**32 - 2  # in a path, what is no number of a node
 
 
 def begin_run(seed: int) -> Run:
-    """The place of a run of which nobody says where it is."""
+    """A run of which nobody says where it is."""
     outer = CURRENT.get()
     if outer is None:
         return Run(Root(seed))
@@ -77,7 +77,7 @@ def begin_run(seed: int) -> Run:
 
 
 def run_inside(node: Any) -> Run:
-    """The place of a run inside a node, or inside the original of a derived one."""
+    """The run inside a node, or inside the original of a derived one."""
     return current_run().inside((node.forward or node).number)
 
 
