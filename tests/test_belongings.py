@@ -1,6 +1,8 @@
 """What goes into a model, and what comes out, belongs to the caller; what it means is what he meant."""
 
+import copy
 import itertools
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -84,9 +86,9 @@ def assert_own(results, *others, writeable=True):
     assert not writeable or all(x.flags.writeable for x in results)
 
 
-@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_results_belong_to_the_caller(name, copy):
+def test_results_belong_to_the_caller(name, copies):
     v = V.copy()
     with Builder() as m:
         a, b = m.input("a", "b")
@@ -94,20 +96,20 @@ def test_results_belong_to_the_caller(name, copy):
         m.output(y=y, z=y)
     init = dict(a=v, b=v)
     own = [v, KEPT]
-    results = m.compute(["y", "z", "y"], init, copy=copy)
-    assert_own(results, *own, writeable=copy)
-    out, tape = m.compute(["y", "z"], init, return_tape=True, copy=copy)
-    assert_own(out, *own, *arrays_of(tape), writeable=copy)
+    results = m.compute(["y", "z", "y"], init, copy=copies)
+    assert_own(results, *own, writeable=copies)
+    out, tape = m.compute(["y", "z"], init, return_tape=True, copy=copies)
+    assert_own(out, *own, *arrays_of(tape), writeable=copies)
     assert not any(np.shares_memory(x, v) for x in arrays_of(tape))
     seed = ones_like(out[0])
     for _ in range(2):
-        gradient = tape.get_vjp().compute(["_a", "_b"], dict(_y=seed, _z=seed), copy=copy)
-        assert_own(gradient, *own, seed, *arrays_of(tape), writeable=copy)
-    tangents = tape.get_jvp().compute(["y_", "z_"], dict(a_=v, b_=v), copy=copy)
-    assert_own(tangents, *own, *arrays_of(tape), writeable=copy)
-    assert_own(m.compute_with_vjp(init, dict(_y=seed, _z=seed), copy=copy), *own, seed, writeable=copy)
-    assert_own(m.compute_with_jvp(["y", "z"], init, dict(a_=v, b_=v), copy=copy), *own, writeable=copy)
-    assert_own(m.compute_with_gnDp(["y", "z"], init, dict(a_=v, b_=v), copy=copy), *own, writeable=copy)
+        gradient = tape.get_vjp().compute(["_a", "_b"], dict(_y=seed, _z=seed), copy=copies)
+        assert_own(gradient, *own, seed, *arrays_of(tape), writeable=copies)
+    tangents = tape.get_jvp().compute(["y_", "z_"], dict(a_=v, b_=v), copy=copies)
+    assert_own(tangents, *own, *arrays_of(tape), writeable=copies)
+    assert_own(m.compute_with_vjp(init, dict(_y=seed, _z=seed), copy=copies), *own, seed, writeable=copies)
+    assert_own(m.compute_with_jvp(["y", "z"], init, dict(a_=v, b_=v), copy=copies), *own, writeable=copies)
+    assert_own(m.compute_with_gnDp(["y", "z"], init, dict(a_=v, b_=v), copy=copies), *own, writeable=copies)
     assert_array_equal(v, V)
     assert_array_equal(KEPT, [3.0, 5.0, 7.0])
 
@@ -195,9 +197,9 @@ def test_values_with_parts_belong_to_the_caller():
         a = m.input("a")
         b = a * 2.0
         m.output(a=a, b=b, c=b, x=b.eval(lambda b: b.x))
-    for copy in True, False:
-        a, b, c, x = m.compute(["a", "b", "c", "x"], dict(a=pair), copy=copy)
-        assert_own([p for y in (a, b, c) for p in (y.x, y.y)] + [x], pair.x, pair.y, writeable=copy)
+    for copies in True, False:
+        a, b, c, x = m.compute(["a", "b", "c", "x"], dict(a=pair), copy=copies)
+        assert_own([p for y in (a, b, c) for p in (y.x, y.y)] + [x], pair.x, pair.y, writeable=copies)
         assert_array_equal([a.y, b.y / 2, c.x / 2, x / 2], [V] * 4)
 
 
@@ -417,6 +419,124 @@ def test_an_operator_that_does_something_else_is_told(again):
             chain_of(again).compute_with_vjp(dict(x=V), dict(_y=V))
 
 
+# Copies
+
+
+@operator
+class cube:
+    ain, aout = "x", "y"
+
+    def apl(node, x, k=2.0):
+        return k * x**3
+
+    def vjp(node, _y, x, k):
+        return 3 * k * x * x * _y
+
+    def jvp(node, x_, x, k):
+        return 3 * k * x * x * x_
+
+
+@autooperator("x, y -> z")
+def rounds(x, y, n=2):
+    for _ in range(n):
+        x = linalg.exp(-x) * y + cube(x, 1.5)
+    return x
+
+
+@autooperator("x -> z")
+def wave(x, i, k):
+    return linalg.sin(x) * k + float(i)
+
+
+COPIED = {
+    "arithmetic": lambda x, y: linalg.exp(x) * y + 2.0 * x - x / 3.0,
+    "a constant": lambda x, y: x * np.arange(3.0) + y,
+    "a list": lambda x, y: linalg.stack([x, y, x * y], 0),
+    "an attribute": lambda x, y: x.eval(np.sin) + y,
+    "a model": lambda x, y: rounds(x, y, 3),
+    "one that forgets": lambda x, y: rounds.forgetful(x, y),
+    "one that is bound": lambda x, y: rounds.bind(n=2)(x, y),
+    "one that replays": lambda x, y: rounds.precompute(x=V / 10, y=V)(x, y),
+    "a chain": lambda x, y: checkpoint(wave, 3, ram=1)(x, k=2.0) * y,
+    "a chain on disk": lambda x, y: checkpoint(wave, 3, ram=1, disk=1)(x, k=2.0) * y,
+    "a hyper-parameter at run time": lambda x, y: wave(x, 1, y),
+    "random numbers": lambda x, y: jitter(x) * y,
+}
+HOW = {
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", COPIED)
+def test_copies_are_whole(name, how):
+    copied, init = HOW[how], dict(x=V / 10, y=V)
+    with Builder() as m:
+        x, y = m.input("x", "y")
+        m.output(z=COPIED[name](x, y))
+    m.seed = 5
+
+    def values(m):
+        z = m.compute("z", init)
+        _, gradient = m.compute_with_vjp(init, dict(_z=np.ones_like(z)))
+        return [z, *gradient, m.compute_with_jvp("z", init, dict(x_=V))[1]]
+
+    other = copied(m)
+    assert other is not m and type(other) is type(m)
+    assert repr(other) == repr(m) and list(map(repr, other)) == list(map(repr, m))
+    for before, after in zip(values(m), values(other), strict=True):
+        assert_array_equal(before, after)
+    z, tape = m.compute("z", init, return_tape=True)
+    for sweep in tape.get_vjp(), copied(tape).get_vjp(), copied(tape.get_vjp()):
+        gradient = sweep.compute(["_x", "_y"], dict(_z=np.ones_like(z)))
+        assert_array_equal(gradient[0], values(m)[1])
+    other.output(w=other._inputs["x"] * 2.0)
+    assert_array_equal(other.compute("w", init), V / 5)
+    assert len(m) == len(other) - 1 and "w" not in m._outputs
+
+
+def test_copies_are_independent():
+    k = np.ones(3)
+    with Builder() as m:
+        x = m.input("x")
+        m.output(y=x * k)
+    other = copy.deepcopy(m)
+    _, tape = m.compute("y", dict(x=V), return_tape=True)
+    twin = copy.deepcopy(tape)
+    k *= 2
+    assert_array_equal(other.compute("y", dict(x=V)), V)
+    assert_array_equal(twin.get_vjp().compute("_x", dict(_y=V)), V)
+
+
+def test_a_copied_symbol_has_a_model():
+    with Builder() as m:
+        x = m.input("x")
+        y = linalg.exp(x)
+    assert copy.copy(y) is y
+    for symbol in copy.deepcopy(y), copy.deepcopy([y, y])[1], copy.deepcopy(dict(y=y))["y"]:
+        other = symbol._model
+        other.output(z=symbol + 1.0)
+        assert_allclose(other.compute("z", dict(x=V)), np.exp(V) + 1)
+    assert len(m) == 1
+
+
+def test_what_cannot_be_pickled_is_named():
+    @operator
+    class inside:
+        ain, aout = "x", "y"
+
+        def apl(node, x):
+            return x
+
+    for use in lambda x: x.eval(lambda x: x), lambda x: inside(x), lambda x: cube(x, k=open(__file__)):
+        m = chain_of(use)
+        with pytest.raises(pickle.PicklingError, match=r"test_belongings.py:\d+|<locals>.inside.*top level"):
+            pickle.dumps(m)
+        copy.deepcopy(m)
+
+
 # At the door
 
 
@@ -498,3 +618,79 @@ def test_a_hyper_parameter_may_be_anything():
         x = m.input("x")
         m.output(y=fill(x, m.input("table")) + fill(x, table))
     assert_array_equal(m.compute("y", dict(x=V, table=table)), [2.0, 0.0, 32.0])
+
+
+# On ranks
+
+
+@pytest.mark.collective
+def test_ranks_draw_together_or_apart():
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    drawn = []
+
+    @operator
+    class draw:
+        ain, aout = "x", "y"
+
+        def apl(node, x):
+            drawn[:] = [node.rng.integers(2**62), node.rng_of(comm).integers(2**62)]
+            return x
+
+        def vjp(node, _y):
+            return _y
+
+    m = chain_of(lambda x: draw(x))
+    m.compute("y", dict(x=1.0))
+    first = list(drawn)
+    together, apart = zip(*comm.allgather(drawn))
+    assert len(set(together)) == 1 and len({*together, *apart}) == 1 + comm.size
+    m.compute_with_vjp(dict(x=1.0), dict(_y=1.0))
+    assert drawn == first
+
+
+@pytest.mark.collective
+def test_one_rank_that_does_something_else_is_told_on_all():
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    calls = []
+
+    @autooperator("x -> y")
+    def step(x):
+        return (
+            x.eval(lambda x: (calls.append(x), x * (len(calls) if comm.rank == comm.size - 1 else 1))[1]) + x
+        )
+
+    who = "" if comm.size == 1 else f"on rank {comm.size - 1}: "
+    with pytest.raises(AssertionError, match=f"^{who}eval-0, built at"):
+        with check_recomputation(comm):
+            chain_of(step.forgetful).compute_with_vjp(dict(x=V), dict(_y=V))
+
+
+@pytest.mark.collective
+def test_fields_and_what_ranks_exchange_belong_to_the_caller():
+    pytest.importorskip("pmesh")
+    from mpi4py import MPI
+
+    from vmad_lit.lib import fastpm, mpi
+
+    comm = MPI.COMM_WORLD
+    pm = fastpm.ParticleMesh([4, 4, 4], BoxSize=1.0, comm=comm)
+    field, part = pm.generate_whitenoise(3, type="real"), np.ones(comm.rank)
+    with Builder() as m:
+        a, x = m.input("a", "x")
+        b = fastpm.c2r(fastpm.r2c(a) * 2.0)
+        m.output(a=a, b=b, c=b, d=b + a, x=mpi.allbcast(x, comm), y=mpi.allgather(x, comm))
+    for copies in True, False:
+        out, tape = m.compute(["a", "b", "c", "d", "x", "y"], dict(a=field, x=part), True, copy=copies)
+        fields = [y.value for y in out[:4]]
+        assert_own([*fields, *out[4:]], field.value, part, writeable=copies)
+        seed = pm.generate_whitenoise(4, type="real")
+        pulled = tape.get_vjp().compute("_a", dict(_a=seed, _b=seed, _c=seed, _d=seed), copy=copies)
+        assert_own([pulled.value], seed.value, writeable=copies)
+        _, [pulled] = m.compute_with_vjp(dict(a=field), dict(_a=seed), copy=copies)
+        assert_own([pulled.value], seed.value, writeable=copies)
+    twin = copy.deepcopy(m)
+    assert_array_equal(twin.compute("b", dict(a=field)).value, m.compute("b", dict(a=field)).value)

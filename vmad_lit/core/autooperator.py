@@ -122,7 +122,7 @@ class AutoOperator(Operator):
 
     def _vary(self, **changes: Any) -> AutoOperator:
         variant: AutoOperator = object.__new__(type(self))
-        variant.__dict__.update(self.__dict__, _opened={}, **changes)
+        variant.__dict__.update(self.__dict__, _opened={}, made_of=(self, changes), **changes)
         variant._make_primitives()
         return variant
 

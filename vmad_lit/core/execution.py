@@ -528,6 +528,8 @@ class Plan:
         The outputs that are new arrays, which nobody else holds.
     derived : dict
         The models derived from this plan, so that they are made only once.
+    made_for : tuple
+        What a model was asked for when it made the plan.
     consuming : list of tuple, or None
         The steps for a tape that is used for the last time, once they have been made.
     places : Places
@@ -537,6 +539,7 @@ class Plan:
     find_places: ClassVar[Callable[..., Places]] = Places
 
     fresh_outputs: tuple[str, ...] = ()
+    made_for: tuple[Any, ...] = ()
     consuming: list[Step] | None = None
 
     def __init__(

@@ -63,7 +63,7 @@ class Node:
         primitive: Callee,
         varin: Symbols,
         varout: Symbols,
-        origin: tuple[CodeType, int] | None,
+        origin: tuple[CodeType | str, int] | None,
         forward: Node | None = None,
     ) -> None:
         self.primitive = primitive
@@ -158,6 +158,8 @@ class Node:
             return self.forward.place
         assert self._origin is not None
         code, instruction = self._origin
+        if isinstance(code, str):  # of a copy, which has no more than this
+            return code, instruction
         position = list(code.co_positions())[instruction // 2] if instruction >= 0 else (None,)
         return code.co_filename, position[0] or code.co_firstlineno
 

@@ -64,6 +64,7 @@ class Model(Graph):
                         f"the model has no output '{name}'" + did_you_mean(name, list(self._outputs))
                     )
             plan = self._plans[key] = Plan(self, vout, record, reuse, self._base, donated, results, arrivals)
+            plan.made_for = key[:-2]
         return plan
 
     def _run(

@@ -122,7 +122,7 @@ class Tape(Sequence[Record]):
     def share(self) -> dict[str, Value]:
         """The outputs, for somebody who gets the tape as well."""
         self.shared = True
-        self.marks = [(*found, mark(found[-1])) for found in self.literals()]
+        self.mark()
         return self.let_go()
 
     def literals(self) -> Iterator[tuple[Node, str, Value]]:
@@ -131,6 +131,11 @@ class Tape(Sequence[Record]):
         for node, record in self.plan.records.items():
             for name in node.operator.extras if type(record) is dict else ():
                 yield from getattr(self.slots[record[name]], "literals", tuple)()
+
+    def mark(self) -> None:
+        """Take marks of all constants, if somebody outside of the engine has the tape."""
+        found = self.literals() if self.shared else ()
+        self.marks = [(*literal, mark(literal[-1])) for literal in found]
 
     def verify(self) -> None:
         """Complain if a constant was changed in place after the run."""
