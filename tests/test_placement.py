@@ -271,6 +271,27 @@ def test_what_cannot_be_meant():
     refused(spread_summand, "each rank has only a summand of 'x'", t=t)
 
 
+def test_a_declared_input_that_meets_the_unknown():
+    t, everything = rows()
+
+    def unknown(m):
+        a = m.input("a", placement="replicated")
+        m.output(y=mpi.allreduce(linalg.sum(a**2 * t), comm))
+
+    refused(unknown, "meets 'x2', of which nothing is known", a=2.0)
+    for kind, factor, constant in (
+        ("replicated", 1, np.array([1.0, 2.0])),
+        ("partitioned", comm.size, np.ones(2)),
+    ):
+
+        def known(m):
+            a = m.input("a", placement="replicated")
+            m.output(y=mpi.allreduce(linalg.sum(a**2 * mpi.place(constant, kind, comm)), comm))
+
+        y, (_a,) = gradient(known, a=2.0)
+        assert y == 4 * factor * constant.sum() and _a == 4 * factor * constant.sum()
+
+
 def test_each_rank_may_mean_its_own():
     t, _ = rows()
     with Builder() as m:

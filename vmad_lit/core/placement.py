@@ -328,6 +328,8 @@ class PlacesOnRanks(Places):
         self, graph: Graph, nodes: Iterable[Node], arrivals: Arrivals = (), vout: Iterable[str] = ()
     ) -> None:
         super().__init__(graph, nodes, arrivals, vout)
+        promised = (name for name, place in graph.placed.items() if place.kind == "replicated")
+        self.promised: set[BaseSymbol] = {graph._inputs[name] for name in promised}
         for name, place in [*graph.placed.items(), *arrivals]:
             self.of[graph._inputs[name]] = place
         for node in nodes:
@@ -356,6 +358,20 @@ class PlacesOnRanks(Places):
                 **{name: apart[name] for name in apart if seen[name].kind == "replicated"},
             }
             self.spread[node] = site.spread
+        if not self.promised.isdisjoint(flatten(node.varin)):
+            self.keep_promise(site, results)
+
+    def keep_promise(self, site: Site, results: list[Placement | None]) -> None:
+        """What is made of inputs that are declared replicated stays known, or the program has to say more."""
+        if all(place is not None and place.kind == "replicated" for place in results):
+            self.promised.update(flatten(site.node.varout))
+        elif None in results and type(site.node.operator) not in RULES:
+            unknown = ", ".join(f"'{name}'" for name, place in site.given.items() if place is None)
+            site.refuse(
+                f"a value that is declared replicated meets {unknown}, of which nothing is known: is it the same on all "
+                "ranks, or has each rank its own? mpi.place(x, 'replicated', comm) or mpi.place(x, 'partitioned', comm) "
+                "says it of any value, m.input(.., placement=..) of an input"
+            )
 
     def place(self, symbol: BaseSymbol, differentiable: bool) -> Any:
         """What is known of an argument."""

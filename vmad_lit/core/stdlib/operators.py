@@ -23,14 +23,14 @@ def kind(x: Value, node: Any = None, name: str = "") -> Kind:
     cls = type(x)
     if cls is numpy.ndarray and x.shape:
         return x.shape, x.dtype.kind == "c"
-    if node is not None and node.placed and node.placement(name) == "partitioned" and numpy.shape(x) == ():
-        return OWN, numpy.iscomplexobj(x)
+    own = node is not None and node.placed and node.placement(name) == "partitioned"
     if cls is float or cls is int:
-        return NUMBER
+        return OWN_NUMBER if own else NUMBER
     if has_parts(x):
         shape = ShapeOf(x)
         return shape, shape.is_complex
-    return numpy.shape(x), numpy.iscomplexobj(x)
+    own_number = own and numpy.ndim(x) == 0
+    return OWN if own_number else numpy.shape(x), numpy.iscomplexobj(x)
 
 
 NUMBER: Kind = (), False  # the kind of most constants
@@ -41,6 +41,7 @@ class OwnShape(tuple[Any, ...]):
 
 
 OWN = OwnShape()
+OWN_NUMBER: Kind = OWN, False
 
 
 def unbroadcast(g: Value, kind: Kind) -> Value:
