@@ -123,7 +123,7 @@ class Tape(Sequence[Record]):
         """The outputs, for somebody who gets the tape as well."""
         self.shared = True
         self.mark()
-        return self.let_go()
+        return dict(self.out)
 
     def literals(self) -> Iterator[tuple[Node, str, Value]]:
         """The constants of the nodes that ran, also in inner models, as `marks.literals` has them."""
