@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from helpers import examples
 from vmad_lit import Builder, autooperator, operator
 from vmad_lit.core.error import BadArgument, PlacementError
+from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import PlacesOnRanks
 from vmad_lit.lib import fastpm, linalg, mpi
 
@@ -369,3 +371,56 @@ def test_where_fields_and_particles_live():
     assert found == dict(
         modes="partitioned", values="partitioned", power="replicated", n="partial", shifted="partitioned"
     )
+
+
+def random_program(rng, on):
+    """A program of numbers, fields and partitioned arrays, with numbers sent through allbcast, or not, here and there.
+
+    Values stay of order one. The same generator gives the same program on any communicator.
+    """
+    pm = fastpm.ParticleMesh(Nmesh=[4, 4, 4], BoxSize=4.0, comm=on)
+    fields = [pm.generate_whitenoise(seed, type="real") * 0.1 for seed in rng.integers(1, 100, 2)]
+    q = np.random.default_rng(7).uniform(0, 4, (9, 3))[on.rank :: on.size]
+    with Builder() as m:
+        numbers = list(m.input("a", "b", placement="replicated", comm=on))
+        waves = list(m.input("f", "g"))
+        arrays = [fastpm.readout(waves[0], q, fastpm.decompose(q, pm))]
+
+        def pick(among):
+            return among[rng.integers(len(among))]
+
+        def number():
+            b = pick(numbers)
+            return mpi.allbcast(b, on) if rng.integers(3) == 0 else b
+
+        for _ in range(rng.integers(2, 7)):
+            choice = rng.integers(7)
+            if choice == 0:
+                waves.append(linalg.sin(pick(waves) * number()))
+            elif choice == 1:
+                waves.append(pick(waves) * pick(waves) + number())
+            elif choice == 2:
+                arrays.append(linalg.cos(pick(arrays) * number() - number()))
+            elif choice == 3:
+                numbers.append(linalg.tanh(linalg.sum(pick(waves)) * 0.1))
+            elif choice == 4:
+                numbers.append(linalg.tanh(mpi.allreduce(linalg.sum(pick(arrays) * 0.1), on)))
+            elif choice == 5:
+                numbers.append(linalg.tanh(pick(numbers) * pick(numbers) + 0.5))
+            else:
+                numbers.append(linalg.sin(mpi.allreduce(fastpm.to_scalar(pick(waves)) * 0.01, on)))
+        total = linalg.sum(waves[-1]) + mpi.allreduce(linalg.sum(arrays[-1] ** 2), on)
+        m.output(y=total + mpi.allreduce(pick(numbers), on) * numbers[-1])
+    init = dict(a=0.7, b=-0.4, f=fields[0], g=fields[1])
+    (y,), (_a, _b, _f, _g) = m.compute_with_vjp(init, dict(_y=1.0))
+    y_ = m.compute_with_jvp("y", init, dict(a_=0.3, b_=0.2, f_=fields[1], g_=fields[0]))[1]
+    slopes = [0.0 if g is ZeroGradient else g.cdot(h) for g in (_f, _g) for h in fields]
+    return [float(v) for v in (y, _a, _b, y_, *slopes)]
+
+
+@pytest.mark.parametrize("seed", range(examples(12)))
+def test_random_programs_do_not_know_how_many_they_are(seed):
+    found = random_program(np.random.default_rng(seed), comm)
+    expected = random_program(np.random.default_rng(seed), MPI.COMM_SELF)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    assert len(set(map(tuple, comm.allgather(found)))) == 1

@@ -523,8 +523,9 @@ ROWS = 40  # nodes at either end of a long model
 
 def print_graph(graph: Graph) -> str:
     """A model in several lines: its inputs, its nodes, and where their results live."""
+    plans = list(getattr(graph, "_plans", {}).values())
     try:
-        of = PlacesOnRanks(graph, list(graph)).of
+        of = PlacesOnRanks(graph, list(graph), plans[-1].places.arrivals if plans else ()).of
         lines = []
     except PlacementError as error:
         of, lines = {}, [f"  ! {error}"]
