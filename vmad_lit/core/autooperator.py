@@ -19,6 +19,7 @@ from .operator import InstanceOperator, Operator, Primitive, declare
 from .runs import run_inside
 from .symbol import Literal, Symbol
 from .tape import Tape
+from .valuetypes import IMMUTABLE
 
 TAPE = "tape of the model"
 
@@ -242,10 +243,20 @@ def find_model(node: Any, arguments: Mapping[str, Any]) -> tuple[Model, dict[str
     if operator.__bound_model__ is not None:
         return operator.__bound_model__, inputs
     hyperargs = {name: arguments[name] for name in operator.argnames if name not in operator.ain}
-    home, marks = node.forward or node, [mark(value) for value in hyperargs.values()]
-    if home.cache is None or not all(map(matches, home.cache[0], marks)):
-        home.cache = marks, share_model(home, hyperargs, marks), hyperargs
-    return home.cache[1], inputs
+    home = node.forward or node
+    if home.cache is None or not is_known(*home.cache[:2], hyperargs):
+        marks = {name: mark(value) for name, value in hyperargs.items()}
+        home.cache = hyperargs, marks, share_model(home, hyperargs, marks)
+    return home.cache[2], inputs
+
+
+def is_known(kept: dict[str, Any], marks: dict[str, Mark], hyperargs: Mapping[str, Any]) -> bool:
+    """Whether hyper-parameters are the same as those that were kept, and have not changed since."""
+    for name, value in hyperargs.items():
+        plain = value is kept[name] and isinstance(value, IMMUTABLE)
+        if not plain and not matches(marks[name], mark(value)):
+            return False
+    return True
 
 
 def find_known_model(node: Any) -> Any:
@@ -258,12 +269,12 @@ def find_known_model(node: Any) -> Any:
     return find_model(node, {**node.varin, **values})[0]
 
 
-def share_model(node: Any, hyperargs: Mapping[str, Any], marks: list[Mark]) -> Any:
+def share_model(node: Any, hyperargs: Mapping[str, Any], marks: Mapping[str, Mark]) -> Any:
     """The model for some hyper-parameters: that of another node of the same graph, or a new one."""
     operator, graph = node.operator, node.graph
     if graph is None or not all(node.is_literal(name) for name in hyperargs):
         return operator._build(hyperargs)
-    key = operator, *marks
+    key = operator, *marks.values()
     if key not in graph.shared:
         graph.shared[key] = operator._build(hyperargs)
     return graph.shared[key]

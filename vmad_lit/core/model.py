@@ -87,7 +87,8 @@ class Model(Graph):
             raise plan.places.complaint
         slots = None
         if self._tape is not None:
-            self._tape.verify()
+            if self._tape.marks:
+                self._tape.verify()
             slots = self._tape.slots
             init = self._optional | {name: as_zero(value) for name, value in init.items()}
             run = self._tape.run.again()
