@@ -245,16 +245,19 @@ def find_model(node: Any, arguments: Mapping[str, Any]) -> tuple[Model, dict[str
     hyperargs = {name: arguments[name] for name in operator.argnames if name not in operator.ain}
     home = node.forward or node
     if home.cache is None or not is_known(*home.cache[:2], hyperargs):
-        marks = {name: mark(value) for name, value in hyperargs.items()}
-        home.cache = hyperargs, marks, share_model(home, hyperargs, marks)
+        marks = {name: mark(x) for name, x in hyperargs.items() if not isinstance(x, IMMUTABLE)}
+        home.cache = hyperargs, marks, share_model(home, hyperargs)
     return home.cache[2], inputs
 
 
 def is_known(kept: dict[str, Any], marks: dict[str, Mark], hyperargs: Mapping[str, Any]) -> bool:
     """Whether hyper-parameters are the same as those that were kept, and have not changed since."""
     for name, value in hyperargs.items():
-        plain = value is kept[name] and isinstance(value, IMMUTABLE)
-        if not plain and not matches(marks[name], mark(value)):
+        before = kept[name]
+        if isinstance(value, IMMUTABLE):
+            if value is not before and (type(value) is not type(before) or value != before):
+                return False
+        elif name not in marks or not matches(marks[name], mark(value)):
             return False
     return True
 
@@ -269,12 +272,12 @@ def find_known_model(node: Any) -> Any:
     return find_model(node, {**node.varin, **values})[0]
 
 
-def share_model(node: Any, hyperargs: Mapping[str, Any], marks: Mapping[str, Mark]) -> Any:
+def share_model(node: Any, hyperargs: Mapping[str, Any]) -> Any:
     """The model for some hyper-parameters: that of another node of the same graph, or a new one."""
     operator, graph = node.operator, node.graph
     if graph is None or not all(node.is_literal(name) for name in hyperargs):
         return operator._build(hyperargs)
-    key = operator, *marks.values()
+    key = operator, *map(mark, hyperargs.values())
     if key not in graph.shared:
         graph.shared[key] = operator._build(hyperargs)
     return graph.shared[key]

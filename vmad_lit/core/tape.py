@@ -63,6 +63,7 @@ class Tape(Sequence[Record]):
     """
 
     _repr_html_: ClassVar[Callable[..., str]]
+    marks: Sequence[tuple[Node, str, Value, Mark]] = ()
 
     def __init__(
         self,
@@ -81,7 +82,6 @@ class Tape(Sequence[Record]):
         self.run = run
         self.forms = {name: form_of(value) for name, value in init.items()}
         self.shared = False
-        self.marks: list[tuple[Node, str, Value, Mark]] = []
 
     def __len__(self) -> int:
         return len(self.plan.nodes)
