@@ -842,7 +842,7 @@ class Memory:
         return step if plan.base else (run_and_compare, step[1], step, self, plan)
 
     def compare(self, run: Run, node: Node, name: str, value: Value) -> None:
-        key = run.root, run.path, node.number, name
+        key = *run.whereabouts, node.number, name
         if key not in self._results:
             self._results[key] = duplicate(value)
         elif not self.found and not is_close(value, self._results[key], self.rtol):

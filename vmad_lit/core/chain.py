@@ -183,7 +183,7 @@ class StepRuns:
     def run(self, i: int, state: tuple[Any, ...], private: Names = ()) -> tuple[tuple[Any, ...], Names]:
         """Run a step; returns the next state and what of it is private."""
         model, vout, init = self.models[i], self.chain.aout, self.inputs(state)
-        out, _ = model._run(vout, init, donated=private, placed=self.placed, run=self.outer.inside(i))
+        out, _ = model._run(vout, init, donated=private, placed=self.placed, run=Run(self.outer, i))
         arrivals = model.find_arrivals(init, self.placed)
         return tuple(out.values()), self.own(
             model._plan(tuple(vout), False, True, private, arrivals=arrivals)
@@ -193,19 +193,19 @@ class StepRuns:
         self, i: int, state: tuple[Any, ...], private: Names = ()
     ) -> tuple[tuple[Any, ...], Names, Any]:
         """Run a step; returns the next state, what of it is private, and the tape."""
-        tape = self.make_tape(i, state, donated=private)
+        tape = self.make_tape(i, state, private, True)
         own = self.own(tape.plan)
         return tuple(tape.let_go().values()), own, tape
 
     def record_only(self, i: int, state: tuple[Any, ...]) -> Any:
         """The tape of a step whose result nobody needs, for one sweep."""
-        tape = self.make_tape(i, state, results=False)
+        tape = self.make_tape(i, state, (), False)
         tape.consume()
         return tape
 
-    def make_tape(self, i: int, state: tuple[Any, ...], **options: Any) -> Any:
-        init, run = self.inputs(state), self.outer.inside(i)
-        return self.models[i]._run(self.chain.aout, init, True, placed=self.placed, run=run, **options)[1]
+    def make_tape(self, i: int, state: tuple[Any, ...], private: Names, results: bool) -> Any:
+        init, run = self.inputs(state), Run(self.outer, i)
+        return self.models[i]._run(self.chain.aout, init, True, None, private, results, self.placed, run)[1]
 
     def inputs(self, state: tuple[Any, ...]) -> dict[str, Any]:
         return {**self.parameters, **dict(zip(self.chain.state_names, state))}

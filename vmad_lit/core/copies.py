@@ -75,7 +75,7 @@ attach(Operator, reduce_ex=reduce_operator)
 attach(Primitive, reduce_ex=lambda self, protocol: (getattr, (self.operator, self.kind)))
 attach(InstanceOperator, reduce_ex=lambda self, protocol: (type(self), (self.base, self.instance)))
 attach(Root, reduce_ex=lambda self, protocol: (Root, (self.seed,)))
-attach(Run, reduce_ex=lambda self, protocol: (Run, (self.root, self.path)))
+attach(Run, reduce_ex=lambda self, protocol: (Run, (self.outer, self.number)))
 
 
 # What is on disk

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 
+from .doors import PLAIN_NUMBERS
 from .symbol import Value
 from .valuetypes import IMMUTABLE, VALUE_TYPES, by_parts, value_type
 
@@ -22,8 +23,9 @@ def hand_over(out: dict[str, Value], names: list[str], copy: bool = True) -> lis
     """
     values = [out[name] for name in names]
     out.clear()
-    for i in range(len(values)):
-        make_own(values, i, copy)
+    for i, kind in enumerate(map(type, values)):
+        if kind not in PLAIN_NUMBERS:
+            make_own(values, i, copy)
     return values
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 from .autodiff import write_sweep
-from .doors import admit
+from .doors import PLAIN_NUMBERS, admit
 from .error import BadArgument, UnexpectedOutput, did_you_mean
 from .execution import Arrivals, Plan, describe
 from .graph import Graph, Node
@@ -334,7 +334,11 @@ class Model(Graph):
 
     def _admitted(self, init: Values) -> dict[str, Value]:
         """What is given to the model, as it may go in."""
-        return {name: self._admit(name, value) for name, value in dict(init).items()}
+        init = dict(init)
+        for name, value in init.items():
+            if type(value) not in PLAIN_NUMBERS:
+                init[name] = self._admit(name, value)
+        return init
 
     def _admit(self, name: str, value: Value) -> Value:
         try:

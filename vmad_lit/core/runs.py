@@ -18,39 +18,45 @@ class Run:
 
     Attributes
     ----------
-    root : Root
-        The run of the outermost model.
-    path : tuple of int
-        Where in that run it is.
+    outer : Run, Root or None
+        The run in which it happens.
+    number : int
+        That of the node of the outer run, or of the step of a chain.
     """
 
-    __slots__ = "root", "path", "_generators", "_guests"
+    __slots__ = "outer", "number", "streams", "guests"
 
-    def __init__(self, root: Root, path: tuple[int, ...] = ()) -> None:
-        self.root, self.path = root, path
-        self._generators: dict[Any, numpy.random.Generator] | None = None
-        self._guests = 0
+    def __init__(self, outer: Run | Root | None, number: int = 0) -> None:
+        self.outer, self.number = outer, number
+        self.streams: dict[Any, numpy.random.Generator] | None = None
+        self.guests = 0
 
-    def inside(self, number: int) -> Run:
-        """The run in a node of this one, or a step of a chain, by its number."""
-        return Run(self.root, (*self.path, number))
+    @property
+    def whereabouts(self) -> tuple[Root | None, tuple[int, ...]]:
+        """The run of the outermost model, and the path from there."""
+        path, run = [], self
+        while isinstance(run.outer, Run):
+            path.append(run.number)
+            run = run.outer
+        return run.outer, tuple(reversed(path))
 
     def again(self) -> Run:
         """The same run once more; its generators begin anew."""
-        return Run(self.root, self.path)
+        return Run(self.outer, self.number) if self.streams or self.guests else self
 
     # The generators of a run
     def generator(self, node: Any, rank: int | None = None) -> numpy.random.Generator:
         """The generator of a node, for all ranks or for one."""
-        if self._generators is None:
-            self._generators = {}
+        if self.streams is None:
+            self.streams = {}
         key = node.primitive.kind, node.number, rank
-        if key not in self._generators:
+        if key not in self.streams:
+            root, path = self.whereabouts
             of_rank = () if rank is None else (OF_RANK, rank)
-            place = (*self.path, (node.forward or node).number, *of_rank)
-            seeds = numpy.random.SeedSequence(self.root.seed, spawn_key=place)
-            self._generators[key] = numpy.random.default_rng(seeds)
-        return self._generators[key]
+            place = (*path, (node.forward or node).number, *of_rank)
+            seeds = numpy.random.SeedSequence(root.seed if root else 0, spawn_key=place)
+            self.streams[key] = numpy.random.default_rng(seeds)
+        return self.streams[key]
 
 
 class Root:
@@ -72,13 +78,13 @@ def begin_run(seed: int) -> Run:
     outer = CURRENT.get()
     if outer is None:
         return Run(Root(seed))
-    outer._guests += 1
-    return outer.inside(GUEST).inside(outer._guests)
+    outer.guests += 1
+    return Run(Run(outer, GUEST), outer.guests)
 
 
 def run_inside(node: Any) -> Run:
     """The run inside a node, or inside the original of a derived one."""
-    return current_run().inside((node.forward or node).number)
+    return Run(CURRENT.get(), (node.forward or node).number)
 
 
 def current_run() -> Run:
