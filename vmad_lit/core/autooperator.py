@@ -244,10 +244,10 @@ def find_model(node: Any, arguments: Mapping[str, Any]) -> tuple[Model, dict[str
         return operator.__bound_model__, inputs
     hyperargs = {name: arguments[name] for name in operator.argnames if name not in operator.ain}
     home = node.forward or node
-    if home.cache is None or not is_known(home.cache[0], home.cache[1], hyperargs):
+    if home.cache is None or not is_known(home.cache[0], home.cache[2], hyperargs):
         marks = {name: mark(x) for name, x in hyperargs.items() if not isinstance(x, IMMUTABLE)}
-        home.cache = hyperargs, marks, share_model(home, hyperargs)
-    return home.cache[2], inputs
+        home.cache = hyperargs, share_model(home, hyperargs), marks
+    return home.cache[1], inputs
 
 
 def is_known(kept: dict[str, Any], marks: dict[str, Mark], hyperargs: Mapping[str, Any]) -> bool:
