@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from types import FunctionType
 from typing import Any
@@ -22,7 +23,7 @@ from .error import BadArgument, PlacementError, did_you_mean, needed_for
 from .execution import Arrivals, Places, Plan, flatten
 from .graph import Graph, Node, Symbols
 from .model import Model
-from .operator import Primitive
+from .operator import Operator, Primitive
 from .registry import OverloadedOperator
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
 from .valuetypes import VALUE_TYPES
@@ -378,7 +379,7 @@ class PlacesOnRanks(Places):
         results = found if isinstance(found, list) else [found] * len(node.varout)
         for (name, symbol), place in zip(node.varout.items(), results):
             if place is not None:
-                self.of.update(dict.fromkeys(leaves(symbol), by_pattern(place, operator.aout[name])))
+                self.of.update(dict.fromkeys(leaves(symbol), by_pattern(place, operator, name)))
         seen = {name: place for name, place in site.given.items() if isinstance(place, Placement)}
         if seen:
             apart = {name: Placement("partitioned", site.comm) for name in site.spread}
@@ -419,7 +420,7 @@ class PlacesOnRanks(Places):
         for leaf in leaves(graph._outputs[name]):
             place = self.of.get(leaf)
             if place is not None and place.kind == "partial" and place.comm.Get_size() > 1:
-                node = next(node for node in graph if leaf in flatten(node.varout))
+                node = next(node for node in graph if any(leaf is symbol for symbol in flatten(node.varout)))
                 filename, line = node.place
                 return PlacementError(
                     f"each rank has only its own summand of the output '{name}'; make the sum by mpi.allreduce "
@@ -439,22 +440,28 @@ def of_list(parts: list[Any]) -> Any:
     return None if None in placed else placed[0] if placed else CONSTANT
 
 
-def by_pattern(place: Placement, pattern: Any) -> Placement:
-    """The placement of a result of some declared type."""
-    if place.kind != "partitioned" or place.field is not None:
+def by_pattern(place: Placement, operator: Operator, name: str) -> Placement:
+    """The placement of a result of one of our operators, which is known to be a field, or rows, by its declared type."""
+    if place.kind != "partitioned" or place.field is not None or not operator.__module__.startswith(OURS):
         return place
-    name = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "*")
+    pattern = str(operator.aout[name])
     return Placement(
-        place.kind, place.comm, True if "Field" in name else False if name == "ndarray" else None
+        place.kind, place.comm, True if "Field" in pattern else False if pattern == "ndarray" else None
     )
+
+
+OURS = __name__.partition(".")[0] + "."
 
 
 def many_ranks() -> bool:
     """Whether this process is one of several."""
     mpi = sys.modules.get("mpi4py.MPI")
-    return (
-        mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1
-    )
+    return mpi is not None and world_size(mpi) > 1
+
+
+@cache
+def world_size(mpi: Any) -> int:
+    return int(mpi.Comm.Get_size(mpi.COMM_WORLD)) if mpi.Is_initialized() and not mpi.Is_finalized() else 1
 
 
 def find_places(graph: Graph, nodes: Iterable[Node], arrivals: Arrivals, vout: Iterable[str]) -> Places:
