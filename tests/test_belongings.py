@@ -297,6 +297,22 @@ def test_models_are_made_of_copies_of_their_hyper_parameters():
     assert_array_equal([m.compute("y", dict(x=V)), model.compute("y", dict(x=V))], [V, V])
 
 
+def test_large_hyper_parameters_are_not_copied_and_compared_in_parts(monkeypatch):
+    copied = []
+    monkeypatch.setattr(handover, "duplicate", lambda x: copied.append(x) or np.array(x))
+
+    @autooperator("x -> y")
+    def scale(x, k):
+        return x * float(k[0])
+
+    k = np.ones(2**18)
+    with Builder() as m:
+        m.output(y=scale(m.input("x"), k))
+    assert m.compute("y", dict(x=1.0)) == 1.0
+    k *= 2
+    assert m.compute("y", dict(x=1.0)) == 2.0 and not copied
+
+
 # Random numbers
 
 

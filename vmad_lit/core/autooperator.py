@@ -13,7 +13,7 @@ from .error import BadArgument, ModelError, did_you_mean
 from .execution import Plan
 from .graph import Node
 from .handover import duplicate, snapshot
-from .marks import Mark, mark, matches
+from .marks import LARGE, Mark, mark, matches
 from .model import Builder, Model
 from .operator import InstanceOperator, Operator, Primitive, declare
 from .runs import run_inside
@@ -245,7 +245,7 @@ def find_model(node: Any, arguments: Mapping[str, Any]) -> tuple[Model, dict[str
     hyperargs = {name: arguments[name] for name in operator.argnames if name not in operator.ain}
     home = node.forward or node
     if home.cache is None or not is_known(home.cache[0], home.cache[2], hyperargs):
-        marks = {name: mark(x) for name, x in hyperargs.items() if not isinstance(x, IMMUTABLE)}
+        marks = {name: mark(x, LARGE) for name, x in hyperargs.items() if not isinstance(x, IMMUTABLE)}
         home.cache = hyperargs, share_model(home, hyperargs), marks
     return home.cache[1], inputs
 
@@ -257,7 +257,7 @@ def is_known(kept: dict[str, Any], marks: dict[str, Mark], hyperargs: Mapping[st
         if isinstance(value, IMMUTABLE):
             if value is not before and (type(value) is not type(before) or value != before):
                 return False
-        elif name not in marks or not matches(marks[name], mark(value)):
+        elif name not in marks or not matches(marks[name], mark(value, LARGE)):
             return False
     return True
 
@@ -277,7 +277,7 @@ def share_model(node: Any, hyperargs: Mapping[str, Any]) -> Any:
     operator, graph = node.operator, node.graph
     if graph is None or not all(node.is_literal(name) for name in hyperargs):
         return operator._build(hyperargs)
-    key = operator, *map(mark, hyperargs.values())
+    key = operator, *[mark(value, LARGE) for value in hyperargs.values()]
     if key not in graph.shared:
         graph.shared[key] = operator._build(hyperargs)
     return graph.shared[key]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 
 from .doors import PLAIN_NUMBERS
+from .marks import LARGE
 from .symbol import Value
 from .valuetypes import IMMUTABLE, VALUE_TYPES, by_parts, value_type
 
@@ -121,9 +122,9 @@ def by_items(function: Callable[[Value], Value], value: Value, of_parts: Callabl
 
 
 def snapshot(value: Any) -> Any:
-    """A value with copies of the arrays in it, and in the containers in it."""
+    """A value with copies of the arrays in it, and in the containers in it; large arrays are as they are."""
     if isinstance(value, numpy.ndarray):
-        return duplicate(value)
+        return duplicate(value) if value.nbytes <= LARGE else value
     kind = type(value)
     if kind is dict:
         return {key: snapshot(item) for key, item in value.items()}

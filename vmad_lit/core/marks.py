@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from math import inf
 from typing import Any
 from zlib import crc32
 
@@ -15,34 +16,37 @@ from .valuetypes import IMMUTABLE, SMALL, VALUE_TYPES
 Mark = tuple[Any, ...]
 
 
-def mark(value: Value, brief: bool = False) -> Mark:
+LARGE = 2**20  # bytes; of what a model was built from, larger arrays are not looked at as a whole
+
+
+def mark(value: Value, most: float = inf, deep: bool = True) -> Mark:
     """What tells a value from others, and from itself after it was changed in place: a number, or the identity
-    of an object, and what is in it: digests of arrays, items, public attributes. If it is to be `brief`, of
-    large arrays only some elements are looked at, and of objects none of their attributes."""
+    of an object, and what is in it: digests of arrays, items, and, if it is to be `deep`, public attributes. Of
+    arrays with more than `most` bytes only some elements are looked at."""
     kind = type(value)
     if isinstance(value, IMMUTABLE):
         return kind, value
     if isinstance(value, numpy.ndarray):
-        return kind, id(value), value.shape, value.dtype, digest(value, brief)
+        return kind, id(value), value.shape, value.dtype, digest(value, most)
     if kind is list or kind is tuple:
-        return kind, id(value), *[mark(item, brief) for item in value]
+        return kind, id(value), *[mark(item, most, deep) for item in value]
     if kind is dict:
-        return kind, id(value), *[(key, mark(item, brief)) for key, item in value.items()]
+        return kind, id(value), *[(key, mark(item, most, deep)) for key, item in value.items()]
     apart = VALUE_TYPES[kind].take_apart(value)
     if apart is not None:
-        return kind, id(value), *[mark(part, brief) for part in apart[1]]
-    attributes = None if brief else getattr(value, "__dict__", None)
+        return kind, id(value), *[mark(part, most, deep) for part in apart[1]]
+    attributes = getattr(value, "__dict__", None) if deep else None
     if type(attributes) is not dict:
         return kind, id(value)
-    public = [(name, mark(item, True)) for name, item in attributes.items() if name[:1] != "_"]
+    public = [(name, mark(item, SMALL, False)) for name, item in attributes.items() if name[:1] != "_"]
     return kind, id(value), frozenset(public)
 
 
-def digest(array: Any, brief: bool) -> int:
+def digest(array: Any, most: float) -> int:
     """A number that changes with the elements of an array; objects are not looked at."""
     if array.dtype.hasobject or not array.size:
         return 0
-    if brief and array.nbytes > SMALL:
+    if array.nbytes > most:
         array = array.reshape(-1)[:: array.nbytes // SMALL]
     flat: Any = numpy.ascontiguousarray(array).reshape(-1)
     return crc32(flat.view("u1"))
