@@ -22,12 +22,14 @@ from numpy.typing import ArrayLike, NDArray
 from .core import declaration
 from .core.branches import Branches, UntakenBranch, codes_of, describe_branch
 from .core.error import BadArgument, BrokenPrimitive, ExecutionError, did_you_mean, needed_for
-from .core.execution import Plan, Slots, Step, collect
+from .core.execution import Plan, Slots, Step, collect, describe
 from .core.model import Builder, Model
 from .core.graph import Graph, Node
+from .core.handover import duplicate
 from .core.operator import InstanceOperator, Operator, Primitive, ZeroGradient, operator
 from .core.ownership import with_steps
-from .core.symbol import BaseSymbol, List, Value
+from .core.runs import Run, current_run
+from .core.symbol import BaseSymbol, List, Value, leaves
 from .core.tape import Tape
 from .core.valuetypes import value_type
 
@@ -914,6 +916,80 @@ def same_as_before(given: Iterable[Value]) -> Callable[[], bool]:
     """A function that tells whether some values are still what they are now."""
     now = [(x, value_type(x).copy(x)) for x in given if is_differentiable(x)]
     return lambda: all(same(x, copy) for x, copy in now)
+
+
+@contextmanager
+def check_recomputation(comm: Comm = None, rtol: float | None = None) -> Iterator[None]:
+    """A context in which what is computed again, in `forgetful` operators and chains, is compared with the first time.
+
+    Parameters
+    ----------
+    comm : MPI communicator, optional
+        Of the ranks that run the models together: if it happens on one of them, all raise the error.
+    rtol : float, optional
+        The largest difference, relative to the largest element; by default 1000 times the rounding error.
+
+    Raises
+    ------
+    AssertionError
+        An operator did something else the second time; names the first one that did.
+    """
+    memory = Memory(rtol)
+    with other_steps(memory.watch):
+        yield
+    found = [memory.found] if comm is None else comm.allgather(memory.found)
+    for rank, message in enumerate(found):
+        if message:
+            raise AssertionError(message if len(found) == 1 else f"on rank {rank}: {message}")
+
+
+class Memory:
+    """Remembers the results of nodes, by the places of their runs, and finds one that is not the same again."""
+
+    def __init__(self, rtol: float | None) -> None:
+        self.rtol = rtol
+        self.found = ""
+        self._results: dict[Any, Value] = {}
+
+    def watch(self, step: Step, plan: Plan) -> Step:
+        return step if plan.base else (run_and_compare, step[1], step, self, plan)
+
+    def compare(self, run: Run, node: Node, name: str, value: Value) -> None:
+        key = *run.whereabouts, node.number, name
+        if key not in self._results:
+            self._results[key] = duplicate(value)
+        elif not self.found and not is_close(value, self._results[key], self.rtol):
+            filename, line = node.place
+            self.found = (
+                f"{node.name}, built at {filename}:{line}, is not the same when it is computed again: '{name}' is "
+                f"{describe(value)} that differs; random numbers come back if they are drawn from node.rng"
+            )
+
+
+def run_and_compare(slots: Slots, step: Step) -> None:
+    """The step that runs another one, and compares its results with those of the first time."""
+    _, node, inner, memory, plan = step
+    inner[0](slots, inner)
+    for name, symbol in node.varout.items():
+        for i, leaf in enumerate(leaves(symbol)):
+            if leaf in plan._slots:
+                of_list = f"{name}[{i}]" if isinstance(symbol, List) else name
+                memory.compare(current_run(), node, of_list, slots[plan._slots[leaf]])
+
+
+def is_close(x: Value, y: Value, rtol: float | None) -> bool:
+    """Whether two values are equal up to rounding."""
+    return all(differ_by_rounding(p, q, rtol) for p, q in zip(items_of(x), items_of(y)))
+
+
+def differ_by_rounding(x: Value, y: Value, rtol: float | None) -> bool:
+    if not is_differentiable(x):
+        return not isinstance(x, (str, int, numpy.ndarray)) or same(x, y)
+    if numpy.shape(x) != numpy.shape(y):
+        return False
+    rtol = 1000 * max(precisions(x, y), default=float(numpy.finfo("f8").eps)) if rtol is None else rtol
+    atol = rtol * numpy.max(numpy.abs(y), initial=0.0)
+    return numpy.allclose(x, y, rtol=0, atol=atol, equal_nan=True)
 
 
 Report = namedtuple("Report", "value, rates, products, second")

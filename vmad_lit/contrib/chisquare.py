@@ -15,6 +15,7 @@ from vmad_lit import Builder, autooperator, operator
 from vmad_lit.contrib.optimize import Monitor, Optimizer, Preconditioner, Problem, State
 from vmad_lit.contrib.vectorspace import Communicator, FieldSpace, Vector, VectorSpace
 from vmad_lit.contrib.vectorspace import is_field, local_field_product, real_inner_product
+from vmad_lit.core.handover import duplicate
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.symbol import Symbol
 from vmad_lit.core.tape import Tape
@@ -187,7 +188,7 @@ class MPIChiSquareProblem(Problem):
     def residual_values(self, x: Vector) -> list[Any]:
         """The residuals at x, this rank's part of them."""
         out = self._tape_at(x).out
-        return [out[name] for name in self.residual_names]
+        return [duplicate(out[name]) for name in self.residual_names]
 
 
 class EpochScheduler(dict[int, dict[str, Any]]):

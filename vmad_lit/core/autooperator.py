@@ -13,10 +13,14 @@ from .declaration import check_class
 from .error import BadArgument, ModelError, did_you_mean
 from .execution import Plan
 from .graph import Node
+from .handover import duplicate, snapshot
+from .marks import LARGE, Mark, mark, matches
 from .model import Builder, Model
 from .operator import InstanceOperator, Operator, Primitive, declare
+from .runs import run_inside
 from .symbol import Literal, Symbol
 from .tape import Tape
+from .valuetypes import IMMUTABLE
 
 TAPE = "tape of the model"
 
@@ -75,7 +79,7 @@ class AutoOperator(Operator):
     def _build(self, hyperargs: Mapping[str, Any]) -> Model:
         if self.__bound_model__ is not None:
             return self.__bound_model__
-        hyperargs = {**self._defaults, **hyperargs}
+        hyperargs = snapshot({**self._defaults, **hyperargs})
         # Check that the hyper-parameters are complete
         expected = [name for name in self.argnames if name not in self.ain]
         for name in hyperargs:
@@ -121,12 +125,13 @@ class AutoOperator(Operator):
 
     def _vary(self, **changes: Any) -> AutoOperator:
         variant: AutoOperator = object.__new__(type(self))
-        variant.__dict__.update(self.__dict__, _opened={}, **changes)
+        variant.__dict__.update(self.__dict__, _opened={}, made_of=(self, changes), **changes)
         variant._make_primitives()
         return variant
 
     def bind(self, /, **hyperargs: Any) -> AutoOperator:
         """A variant with the hyper-parameters fixed, whose model is built once."""
+        hyperargs = snapshot(hyperargs)
         model = self.build(**hyperargs)
         return self._vary(
             __bound_model__=model,
@@ -141,7 +146,8 @@ class AutoOperator(Operator):
         inputs = {name: value for name, value in arguments.items() if name in self.ain}
         hyperargs = {name: value for name, value in arguments.items() if name not in self.ain}
         model = self._build(hyperargs)
-        _, tape = model.compute(list(self.aout), inputs, return_tape=True)
+        _, tape = model._run(self.aout, {name: duplicate(value) for name, value in inputs.items()}, True)
+        tape.shared = True
         return self._vary(
             __bound_model__=model, __bound_tape__=tape, _defaults={**self._defaults, **hyperargs}
         )
@@ -240,11 +246,22 @@ def find_model(node: Any, arguments: Mapping[str, Any]) -> tuple[Model, dict[str
         return operator.__bound_model__, inputs
     hyperargs = {name: arguments[name] for name in operator.argnames if name not in operator.ain}
     home = node.forward or node
-    if home.cache is None or not all(
-        is_same(home.cache[0][name], value) for name, value in hyperargs.items()
-    ):
-        home.cache = hyperargs, share_model(home, hyperargs)
+    if home.cache is None or not is_known(home.cache[0], home.cache[2], hyperargs):
+        marks = {name: mark(x, LARGE) for name, x in hyperargs.items() if not isinstance(x, IMMUTABLE)}
+        home.cache = hyperargs, share_model(home, hyperargs), marks
     return home.cache[1], inputs
+
+
+def is_known(kept: dict[str, Any], marks: dict[str, Mark], hyperargs: Mapping[str, Any]) -> bool:
+    """Whether hyper-parameters are the same as those that were kept, and have not changed since."""
+    for name, value in hyperargs.items():
+        before = kept[name]
+        if isinstance(value, IMMUTABLE):
+            if value is not before and (type(value) is not type(before) or value != before):
+                return False
+        elif name not in marks or not matches(marks[name], mark(value, LARGE)):
+            return False
+    return True
 
 
 def find_known_model(node: Any) -> Any:
@@ -262,20 +279,10 @@ def share_model(node: Any, hyperargs: Mapping[str, Any]) -> Any:
     operator, graph = node.operator, node.graph
     if graph is None or not all(node.is_literal(name) for name in hyperargs):
         return operator._build(hyperargs)
-    key = (
-        operator,
-        *(
-            (type(value), value) if type(value) in (int, float, str) else id(value)
-            for value in hyperargs.values()
-        ),
-    )
+    key = operator, *[mark(value, LARGE) for value in hyperargs.values()]
     if key not in graph.shared:
         graph.shared[key] = operator._build(hyperargs)
     return graph.shared[key]
-
-
-def is_same(a: Any, b: Any) -> bool:
-    return a is b or type(a) is type(b) and type(a) in (int, float, str) and a == b
 
 
 def compute(node: Any, **arguments: Any) -> dict[str, Any]:
@@ -283,7 +290,9 @@ def compute(node: Any, **arguments: Any) -> dict[str, Any]:
     if operator.__bound_tape__ is not None:
         return {name: operator.__bound_tape__.out[name] for name in operator.aout}
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, donated=node.donated, placed=node.placed)[0]
+    return model._run(
+        find_wanted(node), inputs, donated=node.donated, placed=node.placed, run=run_inside(node)
+    )[0]
 
 
 def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
@@ -306,7 +315,9 @@ def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if operator.__bound_tape__ is not None:
         return operator.__bound_tape__
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, record=True, donated=node.donated, placed=node.placed)[1]
+    return model._run(
+        find_wanted(node), inputs, True, donated=node.donated, placed=node.placed, run=run_inside(node)
+    )[1]
 
 
 def differentiate(node: Any, **arguments: Any) -> Any:

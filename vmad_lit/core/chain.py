@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,8 +10,12 @@ from .autodiff import add_cotangents
 from .autooperator import AutoOperator, InstanceAutoOperator, find_known_model, find_model
 from .error import BadArgument, BrokenPrimitive
 from .execution import Plan
+from .graph import Node
+from .handover import snapshot
+from .marks import literals
 from .model import Model
 from .operator import InstanceOperator, Operator, Primitive, ZeroGradient
+from .runs import Run, run_inside
 from .schedules import Actions, find_schedule, is_whole
 from .store import Disk, InMemory, OnDisk, find_comm
 
@@ -156,7 +160,7 @@ class Models:
     """The models of the steps of a chain, for some hyper-parameters."""
 
     def __init__(self, step: AutoOperator, hyperargs: dict[str, Any]) -> None:
-        self._step, self._hyperargs = step, hyperargs
+        self._step, self._hyperargs = step, snapshot(hyperargs)
         self._numbered = "i" in step.argnames
         self._models: dict[int, Model] = {}
 
@@ -172,14 +176,15 @@ class StepRuns:
     """The steps of a chain, with values for its parameters; on many ranks with what is known of where they live."""
 
     def __init__(
-        self, chain: Chain, models: Models, parameters: dict[str, Any], placed: Mapping[str, Any]
+        self, chain: Chain, models: Models, parameters: dict[str, Any], placed: Mapping[str, Any], outer: Run
     ) -> None:
-        self.chain, self.models, self.parameters, self.placed = chain, models, parameters, placed
+        self.chain, self.models, self.parameters = chain, models, parameters
+        self.placed, self.outer = placed, outer
 
     def run(self, i: int, state: tuple[Any, ...], private: Names = ()) -> tuple[tuple[Any, ...], Names]:
         """Run a step; returns the next state and what of it is private."""
         model, vout, init = self.models[i], self.chain.aout, self.inputs(state)
-        out, _ = model._run(vout, init, donated=private, placed=self.placed)
+        out, _ = model._run(vout, init, donated=private, placed=self.placed, run=Run(self.outer, i))
         arrivals = model.find_arrivals(init, self.placed)
         return tuple(out.values()), self.own(
             model._plan(tuple(vout), False, True, private, arrivals=arrivals)
@@ -189,19 +194,19 @@ class StepRuns:
         self, i: int, state: tuple[Any, ...], private: Names = ()
     ) -> tuple[tuple[Any, ...], Names, Any]:
         """Run a step; returns the next state, what of it is private, and the tape."""
-        _, tape = self.models[i]._run(
-            self.chain.aout, self.inputs(state), record=True, donated=private, placed=self.placed
-        )
+        tape = self.make_tape(i, state, private, True)
         own = self.own(tape.plan)
         return tuple(tape.let_go().values()), own, tape
 
     def record_only(self, i: int, state: tuple[Any, ...]) -> Any:
         """The tape of a step whose result nobody needs, for one sweep."""
-        _, tape = self.models[i]._run(
-            self.chain.aout, self.inputs(state), record=True, results=False, placed=self.placed
-        )
+        tape = self.make_tape(i, state, (), False)
         tape.consume()
         return tape
+
+    def make_tape(self, i: int, state: tuple[Any, ...], private: Names, results: bool) -> Any:
+        init, run = self.inputs(state), Run(self.outer, i)
+        return self.models[i]._run(self.chain.aout, init, True, None, private, results, self.placed, run)[1]
 
     def inputs(self, state: tuple[Any, ...]) -> dict[str, Any]:
         return {**self.parameters, **dict(zip(self.chain.state_names, state))}
@@ -222,7 +227,8 @@ def prepare(node: Any, arguments: dict[str, Any]) -> tuple[StepRuns, tuple[Any, 
         for name, place in node.placed.items()
         if name in parameters or place.kind == "partitioned"  # a state may change its place from step to step
     }
-    return StepRuns(chain, models, parameters, placed), tuple(inputs[name] for name in chain.state_names)
+    state = tuple(inputs[name] for name in chain.state_names)
+    return StepRuns(chain, models, parameters, placed, run_inside(node)), state
 
 
 def run_chain(node: Any, **arguments: Any) -> dict[str, Any]:
@@ -339,6 +345,11 @@ class History:
         kept = self._kept
         what = "used up" if kept is None else f"{len(kept[0])} states, {len(kept[1])} tapes"
         return f"history of {self.steps.chain.__name__}: {what}"
+
+    def literals(self) -> Iterator[tuple[Node, str, Any]]:
+        """The constants of the steps, see `Tape`."""
+        for model in self.steps.models._models.values():
+            yield from literals(model)
 
     def held(self) -> list[Any]:
         """What it keeps in memory."""

@@ -14,7 +14,7 @@ from .execution import collect, describe
 from .graph import Graph, Node, Recorded
 from .symbol import BaseSymbol, Literal, leaves
 from .tape import Record, Tape
-from .valuetypes import nbytes_of
+from .valuetypes import Form, nbytes_of
 
 SHOWN = 50  # rows at either end of a long table
 
@@ -136,11 +136,17 @@ def looks_of(tape: Tape) -> dict[BaseSymbol, str]:
             if name in symbols and symbols[name] not in looks:
                 looks[symbols[name]] = describe(collect(tape.slots, target))
     for name, symbol in tape.model._inputs.items():
-        form = tape.forms.get(name)
-        if form is not None:
-            looks[symbol] = f"list of {len(form)}" if type(form) is list else str(form)
-    looks.update((tape.model._outputs[name], describe(value)) for name, value in tape.out.items())
+        if name in tape.forms:
+            looks[symbol] = look_of(tape.forms[name])
+    looks.update((tape.model._outputs[name], look_of(value)) for name, value in tape.out.items())
     return {symbol: look for symbol, look in looks.items() if not isinstance(symbol, Literal)}
+
+
+def look_of(form: Any) -> str:
+    """What is known of a value from its form."""
+    if type(form) is list:
+        return f"list of {len(form)}"
+    return str(form) if type(form) is Form else describe(form)
 
 
 def in_bytes(size: float) -> str:

@@ -553,6 +553,8 @@ class Plan:
         If recording: for some nodes the slot with the looks of their values, see `core.fitting`.
     derived : dict
         The models derived from this plan, so that they are made only once.
+    made_for : tuple
+        What a model was asked for when it made the plan.
     consuming : list of tuple, or None
         The steps for a tape that is used for the last time, once they have been made.
     places : Places
@@ -563,6 +565,7 @@ class Plan:
     find_places: ClassVar[Callable[..., Places]] = Places
 
     fresh_outputs: tuple[str, ...] = ()
+    made_for: tuple[Any, ...] = ()
     consuming: list[Step] | None = None
 
     def __init__(

@@ -9,7 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from types import CodeType
 from typing import Any, ClassVar, Protocol
 
+import numpy
+
 from .error import BadArgument, DuplicatedOutput, InferError
+from .runs import current_run
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, assymbol, leaves
 
 Symbols = dict[str, BaseSymbol]  # arguments or results, by name
@@ -60,7 +63,7 @@ class Node:
         primitive: Callee,
         varin: Symbols,
         varout: Symbols,
-        origin: tuple[CodeType, int] | None,
+        origin: tuple[CodeType | str, int] | None,
         forward: Node | None = None,
     ) -> None:
         self.primitive = primitive
@@ -116,6 +119,16 @@ class Node:
         an argument that the operator declares in `inplace` is ever given away like that."""
         return name in self.donated
 
+    @property
+    def rng(self) -> numpy.random.Generator:
+        """Random numbers for the function that is running: the same on all ranks, and the same again whenever this
+        run is repeated, and in the derivatives of the node."""
+        return current_run().generator(self)
+
+    def rng_of(self, comm: Any) -> numpy.random.Generator:
+        """As `rng`, with other numbers on each rank of a communicator."""
+        return current_run().generator(self, comm.rank)
+
     def placement(self, name: str) -> str | None:
         """Where the value of an argument lives: 'replicated', 'partitioned', 'partial' or 'root-only'; None if
         that is not known, or if there is only one rank."""
@@ -145,6 +158,8 @@ class Node:
             return self.forward.place
         assert self._origin is not None
         code, instruction = self._origin
+        if isinstance(code, str):  # of a copy, which has no more than this
+            return code, instruction
         position = list(code.co_positions())[instruction // 2] if instruction >= 0 else (None,)
         return code.co_filename, position[0] or code.co_firstlineno
 

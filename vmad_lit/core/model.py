@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 from .autodiff import write_sweep
+from .doors import PLAIN_NUMBERS, admit
 from .error import BadArgument, UnexpectedOutput, did_you_mean
 from .execution import Arrivals, Plan, describe
 from .graph import Graph, Node
+from .handover import duplicate, hand_over
 from .operator import ZeroGradient
-from .symbol import Symbol, Value
+from .runs import CURRENT, Run, begin_run
+from .symbol import Symbol, Value, leaves
 from .tape import Tape
 from .valuetypes import conform, form_of
 
@@ -20,7 +23,13 @@ Monitor = Callable[[Node, Any, Any, Mapping[str, Value]], object]
 
 
 class Model(Graph):
-    """A list of nodes with named inputs and outputs, which can be computed."""
+    """A list of nodes with named inputs and outputs, which can be computed.
+
+    Attributes
+    ----------
+    seed : int
+        Not negative; what the random numbers of `node.rng` begin with, the same on all ranks.
+    """
 
     runner: ClassVar[Callable[..., Any]] = staticmethod(Plan.run)
 
@@ -35,6 +44,7 @@ class Model(Graph):
         self._kind = "apl"
         self._tape: Tape | None = None
         self._optional: dict[str, Value] = {}
+        self.seed = 0
 
     @staticmethod
     def get_model(symbol: Symbol) -> Graph | None:
@@ -60,6 +70,7 @@ class Model(Graph):
                         f"the model has no output '{name}'" + did_you_mean(name, list(self._outputs))
                     )
             plan = self._plans[key] = Plan(self, vout, record, reuse, self._base, donated, results, arrivals)
+            plan.made_for = key[:-2]
         return plan
 
     def _run(
@@ -71,21 +82,30 @@ class Model(Graph):
         donated: tuple[str, ...] = (),
         results: bool = True,
         placed: Mapping[str, Any] | None = None,
+        run: Run | None = None,
     ) -> tuple[dict[str, Value], Any]:
         """Compute some outputs; returns a dict of them, and the tape or None. The values of the inputs
         `donated` may be overwritten. Without `results` only the tape is wanted. A model that runs inside
-        another is told where the values of its inputs live (`placed`)."""
+        another is told where the values of its inputs live (`placed`), and which `run` of the other this is."""
         arrivals = self.find_arrivals(init, placed)
         plan = self._plan(tuple(vout), record, monitor is None, donated, results, arrivals)
         if placed is None and plan.places.complaint is not None:
             raise plan.places.complaint
         slots = None
         if self._tape is not None:
+            if self._tape.marks:
+                self._tape.verify()
             slots = self._tape.slots
             init = self._optional | {name: as_zero(value) for name, value in init.items()}
-        values, slots = self.runner(plan, init, slots, monitor)
+            run = self._tape.run.again()
+        run = run or begin_run(self.seed)
+        token = CURRENT.set(run)
+        try:
+            values, slots = self.runner(plan, init, slots, monitor)
+        finally:
+            CURRENT.reset(token)
         out = dict(zip(plan.vout, values))
-        return out, (Tape(self, plan, slots, init, out) if record else None)
+        return out, (Tape(self, plan, slots, init, out, run) if record else None)
 
     def derive(self, plan: Plan, kind: str) -> Self:
         """The model of a derivative, 'vjp', 'jvp' or 'hvp', for all runs of a recording plan of this model."""
@@ -113,6 +133,7 @@ class Model(Graph):
         return_tape: bool = False,
         return_dict: bool = False,
         monitor: Monitor | None = None,
+        copy: bool = True,
     ) -> Any:
         """Compute outputs of the model.
 
@@ -128,6 +149,9 @@ class Model(Graph):
             Return the values as a dict.
         monitor : callable
             `monitor(node, inputs, outputs, context)` is called after each node.
+        copy : bool
+            Whether arrays that share memory with others, with an input or with the tape, are returned as
+            copies. If not, they are returned read-only.
 
         Raises
         ------
@@ -138,14 +162,22 @@ class Model(Graph):
         """
         names = names_of(vout)
         every = tuple(dict.fromkeys([*self._outputs, *names])) if return_tape else names
-        out, tape = self._run(every, self._conforming(dict(init)), return_tape, monitor)
+        given = self._conforming(self._admitted(init))
         if return_tape:
-            tape.shared = True
-        result = select(out, vout, return_dict)
+            given = {name: duplicate(value) for name, value in given.items()}
+        out, tape = self._run(every, given, return_tape, monitor)
+        if return_tape:
+            out = tape.share()
+        result = select(hand_over(out, names, copy), vout, return_dict)
         return (result, tape) if return_tape else result
 
     def compute_with_vjp(
-        self, init: Values, v: Values, return_dict: bool = False, monitor: Monitor | None = None
+        self,
+        init: Values,
+        v: Values,
+        return_dict: bool = False,
+        monitor: Monitor | None = None,
+        copy: bool = True,
     ) -> tuple[Any, Any]:
         """Compute outputs and a vector-Jacobian product.
 
@@ -162,12 +194,14 @@ class Model(Graph):
             The outputs in the order of `v`, and the cotangents of the inputs in the order of `init`.
             Dicts if `return_dict`.
         """
-        init, v = dict(init), dict(v)
+        init, v = self._admitted(init), dict(v)
         vout = [without(name, "_", None) for name in v]
-        out, tape = self._run(vout, init, True, monitor)
+        _, tape = self._run(vout, init, True, monitor)
+        out = tape.let_go()
         tape.consume()
-        pulled = tape.get_vjp().compute(tape.get_vjp_vout(), v, return_dict=return_dict, monitor=monitor)
-        return select(out, vout, return_dict), pulled
+        pulled = tape.get_vjp().compute(tape.get_vjp_vout(), v, False, return_dict, monitor, copy)
+        del tape
+        return select(hand_over(out, vout, copy), vout, return_dict), pulled
 
     def compute_with_jvp(
         self,
@@ -176,6 +210,7 @@ class Model(Graph):
         v: Values,
         return_dict: bool = False,
         monitor: Monitor | None = None,
+        copy: bool = True,
     ) -> tuple[Any, Any]:
         """Compute outputs and a Jacobian-vector product.
 
@@ -193,15 +228,18 @@ class Model(Graph):
             The outputs and their tangents, each a value if `vout` is a str, else a list. Dicts if
             `return_dict`.
         """
-        out, tape = self._run(names_of(vout), dict(init), True, monitor)
+        names = names_of(vout)
+        _, tape = self._run(names, self._admitted(init), True, monitor)
         tangents = self._tangents(dict(v))
+        out = tape.let_go()
         tape.consume()
         pushed = tape.get_jvp().compute(
-            [name + "_" for name in names_of(vout)], tangents, return_dict=return_dict, monitor=monitor
+            [name + "_" for name in names], tangents, False, return_dict, monitor, copy
         )
         if not return_dict and isinstance(vout, str):
             pushed = pushed[0]
-        return select(out, vout, return_dict), pushed
+        del tape
+        return select(hand_over(out, names, copy), vout, return_dict), pushed
 
     def compute_with_gnDp(
         self,
@@ -210,6 +248,7 @@ class Model(Graph):
         v: Values,
         return_dict: bool = False,
         monitor: Monitor | None = None,
+        copy: bool = True,
     ) -> tuple[Any, Any]:
         """Compute outputs and a Gauss-Newton product J^T J v.
 
@@ -217,17 +256,27 @@ class Model(Graph):
         `compute_with_vjp`.
         """
         names = names_of(vout)
-        out, tape = self._run(names, dict(init), True, monitor)
+        _, tape = self._run(names, self._admitted(init), True, monitor)
         tangents = self._tangents(dict(v))
+        out = tape.let_go()
         pushed = tape.get_jvp().compute([name + "_" for name in names], tangents, monitor=monitor)
         cotangents = {"_" + name: tangent for name, tangent in zip(names, pushed)}
         tape.consume()
-        pulled, _ = tape.get_vjp()._run(tape.get_vjp_vout(), cotangents, monitor=monitor)
-        return select(out, vout, return_dict), select(pulled, tape.get_vjp_vout(), return_dict)
+        gradient = tape.get_vjp_vout()
+        pulled, _ = tape.get_vjp()._run(gradient, cotangents, monitor=monitor)
+        del tape
+        product = select(hand_over(pulled, gradient, copy), gradient, return_dict)
+        return select(hand_over(out, names, copy), vout, return_dict), product
 
     # Compute a Hessian-vector product
     def compute_with_hvp(
-        self, vout: Names, init: Values, v: Values, return_dict: bool = False, monitor: Monitor | None = None
+        self,
+        vout: Names,
+        init: Values,
+        v: Values,
+        return_dict: bool = False,
+        monitor: Monitor | None = None,
+        copy: bool = True,
     ) -> tuple[Any, Any, Any]:
         """Compute outputs, a gradient, and the product of a Hessian with a vector.
 
@@ -256,7 +305,8 @@ class Model(Graph):
             A cotangent is missing, or a tangent or cotangent does not fit its value.
         """
         names, v = names_of(vout), dict(v)
-        out, tape = self._run(names, dict(init), True, monitor)
+        _, tape = self._run(names, self._admitted(init), True, monitor)
+        out = tape.let_go()
         cotangents: dict[str, Value] = {}
         for name in names:
             cotangents["_" + name] = cotangent = v.pop("_" + name, None)
@@ -271,11 +321,12 @@ class Model(Graph):
         tape.consume()
         hvp, gradient, product = tape.get_hvp(), tape.get_vjp_vout(), tape.get_hvp_vout()
         given = {**cotangents, **self._tangents(v)}
-        swept = hvp.compute([*gradient, *product], given, return_dict=True, monitor=monitor)
+        swept = hvp.compute([*gradient, *product], given, False, True, monitor, copy)
+        del tape, hvp
         return (
-            select(out, vout, return_dict),
-            select(swept, gradient, return_dict),
-            select(swept, product, return_dict),
+            select(hand_over(out, names, copy), vout, return_dict),
+            select([swept[name] for name in gradient], gradient, return_dict),
+            select([swept[name] for name in product], product, return_dict),
         )
 
     def _tangents(self, v: dict[str, Value]) -> dict[str, Value]:
@@ -286,6 +337,23 @@ class Model(Graph):
                     + did_you_mean(name, [name + "_" for name in self._inputs])
                 )
         return {name + "_": v.get(name + "_", ZeroGradient) for name in self._inputs}
+
+    def _admitted(self, init: Values) -> dict[str, Value]:
+        """What is given to the model, as it may go in."""
+        init = dict(init)
+        for name, value in init.items():
+            if type(value) not in PLAIN_NUMBERS:
+                init[name] = self._admit(name, value)
+        return init
+
+    def _admit(self, name: str, value: Value) -> Value:
+        try:
+            return admit(name, value)
+        except BadArgument:
+            symbol = self._inputs.get(name)
+            if symbol is not None and not is_differentiated(symbol, self):
+                return value  # for a hyper-parameter, which may be anything
+            raise
 
     def _conforming(self, init: dict[str, Value]) -> dict[str, Value]:
         """What is given to a derived model, fit for the values that it belongs to."""
@@ -318,6 +386,12 @@ class Builder(Model):
 
 
 # Tools of models
+def is_differentiated(symbol: Symbol, graph: Graph) -> bool:
+    """Whether a symbol is an output, or a differentiable argument of a node."""
+    used = [graph._outputs.values(), *([node.varin[name] for name in node.primitive.ain] for node in graph)]
+    return any(leaf is symbol for symbols in used for s in symbols for leaf in leaves(s))
+
+
 def as_zero(value: Value) -> Value:
     """A tangent or cotangent, with ZeroGradient for the numbers 0 in it."""
     if type(value) is list:
@@ -329,11 +403,11 @@ def names_of(vout: Names) -> list[str]:
     return [vout] if isinstance(vout, str) else list(vout)
 
 
-def select(out: dict[str, Value], vout: Names, return_dict: bool = False) -> Any:
+def select(values: list[Value], vout: Names, return_dict: bool = False) -> Any:
     """The values of the outputs `vout` in the form that the caller wants."""
     if return_dict:
-        return {name: out[name] for name in names_of(vout)}
-    return out[vout] if isinstance(vout, str) else [out[name] for name in vout]
+        return dict(zip(names_of(vout), values))
+    return values[0] if isinstance(vout, str) else values
 
 
 def without(name: str, prefix: str | None, suffix: str | None) -> str:

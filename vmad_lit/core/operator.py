@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from .declaration import check_class, check_functions, watched
+from .doors import admit
 from .error import BadArgument, MissingArgument, OverwritePrecaution, did_you_mean
 from .graph import NAME_OF_RESULT, Graph, Node, Symbols, caller, find_graph
 from .symbol import BaseSymbol, ListPlaceholder, Symbol, Value, assymbol, leaves
@@ -173,7 +174,7 @@ class Primitive:
         varin = {name: given[name] for name in self.argnames if name in given}
         for name, value in varin.items():
             if not isinstance(value, BaseSymbol):
-                varin[name] = assymbol(value)
+                varin[name] = assymbol(admit(name, value) if name in self.ain else value)
         graph = find_graph(varin.values())
         varout: Symbols = {}
         for name in self.outnames:

@@ -93,7 +93,10 @@ def run(
     if type(tape) is not ConsumedTape or monitor is not None:
         return plan.run(init, tape, monitor)
     tape += plan.template
-    return plan.follow(last_steps(plan), tape, init)
+    values, slots = plan.follow(last_steps(plan), tape, init)
+    if not plan.record:
+        slots.clear()
+    return values, slots
 
 
 Model.runner = staticmethod(run)

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 from collections.abc import Callable
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -106,7 +107,7 @@ def find_schedule(schedule: str | Callable[[int], Any], numbers: dict[str, Any])
             what = "steps" if name == "period" else "states"
             raise BadArgument(f"{name} is a number of {what}, got {value!r}")
     make(2, **given)
-    return lambda n: make(n, **given)
+    return partial(make, **given)
 
 
 def at_least_one(**number: int) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+from .error import BadArgument
 from .execution import Plan, collect, describe
 from .graph import Node, Symbols
+from .marks import Mark, literals, mark, matches
 from .operator import ZeroGradient
+from .runs import Run
 from .symbol import Symbol, Value
-from .valuetypes import form_of, value_type
+from .valuetypes import IMMUTABLE, form_of, value_type
 
 
 # Slots of a tape that is consumed
@@ -53,9 +56,14 @@ class Tape(Sequence[Record]):
         The outputs of the run, or their forms after `let_go`.
     shared : bool
         Whether somebody outside of the engine has the tape.
+    run : Run
+        Where the random numbers came from.
+    marks : list of tuple
+        If so, for each constant the node, the argument, the value and its mark.
     """
 
     _repr_html_: ClassVar[Callable[..., str]]
+    marks: Sequence[tuple[Node, str, Value, Mark]] = ()
 
     def __init__(
         self,
@@ -64,12 +72,14 @@ class Tape(Sequence[Record]):
         slots: list[Value],
         init: Mapping[str, Value],
         out: dict[str, Value],
+        run: Run,
     ) -> None:
         self.model = model
         self.plan = plan
         self.slots = slots
         self.init = tuple(init)
         self.out = out
+        self.run = run
         self.forms = {name: form_of(value) for name, value in init.items()}
         self.shared = False
 
@@ -102,10 +112,40 @@ class Tape(Sequence[Record]):
     def let_go(self) -> dict[str, Value]:
         """The outputs, of which the tape keeps from now on only the forms, and what nodes recorded."""
         out = self.out
-        self.out = {name: form_of(value) for name, value in out.items()}
+        self.out = {
+            name: value if isinstance(value, IMMUTABLE) else form_of(value) for name, value in out.items()
+        }
         for slot in self.plan.unrecorded:
             self.slots[slot] = None
         return out
+
+    def share(self) -> dict[str, Value]:
+        """The outputs, for somebody who gets the tape as well."""
+        self.shared = True
+        self.mark()
+        return dict(self.out)
+
+    def literals(self) -> Iterator[tuple[Node, str, Value]]:
+        """The constants of the nodes that ran, also in inner models, as `marks.literals` has them."""
+        yield from literals(self.plan.nodes)
+        for node, record in self.plan.records.items():
+            for name in node.operator.extras if type(record) is dict else ():
+                yield from getattr(self.slots[record[name]], "literals", tuple)()
+
+    def mark(self) -> None:
+        """Take marks of all constants, if somebody outside of the engine has the tape."""
+        found = self.literals() if self.shared else ()
+        self.marks = [(*literal, mark(literal[-1])) for literal in found]
+
+    def verify(self) -> None:
+        """Complain if a constant was changed in place after the run."""
+        for node, name, value, before in self.marks:
+            if not matches(before, mark(value)):
+                filename, line = node.place
+                raise BadArgument(
+                    f"the value of '{name}' in {node.name} at {filename}:{line}, {describe(value)}, was changed "
+                    "in place after the run of this tape; run the model again, or let it have a copy"
+                )
 
     def consume(self) -> None:
         """Let the next sweep, which is the last, use up the tape; unless somebody outside of the engine has it."""

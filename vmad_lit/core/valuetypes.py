@@ -13,6 +13,7 @@ from .execution import describe
 from .operator import ZeroGradient
 from .symbol import Value
 
+IMMUTABLE = int, float, complex, str, bytes, type(None), numpy.generic
 Parts = list[Value]
 Apart = tuple[Callable[[Parts], Value], Parts]
 

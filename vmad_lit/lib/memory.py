@@ -19,6 +19,7 @@ import numpy
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import DTypeLike
 
+from vmad_lit.core.handover import OWNERS
 from vmad_lit.core.stdlib.operators import Array, Shape
 
 #: Bytes from which on it pays to keep memory, and whose multiples pieces are.
@@ -94,6 +95,7 @@ def _size(piece: Piece) -> int:
 
 
 _store = _Store()
+OWNERS.add(_Piece)
 
 
 class Region:

@@ -523,6 +523,8 @@ def next_to_a_number(whole: Any, **derivatives: type) -> None:
             __doc__=whole.__doc__,
         )
         special[name] = operator(type(whole.__name__, (declared,), known))
+        special[name].__qualname__ = f"{whole.__name__}.only_{name}"  # where others find it
+        setattr(whole, f"only_{name}", special[name])
     only_x1, only_x2 = special.get("x1"), special.get("x2")
 
     def choose(varin: Symbols) -> Operator | None:
