@@ -9,12 +9,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
 from vmad_lit import operator
+from vmad_lit.core.arguments import one_of, real_number, whole_number
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array, Shape
@@ -22,6 +23,8 @@ from vmad_lit.core.store import Disk
 from vmad_lit.core.symbol import Value
 from vmad_lit.core.valuetypes import Apart, ValueType, register, rng_of_rank, value_type
 from vmad_lit.lib import memory
+from vmad_lit.lib.mpi import run_together
+from vmad_lit.lib.noise import fill_white
 
 with needed_for("fields on a mesh", extra="mesh"):
     from mpi4py import MPI
@@ -33,6 +36,7 @@ is_zero = type(ZeroGradient).is_zero
 
 T = TypeVar("T")
 Kind = str | type  # of a field: a name that pmesh knows, or a class
+Generator = Literal["pmesh", "philox"]  # of white noise
 Metric = Callable[[Array], Array]  # weights of modes, a function of |k|
 
 _kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
@@ -160,6 +164,16 @@ class UntransposedComplexField(_Modes, pmesh.UntransposedComplexField):
 
 ComplexField = TransposedComplexField
 
+
+def pmesh_is_sound(Nmesh: Sequence[int], seed: int) -> bool:
+    """Whether pmesh makes white noise on a mesh such that no other seed has, and no modes share their numbers."""
+    if len(Nmesh) == 2:
+        return seed < 2**32
+    sides = {int(n) for n in Nmesh}
+    even = all(n % 2 == 0 and n >= 4 for n in sides)
+    return len(Nmesh) == 3 and even and Nmesh[0] == Nmesh[1] and 0 < seed < 2**31
+
+
 FIELDS = {kind.__name__: kind for kind in (RealField, TransposedComplexField, UntransposedComplexField)}
 
 
@@ -192,14 +206,74 @@ class ParticleMesh(pmesh.ParticleMesh):
         self,
         seed: int,
         unitary: bool = False,
-        mean: float = 0,
+        mean: float | None = 0,
         type: Kind = ComplexField,
         mode: Kind | None = None,
-        **others: Any,
+        base: Any = None,
+        invertphase: bool = False,
+        generator: Generator | None = None,
+        purpose: str = "field",
     ) -> Any:
-        """White noise of unit variance, the same on any number of ranks; see pmesh."""
-        type = getattr(pmesh, ours(type if mode is None else mode).__name__)
-        return super().generate_whitenoise(seed, unitary, mean, type, **others)
+        """White noise, the same on any number of ranks: independent modes of unit variance. Collective.
+
+        Parameters
+        ----------
+        seed : a whole number of at least 0
+        unitary : give all modes the amplitude 1, and only random phases
+        mean : of the field; None for a random one, like all other modes (not by pmesh)
+        type : 'real', 'complex' or 'untransposedcomplex', or a class; `mode` is its old name
+        base : memory for the field, see pmesh
+        invertphase : the field with the opposite sign, but the same mean
+        generator : 'pmesh', pmesh's own field, or 'philox', that of `vmad_lit.lib.noise`. By default pmesh's
+            where it is sound, see `pmesh_is_sound`, and otherwise the other one
+        purpose : of the numbers; one seed gives independent fields for different ones (not by pmesh)
+        """
+        kind = ours(type if mode is None else mode)
+        options = run_together(
+            self.comm, lambda: self._noise_options(seed, unitary, mean, invertphase, generator, purpose)
+        )
+        given = self.comm.allgather((kind, options))
+        if any(each != given[0] for each in given):
+            raise ValueError(f"all ranks must ask for the same white noise; ranks 0, 1, .. ask for {given}")
+        if options.pop("generator") == "pmesh":
+            del options["purpose"]
+            return super().generate_whitenoise(**options, type=getattr(pmesh, kind.__name__), base=base)
+        # Fill the modes, with the opposite sign throughout if that is wanted
+        flip = options.pop("invertphase")
+        if flip and mean is not None:
+            options["mean"] *= -1
+        modes = self.create(type=ComplexField if kind is RealField else kind, base=base)
+        fill_white(modes.value, modes.i, tuple(self.Nmesh), **options)
+        if flip:
+            modes.value[...] *= -1
+        return modes.c2r(out=Ellipsis) if kind is RealField else modes
+
+    def _noise_options(
+        self,
+        seed: int,
+        unitary: bool,
+        mean: float | None,
+        invertphase: bool,
+        generator: Generator | None,
+        purpose: str,
+    ) -> dict[str, Any]:
+        """The options of white noise, checked, with the choice of a generator."""
+        seed = whole_number("seed", seed, least=0)
+        one_of("generator", generator, (None, "pmesh", "philox"))
+        mean = mean if mean is None else real_number("mean", mean)
+        plain = purpose == "field" and mean is not None
+        if generator == "pmesh" and not plain:
+            raise ValueError("pmesh's white noise has one purpose, 'field', and its mean is not random")
+        if generator is None:
+            generator = "pmesh" if plain and pmesh_is_sound(self.Nmesh, seed) else "philox"
+        return dict(
+            seed=seed,
+            unitary=bool(unitary),
+            mean=mean,
+            invertphase=bool(invertphase),
+            generator=generator,
+            purpose=purpose,
+        )
 
     def reshape(self, Nmesh: ArrayLike | None = None, BoxSize: ArrayLike | None = None) -> Self:
         """A mesh with another number of points, or another box."""
