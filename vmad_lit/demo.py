@@ -53,7 +53,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="compare densities smoothed at R Mpc/h (default 0: not smoothed)",
     )
     add(
-        "--seed", type=int, default=42, help="seed of the true field; the noise has the next one (default 42)"
+        "--seed",
+        type=int,
+        default=42,
+        help="seed of the true field and of the noise, which are independent (default 42)",
     )
     add(
         "--from",

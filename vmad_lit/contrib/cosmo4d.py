@@ -10,13 +10,14 @@ from typing import Any, Literal, Self
 import numpy
 
 from vmad_lit import autooperator
+from vmad_lit.core.arguments import positive
 from vmad_lit.core.autooperator import AutoOperator
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, tracers, unary
 from vmad_lit.lib.cosmology import HasMatter
-from vmad_lit.lib.mesh import BaseComplexField, Field, ParticleMesh, RealField
-from vmad_lit.lib.mpi import MPI, on_root
+from vmad_lit.lib.mesh import BaseComplexField, Field, Generator, ParticleMesh, RealField
+from vmad_lit.lib.mpi import MPI, on_root, run_together
 from vmad_lit.lib.transfer import Transfer
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
 from vmad_lit.contrib.optimize import Monitor, Optimizer, Preconditioner, State
@@ -191,12 +192,21 @@ class Data:
         self.d, self.sigma, self.truth, self.clean = d, sigma, truth, clean
 
     @classmethod
-    def synthetic(cls, pm: ParticleMesh, forward: AutoOperator, sigma: float, seed: int) -> Self:
-        """Draw white noise, run `forward` (a `WhiteNoiseOperator` with bound hyper-parameters), and
-        add noise."""
-        truth = white_noise(pm, seed)
+    def synthetic(
+        cls,
+        pm: ParticleMesh,
+        forward: AutoOperator,
+        sigma: float,
+        seed: int,
+        generator: Generator = "philox",
+    ) -> Self:
+        """Draw the truth, `white_noise(pm, seed, generator)`, run `forward` (a `WhiteNoiseOperator` with bound
+        hyper-parameters), and add noise, which no field of any seed shares."""
+        sigma = run_together(pm.comm, lambda: positive("sigma", sigma))
+        truth = white_noise(pm, seed, generator)
         clean = forward.build().compute("fs", init=dict(x=truth))
-        return cls(clean + white_noise(pm, seed + 1) * sigma, sigma, truth, clean)
+        noise = white_noise(pm, seed, purpose="noise of data")
+        return cls(clean + noise * sigma, sigma, truth, clean)
 
     # Save and load data
     def save(self, folder: str) -> None:
@@ -234,9 +244,17 @@ class Data:
         return cls(sigma=header["sigma"], **fields)
 
 
-def white_noise(pm: ParticleMesh, seed: int) -> RealField:
-    """A RealField of independent normal numbers of unit variance; the same on any number of ranks."""
-    return pm.generate_whitenoise(seed, type="real", unitary=False) * float(pm.Nmesh.prod()) ** -0.5
+def white_noise(
+    pm: ParticleMesh, seed: int, generator: Generator = "philox", purpose: str = "field"
+) -> RealField:
+    """A RealField of independent normal numbers of unit variance, the same on any number of ranks. Collective.
+
+    Fields of different seeds, which are whole numbers of any size, and of different purposes are independent. The
+    field of the `generator` 'pmesh' is pmesh's own, whose mean is 0; see `ParticleMesh.generate_whitenoise`.
+    """
+    mean = 0.0 if generator == "pmesh" else None
+    field = pm.generate_whitenoise(seed, type="real", mean=mean, generator=generator, purpose=purpose)
+    return field * float(pm.Nmesh.prod()) ** -0.5
 
 
 def save_field(path: str, field: Field) -> None:

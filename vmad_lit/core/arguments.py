@@ -52,6 +52,8 @@ def whole_number(name: str, x: Any, least: int | None = None, most: int | None =
 
 def _range(least: Any, above: Any, most: Any, below: Any) -> str:
     """The words for a range of numbers."""
+    if least is not None and most is not None:
+        return f" between {least:g} and {most:g}"
     bounds = {"of at least": least, "above": above, "of at most": most, "below": below}
     words = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
     return " " + " and ".join(words) if words else ""
@@ -121,5 +123,5 @@ def positive(name: str, x: Any) -> float:
 def one_of(name: str, x: Any, known: Collection[Any]) -> Any:
     """`x`, which must be among the `known` values."""
     if not any(x is value or (isinstance(x, str) and x == value) for value in known):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {show(x)}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, not {show(x)}")
     return x

@@ -12,11 +12,13 @@ from typing import IO, Any, TypeAlias
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
+from vmad_lit.core.arguments import one_of, plain_array, positive, real_array, real_number, whole_number
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib.mesh import ParticleMesh
 from vmad_lit.lib.mpi import fail_together, on_root, run_together
 from vmad_lit.lib.nbody import FastPMSimulation
+from vmad_lit.lib.noise import uniform_numbers
 from vmad_lit.lib.tracers import velocity
 
 with needed_for("catalogues of particles", extra="mesh"):
@@ -136,7 +138,7 @@ def _blocks(
     comm: MPI.Comm, columns: Mapping[str, Any], fields: Fields, dtype: DTypeLike | None
 ) -> dict[str, Block]:
     """The blocks of all columns and fields by their names in the file, checked to fit on all ranks."""
-    columns = {name: numpy.asarray(values) for name, values in columns.items()}
+    columns = run_together(comm, lambda: _check_names(columns, fields, dtype))
     complaint = None
     if len({len(values) if values.ndim else -1 for values in columns.values()}) > 1:
         complaint = f"columns must have the same number of rows, not {_shapes(columns)}"
@@ -158,6 +160,16 @@ def _blocks(
     return blocks
 
 
+def _check_names(columns: Mapping[str, Any], fields: Fields, dtype: DTypeLike | None) -> dict[str, Array]:
+    """The columns as arrays, after a look at their names, those of the fields, and the precision."""
+    for name in (*columns, *fields):
+        if not isinstance(name, str) or name in ("", ".") or "/" in name:
+            raise ValueError(f"names of columns and fields must be words without '/', not {name!r}")
+    if dtype is not None:
+        one_of("dtype", numpy.dtype(dtype).str[1:], ("f4", "f8"))
+    return {name: plain_array(f"column {name!r}", values) for name, values in columns.items()}
+
+
 def _shapes(columns: Mapping[str, Array]) -> dict[str, Shape]:
     return {name: values.shape for name, values in columns.items()}
 
@@ -173,6 +185,8 @@ def load(
 
     `names` are the columns to read, by default all. Collective.
     """
+    if isinstance(names, str):
+        raise TypeError(f"names must be a sequence of names of columns, such as [{names!r}], not one name")
     run_together(comm, hdf5)
 
     def read() -> tuple[dict[str, Array], dict[str, Any]]:
@@ -203,6 +217,10 @@ def load_field(path: str, name: str, pm: ParticleMesh) -> RealField:
                     f"{path}: the field {name!r} has the shape {group[name].shape}, "
                     f"expected the mesh {tuple(int(n) for n in pm.Nmesh)}"
                 )
+            if group[name].dtype.kind not in "biuf":
+                raise TypeError(
+                    f"{path}: the field {name!r} must be of real numbers, not {group[name].dtype}"
+                )
             field = pm.create(type=RealField, value=0)
             if field.value.size:
                 field[...] = group[name][field.slices]
@@ -211,20 +229,19 @@ def load_field(path: str, name: str, pm: ParticleMesh) -> RealField:
     return run_together(pm.comm, read)
 
 
-def lattice_ids(q: Array, Nmesh: Lattice, BoxSize: ArrayLike) -> Array:
+def lattice_ids(q: ArrayLike, Nmesh: Lattice, BoxSize: ArrayLike) -> Array:
     """The number of each particle's point on a lattice of Nmesh points, from its position (N, ndim)."""
-    cells = numpy.floor(q / (numpy.asarray(BoxSize) / Nmesh) + 1e-5).astype("i8")
-    return numpy.ravel_multi_index(tuple(cells.T), tuple(int(n) for n in Nmesh), mode="wrap").astype("i8")
+    shape = tuple(whole_number("Nmesh", n, least=1) for n in numpy.atleast_1d(plain_array("Nmesh", Nmesh)))
+    q = real_array("q", q, shape=(None, len(shape)))
+    box = numpy.broadcast_to(real_array("BoxSize", BoxSize, above=0), len(shape))
+    cells = numpy.floor(q / (box / shape) + 1e-5).astype("i8")
+    return numpy.ravel_multi_index(tuple(cells.T), shape, mode="wrap").astype("i8")
 
 
 def chosen(ids: ArrayLike, fraction: float, seed: int = 0) -> Array:
     """Whether each particle belongs to a random subset of the given fraction, decided by its ID alone."""
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"the fraction must be between 0 and 1, not {fraction}")
-    z = numpy.asarray(ids).astype("u8") + numpy.uint64((1 + seed) * 0x9E3779B97F4A7C15 % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ (z >> numpy.uint64(shift))) * numpy.uint64(factor)
-    return ((z ^ (z >> numpy.uint64(31))) >> numpy.uint64(11)) * 2.0**-53 < fraction
+    fraction = real_number("fraction", fraction, least=0, most=1)
+    return uniform_numbers(ids, seed, "subset of particles") < fraction
 
 
 def save_snapshot(
@@ -255,9 +272,16 @@ def save_snapshot(
     attributes : more attributes of the file
     """
     pm, comm = sim.pm, sim.pm.comm
-    a = float(sim.stages[-1] if a is None else a)
-    ids = lattice_ids(sim.q, pm.Nmesh if lattice is None else lattice, pm.BoxSize)
-    keep = chosen(ids, fraction)
+
+    def check() -> tuple[float, Array, Array]:
+        moment = positive("a", sim.stages[-1] if a is None else a)
+        for name, values in dict(dx=dx, p=p).items():
+            real_array(name, values, shape=sim.q.shape)
+        one_of("dtype", numpy.dtype(dtype).str[1:], ("f4", "f8"))
+        ids = lattice_ids(sim.q, pm.Nmesh if lattice is None else lattice, pm.BoxSize)
+        return moment, ids, chosen(ids, fraction)
+
+    a, ids, keep = run_together(comm, check)
     x = ((sim.q[keep] + dx[keep]) % pm.BoxSize).astype(dtype)
     x[x >= pm.BoxSize.astype(dtype)] = 0  # the last number below the box may be rounded to it
     columns = dict(Position=x, Velocity=velocity(p[keep], a), ID=ids[keep])

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy
+from numpy.typing import ArrayLike
 
-from vmad_lit.core.arguments import whole_number
+from vmad_lit.core.arguments import plain_array, show, whole_number
 from vmad_lit.core.stdlib.operators import Array
 
 BLOCK = 1 << 13  # modes that are worked on at a time, so that they stay in the cache
@@ -73,6 +74,25 @@ def white_modes(
     return numpy.where(side == 0, alone, numpy.where(side < 0, modes.conj(), modes))
 
 
+def words_of_key(seed: int, purpose: str) -> list[int]:
+    """The three words that a seed and a purpose give to the generator."""
+    return [int(word) for word in stream(seed, purpose).generate_state(3)]
+
+
+def uniform_numbers(ids: ArrayLike, seed: int, purpose: str) -> Array:
+    """Random numbers in [0, 1) for whole numbers of at least 0, each a function of its number alone."""
+    key, ids = words_of_key(seed, purpose), plain_array("ids", ids)
+    if ids.size and (ids.dtype.kind not in "iu" or (ids < 0).any()):
+        raise ValueError(f"ids must be whole numbers of at least 0, not {show(ids)}")
+    flat, result = ids.ravel().astype("u8", copy=False), numpy.empty(ids.size)
+    for begin in range(0, ids.size, BLOCK):
+        block = slice(begin, begin + BLOCK)
+        high, low = flat[block] >> HALF, flat[block] & LOW
+        rest = numpy.full_like(low, key[2])
+        result[block] = uniform(*philox([low, high, numpy.zeros_like(low), rest], key[:2])[:2])
+    return result.reshape(ids.shape)
+
+
 def fill_white(
     modes: Array,
     index: Sequence[Any],
@@ -83,7 +103,7 @@ def fill_white(
     mean: float | None = None,
 ) -> None:
     """Write white noise into an array of modes with these indices; `mean` is that of the field, None if random."""
-    key = [int(word) for word in stream(seed, purpose).generate_state(3)]
+    key = words_of_key(seed, purpose)
     first, *others = (numpy.asarray(i, "i8") for i in index)
     planes = max(1, BLOCK * len(modes) // max(1, modes.size))
     for begin in range(0, len(modes), planes):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.arguments import plain_array, positive, real_array
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
@@ -16,7 +17,7 @@ from vmad_lit.lib import fastpm, linalg
 from vmad_lit.lib.cosmology import Background
 from vmad_lit.lib.mesh import ParticleMesh
 from vmad_lit.lib.mpi import MPI, allbcast
-from vmad_lit.lib.spectra import Direction
+from vmad_lit.lib.spectra import Direction, unit_vector
 from vmad_lit.lib.transfer import Transfer
 
 is_zero = type(ZeroGradient).is_zero
@@ -33,17 +34,21 @@ def density(x: Symbol, mass: Value, q: Array, pm: ParticleMesh) -> Symbol:
     q : (N, ndim) the lattice from which they came; it only tells how many there are on all ranks
     pm : ParticleMesh of any number of cells
     """
-    per_cell = pm.comm.allreduce(len(q)) / float(pm.Nmesh.prod())
+    number = pm.comm.allreduce(len(q))
+    if number == 0:
+        raise ValueError("a density in units of its mean needs particles, but q has none on any rank")
+    per_cell = number / float(pm.Nmesh.prod())
     return fastpm.paint(x, mass, fastpm.decompose(x, pm), pm) * (1.0 / per_cell)
 
 
 def velocity(p: Value, a: float) -> Value:
     """Peculiar velocities in km/s, from momenta a^2 dx/dt / H0 in Mpc/h at scale factor a."""
-    return p * (100.0 / a)
+    return p * (100.0 / positive("a", a))
 
 
 def redshift_factor(pt: Background, a: float) -> float:
     """The factor 1 / (a^2 E) from momenta to displacements in redshift space; `pt` is the background."""
+    a = positive("a", a)
     return float(1 / (a**2 * pt.E(a)))
 
 
@@ -58,16 +63,16 @@ class Sight:
     w: Value
 
     def __init__(self, x: Array, los: Direction, observer: Direction) -> None:
-        ndim = x.shape[1]
         if (los is None) == (observer is None):
             raise ValueError("give either los, an axis or a direction, or the position of an observer")
+        x = plain_array("x", x)
+        if x.ndim != 2 or x.dtype.kind not in "iuf":
+            raise TypeError(f"positions must be real numbers of the shape (N, ndim), not {x.dtype}{x.shape}")
+        ndim, dtype = x.shape[1], numpy.result_type(x, "f4")
         if observer is None:
-            n = numpy.eye(ndim)[los] if numpy.ndim(los) == 0 else numpy.array(los, dtype="f8")
-            if n.shape != (ndim,) or not numpy.linalg.norm(n) > 0:
-                raise ValueError(f"los must be an axis or {ndim} numbers, not all 0; got {los}")
-            self.n, self.w = (n / numpy.linalg.norm(n)).astype(x.dtype), 0
+            self.n, self.w = unit_vector("los", los, ndim).astype(dtype), 0
         else:
-            r = x - numpy.asarray(observer, dtype=x.dtype)
+            r = x - real_array("observer", observer, shape=(ndim,)).astype(dtype)
             distance = _dot(r, r) ** 0.5
             self.w = numpy.divide(1, distance, out=numpy.zeros_like(distance), where=distance > 0)
             self.n = r * self.w
@@ -184,6 +189,12 @@ def tidal_square(rhok: Symbol, delta: Symbol, pm: ParticleMesh) -> Symbol:
 BIAS_TERMS = ("b1", "b2", "bs2", "bnabla2")
 
 
+def check_terms(terms: Sequence[str]) -> None:
+    """Raise an error unless these are names of terms of the bias expansion."""
+    if not isinstance(terms, (list, tuple)) or not terms or any(term not in BIAS_TERMS for term in terms):
+        raise ValueError(f"terms must be some of {BIAS_TERMS}, not {terms!r}")
+
+
 @autooperator("rhok -> fields")
 def lagrangian_fields(rhok: Symbol, q: Array, pm: ParticleMesh, terms: Sequence[str] = BIAS_TERMS) -> Symbol:
     """The terms of the Lagrangian bias expansion at the points of a lattice.
@@ -199,9 +210,7 @@ def lagrangian_fields(rhok: Symbol, q: Array, pm: ParticleMesh, terms: Sequence[
     -------
     fields : (N, nterms); squares have no mean
     """
-    unknown = [term for term in terms if term not in BIAS_TERMS]
-    if unknown or not terms:
-        raise ValueError(f"terms must be some of {BIAS_TERMS}, not {terms}")
+    check_terms(terms)
     delta = fastpm.c2r(rhok)
     meshes = []
     for term in terms:
@@ -215,6 +224,24 @@ def lagrangian_fields(rhok: Symbol, q: Array, pm: ParticleMesh, terms: Sequence[
     return fastpm.readout_all(meshes, q, fastpm.decompose(q, pm))
 
 
+@operator
+class bias_parameters:
+    """The bias parameters as an array of n numbers, which NumPy would make of one number, too."""
+
+    ain = {"b": "*"}
+    aout = {"y": "ndarray"}
+    hvp = ZeroGradient
+
+    def apl(node, b, n):
+        return dict(y=real_array("b", b, shape=(n,)).copy())
+
+    def vjp(node, _y):
+        return dict(_b=_y)
+
+    def jvp(node, b_):
+        return dict(y_=b_)
+
+
 @autooperator("rhok, b -> w")
 def lagrangian_weights(
     rhok: Symbol, b: Value, q: Array, pm: ParticleMesh, terms: Sequence[str] = BIAS_TERMS
@@ -224,6 +251,8 @@ def lagrangian_weights(
     `b` are the bias parameters (nterms,), replicated; for the rest see `lagrangian_fields`. The weights are
     those of Lagrangian space: carried along with the particles, they make a tracer of linear bias 1 + b1.
     """
+    check_terms(terms)
+    b = bias_parameters(b, len(terms))
     fields = lagrangian_fields(rhok, q, pm, terms)
     return linalg.einsum("ij,j->i", [fields, allbcast(b, pm.comm)]) + 1.0
 
