@@ -44,8 +44,7 @@ def test_philox_gives_the_numbers_of_its_authors():
 
 
 @pytest.mark.collective
-@pytest.mark.parametrize("unitary", [False, True])
-@pytest.mark.parametrize("mean", [None, 0.0, 2.5])
+@pytest.mark.parametrize("mean, unitary", [(None, False), (0.0, True), (2.5, False)])
 @pytest.mark.parametrize("shape", MESHES)
 def test_the_field_does_not_know_how_the_mesh_is_cut(shape, mean, unitary):
     cuts = (
@@ -169,7 +168,7 @@ def test_what_is_no_seed_is_refused_on_all_ranks(make):
         make(pm, 3, generator="gadget")
     with pytest.raises(ValueError, match="one purpose"):
         make(pm, 3, generator="pmesh", purpose="noise")
-    with pytest.raises(ValueError, match="mean must be a finite number"):
+    with pytest.raises(ValueError, match="mean must be finite"):
         pm.generate_whitenoise(3, mean=float("nan"))
     if COMM.size > 1:
         with pytest.raises(ValueError, match="all ranks must ask for the same white noise"):

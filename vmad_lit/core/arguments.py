@@ -32,13 +32,14 @@ def plain_array(name: str, x: Any) -> Array:
 
 def show(x: Any) -> str:
     """A value in a message, shortened."""
-    text = repr(x)
+    text = repr(x.item() if isinstance(x, numpy.generic) else x)
     return text if len(text) < 80 else f"{text[:70]} ..."
 
 
 def whole_number(name: str, x: Any, least: int | None = None, most: int | None = None) -> int:
     """`x` as an int between `least` and `most`."""
-    expected = f"{name} must be a whole number{_range(least, None, most, None)}, not {show(x)}"
+    words = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
+    expected = f"{name} must be a whole number{words}, not {show(x)}"
     if isinstance(x, (bool, numpy.bool_)):
         raise TypeError(expected)
     try:
@@ -50,53 +51,64 @@ def whole_number(name: str, x: Any, least: int | None = None, most: int | None =
     return number
 
 
-def _range(least: Any, above: Any, most: Any, below: Any) -> str:
-    """The words for a range of numbers."""
-    if least is not None and most is not None:
-        return f" between {least:g} and {most:g}"
-    bounds = {"of at least": least, "above": above, "of at most": most, "below": below}
-    words = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
-    return " " + " and ".join(words) if words else ""
+def conditions(others: str, **bounds: Any) -> str:
+    """The words for bounds of numbers: `least`, `above`, `most`, `below`, and for other conditions."""
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    words = []
+    if given.keys() == {"least", "most"}:
+        words = [f"between {given.pop('least'):g} and {given.pop('most'):g}"]
+    elif given.get("above") == 0:
+        given.pop("above")
+        words = ["positive"]
+    elif given.get("least") == 0:
+        given.pop("least")
+        words = ["not negative"]
+    phrases = dict(least="at least", above="above", most="at most", below="below")
+    words += [f"{phrases[name]} {bound:g}" for name, bound in given.items()]
+    *words, last = [*words, others]
+    return f"{', '.join(words)} and {last}" if words else last
 
 
 def real_array(
     name: str,
     x: Any,
-    *,
     shape: tuple[int | None, ...] | None = None,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
+    infinite: bool = False,
+    **bounds: Any,
 ) -> Array:
-    """`x` as an array of finite floats, of a shape in which None is any length, in a range."""
+    """`x` as an array of floats, of a shape in which None is any length.
+
+    All must be finite or, if they may be `infinite`, no NaN, and within the bounds `least`, `above`, `most`, `below`.
+    """
     array = plain_array(name, x)
-    what = "a finite number" if shape == () else "finite numbers"
-    what += _range(least, above, most, below)
     if array.dtype.kind == "O":  # such as fractions
         try:
             array = array.astype("f8")
         except (TypeError, ValueError):
             pass
     if array.dtype.kind not in "iuf":
-        raise TypeError(f"{name} must be {what}, not {show(x)}")
+        raise TypeError(f"{name} must be {'a number' if shape == () else 'real numbers'}, not {show(x)}")
     if array.dtype.kind != "f" or array.dtype.itemsize < 4:
         array = array.astype("f8")
     if shape is not None and not fits(array.shape, shape):
-        raise ValueError(f"{name} must be {what}{_of_shape(shape)}, not of the shape {array.shape}")
-    good = numpy.isfinite(array)
-    for bound, compare in (
-        (least, numpy.greater_equal),
-        (above, numpy.greater),
-        (most, numpy.less_equal),
-        (below, numpy.less),
-    ):
-        if bound is not None:
-            good &= compare(array, bound)
+        wanted = (
+            f"of the shape ({', '.join('any' if n is None else str(n) for n in shape)})"
+            if shape
+            else "one number"
+        )
+        raise ValueError(f"{name} must be {wanted}, not of the shape {array.shape}")
+    good = ~numpy.isnan(array) if infinite else numpy.isfinite(array)
+    for bound, value in bounds.items():
+        if value is not None:
+            good &= COMPARISONS[bound](array, value)
     if not good.all():
         culprit = array[~good].flat[0] if array.ndim else x
-        raise ValueError(f"{name} must be {what}, not {show(culprit)}")
+        words = conditions("not NaN" if infinite else "finite", **bounds)
+        raise ValueError(f"{name} must be {words}, not {show(culprit)}")
     return array
+
+
+COMPARISONS = dict(least=numpy.greater_equal, above=numpy.greater, most=numpy.less_equal, below=numpy.less)
 
 
 def fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
@@ -104,11 +116,7 @@ def fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
     return len(shape) == len(expected) and all(m in (n, None) for n, m in zip(shape, expected))
 
 
-def _of_shape(shape: tuple[int | None, ...]) -> str:
-    return f" of the shape ({', '.join('any' if n is None else str(n) for n in shape)})" if shape else ""
-
-
-def real_number(name: str, x: Any, **bounds: float | None) -> float:
+def real_number(name: str, x: Any, **bounds: Any) -> float:
     """`x` as a finite float; bounds are `least`, `above`, `most`, `below`."""
     if isinstance(x, (bool, numpy.bool_)):
         raise TypeError(f"{name} must be a number, not {show(x)}")
