@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import numpy
 
 from vmad_lit import autooperator
-from vmad_lit.core.arguments import positive
+from vmad_lit.core.arguments import one_of, positive, real_array, real_number
 from vmad_lit.core.autooperator import AutoOperator
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
@@ -85,18 +85,24 @@ def linear_modes(x: Symbol, power: Callable[[Any], Any], pm: ParticleMesh) -> Sy
 def NLResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value) -> Symbol:
     """The residual of the density: (fs - d) invN**(1/2), with the inverse variance per cell (a number
     or a field)."""
-    return (fs - d) * invN**0.5
+    return (fs - d) * weight(invN)
+
+
+def weight(invN: Value) -> Value:
+    """The square root of an inverse variance: of a number, an array, or a field."""
+    return real_array("invN", getattr(invN, "value", invN), least=0)[()] ** 0.5
 
 
 @autooperator("s, fs -> y")
 def SmoothedNLResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value, scale: float) -> Symbol:
     """The residual of the density, smoothed with a Gaussian of a given scale (Mpc/h)."""
     residual = fastpm.apply_transfer(fastpm.r2c(fs - d), gaussian(scale))
-    return fastpm.c2r(residual) * invN**0.5
+    return fastpm.c2r(residual) * weight(invN)
 
 
 def gaussian(scale: float) -> Transfer:
     """The transfer function of a Gaussian window."""
+    scale = real_number("scale", scale, least=0)
 
     def transfer(k: Any) -> Array:
         return numpy.exp(-0.5 * scale**2 * sum(ki**2 for ki in k))
@@ -108,8 +114,9 @@ def gaussian(scale: float) -> Transfer:
 def LNResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value, floor: float = 0.1) -> Symbol:
     """The residual of the logarithm of the density, log(floor + fs) - log(floor + d), with negative
     data taken as 0."""
+    positive("floor", floor)
     target = numpy.log(floor + numpy.maximum(numpy.asarray(getattr(d, "value", d)), 0.0))
-    return (unary.log(fs + floor) - target) * invN**0.5
+    return (unary.log(fs + floor) - target) * weight(invN)
 
 
 @autooperator("s, fs -> y")
@@ -158,8 +165,7 @@ class ChiSquareProblem(MPIChiSquareProblem):
     def set_preconditioner(self, kind: Literal["complex", "real"]) -> None:
         """In which variables to optimise modes: 'complex', the modes themselves, or 'real', the field
         in configuration space."""
-        if kind not in ("complex", "real"):
-            raise ValueError(f"expected 'complex' or 'real', got {kind!r}")
+        one_of("the kind of variables", kind, ("complex", "real"))
         self.preconditioner = Preconditioner(Pvp=to_real, vPp=to_modes) if kind == "real" else None
 
 
@@ -189,7 +195,10 @@ class Data:
     def __init__(
         self, d: RealField, sigma: float, truth: RealField | None = None, clean: RealField | None = None
     ) -> None:
-        self.d, self.sigma, self.truth, self.clean = d, sigma, truth, clean
+        for name, field in dict(d=d, truth=truth, clean=clean).items():
+            if not isinstance(field, RealField) and (name == "d" or field is not None):
+                raise TypeError(f"{name} must be a real field on the mesh, not {type(field).__name__}")
+        self.d, self.sigma, self.truth, self.clean = d, positive("sigma", sigma), truth, clean
 
     @classmethod
     def synthetic(
@@ -257,8 +266,10 @@ def white_noise(
     return field * float(pm.Nmesh.prod()) ** -0.5
 
 
-def save_field(path: str, field: Field) -> None:
-    """Write a field to a `.npy` file of the shape of the whole mesh. Collective."""
+def save_field(path: str, field: RealField) -> None:
+    """Write a real field to a `.npy` file of the shape of the whole mesh. Collective."""
+    if not isinstance(field, RealField):
+        raise TypeError(f"a file of the whole mesh is written of a real field, not of {type(field).__name__}")
     comm, partial = field.pm.comm, f"{path}.partial"
     shape, dtype = tuple(map(int, field.Nmesh)), field.value.dtype
 
@@ -274,12 +285,24 @@ def save_field(path: str, field: Field) -> None:
 
 def load_field(path: str, pm: ParticleMesh) -> RealField:
     """Read a RealField from a `.npy` file; each rank reads its own slab. Collective."""
-    shape = on_root(pm.comm, lambda: numpy.load(path, mmap_mode="r").shape)
-    if shape != tuple(pm.Nmesh):
-        raise ValueError(f"{path} holds an array of shape {shape}, expected the mesh {tuple(pm.Nmesh)}")
-    field = pm.create(type="real")
-    field[...] = numpy.load(path, mmap_mode="r")[field.slices]
-    return field
+
+    def examine() -> None:
+        array = numpy.load(path, mmap_mode="r")
+        if not isinstance(array, numpy.ndarray) or array.dtype.kind not in "biuf":
+            kind = getattr(array, "dtype", type(array).__name__)
+            raise TypeError(f"{path} must hold one array of real numbers, not {kind}")
+        if array.shape != tuple(pm.Nmesh):
+            mesh = tuple(map(int, pm.Nmesh))
+            raise ValueError(f"{path} holds an array of shape {array.shape}, expected the mesh {mesh}")
+
+    on_root(pm.comm, examine)
+
+    def read() -> RealField:
+        field = pm.create(type="real")
+        field[...] = real_array(path, numpy.load(path, mmap_mode="r")[field.slices])
+        return field
+
+    return run_together(pm.comm, read)
 
 
 def reconstruct(
@@ -314,6 +337,7 @@ def reconstruct(
         With the white noise in `x`, chi-square in `y`, and the table of iterations in `history`.
     """
     d, invN = data.d, data.sigma**-2.0
+    smoothing = run_together(d.pm.comm, lambda: real_number("smoothing", smoothing, least=0))
     if smoothing:
         likelihood = SmoothedNLResidualOperator.bind(d=d, invN=invN, scale=smoothing)
     else:

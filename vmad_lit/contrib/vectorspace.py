@@ -296,6 +296,10 @@ class ProductSpace(VectorSpace):
         self, spaces: VectorSpace | Sequence[VectorSpace] | Mapping[Any, VectorSpace] | None = None
     ) -> None:
         self.spaces = VectorSpace() if spaces is None else spaces
+        each = [self.spaces] if isinstance(self.spaces, VectorSpace) else [s for _, s in _items(self.spaces)]
+        for space in each:
+            if not isinstance(space, VectorSpace):
+                raise TypeError(f"spaces must be vector spaces, not {space!r}")
         if isinstance(self.spaces, VectorSpace):
             known = [self.spaces]
         else:
@@ -357,6 +361,8 @@ class ProductSpace(VectorSpace):
             count = len(space.to_arrays(part))
             parts.append(space.from_arrays(arrays[:count], part))
             del arrays[:count]
+        if arrays:
+            raise ValueError(f"there are {len(arrays)} arrays more than the vector has")
         return _like(like, parts)
 
 

@@ -12,6 +12,7 @@ import numpy
 from numpy.typing import ArrayLike
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.arguments import real_array
 from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
@@ -506,10 +507,14 @@ def leapfrog(
 
 
 def check_stages(stages: ArrayLike) -> list[float]:
-    """The scale factors of a simulation as a list of floats."""
-    stages = numpy.atleast_1d(numpy.asarray(stages, dtype="f8"))
-    if stages.ndim != 1 or len(stages) == 0 or not (stages > 0).all():
-        raise ValueError(f"stages must be a sequence of positive scale factors, not {stages}")
+    """The scale factors of a simulation as a list of floats, which must rise, to at most 1."""
+    stages = numpy.atleast_1d(
+        real_array("stages, positive scale factors,", stages, above=0, most=1 + 1e-9)
+    ).astype("f8")
+    if stages.ndim != 1 or len(stages) == 0 or not (numpy.diff(stages) > 0).all():
+        raise ValueError(
+            f"stages must be a sequence of positive scale factors, each larger than the last, not {stages}"
+        )
     return stages.tolist()
 
 
