@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -59,9 +59,36 @@ Transfer = Literal["EisensteinHu", "NoWiggle"] | FunctionOfK
 SPEED_OF_LIGHT = 299792.458  # km/s
 HUBBLE_DISTANCE = SPEED_OF_LIGHT / 100.0  # c / H0 in Mpc/h
 
+#: Beyond these bounds a parameter is in other units than ours, or is no number.
+LIMITS: dict[str, dict[str, float]] = {
+    "Om0": dict(above=0, most=10),
+    "h": dict(above=0, most=3),
+    "Ob0": dict(least=0, most=10),
+    "n_s": dict(least=-10, most=10),
+    "sigma8": dict(above=0, most=10),
+    "T_cmb": dict(above=0, most=10),
+    "Ok0": dict(least=-10, most=10),
+    "Ode0": dict(least=-10, most=10),
+}
+
+
+def check_parameters(**parameters: Number) -> None:
+    """Raise an error unless numbers are within the bounds of the parameters that they are given for."""
+    for name, x in parameters.items():
+        if isinstance(x, np.float16):
+            raise TypeError(f"{name} must have more than the three digits of half precision, not {x!r}")
+        real_number(name, x.real if isinstance(x, (complex, np.complexfloating)) else x, **LIMITS[name])
+
+
+def densities_of(Om0: Number, Ok0: Number) -> tuple[Number, Number, Number]:
+    """The densities of today of matter, the cosmological constant that makes up the rest, and curvature."""
+    check_parameters(Om0=Om0, Ok0=Ok0)
+    return Om0, 1 - Om0 - Ok0, Ok0
+
 
 def _expansion(a: Numbers, Om0: Number, Ode0: Number, Ok0: Number) -> Numbers:
     """X(a) = a^3 E^2(a) for matter, a cosmological constant and curvature; must stay positive."""
+    check_parameters(Om0=Om0, Ode0=Ode0, Ok0=Ok0)
     X = Om0 + a * (Ok0 + a * a * Ode0)
     if not np.all(np.real(X) > 0):
         raise ValueError(
@@ -189,12 +216,12 @@ class MatterDominated:
         a: ArrayLike | None = None,
         a_normalize: float = 1.0,
     ) -> None:
-        if not real_number("Omega0_m", Omega0_m) > 0:
+        if not real_number("Omega0_m", Omega0_m, most=10) > 0:
             raise ValueError(f"a matter-dominated beginning needs Omega0_m > 0, got {Omega0_m}")
-        real_number("Omega0_k", Omega0_k)
+        Omega0_m, Omega0_k = float(Omega0_m), real_number("Omega0_k", Omega0_k, **LIMITS["Ok0"])
         if Omega0_lambda is None:
             Omega0_lambda = 1 - Omega0_k - Omega0_m
-        real_number("Omega0_lambda", Omega0_lambda)
+        Omega0_lambda = real_number("Omega0_lambda", Omega0_lambda, **LIMITS["Ode0"])
         self.Omega0_m = self.Om0 = Omega0_m
         self.Omega0_lambda, self.Omega0_k = Omega0_lambda, Omega0_k
         self.a = None if a is None else np.unique(_scale_factor(a))
@@ -295,18 +322,6 @@ def _check_order(order: int) -> None:
     whole_number("order of growth", order, 0, 2)
 
 
-#: Beyond these a parameter is in other units than ours, such as h = 70 or 30 percent of matter.
-_LIMITS: dict[str, dict[str, float]] = {
-    "Om0": dict(above=0, most=10),
-    "h": dict(above=0, most=10),
-    "Ob0": dict(least=0),
-    "n_s": dict(least=-10, most=10),
-    "sigma8": dict(above=0, most=100),
-    "T_cmb": dict(above=0, most=100),
-    "Ok0": dict(least=-10, most=10),
-}
-
-
 @dataclass(frozen=True)
 class Cosmology:
     """Parameters of a universe of matter, curvature and a cosmological constant.
@@ -332,10 +347,10 @@ class Cosmology:
     def __post_init__(self) -> None:
         if isinstance(self.T_cmb, Symbol) or isinstance(self.Ok0, Symbol):
             raise TypeError(f"T_cmb and Ok0 are numbers; only {', '.join(self.__symbols__)} may be symbols")
-        for name, bounds in _LIMITS.items():
-            value = getattr(self, name)
+        for field in fields(self):
+            value = getattr(self, field.name)
             if not isinstance(value, Symbol):
-                real_number(name, value, **bounds)
+                object.__setattr__(self, field.name, real_number(field.name, value, **LIMITS[field.name]))
         symbolic = isinstance(self.Ob0, Symbol) or isinstance(self.Om0, Symbol)
         if not symbolic and not 0 <= self.Ob0 < self.Om0:
             raise ValueError(
@@ -480,6 +495,11 @@ def _wavenumber(k: ArrayLike) -> Array:
 def eisenstein_hu(k: ArrayLike, Om0: Number, h: Number, Ob0: Number, T_cmb: float = 2.7255) -> Numbers:
     """Matter transfer function with acoustic wiggles, Eisenstein & Hu (1998, ApJ 496, 605); k in h/Mpc."""
     k = _wavenumber(k)
+    check_parameters(Om0=Om0, h=h, Ob0=Ob0, T_cmb=T_cmb)
+    if not 0 < np.real(Ob0) < np.real(Om0):
+        raise ValueError(
+            f"the wiggles need baryons, 0 < Ob0 < Om0 = {np.real(Om0)}, but Ob0 is {np.real(Ob0)}"
+        )
     k = np.where(k == 0, _NO_WAVENUMBER, k) * h  # from here on in 1/Mpc
     om, fb = Om0 * h**2, Ob0 / Om0
     scales = _acoustic_scales(om, Ob0 * h**2, T_cmb / 2.7)
@@ -493,6 +513,11 @@ def eisenstein_hu_nowiggle(
 ) -> Numbers:
     """Smooth transfer function through the wiggles, Eisenstein & Hu (1998, section 4.2); k in h/Mpc."""
     k = _wavenumber(k)
+    check_parameters(Om0=Om0, h=h, Ob0=Ob0, T_cmb=T_cmb)
+    if not np.real(Ob0) < np.real(Om0):
+        raise ValueError(
+            f"baryons are a part of matter, Ob0 < Om0 = {np.real(Om0)}, but Ob0 is {np.real(Ob0)}"
+        )
     k = np.where(k == 0, _NO_WAVENUMBER, k)
     om, ob, fb = Om0 * h**2, Ob0 * h**2, Ob0 / Om0
     s = 44.5 * np.log(9.83 / om) / np.sqrt(1 + 10 * ob**0.75)  # eq. 26
@@ -533,7 +558,7 @@ def _amplitude(T: FunctionOfK, n_s: Number, sigma8: Number) -> Number:
 def _relative_growth(z: float, Om0: Number, Ok0: Number) -> Number:
     """D1(z) / D1(0)."""
     a = _scale_factor(1 / (1 + _redshift(z)))
-    D = linear_growth(np.array([1.0, a]), Om0, 1 - Om0 - Ok0, Ok0)[0]
+    D = linear_growth(np.array([1.0, a]), *densities_of(Om0, Ok0))[0]
     return D[1] / D[0]
 
 
@@ -570,7 +595,8 @@ class LinearPower:
     __symbols__ = ("cosmology",)
 
     def __init__(self, cosmology: HasParameters, z: float = 0.0, transfer: Transfer = "EisensteinHu") -> None:
-        missing = [name for name in (*_LIMITS,)[:6] if not hasattr(cosmology, name)]
+        needed = "Om0", "h", "Ob0", "n_s", "sigma8", "T_cmb"
+        missing = [name for name in needed if not hasattr(cosmology, name)]
         if missing:
             raise TypeError(
                 f"the cosmology {cosmology!r} must have parameters, and lacks {', '.join(missing)}"
@@ -580,6 +606,7 @@ class LinearPower:
         self._transfer = transfer
         if self.is_symbolic:
             return
+        check_parameters(**{name: getattr(c, name) for name in needed})
         self.transfer = _transfer_function(transfer, c.Om0, c.h, c.Ob0, c.T_cmb)
         growth = _relative_growth(z, c.Om0, getattr(c, "Ok0", 0.0))
         self.amplitude = _amplitude(self.transfer, c.n_s, c.sigma8) * growth**2
@@ -812,7 +839,7 @@ def growth(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> tuple[Numbers, ...]:
     growth(Om0, a, Ok0=0) gives the symbols [D1, f1, D2, f2]; each has the shape of `a`.
     """
     a = _scale_factor(a)
-    densities = Om0, 1 - Om0 - Ok0, Ok0
+    densities = densities_of(Om0, Ok0)
     today = np.ones(())
     D1, F1, _ = linear_growth(a, *densities)
     D2, F2, _ = second_order_growth(a, *densities)
@@ -828,37 +855,37 @@ def growth(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> tuple[Numbers, ...]:
 def expansion_rate(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """E(a) = H(a) / H0 as a function of Om0: expansion_rate(Om0, a, Ok0=0)."""
     a = _scale_factor(a)
-    return np.sqrt(_expansion(a, Om0, 1 - Om0 - Ok0, Ok0) / a**3)
+    return np.sqrt(_expansion(a, *densities_of(Om0, Ok0)) / a**3)
 
 
 @analytic("Om0 -> chi")
 def comoving_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """Line-of-sight comoving distance in Mpc/h as a function of Om0: comoving_distance(Om0, z, Ok0=0)."""
-    return _comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0)
+    return _comoving_distance(z, *densities_of(Om0, Ok0))
 
 
 @analytic("Om0 -> d")
 def comoving_transverse_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """Comoving distance across the line of sight, per radian, in Mpc/h; as `comoving_distance`."""
-    return _transverse(_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0), Ok0)
+    return _transverse(_comoving_distance(z, *densities_of(Om0, Ok0)), Ok0)
 
 
 @analytic("Om0 -> d")
 def angular_diameter_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """Proper size per radian at redshift z, in Mpc/h; as `comoving_distance`."""
-    return _transverse(_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0), Ok0) / (1 + _redshift(z))
+    return _transverse(_comoving_distance(z, *densities_of(Om0, Ok0)), Ok0) / (1 + _redshift(z))
 
 
 @analytic("Om0 -> d")
 def luminosity_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """sqrt(L / 4 pi F) for a source at redshift z, in Mpc/h; as `comoving_distance`."""
-    return _transverse(_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0), Ok0) * (1 + _redshift(z))
+    return _transverse(_comoving_distance(z, *densities_of(Om0, Ok0)), Ok0) * (1 + _redshift(z))
 
 
 def _step_functions(a: ArrayLike, Om0: Number, Ok0: Number) -> tuple[Numbers, Numbers]:
     """D1 and Gf = a^2 E D1' at scale factors a, with the normalisation of `linear_growth`."""
     a = _scale_factor(a)
-    densities = Om0, 1 - Om0 - Ok0, Ok0
+    densities = densities_of(Om0, Ok0)
     D, F, _ = linear_growth(a, *densities)
     return D, F * np.sqrt(a * _expansion(a, *densities))
 
@@ -907,7 +934,7 @@ def start_factors(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> Array:
     """
     a = _scale_factor(a)
     D1, f1, D2, f2 = growth.function(Om0, a, Ok0)
-    rate = np.sqrt(a * _expansion(a, Om0, 1 - Om0 - Ok0, Ok0))
+    rate = np.sqrt(a * _expansion(a, *densities_of(Om0, Ok0)))
     return np.stack([D1, D2, rate * f1 * D1, rate * f2 * D2])
 
 
@@ -930,6 +957,7 @@ def linear_power(
     (Mpc/h)^3 and in the shape of `k`, h/Mpc. A transfer function given as a function of k is held fixed in
     derivatives.
     """
+    check_parameters(Om0=Om0, h=h, Ob0=Ob0, n_s=n_s, sigma8=sigma8, T_cmb=T_cmb, Ok0=Ok0)
     T = _transfer_function(transfer, Om0, h, Ob0, T_cmb)
     amplitude = _amplitude(T, n_s, sigma8) * _relative_growth(z, Om0, Ok0) ** 2
     return _power_law_times(T, k, n_s, amplitude)
@@ -949,9 +977,9 @@ class SymbolicBackground:
     __symbols__ = ("Om0",)
 
     def __init__(self, Om0: Number, Ok0: float = 0.0, a_normalize: float = 1.0) -> None:
-        if a_normalize != 1.0:
+        if positive("a_normalize", a_normalize) != 1.0:
             raise ValueError(f"the growth of a symbol is normalised to one today, not at a = {a_normalize}")
-        self.Om0, self.Ok0 = Om0, real_number("Ok0", Ok0)
+        self.Om0, self.Ok0 = Om0, real_number("Ok0", Ok0, **LIMITS["Ok0"])
 
     def __repr__(self) -> str:
         return f"SymbolicBackground({self.Om0}, Ok0={self.Ok0:g})"
