@@ -273,15 +273,14 @@ def save_snapshot(
     """
     pm, comm = sim.pm, sim.pm.comm
 
-    def check() -> tuple[float, Array, Array]:
+    def check() -> tuple[float, Array, Array, list[Array]]:
         moment = positive("a", sim.stages[-1] if a is None else a)
-        for name, values in dict(dx=dx, p=p).items():
-            real_array(name, values, shape=sim.q.shape)
+        rows = [real_array(name, v, shape=sim.q.shape) for name, v in dict(dx=dx, p=p).items()]
         one_of("dtype", numpy.dtype(dtype).str[1:], ("f4", "f8"))
         ids = lattice_ids(sim.q, pm.Nmesh if lattice is None else lattice, pm.BoxSize)
-        return moment, ids, chosen(ids, fraction)
+        return moment, ids, chosen(ids, fraction), rows
 
-    a, ids, keep = run_together(comm, check)
+    a, ids, keep, (dx, p) = run_together(comm, check)
     x = ((sim.q[keep] + dx[keep]) % pm.BoxSize).astype(dtype)
     x[x >= pm.BoxSize.astype(dtype)] = 0  # the last number below the box may be rounded to it
     columns = dict(Position=x, Velocity=velocity(p[keep], a), ID=ids[keep])

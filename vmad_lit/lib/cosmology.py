@@ -557,7 +557,7 @@ def _amplitude(T: FunctionOfK, n_s: Number, sigma8: Number) -> Number:
 
 def _relative_growth(z: float, Om0: Number, Ok0: Number) -> Number:
     """D1(z) / D1(0)."""
-    a = _scale_factor(1 / (1 + _redshift(z)))
+    a = 1 / (1 + real_number("z", z, above=-1))
     D = linear_growth(np.array([1.0, a]), *densities_of(Om0, Ok0))[0]
     return D[1] / D[0]
 
@@ -915,7 +915,7 @@ def step_factors(Om0: Number, stages: ArrayLike, Ok0: Number = 0.0) -> Array:
     step_factors(Om0, stages, Ok0=0) has the shape (number of steps, 3): a kick by the force of the bare
     density contrast (so it includes 1.5 Om0), a drift, a kick. Middles of steps are geometric means.
     """
-    stages = _scale_factor(stages)
+    stages = real_array("stages", stages, shape=(None,), above=0).astype("f8")
     n = len(stages)
     D, Gf = _step_functions(np.concatenate([stages, np.sqrt(stages[:-1] * stages[1:])]), Om0, Ok0)
     middle = Gf[n:]

@@ -58,6 +58,8 @@ class Shells:
         los: Direction = None,
         window: WindowName | None = None,
     ) -> None:
+        if not hasattr(pm, "Nmesh"):
+            raise TypeError(f"pm must be a ParticleMesh, not {pm!r}")
         self.pm, self.window = pm, window
         if window is not None:
             _order(window)

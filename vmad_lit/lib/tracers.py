@@ -9,18 +9,36 @@ from typing import Any
 import numpy
 
 from vmad_lit import autooperator, operator
-from vmad_lit.core.arguments import plain_array, positive, real_array
+from vmad_lit.core.arguments import plain_array, positive, real_array, whole_number
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
-from vmad_lit.core.symbol import Symbol, Value
+from vmad_lit.core.symbol import BaseSymbol, Symbol, Value
 from vmad_lit.lib import fastpm, linalg
 from vmad_lit.lib.cosmology import Background
 from vmad_lit.lib.mesh import ParticleMesh
-from vmad_lit.lib.mpi import MPI, allbcast
+from vmad_lit.lib.mpi import MPI, allbcast, run_together
 from vmad_lit.lib.spectra import Direction, unit_vector
 from vmad_lit.lib.transfer import Transfer
 
 is_zero = type(ZeroGradient).is_zero
+
+
+@operator
+class plain_numbers:
+    """Numbers as they are, after a check that they are finite and have the shape expected, under a name."""
+
+    ain = {"x": "*"}
+    aout = {"y": "*"}
+    hvp = ZeroGradient
+
+    def apl(node, x, name, shape):
+        return dict(y=real_array(name, x, shape=shape).copy()[()])
+
+    def vjp(node, _y):
+        return dict(_x=_y)
+
+    def jvp(node, x_):
+        return dict(y_=x_)
 
 
 @autooperator("x, mass -> rho")
@@ -34,7 +52,7 @@ def density(x: Symbol, mass: Value, q: Array, pm: ParticleMesh) -> Symbol:
     q : (N, ndim) the lattice from which they came; it only tells how many there are on all ranks
     pm : ParticleMesh of any number of cells
     """
-    number = pm.comm.allreduce(len(q))
+    number = pm.comm.allreduce(run_together(pm.comm, lambda: len(vectors("q", q))))
     if number == 0:
         raise ValueError("a density in units of its mean needs particles, but q has none on any rank")
     per_cell = number / float(pm.Nmesh.prod())
@@ -43,7 +61,8 @@ def density(x: Symbol, mass: Value, q: Array, pm: ParticleMesh) -> Symbol:
 
 def velocity(p: Value, a: float) -> Value:
     """Peculiar velocities in km/s, from momenta a^2 dx/dt / H0 in Mpc/h at scale factor a."""
-    return p * (100.0 / positive("a", a))
+    factor = 100.0 / positive("a", a)
+    return (p if isinstance(p, BaseSymbol) else real_array("p", p)) * factor
 
 
 def redshift_factor(pt: Background, a: float) -> float:
@@ -56,6 +75,14 @@ def _dot(a: Array, b: Array) -> Array:
     return (a * b).sum(axis=-1, keepdims=True)
 
 
+def vectors(name: str, v: Any) -> Array:
+    """`v` as an array (N, ndim) of real numbers, without a look at all of them."""
+    v = plain_array(name, v)
+    if v.ndim != 2 or v.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must be real numbers of the shape (N, ndim), not {v.dtype}{v.shape}")
+    return v
+
+
 class Sight:
     """Lines of sight: unit vectors `n`, and inverse distances `w`, which are 0 for a distant observer."""
 
@@ -65,9 +92,7 @@ class Sight:
     def __init__(self, x: Array, los: Direction, observer: Direction) -> None:
         if (los is None) == (observer is None):
             raise ValueError("give either los, an axis or a direction, or the position of an observer")
-        x = plain_array("x", x)
-        if x.ndim != 2 or x.dtype.kind not in "iuf":
-            raise TypeError(f"positions must be real numbers of the shape (N, ndim), not {x.dtype}{x.shape}")
+        x = vectors("positions", x)
         ndim, dtype = x.shape[1], numpy.result_type(x, "f4")
         if observer is None:
             self.n, self.w = unit_vector("los", los, ndim).astype(dtype), 0
@@ -97,7 +122,9 @@ class along_sight:
     aout = {"y": "ndarray"}
 
     def apl(node, x, v, los=None, observer=None):
-        n = Sight(x, los, observer).n
+        n, v = Sight(x, los, observer).n, vectors("v", v)
+        if v.shape != numpy.shape(x):
+            raise ValueError(f"v must have the shape of the positions, {numpy.shape(x)}, not {v.shape}")
         return dict(y=_dot(v, n) * n)
 
     def vjp(node, _y, x, v, los, observer):
@@ -152,12 +179,14 @@ def redshift_space(
     -------
     s : (N, ndim), not wrapped into the box
     """
-    return x + along_sight(x, p, los, observer) * allbcast(factor, comm)
+    factor = allbcast(plain_numbers(factor, "factor", ()), comm)
+    return x + along_sight(x, p, los, observer) * factor
 
 
 @functools.lru_cache(maxsize=None)
 def tidal_transfer(i: int, j: int) -> Transfer:
     """The transfer function k_i k_j / k^2 of second derivatives of an inverse Laplacian, 0 for the mean."""
+    i, j = (whole_number("an axis", axis, least=0) for axis in (i, j))
 
     @fastpm.fixed_transfer
     def transfer(k: Any) -> Array:
@@ -211,6 +240,7 @@ def lagrangian_fields(rhok: Symbol, q: Array, pm: ParticleMesh, terms: Sequence[
     fields : (N, nterms); squares have no mean
     """
     check_terms(terms)
+    q = run_together(pm.comm, lambda: real_array("q", q, shape=(None, pm.ndim)))
     delta = fastpm.c2r(rhok)
     meshes = []
     for term in terms:
@@ -224,24 +254,6 @@ def lagrangian_fields(rhok: Symbol, q: Array, pm: ParticleMesh, terms: Sequence[
     return fastpm.readout_all(meshes, q, fastpm.decompose(q, pm))
 
 
-@operator
-class bias_parameters:
-    """The bias parameters as an array of n numbers, which NumPy would make of one number, too."""
-
-    ain = {"b": "*"}
-    aout = {"y": "ndarray"}
-    hvp = ZeroGradient
-
-    def apl(node, b, n):
-        return dict(y=real_array("b", b, shape=(n,)).copy())
-
-    def vjp(node, _y):
-        return dict(_b=_y)
-
-    def jvp(node, b_):
-        return dict(y_=b_)
-
-
 @autooperator("rhok, b -> w")
 def lagrangian_weights(
     rhok: Symbol, b: Value, q: Array, pm: ParticleMesh, terms: Sequence[str] = BIAS_TERMS
@@ -252,7 +264,7 @@ def lagrangian_weights(
     those of Lagrangian space: carried along with the particles, they make a tracer of linear bias 1 + b1.
     """
     check_terms(terms)
-    b = bias_parameters(b, len(terms))
+    b = plain_numbers(b, "b", (len(terms),))
     fields = lagrangian_fields(rhok, q, pm, terms)
     return linalg.einsum("ij,j->i", [fields, allbcast(b, pm.comm)]) + 1.0
 
@@ -260,4 +272,4 @@ def lagrangian_weights(
 @autooperator("rho, b -> y")
 def eulerian_bias(rho: Symbol, b: Value) -> Symbol:
     """The density 1 + b (rho - 1) of tracers of linear bias b, a number, from that of matter."""
-    return (rho - 1.0) * b + 1.0
+    return (rho - 1.0) * plain_numbers(b, "b", ()) + 1.0
