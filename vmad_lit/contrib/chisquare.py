@@ -268,6 +268,8 @@ class MAPInversion:
     """
 
     def __init__(self, optimizer: Optimizer, ForwardOperator: Any) -> None:
+        if not hasattr(optimizer, "minimize"):
+            raise TypeError(f"optimizer must be an optimiser, such as LBFGS(), not {optimizer!r}")
         self.optimizer = optimizer
         self.ForwardOperator = ForwardOperator
         self.schedule_optimizer = EpochScheduler()

@@ -16,6 +16,7 @@ from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, tracers, unary
 from vmad_lit.lib.cosmology import HasMatter
+from vmad_lit.lib.lpt import check_power
 from vmad_lit.lib.mesh import BaseComplexField, Field, Generator, ParticleMesh, RealField
 from vmad_lit.lib.mpi import MPI, on_root, run_together
 from vmad_lit.lib.transfer import Transfer
@@ -47,7 +48,7 @@ def FastPMOperator(
     fs : RealField
         The density in units of its mean, 1 + delta.
     """
-    if len(stages) == 0:
+    if numpy.size(stages) == 0:
         fs = fastpm.c2r(x) + 1.0
     else:
         dx, p, f = fastpm.nbody(x, q, stages, cosmology, pm)
@@ -129,6 +130,7 @@ def WhitePriorOperator(s: Symbol, fs: Symbol) -> Symbol:
 def PriorOperator(s: Symbol, fs: Symbol, power: Callable[[Any], Any], pm: ParticleMesh) -> Symbol:
     """The prior of linear modes with the power spectrum `power`: the sum of squares of y is sum_k V
     |s_k|^2 / P(k)."""
+    check_power(power, pm)
     volume, cells = float(pm.BoxSize.prod()), float(pm.Nmesh.prod())
 
     def transfer(k: Any) -> Array:

@@ -9,16 +9,18 @@ from typing import Any
 import numpy
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.arguments import real_array
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
-from vmad_lit.core.symbol import Symbol, Value
+from vmad_lit.core.symbol import BaseSymbol, Symbol, Value
 from vmad_lit.lib import memory
 from vmad_lit.lib.cosmology import LinearPower
 from vmad_lit.lib.exchange import decompose
 from vmad_lit.lib.force import difference, differences_serve, readout_neg_gradient
 from vmad_lit.lib.linalg import concatenate
 from vmad_lit.lib.mesh import ParticleMesh, as_real_field, c2r, common_dtypes, once_per_mesh, r2c, wavenumbers
+from vmad_lit.lib.mpi import run_together
 from vmad_lit.lib.painting import readout_all
 from vmad_lit.lib.transfer import (
     Digitizer,
@@ -57,6 +59,7 @@ def induce_correlation(wnk: Symbol, powerspectrum: Callable[[Any], Any], pm: Par
     """
     if isinstance(powerspectrum, LinearPower) and powerspectrum.is_symbolic:
         return color_modes(wnk, powerspectrum(find_wavenumbers(pm)), pm)
+    check_power(powerspectrum, pm)
     volume = float(numpy.prod(pm.BoxSize))
 
     @partial(fixed_transfer, pointwise=True)
@@ -67,6 +70,27 @@ def induce_correlation(wnk: Symbol, powerspectrum: Callable[[Any], Any], pm: Par
         return numpy.where((k == 0) & ~numpy.isfinite(factor), 0, factor)
 
     return apply_transfer(wnk, amplitude)
+
+
+def check_power(powerspectrum: Callable[[Any], Any], pm: ParticleMesh) -> None:
+    """Raise an error unless a power spectrum is positive or zero at some wave numbers in the range of a mesh."""
+    if not callable(powerspectrum):
+        raise TypeError(f"a power spectrum must be a function of the wave number, not {powerspectrum!r}")
+    lowest = 2 * numpy.pi / pm.BoxSize.max()
+    highest = float(((numpy.pi * pm.Nmesh / pm.BoxSize) ** 2).sum() ** 0.5)
+    k = numpy.geomspace(lowest, max(highest, lowest), 50)
+    power = real_array("the power spectrum", powerspectrum(k), least=0)
+    if power.shape not in ((), k.shape):
+        raise ValueError(
+            f"a power spectrum must be of the shape of the wave numbers, {k.shape}, not {power.shape}"
+        )
+
+
+def check_lattice(q: Any, pm: ParticleMesh) -> Any:
+    """The lattice as an array of floats, unless it is a symbol; if it is bad on one rank all raise. Collective."""
+    if isinstance(q, BaseSymbol):
+        return q
+    return run_together(pm.comm, lambda: real_array("q", q, shape=(None, pm.ndim)))
 
 
 def find_wavenumbers(pm: ParticleMesh) -> Array:
@@ -155,7 +179,10 @@ def lpt1(rhok: Symbol, q: Array, pm: ParticleMesh, layout: Value = None) -> Symb
     -------
     dx1 : (N, ndim), the displacement for D1 = 1, in the precision of q
     """
-    return _displacement(_potential(rhok, pm), q, pm, decompose(q, pm) if layout is None else layout)
+    if layout is None:
+        q = check_lattice(q, pm)
+        layout = decompose(q, pm)
+    return _displacement(_potential(rhok, pm), q, pm, layout)
 
 
 def _potential(rhok: Symbol, pm: ParticleMesh) -> Symbol:
@@ -321,6 +348,7 @@ def lpt(rhok: Symbol, q: Array, pm: ParticleMesh) -> tuple[Symbol, Symbol]:
     -------
     dx1, dx2 : (N, ndim)
     """
+    q = check_lattice(q, pm)
     layout = decompose(q, pm)
     potential = _potential(rhok, pm)
     dx1 = _displacement(potential, q, pm, layout)

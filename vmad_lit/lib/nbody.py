@@ -12,7 +12,7 @@ import numpy
 from numpy.typing import ArrayLike
 
 from vmad_lit import autooperator, operator
-from vmad_lit.core.arguments import real_array
+from vmad_lit.core.arguments import real_array, real_number
 from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
@@ -900,7 +900,7 @@ class FastPMSimulation:
         self.pm, self.reversible, self.keep_potential = pm, reversible, keep_potential
         self.ram, self.disk, self.folder = ram, disk, folder
         # Make the mesh of the force
-        if not B > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
+        if not real_number("B", B) > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
             raise ValueError(
                 f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}"
             )
