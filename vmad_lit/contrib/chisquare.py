@@ -109,7 +109,9 @@ class MPIChiSquareProblem(Problem):
         vectorspace: VectorSpace | None = None,
         preconditioner: Preconditioner | None = None,
     ) -> None:
-        residuals = [residuals] if callable(residuals) else list(residuals)
+        if not isinstance(residuals, Iterable):
+            raise TypeError(f"residuals must be a list of operators, not {residuals!r}")
+        residuals = list(residuals)
         if not residuals:
             raise ValueError("a chi-square problem needs at least one residual")
         for name, function in [

@@ -301,14 +301,11 @@ class ProductSpace(VectorSpace):
         self, spaces: VectorSpace | Sequence[VectorSpace] | Mapping[Any, VectorSpace] | None = None
     ) -> None:
         self.spaces = VectorSpace() if spaces is None else spaces
-        each = [self.spaces] if isinstance(self.spaces, VectorSpace) else [s for _, s in _items(self.spaces)]
-        for space in each:
+        several = isinstance(self.spaces, (dict, list, tuple))
+        known: list[Any] = [space for _, space in _items(self.spaces)] if several else [self.spaces]
+        for space in known:
             if not isinstance(space, VectorSpace):
-                raise TypeError(f"spaces must be vector spaces, not {space!r}")
-        if isinstance(self.spaces, VectorSpace):
-            known = [self.spaces]
-        else:
-            known = [space for _, space in _items(self.spaces)]
+                raise TypeError(f"spaces must be one vector space, or several, not {space!r}")
         self.comm = next((space.comm for space in known if space.comm is not None), None)
 
     def _zip(self, a: Vector, b: Vector) -> list[tuple[VectorSpace, Vector, Vector]]:

@@ -20,13 +20,9 @@ def plain_array(name: str, x: Any) -> Array:
     """`x` as an array of NumPy, or TypeError if a mask or a unit would be lost."""
     unit = getattr(x, "unit", getattr(x, "units", None))
     if unit is not None:
-        raise TypeError(
-            f"{name} has a unit ({unit}): convert it to the unit expected here, and give plain numbers"
-        )
+        raise TypeError(f"{name} must be plain numbers, in the unit expected here, and has the unit {unit}")
     if numpy.ma.is_masked(x):
-        raise TypeError(
-            f"{name} is a masked array, whose mask would be lost: fill it or leave out what is masked"
-        )
+        raise TypeError(f"{name} must be plain numbers, and some are masked: fill them, or leave them out")
     return numpy.asarray(x)
 
 

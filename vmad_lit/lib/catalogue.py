@@ -233,7 +233,9 @@ def lattice_ids(q: ArrayLike, Nmesh: Lattice, BoxSize: ArrayLike) -> Array:
     """The number of each particle's point on a lattice of Nmesh points, from its position (N, ndim)."""
     shape = tuple(whole_number("Nmesh", n, least=1) for n in numpy.atleast_1d(plain_array("Nmesh", Nmesh)))
     q = real_array("q", q, shape=(None, len(shape)))
-    box = numpy.broadcast_to(real_array("BoxSize", BoxSize, above=0), len(shape))
+    box = real_array("BoxSize", BoxSize, above=0)
+    if box.shape not in ((), (1,), (len(shape),)):
+        raise ValueError(f"BoxSize must be one number or {len(shape)}, not of the shape {box.shape}")
     cells = numpy.floor(q / (box / shape) + 1e-5).astype("i8")
     return numpy.ravel_multi_index(tuple(cells.T), shape, mode="wrap").astype("i8")
 

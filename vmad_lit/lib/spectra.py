@@ -177,7 +177,7 @@ class Shells:
         """
         noise = real_number("shot_noise", shot_noise)
         if b is not None and noise:
-            raise ValueError("shot noise is subtracted from the power of one field, not from that of two")
+            raise ValueError("shot_noise is subtracted from the power of one field, not from that of two")
         a = _modes(a)
         return self.cross((a, a if b is None else _modes(b))) - noise * self.noise
 
