@@ -359,6 +359,11 @@ def test_redshift_space(ndim, dtype, sight):
             )
 
 
+def test_plain_numbers():
+    for b in 1.5, np.array([1.0, -2.0]):
+        check(tracers.plain_numbers, b, "b", np.shape(b))
+
+
 @pytest.mark.parametrize("sight", SIGHTS, ids=str)
 def test_second_derivatives_of_redshift_space(sight):
     x, v, w = vectors(1, 3), vectors(2, 3), vectors(3, 3)
