@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.source:
         try:
             data = observe(args, comm)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             say(f"error: {error}")
             return 2
         pm, forward = data.d.pm, model(data.d.pm)
