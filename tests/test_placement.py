@@ -6,6 +6,7 @@ from mpi4py import MPI
 
 from helpers import examples
 from vmad_lit import Builder, autooperator, operator
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.error import BadArgument, PlacementError
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import PlacesOnRanks
@@ -332,11 +333,60 @@ def test_a_value_that_is_not_what_it_is_taken_for():
 
 def test_what_is_not_known_is_summed_as_ever():
     with Builder() as m:
-        a = m.input("a")
-        m.output(y=mpi.allreduce(a, comm), z=mpi.allreduce(mpi.allbcast(a, comm) * (comm.rank + 1), comm))
+        a, b = m.input("a", "b")
+        m.output(y=mpi.allreduce(a, comm), z=mpi.allreduce(mpi.allbcast(b, comm) * (comm.rank + 1), comm))
     n = comm.size
-    (y, z), (_a,) = m.compute_with_vjp(dict(a=2.0), dict(_y=1.0, _z=1.0))
-    assert y == 2.0 * n and z == n * (n + 1) and _a == 1 + n * (n + 1) / 2
+    (y, z), (_a, _b) = m.compute_with_vjp(dict(a=2.0, b=2.0), dict(_y=1.0, _z=1.0))
+    assert y == 2.0 * n and z == n * (n + 1) and _a == 1 and _b == n * (n + 1) / 2
+
+
+def test_a_program_implies_that_an_input_is_replicated():
+    t, everything = rows()
+
+    def build(m):
+        a = m.input("a")
+        s = mpi.place(t, "partitioned", comm)
+        m.output(y=mpi.allreduce(linalg.sum(mpi.allbcast(a, comm) * s + a**2 * s), comm))
+
+    y, (_a,) = gradient(build, a=2.0)
+    assert np.isclose(y, 6 * everything.sum()) and np.isclose(_a, 5 * everything.sum())
+
+
+def test_a_number_beside_a_field_is_replicated_at_its_other_uses():
+    x, (t, everything) = field(), rows()
+
+    def build(m):
+        a, r = m.input("a", "x")
+        s = mpi.place(t, "partitioned", comm)
+        m.output(y=mpi.allreduce(linalg.sum(a**2 * s), comm) + linalg.sum(r * a))
+
+    y, (_a, _x) = gradient(build, a=2.0, x=x)
+    assert np.isclose(_a, 4 * everything.sum() + x.csum())
+
+
+@pytest.mark.parametrize("declared", [None, "replicated"])
+@pytest.mark.parametrize("through_allbcast", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "forgetful", "chain"])
+def test_models_inside_make_the_same_of_any_number_of_ranks(kind, through_allbcast, declared):
+    def derivatives(on):
+        x = fastpm.ParticleMesh([4, 4, 4], BoxSize=4.0, comm=on).generate_whitenoise(3, type="real") * 0.1
+
+        @autooperator("x, a -> y")
+        def step(x, a):
+            return linalg.tanh(
+                x * (mpi.allreduce(linalg.sum(x * x), on) * 0.1 + a) + a * mpi.allbcast(a, on) * x
+            )
+
+        inside = dict(plain=step, forgetful=step.forgetful, chain=checkpoint(step, 3, ram=2))[kind]
+        with Builder() as m:
+            s, a = m.input("x"), m.input("a", placement=declared, comm=on)
+            b = mpi.allbcast(a, on) if through_allbcast else a
+            m.output(y=mpi.allreduce(fastpm.to_scalar(inside(s, b)), on))
+        (y,), (_x, _a) = m.compute_with_vjp(dict(x=x, a=0.7), dict(_y=1.0))
+        _, _, (_x_, _a_) = m.compute_with_hvp("y", dict(x=x, a=0.7), dict(a_=1.0, x_=x))
+        return [float(v) for v in (y, _a, _x.cdot(x), _a_, _x_.cdot(x))]
+
+    np.testing.assert_allclose(derivatives(comm), derivatives(MPI.COMM_SELF), rtol=1e-10)
 
 
 def test_print_shows_placements():
