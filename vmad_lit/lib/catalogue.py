@@ -183,7 +183,7 @@ def load(
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Read what `save` wrote, on any number of ranks: this rank's rows of the columns, and the attributes.
 
-    `names` are the columns to read, by default all. Collective.
+    `names` are the columns to read, by default all; numbers of half precision are widened. Collective.
     """
     if isinstance(names, str):
         raise TypeError(f"names must be a sequence of names of columns, such as [{names!r}], not one name")
@@ -197,7 +197,8 @@ def load(
                 if name not in group:
                     raise KeyError(f"{path} has no column {name!r}, only {list(group)}")
                 n = len(group[name])
-                columns[name] = group[name][comm.rank * n // comm.size : (comm.rank + 1) * n // comm.size]
+                mine = group[name][comm.rank * n // comm.size : (comm.rank + 1) * n // comm.size]
+                columns[name] = mine.astype("f4") if mine.dtype == "f2" else mine
             return columns, dict(file.attrs)
 
     return run_together(comm, read)
