@@ -42,10 +42,10 @@ from vmad_lit.lib.cosmology import (
 from vmad_lit.lib.exchange import (
     AnyLayout,
     IdentityLayout,
-    as_positions,
     decompose,
     exchange_rows,
     gather_rows,
+    lay_out,
 )
 from vmad_lit.lib.force import force
 from vmad_lit.lib.linalg import einsum, reshape
@@ -114,24 +114,27 @@ class ForceAt:
     """The force on particles at `x`, and its transpose, which add to what is there.
 
     `layout`, `pot` and `factor` are those that an earlier object had for the same positions, or None. `again` is
-    None, or a function that makes the positions of some rows, so that they need not be held.
+    None, or a function that makes the positions of some rows, so that they need not be held. Positions that are
+    new are made by a function, whose errors all ranks raise.
     """
 
     def __init__(
         self,
-        x: Array,
+        x: Array | Callable[[], Array],
         pm: ParticleMesh,
-        layout: AnyLayout | None = None,
+        layout: Any = None,
         pot: Field | None = None,
         factor: float | None = None,
         again: Callable[[slice], Array] | None = None,
     ) -> None:
+        if callable(x):
+            x, layout = lay_out(x, pm)
         self.x, self.pm, self.pot, self._window = x, pm, pot, Window(pm)
         self._count, self.field_like, self._again = len(x), numpy.empty(0, x.dtype), again
-        self.layout = decompose.apl.impl(None, x=x, pm=pm)["layout"] if layout is None else layout
+        self.layout = layout
         self.factor = force.find_factor(x, pm) if factor is None else factor
         self._stays = isinstance(self.layout, IdentityLayout)
-        self._local_x = exchange_rows(self.layout, as_positions(x, pm))
+        self._local_x = exchange_rows(self.layout, x)
 
     def kick(self, p: Array, c: float, out: Array) -> None:
         """p + c * force into `out`, which may be `p`."""
@@ -221,6 +224,16 @@ class ForceAt:
     BLOCK = 1 << 17  # particles: some megabytes of their forces
 
 
+def displaced(q: Array, dx: Array, p: Array) -> Array:
+    """The positions of particles from a lattice; an error unless lattice, displacements and momenta are of one shape."""
+    if not numpy.shape(q) == numpy.shape(dx) == numpy.shape(p):
+        raise ValueError(
+            f"lattice, displacements and momenta must have one shape, "
+            f"not {numpy.shape(q)}, {numpy.shape(dx)} and {numpy.shape(p)}"
+        )
+    return add_multiple(q, dx, 1.0)
+
+
 def _apply_kick_drift(
     gravity: ForceAt,
     dx_i: Array,
@@ -265,7 +278,7 @@ class kick_drift:
     inplace = "dx_i", "p_i", "_dx", "_p"
 
     def apl(node, dx_i, p_i, kick, drift, q, pm, keep_potential=True):
-        gravity = ForceAt(add_multiple(q, dx_i, 1.0), pm)
+        gravity = ForceAt(lambda: displaced(q, dx_i, p_i), pm)
         if (
             not node.needs("dx")
             and not node.needs("p")
@@ -569,7 +582,7 @@ class reversible_leapfrog:
     ) -> tuple[ForceAt, float]:
         """Undo a kick in place."""
         gravity, product = (
-            ForceAt(add_multiple(q, dx, 1.0), pm, again=lambda rows: add_multiple(q[rows], dx[rows], 1.0)),
+            ForceAt(lambda: displaced(q, dx, p), pm, again=lambda rows: add_multiple(q[rows], dx[rows], 1.0)),
             0.0,
         )
         if is_zero(_p):
@@ -589,12 +602,12 @@ class reversible_leapfrog:
             len(factors) // 2,
         )
         for i in range(n):
-            gravity = ForceAt(add_multiple(q, dx, 1.0), pm)
+            gravity = ForceAt(lambda: displaced(q, dx, p), pm)
             _apply_kick_drift(gravity, dx, p, factors[2 * i], factors[2 * i + 1], dx, p)
             del gravity
         if node.needs("p") or node.needs("f"):
             f = memory.empty_like(p)
-            _apply_kick_drift(ForceAt(add_multiple(q, dx, 1.0), pm), dx, p, factors[2 * n], 0.0, dx, p, f)
+            _apply_kick_drift(ForceAt(lambda: displaced(q, dx, p), pm), dx, p, factors[2 * n], 0.0, dx, p, f)
         return dict(dx=dx, p=p, f=f)
 
     def rcd(node, dx_i, p_i, factors, q, pm, dx, p, f):
@@ -647,7 +660,7 @@ class reversible_leapfrog:
                 break
             drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
             gravity, f = (
-                ForceAt(add_multiple(q, dx, 1.0), pm),
+                ForceAt(lambda: displaced(q, dx, p), pm),
                 memory.empty_like(p) if kick_ else ZeroGradient,
             )
             _apply_kick_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
@@ -677,7 +690,7 @@ class reversible_leapfrog:
                 break
             drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
             gravity, f = (
-                ForceAt(add_multiple(q, dx, 1.0), pm),
+                ForceAt(lambda: displaced(q, dx, p), pm),
                 memory.empty_like(p) if kick_ else ZeroGradient,
             )
             _apply_kick_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
