@@ -50,7 +50,7 @@ from vmad_lit.lib.exchange import (
 from vmad_lit.lib.force import force
 from vmad_lit.lib.linalg import einsum, reshape
 from vmad_lit.lib.lpt import lpt
-from vmad_lit.lib.mesh import Field, ParticleMesh, as_rows, common_dtypes, is_zero
+from vmad_lit.lib.mesh import Field, ParticleMesh, agree, as_rows, common_dtypes, is_zero
 from vmad_lit.lib.mpi import allbcast
 from vmad_lit.lib.painting import Window, in_dtype_of
 
@@ -224,14 +224,14 @@ class ForceAt:
     BLOCK = 1 << 17  # particles: some megabytes of their forces
 
 
-def displaced(q: Array, dx: Array, p: Array) -> Array:
-    """The positions of particles from a lattice; an error unless lattice, displacements and momenta are of one shape."""
-    if not numpy.shape(q) == numpy.shape(dx) == numpy.shape(p):
+def check_state(q: Value, dx: Value, p: Value, *coefficients: Value) -> str:
+    """Raise an error unless lattice, displacements and momenta are arrays of one shape, and coefficients numbers."""
+    shapes = [numpy.shape(x) for x in (q, dx, p)]
+    if len(set(shapes)) > 1 or not all(isinstance(x, numpy.ndarray) for x in (q, dx, p)):
         raise ValueError(
-            f"lattice, displacements and momenta must have one shape, "
-            f"not {numpy.shape(q)}, {numpy.shape(dx)} and {numpy.shape(p)}"
+            f"lattice, displacements and momenta must be arrays of one shape, not {', '.join(map(str, shapes))}"
         )
-    return add_multiple(q, dx, 1.0)
+    return f"{len([float(c) for c in coefficients])} coefficients"
 
 
 def _apply_kick_drift(
@@ -278,7 +278,11 @@ class kick_drift:
     inplace = "dx_i", "p_i", "_dx", "_p"
 
     def apl(node, dx_i, p_i, kick, drift, q, pm, keep_potential=True):
-        gravity = ForceAt(lambda: displaced(q, dx_i, p_i), pm)
+        def find_positions() -> Array:
+            check_state(q, dx_i, p_i, kick, drift)
+            return add_multiple(q, dx_i, 1.0)
+
+        gravity = ForceAt(find_positions, pm)
         if (
             not node.needs("dx")
             and not node.needs("p")
@@ -582,7 +586,7 @@ class reversible_leapfrog:
     ) -> tuple[ForceAt, float]:
         """Undo a kick in place."""
         gravity, product = (
-            ForceAt(lambda: displaced(q, dx, p), pm, again=lambda rows: add_multiple(q[rows], dx[rows], 1.0)),
+            ForceAt(lambda: add_multiple(q, dx, 1.0), pm, again=lambda rows: add_multiple(q[rows], dx[rows], 1.0)),
             0.0,
         )
         if is_zero(_p):
@@ -595,6 +599,7 @@ class reversible_leapfrog:
 
     # There and back
     def apl(node, dx_i, p_i, factors, q, pm):
+        agree(pm.comm, lambda: (check_state(q, dx_i, p_i, *factors),))
         dx, p, f, n = (
             own_copy(node, "dx_i", dx_i, dx_i),
             own_copy(node, "p_i", p_i, p_i),
@@ -602,12 +607,12 @@ class reversible_leapfrog:
             len(factors) // 2,
         )
         for i in range(n):
-            gravity = ForceAt(lambda: displaced(q, dx, p), pm)
+            gravity = ForceAt(lambda: add_multiple(q, dx, 1.0), pm)
             _apply_kick_drift(gravity, dx, p, factors[2 * i], factors[2 * i + 1], dx, p)
             del gravity
         if node.needs("p") or node.needs("f"):
             f = memory.empty_like(p)
-            _apply_kick_drift(ForceAt(lambda: displaced(q, dx, p), pm), dx, p, factors[2 * n], 0.0, dx, p, f)
+            _apply_kick_drift(ForceAt(lambda: add_multiple(q, dx, 1.0), pm), dx, p, factors[2 * n], 0.0, dx, p, f)
         return dict(dx=dx, p=p, f=f)
 
     def rcd(node, dx_i, p_i, factors, q, pm, dx, p, f):
@@ -660,7 +665,7 @@ class reversible_leapfrog:
                 break
             drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
             gravity, f = (
-                ForceAt(lambda: displaced(q, dx, p), pm),
+                ForceAt(lambda: add_multiple(q, dx, 1.0), pm),
                 memory.empty_like(p) if kick_ else ZeroGradient,
             )
             _apply_kick_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
@@ -690,7 +695,7 @@ class reversible_leapfrog:
                 break
             drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
             gravity, f = (
-                ForceAt(lambda: displaced(q, dx, p), pm),
+                ForceAt(lambda: add_multiple(q, dx, 1.0), pm),
                 memory.empty_like(p) if kick_ else ZeroGradient,
             )
             _apply_kick_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)

@@ -44,7 +44,6 @@ Digitizer = Callable[[xslab], tuple[Array, Array]]  # the bin of each mode, and 
 
 def coordinates(x: BaseComplexField, kind: Labels) -> xslab:
     """Labels of a field's modes, as a list of broadcastable arrays with pmesh's `normp`."""
-    check_field(x, BaseComplexField)
     labels = wavenumbers(x)
     if kind == "index":
         labels[:] = [i.copy() for i in x.i]
@@ -67,6 +66,7 @@ def fixed_transfer(tf: Any, pointwise: bool = False) -> Transfer:
 
 def evaluate_transfer(x: BaseComplexField, f: Transfer, kind: Labels) -> Any:
     """`f` of the labels of the modes of `x`; kept, if `f` is declared to be fixed."""
+    check_field(x, BaseComplexField)
     if not getattr(f, "fixed_transfer", False):
         return f(coordinates(x, kind))
     kept = once_per_mesh(x.pm, "fixed_transfer", weakref.WeakKeyDictionary[Any, Any]).setdefault(f, {})
