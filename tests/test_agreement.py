@@ -143,7 +143,12 @@ class TestBadPositions:
 
 
 def masses(n):
-    return {"longer": numpy.ones(n + 1), "columns": numpy.ones((n, 1)), "complex": numpy.ones(n, "c8"), "text": "3"}
+    return {
+        "longer": numpy.ones(n + 1),
+        "columns": numpy.ones((n, 1)),
+        "complex": numpy.ones(n, "c8"),
+        "text": "3",
+    }
 
 
 @pytest.mark.parametrize("name", masses(0))
@@ -231,7 +236,11 @@ def test_layouts_for_others(pm):
 @pytest.mark.parametrize("name", ["r2c", "c2r", "to_scalar", "cdot", "apply_transfer", "apply_digitized"])
 def test_fields_of_another_kind(pm, name):
     """A field of the wrong kind, or none, on one rank."""
-    kind, other = (modes(pm), real(pm)) if name in ("c2r", "apply_transfer", "apply_digitized") else (real(pm), modes(pm))
+    kind, other = (
+        (modes(pm), real(pm))
+        if name in ("c2r", "apply_transfer", "apply_digitized")
+        else (real(pm), modes(pm))
+    )
     bins = fastpm.apply_digitized.isotropic_wavenumber([0.0, 1.0, 2.0])
     function = {
         "apply_transfer": lambda x: fastpm.apply_transfer(x, fastpm.fourier_space_laplace),
@@ -260,8 +269,12 @@ def test_other_arguments(pm):
         lambda: compute(lambda k: fastpm.apply_transfer(k, either(good, broken)), k=k),
         lambda: compute(lambda k: fastpm.apply_transfer(k, either(good, wrong_shape)), k=k),
         lambda: compute(lambda k: fastpm.apply_transfer(k, good, either("circular", "cubic")), k=k),
-        lambda: compute(lambda k: fastpm.apply_digitized(k, either(numpy.ones(2), numpy.ones((2, 2))), bins), k=k),
-        lambda: compute(lambda k: fastpm.apply_digitized(k, numpy.ones(2), bins, "index", either("phase", "?")), k=k),
+        lambda: compute(
+            lambda k: fastpm.apply_digitized(k, either(numpy.ones(2), numpy.ones((2, 2))), bins), k=k
+        ),
+        lambda: compute(
+            lambda k: fastpm.apply_digitized(k, numpy.ones(2), bins, "index", either("phase", "?")), k=k
+        ),
         lambda: compute(lambda x: fastpm.decompose(x, pm, either("cic", "nothing")), x=x),
         lambda: compute(lambda x: fastpm.decompose(x, pm, either(1.0, numpy.nan)), x=x),
         lambda: compute(lambda x: fastpm.paint(x, 1.0, None, pm, either("cic", "nothing")), x=x),

@@ -17,7 +17,7 @@ from vmad_lit import operator
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array, Shape
-from vmad_lit.core.symbol import Value
+from vmad_lit.core.symbol import BaseSymbol, Value
 from vmad_lit.lib import memory
 from vmad_lit.lib.mesh import (
     ParticleMesh,
@@ -346,6 +346,11 @@ class decompose:
 
     def apl(node, x, pm, smoothing=None):
         return dict(layout=lay_out(lambda: x, pm, smoothing)[1])
+
+
+def agree_on_lattice(q: Any, pm: ParticleMesh) -> Any:
+    """The positions of a lattice, in a dtype that all ranks agree on; a symbol, as it is. Collective."""
+    return q if isinstance(q, BaseSymbol) else agree(pm.comm, lambda: (as_positions(q, pm), pm))[0]
 
 
 @operator

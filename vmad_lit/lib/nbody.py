@@ -42,6 +42,7 @@ from vmad_lit.lib.cosmology import (
 from vmad_lit.lib.exchange import (
     AnyLayout,
     IdentityLayout,
+    agree_on_lattice,
     decompose,
     exchange_rows,
     gather_rows,
@@ -586,7 +587,9 @@ class reversible_leapfrog:
     ) -> tuple[ForceAt, float]:
         """Undo a kick in place."""
         gravity, product = (
-            ForceAt(lambda: add_multiple(q, dx, 1.0), pm, again=lambda rows: add_multiple(q[rows], dx[rows], 1.0)),
+            ForceAt(
+                lambda: add_multiple(q, dx, 1.0), pm, again=lambda rows: add_multiple(q[rows], dx[rows], 1.0)
+            ),
             0.0,
         )
         if is_zero(_p):
@@ -612,7 +615,9 @@ class reversible_leapfrog:
             del gravity
         if node.needs("p") or node.needs("f"):
             f = memory.empty_like(p)
-            _apply_kick_drift(ForceAt(lambda: add_multiple(q, dx, 1.0), pm), dx, p, factors[2 * n], 0.0, dx, p, f)
+            _apply_kick_drift(
+                ForceAt(lambda: add_multiple(q, dx, 1.0), pm), dx, p, factors[2 * n], 0.0, dx, p, f
+            )
         return dict(dx=dx, p=p, f=f)
 
     def rcd(node, dx_i, p_i, factors, q, pm, dx, p, f):
@@ -867,7 +872,7 @@ def nbody(
     -------
     dx, p, f : (N, ndim) displacements, momenta, and force times 1.5 * Om0, at stages[-1]
     """
-    stages = check_stages(stages)
+    stages, q = check_stages(stages), agree_on_lattice(q, pm)
     pt = find_background(cosmology, stages)
     dx, p = firststep(rhok, q, stages[0], pt, pm)
     return leapfrog(dx, p, q, stages, pt, pm)
@@ -918,7 +923,8 @@ class FastPMSimulation:
                 f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}"
             )
         self.fpm = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int))
-        self.q = numpy.ascontiguousarray(pm.generate_uniform_particle_grid(shift=0.5) if q is None else q)
+        q = pm.generate_uniform_particle_grid(shift=0.5) if q is None else agree_on_lattice(q, pm)
+        self.q = numpy.ascontiguousarray(q)
 
     @property
     def comm(self) -> Any:

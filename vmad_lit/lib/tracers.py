@@ -14,7 +14,8 @@ from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, linalg
 from vmad_lit.lib.cosmology import Background
-from vmad_lit.lib.mesh import ParticleMesh
+from vmad_lit.lib.exchange import agree_on_lattice
+from vmad_lit.lib.mesh import ParticleMesh, on_mesh
 from vmad_lit.lib.mpi import MPI, allbcast
 from vmad_lit.lib.spectra import Direction
 from vmad_lit.lib.transfer import Transfer
@@ -33,7 +34,7 @@ def density(x: Symbol, mass: Value, q: Array, pm: ParticleMesh) -> Symbol:
     q : (N, ndim) the lattice from which they came; it only tells how many there are on all ranks
     pm : ParticleMesh of any number of cells
     """
-    per_cell = pm.comm.allreduce(len(q)) / float(pm.Nmesh.prod())
+    per_cell = pm.comm.allreduce(len(agree_on_lattice(q, pm))) / float(pm.Nmesh.prod())
     return fastpm.paint(x, mass, fastpm.decompose(x, pm), pm) * (1.0 / per_cell)
 
 
@@ -202,6 +203,7 @@ def lagrangian_fields(rhok: Symbol, q: Array, pm: ParticleMesh, terms: Sequence[
     unknown = [term for term in terms if term not in BIAS_TERMS]
     if unknown or not terms:
         raise ValueError(f"terms must be some of {BIAS_TERMS}, not {terms}")
+    rhok, q = on_mesh(rhok, pm), agree_on_lattice(q, pm)
     delta = fastpm.c2r(rhok)
     meshes = []
     for term in terms:
