@@ -489,20 +489,22 @@ class as_complex_field:
     ain = {"x": "*"}
     aout = {"y": "*ComplexField"}
 
+    hvp = ZeroGradient
+
+    @staticmethod
+    def make(x: Value, pm: ParticleMesh) -> Any:
+        """The field of these numbers."""
+        x, y = numpy.asarray(x), pm.create(type=ComplexField)
+        if x.shape != y.shape + (2,):
+            raise ValueError(f"this rank's modes must have the shape {y.shape + (2,)}, not {x.shape}")
+        y.value.real, y.value.imag = x[..., 0], x[..., 1]
+        return y
+
     def apl(node, x, pm):
-        y = pm.create(type=ComplexField)
+        return dict(y=agree(pm.comm, lambda: (as_complex_field.make(x, pm),))[0])
 
-        def prepare() -> tuple[Any, ...]:
-            numbers = numpy.asarray(x)
-            if numbers.shape != y.shape + (2,):
-                raise ValueError(
-                    f"this rank's modes must have the shape {y.shape + (2,)}, not {numbers.shape}"
-                )
-            y.value.real, y.value.imag = numbers[..., 0], numbers[..., 1]
-            return (y,)
-
-        agree(pm.comm, prepare)
-        return dict(y=y)
+    def jvp(node, x_, pm):
+        return dict(y_=as_complex_field.make(x_, pm))
 
     def vjp(node, _y, pm):
         _y = as_field(pm, ComplexField, _y)
@@ -599,6 +601,7 @@ class on_mesh:
     aout = {"y": "*Field"}
     collective = True
     transparent = True
+    hvp = ZeroGradient
 
     def apl(node, x, pm, kind=BaseComplexField):
         agree(pm.comm, lambda: (check_field(x, kind, pm),))
@@ -606,3 +609,6 @@ class on_mesh:
 
     def vjp(node, _y):
         return dict(_x=_y)
+
+    def jvp(node, x_):
+        return dict(y_=x_)
