@@ -602,6 +602,7 @@ def _scatter(
     cells = _find_support(window)
     ndim = meshes[0].ndim
     pos, mass, speed = (_apart(a, *meshes) for a in (check_positions(pos, ndim), mass, speed))
+    _check_sizes(len(pos), masses=(mass, mass_step, len(meshes)), velocities=(speed, ndim, ndim))
     box = _box(meshes[0], transform)
     if not len(pos) or not meshes[0].size:
         return
@@ -726,7 +727,15 @@ def _gather(
         _apart(a, *written) for a in (check_positions(pos, ndim), coef, speed, *meshes)
     )
     npart, step = pos.shape
-    slopes = coef is not None
+    slopes, given = coef is not None, len(meshes) if given is None else given
+    _check_sizes(
+        npart,
+        results=(out, len(meshes), len(meshes)),
+        velocities=(speed, ndim, ndim),
+        slopes=(slope, ndim, ndim),
+        factors=(coef, coef_step, given),
+        base=(base, ndim if slopes else len(meshes), ndim if slopes else len(meshes)),
+    )
     if slope is None:
         slope = memory.empty((npart if slopes else 0, ndim))
     mesh, views = _readable(meshes)
@@ -739,7 +748,6 @@ def _gather(
     pos = flatten(pos)
     none = numpy.empty(0)
     width = 0 if out is None else len(meshes)
-    given = len(meshes) if given is None else given
     base = none if base is None else base.reshape(-1)
     cuts = share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
@@ -798,6 +806,18 @@ def _targets(meshes: Any) -> list[Array]:
         if not value.flags.writeable:
             raise ValueError("a mesh to paint is read-only; paint a copy of it")
     return _meshes(meshes)
+
+
+def _check_sizes(npart: int, **arrays: tuple[Array | None, int, int]) -> None:
+    """Raise ValueError unless flat arrays are as long as a loop over particles takes for granted.
+
+    For each its step, 0 for the same numbers for all particles, and how many numbers the loop takes of a row.
+    """
+    for name, (array, step, count) in arrays.items():
+        if array is not None and (step not in (0, count) or array.size != (npart * step if step else count)):
+            raise ValueError(
+                f"{name} must have {count} numbers for each of {npart} particles, not {array.size} in all"
+            )
 
 
 def _apart(array: Any, *written: Array) -> Any:
@@ -1033,6 +1053,8 @@ def readout_jvp(
     """Tangent of `readout(meshes, pos)` along `pos_` (N, ndim) and `meshes_`; None is zero."""
     several = isinstance(meshes if meshes is not None else meshes_, (list, tuple))
     width = len(meshes if meshes is not None else meshes_) if several else 1
+    if meshes is not None and meshes_ is not None and (len(meshes_) if several else 1) != width:
+        raise ValueError(f"there are {width} meshes, and {len(meshes_)} tangents of meshes")
     out = memory.empty((len(pos), width))
     if pos_ is not None:
         values = _meshes(meshes if several else [meshes])
@@ -1183,6 +1205,9 @@ def _hessian_product(
     ndim = meshes[0].ndim
     pos = check_positions(pos, ndim)
     npart, step = pos.shape
+    _check_sizes(
+        npart, factors=(coef, coef_step, given), velocities=(speed, ndim, ndim), slopes=(slope, ndim, ndim)
+    )
     mesh, views = _readable(meshes)
     box = _box(mesh, transform)
     if not npart or not mesh.size:
