@@ -14,7 +14,7 @@ from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.symbol import Value
 from vmad_lit.lib import memory
 from vmad_lit.lib.compiled import compiled, inlined
-from vmad_lit.lib.memory import as_flat, check_array, flatten, overlap
+from vmad_lit.lib.memory import as_flat, check_array, collide, flatten, overlap
 from vmad_lit.lib.threads import share
 
 with needed_for("compiled loops", extra="fast"):
@@ -496,14 +496,10 @@ def axpy(out: Array, x: Array, v: Array, c: float) -> Array:
     check_array("out", out, writes=True)
     for array in x, v:
         check_array("a term of the sum", array, out)
-        if array is not out and overlap(out, array) and not _same_place(out, array):
+        if collide(out, array):
             raise ValueError("out shares memory with a term of the sum, and is not the same array")
     share(partial(_add_multiple, flatten(out), flatten(x), flatten(v), float(c)), out.size)
     return out
-
-
-def _same_place(a: Array, b: Array) -> bool:
-    return a.ctypes.data == b.ctypes.data and a.strides == b.strides
 
 
 @compiled
@@ -524,7 +520,7 @@ def mix(a: Array, b: Array, matrix: ArrayLike, outs: Sequence[Array]) -> None:
     check_array("the second array", b, a)
     for out in outs:
         check_array("an array for results", out, a, writes=True)
-        if any(overlap(out, x) and not _same_place(out, x) for x in (a, b)):
+        if collide(out, a, b):
             raise ValueError(
                 "an array for results shares memory with one that is read, and is not the same array"
             )

@@ -260,6 +260,15 @@ def overlap(array: Array, *others: Array) -> bool:
     return False
 
 
+def collide(array: Array, *others: Array) -> bool:
+    """Whether an array shares memory with others, but is not in the same place as they are, element by element."""
+    return any(
+        overlap(array, other)
+        for other in others
+        if array.ctypes.data != other.ctypes.data or array.strides != other.strides
+    )
+
+
 def as_flat(array: Array) -> Any:
     """Memory of an array of real numbers as a flat array, and its strides in elements; None if there is no such view."""
     size = array.dtype.itemsize

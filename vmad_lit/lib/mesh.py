@@ -73,6 +73,21 @@ def sum_modes(x: BaseComplexField, values: Array, metric: Metric | None = None) 
     return total(x, mode_weights(x) * values)
 
 
+def centre(labels: list[Array], indices: Sequence[Array], pm: ParticleMesh) -> list[Array]:
+    """Put the wavenumbers of a mesh right where it is odd, in place; returns them."""
+    for k, i, n, length in zip(labels, indices, pm.Nmesh, pm.BoxSize):
+        if n % 2:
+            k[i == n // 2] = 2 * numpy.pi / length * (n // 2)
+    return labels
+
+
+def wavenumbers(x: BaseComplexField) -> xslab:
+    """The wavenumbers of a complex field, a list of broadcastable arrays with pmesh's `normp`."""
+    labels = xslab(centre([k.copy() for k in x.x], x.i, x.pm))
+    labels.BoxSize, labels.Nmesh = x.BoxSize, x.Nmesh
+    return labels
+
+
 def name_of_mesh(pm: pmesh.ParticleMesh) -> str:
     """What two meshes that are the same have in common: their points and their box."""
 
@@ -129,11 +144,6 @@ def check_kind(x: Field, kind: Any) -> None:
         raise TypeError(
             f"a {kind.__name__} is expected, and not a {type(x).__name__}: two fields of one kind"
         )
-
-
-def comm_of(x: Value) -> MPI.Comm:
-    """The communicator of a field; of what is none, all ranks, who have to hear of it."""
-    return x.pm.comm if isinstance(x, Field) else MPI.COMM_WORLD
 
 
 def describe(x: Value) -> tuple[Any, int]:
@@ -221,19 +231,9 @@ def _tell(kind: Any) -> str:
     return " ".join(map(str, kind)) if isinstance(kind, tuple) else str(kind)
 
 
-def centre(labels: list[Array], indices: Sequence[Array], pm: ParticleMesh) -> list[Array]:
-    """Put the wavenumbers of a mesh right where it is odd, in place; returns them."""
-    for k, i, n, length in zip(labels, indices, pm.Nmesh, pm.BoxSize):
-        if n % 2:
-            k[i == n // 2] = 2 * numpy.pi / length * (n // 2)
-    return labels
-
-
-def wavenumbers(x: BaseComplexField) -> xslab:
-    """The wavenumbers of a complex field, a list of broadcastable arrays with pmesh's `normp`."""
-    labels = xslab(centre([k.copy() for k in x.x], x.i, x.pm))
-    labels.BoxSize, labels.Nmesh = x.BoxSize, x.Nmesh
-    return labels
+def comm_of(x: Value) -> MPI.Comm:
+    """The communicator of a field; of what is none, all ranks, who have to hear of it."""
+    return x.pm.comm if isinstance(x, Field) else MPI.COMM_WORLD
 
 
 Disk.allocate = staticmethod(partial(memory.empty, dtype="u1"))
