@@ -309,9 +309,10 @@ def check_layout(layout: Value, pm: ParticleMesh, resampler: Any) -> None:
 def find_reach(pm: ParticleMesh, smoothing: Any) -> tuple[Any, float]:
     """The window that `smoothing` tells, or None; and how many cells it reaches, to either side."""
     if isinstance(smoothing, numbers.Real) and not isinstance(smoothing, bool):
-        if not 0 <= smoothing < numpy.inf:
+        distance = float(smoothing)
+        if not 0 <= distance < numpy.inf:
             raise ValueError(f"smoothing must be a window, or a distance of 0 cells or more, not {smoothing}")
-        return None, float(smoothing)
+        return None, distance
     resampler = FindResampler(pm.resampler if smoothing is None else smoothing)
     return resampler, window_support(resampler) / 2
 

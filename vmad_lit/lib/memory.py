@@ -253,7 +253,7 @@ def overlap(array: Array, *others: Array) -> bool:
     for other in others:
         if numpy.may_share_memory(array, other):
             try:
-                if numpy.shares_memory(array, other, max_work=1000):
+                if numpy.shares_memory(array, other, max_work=1000):  # type: ignore[arg-type]
                     return True
             except numpy.exceptions.TooHardError:
                 return True

@@ -179,7 +179,9 @@ def agree(comm: MPI.Comm, prepare: Callable[[], tuple[Any, ...]]) -> tuple[Any, 
     """
     if comm.size == 1:
         return prepare()
-    error, values, kinds, letters = None, (), [], []
+    error: Exception | None = None
+    values: tuple[Any, ...] = ()
+    kinds, letters = [], []
     try:
         values = prepare()
         kinds, letters = map(list, zip(*map(describe, values)))

@@ -118,11 +118,11 @@ class apply_transfer:
         return dict(y=y, like=(x.pm, type(x)))
 
     def vjp(node, _y, tf, kind, like):
-        _y = as_field(*like, _y)
+        _y = as_field(like[0], like[1], _y)
         return dict(_x=multiply_field(_y, numpy.conj(evaluate_transfer(_y, tf, kind))))
 
     def jvp(node, x_, tf, kind, like):
-        x_ = as_field(*like, x_)
+        x_ = as_field(like[0], like[1], x_)
         return dict(y_=multiply_field(x_, evaluate_transfer(x_, tf, kind)))
 
 
