@@ -344,6 +344,7 @@ class decompose:
 
     ain: dict[str, str] = {}
     aout = {"layout": "*Layout"}
+    placements = "partitioned -> partitioned"
 
     def apl(node, x, pm, smoothing=None):
         return dict(layout=lay_out(lambda: x, pm, smoothing)[1])
@@ -361,6 +362,7 @@ class exchange:
     ain = {"x": "*", "layout": "*Layout"}
     aout = {"y": "*"}
     collective = True
+    placements = "partitioned, any -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, layout):
@@ -381,6 +383,7 @@ class gather:
     ain = {"x": "*", "layout": "*Layout"}
     aout = {"y": "*"}
     collective = True
+    placements = "partitioned, any -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, layout):

@@ -441,6 +441,7 @@ class to_scalar:
     ain = {"x": "*Field"}
     aout = {"y": "*"}
     collective = True
+    placements = "field -> replicated"
 
     def apl(node, x):
         agree(comm_of(x), lambda: (check_field(x),))
@@ -463,6 +464,7 @@ class cdot:
     ain = {"x1": "*Field", "x2": "*Field"}
     aout = {"y": "*"}
     collective = True
+    placements = "field -> replicated"
 
     def apl(node, x1, x2):
         x1, x2 = agree(comm_of(x1), lambda: (check_field(x1), field_like(x1, x2)))
@@ -490,6 +492,7 @@ class as_complex_field:
 
     ain = {"x": "*"}
     aout = {"y": "*ComplexField"}
+    placements = "partitioned -> field"
 
     hvp = ZeroGradient
 
@@ -547,6 +550,7 @@ class r2c:
     ain = {"x": "RealField"}
     aout = {"y": "*ComplexField"}
     collective = True
+    placements = "field -> field"
     hvp = ZeroGradient
 
     def apl(node, x):
@@ -571,6 +575,7 @@ class c2r:
     ain = {"x": "*ComplexField"}
     aout = {"y": "RealField"}
     collective = True
+    placements = "field -> field"
     hvp = ZeroGradient
 
     def apl(node, x):

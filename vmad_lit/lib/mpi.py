@@ -12,13 +12,16 @@ ranks of the communicator have to run the same model.
 from __future__ import annotations
 
 import pickle
+import zlib
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, TypeVar
 
 import numpy
 
 from ..core.error import needed_for
 from ..core.operator import ZeroGradient, operator
+from ..core.placement import Placement, Site, declare, same_ranks
 from ..core.stdlib.operators import Array, Shape
 from ..core.symbol import Symbol, Value
 
@@ -39,6 +42,15 @@ def describe(x: Value) -> Description:
     return type(x).__name__
 
 
+ZERO = "ZeroGradientType"
+
+
+def told_by_rank(kinds: Sequence[Description]) -> str:
+    """Some descriptions in words."""
+    words = (kind if type(kind) is str else f"{kind[1]}{list(kind[0])}" for kind in kinds)
+    return ", ".join(f"{word} on rank {rank}" for rank, word in enumerate(words))
+
+
 def dense(x_: Value, kind: Description, comm: MPI.Comm) -> Value:
     """A tangent or cotangent: ZeroGradient if all ranks have that, else a value on each, maybe zeros."""
     if comm.allreduce(x_ is ZeroGradient, op=MPI.LAND):
@@ -48,9 +60,23 @@ def dense(x_: Value, kind: Description, comm: MPI.Comm) -> Value:
     return x_
 
 
-def gather_kinds(comm: MPI.Comm, x: Value) -> tuple[list[Any], numpy.dtype[Any] | None]:
+def tell(comm: MPI.Comm, x: Value, **settings: Any) -> list[Any]:
+    """The descriptions of a value on all ranks; raises ValueError on all if they do not have the same settings."""
+    everybody = comm.allgather((describe(x), settings))
+    for rank, (_, theirs) in enumerate(everybody):
+        different = [name for name in settings if theirs.get(name) != everybody[0][1].get(name)]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"all ranks must call it with the same '{name}', but rank 0 has {everybody[0][1].get(name)!r} and "
+                f"rank {rank} has {theirs.get(name)!r}"
+            )
+    return [kind for kind, _ in everybody]
+
+
+def gather_kinds(comm: MPI.Comm, x: Value, **settings: Any) -> tuple[list[Any], numpy.dtype[Any] | None]:
     """The shapes of a value on all ranks, and the dtype that holds them all; None if it is not an array."""
-    kinds = comm.allgather(describe(x))
+    kinds = tell(comm, x, **settings)
     if any(type(kind) is str for kind in kinds):
         return kinds, None
     return [shape for shape, _ in kinds], numpy.result_type(*(dtype for _, dtype in kinds))
@@ -61,6 +87,12 @@ def fail_together(comm: MPI.Comm, message: str | None) -> None:
     messages = [f"rank {rank}: {text}" for rank, text in enumerate(comm.allgather(message)) if text]
     if messages:
         raise ValueError("; ".join(messages))
+
+
+def check_rank(name: str, rank: Any, comm: MPI.Comm) -> None:
+    """Raise ValueError unless a number that all ranks know is that of one of them."""
+    if not isinstance(rank, (int, numpy.integer)) or not 0 <= rank < comm.size:
+        raise ValueError(f"'{name}' is the number of a rank, from 0 to {comm.size - 1}, not {rank!r}")
 
 
 def run_together(comm: MPI.Comm, function: Callable[[], T]) -> T:
@@ -92,16 +124,26 @@ def _portable(error: Exception | None) -> Exception | None:
 
 
 def total(x: Value, comm: MPI.Comm) -> Value:
-    """The sum of a value over the ranks."""
-    if x is ZeroGradient:
-        return x
-    shapes, dtype = gather_kinds(comm, x)
-    if any(kind in ("list", "tuple") for kind in shapes):
-        raise TypeError("a list cannot be summed over ranks; reduce its items one by one")
-    if dtype is None:
+    """The sum of a value over the ranks; of some of them it may be ZeroGradient."""
+    kinds = comm.allgather(describe(x))
+    some = [kind for kind in kinds if kind != ZERO]
+    if not some:
+        return ZeroGradient
+    # Complain if there is no sum
+    if any(kind in ("list", "tuple", "NoneType", "dict", "str") for kind in some):
+        raise TypeError(
+            "a sum over ranks needs numbers, arrays or objects with a sum on all ranks, not "
+            + told_by_rank(kinds)
+            + "; reduce the items of a list one by one"
+        )
+    if any(type(kind) is str for kind in some):
         return comm.allreduce(x)
-    if len(set(shapes)) > 1:
-        raise ValueError(f"a sum over ranks needs values of the same shape; ranks 0, 1, .. have {shapes}")
+    shapes, dtype = {shape for shape, _ in some}, numpy.result_type(*(dtype for _, dtype in some))
+    if len(shapes) > 1:
+        raise ValueError(f"a sum over ranks needs values of the same shape, not {told_by_rank(kinds)}")
+    if x is ZeroGradient:
+        x = numpy.zeros(shapes.pop(), dtype)
+    # Add the buffers
     # Add the buffers
     dtype = numpy.dtype(int) if dtype.kind == "b" else dtype
     part = numpy.asarray(x, "f4" if dtype == "f2" else dtype, order="C")
@@ -113,11 +155,13 @@ def total(x: Value, comm: MPI.Comm) -> Value:
 
 @operator
 class allreduce:
-    """The sum over ranks: from partitioned to replicated.
+    """The sum over ranks: from partial or partitioned to replicated.
+
+    What is known to be replicated already is not summed: every rank has the sum.
 
     Parameters
     ----------
-    x : partitioned, an array of the same shape on all ranks, a number, or an object with a sum
+    x : an array of the same shape on all ranks, a number, or an object with a sum
     comm : MPI communicator
 
     Returns
@@ -128,26 +172,25 @@ class allreduce:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "partial -> replicated"
     hvp = ZeroGradient
 
     def apl(node, x, comm):
-        return dict(y=total(x, comm))
-
-    def rcd(node, x, comm, y):
-        return dict(kind=describe(x), comm=comm)
+        return dict(y=agreed(x, comm) if lives(node, "x", "replicated", comm) else total(x, comm))
 
     def vjp(node, _y):
         return dict(_x=_y)
 
-    def jvp(node, x_, kind, comm):
-        return dict(y_=total(dense(x_, kind, comm), comm))
+    def jvp(node, x_, comm):
+        return dict(y_=x_ if lives(node, "x", "replicated", comm) else total(x_, comm))
 
 
 @operator
 class allbcast:
     """The identity, from replicated to partitioned: each rank goes its own way with a value that all have.
 
-    The reverse of `allreduce`. The value is not checked to be the same on all ranks; `bcast` makes it so.
+    The reverse of `allreduce`. The value is not checked to be the same on all ranks; `bcast` makes it so. What is
+    known to be partitioned already stays what it is.
 
     Parameters
     ----------
@@ -162,24 +205,107 @@ class allbcast:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "replicated -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, comm):
         return dict(y=x)
 
-    def rcd(node, x, comm, y):
-        return dict(kind=describe(x), comm=comm)
-
-    def vjp(node, _y, kind, comm):
-        return dict(_x=total(dense(_y, kind, comm), comm))
+    def vjp(node, _y, comm):
+        return dict(_x=_y if lives(node, "x", "partitioned", comm) else total(_y, comm))
 
     def jvp(node, x_):
         return dict(y_=x_)
 
 
+@operator
+class sum_of_shares:
+    """The cotangent of a replicated value, from the shares that the ranks have of it; put into sweeps by `core.placement`."""
+
+    ain = "x"
+    aout = "y"
+    collective = True
+    placements = "partial -> replicated"
+
+    def apl(node, x, comm):
+        return dict(y=total(x, comm))
+
+
+def relocate(site: Site) -> Placement:
+    """The placement that a program gives to a value; raises PlacementError if the value lives elsewhere."""
+    found = declare(site.constant("placement"), site.constant("comm"))
+    given = site.given["x"]
+    if isinstance(given, Placement) and given.kind != found.kind:
+        if found.kind != "partitioned" or given.kind == "root-only":
+            site.refuse(f"a {given.kind} value is no {found.kind} one because a program says so")
+        site.take_apart("x")
+    return found
+
+
+@operator
+class place:
+    """The identity, which tells where a value lives; for values of which nothing is known, such as array constants.
+
+    Parameters
+    ----------
+    x : any value
+    placement : 'replicated', 'partitioned', 'partial' or 'root-only'
+    comm : MPI communicator
+
+    Returns
+    -------
+    y : x. Of a replicated value that is to be partitioned each rank takes its copy as its own, as by `allbcast`.
+    """
+
+    ain = "x"
+    aout = "y"
+
+    placements = staticmethod(relocate)
+
+    def apl(node, x, placement, comm):
+        return dict(y=x)
+
+    def vjp(node, _y):
+        return dict(_x=_y)
+
+
+def lives(node: Any, name: str, kind: str, comm: MPI.Comm) -> bool:
+    """Whether the value of an argument of a node is known to live somewhere, on the ranks of a communicator."""
+    found = None if node is None else node.placed.get(name)
+    return found is not None and found.kind == kind and same_ranks(found.comm, comm)
+
+
+def agreed(x: Value, comm: MPI.Comm) -> Value:
+    """A value that is taken for the same on all ranks; raises ValueError on all of them if it is not.
+
+    Ranks may differ by rounding.
+    """
+    kinds = comm.allgather((describe(x), digest(x)))
+    if len(set(kinds)) == 1:
+        return x
+    # Look for how far they are apart
+    if type(describe(x)) is tuple and len({kind for kind, _ in kinds}) == 1:
+        values = numpy.array(comm.allgather(x))
+        spread, size = numpy.ptp(numpy.abs(values - values[0]), axis=0), numpy.max(numpy.abs(values))
+        if numpy.all(spread <= 1e-6 * size):
+            return x
+    raise ValueError(
+        "a value is taken for replicated, since all that it is made of is, but ranks have different ones: "
+        + told_by_rank([kind for kind, _ in kinds])
+        + "; if an operator makes another value on each rank of the same input, send that through mpi.allbcast"
+    )
+
+
+def digest(x: Value) -> int:
+    """A number that tells different numbers or arrays apart; 0 for other values."""
+    return zlib.crc32(numpy.asarray(x, order="C").tobytes()) if type(describe(x)) is tuple else 0
+
+
 def from_root(x: Value, comm: MPI.Comm, root: int) -> Value:
     """The value of one rank, on all ranks."""
-    kind = comm.bcast(describe(x), root)
+    kinds = tell(comm, x, root=root)
+    check_rank("root", root, comm)
+    kind = kinds[root]
     if type(kind) is str or kind[0] == ():
         return comm.bcast(x, root)
     shape, dtype = kind
@@ -208,21 +334,23 @@ class bcast:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "root-only -> replicated"
     hvp = ZeroGradient
 
     def apl(node, x, comm, root=0):
         return dict(y=from_root(x, comm, root))
 
     def vjp(node, _y, comm, root):
-        return dict(_x=_y if comm.rank == root else ZeroGradient)
+        keeps = comm.rank == root or lives(node, "x", "replicated", comm)
+        return dict(_x=_y if keeps else ZeroGradient)
 
     def jvp(node, x_, comm, root):
         return dict(y_=from_root(x_, comm, root))
 
 
-def find_counts(comm: MPI.Comm, x: Value) -> tuple[list[int] | Any, numpy.dtype[Any] | None]:
+def find_counts(comm: MPI.Comm, x: Value, **settings: Any) -> tuple[list[int] | Any, numpy.dtype[Any] | None]:
     """The number of rows on each rank and the common dtype of a partitioned array, else None, None."""
-    shapes, dtype = gather_kinds(comm, x)
+    shapes, dtype = gather_kinds(comm, x, **settings)
     if dtype is None:
         return None, None
     if all(shape == () for shape in shapes):
@@ -234,7 +362,9 @@ def find_counts(comm: MPI.Comm, x: Value) -> tuple[list[int] | Any, numpy.dtype[
 
 def join(x: Value, comm: MPI.Comm, root: int | None = None) -> tuple[Value, list[int] | None]:
     """The joined parts of all ranks, on `root` (others get None) or, without it, on all; and the counts."""
-    counts, dtype = find_counts(comm, x)
+    counts, dtype = find_counts(comm, x, root=root)
+    if root is not None:
+        check_rank("root", root, comm)
     if counts is None:
         return comm.allgather(x) if root is None else comm.gather(x, root), None
     x = numpy.asarray(x, dtype, order="C")
@@ -288,6 +418,7 @@ class gather:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "partitioned -> root-only"
     hvp = ZeroGradient
 
     def apl(node, x, comm, root=0):
@@ -309,20 +440,31 @@ class gather:
 
 def plan_scatter(x: Value, counts: Sequence[int] | None, comm: MPI.Comm, root: int) -> Sequence[int] | None:
     """The counts of a scatter, on all ranks; None for a list of objects."""
+    tell(comm, None, root=root)
+    check_rank("root", root, comm)
     complaint = None
     if comm.rank == root:
-        if not isinstance(x, numpy.ndarray):
+        if not isinstance(x, numpy.ndarray) or x.ndim == 0:
             if not isinstance(x, (list, tuple)) or len(x) != comm.size:
                 complaint = f"expected an array or a list of {comm.size} items, got {type(x).__name__}"
             counts = None
         elif counts is None:
             counts = even_counts(len(x), comm.size)
-        elif len(counts) != comm.size or sum(counts) != len(x):
-            complaint = f"counts {list(counts)} do not add up to {len(x)} rows on {comm.size} ranks"
+        elif not are_counts(counts, comm.size, len(x)):
+            complaint = f"counts {counts!r} do not add up to {len(x)} rows on {comm.size} ranks"
     counts, complaint = comm.bcast((counts, complaint), root)
     if complaint:
         raise ValueError(complaint)
     return counts
+
+
+def are_counts(counts: Any, size: int, n: int) -> bool:
+    """Whether these are the numbers of rows that go to each of `size` ranks, n together."""
+    try:
+        whole = [index(count) for count in counts]
+    except TypeError:
+        return False
+    return len(whole) == size and min(whole) >= 0 and sum(whole) == n
 
 
 def even_counts(n: int, size: int) -> list[int]:
@@ -349,6 +491,7 @@ class scatter:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "root-only -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, comm, counts=None, root=0):
@@ -360,8 +503,9 @@ class scatter:
 
     def vjp(node, _y, kind, comm, root):
         _y = dense(_y, kind, comm)
-        _x = _y if _y is ZeroGradient else join(_y, comm, root)[0]
-        return dict(_x=_x if comm.rank == root else ZeroGradient)
+        everywhere = lives(node, "x", "replicated", comm)
+        _x = _y if _y is ZeroGradient else join(_y, comm, None if everywhere else root)[0]
+        return dict(_x=_x if everywhere or comm.rank == root else ZeroGradient)
 
     def jvp(node, x_, plan, comm, root):
         if comm.bcast(x_ is ZeroGradient, root):
@@ -376,6 +520,7 @@ class allgather:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "partitioned -> replicated"
     hvp = ZeroGradient
 
     def apl(node, x, comm):
@@ -434,6 +579,7 @@ class alltoall:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "partitioned -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, comm, counts=None):
@@ -444,9 +590,11 @@ class alltoall:
             if not isinstance(x, (list, tuple)) or len(x) != comm.size:
                 complaint = f"expected an array or a list of {comm.size} items, got {type(x).__name__}"
         else:
-            send = even_counts(rows[comm.rank], comm.size) if counts is None else [int(n) for n in counts]
-            if numpy.ndim(x) == 0 or len(send) != comm.size or sum(send) != len(x):
-                complaint = f"counts {send} do not divide an array of shape {numpy.shape(x)} among the ranks"
+            send = even_counts(rows[comm.rank], comm.size) if counts is None else counts
+            if numpy.ndim(x) == 0 or not are_counts(send, comm.size, len(x)):
+                complaint = (
+                    f"counts {send!r} do not divide an array of shape {numpy.shape(x)} among the ranks"
+                )
         fail_together(comm, complaint)
         if rows is None:
             return dict(y=comm.alltoall(x), send=None, recv=None)
@@ -468,9 +616,19 @@ class alltoall:
 
 
 def pass_on(x: Value, dest: int, source: int, comm: MPI.Comm) -> Value:
-    """Send a value to one rank and receive one from another; None if nobody is the source."""
+    """Send a value to one rank and receive one from another; None if nobody is the source.
+
+    Raises ValueError on all ranks unless each receives from the rank that sends to it.
+    """
     mine = describe(x)
-    kind = comm.sendrecv(mine, dest, 0, source=source, recvtag=0)
+    everybody = comm.allgather((mine, dest, source))
+    for rank, (_, to, _) in enumerate(everybody):
+        if to != MPI.PROC_NULL and (to not in range(comm.size) or everybody[to][2] != rank):
+            raise ValueError(f"rank {rank} sends to {to!r}, which expects nothing from it")
+    for rank, (_, _, of) in enumerate(everybody):
+        if of != MPI.PROC_NULL and (of not in range(comm.size) or everybody[of][1] != rank):
+            raise ValueError(f"rank {rank} expects something from {of!r}, which sends it nothing")
+    kind = "NoneType" if source == MPI.PROC_NULL else everybody[source][0]
     if type(mine) is tuple:
         sent = comm.Isend([numpy.asarray(x, order="C"), MPI.BYTE], dest, 1)
     else:
@@ -505,6 +663,7 @@ class sendrecv:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "partitioned -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, comm, dest, source):
@@ -574,10 +733,13 @@ class halo:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "partitioned -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, comm, width=1, periodic=True):
-        counts, dtype = find_counts(comm, x)
+        counts, dtype = find_counts(comm, x, width=width, periodic=periodic)
+        if type(width) is not int or width < 0:
+            raise ValueError(f"the width of a halo is a number of rows, not {width!r}")
         fail_together(comm, None if counts is not None and numpy.ndim(x) else "a halo needs an array")
         plan = plan_halo(counts, comm.rank, width, periodic)
         return dict(y=extend(numpy.asarray(x, dtype), plan, width, comm), plan=plan)

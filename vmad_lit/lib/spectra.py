@@ -268,6 +268,7 @@ class cross_power:
     ain = {"x1": "*ComplexField", "x2": "*ComplexField"}
     aout = {"P": "ndarray"}
     collective = True
+    placements = "field -> replicated"
 
     def apl(node, x1, x2, shells):
         shells.agree(x1, x2)
@@ -308,6 +309,7 @@ class power:
     ain = {"x": "*ComplexField"}
     aout = {"P": "ndarray"}
     collective = True
+    placements = "field -> replicated"
 
     def apl(node, x, shells, shot_noise=0.0):
         shells.agree(x)
