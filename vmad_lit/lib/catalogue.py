@@ -13,8 +13,9 @@ import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
 from vmad_lit.core.error import needed_for
+from vmad_lit.core.placement import same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
-from vmad_lit.lib.mesh import ParticleMesh, same_ranks
+from vmad_lit.lib.mesh import ParticleMesh
 from vmad_lit.lib.mpi import fail_together, on_root, run_together
 from vmad_lit.lib.nbody import FastPMSimulation
 from vmad_lit.lib.tracers import velocity

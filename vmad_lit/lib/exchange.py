@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from vmad_lit import operator
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.placement import same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.symbol import BaseSymbol, Value
 from vmad_lit.lib import memory
@@ -27,7 +28,6 @@ from vmad_lit.lib.mesh import (
     common_dtypes,
     is_zero,
     once_per_mesh,
-    same_ranks,
 )
 
 with needed_for("the exchange of particles", extra="mesh"):

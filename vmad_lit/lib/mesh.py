@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from vmad_lit import operator
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.placement import same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.store import Disk
 from vmad_lit.core.symbol import Value
@@ -96,11 +97,6 @@ def name_of_mesh(pm: pmesh.ParticleMesh) -> str:
         return f"a mesh of {points} points in a box of {' x '.join(f'{side:.17g}' for side in pm.BoxSize)}"
 
     return once_per_mesh(pm, "name", make)
-
-
-def same_ranks(comm: MPI.Comm, other: MPI.Comm) -> bool:
-    """Whether two communicators are of the same processes in the same order."""
-    return comm is other or MPI.Comm.Compare(comm, other) in (MPI.IDENT, MPI.CONGRUENT)
 
 
 def check_mesh(found: pmesh.ParticleMesh, pm: pmesh.ParticleMesh, what: str = "the field") -> None:
@@ -606,6 +602,7 @@ class on_mesh:
 
     ain = {"x": "*Field"}
     aout = {"y": "*Field"}
+    placements = "field -> field"
     collective = True
     transparent = True
     hvp = ZeroGradient
