@@ -459,7 +459,7 @@ def second_invariant_vjp(_out: Array, a: list[Array], ndim: int, factor: float) 
         check_array("an element of the matrix", element, a[0], writes=True)
         if overlap(element, *a[:i]):
             raise ValueError("the elements of the matrix share memory, and would be written to")
-    _out = numpy.ascontiguousarray(_out)
+    _out = numpy.ascontiguousarray(_out) if type(_out) is numpy.ndarray else _out
     check_array("the cotangent", _out, a[0])
     flat = flatten(_out.copy() if overlap(_out, *a) else _out)
     share(partial(_quadratic_vjp, flat, factor, ndim, _flatten(a, ndim)), a[0].size)

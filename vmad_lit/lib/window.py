@@ -508,6 +508,8 @@ def _real_dtype(array: Array, what: str) -> DType:
 
 def _per_particle(value: ArrayLike, npart: int, what: str, width: int | None = None) -> tuple[Array, int]:
     """A value for each particle (or one for all) as flat float64 memory and its step (0 for one)."""
+    if isinstance(value, numpy.ma.MaskedArray):
+        raise TypeError(f"{what} must be an array without a mask: the mask would be forgotten")
     value = numpy.asarray(value)
     _real_dtype(value, what)
     if value.ndim == 0:
