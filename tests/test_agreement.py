@@ -6,7 +6,9 @@ from mpi4py import MPI
 
 from helpers import deal, make_mesh, modes, real
 from vmad_lit import Builder
-from vmad_lit.lib import fastpm, linalg, lpt, mesh, painting, spectra
+from vmad_lit.contrib import cosmo4d
+from vmad_lit.contrib.optimize import LBFGS
+from vmad_lit.lib import fastpm, linalg, lpt, spectra, tracers
 from vmad_lit.lib.cosmology import MatterDominated
 
 pytestmark = pytest.mark.collective
@@ -207,7 +209,7 @@ def test_layouts_of_others(pm):
         raises_everywhere(lambda: compute(lambda x: fastpm.force(x, bad, pm)[0], x=x))
 
 
-def everywhere(function, match):
+def everywhere(function, match=None):
     """All ranks do the same wrong thing, and get the same error."""
     with pytest.raises((TypeError, ValueError), match=match):
         function()
@@ -301,3 +303,104 @@ def test_arguments_that_differ(pm):
         lambda: compute(lambda x: fastpm.readout_all([field] * either(2, 3), x, None), x=x),
     ):
         assert "differ between ranks" in raises_everywhere(function)
+
+
+@pytest.mark.parametrize("size", [0, -1.0, numpy.inf, numpy.nan, None, [8.0, 8.0], [8.0, 8.0, 0.0], "8", 1j])
+def test_boxes_that_there_are_not(size):
+    message = raises_everywhere(lambda: fastpm.ParticleMesh([4, 4, 4], BoxSize=either(8.0, size)))
+    assert "BoxSize" in message
+
+
+@pytest.mark.parametrize("points", [[8.9] * 3, 8, [], [0, 4, 4], [-4, 4, 4], [numpy.nan] * 3, None, "888"])
+def test_meshes_that_there_are_not(points):
+    message = raises_everywhere(lambda: fastpm.ParticleMesh(either([4, 4, 4], points), BoxSize=8.0))
+    assert "Nmesh" in message
+
+
+def test_meshes_that_differ_between_ranks():
+    if COMM.size > 1:
+        assert "BoxSize" in raises_everywhere(
+            lambda: fastpm.ParticleMesh([4, 4, 4], BoxSize=either(8.0, 9.0))
+        )
+    same = fastpm.ParticleMesh(numpy.array([4.0, 6.0]), BoxSize=[2])
+    assert list(same.Nmesh) == [4, 6] and list(same.BoxSize) == [2, 2]
+
+
+def others_of(pm):
+    """Meshes that are not this one: another box, other points, the same for each rank alone."""
+    points, box = [int(n) for n in pm.Nmesh], pm.BoxSize
+    others = dict(
+        box=fastpm.ParticleMesh(points, BoxSize=2 * box), points=fastpm.ParticleMesh([8, 6, 5], BoxSize=box)
+    )
+    if COMM.size > 1:
+        others["ranks"] = fastpm.ParticleMesh(points, BoxSize=box, comm=MPI.COMM_SELF)
+    return others
+
+
+def of_modes(pm):
+    """What takes modes beside a mesh, by name."""
+    q, pt = pm.generate_uniform_particle_grid(shift=0.5), MatterDominated(0.3)
+    shells, stages = spectra.Shells(pm), [0.1, 0.6, 1.0]
+
+    def power(k):
+        return numpy.ones_like(k)
+
+    def forward(k):
+        return cosmo4d.FastPMOperator(k, q, [], pt, pm)[1]
+
+    return {
+        "lpt1": lambda k: fastpm.lpt1(k, q, pm),
+        "lpt": lambda k: fastpm.lpt(k, q, pm)[0],
+        "lpt2src": lambda k: fastpm.lpt2src(k, pm),
+        "firststep": lambda k: fastpm.firststep(k, q, 0.1, pt, pm)[0],
+        "nbody": lambda k: fastpm.nbody(k, q, stages, pt, pm)[0],
+        "simulation": lambda k: fastpm.FastPMSimulation(stages, pt, pm).run(k)[0],
+        "induce_correlation": lambda k: fastpm.induce_correlation(k, power, pm),
+        "color_modes": lambda k: fastpm.color_modes(k, numpy.ones(len(fastpm.find_wavenumbers(pm))), pm),
+        "power": lambda k: spectra.power(k, shells),
+        "cross_power": lambda k: spectra.cross_power(modes(pm), k, shells),
+        "correlation": lambda k: spectra.correlation(k, modes(pm), shells),
+        "cdot": lambda k: fastpm.cdot(modes(pm), k),
+        "lagrangian_fields": lambda k: tracers.lagrangian_fields(k, q, pm),
+        "linear theory": forward,
+        "prior": lambda k: cosmo4d.PriorOperator(k, k, power, pm),
+        "sum": lambda k: k + modes(pm),
+    }
+
+
+@pytest.mark.parametrize("name", of_modes(make_mesh([4, 6, 5])))
+def test_modes_of_another_mesh(pm, name):
+    function = of_modes(pm)[name]
+    compute(function, k=modes(pm))
+    compute(function, k=modes(make_mesh([4, 6, 5])))  # one that is the same is as good
+    for which, other in others_of(pm).items():
+        message = "shared among other ranks" if which == "ranks" else "is of a mesh of|broadcast"
+        k = other.create("complex", value=1.0)
+        everywhere(lambda: compute(function, k=k), message if name != "sum" else None)
+    everywhere(lambda: compute(function, k=real(pm)), "complex|Complex|one kind")
+
+
+def test_fields_of_another_mesh(pm):
+    x, data = real(pm), cosmo4d.Data(real(pm), 1.0)
+    q, pt = pm.generate_uniform_particle_grid(shift=0.5), MatterDominated(0.3)
+    white = cosmo4d.WhiteNoiseOperator.bind(power=numpy.ones_like, q=q, stages=[], cosmology=pt, pm=pm)
+    pairs = {
+        "start": lambda y: cosmo4d.reconstruct(white, data, LBFGS(maxiter=1), start=y),
+        "data": lambda y: cosmo4d.reconstruct(white, cosmo4d.Data(y, 1.0), LBFGS(maxiter=1)),
+        "white noise": lambda y: compute(lambda s: white(s)[1], s=y),
+        "residual": lambda y: compute(lambda s: cosmo4d.LNResidualOperator(s, s, y, 1.0), s=abs(x)),
+        "cdot": lambda y: compute(lambda s: fastpm.cdot(s, y), s=x),
+        "meshes": lambda y: compute(lambda s: fastpm.readout_all([s, y], q, None), s=x),
+        "layout": lambda y: compute(lambda s: fastpm.readout(s, q, fastpm.decompose(q, pm)), s=y),
+        "shells": lambda y: spectra.Shells(pm).power(x, y),
+    }
+    for name, call in pairs.items():
+        for other in others_of(pm).values():
+            everywhere(lambda: call(other.create("real", value=1.0)))
+    for call in (
+        lambda: spectra.projection(modes(pm)),
+        lambda: compute(lambda k: fastpm.readout(k, q, None), k=modes(pm)),
+        lambda: compute(lambda k: fastpm.readout_neg_gradient(k, q, None), k=modes(pm)),
+        lambda: compute(lambda k: lpt.second_order_source(k), k=modes(pm)),
+    ):
+        everywhere(call, "expected a real field.*c2r")

@@ -317,11 +317,38 @@ def ours(kind: Any) -> Any:
     return FIELDS.get(getattr(kind, "__name__", None), kind)
 
 
+def check_geometry(Nmesh: ArrayLike, BoxSize: ArrayLike) -> tuple[Array, Array, str]:
+    """The points and the sides of a mesh along each axis, and both in a text; or an error that says what is wrong."""
+    points, sides = numpy.asarray(Nmesh), numpy.asarray(BoxSize)
+    if points.ndim != 1 or points.dtype.kind not in "iuf" or not len(points):
+        raise ValueError(f"Nmesh must be a sequence of whole numbers, one for each axis, not {Nmesh!r}")
+    if not (numpy.isfinite(points) & (points >= 1) & (points % 1 == 0)).all():
+        raise ValueError(f"Nmesh must be whole numbers of points, 1 or more along each axis, not {Nmesh!r}")
+    if sides.dtype.kind not in "iuf" or sides.shape not in ((), (1,), points.shape):
+        raise ValueError(f"BoxSize must be a number, or one for each of {len(points)} axes, not {BoxSize!r}")
+    if not (numpy.isfinite(sides) & (sides > 0)).all():
+        raise ValueError(f"the sides of a box must be positive and finite, but BoxSize is {BoxSize!r}")
+    points, sides = points.astype("i8"), numpy.broadcast_to(sides.astype("f8"), points.shape)
+    return points, sides, f"Nmesh {points.tolist()} and BoxSize {sides.tolist()}"
+
+
 class ParticleMesh(pmesh.ParticleMesh):
     """A mesh of pmesh, whose fields have sums and wavenumbers that are right on every mesh.
 
     See :class:`pmesh.pm.ParticleMesh` for all that it does.
     """
+
+    def __init__(
+        self,
+        Nmesh: ArrayLike,
+        BoxSize: ArrayLike = 1.0,
+        comm: MPI.Comm | None = None,
+        *others: Any,
+        **options: Any,
+    ) -> None:
+        comm = MPI.COMM_WORLD if comm is None else comm
+        points, sides, _ = agree(comm, lambda: check_geometry(Nmesh, BoxSize))
+        super().__init__(points.tolist(), sides, comm, *others, **options)
 
     def create(
         self, type: Kind | None = None, base: Any = None, value: Value = None, mode: Kind | None = None
