@@ -17,7 +17,16 @@ from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, tracers, unary
 from vmad_lit.lib.cosmology import HasMatter
 from vmad_lit.lib.lpt import check_power
-from vmad_lit.lib.mesh import BaseComplexField, Field, Generator, ParticleMesh, RealField
+from vmad_lit.lib.mesh import (
+    BaseComplexField,
+    Field,
+    Generator,
+    ParticleMesh,
+    RealField,
+    agree,
+    check_field,
+    on_mesh,
+)
 from vmad_lit.lib.mpi import MPI, on_root, run_together
 from vmad_lit.lib.transfer import Transfer
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
@@ -49,7 +58,7 @@ def FastPMOperator(
         The density in units of its mean, 1 + delta.
     """
     if numpy.size(stages) == 0:
-        fs = fastpm.c2r(x) + 1.0
+        fs = fastpm.c2r(on_mesh(x, pm)) + 1.0
     else:
         dx, p, f = fastpm.nbody(x, q, stages, cosmology, pm)
         fs = tracers.density(q + dx, 1.0, q, pm)
@@ -78,7 +87,7 @@ def WhiteNoiseOperator(
 @autooperator("x -> modes")
 def linear_modes(x: Symbol, power: Callable[[Any], Any], pm: ParticleMesh) -> Symbol:
     """The linear modes delta_k = sqrt(P(k) / V) w_k of white noise x of unit variance."""
-    unit_modes = fastpm.r2c(x) * float(pm.Nmesh.prod()) ** 0.5
+    unit_modes = fastpm.r2c(on_mesh(x, pm, RealField)) * float(pm.Nmesh.prod()) ** 0.5
     return fastpm.induce_correlation(unit_modes, power, pm)
 
 
@@ -116,7 +125,8 @@ def LNResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value, floor: 
     """The residual of the logarithm of the density, log(floor + fs) - log(floor + d), with negative
     data taken as 0."""
     positive("floor", floor)
-    target = numpy.log(floor + numpy.maximum(numpy.asarray(getattr(d, "value", d)), 0.0))
+    target: Any = numpy.log(floor + numpy.maximum(numpy.asarray(getattr(d, "value", d)), 0.0))
+    target = d.pm.create(type=type(d), value=target) if isinstance(d, Field) else target
     return (unary.log(fs + floor) - target) * weight(invN)
 
 
@@ -137,7 +147,7 @@ def PriorOperator(s: Symbol, fs: Symbol, power: Callable[[Any], Any], pm: Partic
         P = numpy.asarray(power(sum(ki**2 for ki in k) ** 0.5), dtype=float)
         return numpy.where(P > 0, (volume / cells / numpy.where(P > 0, P, 1.0)) ** 0.5, 0.0)
 
-    return fastpm.c2r(fastpm.apply_transfer(s, transfer))
+    return fastpm.c2r(fastpm.apply_transfer(on_mesh(s, pm), transfer))
 
 
 class FastPMVectorSpace(MPIVectorSpace):
@@ -345,6 +355,8 @@ def reconstruct(
     else:
         likelihood = NLResidualOperator.bind(d=d, invN=invN)
     problem = ChiSquareProblem(d.pm.comm, forward, [likelihood, WhitePriorOperator])
-    if start is None and state is None:
+    if start is not None:
+        agree(d.pm.comm, lambda: (check_field(start, RealField, d.pm),))
+    elif state is None:
         start = d.pm.create(type="real", value=0)
     return optimizer.minimize(problem, start, monitor=monitor, state=state, progress=progress)

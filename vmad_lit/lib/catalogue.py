@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from vmad_lit.core.arguments import one_of, plain_array, positive, real_array, real_number, whole_number
 from vmad_lit.core.error import needed_for
+from vmad_lit.core.placement import same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib.mesh import ParticleMesh
 from vmad_lit.lib.mpi import fail_together, on_root, run_together
@@ -150,6 +151,10 @@ def _blocks(
     for name, field in fields.items():
         if not isinstance(field, RealField):
             complaint = f"field {name!r} must be a RealField, not a {type(field).__name__}"
+        elif not same_ranks(field.pm.comm, comm):
+            complaint = (
+                f"field {name!r} is shared among other ranks than those that write: another communicator"
+            )
     fail_together(comm, complaint)
     mine = [(name, v.dtype.str, v.shape[1:]) for name, v in columns.items()]
     kinds = comm.allgather((mine, list(fields)))

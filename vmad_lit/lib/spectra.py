@@ -14,7 +14,16 @@ from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
-from vmad_lit.lib.mesh import ParticleMesh, is_zero, mode_weights
+from vmad_lit.lib.mesh import (
+    ParticleMesh,
+    agree,
+    check_field,
+    check_pair,
+    comm_of,
+    field_like,
+    is_zero,
+    mode_weights,
+)
 from vmad_lit.lib.mpi import run_together
 
 Direction = Any  # an axis or the components of a vector; None for a default
@@ -101,18 +110,19 @@ class Shells:
         noise = self.average(modes, aliased, self.sort(modes)[1])
         self.noise = noise[0] if self.one else noise
 
+    def agree(self, *fields: Value) -> None:
+        """Raise an error on all ranks unless these are complex fields of one kind on the mesh of the shells."""
+
+        def prepare() -> tuple[Any, ...]:
+            modes = [check_field(x, BaseComplexField, self.pm) for x in fields]
+            return tuple(check_pair(modes[0], x) for x in modes)
+
+        agree(self.pm.comm, prepare)
+
     # Sort the modes of a field
     def sort(self, x: BaseComplexField) -> tuple[Array, list[Any]]:
         """The shell of each mode of a field like `x`, flat, and the factors g of the multipoles."""
-        if not isinstance(x, BaseComplexField):
-            raise TypeError(
-                f"a spectrum is made from a complex field, not from a {type(x).__name__}; use r2c first"
-            )
-        if list(x.Nmesh) != list(self.pm.Nmesh) or not numpy.allclose(x.BoxSize, self.pm.BoxSize):
-            raise ValueError(
-                f"the shells are of a mesh {list(self.pm.Nmesh)} in a box "
-                f"{list(self.pm.BoxSize)}, but the field has {list(x.Nmesh)} in {list(x.BoxSize)}"
-            )
+        check_field(x, BaseComplexField, self.pm)
         if type(x) not in self._sorted:
             k = wavenumbers(x)
             modulus = numpy.broadcast_to(sum(ki**2 for ki in k) ** 0.5, x.shape)
@@ -178,12 +188,19 @@ class Shells:
         noise = real_number("shot_noise", shot_noise)
         if b is not None and noise:
             raise ValueError("shot_noise is subtracted from the power of one field, not from that of two")
-        a = _modes(a)
-        return self.cross((a, a if b is None else _modes(b))) - noise * self.noise
+        a, b = self._modes(a, a if b is None else b)
+        return self.cross((a, b)) - noise * self.noise
+
+    def _modes(self, *fields: Field) -> list[BaseComplexField]:
+        """The modes of real or complex fields on the mesh of the shells. Collective."""
+        agree(self.pm.comm, lambda: tuple(check_field(x, Field, self.pm) for x in fields))
+        modes = [x if isinstance(x, BaseComplexField) else x.r2c() for x in fields]
+        self.agree(*modes)
+        return modes
 
     def compare(self, a: Field, b: Field) -> tuple[Array, Array]:
         """The correlation coefficient r and the transfer function t of `a` with respect to `b`. Collective."""
-        a, b = _modes(a), _modes(b)
+        a, b = self._modes(a, b)
         aa, bb, ab = self.cross((a, a)), self.cross((b, b)), self.cross((a, b))
         with numpy.errstate(divide="ignore", invalid="ignore"):
             return ab / (aa * bb) ** 0.5, (aa / bb) ** 0.5
@@ -269,11 +286,7 @@ class cross_power:
     placements = "field -> replicated"
 
     def apl(node, x1, x2, shells):
-        if type(x1) is not type(x2):
-            raise TypeError(
-                f"cross_power needs two fields of one kind, not a {type(x1).__name__} "
-                f"and a {type(x2).__name__}"
-            )
+        shells.agree(x1, x2)
         return dict(P=shells.cross((x1, x2)))
 
     def vjp(node, _P, x1, x2, shells):
@@ -287,14 +300,9 @@ class cross_power:
     def hvp(node, _P, x1_, x2_, x1, shells):
         none = is_zero(_P)
         return dict(
-            _x1_=ZeroGradient if none or is_zero(x2_) else shells.spread(_alike(x1, x2_), _P),
-            _x2_=ZeroGradient if none or is_zero(x1_) else shells.spread(_alike(x1, x1_), _P),
+            _x1_=ZeroGradient if none or is_zero(x2_) else shells.spread(field_like(x1, x2_), _P),
+            _x2_=ZeroGradient if none or is_zero(x1_) else shells.spread(field_like(x1, x1_), _P),
         )
-
-
-def _alike(x: BaseComplexField, value: Value) -> BaseComplexField:
-    """A tangent as a field of the kind of `x`."""
-    return value if type(value) is type(x) else x.pm.create(type=type(x), value=value)
 
 
 @operator
@@ -319,6 +327,7 @@ class power:
     placements = "field -> replicated"
 
     def apl(node, x, shells, shot_noise=0.0):
+        shells.agree(x)
         return dict(P=shells.cross((x, x)) - real_number("shot_noise", shot_noise) * shells.noise)
 
     def vjp(node, _P, x, shells):
@@ -330,7 +339,7 @@ class power:
     def hvp(node, _P, x_, x, shells):
         if is_zero(_P) or is_zero(x_):
             return dict(_x_=ZeroGradient)
-        return dict(_x_=shells.spread(_alike(x, x_), 2 * numpy.asarray(_P)))
+        return dict(_x_=shells.spread(field_like(x, x_), 2 * numpy.asarray(_P)))
 
 
 @autooperator("x1, x2 -> r")
@@ -343,12 +352,6 @@ def correlation(x1: Symbol, x2: Symbol, shells: Shells) -> Symbol:
 def transfer(x1: Symbol, x2: Symbol, shells: Shells) -> Symbol:
     """The transfer function t(k) of the complex field x1 with respect to x2, for each shell."""
     return (power(x1, shells) / power(x2, shells)) ** 0.5
-
-
-def _modes(field: Field) -> BaseComplexField:
-    if not isinstance(field, Field):
-        raise TypeError(f"a spectrum is made from a field, not from a {type(field).__name__}")
-    return field if isinstance(field, BaseComplexField) else field.r2c()
 
 
 def projection(
@@ -367,8 +370,7 @@ def projection(
     root : int, optional
         The rank that gets the map, the others get None. By default all get it.
     """
-    if not isinstance(field, RealField):
-        raise TypeError(f"a map is made from a real field, not from a {type(field).__name__}; use c2r first")
+    agree(comm_of(field), lambda: (check_field(field, RealField),))
     pm, comm = field.pm, field.pm.comm
     if not -pm.ndim <= whole_number("axis", axis) < pm.ndim:
         raise ValueError(f"a mesh of {pm.ndim} dimensions has no axis {axis}")

@@ -15,8 +15,9 @@ from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import BaseSymbol, Symbol, Value
 from vmad_lit.lib import fastpm, linalg
 from vmad_lit.lib.cosmology import Background
-from vmad_lit.lib.mesh import ParticleMesh
-from vmad_lit.lib.mpi import MPI, allbcast, run_together
+from vmad_lit.lib.exchange import agree_on_lattice
+from vmad_lit.lib.mesh import ParticleMesh, on_mesh
+from vmad_lit.lib.mpi import MPI, allbcast
 from vmad_lit.lib.spectra import Direction, unit_vector
 from vmad_lit.lib.transfer import Transfer
 
@@ -52,7 +53,7 @@ def density(x: Symbol, mass: Value, q: Array, pm: ParticleMesh) -> Symbol:
     q : (N, ndim) the lattice from which they came; it only tells how many there are on all ranks
     pm : ParticleMesh of any number of cells
     """
-    number = pm.comm.allreduce(run_together(pm.comm, lambda: len(vectors("q", q))))
+    number = pm.comm.allreduce(len(agree_on_lattice(q, pm)))
     if number == 0:
         raise ValueError("a density in units of its mean needs particles, but q has none on any rank")
     per_cell = number / float(pm.Nmesh.prod())
@@ -240,7 +241,7 @@ def lagrangian_fields(rhok: Symbol, q: Array, pm: ParticleMesh, terms: Sequence[
     fields : (N, nterms); squares have no mean
     """
     check_terms(terms)
-    q = run_together(pm.comm, lambda: real_array("q", q, shape=(None, pm.ndim)))
+    rhok, q = on_mesh(rhok, pm), agree_on_lattice(q, pm)
     delta = fastpm.c2r(rhok)
     meshes = []
     for term in terms:
