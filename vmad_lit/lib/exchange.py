@@ -271,9 +271,19 @@ def window_support(resampler: Any) -> int:
     return resampler.support if resampler.support > 0 else resampler.nativesupport
 
 
+def plain(x: ArrayLike, what: str) -> Array:
+    """Numbers as an array; an error if they have a mask or a unit, which would be forgotten."""
+    if isinstance(x, numpy.ma.MaskedArray) or hasattr(x, "unit") or hasattr(x, "units"):
+        raise TypeError(
+            f"{what} must be plain numbers in the units of the box, not a {type(x).__name__}, "
+            f"whose mask or unit would be forgotten"
+        )
+    return numpy.asarray(x)
+
+
 def as_positions(x: ArrayLike, pm: ParticleMesh) -> Array:
     """Positions as a floating point array (N, ndim), or an error that says so."""
-    x = numpy.asarray(x)
+    x = plain(x, "positions")
     if x.ndim != 2 or x.shape[1] != pm.ndim:
         raise ValueError(
             f"positions must have the shape (N, {pm.ndim}), a row for each particle, "
