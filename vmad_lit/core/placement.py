@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from types import FunctionType
 from typing import Any
@@ -419,7 +420,7 @@ class PlacesOnRanks(Places):
         for leaf in leaves(graph._outputs[name]):
             place = self.of.get(leaf)
             if place is not None and place.kind == "partial" and place.comm.Get_size() > 1:
-                node = next(node for node in graph if leaf in flatten(node.varout))
+                node = next(node for node in graph if any(leaf is symbol for symbol in flatten(node.varout)))
                 filename, line = node.place
                 return PlacementError(
                     f"each rank has only its own summand of the output '{name}'; make the sum by mpi.allreduce "
@@ -455,9 +456,12 @@ OURS = __name__.partition(".")[0] + "."
 def many_ranks() -> bool:
     """Whether this process is one of several."""
     mpi = sys.modules.get("mpi4py.MPI")
-    return (
-        mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1
-    )
+    return mpi is not None and world_size(mpi) > 1
+
+
+@cache
+def world_size(mpi: Any) -> int:
+    return int(mpi.Comm.Get_size(mpi.COMM_WORLD)) if mpi.Is_initialized() and not mpi.Is_finalized() else 1
 
 
 def find_places(graph: Graph, nodes: Iterable[Node], arrivals: Arrivals, vout: Iterable[str]) -> Places:

@@ -21,7 +21,7 @@ from vmad_lit import operator
 from vmad_lit.core.arguments import one_of, real_number, whole_number
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.core.placement import same_ranks
+from vmad_lit.core.placement import find_comm, same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.store import Disk
 from vmad_lit.core.symbol import Value
@@ -109,7 +109,7 @@ def check_mesh(found: pmesh.ParticleMesh, pm: pmesh.ParticleMesh, what: str = "t
         return
     if name_of_mesh(found) != name_of_mesh(pm):
         raise ValueError(f"{what} is of {name_of_mesh(found)}, but {name_of_mesh(pm)} is expected")
-    if not same_ranks(found.comm, pm.comm) or list(found.np) != list(pm.np):
+    if not same_ranks(find_comm(found), find_comm(pm)) or list(found.np) != list(pm.np):
         raise ValueError(f"{what} is shared among other ranks than the mesh: it is of another communicator")
 
 
@@ -704,7 +704,6 @@ class on_mesh:
     ain = {"x": "*Field"}
     aout = {"y": "*Field"}
     placements = "field -> field"
-    collective = True
     transparent = True
     hvp = ZeroGradient
 

@@ -14,7 +14,7 @@ from vmad_lit.core.graph import Node
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Value
-from vmad_lit.lib.exchange import AnyLayout, as_positions, check_layout, exchange_rows, gather_rows
+from vmad_lit.lib.exchange import AnyLayout, as_positions, check_layout, exchange_rows, gather_rows, plain
 from vmad_lit.lib.mesh import (
     ParticleMesh,
     agree,
@@ -180,7 +180,7 @@ class Window:
 
 def _masses(mass: ArrayLike, count: int | None = None) -> Array:
     """Masses as floating point numbers, for `count` particles or one for all; or an error that says so."""
-    mass = numpy.asarray(mass)
+    mass = plain_array("masses", mass)
     if mass.dtype.kind not in "fiub":
         raise TypeError(f"masses must be real numbers, but their type is {mass.dtype}")
     if mass.ndim and count is not None and mass.shape != (count,):
