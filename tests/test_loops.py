@@ -82,3 +82,144 @@ def test_nothing_to_do():
         loops.gradient([x, x, x], x, [1.0] * 3, [None] * 2)
         loops.divergence(x, [x, x, x], [1.0] * 3, [None] * 2)
         loops.difference(x, x, 0, 1.0, None)
+
+
+def spoiled(x):
+    """What a loop must not be given in the place of an array, by name."""
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    odd = np.frombuffer(bytearray(x.nbytes + 1), "u1")[1:].view(x.dtype).reshape(x.shape)
+    return {
+        "short": x[:-1].copy(),
+        "longer": np.concatenate([x, x]),
+        "empty": x[:0],
+        "half": x.astype("f2"),
+        "integers": x.astype("i8"),
+        "complex": x.astype("c16"),
+        "objects": x.astype(object),
+        "big-endian": x.astype(x.dtype.newbyteorder()),
+        "backwards": x[::-1],
+        "axes in another order": x.T,
+        "odd address": odd,
+        "read-only": read_only,
+        "bytes": np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+        "broadcast": np.broadcast_to(x[:1], x.shape),
+        "masked": np.ma.masked_less(x, 0.5),
+        "list": x.tolist(),
+        "number": 1.0,
+        "none": None,
+    }
+
+
+def entrances():
+    """Calls of all loops: the function, its arguments, and the places among them to which it writes."""
+    rng = np.random.default_rng(3)
+
+    def new(*shape):
+        return rng.random(shape or (5, 4, 3))
+
+    several = [[new(), new(), new()] for _ in range(2)]
+    matrix = [[new() for _ in range(6)] for _ in range(2)]
+    halos = [None, new(5, 4, 3)]
+    return {
+        "multiply": (loops.multiply, [new(), new(), new()], {0}),
+        "add_rows": (loops.add_rows, [new(5, 4), np.array([0, 4, 4]), new(3, 4)], {0}),
+        "gradient": (loops.gradient, [several[0], new(), [1.0, 2.0, 3.0], halos, None], {0}),
+        "divergence": (loops.divergence, [new(), several[1], [1.0, 2.0, 3.0], halos], {0}),
+        "difference": (loops.difference, [new(), new(), 0, 1.0, new(4, 4, 3)], {0}),
+        "second_invariant": (loops.second_invariant, [*matrix, 3, 1.0], set()),
+        "second_invariant_vjp": (loops.second_invariant_vjp, [new(), matrix[0], 3, 1.0], {1}),
+        "axpy": (loops.axpy, [new(), new(), new(), 2.0], {0}),
+        "mix": (loops.mix, [new(), new(), [[1.0, 2.0], [3.0, 4.0]], [new(), new()]], {3}),
+    }
+
+
+READERS = {"read-only", "bytes", "broadcast", "backwards", "axes in another order", "odd address"}
+
+
+@pytest.mark.parametrize("kind", spoiled(np.ones((5, 4))))
+@pytest.mark.parametrize("name", entrances())
+def test_no_loop_is_entered_with_what_it_is_not_made_for(name, kind):
+    """An error, or NumPy's value; nothing read-only is changed. Without the checks some of these end the process."""
+    for place, argument in enumerate(entrances()[name][1]):
+        function, arguments, written = entrances()[name]
+        several = isinstance(argument, list) and isinstance(argument[-1], np.ndarray)
+        if (
+            not (several or isinstance(argument, np.ndarray))
+            or kind in ("axes in another order",)
+            and name == "add_rows"
+        ):
+            continue
+        bad = spoiled(arguments[place][-1] if several else arguments[place])[kind]
+        if kind == "none" and (name, place) in (("gradient", 3), ("divergence", 3), ("difference", 4)):
+            continue  # no halo
+        before = np.array(bad, dtype=object)
+        arguments[place] = [*arguments[place][:-1], bad] if several else bad
+        if name in ("multiply", "add_rows"):
+            try:
+                done = function(*arguments)
+            except (AttributeError, TypeError, IndexError):
+                continue
+            assert not done or not (
+                place in written and kind in ("read-only", "bytes", "broadcast", "masked")
+            )
+        elif place in written or kind not in READERS:
+            with pytest.raises((TypeError, ValueError)):
+                function(*arguments)
+        else:
+            try:
+                function(*arguments)
+            except ValueError:
+                pass
+        if place in written and kind in ("read-only", "bytes", "broadcast"):
+            assert np.array_equal(before, np.array(bad, dtype=object))
+
+
+def test_rows_that_there_are_not():
+    total, rows = np.zeros((3, 2)), np.ones((2, 2))
+    for indices in [0, 3], [-4, 1], [2**40, 0]:
+        with pytest.raises(IndexError, match="no row"):
+            loops.add_rows(total, np.array(indices), rows)
+    assert not total.any()
+    assert loops.add_rows(total, np.array([-1, 0], "i4"), rows)
+    np.testing.assert_array_equal(total, [[1, 1], [0, 0], [1, 1]])
+    strided = np.zeros((3, 4))[:, ::2]
+    for bad in (
+        (strided, np.array([0, 1]), rows),
+        (total, np.array([0.0, 1.0]), rows),
+        (total, np.array([[0, 1]]), rows),
+    ):
+        assert not loops.add_rows(*bad)
+
+
+def test_domains_that_there_are_not():
+    pos, owners, assign = np.ones((3, 2)), (np.array([0, 0, 1]),), np.array([0, 1])
+    loops.find_ranks(pos, (1,), (1.0,), owners, assign, 2, 2)
+    for bad in (
+        (pos, (2,), (1.0,), owners, assign, 2, 2),
+        (pos, (1,), (1.0,), (np.array([0, 5]),), assign, 2, 2),
+        (pos, (1,), (1.0,), (np.array([], "i8"),), assign, 2, 2),
+        (pos, (1,), (1.0,), owners, np.array([0, 7]), 2, 2),
+        (pos, (1,), (1.0, 1.0), owners, assign, 2, 2),
+        (pos, (1,), (1.0,), owners, assign, 0, 2),
+    ):
+        with pytest.raises(ValueError):
+            loops.find_ranks(*bad)
+
+
+def test_what_is_read_is_not_what_is_written():
+    x = np.arange(24.0)
+    early, late = x[:20].reshape(5, 4), x[4:].reshape(5, 4)
+    whole = np.ones((5, 4))
+    for call in (
+        lambda: loops.axpy(early, late, whole, 2.0),
+        lambda: loops.mix(early, whole, np.eye(2), [late, whole.copy()]),
+        lambda: loops.mix(whole, whole, np.eye(2), [early, late]),
+        lambda: loops.difference(early, late, 0, 1.0, None),
+        lambda: loops.gradient([whole, early], early, [1.0, 1.0], [None]),
+        lambda: loops.divergence(early, [early, whole], [1.0, 1.0], [None]),
+    ):
+        with pytest.raises(ValueError, match="share"):
+            call()
+    np.testing.assert_array_equal(loops.axpy(early, early, whole, 2.0), np.arange(20.0).reshape(5, 4) + 2)
+    assert not loops.multiply(early, late, whole)

@@ -19,7 +19,7 @@ from vmad_lit.core.error import BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.lib import axpy, exchange, fastpm, force, linalg, loops, lpt, nbody, painting, transfer
 from vmad_lit.lib.fastpm import ParticleMesh
-from vmad_lit.lib.mesh import is_zero
+from vmad_lit.lib.mesh import is_zero, on_mesh
 from vmad_lit.testing import check_second_order
 
 pytestmark = pytest.mark.collective
@@ -68,6 +68,13 @@ class TestFields:
                 dict(x1=kind(pm), x2=kind(pm, 2)),
                 dict(x1=kind(pm, 3), x2=kind(pm, 4)),
             )
+
+    def test_on_mesh(self, nmesh):
+        pm = make_mesh(nmesh)
+        again = on_mesh.vjp.impl(None, _y=modes(pm))["_x"]
+        assert_allclose(again.value, modes(pm).value)
+        assert prove(lambda x: fastpm.c2r(on_mesh(x, pm)), dict(x=modes(pm)), dict(x=modes(pm, 2)))
+        assert prove(lambda x: on_mesh(x, pm, pmesh.pm.RealField), dict(x=real(pm)), dict(x=real(pm, 2)))
 
     def test_parseval(self, nmesh):
         pm = make_mesh(nmesh)

@@ -251,6 +251,29 @@ def test_demo_explains_what_is_wrong_with_files(folder):
     assert status == 2 and "cannot be read" in text
 
 
+def test_demo_knows_boxes_of_three_sides(folder):
+    """A box in a file may have three sides; the particles are looked for in this box, and the mesh has it."""
+    positions = np.random.default_rng(1).uniform(0, 1, (3000, 3)) * [40, 80, 20]
+    path = write(folder, "box.npz", positions=positions, BoxSize=np.array([40.0, 80, 20]))
+    *_, sides = demo.examine(path, None)
+    assert sides.tolist() == [40, 80, 20]
+    data = demo.observe(demo.parse(["--from", path, "--nmesh", "8"]), comm)
+    assert data.d.pm.BoxSize.tolist() == [40, 80, 20] and abs(data.d.csum() / 512 - 1) < 1e-12
+    for bad in [40.0, 80, 10], [40, 80], [40, 80, np.nan], [40, 80, -20], ["40"], [[40j] * 3]:
+        path = write(folder, "box.npz", positions=positions, BoxSize=np.array(bad))
+        status, text = run_demo(folder, "--from", path, *SMALL)
+        assert status == 2 and ("BoxSize must be" in text or "[0, [40.0, 80.0, 10.0]]" in text), text
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("option", ["noise", "boxsize", "smoothing"])
+@pytest.mark.parametrize("bad", ["nan", "inf", "-1", "x"])
+def test_demo_refuses_numbers_out_of_range(option, bad, capsys):
+    with pytest.raises(SystemExit):
+        demo.parse([f"--{option}", bad])
+    assert f"--{option}" in capsys.readouterr().err
+
+
 def test_demo_refuses_the_state_of_another_mesh(folder):
     state = os.path.join(folder, "state.npz")
     run_demo(folder, *SMALL, "--maxiter", 2, "--state", state)

@@ -284,9 +284,9 @@ def test_bad_shells():
         Shells(pm, window="lanczos2")
     with pytest.raises(TypeError, match="r2c first"):
         spectra.power.apl.impl(None, modes(pm).c2r(), Shells(pm))
-    with pytest.raises(TypeError, match="one kind"):
+    with pytest.raises(TypeError, match="r2c first"):
         spectra.cross_power.apl.impl(None, modes(pm), modes(pm).c2r(), Shells(pm))
-    with pytest.raises(ValueError, match="shells are of a mesh"):
+    with pytest.raises(ValueError, match="of 5 x 8 x 4 points"):
         Shells(pm).power(modes(make_mesh([5, 8, 4])))
 
 
@@ -357,6 +357,11 @@ def test_redshift_space(ndim, dtype, sight):
                 allow_zero=fixed == "v" and "los" in sight,
                 **sight,
             )
+
+
+def test_plain_numbers():
+    for b in 1.5, np.array([1.0, -2.0]):
+        check(tracers.plain_numbers, b, "b", np.shape(b))
 
 
 @pytest.mark.parametrize("sight", SIGHTS, ids=str)

@@ -1,6 +1,7 @@
 """The compiled windows beside pmesh's own, serially and on slabs with ghosts."""
 
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -623,3 +624,87 @@ def test_without_numba_the_error_names_it():
         "except ImportError as e:\n    assert 'numba' in str(e)\nelse:\n    raise SystemExit(1)"
     )
     run_python(code, check=True)
+
+
+def read_only_meshes(tmp_path):
+    path = tmp_path / "mesh.npy"
+    numpy.save(path, numpy.zeros((4, 4)))
+    array = numpy.zeros((4, 4))
+    array.flags.writeable = False
+    return [
+        array,
+        numpy.load(path, mmap_mode="r"),
+        numpy.frombuffer(bytes(128)).reshape(4, 4),
+        numpy.broadcast_to(numpy.zeros(4), (4, 4)),
+    ]
+
+
+def test_what_is_read_only_stays_what_it_is(tmp_path):
+    pos = numpy.array([[1.0, 2.0], [0.5, 0.5]])
+    for mesh in read_only_meshes(tmp_path):
+        for call in (
+            lambda: window.paint(mesh, pos),
+            lambda: window.paint_jvp(mesh, pos, 1.0, pos),
+            lambda: window.readout_vjp(None, pos, numpy.ones(2), out=mesh, need_pos=False),
+            lambda: window.spread_jvp([mesh], pos, numpy.ones((2, 1)), pos),
+        ):
+            with pytest.raises(ValueError, match="read-only"):
+                call()
+        assert not mesh.any()
+        assert numpy.shape(window.readout(mesh, pos)) == (2,)
+
+
+@pytest.mark.parametrize(
+    "mesh", [[[0.0, 0.0]] * 2, numpy.zeros((2, 2), "i8"), numpy.zeros((2, 2), object), None]
+)
+def test_what_is_no_mesh_is_not_painted(mesh):
+    with pytest.raises(TypeError, match="mesh to paint"):
+        window.paint(mesh, numpy.ones((1, 2)))
+
+
+def test_masks_are_not_forgotten():
+    mesh, pos = numpy.ones((4, 4)), numpy.ones((2, 2))
+    with pytest.raises(TypeError, match="mask"):
+        window.readout(numpy.ma.masked_less(mesh, 2.0), pos)
+    for call in window.paint, window.readout:
+        with pytest.raises(TypeError, match="mask"):
+            call(mesh, numpy.ma.masked_less(pos, 2.0))
+    with pytest.raises(TypeError, match="mask"):
+        window.paint(mesh, pos, numpy.ma.masked_less(numpy.ones(2), 2.0))
+
+
+def test_as_many_tangents_as_meshes():
+    """More tangents than meshes were written beside the result."""
+    mesh, pos = numpy.ones((4, 4)), numpy.ones((3, 2))
+    for call in (
+        lambda: window.readout_jvp([mesh], pos, None, [mesh] * 2),
+        lambda: window.readout_jvp([mesh], pos, pos, [mesh] * 3),
+        lambda: window.readout_vjp([mesh] * 2, pos, numpy.ones((3, 2)), out=[mesh.copy()]),
+        lambda: window.weighted_gradient([mesh], pos, numpy.ones((3, 2))),
+    ):
+        with pytest.raises(ValueError):
+            call()
+
+
+def test_transforms_that_are_none():
+    mesh, pos = numpy.ones((4, 4)), numpy.ones((3, 2))
+    good = dict(scale=[1.0, 1.0], translate=[0.0, 0.0], period=[4, 4])
+    for bad in (
+        dict(scale=[1.0]),
+        dict(scale=[1.0, numpy.nan]),
+        dict(translate=[0.0] * 3),
+        dict(period=[4, -4]),
+    ):
+        with pytest.raises(ValueError, match="transform|periods"):
+            window.readout(mesh, pos, transform=SimpleNamespace(**{**good, **bad}))
+
+
+def test_what_is_painted_may_lie_in_the_mesh():
+    """Positions in the memory of the mesh or of the results are those from before."""
+    memory = numpy.linspace(0, 3, 16).reshape(8, 2)
+    pos, mesh = memory.copy(), memory.reshape(4, 4)
+    want = window.paint(mesh.copy(), pos)
+    numpy.testing.assert_array_equal(window.paint(mesh, memory), want)
+    pos, other = numpy.random.default_rng(2).uniform(0, 4, (9, 2)), numpy.random.default_rng(3).random((4, 4))
+    want = window.weighted_gradient([other], pos)
+    numpy.testing.assert_array_equal(window.weighted_gradient([other], pos, out=pos), want)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from vmad_lit.core.arguments import real_array
 from vmad_lit.core.error import needed_for
 
 
@@ -53,7 +54,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="compare densities smoothed at R Mpc/h (default 0: not smoothed)",
     )
     add(
-        "--seed", type=int, default=42, help="seed of the true field; the noise has the next one (default 42)"
+        "--seed",
+        type=int,
+        default=42,
+        help="seed of the true field and of the noise, which are independent (default 42)",
     )
     add(
         "--from",
@@ -77,10 +81,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     # Check the options
     for name, smallest in dict(nmesh=4, steps=-1, maxiter=1, smoothing=0.0, seed=0).items():
-        if getattr(args, name) < smallest:
+        if not smallest <= getattr(args, name) < numpy.inf:
             parser.error(f"--{name} must be at least {smallest}, got {getattr(args, name)}")
     for name in "noise", "boxsize":
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < numpy.inf:
             parser.error(f"--{name} must be positive, got {getattr(args, name)}")
     for name in "output", "state":
         folder = os.path.dirname(os.path.abspath(getattr(args, name) or ""))
@@ -91,16 +95,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def examine(path: str, boxsize: float | None) -> tuple[str, tuple[int, ...], float]:
+def examine(path: str, boxsize: float | None) -> tuple[str, tuple[int, ...], NDArray[Any]]:
     """Look at a file with a density or positions; returns (kind, shape, boxsize), where kind is
-    'density' or 'positions'.
+    'density' or 'positions', and boxsize has the three sides of the box.
 
     Raises
     ------
     FileNotFoundError, ValueError
         With what was expected.
     """
-    array, boxsize = open_array(path, boxsize)
+    array, sides = open_array(path, boxsize)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{path}: expected real numbers, got the type {array.dtype}")
     if array.ndim == 3 and min(array.shape) >= 4:
@@ -118,17 +122,18 @@ def examine(path: str, boxsize: float | None) -> tuple[str, tuple[int, ...], flo
         raise ValueError(
             f"{path}: {len(bad)} values are not finite, the first at index {tuple(map(int, bad[0]))}"
         )
-    if boxsize is None:
+    if sides is None:
         raise ValueError(
             f"{path}: the size of the box is not known; "
             "give --boxsize in Mpc/h, or an array 'BoxSize' in a .npz file"
         )
     if kind == "positions":
-        outside = numpy.flatnonzero((array < 0).any(axis=1) | (array > boxsize).any(axis=1))
+        box = sides[0] if (sides == sides[0]).all() else sides.tolist()
+        outside = numpy.flatnonzero((array < 0).any(axis=1) | (array > sides).any(axis=1))
         if len(outside):
             i = int(outside[0])
             raise ValueError(
-                f"{path}: {len(outside)} particles are outside the box [0, {boxsize}], "
+                f"{path}: {len(outside)} particles are outside the box [0, {box}], "
                 f"the first is number {i} at {array[i].tolist()}"
             )
     elif not array.mean() > 1e-3 * array.std():
@@ -136,11 +141,12 @@ def examine(path: str, boxsize: float | None) -> tuple[str, tuple[int, ...], flo
             f"{path}: expected a density with a positive mean, "
             f"got the mean {array.mean():.3g}; if this is delta, add 1"
         )
-    return kind, array.shape, boxsize
+    return kind, array.shape, sides
 
 
-def open_array(path: str, boxsize: float | None = None) -> tuple[NDArray[Any], float | None]:
-    """The array in a file, memory-mapped if possible, and the size of the box, if it is known."""
+def open_array(path: str, boxsize: float | None = None) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The array in a file, memory-mapped if possible, and the sides of the box, if they are known."""
+    sides = None if boxsize is None else numpy.full(3, boxsize)
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no file {path}")
     try:
@@ -148,13 +154,16 @@ def open_array(path: str, boxsize: float | None = None) -> tuple[NDArray[Any], f
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read as a NumPy .npy or .npz file ({error})") from None
     if isinstance(file, numpy.ndarray):
-        return file, boxsize
+        return file, sides
     names = [name for name in ("density", "positions") if name in file.files]
     if len(names) != 1:
         raise ValueError(f"{path}: expected one array named 'density' or 'positions', found {file.files}")
-    if boxsize is None and "BoxSize" in file.files:
-        boxsize = float(numpy.ravel(file["BoxSize"])[0])
-    return file[names[0]], boxsize
+    if sides is None and "BoxSize" in file.files:
+        given = real_array(f"{path}: BoxSize", file["BoxSize"], above=0)
+        if given.size not in (1, 3):
+            raise ValueError(f"{path}: BoxSize must be one number or three, not {given.size}")
+        sides = numpy.broadcast_to(given.ravel(), 3)
+    return file[names[0]], sides
 
 
 def observe(args: argparse.Namespace, comm: Any) -> Any:
@@ -215,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.source:
         try:
             data = observe(args, comm)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             say(f"error: {error}")
             return 2
         pm, forward = data.d.pm, model(data.d.pm)

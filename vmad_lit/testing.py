@@ -199,10 +199,8 @@ class Trial:
 
     def _direction(self, name: str, x: Value) -> Value:
         partitioned = self.comm is not None and name.strip("_").split("[")[0] not in self.replicated
-        entropy = [self.seed, sum(map(ord, name))]
-        rng = numpy.random.default_rng(
-            entropy + [1 + self.comm.rank] if partitioned and has_axes(x) else entropy
-        )
+        rank = 1 + self.comm.rank if partitioned and has_axes(x) else 0
+        rng = numpy.random.default_rng([self.seed, rank, *name.encode()])
         return value_type(x).random_like(x, rng)
 
     def inner(self, name: str, a: Value, b: Value) -> float:

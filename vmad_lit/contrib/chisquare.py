@@ -15,6 +15,7 @@ from vmad_lit import Builder, autooperator, operator
 from vmad_lit.contrib.optimize import Monitor, Optimizer, Preconditioner, Problem, State
 from vmad_lit.contrib.vectorspace import Communicator, FieldSpace, Vector, VectorSpace
 from vmad_lit.contrib.vectorspace import is_field, local_field_product, real_inner_product
+from vmad_lit.core.arguments import whole_number
 from vmad_lit.core.handover import duplicate
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.symbol import Symbol
@@ -109,9 +110,19 @@ class MPIChiSquareProblem(Problem):
         vectorspace: VectorSpace | None = None,
         preconditioner: Preconditioner | None = None,
     ) -> None:
+        if not isinstance(residuals, Iterable):
+            raise TypeError(f"residuals must be a list of operators, not {residuals!r}")
         residuals = list(residuals)
         if not residuals:
             raise ValueError("a chi-square problem needs at least one residual")
+        for name, function in [
+            ("forward_operator", forward_operator),
+            *(("residuals", r) for r in residuals),
+        ]:
+            if not callable(function):
+                raise TypeError(f"{name} must be operators, not {function!r}")
+        if not hasattr(comm, "allreduce"):
+            raise TypeError(f"comm must be a communicator, such as MPI.COMM_WORLD, not {comm!r}")
         self.comm, self.forward_operator, self.residuals = comm, forward_operator, residuals
         # Build the model of the objective
         with Builder() as m:
@@ -209,7 +220,7 @@ class EpochScheduler(dict[int, dict[str, Any]]):
         elif not isinstance(values, dict):
             values = {0: values}
         for epoch, value in values.items():
-            if not isinstance(epoch, (int, np.integer)) or epoch < 0:
+            if isinstance(epoch, bool) or not isinstance(epoch, (int, np.integer)) or epoch < 0:
                 raise ValueError(f"epochs are counted 0, 1, 2, ...; {argname!r} is scheduled for {epoch!r}")
             self.setdefault(int(epoch), {})[argname] = value
 
@@ -220,7 +231,7 @@ class EpochScheduler(dict[int, dict[str, Any]]):
 
     def get_args(self, epoch: int) -> dict[str, Any]:
         """The parameters in an epoch, as if all epochs before had been played."""
-        args: dict[str, Any] = {}
+        epoch, args = whole_number("epoch", epoch, least=0), {}
         for change in sorted(self):
             if change <= epoch:
                 args.update(self[change])
@@ -260,6 +271,8 @@ class MAPInversion:
     """
 
     def __init__(self, optimizer: Optimizer, ForwardOperator: Any) -> None:
+        if not hasattr(optimizer, "minimize"):
+            raise TypeError(f"optimizer must be an optimiser, such as LBFGS(), not {optimizer!r}")
         self.optimizer = optimizer
         self.ForwardOperator = ForwardOperator
         self.schedule_optimizer = EpochScheduler()
@@ -308,6 +321,7 @@ class MAPInversion:
         the most probable signal
         """
         epochs = list(range(self.nepochs) if epochs is None else epochs)
+        epochs = [whole_number("epochs", epoch, least=0) for epoch in epochs]
         s1, self.states, options = s0, [], dict(vars(self.optimizer))
         bar: dict[str, Any] = {"progress": True} if progress else {}
         try:

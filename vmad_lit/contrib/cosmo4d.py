@@ -10,13 +10,24 @@ from typing import Any, Literal, Self
 import numpy
 
 from vmad_lit import autooperator
+from vmad_lit.core.arguments import one_of, positive, real_array, real_number
 from vmad_lit.core.autooperator import AutoOperator
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, tracers, unary
 from vmad_lit.lib.cosmology import HasMatter
-from vmad_lit.lib.mesh import BaseComplexField, Field, ParticleMesh, RealField
-from vmad_lit.lib.mpi import MPI, on_root
+from vmad_lit.lib.lpt import check_power
+from vmad_lit.lib.mesh import (
+    BaseComplexField,
+    Field,
+    Generator,
+    ParticleMesh,
+    RealField,
+    agree,
+    check_field,
+    on_mesh,
+)
+from vmad_lit.lib.mpi import MPI, on_root, run_together
 from vmad_lit.lib.transfer import Transfer
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
 from vmad_lit.contrib.optimize import Monitor, Optimizer, Preconditioner, State
@@ -46,8 +57,8 @@ def FastPMOperator(
     fs : RealField
         The density in units of its mean, 1 + delta.
     """
-    if len(stages) == 0:
-        fs = fastpm.c2r(x) + 1.0
+    if numpy.size(stages) == 0:
+        fs = fastpm.c2r(on_mesh(x, pm)) + 1.0
     else:
         dx, p, f = fastpm.nbody(x, q, stages, cosmology, pm)
         fs = tracers.density(q + dx, 1.0, q, pm)
@@ -76,7 +87,7 @@ def WhiteNoiseOperator(
 @autooperator("x -> modes")
 def linear_modes(x: Symbol, power: Callable[[Any], Any], pm: ParticleMesh) -> Symbol:
     """The linear modes delta_k = sqrt(P(k) / V) w_k of white noise x of unit variance."""
-    unit_modes = fastpm.r2c(x) * float(pm.Nmesh.prod()) ** 0.5
+    unit_modes = fastpm.r2c(on_mesh(x, pm, RealField)) * float(pm.Nmesh.prod()) ** 0.5
     return fastpm.induce_correlation(unit_modes, power, pm)
 
 
@@ -84,18 +95,24 @@ def linear_modes(x: Symbol, power: Callable[[Any], Any], pm: ParticleMesh) -> Sy
 def NLResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value) -> Symbol:
     """The residual of the density: (fs - d) invN**(1/2), with the inverse variance per cell (a number
     or a field)."""
-    return (fs - d) * invN**0.5
+    return (fs - d) * weight(invN)
+
+
+def weight(invN: Value) -> Value:
+    """The square root of an inverse variance: of a number, an array, or a field."""
+    return real_array("invN", getattr(invN, "value", invN), least=0)[()] ** 0.5
 
 
 @autooperator("s, fs -> y")
 def SmoothedNLResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value, scale: float) -> Symbol:
     """The residual of the density, smoothed with a Gaussian of a given scale (Mpc/h)."""
     residual = fastpm.apply_transfer(fastpm.r2c(fs - d), gaussian(scale))
-    return fastpm.c2r(residual) * invN**0.5
+    return fastpm.c2r(residual) * weight(invN)
 
 
 def gaussian(scale: float) -> Transfer:
     """The transfer function of a Gaussian window."""
+    scale = real_number("scale", scale, least=0)
 
     def transfer(k: Any) -> Array:
         return numpy.exp(-0.5 * scale**2 * sum(ki**2 for ki in k))
@@ -107,8 +124,10 @@ def gaussian(scale: float) -> Transfer:
 def LNResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value, floor: float = 0.1) -> Symbol:
     """The residual of the logarithm of the density, log(floor + fs) - log(floor + d), with negative
     data taken as 0."""
-    target = numpy.log(floor + numpy.maximum(numpy.asarray(getattr(d, "value", d)), 0.0))
-    return (unary.log(fs + floor) - target) * invN**0.5
+    positive("floor", floor)
+    target: Any = numpy.log(floor + numpy.maximum(numpy.asarray(getattr(d, "value", d)), 0.0))
+    target = d.pm.create(type=type(d), value=target) if isinstance(d, Field) else target
+    return (unary.log(fs + floor) - target) * weight(invN)
 
 
 @autooperator("s, fs -> y")
@@ -121,13 +140,14 @@ def WhitePriorOperator(s: Symbol, fs: Symbol) -> Symbol:
 def PriorOperator(s: Symbol, fs: Symbol, power: Callable[[Any], Any], pm: ParticleMesh) -> Symbol:
     """The prior of linear modes with the power spectrum `power`: the sum of squares of y is sum_k V
     |s_k|^2 / P(k)."""
+    check_power(power, pm)
     volume, cells = float(pm.BoxSize.prod()), float(pm.Nmesh.prod())
 
     def transfer(k: Any) -> Array:
         P = numpy.asarray(power(sum(ki**2 for ki in k) ** 0.5), dtype=float)
         return numpy.where(P > 0, (volume / cells / numpy.where(P > 0, P, 1.0)) ** 0.5, 0.0)
 
-    return fastpm.c2r(fastpm.apply_transfer(s, transfer))
+    return fastpm.c2r(fastpm.apply_transfer(on_mesh(s, pm), transfer))
 
 
 class FastPMVectorSpace(MPIVectorSpace):
@@ -157,8 +177,7 @@ class ChiSquareProblem(MPIChiSquareProblem):
     def set_preconditioner(self, kind: Literal["complex", "real"]) -> None:
         """In which variables to optimise modes: 'complex', the modes themselves, or 'real', the field
         in configuration space."""
-        if kind not in ("complex", "real"):
-            raise ValueError(f"expected 'complex' or 'real', got {kind!r}")
+        one_of("the kind of variables", kind, ("complex", "real"))
         self.preconditioner = Preconditioner(Pvp=to_real, vPp=to_modes) if kind == "real" else None
 
 
@@ -188,15 +207,27 @@ class Data:
     def __init__(
         self, d: RealField, sigma: float, truth: RealField | None = None, clean: RealField | None = None
     ) -> None:
-        self.d, self.sigma, self.truth, self.clean = d, sigma, truth, clean
+        for name, field in dict(d=d, truth=truth, clean=clean).items():
+            if not isinstance(field, RealField) and (name == "d" or field is not None):
+                raise TypeError(f"{name} must be a real field on the mesh, not {type(field).__name__}")
+        self.d, self.sigma, self.truth, self.clean = d, positive("sigma", sigma), truth, clean
 
     @classmethod
-    def synthetic(cls, pm: ParticleMesh, forward: AutoOperator, sigma: float, seed: int) -> Self:
-        """Draw white noise, run `forward` (a `WhiteNoiseOperator` with bound hyper-parameters), and
-        add noise."""
-        truth = white_noise(pm, seed)
+    def synthetic(
+        cls,
+        pm: ParticleMesh,
+        forward: AutoOperator,
+        sigma: float,
+        seed: int,
+        generator: Generator = "philox",
+    ) -> Self:
+        """Draw the truth, `white_noise(pm, seed, generator)`, run `forward` (a `WhiteNoiseOperator` with bound
+        hyper-parameters), and add noise, which no field of any seed shares."""
+        sigma = run_together(pm.comm, lambda: positive("sigma", sigma))
+        truth = white_noise(pm, seed, generator)
         clean = forward.build().compute("fs", init=dict(x=truth))
-        return cls(clean + white_noise(pm, seed + 1) * sigma, sigma, truth, clean)
+        noise = white_noise(pm, seed, purpose="noise of data")
+        return cls(clean + noise * sigma, sigma, truth, clean)
 
     # Save and load data
     def save(self, folder: str) -> None:
@@ -234,13 +265,23 @@ class Data:
         return cls(sigma=header["sigma"], **fields)
 
 
-def white_noise(pm: ParticleMesh, seed: int) -> RealField:
-    """A RealField of independent normal numbers of unit variance; the same on any number of ranks."""
-    return pm.generate_whitenoise(seed, type="real", unitary=False) * float(pm.Nmesh.prod()) ** -0.5
+def white_noise(
+    pm: ParticleMesh, seed: int, generator: Generator = "philox", purpose: str = "field"
+) -> RealField:
+    """A RealField of independent normal numbers of unit variance, the same on any number of ranks. Collective.
+
+    Fields of different seeds, which are whole numbers of any size, and of different purposes are independent. The
+    field of the `generator` 'pmesh' is pmesh's own, whose mean is 0; see `ParticleMesh.generate_whitenoise`.
+    """
+    mean = 0.0 if generator == "pmesh" else None
+    field = pm.generate_whitenoise(seed, type="real", mean=mean, generator=generator, purpose=purpose)
+    return field * float(pm.Nmesh.prod()) ** -0.5
 
 
-def save_field(path: str, field: Field) -> None:
-    """Write a field to a `.npy` file of the shape of the whole mesh. Collective."""
+def save_field(path: str, field: RealField) -> None:
+    """Write a real field to a `.npy` file of the shape of the whole mesh. Collective."""
+    if not isinstance(field, RealField):
+        raise TypeError(f"a file of the whole mesh is written of a real field, not of {type(field).__name__}")
     comm, partial = field.pm.comm, f"{path}.partial"
     shape, dtype = tuple(map(int, field.Nmesh)), field.value.dtype
 
@@ -256,12 +297,24 @@ def save_field(path: str, field: Field) -> None:
 
 def load_field(path: str, pm: ParticleMesh) -> RealField:
     """Read a RealField from a `.npy` file; each rank reads its own slab. Collective."""
-    shape = on_root(pm.comm, lambda: numpy.load(path, mmap_mode="r").shape)
-    if shape != tuple(pm.Nmesh):
-        raise ValueError(f"{path} holds an array of shape {shape}, expected the mesh {tuple(pm.Nmesh)}")
-    field = pm.create(type="real")
-    field[...] = numpy.load(path, mmap_mode="r")[field.slices]
-    return field
+
+    def examine() -> None:
+        array = numpy.load(path, mmap_mode="r")
+        if not isinstance(array, numpy.ndarray) or array.dtype.kind not in "biuf":
+            kind = getattr(array, "dtype", type(array).__name__)
+            raise TypeError(f"{path} must hold one array of real numbers, not {kind}")
+        if array.shape != tuple(pm.Nmesh):
+            mesh = tuple(map(int, pm.Nmesh))
+            raise ValueError(f"{path} holds an array of shape {array.shape}, expected the mesh {mesh}")
+
+    on_root(pm.comm, examine)
+
+    def read() -> RealField:
+        field = pm.create(type="real")
+        field[...] = real_array(path, numpy.load(path, mmap_mode="r")[field.slices])
+        return field
+
+    return run_together(pm.comm, read)
 
 
 def reconstruct(
@@ -296,11 +349,14 @@ def reconstruct(
         With the white noise in `x`, chi-square in `y`, and the table of iterations in `history`.
     """
     d, invN = data.d, data.sigma**-2.0
+    smoothing = run_together(d.pm.comm, lambda: real_number("smoothing", smoothing, least=0))
     if smoothing:
         likelihood = SmoothedNLResidualOperator.bind(d=d, invN=invN, scale=smoothing)
     else:
         likelihood = NLResidualOperator.bind(d=d, invN=invN)
     problem = ChiSquareProblem(d.pm.comm, forward, [likelihood, WhitePriorOperator])
-    if start is None and state is None:
+    if start is not None:
+        agree(d.pm.comm, lambda: (check_field(start, RealField, d.pm),))
+    elif state is None:
         start = d.pm.create(type="real", value=0)
     return optimizer.minimize(problem, start, monitor=monitor, state=state, progress=progress)

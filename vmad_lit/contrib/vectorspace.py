@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vmad_lit.core.arguments import plain_array
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.valuetypes import value_type
 
@@ -29,7 +30,7 @@ def slabs(array: Array) -> list[slice]:
 
 def real_inner_product(a: ArrayLike, b: ArrayLike) -> float:
     """``Re sum conj(a) b`` of two arrays of equal shape, accumulated in double precision at least."""
-    a, b = np.asarray(a), np.asarray(b)
+    a, b = plain_array("a vector", a), plain_array("a vector", b)
     if a.shape != b.shape:
         raise ValueError(f"the inner product needs two arrays of one shape, got {a.shape} and {b.shape}")
     a, b, wide = np.atleast_1d(a), np.atleast_1d(b), np.result_type(a, b, np.float64)
@@ -90,7 +91,11 @@ class VectorSpace:
         c = scalar(c, p)
         if is_zero(a):
             return b * c
-        return multiply_add(np.empty_like(b), a, b, c) if alike(a, b, c) else a + b * c
+        if alike(a, b, c):
+            return multiply_add(np.empty_like(b), a, b, c)
+        if np.shape(a) != np.shape(b):
+            raise ValueError(f"two vectors must have one shape, not {np.shape(a)} and {np.shape(b)}")
+        return a + b * c
 
     def dot(self, a: Vector, b: Vector) -> float:
         """The inner product, a real number that is the same on all ranks."""
@@ -296,10 +301,11 @@ class ProductSpace(VectorSpace):
         self, spaces: VectorSpace | Sequence[VectorSpace] | Mapping[Any, VectorSpace] | None = None
     ) -> None:
         self.spaces = VectorSpace() if spaces is None else spaces
-        if isinstance(self.spaces, VectorSpace):
-            known = [self.spaces]
-        else:
-            known = [space for _, space in _items(self.spaces)]
+        several = isinstance(self.spaces, (dict, list, tuple))
+        known: list[Any] = [space for _, space in _items(self.spaces)] if several else [self.spaces]
+        for space in known:
+            if not isinstance(space, VectorSpace):
+                raise TypeError(f"spaces must be one vector space, or several, not {space!r}")
         self.comm = next((space.comm for space in known if space.comm is not None), None)
 
     def _zip(self, a: Vector, b: Vector) -> list[tuple[VectorSpace, Vector, Vector]]:
@@ -357,6 +363,8 @@ class ProductSpace(VectorSpace):
             count = len(space.to_arrays(part))
             parts.append(space.from_arrays(arrays[:count], part))
             del arrays[:count]
+        if arrays:
+            raise ValueError(f"there are {len(arrays)} arrays more than the vector has")
         return _like(like, parts)
 
 

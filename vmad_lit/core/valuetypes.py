@@ -388,8 +388,10 @@ def is_array(value: Value) -> bool:
 
 
 def rng_of_rank(rng: numpy.random.Generator, comm: Any) -> numpy.random.Generator:
-    """A generator of random numbers that is this rank's own, if there is a communicator."""
+    """A generator of random numbers that is this rank's own, if there is a communicator.
+
+    It is another one at each call, as long as all ranks call with the same `rng`.
+    """
     if comm is None:
         return rng
-    seeds: Any = rng.bit_generator.seed_seq
-    return numpy.random.default_rng([*numpy.ravel(seeds.entropy), comm.rank])
+    return numpy.random.default_rng([*rng.integers(1 << 32, size=4), 1 + comm.rank])

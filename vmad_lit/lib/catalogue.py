@@ -12,11 +12,14 @@ from typing import IO, Any, TypeAlias
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
+from vmad_lit.core.arguments import one_of, plain_array, positive, real_array, real_number, whole_number
 from vmad_lit.core.error import needed_for
+from vmad_lit.core.placement import same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib.mesh import ParticleMesh
 from vmad_lit.lib.mpi import fail_together, on_root, run_together
 from vmad_lit.lib.nbody import FastPMSimulation
+from vmad_lit.lib.noise import uniform_numbers
 from vmad_lit.lib.tracers import velocity
 
 with needed_for("catalogues of particles", extra="mesh"):
@@ -136,7 +139,7 @@ def _blocks(
     comm: MPI.Comm, columns: Mapping[str, Any], fields: Fields, dtype: DTypeLike | None
 ) -> dict[str, Block]:
     """The blocks of all columns and fields by their names in the file, checked to fit on all ranks."""
-    columns = {name: numpy.asarray(values) for name, values in columns.items()}
+    columns = run_together(comm, lambda: _check_names(columns, fields, dtype))
     complaint = None
     if len({len(values) if values.ndim else -1 for values in columns.values()}) > 1:
         complaint = f"columns must have the same number of rows, not {_shapes(columns)}"
@@ -148,6 +151,10 @@ def _blocks(
     for name, field in fields.items():
         if not isinstance(field, RealField):
             complaint = f"field {name!r} must be a RealField, not a {type(field).__name__}"
+        elif not same_ranks(field.pm.comm, comm):
+            complaint = (
+                f"field {name!r} is shared among other ranks than those that write: another communicator"
+            )
     fail_together(comm, complaint)
     mine = [(name, v.dtype.str, v.shape[1:]) for name, v in columns.items()]
     kinds = comm.allgather((mine, list(fields)))
@@ -156,6 +163,16 @@ def _blocks(
     blocks = {f"particles/{name}": Block.of_rows(comm, v, _in_file(v, dtype)) for name, v in columns.items()}
     blocks.update((f"fields/{name}", Block.of_field(f, _in_file(f, dtype))) for name, f in fields.items())
     return blocks
+
+
+def _check_names(columns: Mapping[str, Any], fields: Fields, dtype: DTypeLike | None) -> dict[str, Array]:
+    """The columns as arrays, after a look at their names, those of the fields, and the precision."""
+    for name in (*columns, *fields):
+        if not isinstance(name, str) or name in ("", ".") or "/" in name:
+            raise ValueError(f"names of columns and fields must be words without '/', not {name!r}")
+    if dtype is not None:
+        one_of("dtype", numpy.dtype(dtype).str[1:], ("f4", "f8"))
+    return {name: plain_array(f"column {name!r}", values) for name, values in columns.items()}
 
 
 def _shapes(columns: Mapping[str, Array]) -> dict[str, Shape]:
@@ -171,8 +188,10 @@ def load(
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Read what `save` wrote, on any number of ranks: this rank's rows of the columns, and the attributes.
 
-    `names` are the columns to read, by default all. Collective.
+    `names` are the columns to read, by default all; numbers of half precision are widened. Collective.
     """
+    if isinstance(names, str):
+        raise TypeError(f"names must be a sequence of names of columns, such as [{names!r}], not one name")
     run_together(comm, hdf5)
 
     def read() -> tuple[dict[str, Array], dict[str, Any]]:
@@ -183,7 +202,8 @@ def load(
                 if name not in group:
                     raise KeyError(f"{path} has no column {name!r}, only {list(group)}")
                 n = len(group[name])
-                columns[name] = group[name][comm.rank * n // comm.size : (comm.rank + 1) * n // comm.size]
+                mine = group[name][comm.rank * n // comm.size : (comm.rank + 1) * n // comm.size]
+                columns[name] = mine.astype("f4") if mine.dtype == "f2" else mine
             return columns, dict(file.attrs)
 
     return run_together(comm, read)
@@ -203,6 +223,10 @@ def load_field(path: str, name: str, pm: ParticleMesh) -> RealField:
                     f"{path}: the field {name!r} has the shape {group[name].shape}, "
                     f"expected the mesh {tuple(int(n) for n in pm.Nmesh)}"
                 )
+            if group[name].dtype.kind not in "biuf":
+                raise TypeError(
+                    f"{path}: the field {name!r} must be of real numbers, not {group[name].dtype}"
+                )
             field = pm.create(type=RealField, value=0)
             if field.value.size:
                 field[...] = group[name][field.slices]
@@ -211,20 +235,21 @@ def load_field(path: str, name: str, pm: ParticleMesh) -> RealField:
     return run_together(pm.comm, read)
 
 
-def lattice_ids(q: Array, Nmesh: Lattice, BoxSize: ArrayLike) -> Array:
+def lattice_ids(q: ArrayLike, Nmesh: Lattice, BoxSize: ArrayLike) -> Array:
     """The number of each particle's point on a lattice of Nmesh points, from its position (N, ndim)."""
-    cells = numpy.floor(q / (numpy.asarray(BoxSize) / Nmesh) + 1e-5).astype("i8")
-    return numpy.ravel_multi_index(tuple(cells.T), tuple(int(n) for n in Nmesh), mode="wrap").astype("i8")
+    shape = tuple(whole_number("Nmesh", n, least=1) for n in numpy.atleast_1d(plain_array("Nmesh", Nmesh)))
+    q = real_array("q", q, shape=(None, len(shape)))
+    box = real_array("BoxSize", BoxSize, above=0)
+    if box.shape not in ((), (1,), (len(shape),)):
+        raise ValueError(f"BoxSize must be one number or {len(shape)}, not of the shape {box.shape}")
+    cells = numpy.floor(q / (box / shape) + 1e-5).astype("i8")
+    return numpy.ravel_multi_index(tuple(cells.T), shape, mode="wrap").astype("i8")
 
 
 def chosen(ids: ArrayLike, fraction: float, seed: int = 0) -> Array:
     """Whether each particle belongs to a random subset of the given fraction, decided by its ID alone."""
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"the fraction must be between 0 and 1, not {fraction}")
-    z = numpy.asarray(ids).astype("u8") + numpy.uint64((1 + seed) * 0x9E3779B97F4A7C15 % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ (z >> numpy.uint64(shift))) * numpy.uint64(factor)
-    return ((z ^ (z >> numpy.uint64(31))) >> numpy.uint64(11)) * 2.0**-53 < fraction
+    fraction = real_number("fraction", fraction, least=0, most=1)
+    return uniform_numbers(ids, seed, "subset of particles") < fraction
 
 
 def save_snapshot(
@@ -255,9 +280,15 @@ def save_snapshot(
     attributes : more attributes of the file
     """
     pm, comm = sim.pm, sim.pm.comm
-    a = float(sim.stages[-1] if a is None else a)
-    ids = lattice_ids(sim.q, pm.Nmesh if lattice is None else lattice, pm.BoxSize)
-    keep = chosen(ids, fraction)
+
+    def check() -> tuple[float, Array, Array, list[Array]]:
+        moment = positive("a", sim.stages[-1] if a is None else a)
+        rows = [real_array(name, v, shape=sim.q.shape) for name, v in dict(dx=dx, p=p).items()]
+        one_of("dtype", numpy.dtype(dtype).str[1:], ("f4", "f8"))
+        ids = lattice_ids(sim.q, pm.Nmesh if lattice is None else lattice, pm.BoxSize)
+        return moment, ids, chosen(ids, fraction), rows
+
+    a, ids, keep, (dx, p) = run_together(comm, check)
     x = ((sim.q[keep] + dx[keep]) % pm.BoxSize).astype(dtype)
     x[x >= pm.BoxSize.astype(dtype)] = 0  # the last number below the box may be rounded to it
     columns = dict(Position=x, Velocity=velocity(p[keep], a), ID=ids[keep])

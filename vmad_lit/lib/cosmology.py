@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..core.arguments import one_of, positive, real_array, real_number, whole_number
 from ..core.error import needed_for
 from ..core.graph import Node
 from ..core.operator import Operator, Primitive, ZeroGradient
@@ -58,9 +59,36 @@ Transfer = Literal["EisensteinHu", "NoWiggle"] | FunctionOfK
 SPEED_OF_LIGHT = 299792.458  # km/s
 HUBBLE_DISTANCE = SPEED_OF_LIGHT / 100.0  # c / H0 in Mpc/h
 
+#: Beyond these bounds a parameter is in other units than ours, or is no number.
+LIMITS: dict[str, dict[str, float]] = {
+    "Om0": dict(above=0, most=10),
+    "h": dict(above=0, most=3),
+    "Ob0": dict(least=0, most=10),
+    "n_s": dict(least=-10, most=10),
+    "sigma8": dict(above=0, most=10),
+    "T_cmb": dict(above=0, most=10),
+    "Ok0": dict(least=-10, most=10),
+    "Ode0": dict(least=-10, most=10),
+}
+
+
+def check_parameters(**parameters: Number) -> None:
+    """Raise an error unless numbers are within the bounds of the parameters that they are given for."""
+    for name, x in parameters.items():
+        if isinstance(x, np.float16):
+            raise TypeError(f"{name} must have more than the three digits of half precision, not {x!r}")
+        real_number(name, x.real if isinstance(x, (complex, np.complexfloating)) else x, **LIMITS[name])
+
+
+def densities_of(Om0: Number, Ok0: Number) -> tuple[Number, Number, Number]:
+    """The densities of today of matter, the cosmological constant that makes up the rest, and curvature."""
+    check_parameters(Om0=Om0, Ok0=Ok0)
+    return Om0, 1 - Om0 - Ok0, Ok0
+
 
 def _expansion(a: Numbers, Om0: Number, Ode0: Number, Ok0: Number) -> Numbers:
     """X(a) = a^3 E^2(a) for matter, a cosmological constant and curvature; must stay positive."""
+    check_parameters(Om0=Om0, Ode0=Ode0, Ok0=Ok0)
     X = Om0 + a * (Ok0 + a * a * Ode0)
     if not np.all(np.real(X) > 0):
         raise ValueError(
@@ -77,10 +105,7 @@ def _dlnE(a: Numbers, X: Numbers, Om0: Number, Ok0: Number) -> Numbers:
 
 def _scale_factor(a: ArrayLike) -> Array:
     """`a` as an array of floats, after a check that all of them are positive."""
-    a = np.asarray(a, dtype="f8")
-    if not np.all(a > 0):
-        raise ValueError(f"scale factors must be positive, the smallest here is {np.min(a):g}")
-    return a
+    return real_array("scale factors", a, above=0).astype("f8", copy=False)
 
 
 def _gauss_rule(n: int) -> tuple[Array, Array]:
@@ -105,6 +130,7 @@ def linear_growth(a: Numbers, Om0: Number, Ode0: Number, Ok0: Number = 0.0) -> G
     Parameters: scale factors `a` (any shape) and the densities of today. Returns `(D1, D1', D1'')`, primes
     being derivatives with respect to ln a. Exact to rounding: a quadrature of Heath (1977, MNRAS 179, 351).
     """
+    a = _scale_factor(a)
     X = _expansion(a, Om0, Ode0, Ok0)
     hE = _dlnE(a, X, Om0, Ok0)
     D = 2.5 * Om0 * a * np.sqrt(X) * _growth_integral(a, Om0, Ode0, Ok0)
@@ -137,7 +163,7 @@ def second_order_growth(
     Arguments and results as in :func:`linear_growth`. The equation of Bouchet et al. (1995, A&A 296, 575),
     solved by variation of parameters; exact to rounding. Scale factors are worked on in blocks of `block`.
     """
-    a = np.asarray(a)
+    a, block = _scale_factor(a), whole_number("block", block, least=1)
     flat = a.ravel()
     parts = [
         _second_order_block(part, Om0, Ode0, Ok0) for part in np.split(flat, range(block, flat.size, block))
@@ -190,14 +216,16 @@ class MatterDominated:
         a: ArrayLike | None = None,
         a_normalize: float = 1.0,
     ) -> None:
+        if not real_number("Omega0_m", Omega0_m, most=10) > 0:
+            raise ValueError(f"a matter-dominated beginning needs Omega0_m > 0, got {Omega0_m}")
+        Omega0_m, Omega0_k = float(Omega0_m), real_number("Omega0_k", Omega0_k, **LIMITS["Ok0"])
         if Omega0_lambda is None:
             Omega0_lambda = 1 - Omega0_k - Omega0_m
-        if not Omega0_m > 0:
-            raise ValueError(f"a matter-dominated beginning needs Omega0_m > 0, got {Omega0_m}")
+        Omega0_lambda = real_number("Omega0_lambda", Omega0_lambda, **LIMITS["Ode0"])
         self.Omega0_m = self.Om0 = Omega0_m
         self.Omega0_lambda, self.Omega0_k = Omega0_lambda, Omega0_k
         self.a = None if a is None else np.unique(_scale_factor(a))
-        self.a_normalize = a_normalize
+        self.a_normalize = positive("a_normalize", a_normalize)
         start = _scale_factor(a_normalize)
         self._D1_norm = linear_growth(start, *self._densities)[0]
         self._D2_norm = second_order_growth(start, *self._densities)[0]
@@ -224,8 +252,7 @@ class MatterDominated:
 
     def E(self, a: ArrayLike, order: int = 0) -> Numbers:
         """E(a) for order 0, dE / d ln a for order 1."""
-        if order not in (0, 1):
-            raise ValueError(f"E is there with order 0 and 1, not {order}")
+        whole_number("order of E", order, 0, 1)
         return self.efunc(a) if order == 0 else self.efunc_prime(a) * a
 
     def Hfac(self, a: ArrayLike) -> Numbers:
@@ -292,8 +319,7 @@ class MatterDominated:
 
 
 def _check_order(order: int) -> None:
-    if order not in (0, 1, 2):
-        raise ValueError(f"growth factors are there with order 0, 1 and 2, not {order}")
+    whole_number("order of growth", order, 0, 2)
 
 
 @dataclass(frozen=True)
@@ -319,12 +345,12 @@ class Cosmology:
     Ok0: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("Om0", "h", "sigma8", "T_cmb"):
-            value = getattr(self, name)
-            if not isinstance(value, Symbol) and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
         if isinstance(self.T_cmb, Symbol) or isinstance(self.Ok0, Symbol):
             raise TypeError(f"T_cmb and Ok0 are numbers; only {', '.join(self.__symbols__)} may be symbols")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, Symbol):
+                object.__setattr__(self, field.name, real_number(field.name, value, **LIMITS[field.name]))
         symbolic = isinstance(self.Ob0, Symbol) or isinstance(self.Om0, Symbol)
         if not symbolic and not 0 <= self.Ob0 < self.Om0:
             raise ValueError(
@@ -376,10 +402,7 @@ class Cosmology:
 
 
 def _redshift(z: ArrayLike) -> Array:
-    z = np.asarray(z, dtype="f8")
-    if not np.all(z > -1):
-        raise ValueError(f"redshifts must be above -1, the smallest here is {np.min(z):g}")
-    return z
+    return real_array("redshifts", z, above=-1, infinite=True).astype("f8", copy=False)
 
 
 def _comoving_distance(z: ArrayLike, Om0: Number, Ode0: Number, Ok0: Number) -> Numbers:
@@ -464,8 +487,19 @@ def _baryons(k: Numbers, q: Numbers, scales: tuple[Number, ...], om: Number, fb:
 _NO_WAVENUMBER = 1e-30
 
 
+def _wavenumber(k: ArrayLike) -> Array:
+    """`k` as an array of floats, after a check that none is negative."""
+    return real_array("wavenumbers", k, least=0).astype("f8", copy=False)
+
+
 def eisenstein_hu(k: ArrayLike, Om0: Number, h: Number, Ob0: Number, T_cmb: float = 2.7255) -> Numbers:
     """Matter transfer function with acoustic wiggles, Eisenstein & Hu (1998, ApJ 496, 605); k in h/Mpc."""
+    k = _wavenumber(k)
+    check_parameters(Om0=Om0, h=h, Ob0=Ob0, T_cmb=T_cmb)
+    if not 0 < np.real(Ob0) < np.real(Om0):
+        raise ValueError(
+            f"the wiggles need baryons, 0 < Ob0 < Om0 = {np.real(Om0)}, but Ob0 is {np.real(Ob0)}"
+        )
     k = np.where(k == 0, _NO_WAVENUMBER, k) * h  # from here on in 1/Mpc
     om, fb = Om0 * h**2, Ob0 / Om0
     scales = _acoustic_scales(om, Ob0 * h**2, T_cmb / 2.7)
@@ -478,6 +512,12 @@ def eisenstein_hu_nowiggle(
     k: ArrayLike, Om0: Number, h: Number, Ob0: Number, T_cmb: float = 2.7255
 ) -> Numbers:
     """Smooth transfer function through the wiggles, Eisenstein & Hu (1998, section 4.2); k in h/Mpc."""
+    k = _wavenumber(k)
+    check_parameters(Om0=Om0, h=h, Ob0=Ob0, T_cmb=T_cmb)
+    if not np.real(Ob0) < np.real(Om0):
+        raise ValueError(
+            f"baryons are a part of matter, Ob0 < Om0 = {np.real(Om0)}, but Ob0 is {np.real(Ob0)}"
+        )
     k = np.where(k == 0, _NO_WAVENUMBER, k)
     om, ob, fb = Om0 * h**2, Ob0 * h**2, Ob0 / Om0
     s = 44.5 * np.log(9.83 / om) / np.sqrt(1 + 10 * ob**0.75)  # eq. 26
@@ -504,8 +544,7 @@ def _transfer_function(transfer: Transfer, Om0: Number, h: Number, Ob0: Number, 
     """A function of k from the name of a transfer function, or from a function of k."""
     if callable(transfer):
         return transfer
-    if transfer not in _TRANSFERS:
-        raise ValueError(f"transfer must be a function of k or one of {sorted(_TRANSFERS)}, got {transfer!r}")
+    one_of("transfer, if not a function of k,", transfer, _TRANSFERS)
     if transfer == "EisensteinHu" and not np.real(Ob0) > 0:
         raise ValueError("the transfer function with wiggles needs baryons, Ob0 > 0; use 'NoWiggle'")
     return lambda k: _TRANSFERS[transfer](k, Om0, h, Ob0, T_cmb)
@@ -518,8 +557,8 @@ def _amplitude(T: FunctionOfK, n_s: Number, sigma8: Number) -> Number:
 
 def _relative_growth(z: float, Om0: Number, Ok0: Number) -> Number:
     """D1(z) / D1(0)."""
-    a = _scale_factor(1 / (1 + _redshift(z)))
-    D = linear_growth(np.array([1.0, a]), Om0, 1 - Om0 - Ok0, Ok0)[0]
+    a = 1 / (1 + real_number("z", z, above=-1))
+    D = linear_growth(np.array([1.0, a]), *densities_of(Om0, Ok0))[0]
     return D[1] / D[0]
 
 
@@ -556,11 +595,18 @@ class LinearPower:
     __symbols__ = ("cosmology",)
 
     def __init__(self, cosmology: HasParameters, z: float = 0.0, transfer: Transfer = "EisensteinHu") -> None:
+        needed = "Om0", "h", "Ob0", "n_s", "sigma8", "T_cmb"
+        missing = [name for name in needed if not hasattr(cosmology, name)]
+        if missing:
+            raise TypeError(
+                f"the cosmology {cosmology!r} must have parameters, and lacks {', '.join(missing)}"
+            )
         c = self.cosmology = cosmology
-        self.z = float(z)
+        self.z = real_number("z", z, above=-1)
         self._transfer = transfer
         if self.is_symbolic:
             return
+        check_parameters(**{name: getattr(c, name) for name in needed})
         self.transfer = _transfer_function(transfer, c.Om0, c.h, c.Ob0, c.T_cmb)
         growth = _relative_growth(z, c.Om0, getattr(c, "Ok0", 0.0))
         self.amplitude = _amplitude(self.transfer, c.n_s, c.sigma8) * growth**2
@@ -587,13 +633,13 @@ class LinearPower:
 
     def sigma_r(self, r: float = 8.0) -> Number:
         """Root mean square of the linear density contrast in spheres of radius r Mpc/h."""
-        return np.sqrt(_variance(self, r))
+        return np.sqrt(_variance(self, positive("r", r)))
 
     # Spectra from tables
     @classmethod
     def from_table(cls, cosmology: HasParameters, k: ArrayLike, P: ArrayLike, z: float = 0.0) -> LinearPower:
         """From the power P today at increasing wavenumbers k; rescaled to the cosmology's sigma8 and to z."""
-        k, P = np.asarray(k, dtype="f8"), np.asarray(P, dtype="f8")
+        k, P = real_array("k", k), real_array("P", P)
         if isinstance(cosmology.n_s, Symbol):
             raise TypeError(
                 "a table belongs to a cosmology of numbers; make a spectrum of it, and give the "
@@ -611,6 +657,7 @@ class LinearPower:
     @classmethod
     def from_camb(cls, cosmology: HasParameters, z: float = 0.0, kmax: float = 20.0) -> LinearPower:
         """From a run of the Boltzmann code CAMB today, up to kmax h/Mpc, with massless neutrinos."""
+        positive("kmax", kmax)
         try:
             import camb
         except ImportError as error:
@@ -634,11 +681,9 @@ class LinearPower:
 
 def _power_law_times(T: FunctionOfK, k: ArrayLike, n_s: Number, amplitude: Number) -> Numbers:
     """amplitude k^n_s T^2, and zero at k = 0."""
-    k = np.asarray(k, dtype="f8")
-    if np.any(k < 0):
-        raise ValueError(f"wavenumbers must not be negative, the smallest here is {np.min(k):g}")
-    positive = np.where(k > 0, k, 1.0)
-    return np.where(k > 0, amplitude * positive**n_s * T(positive) ** 2, 0.0)[()]
+    k = _wavenumber(k)
+    above = np.where(k > 0, k, 1.0)
+    return np.where(k > 0, amplitude * above**n_s * T(above) ** 2, 0.0)[()]
 
 
 class _TabulatedTransfer:
@@ -750,6 +795,8 @@ class AnalyticOperator(Operator):
         return (lambda *numbers: self.function(**dict(zip(self.ain, numbers)), **fixed)), numbers
 
     def _apply(self, node: Node, **arguments: Any) -> dict[str, Any]:
+        for name in self.ain:
+            real_number(name, arguments[name])
         function, numbers = self._fix(arguments)
         return dict(zip(self.aout, _as_tuple(function(*numbers))))
 
@@ -792,7 +839,7 @@ def growth(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> tuple[Numbers, ...]:
     growth(Om0, a, Ok0=0) gives the symbols [D1, f1, D2, f2]; each has the shape of `a`.
     """
     a = _scale_factor(a)
-    densities = Om0, 1 - Om0 - Ok0, Ok0
+    densities = densities_of(Om0, Ok0)
     today = np.ones(())
     D1, F1, _ = linear_growth(a, *densities)
     D2, F2, _ = second_order_growth(a, *densities)
@@ -808,37 +855,37 @@ def growth(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> tuple[Numbers, ...]:
 def expansion_rate(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """E(a) = H(a) / H0 as a function of Om0: expansion_rate(Om0, a, Ok0=0)."""
     a = _scale_factor(a)
-    return np.sqrt(_expansion(a, Om0, 1 - Om0 - Ok0, Ok0) / a**3)
+    return np.sqrt(_expansion(a, *densities_of(Om0, Ok0)) / a**3)
 
 
 @analytic("Om0 -> chi")
 def comoving_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """Line-of-sight comoving distance in Mpc/h as a function of Om0: comoving_distance(Om0, z, Ok0=0)."""
-    return _comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0)
+    return _comoving_distance(z, *densities_of(Om0, Ok0))
 
 
 @analytic("Om0 -> d")
 def comoving_transverse_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """Comoving distance across the line of sight, per radian, in Mpc/h; as `comoving_distance`."""
-    return _transverse(_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0), Ok0)
+    return _transverse(_comoving_distance(z, *densities_of(Om0, Ok0)), Ok0)
 
 
 @analytic("Om0 -> d")
 def angular_diameter_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """Proper size per radian at redshift z, in Mpc/h; as `comoving_distance`."""
-    return _transverse(_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0), Ok0) / (1 + _redshift(z))
+    return _transverse(_comoving_distance(z, *densities_of(Om0, Ok0)), Ok0) / (1 + _redshift(z))
 
 
 @analytic("Om0 -> d")
 def luminosity_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
     """sqrt(L / 4 pi F) for a source at redshift z, in Mpc/h; as `comoving_distance`."""
-    return _transverse(_comoving_distance(z, Om0, 1 - Om0 - Ok0, Ok0), Ok0) * (1 + _redshift(z))
+    return _transverse(_comoving_distance(z, *densities_of(Om0, Ok0)), Ok0) * (1 + _redshift(z))
 
 
 def _step_functions(a: ArrayLike, Om0: Number, Ok0: Number) -> tuple[Numbers, Numbers]:
     """D1 and Gf = a^2 E D1' at scale factors a, with the normalisation of `linear_growth`."""
     a = _scale_factor(a)
-    densities = Om0, 1 - Om0 - Ok0, Ok0
+    densities = densities_of(Om0, Ok0)
     D, F, _ = linear_growth(a, *densities)
     return D, F * np.sqrt(a * _expansion(a, *densities))
 
@@ -868,7 +915,7 @@ def step_factors(Om0: Number, stages: ArrayLike, Ok0: Number = 0.0) -> Array:
     step_factors(Om0, stages, Ok0=0) has the shape (number of steps, 3): a kick by the force of the bare
     density contrast (so it includes 1.5 Om0), a drift, a kick. Middles of steps are geometric means.
     """
-    stages = _scale_factor(stages)
+    stages = real_array("stages", stages, shape=(None,), above=0).astype("f8")
     n = len(stages)
     D, Gf = _step_functions(np.concatenate([stages, np.sqrt(stages[:-1] * stages[1:])]), Om0, Ok0)
     middle = Gf[n:]
@@ -887,7 +934,7 @@ def start_factors(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> Array:
     """
     a = _scale_factor(a)
     D1, f1, D2, f2 = growth.function(Om0, a, Ok0)
-    rate = np.sqrt(a * _expansion(a, Om0, 1 - Om0 - Ok0, Ok0))
+    rate = np.sqrt(a * _expansion(a, *densities_of(Om0, Ok0)))
     return np.stack([D1, D2, rate * f1 * D1, rate * f2 * D2])
 
 
@@ -910,6 +957,7 @@ def linear_power(
     (Mpc/h)^3 and in the shape of `k`, h/Mpc. A transfer function given as a function of k is held fixed in
     derivatives.
     """
+    check_parameters(Om0=Om0, h=h, Ob0=Ob0, n_s=n_s, sigma8=sigma8, T_cmb=T_cmb, Ok0=Ok0)
     T = _transfer_function(transfer, Om0, h, Ob0, T_cmb)
     amplitude = _amplitude(T, n_s, sigma8) * _relative_growth(z, Om0, Ok0) ** 2
     return _power_law_times(T, k, n_s, amplitude)
@@ -929,9 +977,9 @@ class SymbolicBackground:
     __symbols__ = ("Om0",)
 
     def __init__(self, Om0: Number, Ok0: float = 0.0, a_normalize: float = 1.0) -> None:
-        if a_normalize != 1.0:
-            raise ValueError(f"the growth of a symbol is normalised to one today, not at a = {a_normalize:g}")
-        self.Om0, self.Ok0 = Om0, Ok0
+        if positive("a_normalize", a_normalize) != 1.0:
+            raise ValueError(f"the growth of a symbol is normalised to one today, not at a = {a_normalize}")
+        self.Om0, self.Ok0 = Om0, real_number("Ok0", Ok0, **LIMITS["Ok0"])
 
     def __repr__(self) -> str:
         return f"SymbolicBackground({self.Om0}, Ok0={self.Ok0:g})"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+import numbers
 from typing import Any, TypeAlias
 
 import numpy
@@ -14,11 +15,21 @@ from numpy.typing import ArrayLike
 
 from vmad_lit import operator
 from vmad_lit.core.error import needed_for
+from vmad_lit.core.arguments import plain_array
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.placement import same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
-from vmad_lit.core.symbol import Value
+from vmad_lit.core.symbol import BaseSymbol, Value
 from vmad_lit.lib import memory
-from vmad_lit.lib.mesh import ParticleMesh, as_rows, common_dtypes, is_zero, once_per_mesh
+from vmad_lit.lib.mesh import (
+    ParticleMesh,
+    agree,
+    as_rows,
+    check_mesh,
+    common_dtypes,
+    is_zero,
+    once_per_mesh,
+)
 
 with needed_for("the exchange of particles", extra="mesh"):
     from mpi4py import MPI
@@ -56,16 +67,15 @@ def _touched_domains(x: Array, pm: ParticleMesh, support: int) -> Array:
 def make_layout(x: Array, pm: ParticleMesh, support: int) -> GhostLayout:
     """A layout that sends each particle to exactly the ranks that hold cells of its window."""
     if loops is not None:
-        return GhostLayout(
-            pm.comm, len(x), *loops.find_ranks(x, *_axes_of_domains(pm), support, pm.comm.size)
-        )
+        there = loops.find_ranks(x, *_axes_of_domains(pm), support, pm.comm.size)
+        return GhostLayout(pm.comm, len(x), *there, pm, support / 2)
     ranks = pm.domain.DomainAssign[_touched_domains(x, pm, support)]
     counts = numpy.zeros(pm.comm.size, dtype="i4")
     rows = [numpy.empty(0, dtype="i8")]
     for rank in numpy.flatnonzero(numpy.bincount(ranks.ravel(), minlength=pm.comm.size)):
         rows.append(numpy.flatnonzero((ranks == rank).any(axis=0)))
         counts[rank] = len(rows[-1])
-    return GhostLayout(pm.comm, len(x), counts, numpy.concatenate(rows))
+    return GhostLayout(pm.comm, len(x), counts, numpy.concatenate(rows), pm, support / 2)
 
 
 def _axes_of_domains(pm: ParticleMesh) -> Axes:
@@ -85,7 +95,25 @@ def _axes_of_domains(pm: ParticleMesh) -> Axes:
 
 
 class GhostLayout(Layout):
-    """A layout of pmesh, given by the rows to send to each rank, that sends with a single collective call."""
+    """A layout of pmesh, given by the rows to send to each rank, that sends with a single collective call.
+
+    `pm` is the mesh it was made for, None if that is not known; `reach` how many cells away it is right.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        sendlength: int,
+        sendcounts: Array,
+        indices: Array,
+        pm: ParticleMesh | None = None,
+        reach: float = numpy.inf,
+    ) -> None:
+        sendcounts = numpy.ascontiguousarray(sendcounts)
+        recvcounts = numpy.empty_like(sendcounts)
+        comm.Alltoall(sendcounts, recvcounts)
+        super().__init__(comm, sendlength, sendcounts, indices, recvcounts)
+        self.pm, self.reach = pm, reach
 
     def exchange(self, *args: Array, pack: bool = True) -> Any:
         """Rows for the particles needed on this rank, ghosts included; one result for each argument."""
@@ -174,10 +202,12 @@ def _add_rows(total: Array, indices: Array, rows: Array) -> None:
 
 
 class IdentityLayout:
-    """The layout of particles that all stay where they are, on a single rank."""
+    """The layout of particles that all stay where they are, on a single rank; see `GhostLayout`."""
 
-    def __init__(self, comm: MPI.Comm, length: int) -> None:
-        self.comm = comm
+    def __init__(
+        self, comm: MPI.Comm, length: int, pm: ParticleMesh | None = None, reach: float = numpy.inf
+    ) -> None:
+        self.comm, self.pm, self.reach = comm, pm, reach
         self.sendlength = self.recvlength = length
 
     def exchange(self, *args: Array, pack: bool = True) -> Any:
@@ -222,13 +252,29 @@ def gather_rows(layout: AnyLayout | None, data: Value) -> Any:
     return layout.gather(data)
 
 
+def agree_on_rows(layout: AnyLayout | None, data: Value, side: str) -> Value:
+    """Rows with one for each particle on a `side` of a layout, in a dtype that all ranks agree on. Collective."""
+    if layout is None:
+        return data
+
+    def prepare() -> tuple[Any, ...]:
+        rows, count = numpy.asarray(data), getattr(layout, side)
+        if rows.ndim and len(rows) != count:
+            raise ValueError(
+                f"the layout has {count} particles on this rank, but the data is for {len(rows)}"
+            )
+        return (rows if rows.ndim else data,)
+
+    return agree(layout.comm, prepare)[0]
+
+
 def window_support(resampler: Any) -> int:
     return resampler.support if resampler.support > 0 else resampler.nativesupport
 
 
 def as_positions(x: ArrayLike, pm: ParticleMesh) -> Array:
     """Positions as a floating point array (N, ndim), or an error that says so."""
-    x = numpy.asarray(x)
+    x = plain_array("positions", x)
     if x.ndim != 2 or x.shape[1] != pm.ndim:
         raise ValueError(
             f"positions must have the shape (N, {pm.ndim}), a row for each particle, "
@@ -236,7 +282,58 @@ def as_positions(x: ArrayLike, pm: ParticleMesh) -> Array:
         )
     if x.dtype.kind not in "fiub":
         raise TypeError(f"positions must be real numbers, but their type is {x.dtype}")
-    return x if x.dtype in ("f4", "f8") and x.dtype.isnative else x.astype("f8")
+    x = x if x.dtype in ("f4", "f8") and x.dtype.isnative else x.astype("f8")
+    if not numpy.isfinite(x.sum()) and not numpy.isfinite(x).all():
+        bad = numpy.flatnonzero(~numpy.isfinite(x).all(axis=1))
+        raise ValueError(f"positions must be finite, but {len(bad)} are not: row {bad[0]} is {x[bad[0]]}")
+    return x
+
+
+def check_layout(layout: Value, pm: ParticleMesh, resampler: Any) -> None:
+    """Raise an error unless a layout, or None, brings particles to where a window of the mesh needs them."""
+    if layout is None:
+        return
+    if not isinstance(layout, AnyLayout):
+        raise TypeError(f"a layout is what decompose returns, or None, but not a {type(layout).__name__}")
+    made_for = getattr(layout, "pm", None)
+    if made_for is not None:
+        check_mesh(made_for, pm, "the layout")
+    elif not same_ranks(layout.comm, pm.comm):
+        raise ValueError("the layout is of another communicator than the mesh")
+    if window_support(resampler) / 2 > getattr(layout, "reach", numpy.inf):
+        raise ValueError(
+            f"the layout brings particles to the ranks within {layout.reach} cells, but the window "
+            f"{resampler.kind} reaches {window_support(resampler) / 2}; give decompose its name as smoothing"
+        )
+
+
+def find_reach(pm: ParticleMesh, smoothing: Any) -> tuple[Any, float]:
+    """The window that `smoothing` tells, or None; and how many cells it reaches, to either side."""
+    if isinstance(smoothing, numbers.Real) and not isinstance(smoothing, bool):
+        distance = float(smoothing)
+        if not 0 <= distance < numpy.inf:
+            raise ValueError(f"smoothing must be a window, or a distance of 0 cells or more, not {smoothing}")
+        return None, distance
+    resampler = FindResampler(pm.resampler if smoothing is None else smoothing)
+    return resampler, window_support(resampler) / 2
+
+
+def lay_out(
+    make: Callable[[], ArrayLike], pm: ParticleMesh, smoothing: Any = None
+) -> tuple[Array, AnyLayout]:
+    """The positions that `make()` returns, in a dtype that all ranks agree on, and their layout. Collective."""
+
+    def prepare() -> tuple[Any, ...]:
+        resampler, reach = find_reach(pm, smoothing)
+        return as_positions(make(), pm), pm, reach, resampler
+
+    x, _, reach, resampler = agree(pm.comm, prepare)
+    if pm.comm.size == 1:
+        return x, IdentityLayout(pm.comm, len(x), pm, reach)
+    if resampler is not None:
+        return x, make_layout(x, pm, window_support(resampler))
+    layout = pm.decompose(x, smoothing=reach)
+    return x, GhostLayout(pm.comm, len(x), layout.sendcounts, layout.indices, pm, reach)
 
 
 @operator
@@ -251,14 +348,12 @@ class decompose:
     placements = "partitioned -> partitioned"
 
     def apl(node, x, pm, smoothing=None):
-        x = as_positions(x, pm)
-        if pm.comm.size == 1:
-            return dict(layout=IdentityLayout(pm.comm, len(x)))
-        if smoothing is None or not numpy.isscalar(smoothing) or isinstance(smoothing, str):
-            resampler = FindResampler(pm.resampler if smoothing is None else smoothing)
-            return dict(layout=make_layout(x, pm, window_support(resampler)))
-        layout = pm.decompose(x, smoothing=smoothing)
-        return dict(layout=GhostLayout(pm.comm, len(x), layout.sendcounts, layout.indices, layout.recvcounts))
+        return dict(layout=lay_out(lambda: x, pm, smoothing)[1])
+
+
+def agree_on_lattice(q: Any, pm: ParticleMesh) -> Any:
+    """The positions of a lattice, in a dtype that all ranks agree on; a symbol, as it is. Collective."""
+    return q if isinstance(q, BaseSymbol) else agree(pm.comm, lambda: (as_positions(q, pm), pm))[0]
 
 
 @operator
@@ -272,7 +367,7 @@ class exchange:
     hvp = ZeroGradient
 
     def apl(node, x, layout):
-        y = exchange_rows(layout, x)
+        y = exchange_rows(layout, agree_on_rows(layout, x, "sendlength"))
         return dict(y=y, shapes=(numpy.shape(x), numpy.shape(y)))
 
     def vjp(node, _y, layout, shapes):
@@ -293,7 +388,7 @@ class gather:
     hvp = ZeroGradient
 
     def apl(node, x, layout):
-        y = gather_rows(layout, x)
+        y = gather_rows(layout, agree_on_rows(layout, x, "recvlength"))
         return dict(y=y, shapes=(numpy.shape(x), numpy.shape(y)))
 
     def vjp(node, _y, layout, shapes):

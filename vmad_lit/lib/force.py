@@ -13,10 +13,12 @@ from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.lib import memory
-from vmad_lit.lib.exchange import as_positions, deliver, exchange_rows, gather_rows, starts
-from vmad_lit.lib.mesh import ParticleMesh, as_real_field, as_rows, common_dtypes, once_per_mesh
+from vmad_lit.lib.exchange import deliver, exchange_rows, gather_rows, starts
+from vmad_lit.lib.mesh import ParticleMesh, agree, as_real_field, as_rows, common_dtypes, once_per_mesh
 from vmad_lit.lib.painting import (
     Window,
+    agree_to_read,
+    check_particles,
     in_dtype_of,
     read,
     read_hvp,
@@ -155,16 +157,17 @@ class readout_neg_gradient:
     fresh = True
 
     def apl(node, mesh, x, layout, resampler=None):
-        if not differences_serve(mesh.pm, order=1):
+        at, pm = agree_to_read([mesh], x, layout, resampler), mesh.pm
+        if not differences_serve(pm, order=1):
             raise ValueError(
                 "differences need numba, real numbers, and a mesh whose last axis is whole; "
                 "use c2r and apply_transfer with fourier_space_neg_gradient"
             )
-        return dict(value=read(mesh.pm, _neg_gradient(mesh), x, layout, resampler), pm=mesh.pm)
+        return dict(value=read(pm, _neg_gradient(mesh), at, layout, resampler), pm=pm, at=at)
 
-    def rcd(node, mesh, x, layout, resampler, pm, **others):
+    def rcd(node, mesh, x, layout, resampler, pm, at, **others):
         return dict(
-            x=x, layout=layout, resampler=resampler, pm=pm, mesh=None if node.is_literal("x") else mesh
+            x=at, layout=layout, resampler=resampler, pm=pm, mesh=None if node.is_literal("x") else mesh
         )
 
     def vjp(node, _value, mesh, x, layout, resampler, pm):
@@ -307,15 +310,16 @@ class force:
     # The force and its derivatives
     def apl(node, x, layout, pm, order=1, keep_potential=True):
         w = Window(pm)
-        local_x, factor = exchange_rows(layout, as_positions(x, pm)), force.find_factor(x, pm)
+        at, *_ = agree(pm.comm, lambda: check_particles(x, layout, pm, None))
+        local_x, factor = exchange_rows(layout, at), force.find_factor(at, pm)
         potk = force.potential(w.paint(local_x, factor))
         pot = force.kept(potk, order, None if node.needs("potk") else Ellipsis)
         f = gather_rows(layout, w.readout(force.meshes(pot, order), local_x))
-        return dict(f=in_dtype_of(f, x), potk=potk, pot=pot, factor=factor)
+        return dict(f=in_dtype_of(f, at), potk=potk, pot=pot, factor=factor, at=at)
 
-    def rcd(node, x, layout, pm, order, keep_potential, pot, factor, **others):
+    def rcd(node, x, layout, pm, order, keep_potential, pot, factor, at, **others):
         return dict(
-            x=x, layout=layout, pm=pm, order=order, pot=pot if keep_potential else None, factor=factor
+            x=at, layout=layout, pm=pm, order=order, pot=pot if keep_potential else None, factor=factor
         )
 
     def vjp(node, _f, _potk, x, layout, pm, order, pot, factor):
@@ -323,7 +327,7 @@ class force:
         if of_f is None and of_potk is None:
             return dict(_x=ZeroGradient, _layout=ZeroGradient)
         w, _p = Window(pm), None
-        local_x = exchange_rows(layout, as_positions(x, pm))
+        local_x = exchange_rows(layout, x)
         if of_potk is not None:
             _p = pm.create(type=ComplexField, value=_potk)
         if of_f is None:
@@ -339,7 +343,7 @@ class force:
             return dict(f_=ZeroGradient, potk_=ZeroGradient)
         w = Window(pm)
         local_x, x_ = (
-            exchange_rows(layout, as_positions(x, pm)),
+            exchange_rows(layout, x),
             exchange_rows(layout, as_rows(x_, numpy.shape(x), dtype)),
         )
         potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
@@ -356,7 +360,7 @@ class force:
             return dict(_x_=ZeroGradient, _layout_=ZeroGradient)
         w = Window(pm)
         local_x, x_ = (
-            exchange_rows(layout, as_positions(x, pm)),
+            exchange_rows(layout, x),
             exchange_rows(layout, as_rows(x_, numpy.shape(x), of_x)),
         )
         _p = None if of_potk is None else pm.create(type=ComplexField, value=_potk)

@@ -14,7 +14,7 @@ from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.symbol import Value
 from vmad_lit.lib import memory
 from vmad_lit.lib.compiled import compiled, inlined
-from vmad_lit.lib.memory import as_flat
+from vmad_lit.lib.memory import as_flat, check_array, collide, flatten, overlap
 from vmad_lit.lib.threads import share
 
 with needed_for("compiled loops", extra="fast"):
@@ -31,11 +31,18 @@ def _multiply(out, x, factor, scale, start, end):
 
 def multiply(out: Array, x: Array, factor: Value, scale: float = 1.0) -> bool:
     """x * factor * scale into `out`, if the three arrays lie alike in memory; tells whether they do."""
-    if not (isinstance(factor, numpy.ndarray) and out.shape == x.shape == factor.shape and out.size):
+    if not (all(type(a) is numpy.ndarray for a in (out, x, factor)) and out.shape == x.shape == factor.shape):
+        return False
+    if not out.size or not out.flags.writeable or any(a is not out and overlap(out, a) for a in (x, factor)):
         return False
     axes = numpy.argsort([-s for s in out.strides], kind="stable")
     turned = [a.transpose(axes) for a in (out, x, factor)]
-    if not all(a.flags.c_contiguous and a.dtype.kind in "fc" for a in turned) or out.dtype != x.dtype:
+    if not all(
+        a.flags.c_contiguous and a.flags.aligned and a.dtype.char in "fdFD" and a.dtype.isnative
+        for a in turned
+    ):
+        return False
+    if out.dtype != x.dtype:
         return False
     if factor.dtype.kind == "c" and x.dtype.kind == "f":
         return False
@@ -106,12 +113,43 @@ def find_ranks(
     -------
     counts, rows : how many particles there are for each rank, and their numbers, rank by rank
     """
-    flat, counts = as_flat(numpy.ascontiguousarray(pos))[0], numpy.zeros(nrank, "i8")
+    pos = numpy.ascontiguousarray(pos)
+    check_array("positions", pos)
+    assign = numpy.ascontiguousarray(assign, "i8")
+    _check_domains(pos, axes, scales, owners, assign, support, nrank)
+    owners = tuple(numpy.ascontiguousarray(owner, "i8") for owner in owners)
+    flat, counts = flatten(pos), numpy.zeros(nrank, "i8")
     rest = flat, pos.shape[1], axes, scales, owners, assign, support
     _find_ranks(counts, numpy.empty(0, "i8"), False, *rest, numpy.full(nrank, -1))
     rows, ends = numpy.empty(counts.sum(), "i8"), numpy.cumsum(counts)
     _find_ranks(ends - counts, rows, True, *rest, numpy.full(nrank, -1))
     return counts.astype("i4"), rows
+
+
+def _check_domains(
+    pos: Array,
+    axes: tuple[int, ...],
+    scales: tuple[float, ...],
+    owners: tuple[Array, ...],
+    assign: Array,
+    support: int,
+    nrank: int,
+) -> None:
+    """Raise ValueError unless these are numbers of axes, domains and ranks that there are."""
+    if pos.ndim != 2 or not 1 <= len(axes) == len(scales) == len(owners) <= 3:
+        raise ValueError(
+            "positions must have the shape (N, ndim), with one to three axes that have scales and owners"
+        )
+    if not all(0 <= axis < pos.shape[1] for axis in axes) or support < 1:
+        raise ValueError(
+            f"axes {axes} must be those of positions {pos.shape}, and the support {support} positive"
+        )
+    if not all(owner.ndim == 1 and len(owner) and owner.min() >= 0 for owner in owners):
+        raise ValueError("each axis has planes, and each plane has a domain")
+    if assign.ndim != 1 or sum(int(owner.max()) for owner in owners) >= len(assign):
+        raise ValueError(f"the planes have more domains than the {len(assign)} that have ranks")
+    if assign.min() < 0 or assign.max() >= nrank:
+        raise ValueError(f"domains must have ranks from 0 to {nrank - 1}, not {assign}")
 
 
 @compiled
@@ -122,11 +160,27 @@ def _add_rows(total, indices, rows, width):
 
 
 def add_rows(total: Array, indices: Array, rows: Array) -> bool:
-    """Add rows to those of `total` with the numbers `indices`, if they are real or complex; tells whether."""
-    if total.dtype.char not in "fdFD" or rows.dtype != total.dtype:
+    """Add rows to those of `total` with the numbers `indices`, if they are real or complex; tells whether.
+
+    As `numpy.add.at`, with an IndexError for a row that `total` does not have.
+    """
+    if not all(type(a) is numpy.ndarray and a.ndim for a in (total, indices, rows)):
         return False
-    flat = [as_flat(numpy.ascontiguousarray(x).view(x.real.dtype))[0] for x in (total, rows)]
-    _add_rows(flat[0], indices, flat[1], flat[0].size // max(1, len(total)))
+    if total.dtype.char not in "fdFD" or rows.dtype != total.dtype or not total.flags.carray:
+        return False
+    if indices.ndim != 1 or indices.dtype.kind not in "iu" or rows.shape != indices.shape + total.shape[1:]:
+        return False
+    if overlap(total, rows, indices):
+        return False
+    rows, indices = numpy.ascontiguousarray(rows), numpy.ascontiguousarray(indices, "i8")
+    if len(indices):
+        low, high, count = int(indices.min()), int(indices.max()), len(total)
+        if low < -count or high >= count:
+            bad = high if high >= count else low
+            raise IndexError(f"there is no row {bad} among {count}")
+        indices = indices if low >= 0 else indices % count
+    flat = [flatten(x.view(x.real.dtype)) for x in (total, rows)]
+    _add_rows(flat[0], flatten(indices), flat[1], flat[0].size // max(1, len(total)))
     return True
 
 
@@ -236,6 +290,12 @@ def gradient(
         the axis: two before the first, two behind the last. None for an axis that is whole
     beside : None, or another mesh that lies in memory as `mesh` does
     """
+    count = _check_mesh(mesh, factors, halos) + (beside is not None)
+    if len(outs) != count:
+        raise ValueError(f"{count} arrays are needed for the differences, not {len(outs)}")
+    sources = [mesh] if beside is None else [mesh, beside]
+    _check_alike("the other mesh", sources, mesh)
+    _check_alike("an array for differences", outs, mesh, sources)
     (source, strides), *targets = map(_as_flat_3d, (mesh, *outs))
     other = source[:0] if beside is None else _as_flat_3d(beside)[0]
     flats = [flat for flat, _ in targets] + ([source[:0]] if beside is None else [])
@@ -247,8 +307,54 @@ def divergence(out: Array, meshes: Sequence[Array], factors: Sequence[float], ha
 
     The `meshes` have common strides; rows of the last axis of `out` are contiguous.
     """
+    if len(meshes) != _check_mesh(out, factors, halos):
+        raise ValueError(f"a mesh is needed for each of {out.ndim} axes, not {len(meshes)}")
+    _check_alike("a mesh", meshes, out)
+    _check_alike("the array for the divergence", [out], out, meshes)
+    if out.size and out.shape[-1] > 1 and out.strides[-1] != out.itemsize:
+        raise ValueError(
+            f"rows of the array for the divergence must be contiguous, but its strides are {out.strides}"
+        )
     (target, step), *sources = map(_as_flat_3d, (out, *meshes))
     _over_planes(_divergence, target, step, [flat for flat, _ in sources], sources[0][1], out, factors, halos)
+
+
+def _check_mesh(mesh: Array, factors: Sequence[float], halos: Halos) -> int:
+    """The number of axes of a mesh, once it is known to have factors and halos for them."""
+    check_array("the mesh", mesh, ordered=False)
+    if not 1 <= mesh.ndim <= 3:
+        raise ValueError(f"a mesh has one to three axes, not {mesh.ndim}")
+    if len(factors) != mesh.ndim or len(halos) != mesh.ndim - 1:
+        raise ValueError(
+            f"{mesh.ndim} axes have as many factors and one halo less, not {len(factors)} and {len(halos)}"
+        )
+    for axis, halo in enumerate(halos):
+        _check_halo(halo, mesh, axis)
+    return mesh.ndim
+
+
+def _check_halo(halo: Array | None, mesh: Array, axis: int) -> None:
+    if halo is not None:
+        check_array("a halo", halo, mesh, (*mesh.shape[:axis], 4, *mesh.shape[axis + 1 :]))
+
+
+def _check_alike(
+    what: str, arrays: Sequence[Array], mesh: Array, sources: Sequence[Array] | None = None
+) -> None:
+    """Raise an error unless arrays are like a mesh and lie in memory alike; given `sources`, these are not overwritten."""
+    for array in arrays:
+        check_array(what, array, mesh, writes=sources is not None, ordered=False)
+        if _steps(array) != _steps(arrays[0]):
+            raise ValueError(
+                f"{what} must have the strides of the first one, {arrays[0].strides}, not {array.strides}"
+            )
+        if sources is not None and overlap(array, *sources):
+            raise ValueError(f"{what} shares memory with a mesh that is read")
+
+
+def _steps(array: Array) -> list[int]:
+    """The strides that matter."""
+    return [stride for n, stride in zip(array.shape, array.strides) if n > 1] if array.size else []
 
 
 def _over_planes(
@@ -296,6 +402,13 @@ def difference(
     out: Array, mesh: Array, axis: int, factor: float, halo: Array | None, add: bool = False
 ) -> None:
     """The four-point difference of a periodic mesh along one axis into `out`, or added to it; see `gradient`."""
+    check_array("the mesh", mesh, ordered=False)
+    if not 1 <= mesh.ndim <= 3 or not 0 <= axis < mesh.ndim:
+        raise ValueError(
+            f"a mesh of one to three axes is needed, and one of its axes, not {mesh.ndim} and {axis}"
+        )
+    _check_alike("the array for the difference", [out], mesh, [mesh])
+    _check_halo(halo, mesh, axis)
     if not mesh.size:
         return
     (source, strides), (target, step) = _as_flat_3d(mesh), _as_flat_3d(out)
@@ -332,6 +445,8 @@ def _quadratic_vjp(out, factor, ndim, a, start, end):
 
 def second_invariant(a: Sequence[Array], b: Sequence[Array], ndim: int, factor: float) -> Array:
     """`factor` times (tr A tr B - tr AB) at each point, for symmetric matrices as lists of meshes, the diagonal first."""
+    _check_matrix(a, ndim)
+    _check_matrix(b, ndim, a[0])
     out = memory.empty_like(a[0])
     share(partial(_quadratic, out.reshape(-1), factor, ndim, _flatten(a, ndim), _flatten(b, ndim)), out.size)
     return out
@@ -339,14 +454,32 @@ def second_invariant(a: Sequence[Array], b: Sequence[Array], ndim: int, factor: 
 
 def second_invariant_vjp(_out: Array, a: list[Array], ndim: int, factor: float) -> list[Array]:
     """The cotangent of A in `second_invariant(a, a, ...)`, which overwrites `a`."""
-    flat = numpy.ascontiguousarray(_out).reshape(-1)
+    _check_matrix(a, ndim)
+    for i, element in enumerate(a):
+        check_array("an element of the matrix", element, a[0], writes=True)
+        if overlap(element, *a[:i]):
+            raise ValueError("the elements of the matrix share memory, and would be written to")
+    _out = numpy.ascontiguousarray(_out) if type(_out) is numpy.ndarray else _out
+    check_array("the cotangent", _out, a[0])
+    flat = flatten(_out.copy() if overlap(_out, *a) else _out)
     share(partial(_quadratic_vjp, flat, factor, ndim, _flatten(a, ndim)), a[0].size)
     return a
 
 
+def _check_matrix(meshes: Sequence[Array], ndim: int, like: Array | None = None) -> None:
+    """Raise an error unless meshes are the elements of a symmetric matrix, arrays of one shape and type."""
+    if not 1 <= ndim <= 3 or len(meshes) != ndim * (ndim + 1) // 2:
+        raise ValueError(
+            f"a symmetric matrix of {ndim} axes has {ndim * (ndim + 1) // 2} elements, not {len(meshes)}"
+        )
+    check_array("an element of the matrix", meshes[0], like, ordered=False)
+    for mesh in meshes[1:]:
+        check_array("an element of the matrix", mesh, meshes[0], ordered=False)
+
+
 def _flatten(meshes: Sequence[Array], ndim: int) -> tuple[Array, ...]:
     """The elements of a matrix as those of one in three dimensions; nothing is in those that are not there."""
-    flat = [mesh.reshape(-1) for mesh in meshes]
+    flat = [flatten(numpy.ascontiguousarray(mesh)) for mesh in meshes]
     none = flat[0][:0]
     diagonal, others = flat[:ndim], flat[ndim:]
     return tuple(diagonal + [none] * (3 - ndim) + others + [none] * (3 - len(others)))
@@ -360,7 +493,12 @@ def _add_multiple(out, x, v, c, start, end):
 
 def axpy(out: Array, x: Array, v: Array, c: float) -> Array:
     """x + c * v into `out`, for C-ordered arrays of one shape and type; `out` may be `x`."""
-    share(partial(_add_multiple, out.reshape(-1), as_flat(x)[0], as_flat(v)[0], float(c)), out.size)
+    check_array("out", out, writes=True)
+    for array in x, v:
+        check_array("a term of the sum", array, out)
+        if collide(out, array):
+            raise ValueError("out shares memory with a term of the sum, and is not the same array")
+    share(partial(_add_multiple, flatten(out), flatten(x), flatten(v), float(c)), out.size)
     return out
 
 
@@ -374,5 +512,18 @@ def _mix(a_out, b_out, a, b, aa, ab, ba, bb, start, end):
 
 def mix(a: Array, b: Array, matrix: ArrayLike, outs: Sequence[Array]) -> None:
     """The product of a matrix (2, 2) of numbers with a pair of C-ordered arrays of one shape and type, in `outs`."""
-    flat = [as_flat(x)[0] for x in (*outs, a, b)]
-    share(partial(_mix, *flat, *map(float, numpy.ravel(matrix))), a.size)
+    if len(outs) != 2 or numpy.shape(matrix) != (2, 2):
+        raise ValueError(
+            f"a pair of arrays and a matrix (2, 2) are needed, not {len(outs)} and {numpy.shape(matrix)}"
+        )
+    check_array("the first array", a)
+    check_array("the second array", b, a)
+    for out in outs:
+        check_array("an array for results", out, a, writes=True)
+        if collide(out, a, b):
+            raise ValueError(
+                "an array for results shares memory with one that is read, and is not the same array"
+            )
+    if overlap(*outs):
+        raise ValueError("the arrays for results share memory")
+    share(partial(_mix, *map(flatten, (*outs, a, b)), *map(float, numpy.ravel(matrix))), a.size)

@@ -9,16 +9,29 @@ from typing import Any
 import numpy
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.arguments import real_array
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import memory
 from vmad_lit.lib.cosmology import LinearPower
-from vmad_lit.lib.exchange import decompose
+from vmad_lit.lib.exchange import agree_on_lattice, decompose
 from vmad_lit.lib.force import difference, differences_serve, readout_neg_gradient
 from vmad_lit.lib.linalg import concatenate
-from vmad_lit.lib.mesh import ParticleMesh, as_real_field, c2r, common_dtypes, once_per_mesh, r2c, wavenumbers
+from vmad_lit.lib.mesh import (
+    ParticleMesh,
+    agree,
+    as_real_field,
+    c2r,
+    check_field,
+    comm_of,
+    common_dtypes,
+    on_mesh,
+    once_per_mesh,
+    r2c,
+    wavenumbers,
+)
 from vmad_lit.lib.painting import readout_all
 from vmad_lit.lib.transfer import (
     Digitizer,
@@ -55,8 +68,10 @@ def induce_correlation(wnk: Symbol, powerspectrum: Callable[[Any], Any], pm: Par
     -------
     c : complex field, `wnk` times sqrt(P(k) / V)
     """
+    wnk = on_mesh(wnk, pm)
     if isinstance(powerspectrum, LinearPower) and powerspectrum.is_symbolic:
         return color_modes(wnk, powerspectrum(find_wavenumbers(pm)), pm)
+    check_power(powerspectrum, pm)
     volume = float(numpy.prod(pm.BoxSize))
 
     @partial(fixed_transfer, pointwise=True)
@@ -67,6 +82,20 @@ def induce_correlation(wnk: Symbol, powerspectrum: Callable[[Any], Any], pm: Par
         return numpy.where((k == 0) & ~numpy.isfinite(factor), 0, factor)
 
     return apply_transfer(wnk, amplitude)
+
+
+def check_power(powerspectrum: Callable[[Any], Any], pm: ParticleMesh) -> None:
+    """Raise an error unless a power spectrum is positive or zero at some wave numbers in the range of a mesh."""
+    if not callable(powerspectrum):
+        raise TypeError(f"a power spectrum must be a function of the wave number, not {powerspectrum!r}")
+    lowest = 2 * numpy.pi / pm.BoxSize.max()
+    highest = float(((numpy.pi * pm.Nmesh / pm.BoxSize) ** 2).sum() ** 0.5)
+    k = numpy.geomspace(lowest, max(highest, lowest), 50)
+    power = real_array("the power spectrum", powerspectrum(k), least=0)
+    if power.shape not in ((), k.shape):
+        raise ValueError(
+            f"a power spectrum must be of the shape of the wave numbers, {k.shape}, not {power.shape}"
+        )
 
 
 def find_wavenumbers(pm: ParticleMesh) -> Array:
@@ -103,7 +132,7 @@ def color_modes(wnk: Symbol, power: Symbol, pm: ParticleMesh) -> Symbol:
     c : complex field, `wnk` times sqrt(P(k) / V), with the mean zero
     """
     amplitude = sqrt(power * (1.0 / float(numpy.prod(pm.BoxSize))))
-    return apply_digitized(wnk, concatenate([numpy.zeros(1), amplitude]), _digitize_moduli(pm))
+    return apply_digitized(on_mesh(wnk, pm), concatenate([numpy.zeros(1), amplitude]), _digitize_moduli(pm))
 
 
 def _digitize_moduli(pm: ParticleMesh) -> Digitizer:
@@ -155,12 +184,13 @@ def lpt1(rhok: Symbol, q: Array, pm: ParticleMesh, layout: Value = None) -> Symb
     -------
     dx1 : (N, ndim), the displacement for D1 = 1, in the precision of q
     """
+    q = agree_on_lattice(q, pm)
     return _displacement(_potential(rhok, pm), q, pm, decompose(q, pm) if layout is None else layout)
 
 
 def _potential(rhok: Symbol, pm: ParticleMesh) -> Symbol:
     """The potential of a density contrast: a real field where differences serve, or else its modes."""
-    potential = apply_transfer(rhok, fourier_space_laplace)
+    potential = apply_transfer(on_mesh(rhok, pm), fourier_space_laplace)
     return c2r(potential) if differences_serve(pm, order=1) else potential
 
 
@@ -235,6 +265,7 @@ class second_order_source:
         return _mesh
 
     def apl(node, potential):
+        agree(comm_of(potential), lambda: (check_field(potential, RealField),))
         return dict(source=second_order_source.product(potential, potential))
 
     def rcd(node, potential, source):
@@ -322,6 +353,7 @@ def lpt(rhok: Symbol, q: Array, pm: ParticleMesh) -> tuple[Symbol, Symbol]:
     -------
     dx1, dx2 : (N, ndim)
     """
+    q = agree_on_lattice(q, pm)
     layout = decompose(q, pm)
     potential = _potential(rhok, pm)
     dx1 = _displacement(potential, q, pm, layout)

@@ -215,6 +215,62 @@ def flatten(array: Array) -> Array:
     return flat if flat.flags.writeable else numpy.asarray(_Writeable(flat))
 
 
+def check_array(
+    what: str,
+    array: Any,
+    like: Array | None = None,
+    shape: Shape | None = None,
+    writes: bool = False,
+    ordered: bool = True,
+) -> None:
+    """Raise an error unless a compiled loop may go over an array, in ignorance of its shape, type and flags.
+
+    It is an array of f4 or f8, with the shape and type of `like`, or the `shape`; one may write to it (`writes`),
+    and its elements lie one after another (`ordered`), or else have strides that a loop can follow.
+    """
+    shape = like.shape if like is not None and shape is None else shape
+    if not isinstance(array, numpy.ndarray) or isinstance(array, numpy.ma.MaskedArray):
+        raise TypeError(f"{what} must be an array of floating point numbers, not a {type(array).__name__}")
+    if (
+        array.dtype.char not in "fd"
+        or not array.dtype.isnative
+        or like is not None
+        and array.dtype != like.dtype
+    ):
+        expected = "float32 or float64" if like is None else str(like.dtype)
+        raise TypeError(
+            f"{what} must be an array of {expected}, in the byte order of this machine, not {array.dtype}"
+        )
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{what} must have the shape {shape}, not {array.shape}")
+    if writes and not array.flags.writeable:
+        raise ValueError(f"{what} is read-only, and would be written to")
+    if not (array.flags.c_contiguous and array.flags.aligned if ordered else as_flat(array) is not None):
+        order = "C-ordered" if ordered else "aligned, with positive strides"
+        raise ValueError(f"{what} must be {order} in memory, but its strides are {array.strides}")
+
+
+def overlap(array: Array, *others: Array) -> bool:
+    """Whether an array has bytes in common with others."""
+    for other in others:
+        if numpy.may_share_memory(array, other):
+            try:
+                if numpy.shares_memory(array, other, max_work=1000):  # type: ignore[arg-type]
+                    return True
+            except numpy.exceptions.TooHardError:
+                return True
+    return False
+
+
+def collide(array: Array, *others: Array) -> bool:
+    """Whether an array shares memory with others, but is not in the same place as they are, element by element."""
+    return any(
+        overlap(array, other)
+        for other in others
+        if array.ctypes.data != other.ctypes.data or array.strides != other.strides
+    )
+
+
 def as_flat(array: Array) -> Any:
     """Memory of an array of real numbers as a flat array, and its strides in elements; None if there is no such view."""
     size = array.dtype.itemsize

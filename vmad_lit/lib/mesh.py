@@ -6,33 +6,42 @@ its conjugate is not stored.
 
 from __future__ import annotations
 
+import builtins
 import weakref
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self, TypeVar
+from itertools import zip_longest
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
 from vmad_lit import operator
+from vmad_lit.core.arguments import one_of, real_number, whole_number
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.placement import find_comm, same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.store import Disk
 from vmad_lit.core.symbol import Value
 from vmad_lit.core.valuetypes import Apart, ValueType, register, rng_of_rank, value_type
 from vmad_lit.lib import memory
+from vmad_lit.lib.mpi import run_together
+from vmad_lit.lib.noise import fill_white
 
 with needed_for("fields on a mesh", extra="mesh"):
     from mpi4py import MPI
     from pmesh import pm as pmesh
     from pmesh.pm import BaseComplexField, Field, xslab
+    from pmesh.window import ResampleWindow
     from pfft import LocalBuffer
 
 is_zero = type(ZeroGradient).is_zero
 
 T = TypeVar("T")
 Kind = str | type  # of a field: a name that pmesh knows, or a class
+Generator = Literal["pmesh", "philox"]  # of white noise
 Metric = Callable[[Array], Array]  # weights of modes, a function of |k|
 
 _kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
@@ -69,14 +78,6 @@ def sum_modes(x: BaseComplexField, values: Array, metric: Metric | None = None) 
     return total(x, mode_weights(x) * values)
 
 
-def check_kinds(x: Field, other: Value) -> None:
-    """Raise TypeError unless the second factor of an inner product is a field like the first, or an array."""
-    if hasattr(other, "pm") and type(x).__name__ != type(other).__name__:
-        raise TypeError(
-            f"the inner product is of two fields of one kind, not {type(x).__name__} and {type(other).__name__}"
-        )
-
-
 def centre(labels: list[Array], indices: Sequence[Array], pm: ParticleMesh) -> list[Array]:
     """Put the wavenumbers of a mesh right where it is odd, in place; returns them."""
     for k, i, n, length in zip(labels, indices, pm.Nmesh, pm.BoxSize):
@@ -90,6 +91,151 @@ def wavenumbers(x: BaseComplexField) -> xslab:
     labels = xslab(centre([k.copy() for k in x.x], x.i, x.pm))
     labels.BoxSize, labels.Nmesh = x.BoxSize, x.Nmesh
     return labels
+
+
+def name_of_mesh(pm: pmesh.ParticleMesh) -> str:
+    """What two meshes that are the same have in common: their points and their box."""
+
+    def make() -> str:
+        points = " x ".join(str(n) for n in pm.Nmesh)
+        return f"a mesh of {points} points in a box of {' x '.join(f'{side:.17g}' for side in pm.BoxSize)}"
+
+    return once_per_mesh(pm, "name", make)
+
+
+def check_mesh(found: pmesh.ParticleMesh, pm: pmesh.ParticleMesh, what: str = "the field") -> None:
+    """Raise ValueError unless what was found to be of a mesh is of one like `pm`: points, box, and ranks."""
+    if found is pm:
+        return
+    if name_of_mesh(found) != name_of_mesh(pm):
+        raise ValueError(f"{what} is of {name_of_mesh(found)}, but {name_of_mesh(pm)} is expected")
+    if not same_ranks(find_comm(found), find_comm(pm)) or list(found.np) != list(pm.np):
+        raise ValueError(f"{what} is shared among other ranks than the mesh: it is of another communicator")
+
+
+_NAMES: dict[Any, tuple[str, str]] = {
+    pmesh.RealField: ("a real field", "use c2r first"),
+    BaseComplexField: ("a complex field", "use r2c first"),
+    Field: ("a field", "see ParticleMesh.create"),
+}
+
+
+def check_field(x: Value, kind: Any = Field, pm: pmesh.ParticleMesh | None = None) -> Any:
+    """`x`, if it is a field of a kind and, given `pm`, of a mesh like that; or an error that says what it is."""
+    if not isinstance(x, kind):
+        name, hint = _NAMES[kind]
+        raise TypeError(f"expected {name}, not a value of type {type(x).__name__}; {hint}")
+    if pm is not None:
+        check_mesh(x.pm, pm)
+    return x
+
+
+def check_pair(x: Field, other: Value) -> Any:
+    """`other`; an error if it is a field, but not of the kind and the mesh of `x`, point by point."""
+    if isinstance(other, Field):
+        check_kind(other, type(x))
+        check_mesh(other.pm, x.pm, "the other field")
+    return other
+
+
+def check_kind(x: Field, kind: Any) -> None:
+    """Raise TypeError unless a field is of a kind, ours or pmesh's."""
+    if type(x).__name__ != kind.__name__:
+        raise TypeError(
+            f"a {kind.__name__} is expected, and not a {type(x).__name__}: two fields of one kind"
+        )
+
+
+def describe(x: Value) -> tuple[Any, int]:
+    """What of an argument has to be the same on all ranks; and the letter of its dtype if they settle on one, or 0.
+
+    The letter of an empty array is marked: it has no say, as NumPy gives it a type that nobody chose.
+    """
+    if isinstance(x, numpy.ndarray) and x.ndim:
+        if x.dtype.kind in "biufc":
+            return ("rows of shape", x.shape[1:]), ord(x.dtype.char) | (0 if len(x) else 128)
+        return ("rows of shape", x.shape[1:], x.dtype.str), 0
+    if isinstance(x, Field):
+        return (type(x).__name__, name_of_mesh(x.pm)), 0
+    if isinstance(x, pmesh.ParticleMesh):
+        return name_of_mesh(x), 0
+    if isinstance(x, ResampleWindow):
+        return ("the window", x.kind), 0
+    if isinstance(x, (str, bool, type(None))):
+        return x, 0
+    if isinstance(x, (list, tuple)):
+        return ("a list of", *(describe(item)[0] for item in x)), 0
+    return ("a number" if numpy.isscalar(x) or numpy.ndim(x) == 0 else type(x).__name__), 0
+
+
+NOTE = 32  # bytes that each rank tells the others
+
+
+def agree(comm: MPI.Comm, prepare: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """What `prepare()` makes of this rank's arguments, once those of all ranks fit; or an error on all. Collective.
+
+    `prepare` checks and converts without talking to other ranks. What it returns must be alike on all, arrays but
+    for their length and their type: they come back in a dtype that holds what all ranks have.
+    """
+    if comm.size == 1:
+        return prepare()
+    error: Exception | None = None
+    values: tuple[Any, ...] = ()
+    kinds, letters = [], []
+    try:
+        values = prepare()
+        kinds, letters = map(list, zip(*map(describe, values)))
+    except Exception as e:
+        error = e
+    # Tell the other ranks
+    digest = 0 if error else 1 + zlib.crc32(repr(kinds).encode())
+    note = (digest.to_bytes(5, "little") + bytes(letters)).ljust(NOTE, b"\0")
+    notes = bytearray(NOTE * comm.size)
+    comm.Allgather([note, MPI.BYTE], [notes, MPI.BYTE])
+    if error is None and notes == note * comm.size:
+        return values
+    everybody = numpy.frombuffer(notes, "u1").reshape(comm.size, NOTE)
+    if error or (everybody[:, :5] != everybody[comm.rank, :5]).any():
+        _disagree(comm, error, kinds)
+    return tuple(
+        value.astype(_common(column), copy=False) if column.any() else value
+        for value, column in zip(values, everybody[:, 5:].T)
+    )
+
+
+def _common(letters: Array) -> numpy.dtype[Any]:
+    """The dtype that holds those of all ranks; those of empty arrays count only if there are no others."""
+    full = letters[letters < 128]
+    return numpy.result_type(*map(chr, full if len(full) else letters - 128))
+
+
+def _disagree(comm: MPI.Comm, error: Exception | None, kinds: Sequence[Any]) -> NoReturn:
+    """Raise an error on all ranks that tells which of them have one, or what they disagree about."""
+    name = next((e.__name__ for e in (TypeError, ValueError) if isinstance(error, e)), "RuntimeError")
+    text = str(error) if name != "RuntimeError" else f"{type(error).__name__}: {error}"
+    everybody = comm.allgather((None if error is None else (name, text), kinds))
+    failed = [(rank, note) for rank, (note, _) in enumerate(everybody) if note]
+    if failed:
+        texts = [f"rank {rank}: {text}" for rank, (_, text) in failed]
+        if len(failed) == comm.size and len({note for _, note in failed}) == 1:
+            texts = [failed[0][1][1]]
+        more = [f"and {len(texts) - 3} more ranks"] if len(texts) > 3 else []
+        raise getattr(builtins, failed[0][1][0])("; ".join(texts[:3] + more)) from error
+    other = next(rank for rank, (_, theirs) in enumerate(everybody) if theirs != everybody[0][1])
+    pairs = zip_longest(everybody[0][1], everybody[other][1])
+    here, there = next((a, b) for a, b in pairs if a != b)
+    raise ValueError(
+        f"the arguments differ between ranks: rank 0 has {_tell(here)}, rank {other} {_tell(there)}"
+    )
+
+
+def _tell(kind: Any) -> str:
+    return " ".join(map(str, kind)) if isinstance(kind, tuple) else str(kind)
+
+
+def comm_of(x: Value) -> MPI.Comm:
+    """The communicator of a field; of what is none, all ranks, who have to hear of it."""
+    return x.pm.comm if isinstance(x, Field) else MPI.COMM_WORLD
 
 
 Disk.allocate = staticmethod(partial(memory.empty, dtype="u1"))
@@ -108,6 +254,12 @@ class _Field(Field):
     def __init__(self, pm: ParticleMesh, base: LocalBuffer | None = None) -> None:
         super().__init__(pm, Buffer(pm._get_partition(type(self))) if base is None else base)
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **others: Any) -> Any:
+        for other in inputs:
+            if other is not self and isinstance(other, Field):
+                check_pair(self, other)
+        return super().__array_ufunc__(ufunc, method, *inputs, **others)
+
 
 class RealField(_Field, pmesh.RealField):
     """A real field of pmesh; sums are in double precision."""
@@ -118,7 +270,7 @@ class RealField(_Field, pmesh.RealField):
 
     def cdot(self, other: Value) -> Any:
         """Inner product of two real fields over the whole mesh, summed in double precision. Collective."""
-        check_kinds(self, other)
+        check_pair(self, other)
         return total(self, self.value * getattr(other, "value", other))
 
     def r2c(self, out: Any = None) -> BaseComplexField:
@@ -133,7 +285,7 @@ class _Modes(_Field):
 
     def cdot(self, other: Value, metric: Metric | None = None) -> Any:
         """Inner product of two complex fields over all modes, also those not stored; `metric(k)` weighs modes."""
-        check_kinds(self, other)
+        check_pair(self, other)
         values: Value = getattr(other, "value", other)
         return sum_modes(self, self.value * numpy.conj(values), metric)
 
@@ -160,6 +312,16 @@ class UntransposedComplexField(_Modes, pmesh.UntransposedComplexField):
 
 ComplexField = TransposedComplexField
 
+
+def pmesh_is_sound(Nmesh: Sequence[int], seed: int) -> bool:
+    """Whether pmesh makes white noise on a mesh such that no other seed has, and no modes share their numbers."""
+    if len(Nmesh) == 2:
+        return seed < 2**32
+    sides = {int(n) for n in Nmesh}
+    even = all(n % 2 == 0 and n >= 4 for n in sides)
+    return len(Nmesh) == 3 and even and Nmesh[0] == Nmesh[1] and 0 < seed < 2**31
+
+
 FIELDS = {kind.__name__: kind for kind in (RealField, TransposedComplexField, UntransposedComplexField)}
 
 
@@ -169,11 +331,38 @@ def ours(kind: Any) -> Any:
     return FIELDS.get(getattr(kind, "__name__", None), kind)
 
 
+def check_geometry(Nmesh: ArrayLike, BoxSize: ArrayLike) -> tuple[Array, Array, str]:
+    """The points and the sides of a mesh along each axis, and both in a text; or an error that says what is wrong."""
+    points, sides = numpy.asarray(Nmesh), numpy.asarray(BoxSize)
+    if points.ndim != 1 or points.dtype.kind not in "iuf" or not len(points):
+        raise ValueError(f"Nmesh must be a sequence of whole numbers, one for each axis, not {Nmesh!r}")
+    if not (numpy.isfinite(points) & (points >= 1) & (points % 1 == 0)).all():
+        raise ValueError(f"Nmesh must be whole numbers of points, 1 or more along each axis, not {Nmesh!r}")
+    if sides.dtype.kind not in "iuf" or sides.shape not in ((), (1,), points.shape):
+        raise ValueError(f"BoxSize must be a number, or one for each of {len(points)} axes, not {BoxSize!r}")
+    if not (numpy.isfinite(sides) & (sides > 0)).all():
+        raise ValueError(f"the sides of a box must be positive and finite, but BoxSize is {BoxSize!r}")
+    points, sides = points.astype("i8"), numpy.broadcast_to(sides.astype("f8"), points.shape)
+    return points, sides, f"Nmesh {points.tolist()} and BoxSize {sides.tolist()}"
+
+
 class ParticleMesh(pmesh.ParticleMesh):
     """A mesh of pmesh, whose fields have sums and wavenumbers that are right on every mesh.
 
     See :class:`pmesh.pm.ParticleMesh` for all that it does.
     """
+
+    def __init__(
+        self,
+        Nmesh: ArrayLike,
+        BoxSize: ArrayLike = 1.0,
+        comm: MPI.Comm | None = None,
+        *others: Any,
+        **options: Any,
+    ) -> None:
+        comm = MPI.COMM_WORLD if comm is None else comm
+        points, sides, _ = agree(comm, lambda: check_geometry(Nmesh, BoxSize))
+        super().__init__(points.tolist(), sides, comm, *others, **options)
 
     def create(
         self, type: Kind | None = None, base: Any = None, value: Value = None, mode: Kind | None = None
@@ -192,14 +381,74 @@ class ParticleMesh(pmesh.ParticleMesh):
         self,
         seed: int,
         unitary: bool = False,
-        mean: float = 0,
+        mean: float | None = 0,
         type: Kind = ComplexField,
         mode: Kind | None = None,
-        **others: Any,
+        base: Any = None,
+        invertphase: bool = False,
+        generator: Generator | None = None,
+        purpose: str = "field",
     ) -> Any:
-        """White noise of unit variance, the same on any number of ranks; see pmesh."""
-        type = getattr(pmesh, ours(type if mode is None else mode).__name__)
-        return super().generate_whitenoise(seed, unitary, mean, type, **others)
+        """White noise, the same on any number of ranks: independent modes of unit variance. Collective.
+
+        Parameters
+        ----------
+        seed : a whole number of at least 0
+        unitary : give all modes the amplitude 1, and only random phases
+        mean : of the field; None for a random one, like all other modes (not by pmesh)
+        type : 'real', 'complex' or 'untransposedcomplex', or a class; `mode` is its old name
+        base : memory for the field, see pmesh
+        invertphase : the field with the opposite sign, but the same mean
+        generator : 'pmesh', pmesh's own field, or 'philox', that of `vmad_lit.lib.noise`. By default pmesh's
+            where it is sound, see `pmesh_is_sound`, and otherwise the other one
+        purpose : of the numbers; one seed gives independent fields for different ones (not by pmesh)
+        """
+        kind = ours(type if mode is None else mode)
+        options = run_together(
+            self.comm, lambda: self._noise_options(seed, unitary, mean, invertphase, generator, purpose)
+        )
+        given = self.comm.allgather((kind, options))
+        if any(each != given[0] for each in given):
+            raise ValueError(f"all ranks must ask for the same white noise; ranks 0, 1, .. ask for {given}")
+        if options.pop("generator") == "pmesh":
+            del options["purpose"]
+            return super().generate_whitenoise(**options, type=getattr(pmesh, kind.__name__), base=base)
+        # Fill the modes, with the opposite sign throughout if that is wanted
+        flip = options.pop("invertphase")
+        if flip and mean is not None:
+            options["mean"] *= -1
+        modes = self.create(type=ComplexField if kind is RealField else kind, base=base)
+        fill_white(modes.value, modes.i, tuple(self.Nmesh), **options)
+        if flip:
+            modes.value[...] *= -1
+        return modes.c2r(out=Ellipsis) if kind is RealField else modes
+
+    def _noise_options(
+        self,
+        seed: int,
+        unitary: bool,
+        mean: float | None,
+        invertphase: bool,
+        generator: Generator | None,
+        purpose: str,
+    ) -> dict[str, Any]:
+        """The options of white noise, checked, with the choice of a generator."""
+        seed = whole_number("seed", seed, least=0)
+        one_of("generator", generator, (None, "pmesh", "philox"))
+        mean = mean if mean is None else real_number("mean", mean)
+        plain = purpose == "field" and mean is not None
+        if generator == "pmesh" and not plain:
+            raise ValueError("pmesh's white noise has one purpose, 'field', and its mean is not random")
+        if generator is None:
+            generator = "pmesh" if plain and pmesh_is_sound(self.Nmesh, seed) else "philox"
+        return dict(
+            seed=seed,
+            unitary=bool(unitary),
+            mean=mean,
+            invertphase=bool(invertphase),
+            generator=generator,
+            purpose=purpose,
+        )
 
     def reshape(self, Nmesh: ArrayLike | None = None, BoxSize: ArrayLike | None = None) -> Self:
         """A mesh with another number of points, or another box."""
@@ -269,9 +518,17 @@ def _local_inner(x: Field, y: Value) -> float:
 
 def field_like(x: Field, value: Value) -> Any:
     """A value (array, number or field) as a field like `x`, without a copy if it is one."""
-    if type(value) is type(x) and value.pm is x.pm:
-        return value
-    return x.pm.create(type=type(x), value=getattr(value, "value", value))
+    return as_field(x.pm, type(x), value)
+
+
+def as_field(pm: ParticleMesh, kind: Any, value: Value) -> Any:
+    """A value (array, number or field) as a field of a mesh and a kind, without a copy if it is one."""
+    if isinstance(value, Field):
+        check_kind(value, kind)
+        check_mesh(value.pm, pm)
+        if isinstance(value, kind):
+            return value
+    return pm.create(type=kind, value=getattr(value, "value", value))
 
 
 @operator
@@ -284,6 +541,7 @@ class to_scalar:
     placements = "field -> replicated"
 
     def apl(node, x):
+        agree(comm_of(x), lambda: (check_field(x),))
         return dict(y=_inner((x, x)))
 
     def vjp(node, _y, x):
@@ -306,7 +564,7 @@ class cdot:
     placements = "field -> replicated"
 
     def apl(node, x1, x2):
-        check_kinds(x1, x2)
+        x1, x2 = agree(comm_of(x1), lambda: (check_field(x1), field_like(x1, x2)))
         return dict(y=_inner((x1, x2)))
 
     def vjp(node, _y, x1, x2):
@@ -333,17 +591,25 @@ class as_complex_field:
     aout = {"y": "*ComplexField"}
     placements = "partitioned -> field"
 
-    def apl(node, x, pm):
-        y = pm.create(type=ComplexField)
-        x = numpy.asarray(x)
+    hvp = ZeroGradient
+
+    @staticmethod
+    def make(x: Value, pm: ParticleMesh) -> Any:
+        """The field of these numbers."""
+        x, y = numpy.asarray(x), pm.create(type=ComplexField)
         if x.shape != y.shape + (2,):
             raise ValueError(f"this rank's modes must have the shape {y.shape + (2,)}, not {x.shape}")
-        y.value.real = x[..., 0]
-        y.value.imag = x[..., 1]
-        return dict(y=y)
+        y.value.real, y.value.imag = x[..., 0], x[..., 1]
+        return y
+
+    def apl(node, x, pm):
+        return dict(y=agree(pm.comm, lambda: (as_complex_field.make(x, pm),))[0])
+
+    def jvp(node, x_, pm):
+        return dict(y_=as_complex_field.make(x_, pm))
 
     def vjp(node, _y, pm):
-        _y = _y if isinstance(_y, BaseComplexField) else pm.create(type=ComplexField, value=_y)
+        _y = as_field(pm, ComplexField, _y)
         weights = mode_weights(_y)
         return dict(_x=numpy.stack([_y.real * weights, _y.imag * weights], axis=-1))
 
@@ -385,14 +651,14 @@ class r2c:
     hvp = ZeroGradient
 
     def apl(node, x):
+        agree(comm_of(x), lambda: (check_field(x, pmesh.RealField),))
         return dict(y=x.r2c(), pm=x.pm)
 
     def vjp(node, _y, pm):
         (dtype,) = common_dtypes(pm.comm, _y)
         if dtype is None:
             return dict(_x=ZeroGradient)
-        _y = _y if isinstance(_y, BaseComplexField) else pm.create(type=ComplexField, value=_y)
-        return dict(_x=_y.r2c_vjp())
+        return dict(_x=as_field(pm, ComplexField, _y).r2c_vjp())
 
     def jvp(node, x_, pm):
         (dtype,) = common_dtypes(pm.comm, x_)
@@ -410,6 +676,7 @@ class c2r:
     hvp = ZeroGradient
 
     def apl(node, x):
+        agree(comm_of(x), lambda: (check_field(x, BaseComplexField),))
         return dict(y=x.c2r(), pm=x.pm, kind=type(x))
 
     def vjp(node, _y, pm, kind):
@@ -422,10 +689,30 @@ class c2r:
         (dtype,) = common_dtypes(pm.comm, x_)
         if dtype is None:
             return dict(y_=ZeroGradient)
-        x_ = x_ if isinstance(x_, BaseComplexField) else pm.create(type=kind, value=x_)
-        return dict(y_=x_.c2r())
+        return dict(y_=as_field(pm, kind, x_).c2r())
 
 
 def as_real_field(pm: ParticleMesh, value: Value) -> RealField:
     """A real field on `pm` with these values, without a copy if it is one."""
-    return value if isinstance(value, pmesh.RealField) else pm.create(type=RealField, value=value)
+    return as_field(pm, pmesh.RealField, value)
+
+
+@operator
+class on_mesh:
+    """A field, and an error on all ranks if it is not of a kind, and of a mesh like `pm`."""
+
+    ain = {"x": "*Field"}
+    aout = {"y": "*Field"}
+    placements = "field -> field"
+    transparent = True
+    hvp = ZeroGradient
+
+    def apl(node, x, pm, kind=BaseComplexField):
+        agree(pm.comm, lambda: (check_field(x, kind, pm),))
+        return dict(y=x)
+
+    def vjp(node, _y):
+        return dict(_x=_y)
+
+    def jvp(node, x_):
+        return dict(y_=x_)

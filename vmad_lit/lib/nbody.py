@@ -12,6 +12,7 @@ import numpy
 from numpy.typing import ArrayLike
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.arguments import real_array, real_number
 from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
@@ -42,15 +43,16 @@ from vmad_lit.lib.cosmology import (
 from vmad_lit.lib.exchange import (
     AnyLayout,
     IdentityLayout,
-    as_positions,
+    agree_on_lattice,
     decompose,
     exchange_rows,
     gather_rows,
+    lay_out,
 )
 from vmad_lit.lib.force import force
 from vmad_lit.lib.linalg import einsum, reshape
 from vmad_lit.lib.lpt import lpt
-from vmad_lit.lib.mesh import Field, ParticleMesh, as_rows, common_dtypes, is_zero
+from vmad_lit.lib.mesh import Field, ParticleMesh, agree, as_rows, common_dtypes, is_zero
 from vmad_lit.lib.mpi import allbcast
 from vmad_lit.lib.painting import Window, in_dtype_of
 
@@ -114,24 +116,27 @@ class ForceAt:
     """The force on particles at `x`, and its transpose, which add to what is there.
 
     `layout`, `pot` and `factor` are those that an earlier object had for the same positions, or None. `again` is
-    None, or a function that makes the positions of some rows, so that they need not be held.
+    None, or a function that makes the positions of some rows, so that they need not be held. Positions that are
+    new are made by a function, whose errors all ranks raise.
     """
 
     def __init__(
         self,
-        x: Array,
+        x: Array | Callable[[], Array],
         pm: ParticleMesh,
-        layout: AnyLayout | None = None,
+        layout: Any = None,
         pot: Field | None = None,
         factor: float | None = None,
         again: Callable[[slice], Array] | None = None,
     ) -> None:
+        if callable(x):
+            x, layout = lay_out(x, pm)
         self.x, self.pm, self.pot, self._window = x, pm, pot, Window(pm)
         self._count, self.field_like, self._again = len(x), numpy.empty(0, x.dtype), again
-        self.layout = decompose.apl.impl(None, x=x, pm=pm)["layout"] if layout is None else layout
+        self.layout = layout
         self.factor = force.find_factor(x, pm) if factor is None else factor
         self._stays = isinstance(self.layout, IdentityLayout)
-        self._local_x = exchange_rows(self.layout, as_positions(x, pm))
+        self._local_x = exchange_rows(self.layout, x)
 
     def kick(self, p: Array, c: float, out: Array) -> None:
         """p + c * force into `out`, which may be `p`."""
@@ -221,6 +226,16 @@ class ForceAt:
     BLOCK = 1 << 17  # particles: some megabytes of their forces
 
 
+def check_state(q: Value, dx: Value, p: Value, *coefficients: Value) -> str:
+    """Raise an error unless lattice, displacements and momenta are arrays of one shape, and coefficients numbers."""
+    shapes = [numpy.shape(x) for x in (q, dx, p)]
+    if len(set(shapes)) > 1 or not all(isinstance(x, numpy.ndarray) for x in (q, dx, p)):
+        raise ValueError(
+            f"lattice, displacements and momenta must be arrays of one shape, not {', '.join(map(str, shapes))}"
+        )
+    return f"{len([float(c) for c in coefficients])} coefficients"
+
+
 def _apply_kick_drift(
     gravity: ForceAt,
     dx_i: Array,
@@ -265,7 +280,11 @@ class kick_drift:
     inplace = "dx_i", "p_i", "_dx", "_p"
 
     def apl(node, dx_i, p_i, kick, drift, q, pm, keep_potential=True):
-        gravity = ForceAt(add_multiple(q, dx_i, 1.0), pm)
+        def find_positions() -> Array:
+            check_state(q, dx_i, p_i, kick, drift)
+            return add_multiple(q, dx_i, 1.0)
+
+        gravity = ForceAt(find_positions, pm)
         if (
             not node.needs("dx")
             and not node.needs("p")
@@ -506,10 +525,14 @@ def leapfrog(
 
 
 def check_stages(stages: ArrayLike) -> list[float]:
-    """The scale factors of a simulation as a list of floats."""
-    stages = numpy.atleast_1d(numpy.asarray(stages, dtype="f8"))
-    if stages.ndim != 1 or len(stages) == 0 or not (stages > 0).all():
-        raise ValueError(f"stages must be a sequence of positive scale factors, not {stages}")
+    """The scale factors of a simulation as a list of floats, which must rise, to at most 1."""
+    stages = numpy.atleast_1d(
+        real_array("stages, positive scale factors,", stages, above=0, most=1 + 1e-9)
+    ).astype("f8")
+    if stages.ndim != 1 or len(stages) == 0 or not (numpy.diff(stages) > 0).all():
+        raise ValueError(
+            f"stages must be a sequence of positive scale factors, each larger than the last, not {stages}"
+        )
     return stages.tolist()
 
 
@@ -569,7 +592,9 @@ class reversible_leapfrog:
     ) -> tuple[ForceAt, float]:
         """Undo a kick in place."""
         gravity, product = (
-            ForceAt(add_multiple(q, dx, 1.0), pm, again=lambda rows: add_multiple(q[rows], dx[rows], 1.0)),
+            ForceAt(
+                lambda: add_multiple(q, dx, 1.0), pm, again=lambda rows: add_multiple(q[rows], dx[rows], 1.0)
+            ),
             0.0,
         )
         if is_zero(_p):
@@ -582,6 +607,7 @@ class reversible_leapfrog:
 
     # There and back
     def apl(node, dx_i, p_i, factors, q, pm):
+        agree(pm.comm, lambda: (check_state(q, dx_i, p_i, *factors),))
         dx, p, f, n = (
             own_copy(node, "dx_i", dx_i, dx_i),
             own_copy(node, "p_i", p_i, p_i),
@@ -589,12 +615,14 @@ class reversible_leapfrog:
             len(factors) // 2,
         )
         for i in range(n):
-            gravity = ForceAt(add_multiple(q, dx, 1.0), pm)
+            gravity = ForceAt(lambda: add_multiple(q, dx, 1.0), pm)
             _apply_kick_drift(gravity, dx, p, factors[2 * i], factors[2 * i + 1], dx, p)
             del gravity
         if node.needs("p") or node.needs("f"):
             f = memory.empty_like(p)
-            _apply_kick_drift(ForceAt(add_multiple(q, dx, 1.0), pm), dx, p, factors[2 * n], 0.0, dx, p, f)
+            _apply_kick_drift(
+                ForceAt(lambda: add_multiple(q, dx, 1.0), pm), dx, p, factors[2 * n], 0.0, dx, p, f
+            )
         return dict(dx=dx, p=p, f=f)
 
     def rcd(node, dx_i, p_i, factors, q, pm, dx, p, f):
@@ -647,7 +675,7 @@ class reversible_leapfrog:
                 break
             drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
             gravity, f = (
-                ForceAt(add_multiple(q, dx, 1.0), pm),
+                ForceAt(lambda: add_multiple(q, dx, 1.0), pm),
                 memory.empty_like(p) if kick_ else ZeroGradient,
             )
             _apply_kick_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
@@ -677,7 +705,7 @@ class reversible_leapfrog:
                 break
             drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
             gravity, f = (
-                ForceAt(add_multiple(q, dx, 1.0), pm),
+                ForceAt(lambda: add_multiple(q, dx, 1.0), pm),
                 memory.empty_like(p) if kick_ else ZeroGradient,
             )
             _apply_kick_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
@@ -849,7 +877,7 @@ def nbody(
     -------
     dx, p, f : (N, ndim) displacements, momenta, and force times 1.5 * Om0, at stages[-1]
     """
-    stages = check_stages(stages)
+    stages, q = check_stages(stages), agree_on_lattice(q, pm)
     pt = find_background(cosmology, stages)
     dx, p = firststep(rhok, q, stages[0], pt, pm)
     return leapfrog(dx, p, q, stages, pt, pm)
@@ -895,12 +923,13 @@ class FastPMSimulation:
         self.pm, self.reversible, self.keep_potential = pm, reversible, keep_potential
         self.ram, self.disk, self.folder = ram, disk, folder
         # Make the mesh of the force
-        if not B > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
+        if not real_number("B", B) > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
             raise ValueError(
                 f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}"
             )
         self.fpm = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int))
-        self.q = numpy.ascontiguousarray(pm.generate_uniform_particle_grid(shift=0.5) if q is None else q)
+        q = pm.generate_uniform_particle_grid(shift=0.5) if q is None else agree_on_lattice(q, pm)
+        self.q = numpy.ascontiguousarray(q)
 
     @property
     def comm(self) -> Any:

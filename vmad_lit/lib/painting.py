@@ -9,13 +9,23 @@ import numpy
 from numpy.typing import ArrayLike
 
 from vmad_lit import operator
+from vmad_lit.core.arguments import plain_array
 from vmad_lit.core.error import BrokenPrimitive, needed_for
 from vmad_lit.core.graph import Node
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Value
-from vmad_lit.lib.exchange import AnyLayout, as_positions, exchange_rows, gather_rows
-from vmad_lit.lib.mesh import ParticleMesh, as_real_field, as_rows, common_dtypes, is_zero
+from vmad_lit.lib.exchange import AnyLayout, as_positions, check_layout, exchange_rows, gather_rows
+from vmad_lit.lib.mesh import (
+    ParticleMesh,
+    agree,
+    as_real_field,
+    as_rows,
+    check_field,
+    comm_of,
+    common_dtypes,
+    is_zero,
+)
 
 with needed_for("painting and reading out", extra="mesh"):
     from pmesh.pm import RealField
@@ -169,11 +179,41 @@ class Window:
         return window.weighted_gradient_jvp(meshes, x, factors, x_, meshes_, factors_, **self.args)
 
 
-def _masses(mass: ArrayLike) -> Array:
-    mass = numpy.asarray(mass)
+def _masses(mass: ArrayLike, count: int | None = None) -> Array:
+    """Masses as floating point numbers, for `count` particles or one for all; or an error that says so."""
+    mass = plain_array("masses", mass)
     if mass.dtype.kind not in "fiub":
         raise TypeError(f"masses must be real numbers, but their type is {mass.dtype}")
+    if mass.ndim and count is not None and mass.shape != (count,):
+        raise ValueError(
+            f"mass must be one number or have the shape {(count,)}, but the shape is {mass.shape}"
+        )
     return mass if mass.dtype.kind == "f" else mass.astype("f8")
+
+
+def check_particles(
+    x: ArrayLike, layout: Value, pm: ParticleMesh, resampler: Resampler | None
+) -> tuple[Array, ResampleWindow, ParticleMesh]:
+    """Positions, the window and the mesh, for `agree`, once they fit the layout; or an error."""
+    window, x = FindResampler(pm.resampler if resampler is None else resampler), as_positions(x, pm)
+    check_layout(layout, pm, window)
+    if layout is not None and len(x) != layout.sendlength:
+        raise ValueError(f"the layout was made for {layout.sendlength} particles, but there are {len(x)}")
+    return x, window, pm
+
+
+def agree_to_read(meshes: Any, x: Value, layout: Value, resampler: Resampler | None) -> Array:
+    """Positions in a dtype that all ranks agree on, if these real fields of one mesh can be read there. Collective."""
+    some = isinstance(meshes, (list, tuple)) and len(meshes) > 0
+
+    def prepare() -> tuple[Any, ...]:
+        if not some:
+            raise TypeError(f"expected a list of real fields, not {meshes!r}")
+        pm = check_field(meshes[0], RealField).pm
+        fields = [check_field(mesh, RealField, pm) for mesh in meshes]
+        return *check_particles(x, layout, pm, resampler), fields
+
+    return agree(comm_of(meshes[0] if some else None), prepare)[0]
 
 
 @operator
@@ -196,16 +236,27 @@ class paint:
     fresh = True
 
     def apl(node, x, mass, layout, pm, resampler=None):
-        x, mass = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, _masses(mass))
-        return dict(mesh=Window(pm, resampler).paint(x, mass))
+        def prepare() -> tuple[Any, ...]:
+            positions, *others = check_particles(x, layout, pm, resampler)
+            return positions, _masses(mass, len(positions)), *others
 
-    def vjp(node, _mesh, x, mass, layout, pm, resampler):
+        x, mass, *_ = agree(pm.comm, prepare)
+        dtypes = x.dtype, mass.dtype
+        x, mass = exchange_rows(layout, x), exchange_rows(layout, mass)
+        return dict(mesh=Window(pm, resampler).paint(x, mass), dtypes=dtypes)
+
+    @staticmethod
+    def bring(layout: AnyLayout | None, *values: tuple[Value, Any]) -> list[Any]:
+        """Positions and masses, in dtypes that have been agreed on, for the particles on this rank. Collective."""
+        return [exchange_rows(layout, numpy.asarray(value, dtype)) for value, dtype in values]
+
+    def vjp(node, _mesh, x, mass, layout, pm, resampler, dtypes):
         # Pull the cotangent of a mesh back to its particles
         (dtype,) = common_dtypes(pm.comm, _mesh)
         if dtype is None:
             return dict(_x=ZeroGradient, _mass=ZeroGradient, _layout=ZeroGradient)
         need_x, need_mass = not node.is_literal("x"), not node.is_literal("mass")
-        local_x, local_mass = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, _masses(mass))
+        local_x, local_mass = paint.bring(layout, *zip((x, mass), dtypes))
         _x, _mass = Window(pm, resampler).paint_vjp(
             as_real_field(pm, _mesh), local_x, local_mass, need_x, need_mass
         )
@@ -217,23 +268,23 @@ class paint:
             _layout=ZeroGradient,
         )
 
-    def jvp(node, x_, mass_, x, mass, layout, pm, resampler):
+    def jvp(node, x_, mass_, x, mass, layout, pm, resampler, dtypes):
         of_x, of_mass = common_dtypes(pm.comm, x_, mass_)
         if of_x is None and of_mass is None:
             return dict(mesh_=ZeroGradient)
         x_ = None if of_x is None else exchange_rows(layout, as_rows(x_, numpy.shape(x), of_x))
         mass_ = None if of_mass is None else exchange_rows(layout, _masses(as_rows(mass_, len(x), of_mass)))
-        x, mass = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, _masses(mass))
+        x, mass = paint.bring(layout, *zip((x, mass), dtypes))
         return dict(mesh_=Window(pm, resampler).paint_jvp(x, mass, x_, mass_))
 
-    def hvp(node, _mesh, x_, mass_, x, mass, layout, pm, resampler):
+    def hvp(node, _mesh, x_, mass_, x, mass, layout, pm, resampler, dtypes):
         # Change the cotangents of positions and masses
         of_mesh, of_x, of_mass = common_dtypes(pm.comm, _mesh, x_, mass_)
         _x_ = _mass_ = ZeroGradient
         if of_mesh is None or of_x is None and of_mass is None:
             return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
         w, meshes = Window(pm, resampler), [as_real_field(pm, _mesh)]
-        local_x, local_mass = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, _masses(mass))
+        local_x, local_mass = paint.bring(layout, *zip((x, mass), dtypes))
         x_ = None if of_x is None else exchange_rows(layout, as_rows(x_, numpy.shape(x), of_x))
         if node.needs("x"):
             if of_mass is not None:
@@ -279,12 +330,12 @@ class readout_all:
     placements = "field, partitioned, any -> partitioned"
 
     def apl(node, meshes, x, layout, resampler=None):
-        pm = meshes[0].pm
-        return dict(value=read(pm, list(meshes), x, layout, resampler), pm=pm)
+        at, pm = agree_to_read(meshes, x, layout, resampler), meshes[0].pm
+        return dict(value=read(pm, list(meshes), at, layout, resampler), pm=pm, at=at)
 
-    def rcd(node, meshes, x, layout, resampler, pm, **others):
+    def rcd(node, meshes, x, layout, resampler, pm, at, **others):
         return dict(
-            x=x,
+            x=at,
             layout=layout,
             resampler=resampler,
             pm=pm,
@@ -327,11 +378,12 @@ class readout:
     placements = "field, partitioned, any -> partitioned"
 
     def apl(node, mesh, x, layout, resampler=None):
-        return dict(value=read(mesh.pm, [mesh], x, layout, resampler)[:, 0], pm=mesh.pm)
+        at = agree_to_read([mesh], x, layout, resampler)
+        return dict(value=read(mesh.pm, [mesh], at, layout, resampler)[:, 0], pm=mesh.pm, at=at)
 
-    def rcd(node, mesh, x, layout, resampler, pm, **others):
+    def rcd(node, mesh, x, layout, resampler, pm, at, **others):
         return dict(
-            x=x, layout=layout, resampler=resampler, pm=pm, mesh=None if node.is_literal("x") else mesh
+            x=at, layout=layout, resampler=resampler, pm=pm, mesh=None if node.is_literal("x") else mesh
         )
 
     def vjp(node, _value, mesh, x, layout, resampler, pm):
@@ -362,9 +414,8 @@ class readout:
 def read(
     pm: ParticleMesh, meshes: Sequence[Mesh], x: Array, layout: AnyLayout | None, resampler: Resampler | None
 ) -> Array:
-    return gather_rows(
-        layout, Window(pm, resampler).readout(meshes, exchange_rows(layout, as_positions(x, pm)))
-    )
+    """The values of meshes at positions, which have been agreed on. Collective."""
+    return gather_rows(layout, Window(pm, resampler).readout(meshes, exchange_rows(layout, x)))
 
 
 def read_vjp(
@@ -386,7 +437,7 @@ def read_vjp(
     need_x, need_meshes = not node.is_literal("x"), not node.is_literal(name)
     w = Window(pm, resampler)
     _value = exchange_rows(layout, as_rows(_value, (len(x), count), dtype))
-    local_x = exchange_rows(layout, as_positions(x, pm))
+    local_x = exchange_rows(layout, x)
     _x = (
         in_dtype_of(gather_rows(layout, w.weighted_gradient(meshes, local_x, _value)), x)
         if need_x
@@ -407,10 +458,7 @@ def read_jvp(
     """The tangent of the values, from those of positions and meshes; None is zero."""
     if x_ is None and meshes_ is None:
         return ZeroGradient
-    local_x, x_ = (
-        exchange_rows(layout, as_positions(x, pm)),
-        None if x_ is None else exchange_rows(layout, x_),
-    )
+    local_x, x_ = exchange_rows(layout, x), None if x_ is None else exchange_rows(layout, x_)
     return gather_rows(layout, Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
 
 
@@ -431,7 +479,7 @@ def read_hvp(
     if _value is None or x_ is None and meshes_ is None:
         return ZeroGradient, None
     w, _x_ = Window(pm, resampler), ZeroGradient
-    local_x, _value = exchange_rows(layout, as_positions(x, pm)), exchange_rows(layout, _value)
+    local_x, _value = exchange_rows(layout, x), exchange_rows(layout, _value)
     x_ = None if x_ is None else exchange_rows(layout, x_)
     if node.needs("x"):
         _x_ = in_dtype_of(

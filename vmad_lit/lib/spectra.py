@@ -9,11 +9,22 @@ import numpy
 from numpy.typing import ArrayLike
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.arguments import one_of, real_array, real_number, whole_number
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
-from vmad_lit.lib.mesh import ParticleMesh, is_zero, mode_weights
+from vmad_lit.lib.mesh import (
+    ParticleMesh,
+    agree,
+    check_field,
+    check_pair,
+    comm_of,
+    field_like,
+    is_zero,
+    mode_weights,
+)
+from vmad_lit.lib.mpi import run_together
 
 Direction = Any  # an axis or the components of a vector; None for a default
 WindowName = Literal["nnb", "nearest", "cic", "tsc", "pcs"]
@@ -56,7 +67,11 @@ class Shells:
         los: Direction = None,
         window: WindowName | None = None,
     ) -> None:
+        if not hasattr(pm, "Nmesh"):
+            raise TypeError(f"pm must be a ParticleMesh, not {pm!r}")
         self.pm, self.window = pm, window
+        if window is not None:
+            _order(window)
         self.volume = float(pm.BoxSize.prod())
         # Check the edges of the shells
         if edges is None:
@@ -64,12 +79,13 @@ class Shells:
             nyquist = numpy.pi * (pm.Nmesh / pm.BoxSize).min()
             nbin = max(int(nyquist / fundamental - 0.5 + 1e-9), 1)
             edges = fundamental * (numpy.arange(nbin + 1) + 0.5)
-        self.edges = numpy.array(edges, dtype="f8")
-        if self.edges.ndim != 1 or len(self.edges) < 2 or not (numpy.diff(self.edges) > 0).all():
+        self.edges = real_array("the increasing edges of shells", edges, shape=(None,)).astype("f8")
+        if len(self.edges) < 2 or not (numpy.diff(self.edges) > 0).all():
             raise ValueError(f"the edges of shells must be at least two increasing numbers, not {edges}")
         # Check the multipoles and the line of sight
-        self.one, self.poles = numpy.ndim(poles) == 0, [int(l) for l in numpy.atleast_1d(poles)]
-        if any(l < 0 or l % 2 for l in self.poles):
+        self.one = numpy.ndim(poles) == 0
+        self.poles = [whole_number("poles", l, least=0) for l in numpy.atleast_1d(poles)]
+        if not self.poles or any(l % 2 for l in self.poles):
             raise ValueError(
                 f"multipoles must be even, since the odd ones of a real field vanish; got {poles}"
             )
@@ -77,12 +93,7 @@ class Shells:
             raise ValueError(
                 f"multipoles above 0 need a mesh of three dimensions, but this one has {pm.ndim}"
             )
-        if los is None or numpy.ndim(los) == 0:
-            los = numpy.eye(pm.ndim)[-1 if los is None else los]
-        self.los = numpy.asarray(los, dtype="f8")
-        if self.los.shape != (pm.ndim,) or not numpy.linalg.norm(self.los) > 0:
-            raise ValueError(f"the line of sight must be an axis or {pm.ndim} numbers, not all 0; got {los}")
-        self.los = self.los / numpy.linalg.norm(self.los)
+        self.los = unit_vector("the line of sight, los,", -1 if los is None else los, pm.ndim)
         self._sorted: dict[type, tuple[Array, list[Any]]] = {}
         # Count the modes of each shell
         modes, nbin = pm.create(type="complex"), len(self.edges) - 1
@@ -99,18 +110,19 @@ class Shells:
         noise = self.average(modes, aliased, self.sort(modes)[1])
         self.noise = noise[0] if self.one else noise
 
+    def agree(self, *fields: Value) -> None:
+        """Raise an error on all ranks unless these are complex fields of one kind on the mesh of the shells."""
+
+        def prepare() -> tuple[Any, ...]:
+            modes = [check_field(x, BaseComplexField, self.pm) for x in fields]
+            return tuple(check_pair(modes[0], x) for x in modes)
+
+        agree(self.pm.comm, prepare)
+
     # Sort the modes of a field
     def sort(self, x: BaseComplexField) -> tuple[Array, list[Any]]:
         """The shell of each mode of a field like `x`, flat, and the factors g of the multipoles."""
-        if not isinstance(x, BaseComplexField):
-            raise TypeError(
-                f"a spectrum is made from a complex field, not from a {type(x).__name__}; use r2c first"
-            )
-        if list(x.Nmesh) != list(self.pm.Nmesh) or not numpy.allclose(x.BoxSize, self.pm.BoxSize):
-            raise ValueError(
-                f"the shells are of a mesh {list(self.pm.Nmesh)} in a box "
-                f"{list(self.pm.BoxSize)}, but the field has {list(x.Nmesh)} in {list(x.BoxSize)}"
-            )
+        check_field(x, BaseComplexField, self.pm)
         if type(x) not in self._sorted:
             k = wavenumbers(x)
             modulus = numpy.broadcast_to(sum(ki**2 for ki in k) ** 0.5, x.shape)
@@ -173,15 +185,37 @@ class Shells:
 
         `shot_noise` is subtracted, times what the mesh makes of noise; it is for one field, not for two.
         """
-        a = _modes(a)
-        return self.cross((a, a if b is None else _modes(b))) - shot_noise * self.noise
+        noise = real_number("shot_noise", shot_noise)
+        if b is not None and noise:
+            raise ValueError("shot_noise is subtracted from the power of one field, not from that of two")
+        a, b = self._modes(a, a if b is None else b)
+        return self.cross((a, b)) - noise * self.noise
+
+    def _modes(self, *fields: Field) -> list[BaseComplexField]:
+        """The modes of real or complex fields on the mesh of the shells. Collective."""
+        agree(self.pm.comm, lambda: tuple(check_field(x, Field, self.pm) for x in fields))
+        modes = [x if isinstance(x, BaseComplexField) else x.r2c() for x in fields]
+        self.agree(*modes)
+        return modes
 
     def compare(self, a: Field, b: Field) -> tuple[Array, Array]:
         """The correlation coefficient r and the transfer function t of `a` with respect to `b`. Collective."""
-        a, b = _modes(a), _modes(b)
+        a, b = self._modes(a, b)
         aa, bb, ab = self.cross((a, a)), self.cross((b, b)), self.cross((a, b))
         with numpy.errstate(divide="ignore", invalid="ignore"):
             return ab / (aa * bb) ** 0.5, (aa / bb) ** 0.5
+
+
+def unit_vector(name: str, direction: Direction, ndim: int) -> Array:
+    """The unit vector along an axis, or along a direction of `ndim` numbers that are not all 0."""
+    if numpy.ndim(direction) == 0:
+        return numpy.eye(ndim)[whole_number(f"{name} as an axis", direction, -ndim, ndim - 1)]
+    vector = real_array(name, direction, shape=(ndim,)).astype("f8")
+    largest = abs(vector).max()
+    if not largest > 0:
+        raise ValueError(f"{name} must be an axis or {ndim} numbers, not all 0; got {direction}")
+    vector = vector / largest  # so that the squares are in range
+    return vector / numpy.linalg.norm(vector)
 
 
 def wavenumbers(x: BaseComplexField) -> list[Array]:
@@ -197,9 +231,7 @@ _ORDERS = dict(nnb=1, nearest=1, cic=2, tsc=3, pcs=4)
 
 
 def _order(window: WindowName) -> int:
-    if window not in _ORDERS:
-        raise ValueError(f"the window must be one of {', '.join(_ORDERS)}, not {window!r}")
-    return _ORDERS[window]
+    return _ORDERS[one_of("window", window, _ORDERS)]
 
 
 def _angles(k: Sequence[Array], x: BaseComplexField) -> list[Array]:
@@ -227,7 +259,7 @@ def aliased_window_squared(k: Sequence[Array], x: BaseComplexField, window: Wind
 
 def shot_noise(mass: ArrayLike, pm: ParticleMesh) -> float:
     """The shot noise of particles, V sum(m^2) / sum(m)^2, from the masses (N,) on this rank. Collective."""
-    mass = numpy.asarray(mass, dtype="f8")
+    mass = run_together(pm.comm, lambda: real_array("mass", mass, shape=(None,)).astype("f8"))
     square, total = pm.comm.allreduce(numpy.array([(mass**2).sum(), mass.sum()]))
     if not total > 0:
         raise ValueError(f"the total mass must be positive, but it is {total}")
@@ -254,11 +286,7 @@ class cross_power:
     placements = "field -> replicated"
 
     def apl(node, x1, x2, shells):
-        if type(x1) is not type(x2):
-            raise TypeError(
-                f"cross_power needs two fields of one kind, not a {type(x1).__name__} "
-                f"and a {type(x2).__name__}"
-            )
+        shells.agree(x1, x2)
         return dict(P=shells.cross((x1, x2)))
 
     def vjp(node, _P, x1, x2, shells):
@@ -272,14 +300,9 @@ class cross_power:
     def hvp(node, _P, x1_, x2_, x1, shells):
         none = is_zero(_P)
         return dict(
-            _x1_=ZeroGradient if none or is_zero(x2_) else shells.spread(_alike(x1, x2_), _P),
-            _x2_=ZeroGradient if none or is_zero(x1_) else shells.spread(_alike(x1, x1_), _P),
+            _x1_=ZeroGradient if none or is_zero(x2_) else shells.spread(field_like(x1, x2_), _P),
+            _x2_=ZeroGradient if none or is_zero(x1_) else shells.spread(field_like(x1, x1_), _P),
         )
-
-
-def _alike(x: BaseComplexField, value: Value) -> BaseComplexField:
-    """A tangent as a field of the kind of `x`."""
-    return value if type(value) is type(x) else x.pm.create(type=type(x), value=value)
 
 
 @operator
@@ -304,7 +327,8 @@ class power:
     placements = "field -> replicated"
 
     def apl(node, x, shells, shot_noise=0.0):
-        return dict(P=shells.cross((x, x)) - shot_noise * shells.noise)
+        shells.agree(x)
+        return dict(P=shells.cross((x, x)) - real_number("shot_noise", shot_noise) * shells.noise)
 
     def vjp(node, _P, x, shells):
         return dict(_x=ZeroGradient if is_zero(_P) else shells.spread(x, 2 * numpy.asarray(_P)))
@@ -315,7 +339,7 @@ class power:
     def hvp(node, _P, x_, x, shells):
         if is_zero(_P) or is_zero(x_):
             return dict(_x_=ZeroGradient)
-        return dict(_x_=shells.spread(_alike(x, x_), 2 * numpy.asarray(_P)))
+        return dict(_x_=shells.spread(field_like(x, x_), 2 * numpy.asarray(_P)))
 
 
 @autooperator("x1, x2 -> r")
@@ -328,10 +352,6 @@ def correlation(x1: Symbol, x2: Symbol, shells: Shells) -> Symbol:
 def transfer(x1: Symbol, x2: Symbol, shells: Shells) -> Symbol:
     """The transfer function t(k) of the complex field x1 with respect to x2, for each shell."""
     return (power(x1, shells) / power(x2, shells)) ** 0.5
-
-
-def _modes(field: Field) -> BaseComplexField:
-    return field if isinstance(field, BaseComplexField) else field.r2c()
 
 
 def projection(
@@ -350,14 +370,16 @@ def projection(
     root : int, optional
         The rank that gets the map, the others get None. By default all get it.
     """
+    agree(comm_of(field), lambda: (check_field(field, RealField),))
     pm, comm = field.pm, field.pm.comm
-    if not -pm.ndim <= axis < pm.ndim:
+    if not -pm.ndim <= whole_number("axis", axis) < pm.ndim:
         raise ValueError(f"a mesh of {pm.ndim} dimensions has no axis {axis}")
     axis %= pm.ndim
     planes = int(pm.Nmesh[axis])
-    thickness = planes if thickness is None else thickness
-    if not 1 <= thickness <= planes:
-        raise ValueError(f"the thickness must be from 1 to {planes} planes, not {thickness}")
+    start = whole_number("start", start)
+    thickness = planes if thickness is None else whole_number("thickness", thickness, 1, planes)
+    if root is not None:
+        root = whole_number("root", root, 0, comm.size - 1)
     # Add up this rank's planes
     mine = numpy.arange(field.slices[axis].start, field.slices[axis].stop)
     mine = numpy.flatnonzero((mine - start) % planes < thickness)

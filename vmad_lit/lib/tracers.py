@@ -9,17 +9,37 @@ from typing import Any
 import numpy
 
 from vmad_lit import autooperator, operator
+from vmad_lit.core.arguments import plain_array, positive, real_array, whole_number
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
-from vmad_lit.core.symbol import Symbol, Value
+from vmad_lit.core.symbol import BaseSymbol, Symbol, Value
 from vmad_lit.lib import fastpm, linalg
 from vmad_lit.lib.cosmology import Background
-from vmad_lit.lib.mesh import ParticleMesh
+from vmad_lit.lib.exchange import agree_on_lattice
+from vmad_lit.lib.mesh import ParticleMesh, on_mesh
 from vmad_lit.lib.mpi import MPI, allbcast
-from vmad_lit.lib.spectra import Direction
+from vmad_lit.lib.spectra import Direction, unit_vector
 from vmad_lit.lib.transfer import Transfer
 
 is_zero = type(ZeroGradient).is_zero
+
+
+@operator
+class plain_numbers:
+    """Numbers as they are, after a check that they are finite and have the shape expected, under a name."""
+
+    ain = {"x": "*"}
+    aout = {"y": "*"}
+    hvp = ZeroGradient
+
+    def apl(node, x, name, shape):
+        return dict(y=real_array(name, x, shape=shape).copy()[()])
+
+    def vjp(node, _y):
+        return dict(_x=_y)
+
+    def jvp(node, x_):
+        return dict(y_=x_)
 
 
 @autooperator("x, mass -> rho")
@@ -33,22 +53,35 @@ def density(x: Symbol, mass: Value, q: Array, pm: ParticleMesh) -> Symbol:
     q : (N, ndim) the lattice from which they came; it only tells how many there are on all ranks
     pm : ParticleMesh of any number of cells
     """
-    per_cell = pm.comm.allreduce(len(q)) / float(pm.Nmesh.prod())
+    number = pm.comm.allreduce(len(agree_on_lattice(q, pm)))
+    if number == 0:
+        raise ValueError("a density in units of its mean needs particles, but q has none on any rank")
+    per_cell = number / float(pm.Nmesh.prod())
     return fastpm.paint(x, mass, fastpm.decompose(x, pm), pm) * (1.0 / per_cell)
 
 
 def velocity(p: Value, a: float) -> Value:
     """Peculiar velocities in km/s, from momenta a^2 dx/dt / H0 in Mpc/h at scale factor a."""
-    return p * (100.0 / a)
+    factor = 100.0 / positive("a", a)
+    return (p if isinstance(p, BaseSymbol) else real_array("p", p)) * factor
 
 
 def redshift_factor(pt: Background, a: float) -> float:
     """The factor 1 / (a^2 E) from momenta to displacements in redshift space; `pt` is the background."""
+    a = positive("a", a)
     return float(1 / (a**2 * pt.E(a)))
 
 
 def _dot(a: Array, b: Array) -> Array:
     return (a * b).sum(axis=-1, keepdims=True)
+
+
+def vectors(name: str, v: Any) -> Array:
+    """`v` as an array (N, ndim) of real numbers, without a look at all of them."""
+    v = plain_array(name, v)
+    if v.ndim != 2 or v.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must be real numbers of the shape (N, ndim), not {v.dtype}{v.shape}")
+    return v
 
 
 class Sight:
@@ -58,16 +91,14 @@ class Sight:
     w: Value
 
     def __init__(self, x: Array, los: Direction, observer: Direction) -> None:
-        ndim = x.shape[1]
         if (los is None) == (observer is None):
             raise ValueError("give either los, an axis or a direction, or the position of an observer")
+        x = vectors("positions", x)
+        ndim, dtype = x.shape[1], numpy.result_type(x, "f4")
         if observer is None:
-            n = numpy.eye(ndim)[los] if numpy.ndim(los) == 0 else numpy.array(los, dtype="f8")
-            if n.shape != (ndim,) or not numpy.linalg.norm(n) > 0:
-                raise ValueError(f"los must be an axis or {ndim} numbers, not all 0; got {los}")
-            self.n, self.w = (n / numpy.linalg.norm(n)).astype(x.dtype), 0
+            self.n, self.w = unit_vector("los", los, ndim).astype(dtype), 0
         else:
-            r = x - numpy.asarray(observer, dtype=x.dtype)
+            r = x - real_array("observer", observer, shape=(ndim,)).astype(dtype)
             distance = _dot(r, r) ** 0.5
             self.w = numpy.divide(1, distance, out=numpy.zeros_like(distance), where=distance > 0)
             self.n = r * self.w
@@ -92,7 +123,9 @@ class along_sight:
     aout = {"y": "ndarray"}
 
     def apl(node, x, v, los=None, observer=None):
-        n = Sight(x, los, observer).n
+        n, v = Sight(x, los, observer).n, vectors("v", v)
+        if v.shape != numpy.shape(x):
+            raise ValueError(f"v must have the shape of the positions, {numpy.shape(x)}, not {v.shape}")
         return dict(y=_dot(v, n) * n)
 
     def vjp(node, _y, x, v, los, observer):
@@ -147,12 +180,14 @@ def redshift_space(
     -------
     s : (N, ndim), not wrapped into the box
     """
-    return x + along_sight(x, p, los, observer) * allbcast(factor, comm)
+    factor = allbcast(plain_numbers(factor, "factor", ()), comm)
+    return x + along_sight(x, p, los, observer) * factor
 
 
 @functools.lru_cache(maxsize=None)
 def tidal_transfer(i: int, j: int) -> Transfer:
     """The transfer function k_i k_j / k^2 of second derivatives of an inverse Laplacian, 0 for the mean."""
+    i, j = (whole_number("an axis", axis, least=0) for axis in (i, j))
 
     @fastpm.fixed_transfer
     def transfer(k: Any) -> Array:
@@ -184,6 +219,12 @@ def tidal_square(rhok: Symbol, delta: Symbol, pm: ParticleMesh) -> Symbol:
 BIAS_TERMS = ("b1", "b2", "bs2", "bnabla2")
 
 
+def check_terms(terms: Sequence[str]) -> None:
+    """Raise an error unless these are names of terms of the bias expansion."""
+    if not isinstance(terms, (list, tuple)) or not terms or any(term not in BIAS_TERMS for term in terms):
+        raise ValueError(f"terms must be some of {BIAS_TERMS}, not {terms!r}")
+
+
 @autooperator("rhok -> fields")
 def lagrangian_fields(rhok: Symbol, q: Array, pm: ParticleMesh, terms: Sequence[str] = BIAS_TERMS) -> Symbol:
     """The terms of the Lagrangian bias expansion at the points of a lattice.
@@ -199,9 +240,8 @@ def lagrangian_fields(rhok: Symbol, q: Array, pm: ParticleMesh, terms: Sequence[
     -------
     fields : (N, nterms); squares have no mean
     """
-    unknown = [term for term in terms if term not in BIAS_TERMS]
-    if unknown or not terms:
-        raise ValueError(f"terms must be some of {BIAS_TERMS}, not {terms}")
+    check_terms(terms)
+    rhok, q = on_mesh(rhok, pm), agree_on_lattice(q, pm)
     delta = fastpm.c2r(rhok)
     meshes = []
     for term in terms:
@@ -224,6 +264,8 @@ def lagrangian_weights(
     `b` are the bias parameters (nterms,), replicated; for the rest see `lagrangian_fields`. The weights are
     those of Lagrangian space: carried along with the particles, they make a tracer of linear bias 1 + b1.
     """
+    check_terms(terms)
+    b = plain_numbers(b, "b", (len(terms),))
     fields = lagrangian_fields(rhok, q, pm, terms)
     return linalg.einsum("ij,j->i", [fields, allbcast(b, pm.comm)]) + 1.0
 
@@ -231,4 +273,4 @@ def lagrangian_weights(
 @autooperator("rho, b -> y")
 def eulerian_bias(rho: Symbol, b: Value) -> Symbol:
     """The density 1 + b (rho - 1) of tracers of linear bias b, a number, from that of matter."""
-    return (rho - 1.0) * b + 1.0
+    return (rho - 1.0) * plain_numbers(b, "b", ()) + 1.0

@@ -17,7 +17,11 @@ from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Value
 from vmad_lit.lib.mesh import (
     ParticleMesh,
+    agree,
+    as_field,
     as_rows,
+    check_field,
+    comm_of,
     common_dtypes,
     field_like,
     is_zero,
@@ -40,10 +44,6 @@ Digitizer = Callable[[xslab], tuple[Array, Array]]  # the bin of each mode, and 
 
 def coordinates(x: BaseComplexField, kind: Labels) -> xslab:
     """Labels of a field's modes, as a list of broadcastable arrays with pmesh's `normp`."""
-    if not isinstance(x, BaseComplexField):
-        raise TypeError(
-            f"a transfer function applies to a complex field, not to a {type(x).__name__}; use r2c first"
-        )
     labels = wavenumbers(x)
     if kind == "index":
         labels[:] = [i.copy() for i in x.i]
@@ -66,6 +66,7 @@ def fixed_transfer(tf: Any, pointwise: bool = False) -> Transfer:
 
 def evaluate_transfer(x: BaseComplexField, f: Transfer, kind: Labels) -> Any:
     """`f` of the labels of the modes of `x`; kept, if `f` is declared to be fixed."""
+    check_field(x, BaseComplexField)
     if not getattr(f, "fixed_transfer", False):
         return f(coordinates(x, kind))
     kept = once_per_mesh(x.pm, "fixed_transfer", weakref.WeakKeyDictionary[Any, Any]).setdefault(f, {})
@@ -114,21 +115,16 @@ class apply_transfer:
     hvp = ZeroGradient
 
     def apl(node, x, tf, kind="wavenumber"):
-        return dict(y=multiply_field(x, evaluate_transfer(x, tf, kind)), like=(x.pm, type(x)))
+        (y,) = agree(comm_of(x), lambda: (multiply_field(x, evaluate_transfer(x, tf, kind)),))
+        return dict(y=y, like=(x.pm, type(x)))
 
     def vjp(node, _y, tf, kind, like):
-        _y = _field(like, _y)
+        _y = as_field(like[0], like[1], _y)
         return dict(_x=multiply_field(_y, numpy.conj(evaluate_transfer(_y, tf, kind))))
 
     def jvp(node, x_, tf, kind, like):
-        x_ = _field(like, x_)
+        x_ = as_field(like[0], like[1], x_)
         return dict(y_=multiply_field(x_, evaluate_transfer(x_, tf, kind)))
-
-
-def _field(like: tuple[ParticleMesh, type], value: Value) -> Any:
-    """A value as a field of the mesh and type `like`, without a copy if it is one."""
-    pm, kind = like
-    return value if isinstance(value, kind) else pm.create(type=kind, value=value)
 
 
 @partial(fixed_transfer, pointwise=True)
@@ -230,9 +226,17 @@ class apply_digitized:
         raise ValueError(f"mode must be 'amplitude' or 'phase', not {mode!r}")
 
     def apl(node, x, tf, digitizer, kind="wavenumber", mode="amplitude"):
-        ind, conj = evaluate_transfer(x, digitizer, kind)
-        factors, _ = apply_digitized.factors(tf, mode)
-        return dict(y=multiply_field(x, _spread(factors, ind, conj, default=1)), bins=(ind, conj))
+        def prepare() -> tuple[Any, ...]:
+            bins = evaluate_transfer(check_field(x, BaseComplexField), digitizer, kind)
+            factors, _ = apply_digitized.factors(tf, mode)
+            return (
+                multiply_field(x, _spread(factors, *bins, default=1)),
+                f"{len(factors)} bins",
+                dict(bins=bins),
+            )
+
+        y, _, kept = agree(comm_of(x), prepare)
+        return dict(y=y, **kept)
 
     def vjp(node, _y, x, tf, bins, mode):
         (dtype,) = common_dtypes(x.pm.comm, _y)

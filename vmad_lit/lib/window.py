@@ -25,7 +25,7 @@ from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib import memory
 from vmad_lit.lib.compiled import compiled, inlined
-from vmad_lit.lib.memory import as_flat, flatten
+from vmad_lit.lib.memory import as_flat, flatten, overlap
 from vmad_lit.lib.threads import get_threads, run_on_threads, set_threads, share_out
 
 with needed_for("compiled loops", extra="fast"):
@@ -488,6 +488,8 @@ def check_positions(pos: ArrayLike, ndim: int) -> Array:
 
     Integers become float64. Raises ValueError for a wrong shape, TypeError for what is not a real number.
     """
+    if isinstance(pos, numpy.ma.MaskedArray):
+        raise TypeError("positions must be an array without a mask: the mask would be forgotten")
     pos = numpy.asarray(pos)
     if pos.ndim != 2 or pos.shape[1] < ndim:
         raise ValueError(
@@ -506,6 +508,8 @@ def _real_dtype(array: Array, what: str) -> DType:
 
 def _per_particle(value: ArrayLike, npart: int, what: str, width: int | None = None) -> tuple[Array, int]:
     """A value for each particle (or one for all) as flat float64 memory and its step (0 for one)."""
+    if isinstance(value, numpy.ma.MaskedArray):
+        raise TypeError(f"{what} must be an array without a mask: the mask would be forgotten")
     value = numpy.asarray(value)
     _real_dtype(value, what)
     if value.ndim == 0:
@@ -548,6 +552,17 @@ def _box(mesh: Array, transform: Transform | None) -> Box:
         scale, translate, period = (1.0,) * ndim, (0.0,) * ndim, shape
     else:
         scale, translate, period = transform.scale, transform.translate, transform.period
+    if (
+        not len(scale) == len(translate) == len(period) == ndim
+        or not numpy.isfinite([*scale, *translate]).all()
+    ):
+        raise ValueError(
+            f"the transform must have {ndim} finite scales and translations, and as many periods"
+        )
+    if not all(n == 0 or n >= 1 and int(n) == n for n in period):
+        raise ValueError(
+            f"periods must be whole numbers of cells, or 0 for an axis without, not {list(period)}"
+        )
     origin = [floor(t) for t in translate]
     more = 3 - ndim
     return (
@@ -588,7 +603,8 @@ def _scatter(
     `rate` times `speed`; or (`spreading`) the column times the change of the window along `speed`."""
     cells = _find_support(window)
     ndim = meshes[0].ndim
-    pos = check_positions(pos, ndim)
+    pos, mass, speed = (_apart(a, *meshes) for a in (check_positions(pos, ndim), mass, speed))
+    _check_sizes(len(pos), masses=(mass, mass_step, len(meshes)), velocities=(speed, ndim, ndim))
     box = _box(meshes[0], transform)
     if not len(pos) or not meshes[0].size:
         return
@@ -708,9 +724,20 @@ def _gather(
     """
     cells = _find_support(window)
     ndim = meshes[0].ndim
-    pos = check_positions(pos, ndim)
+    written = [array for array in (out, slope) if array is not None]
+    pos, coef, speed, *meshes = (
+        _apart(a, *written) for a in (check_positions(pos, ndim), coef, speed, *meshes)
+    )
     npart, step = pos.shape
-    slopes = coef is not None
+    slopes, given = coef is not None, len(meshes) if given is None else given
+    _check_sizes(
+        npart,
+        results=(out, len(meshes), len(meshes)),
+        velocities=(speed, ndim, ndim),
+        slopes=(slope, ndim, ndim),
+        factors=(coef, coef_step, given),
+        base=(base, ndim if slopes else len(meshes), ndim if slopes else len(meshes)),
+    )
     if slope is None:
         slope = memory.empty((npart if slopes else 0, ndim))
     mesh, views = _readable(meshes)
@@ -723,7 +750,6 @@ def _gather(
     pos = flatten(pos)
     none = numpy.empty(0)
     width = 0 if out is None else len(meshes)
-    given = len(meshes) if given is None else given
     base = none if base is None else base.reshape(-1)
     cuts = share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
@@ -761,8 +787,44 @@ def _gather(
 
 def _mesh(mesh: Mesh) -> Array:
     """The values of an array or field, the real part of complex ones."""
-    value = numpy.asarray(getattr(mesh, "value", mesh))
+    value = getattr(mesh, "value", mesh)
+    if isinstance(value, numpy.ma.MaskedArray):
+        raise TypeError("a mesh must be an array without a mask: the mask would be forgotten")
+    value = numpy.asarray(value)
+    if value.dtype.kind not in "fciub":
+        raise TypeError(f"a mesh must be of numbers, not of {value.dtype}")
     return value.real if value.dtype.kind == "c" else value
+
+
+def _targets(meshes: Any) -> list[Array]:
+    """The values of meshes that are added to, in place; an error if their memory cannot be written to."""
+    for mesh in meshes:
+        value = getattr(mesh, "value", mesh)
+        if not isinstance(value, numpy.ndarray) or value.dtype.kind not in "fc":
+            found = f"an array of {value.dtype}" if isinstance(value, numpy.ndarray) else type(mesh).__name__
+            raise TypeError(
+                f"a mesh to paint must be an array of floating point numbers, or a field, not {found}"
+            )
+        if not value.flags.writeable:
+            raise ValueError("a mesh to paint is read-only; paint a copy of it")
+    return _meshes(meshes)
+
+
+def _check_sizes(npart: int, **arrays: tuple[Array | None, int, int]) -> None:
+    """Raise ValueError unless flat arrays are as long as a loop over particles takes for granted.
+
+    For each its step, 0 for the same numbers for all particles, and how many numbers the loop takes of a row.
+    """
+    for name, (array, step, count) in arrays.items():
+        if array is not None and (step not in (0, count) or array.size != (npart * step if step else count)):
+            raise ValueError(
+                f"{name} must have {count} numbers for each of {npart} particles, not {array.size} in all"
+            )
+
+
+def _apart(array: Any, *written: Array) -> Any:
+    """An array that is read, as memory apart from what is written."""
+    return array.copy() if isinstance(array, numpy.ndarray) and overlap(array, *written) else array
 
 
 def _meshes(meshes: Sequence[Mesh]) -> list[Array]:
@@ -794,9 +856,9 @@ def paint(
     Returns the mesh. A position that is not a number makes NaN of a few cells of the mesh (with 'nnb', it
     counts for one of them); it is never written beside the mesh.
     """
-    value = _mesh(mesh)
+    targets = _targets([mesh])
     mass, step = _per_particle(mass, len(pos), "mass")
-    _scatter([value], pos, mass, step, window, transform)
+    _scatter(targets, pos, mass, step, window, transform)
     return mesh
 
 
@@ -859,7 +921,8 @@ def _base(base: ArrayLike | None, out: Array) -> Array | None:
         return None
     if numpy.shape(base) != out.shape:
         raise ValueError(f"base must have the shape of the result, {out.shape}, not {numpy.shape(base)}")
-    return flatten(numpy.require(base, "f8", ["C", "A"])).reshape(out.shape)
+    base = numpy.require(base, "f8", ["C", "A"])
+    return flatten(base if base.ctypes.data == out.ctypes.data else _apart(base, out)).reshape(out.shape)
 
 
 def paint_vjp(
@@ -899,7 +962,7 @@ def paint_jvp(
     transform: Transform | None = None,
 ) -> Mesh:
     """Add to `mesh` the tangent of painting along `pos_` (N, ndim) and `mass_` (N,); None is zero."""
-    value = _mesh(mesh)
+    (value,) = _targets([mesh])
     change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), "tangent of mass")
     speed, rate = None, 1.0
     if pos_ is not None:
@@ -973,7 +1036,7 @@ def readout_vjp(
     width = len(meshes if meshes is not None else out) if several else None
     coef, step = _per_particle(value, len(pos), "cotangent of the values", width)
     if out is not None:
-        targets = [_mesh(mesh) for mesh in (out if several else [out])]
+        targets = _targets(out if several else [out])
         _scatter(targets, pos, coef, step, window, transform)
     if not need_pos:
         return None
@@ -992,6 +1055,8 @@ def readout_jvp(
     """Tangent of `readout(meshes, pos)` along `pos_` (N, ndim) and `meshes_`; None is zero."""
     several = isinstance(meshes if meshes is not None else meshes_, (list, tuple))
     width = len(meshes if meshes is not None else meshes_) if several else 1
+    if meshes is not None and meshes_ is not None and (len(meshes_) if several else 1) != width:
+        raise ValueError(f"there are {width} meshes, and {len(meshes_)} tangents of meshes")
     out = memory.empty((len(pos), width))
     if pos_ is not None:
         values = _meshes(meshes if several else [meshes])
@@ -1142,6 +1207,9 @@ def _hessian_product(
     ndim = meshes[0].ndim
     pos = check_positions(pos, ndim)
     npart, step = pos.shape
+    _check_sizes(
+        npart, factors=(coef, coef_step, given), velocities=(speed, ndim, ndim), slopes=(slope, ndim, ndim)
+    )
     mesh, views = _readable(meshes)
     box = _box(mesh, transform)
     if not npart or not mesh.size:
@@ -1209,7 +1277,7 @@ def spread_jvp(
     transform: Transform | None = None,
 ) -> Sequence[Mesh]:
     """Add to the n meshes of `out` the change along `pos_` of what `readout_vjp` adds for `value` (N, n)."""
-    targets = [_mesh(mesh) for mesh in out]
+    targets = _targets(out)
     mass, step = _per_particle(value, len(pos), "cotangent of the values", len(targets))
     speed = _velocities(pos_, len(pos), targets[0].ndim)
     _scatter(targets, pos, mass, step, window, transform, speed, spreading=True)
