@@ -6,3 +6,5 @@ from .ownership import find_owners
 from .specialise import fastest_step
 
 from .draw import to_dot
+
+from .placement import Placement

@@ -7,7 +7,7 @@ from typing import Any
 
 from .error import BrokenPrimitive
 from .execution import Plan, flatten, undisturbed
-from .graph import Graph, Node, Symbols, caller
+from .graph import NOWHERE, Graph, Node, Symbols, caller
 from .operator import Operator, Primitive, ZeroGradient, operator
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
 from .valuetypes import PLAIN, VALUE_TYPES
@@ -56,7 +56,9 @@ class Sweep:
         varin = {name: derivatives[name] for name in primitive.ain}
         for symbol in flatten(varin):
             if symbol is not ZERO:
-                self.model.append(Node(primitive, varin, varout, None, node))
+                derived = Node(primitive, varin, varout, None, node)
+                derived.placed = self.plan.places.seen.get(node, NOWHERE)
+                self.model.append(derived)
                 return True
         return False
 
@@ -240,7 +242,7 @@ class items:
         return dict(y=x)
 
 
-SWEEPS: dict[str, type[Sweep]] = dict(vjp=ReverseSweep, jvp=ForwardSweep)
+SWEEPS: dict[str, Any] = dict(vjp=ReverseSweep, jvp=ForwardSweep)
 
 
 def write_sweep(kind: str, plan: Plan, graph: Graph, model: Graph) -> None:
@@ -265,7 +267,7 @@ class SecondOrderSweep(ReverseSweep):
 
     def run(self) -> None:
         self.tangents = ForwardSweep(self.plan, self.graph, self.model)
-        self.cotangents = ReverseSweep(self.plan, self.graph, self.model)
+        self.cotangents = SWEEPS["vjp"](self.plan, self.graph, self.model)
         self.tangents.push_all()
         self.cotangents.seed()
         self.seed()

@@ -281,7 +281,7 @@ def compute(node: Any, **arguments: Any) -> dict[str, Any]:
     if operator.__bound_tape__ is not None:
         return {name: operator.__bound_tape__.out[name] for name in operator.aout}
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, donated=node.donated)[0]
+    return model._run(find_wanted(node), inputs, donated=node.donated, placed=node.placed)[0]
 
 
 def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
     if operator.__bound_tape__ is not None:
         return operator.__bound_tape__
     model, inputs = find_model(node, arguments)
-    return model._run(find_wanted(node), inputs, record=True, donated=node.donated)[1]
+    return model._run(find_wanted(node), inputs, record=True, donated=node.donated, placed=node.placed)[1]
 
 
 def differentiate(node: Any, **arguments: Any) -> Any:
@@ -325,7 +325,10 @@ def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
         model = operator.model_of(node)
         if model is None:
             return None
-        return model._plan(tuple(find_wanted(node)), plan.record, True, node.donated), model
+        arrivals = model.find_arrivals({}, node.placed)
+        return model._plan(
+            tuple(find_wanted(node)), plan.record, True, node.donated, arrivals=arrivals
+        ), model
     # Find the plan of a derivative
     if node.primitive.kind != "vjp" or plan.base is None:
         return None

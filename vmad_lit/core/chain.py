@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -168,28 +168,37 @@ class Models:
 
 
 class StepRuns:
-    """The steps of a chain, with values for its parameters."""
+    """The steps of a chain, with values for its parameters; on many ranks with what is known of where they live."""
 
-    def __init__(self, chain: Chain, models: Models, parameters: dict[str, Any]) -> None:
-        self.chain, self.models, self.parameters = chain, models, parameters
+    def __init__(
+        self, chain: Chain, models: Models, parameters: dict[str, Any], placed: Mapping[str, Any]
+    ) -> None:
+        self.chain, self.models, self.parameters, self.placed = chain, models, parameters, placed
 
     def run(self, i: int, state: tuple[Any, ...], private: Names = ()) -> tuple[tuple[Any, ...], Names]:
         """Run a step; returns the next state and what of it is private."""
-        model, vout = self.models[i], self.chain.aout
-        out, _ = model._run(vout, self.inputs(state), donated=private)
-        return tuple(out.values()), self.own(model._plan(tuple(vout), False, True, private))
+        model, vout, init = self.models[i], self.chain.aout, self.inputs(state)
+        out, _ = model._run(vout, init, donated=private, placed=self.placed)
+        arrivals = model.find_arrivals(init, self.placed)
+        return tuple(out.values()), self.own(
+            model._plan(tuple(vout), False, True, private, arrivals=arrivals)
+        )
 
     def record(
         self, i: int, state: tuple[Any, ...], private: Names = ()
     ) -> tuple[tuple[Any, ...], Names, Any]:
         """Run a step; returns the next state, what of it is private, and the tape."""
-        _, tape = self.models[i]._run(self.chain.aout, self.inputs(state), record=True, donated=private)
+        _, tape = self.models[i]._run(
+            self.chain.aout, self.inputs(state), record=True, donated=private, placed=self.placed
+        )
         own = self.own(tape.plan)
         return tuple(tape.let_go().values()), own, tape
 
     def record_only(self, i: int, state: tuple[Any, ...]) -> Any:
         """The tape of a step whose result nobody needs, for one sweep."""
-        _, tape = self.models[i]._run(self.chain.aout, self.inputs(state), record=True, results=False)
+        _, tape = self.models[i]._run(
+            self.chain.aout, self.inputs(state), record=True, results=False, placed=self.placed
+        )
         tape.consume()
         return tape
 
@@ -207,7 +216,12 @@ def prepare(node: Any, arguments: dict[str, Any]) -> tuple[StepRuns, tuple[Any, 
     models: Any
     models, inputs = find_model(node, arguments)
     parameters = {name: inputs[name] for name in chain.parameter_names}
-    return StepRuns(chain, models, parameters), tuple(inputs[name] for name in chain.state_names)
+    placed = {
+        name: place
+        for name, place in node.placed.items()
+        if name in parameters or place.kind == "partitioned"  # a state may change its place from step to step
+    }
+    return StepRuns(chain, models, parameters, placed), tuple(inputs[name] for name in chain.state_names)
 
 
 def run_chain(node: Any, **arguments: Any) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class ResolveError(ModelError):
     """A value was needed that was not given."""
 
 
+class PlacementError(ModelError):
+    """A value is used where it does not live: a summand of each rank for the sum, the root's value elsewhere."""
+
+
 class BrokenPrimitive(ModelError):
     """An operator lacks a function that is needed, or its functions do not fit each other."""
 

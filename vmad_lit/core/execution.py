@@ -10,13 +10,14 @@ from operator import itemgetter
 from typing import Any, ClassVar
 
 from .error import BrokenPrimitive, ExecutionError, ResolveError, did_you_mean
-from .graph import Graph, Node, Symbols
+from .graph import NOWHERE, Graph, Node, Symbols
 from .operator import ZeroGradient
 from .symbol import AttrSymbol, BaseSymbol, Ignored, List, Literal, Value, leaves
 
 Slots = list[Value]  # all values of a run
 Step = tuple[Any, ...]  # a function, the node that it is for (or None), and what else the function needs
 Target = Any  # the number of a slot, or a (nested) list of such numbers
+Arrivals = tuple[tuple[str, Any], ...]  # names of inputs, and where their values live
 LastUse = dict[Any, Node | None]  # from symbols to the nodes that use them last; None if a value stays
 
 
@@ -97,6 +98,8 @@ class Layout:
         For each node that records, the symbols that its derivatives read, by name.
     record, reuse, base
         As for `Plan`.
+    placed : dict
+        For nodes of which it is known where the values of arguments live, that; see `Places`.
 
     Attributes
     ----------
@@ -118,8 +121,9 @@ class Layout:
         record: bool = False,
         reuse: bool = True,
         base: Plan | None = None,
+        placed: Mapping[Any, Mapping[str, Any]] = NOWHERE,
     ) -> None:
-        self.graph, self.last_use, self.recorded = graph, last_use, recorded
+        self.graph, self.last_use, self.recorded, self.placed = graph, last_use, recorded, placed
         self.record, self.reuse, self.base = record, reuse, base
         self.slots: dict[Any, int] = {}
         self.steps: list[Step] = []
@@ -216,8 +220,8 @@ class Layout:
         if self.base is not None:
             self.note_reads(ins if record is None else [*ins, record[1]])
         function = primitive.recording_call if self.record else primitive.call
-        if len(outs) < len(node.varout):
-            node = self.tell_unused(node, outs)
+        if len(outs) < len(node.varout) or node in self.placed:
+            node = self.tell(node, outs)
         make, self._saw_list = general_step if self._saw_list else self.make_step, False
         self.steps.append(make(node, function, ins, record, linear, outs, extras, kept, clear))
 
@@ -288,12 +292,13 @@ class Layout:
             and not (type(symbol := varin[name]) is Literal and symbol._value is ZeroGradient)
         ]
 
-    def tell_unused(self, node: Node, outs: Iterable[tuple[str, Target]]) -> Node:
-        """The node to be called if only some of the results of a node are used."""
-        used = [name for name, _ in outs]
-        if all(name in used or symbol is Ignored for name, symbol in node.varout.items()):
+    def tell(self, node: Node, outs: Iterable[tuple[str, Target]]) -> Node:
+        """The node to be called if only some of the results of a node are used, or if it is known where
+        arguments live."""
+        used, placed = [name for name, _ in outs], self.placed.get(node)
+        if not placed and all(name in used or symbol is Ignored for name, symbol in node.varout.items()):
             return node
-        stand_in = self.stand_ins[node] = node.stand_in(used)
+        stand_in = self.stand_ins[node] = node.stand_in(used, placed=placed)
         return stand_in
 
 
@@ -451,6 +456,30 @@ def find_extra(node: Node, key: str, r: dict[str, Value]) -> Value:
     )
 
 
+class Places:
+    """Where the values of a run live. One process has nothing to tell of it, and so this is empty.
+
+    Attributes
+    ----------
+    of : dict
+        What is known of symbols.
+    seen : dict
+        What is known of arguments, by their names, for each node of which anything is.
+    spread : dict
+        For nodes that take values apart over ranks, the names of these arguments.
+    complaint : Exception or None
+        What is wrong with an output.
+    """
+
+    def __init__(
+        self, graph: Graph, nodes: Iterable[Node], arrivals: Arrivals, vout: Iterable[str] = ()
+    ) -> None:
+        self.of: dict[BaseSymbol, Any] = {}
+        self.seen: dict[Node, dict[str, Any]] = {}
+        self.spread: dict[Node, Collection[str]] = {}
+        self.complaint: Exception | None = None
+
+
 class Plan:
     """How to compute some outputs of a graph.
 
@@ -469,6 +498,8 @@ class Plan:
         The inputs whose values may be overwritten.
     results : bool
         Whether the outputs are wanted, or only the tape of a run that computes them.
+    arrivals : tuple of (name, placement)
+        Where the values of inputs live, as far as it is known.
 
     Attributes
     ----------
@@ -499,7 +530,11 @@ class Plan:
         The models derived from this plan, so that they are made only once.
     consuming : list of tuple, or None
         The steps for a tape that is used for the last time, once they have been made.
+    places : Places
+        Where values live, found by `find_places`.
     """
+
+    find_places: ClassVar[Callable[..., Places]] = Places
 
     fresh_outputs: tuple[str, ...] = ()
     consuming: list[Step] | None = None
@@ -513,6 +548,7 @@ class Plan:
         base: Plan | None = None,
         donated: Collection[str] = (),
         results: bool = True,
+        arrivals: Arrivals = (),
     ) -> None:
         self.vout, self.donated = tuple(vout), tuple(donated)
         self.record, self.base = record, base
@@ -527,7 +563,8 @@ class Plan:
                 self.active, active_nodes = find_active(graph, self.nodes)
                 recorded = find_recorded(active_nodes, last_use)
             # Lay out the values
-            layout = Layout(graph, last_use, recorded, record, reuse, base)
+            self.places = self.find_places(graph, self.nodes, arrivals, self.vout)
+            layout = Layout(graph, last_use, recorded, record, reuse, base, self.places.seen)
             self.inputs = {name: layout.place(x) for name, x in graph._inputs.items() if x in last_use}
             for node in self.nodes:
                 layout.add_node(node)

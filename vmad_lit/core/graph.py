@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import CodeType
 from typing import Any, ClassVar, Protocol
 
@@ -13,6 +13,7 @@ from .error import BadArgument, DuplicatedOutput, InferError
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, assymbol, leaves
 
 Symbols = dict[str, BaseSymbol]  # arguments or results, by name
+NOWHERE: Mapping[str, Any] = {}  # nothing is known of where values live
 
 
 class Callee(Protocol):
@@ -48,9 +49,11 @@ class Node:
         Room for the operator to remember something about this node between runs.
     donated : tuple of str
         The arguments whose values a run gives away to this node; see `owns`.
+    placed : dict
+        Where the values of arguments live, as far as a run on many ranks knows it; see `placement`.
     """
 
-    __slots__ = ("primitive", "varin", "varout", "number", "forward", "cache", "donated", "_origin")
+    __slots__ = ("primitive", "varin", "varout", "number", "forward", "cache", "donated", "placed", "_origin")
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class Node:
         self.forward = forward
         self.cache: Any = None
         self.donated: tuple[str, ...] = ()
+        self.placed: Mapping[str, Any] = NOWHERE
         self._origin = origin
 
     def __getitem__(self, argname: str) -> BaseSymbol:
@@ -112,17 +116,26 @@ class Node:
         an argument that the operator declares in `inplace` is ever given away like that."""
         return name in self.donated
 
+    def placement(self, name: str) -> str | None:
+        """Where the value of an argument lives: 'replicated', 'partitioned', 'partial' or 'root-only'; None if
+        that is not known, or if there is only one rank."""
+        placed = self.placed.get(name)
+        return None if placed is None else placed.kind
+
     @property
     def used(self) -> list[str]:
         """The names of the results that the run needs."""
         return [name for name, symbol in self.varout.items() if symbol is not Ignored]
 
-    def stand_in(self, used: Collection[str], donated: Collection[str] = ()) -> Node:
-        """A node to be called in the place of this one, in a run that needs only the results `used` and
-        gives the arguments `donated` away."""
+    def stand_in(
+        self, used: Collection[str], donated: Collection[str] = (), placed: Mapping[str, Any] | None = None
+    ) -> Node:
+        """A node to be called in the place of this one, in a run that needs only the results `used`, gives the
+        arguments `donated` away, and knows where arguments live."""
         varout = {name: symbol if name in used else Ignored for name, symbol in self.varout.items()}
         node = Node(self.primitive, self.varin, varout, self._origin, self.forward or self)
         node.number, node.donated = self.number, tuple(donated)
+        node.placed = self.placed if placed is None else placed
         return node
 
     @property
@@ -189,9 +202,11 @@ def caller(depth: int = 1) -> tuple[CodeType, int]:
 class Graph(list[Node]):
     """A list of nodes in the order in which they were built, with named inputs and outputs.
 
-    How it looks in a notebook, and `to_dot`, which makes a picture of it, come from `core.draw`.
+    How it looks in a notebook, and `to_dot`, which makes a picture of it, come from `core.draw`; how it prints,
+    and `declare`, which makes a placement, from `core.placement`.
     """
 
+    declare: ClassVar[Callable[..., Any]]
     to_dot: ClassVar[Callable[..., str]]
     _repr_html_: ClassVar[Callable[..., str]]
 
@@ -199,6 +214,7 @@ class Graph(list[Node]):
         super().__init__()
         self._inputs: dict[str, Symbol] = {}
         self._outputs: Symbols = {}
+        self.placed: dict[str, Any] = {}
         self.shared: dict[Any, Any] = {}
         self._ref: Callable[[], Graph | None] | None = weakref.ref(self)
 
@@ -207,10 +223,12 @@ class Graph(list[Node]):
     __eq__ = object.__eq__
     __ne__ = object.__ne__
 
-    def input(self, *names: str | Symbol) -> Any:
+    def input(self, *names: str | Symbol, placement: Any = None, comm: Any = None) -> Any:
         """Declare inputs; one name gives one symbol, several give a list of symbols.
 
-        A name may be a str, or a fresh instance of a subclass of `Symbol`.
+        A name may be a str, or a fresh instance of a subclass of `Symbol`. The `placement`, 'replicated',
+        'partitioned', 'partial' or 'root-only', tells where their values live when the model runs on the ranks
+        of the communicator `comm`, by default all; see `core.placement`.
         """
         symbols = []
         for name in names:
@@ -220,6 +238,8 @@ class Graph(list[Node]):
             self.anchor(symbol)
             self._inputs[symbol._name] = symbol
             symbols.append(symbol)
+            if placement is not None:
+                self.placed[symbol._name] = self.declare(placement, comm)
         return symbols[0] if len(symbols) == 1 else symbols
 
     def output(self, **values: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from .autodiff import write_sweep
 from .error import BadArgument, UnexpectedOutput, did_you_mean
-from .execution import Plan, describe
+from .execution import Arrivals, Plan, describe
 from .graph import Graph, Node
 from .operator import ZeroGradient
 from .symbol import Value
@@ -24,6 +24,10 @@ class Model(Graph):
 
     runner: ClassVar[Callable[..., Any]] = staticmethod(Plan.run)
 
+    def find_arrivals(self, init: Mapping[str, Value], placed: Mapping[str, Any] | None) -> Arrivals:
+        """Where the values of inputs live, as far as it is known. On one rank there is nothing to know."""
+        return ()
+
     def __init__(self) -> None:
         super().__init__()
         self._plans: dict[Any, Plan] = {}
@@ -39,8 +43,9 @@ class Model(Graph):
         reuse: bool,
         donated: tuple[str, ...] = (),
         results: bool = True,
+        arrivals: Arrivals = (),
     ) -> Plan:
-        key = vout, record, reuse, donated, results, len(self), len(self._outputs)
+        key = vout, record, reuse, donated, results, arrivals, len(self), len(self._outputs)
         plan = self._plans.get(key)
         if plan is None:
             for name in vout:
@@ -48,7 +53,7 @@ class Model(Graph):
                     raise UnexpectedOutput(
                         f"the model has no output '{name}'" + did_you_mean(name, list(self._outputs))
                     )
-            plan = self._plans[key] = Plan(self, vout, record, reuse, self._base, donated, results)
+            plan = self._plans[key] = Plan(self, vout, record, reuse, self._base, donated, results, arrivals)
         return plan
 
     def _run(
@@ -59,10 +64,15 @@ class Model(Graph):
         monitor: Monitor | None = None,
         donated: tuple[str, ...] = (),
         results: bool = True,
+        placed: Mapping[str, Any] | None = None,
     ) -> tuple[dict[str, Value], Any]:
         """Compute some outputs; returns a dict of them, and the tape or None. The values of the inputs
-        `donated` may be overwritten. Without `results` only the tape is wanted."""
-        plan = self._plan(tuple(vout), record, monitor is None, donated, results)
+        `donated` may be overwritten. Without `results` only the tape is wanted. A model that runs inside
+        another is told where the values of its inputs live (`placed`)."""
+        arrivals = self.find_arrivals(init, placed)
+        plan = self._plan(tuple(vout), record, monitor is None, donated, results, arrivals)
+        if placed is None and plan.places.complaint is not None:
+            raise plan.places.complaint
         slots = None
         if self._tape is not None:
             slots = self._tape.slots

@@ -242,6 +242,9 @@ class Operator:
         that a `vjp` returns may be the one that it got. See `core.ownership`, also for
     inplace : collection of str
         Arguments of `apl` and `vjp` that these overwrite if `node.owns(name)` says that they may.
+    placements : str, callable or None
+        On many ranks, where arguments have to live and where the results do, as in 'partitioned -> partial';
+        by default element by element. See `core.placement`.
     special : callable or None
         Given the symbols of a call by name, an operator to be used in the place of this one, or None.
     grow : callable or None
@@ -253,6 +256,7 @@ class Operator:
     fresh = False
     alias = False
     inplace: Collection[str] = ()
+    placements: str | Callable[..., Any] | None = None
     special: Callable[[Symbols], Operator | None] | None = None
     grow: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
     apl: Primitive
@@ -267,7 +271,7 @@ class Operator:
                 if isinstance(value, staticmethod):
                     setattr(self, name, getattr(prototype, name))
         self.prototype = prototype
-        for name in "collective", "transparent", "fresh", "alias", "inplace":
+        for name in "collective", "transparent", "fresh", "alias", "inplace", "placements":
             setattr(self, name, getattr(prototype, name, getattr(self, name)))
         self.__name__ = prototype.__name__
         self.__qualname__ = prototype.__qualname__

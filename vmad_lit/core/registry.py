@@ -73,6 +73,10 @@ class Registry:
         patterns = dict(operator.ain if patterns is None else patterns)
         self._entries.setdefault(name_of(operator, name), []).append(Entry(operator, patterns))
 
+    def operators(self, operator: Any) -> list[Any]:
+        """All operators of a name."""
+        return [entry.operator for entry in self._entries.get(name_of(operator), [])]
+
     def match_all(self, operator: Any, operands: Mapping[str, Any], name: str | None = None) -> list[Entry]:
         """All entries of a name whose patterns fit the operands, a dict from names to values; the
         best first, of equals the latest."""
@@ -237,9 +241,14 @@ def twin_of(node: Node | None, primitive: Primitive) -> Node | None:
     original = node.forward or node
     if original.cache is None:
         original.cache = {}
-    twin = original.cache.get(primitive.operator)
+    key = primitive.operator, id(node.placed)
+    twin: Node | None = original.cache.get(key)
     if twin is None:
         twin = Node(primitive.operator.apl, original.varin, original.varout, original._origin)
-        twin.number = original.number
-        original.cache[primitive.operator] = twin
-    return twin if primitive.kind == "apl" else Node(primitive, node.varin, node.varout, None, twin)
+        twin.number, twin.placed = original.number, node.placed
+        original.cache[key] = twin
+    if primitive.kind == "apl":
+        return twin
+    derived = Node(primitive, node.varin, node.varout, None, twin)
+    derived.placed = node.placed
+    return derived

@@ -25,6 +25,7 @@ class binary_ufunc:
 
     ain = "x1", "x2"
     aout = "y"
+    placements = "elementwise"
 
     @staticmethod
     def f(x1: Value, x2: Value, /) -> Value:
@@ -49,7 +50,7 @@ class binary_ufunc:
         def pull(name: str, x: Value, fprime: Callable[..., Value]) -> Value:
             if node.is_literal(name):
                 return ZeroGradient
-            return unbroadcast(scaled(_y, conj(slope(fprime, x1, x2))), kind(x))
+            return unbroadcast(scaled(_y, conj(slope(fprime, x1, x2))), kind(x, node, name))
 
         return dict(_x1=pull("x1", x1, node.prototype.fprime1), _x2=pull("x2", x2, node.prototype.fprime2))
 
@@ -77,7 +78,7 @@ class binary_ufunc:
             for x_, fsecond in (x1_, along1), (x2_, along2):
                 if x_ is not ZeroGradient:
                     slope_ = slope_ + scaled(x_, slope(fsecond, x1, x2))
-            return unbroadcast(scaled(_y, conj(slope_)), kind(x))
+            return unbroadcast(scaled(_y, conj(slope_)), kind(x, node, name))
 
         second = node.prototype
         return dict(

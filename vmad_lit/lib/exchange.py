@@ -248,6 +248,7 @@ class decompose:
 
     ain: dict[str, str] = {}
     aout = {"layout": "*Layout"}
+    placements = "partitioned -> partitioned"
 
     def apl(node, x, pm, smoothing=None):
         x = as_positions(x, pm)
@@ -267,6 +268,7 @@ class exchange:
     ain = {"x": "*", "layout": "*Layout"}
     aout = {"y": "*"}
     collective = True
+    placements = "partitioned, any -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, layout):
@@ -287,6 +289,7 @@ class gather:
     ain = {"x": "*", "layout": "*Layout"}
     aout = {"y": "*"}
     collective = True
+    placements = "partitioned, any -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, layout):

@@ -151,6 +151,7 @@ class readout_neg_gradient:
     ain = {"mesh": "RealField", "x": "ndarray", "layout": "*Layout"}
     aout = {"value": "ndarray"}
     collective = True
+    placements = "field, partitioned, any -> partitioned"
     fresh = True
 
     def apl(node, mesh, x, layout, resampler=None):
@@ -223,6 +224,7 @@ class force:
     ain = {"x": "ndarray", "layout": "*Layout"}
     aout = {"f": "ndarray", "potk": "*ComplexField"}
     collective = True
+    placements = "partitioned, any -> partitioned, field"
 
     # The steps of the force
     @staticmethod

@@ -265,7 +265,9 @@ class where:
         return numpy.where(condition, x1, x2)
 
     def rcd(node, condition, x1, x2, y):
-        return dict(condition=condition, kind1=kind(x1), kind2=kind(x2), yshape=y.shape)
+        return dict(
+            condition=condition, kind1=kind(x1, node, "x1"), kind2=kind(x2, node, "x2"), yshape=y.shape
+        )
 
     def vjp(node, _y, condition, kind1, kind2, yshape):
         zero = numpy.zeros((), numpy.result_type(_y))
@@ -311,6 +313,8 @@ class sum(linear):
     """The sum over one axis, several, or all, of the elements in a mask; in the dtype of `x` unless a
     `dtype` is given."""
 
+    placements = "reduction"
+
     def apl(node, x, axis=None, dtype=None, keepdims=False, where=True):
         return sum_array(x, axis, dtype, keepdims, where)
 
@@ -341,6 +345,8 @@ def masked(_x: Array, where: Value) -> Array:
 class mean(linear):
     """The mean over one axis, several, or all, of the elements in a mask; in the dtype of `x` unless a
     `dtype` is given."""
+
+    placements = "reduction"
 
     def apl(node, x, axis=None, dtype=None, keepdims=False, where=True):
         return shared(sum_array(x, axis, dtype, keepdims, where), numpy.shape(x), axis, keepdims, where)
@@ -461,6 +467,8 @@ class conj(linear):
 class to_scalar(linear):
     """The squared norm, the sum of the squared moduli of all elements; a real number."""
 
+    placements = "reduction"
+
     def apl(node, x):
         return sum_array(squared_modulus(x))
 
@@ -487,6 +495,8 @@ class norm(linear):
     the same of matrices, or, for vectors, a number from 1 to infinity, or -inf for the smallest modulus.
     The derivative at the origin is 0.
     """
+
+    placements = "reduction"
 
     def apl(node, x, ord=None, axis=None, keepdims=False):
         axes = axes_of(axis)
@@ -577,6 +587,8 @@ def contract(terms: Sequence[str], output: str, operands: Sequence[Value]) -> Va
 class einsum(linear):
     """The sum of products of a list of arrays that the subscripts describe, as
     `numpy.einsum(subscripts, *x)`."""
+
+    placements = "contraction"
 
     def apl(node, subscripts, x):
         operands = x if isinstance(x, (list, tuple)) else [x]
@@ -807,6 +819,7 @@ class squared_norm_of_field:
 
     ain = {"x": "Field"}
     aout = "y"
+    placements = "field -> replicated"
 
     def apl(node, x):
         return numpy.real(x.cdot(x))
@@ -844,6 +857,7 @@ class norm_of_field(squared_norm_of_field.prototype):
 class copy_of_field:
     ain = {"x": "Field"}
     aout = "y"
+    placements = "field -> field"
 
     def apl(node, x):
         return x.copy()
@@ -859,6 +873,7 @@ class sum_of_field:
 
     ain = {"x": "RealField"}
     aout = "y"
+    placements = "field -> replicated"
 
     def apl(node, x):
         return x.csum()
@@ -892,6 +907,7 @@ class inner_product_of_fields:
 
     ain = {"x1": "Field", "x2": "Field"}
     aout = "y"
+    placements = "field -> replicated"
 
     def apl(node, x1, x2):
         return numpy.real(x1.cdot(x2))

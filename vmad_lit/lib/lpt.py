@@ -189,6 +189,7 @@ class second_order_source:
     ain = {"potential": "RealField"}
     aout = {"source": "RealField"}
     collective = True
+    placements = "field -> field"
 
     @staticmethod
     def elements(ndim: int) -> list[tuple[int, int]]:

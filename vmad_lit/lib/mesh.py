@@ -281,6 +281,7 @@ class to_scalar:
     ain = {"x": "*Field"}
     aout = {"y": "*"}
     collective = True
+    placements = "field -> replicated"
 
     def apl(node, x):
         return dict(y=_inner((x, x)))
@@ -302,6 +303,7 @@ class cdot:
     ain = {"x1": "*Field", "x2": "*Field"}
     aout = {"y": "*"}
     collective = True
+    placements = "field -> replicated"
 
     def apl(node, x1, x2):
         check_kinds(x1, x2)
@@ -329,6 +331,7 @@ class as_complex_field:
 
     ain = {"x": "*"}
     aout = {"y": "*ComplexField"}
+    placements = "partitioned -> field"
 
     def apl(node, x, pm):
         y = pm.create(type=ComplexField)
@@ -378,6 +381,7 @@ class r2c:
     ain = {"x": "RealField"}
     aout = {"y": "*ComplexField"}
     collective = True
+    placements = "field -> field"
     hvp = ZeroGradient
 
     def apl(node, x):
@@ -402,6 +406,7 @@ class c2r:
     ain = {"x": "*ComplexField"}
     aout = {"y": "RealField"}
     collective = True
+    placements = "field -> field"
     hvp = ZeroGradient
 
     def apl(node, x):

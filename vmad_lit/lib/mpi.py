@@ -12,6 +12,7 @@ ranks of the communicator have to run the same model.
 from __future__ import annotations
 
 import pickle
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ import numpy
 
 from ..core.error import needed_for
 from ..core.operator import ZeroGradient, operator
+from ..core.placement import Placement, Site, declare, same_ranks
 from ..core.stdlib.operators import Array, Shape
 from ..core.symbol import Symbol, Value
 
@@ -37,6 +39,15 @@ def describe(x: Value) -> Description:
         if x.dtype.kind in "biufc":
             return x.shape, x.dtype
     return type(x).__name__
+
+
+ZERO = "ZeroGradientType"
+
+
+def told_by_rank(kinds: Sequence[Description]) -> str:
+    """Some descriptions in words."""
+    words = (kind if type(kind) is str else f"{kind[1]}{list(kind[0])}" for kind in kinds)
+    return ", ".join(f"{word} on rank {rank}" for rank, word in enumerate(words))
 
 
 def dense(x_: Value, kind: Description, comm: MPI.Comm) -> Value:
@@ -92,16 +103,26 @@ def _portable(error: Exception | None) -> Exception | None:
 
 
 def total(x: Value, comm: MPI.Comm) -> Value:
-    """The sum of a value over the ranks."""
-    if x is ZeroGradient:
-        return x
-    shapes, dtype = gather_kinds(comm, x)
-    if any(kind in ("list", "tuple") for kind in shapes):
-        raise TypeError("a list cannot be summed over ranks; reduce its items one by one")
-    if dtype is None:
+    """The sum of a value over the ranks; of some of them it may be ZeroGradient."""
+    kinds = comm.allgather(describe(x))
+    some = [kind for kind in kinds if kind != ZERO]
+    if not some:
+        return ZeroGradient
+    # Complain if there is no sum
+    if any(kind in ("list", "tuple", "NoneType", "dict", "str") for kind in some):
+        raise TypeError(
+            "a sum over ranks needs numbers, arrays or objects with a sum on all ranks, not "
+            + told_by_rank(kinds)
+            + "; reduce the items of a list one by one"
+        )
+    if any(type(kind) is str for kind in some):
         return comm.allreduce(x)
-    if len(set(shapes)) > 1:
-        raise ValueError(f"a sum over ranks needs values of the same shape; ranks 0, 1, .. have {shapes}")
+    shapes, dtype = {shape for shape, _ in some}, numpy.result_type(*(dtype for _, dtype in some))
+    if len(shapes) > 1:
+        raise ValueError(f"a sum over ranks needs values of the same shape, not {told_by_rank(kinds)}")
+    if x is ZeroGradient:
+        x = numpy.zeros(shapes.pop(), dtype)
+    # Add the buffers
     # Add the buffers
     dtype = numpy.dtype(int) if dtype.kind == "b" else dtype
     part = numpy.asarray(x, "f4" if dtype == "f2" else dtype, order="C")
@@ -113,11 +134,13 @@ def total(x: Value, comm: MPI.Comm) -> Value:
 
 @operator
 class allreduce:
-    """The sum over ranks: from partitioned to replicated.
+    """The sum over ranks: from partial or partitioned to replicated.
+
+    What is known to be replicated already is not summed: every rank has the sum.
 
     Parameters
     ----------
-    x : partitioned, an array of the same shape on all ranks, a number, or an object with a sum
+    x : an array of the same shape on all ranks, a number, or an object with a sum
     comm : MPI communicator
 
     Returns
@@ -128,26 +151,25 @@ class allreduce:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "partial -> replicated"
     hvp = ZeroGradient
 
     def apl(node, x, comm):
-        return dict(y=total(x, comm))
-
-    def rcd(node, x, comm, y):
-        return dict(kind=describe(x), comm=comm)
+        return dict(y=agreed(x, comm) if lives(node, "x", "replicated", comm) else total(x, comm))
 
     def vjp(node, _y):
         return dict(_x=_y)
 
-    def jvp(node, x_, kind, comm):
-        return dict(y_=total(dense(x_, kind, comm), comm))
+    def jvp(node, x_, comm):
+        return dict(y_=x_ if lives(node, "x", "replicated", comm) else total(x_, comm))
 
 
 @operator
 class allbcast:
     """The identity, from replicated to partitioned: each rank goes its own way with a value that all have.
 
-    The reverse of `allreduce`. The value is not checked to be the same on all ranks; `bcast` makes it so.
+    The reverse of `allreduce`. The value is not checked to be the same on all ranks; `bcast` makes it so. What is
+    known to be partitioned already stays what it is.
 
     Parameters
     ----------
@@ -162,19 +184,100 @@ class allbcast:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "replicated -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, comm):
         return dict(y=x)
 
-    def rcd(node, x, comm, y):
-        return dict(kind=describe(x), comm=comm)
-
-    def vjp(node, _y, kind, comm):
-        return dict(_x=total(dense(_y, kind, comm), comm))
+    def vjp(node, _y, comm):
+        return dict(_x=_y if lives(node, "x", "partitioned", comm) else total(_y, comm))
 
     def jvp(node, x_):
         return dict(y_=x_)
+
+
+@operator
+class sum_of_shares:
+    """The cotangent of a replicated value, from the shares that the ranks have of it; put into sweeps by `core.placement`."""
+
+    ain = "x"
+    aout = "y"
+    collective = True
+    placements = "partial -> replicated"
+
+    def apl(node, x, comm):
+        return dict(y=total(x, comm))
+
+
+def relocate(site: Site) -> Placement:
+    """The placement that a program gives to a value; raises PlacementError if the value lives elsewhere."""
+    found = declare(site.constant("placement"), site.constant("comm"))
+    given = site.given["x"]
+    if isinstance(given, Placement) and given.kind != found.kind:
+        if found.kind != "partitioned" or given.kind == "root-only":
+            site.refuse(f"a {given.kind} value is no {found.kind} one because a program says so")
+        site.take_apart("x")
+    return found
+
+
+@operator
+class place:
+    """The identity, which tells where a value lives; for values of which nothing is known, such as array constants.
+
+    Parameters
+    ----------
+    x : any value
+    placement : 'replicated', 'partitioned', 'partial' or 'root-only'
+    comm : MPI communicator
+
+    Returns
+    -------
+    y : x. Of a replicated value that is to be partitioned each rank takes its copy as its own, as by `allbcast`.
+    """
+
+    ain = "x"
+    aout = "y"
+
+    placements = staticmethod(relocate)
+
+    def apl(node, x, placement, comm):
+        return dict(y=x)
+
+    def vjp(node, _y):
+        return dict(_x=_y)
+
+
+def lives(node: Any, name: str, kind: str, comm: MPI.Comm) -> bool:
+    """Whether the value of an argument of a node is known to live somewhere, on the ranks of a communicator."""
+    found = None if node is None else node.placed.get(name)
+    return found is not None and found.kind == kind and same_ranks(found.comm, comm)
+
+
+def agreed(x: Value, comm: MPI.Comm) -> Value:
+    """A value that is taken for the same on all ranks; raises ValueError on all of them if it is not.
+
+    Ranks may differ by rounding.
+    """
+    kinds = comm.allgather((describe(x), digest(x)))
+    if len(set(kinds)) == 1:
+        return x
+    # Look for how far they are apart
+    if type(describe(x)) is tuple and len({kind for kind, _ in kinds}) == 1:
+        values = numpy.array(comm.allgather(x))
+        spread, size = numpy.ptp(numpy.abs(values - values[0]), axis=0), numpy.max(numpy.abs(values))
+        if numpy.all(spread <= 1e-6 * size):
+            return x
+    raise ValueError(
+        "a value is taken for replicated, since all that it is made of is, but ranks have different ones: "
+        + told_by_rank([kind for kind, _ in kinds])
+        + "; if an operator makes another value on each rank of the same input, send that through mpi.allbcast"
+    )
+
+
+def digest(x: Value) -> int:
+    """A number that tells different numbers or arrays apart; 0 for other values."""
+    return zlib.crc32(numpy.asarray(x, order="C").tobytes()) if type(describe(x)) is tuple else 0
 
 
 def from_root(x: Value, comm: MPI.Comm, root: int) -> Value:
@@ -208,13 +311,15 @@ class bcast:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "root-only -> replicated"
     hvp = ZeroGradient
 
     def apl(node, x, comm, root=0):
         return dict(y=from_root(x, comm, root))
 
     def vjp(node, _y, comm, root):
-        return dict(_x=_y if comm.rank == root else ZeroGradient)
+        keeps = comm.rank == root or lives(node, "x", "replicated", comm)
+        return dict(_x=_y if keeps else ZeroGradient)
 
     def jvp(node, x_, comm, root):
         return dict(y_=from_root(x_, comm, root))
@@ -288,6 +393,7 @@ class gather:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "partitioned -> root-only"
     hvp = ZeroGradient
 
     def apl(node, x, comm, root=0):
@@ -349,6 +455,7 @@ class scatter:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "root-only -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, comm, counts=None, root=0):
@@ -360,8 +467,9 @@ class scatter:
 
     def vjp(node, _y, kind, comm, root):
         _y = dense(_y, kind, comm)
-        _x = _y if _y is ZeroGradient else join(_y, comm, root)[0]
-        return dict(_x=_x if comm.rank == root else ZeroGradient)
+        everywhere = lives(node, "x", "replicated", comm)
+        _x = _y if _y is ZeroGradient else join(_y, comm, None if everywhere else root)[0]
+        return dict(_x=_x if everywhere or comm.rank == root else ZeroGradient)
 
     def jvp(node, x_, plan, comm, root):
         if comm.bcast(x_ is ZeroGradient, root):
@@ -376,6 +484,7 @@ class allgather:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "partitioned -> replicated"
     hvp = ZeroGradient
 
     def apl(node, x, comm):
@@ -434,6 +543,7 @@ class alltoall:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "partitioned -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, comm, counts=None):
@@ -505,6 +615,7 @@ class sendrecv:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "partitioned -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, comm, dest, source):
@@ -574,6 +685,7 @@ class halo:
     ain = "x"
     aout = "y"
     collective = True
+    placements = "partitioned -> partitioned"
     hvp = ZeroGradient
 
     def apl(node, x, comm, width=1, periodic=True):

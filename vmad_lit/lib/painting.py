@@ -192,6 +192,7 @@ class paint:
     ain = {"x": "ndarray", "mass": "*", "layout": "*Layout"}
     aout = {"mesh": "RealField"}
     collective = True
+    placements = "partitioned, partitioned, any -> field"
     fresh = True
 
     def apl(node, x, mass, layout, pm, resampler=None):
@@ -209,7 +210,7 @@ class paint:
             as_real_field(pm, _mesh), local_x, local_mass, need_x, need_mass
         )
         if need_mass:
-            _mass = paint.of_masses(pm, layout, _mass, mass)
+            _mass = paint.of_masses(node, pm, layout, _mass, mass)
         return dict(
             _x=in_dtype_of(gather_rows(layout, _x), x) if need_x else ZeroGradient,
             _mass=_mass if need_mass else ZeroGradient,
@@ -243,14 +244,15 @@ class paint:
             )
             _x_ = in_dtype_of(gather_rows(layout, _x_), x)
         if node.needs("mass") and of_x is not None:
-            _mass_ = paint.of_masses(pm, layout, w.readout_jvp(meshes, local_x, x_)[:, 0], mass)
+            _mass_ = paint.of_masses(node, pm, layout, w.readout_jvp(meshes, local_x, x_)[:, 0], mass)
         return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
 
     @staticmethod
-    def of_masses(pm: ParticleMesh, layout: AnyLayout | None, _mass: Array, mass: Value) -> Value:
+    def of_masses(node: Any, pm: ParticleMesh, layout: AnyLayout | None, _mass: Array, mass: Value) -> Value:
         """The cotangent of masses, or of one mass for all, from that of each particle here."""
         if numpy.ndim(mass) == 0:
-            return pm.comm.allreduce(float(_mass.sum()))
+            own = node.placement("mass") == "partitioned"
+            return float(_mass.sum()) if own else pm.comm.allreduce(float(_mass.sum()))
         return in_dtype_of(gather_rows(layout, _mass), mass)
 
 
@@ -274,6 +276,7 @@ class readout_all:
     ain = {"meshes": "*", "x": "ndarray", "layout": "*Layout"}
     aout = {"value": "ndarray"}
     collective = True
+    placements = "field, partitioned, any -> partitioned"
 
     def apl(node, meshes, x, layout, resampler=None):
         pm = meshes[0].pm
@@ -321,6 +324,7 @@ class readout:
     ain = {"mesh": "RealField", "x": "ndarray", "layout": "*Layout"}
     aout = {"value": "ndarray"}
     collective = True
+    placements = "field, partitioned, any -> partitioned"
 
     def apl(node, mesh, x, layout, resampler=None):
         return dict(value=read(mesh.pm, [mesh], x, layout, resampler)[:, 0], pm=mesh.pm)

@@ -251,6 +251,7 @@ class cross_power:
     ain = {"x1": "*ComplexField", "x2": "*ComplexField"}
     aout = {"P": "ndarray"}
     collective = True
+    placements = "field -> replicated"
 
     def apl(node, x1, x2, shells):
         if type(x1) is not type(x2):
@@ -300,6 +301,7 @@ class power:
     ain = {"x": "*ComplexField"}
     aout = {"P": "ndarray"}
     collective = True
+    placements = "field -> replicated"
 
     def apl(node, x, shells, shot_noise=0.0):
         return dict(P=shells.cross((x, x)) - shot_noise * shells.noise)

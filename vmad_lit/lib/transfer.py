@@ -110,6 +110,7 @@ class apply_transfer:
 
     ain = {"x": "*ComplexField"}
     aout = {"y": "*ComplexField"}
+    placements = "field -> field"
     hvp = ZeroGradient
 
     def apl(node, x, tf, kind="wavenumber"):
@@ -200,6 +201,7 @@ class apply_digitized:
     ain = {"x": "*ComplexField", "tf": "*"}
     aout = {"y": "*ComplexField"}
     collective = True
+    placements = "field, partitioned -> field"
 
     @staticmethod
     def isotropic_wavenumber(kedges: ArrayLike) -> Digitizer:
@@ -242,7 +244,7 @@ class apply_digitized:
         if not node.is_literal("x"):
             _x = multiply_field(_y, numpy.conj(_spread(factors, *bins, default=1)))
         if not node.is_literal("tf"):
-            _tf = apply_digitized.cross_power(x, _y, bins, len(tf)) * numpy.conj(derivative)
+            _tf = apply_digitized.cross_power(node, x, _y, bins, len(tf)) * numpy.conj(derivative)
         return dict(_x=_x, _tf=_tf if numpy.iscomplexobj(tf) else numpy.real(_tf))
 
     def jvp(node, x_, tf_, x, tf, bins, mode):
@@ -255,12 +257,15 @@ class apply_digitized:
         return dict(y_=y_)
 
     @staticmethod
-    def cross_power(x: BaseComplexField, _y: BaseComplexField, bins: tuple[Array, Array], nbin: int) -> Array:
-        """The sum over the modes of each bin, on all ranks, of a cotangent times the conjugate of the field."""
+    def cross_power(
+        node: Any, x: BaseComplexField, _y: BaseComplexField, bins: tuple[Array, Array], nbin: int
+    ) -> Array:
+        """The sum over the modes of each bin, on all ranks, of a cotangent times the conjugate of the field; of
+        this rank only, if each has a table of its own."""
         ind, conj = bins
         power = mode_weights(x) * _y.value * numpy.conj(x.value)
         sums = _sum_bins(numpy.where(conj, power.conj(), power), numpy.broadcast_to(ind, power.shape), nbin)
-        return x.pm.comm.allreduce(sums)
+        return sums if node.placement("tf") == "partitioned" else x.pm.comm.allreduce(sums)
 
     def hvp(node, _y, x_, tf_, x, tf, bins, mode):
         of_y, of_x, of_tf = common_dtypes(x.pm.comm, _y, x_, tf_)
@@ -273,7 +278,9 @@ class apply_digitized:
         if change is not None:
             _x_ = multiply_field(_y, numpy.conj(_spread(change, *bins, default=0)))
         if of_x is not None:
-            _tf_ = apply_digitized.cross_power(field_like(x, x_), _y, bins, len(tf)) * numpy.conj(derivative)
+            _tf_ = apply_digitized.cross_power(node, field_like(x, x_), _y, bins, len(tf)) * numpy.conj(
+                derivative
+            )
         if change is not None and mode == "phase":
-            _tf_ = _tf_ + apply_digitized.cross_power(x, _y, bins, len(tf)) * numpy.conj(1j * change)
+            _tf_ = _tf_ + apply_digitized.cross_power(node, x, _y, bins, len(tf)) * numpy.conj(1j * change)
         return dict(_x_=_x_, _tf_=_tf_ if numpy.iscomplexobj(tf) else numpy.real(_tf_))

@@ -41,6 +41,7 @@ class unary_ufunc:
 
     ain = "x"
     aout = "y"
+    placements = "elementwise"
 
     @staticmethod
     def f(x: Value, /) -> Value:

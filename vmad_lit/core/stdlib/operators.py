@@ -17,20 +17,31 @@ Shape = tuple[Any, ...]
 Kind = tuple[Shape, bool]
 
 
-def kind(x: Value) -> Kind:
-    """What a derivative has to know about a value: its shape, and whether it is complex."""
+def kind(x: Value, node: Any = None, name: str = "") -> Kind:
+    """What a derivative has to know about a value, the argument of some name of a node: its shape, and whether it
+    is complex."""
     cls = type(x)
-    if cls is numpy.ndarray:
+    if cls is numpy.ndarray and x.shape:
         return x.shape, x.dtype.kind == "c"
+    own = node is not None and node.placed and node.placement(name) == "partitioned"
     if cls is float or cls is int:
-        return NUMBER
+        return OWN_NUMBER if own else NUMBER
     if has_parts(x):
         shape = ShapeOf(x)
         return shape, shape.is_complex
-    return numpy.shape(x), numpy.iscomplexobj(x)
+    own_number = own and numpy.ndim(x) == 0
+    return OWN if own_number else numpy.shape(x), numpy.iscomplexobj(x)
 
 
 NUMBER: Kind = (), False  # the kind of most constants
+
+
+class OwnShape(tuple[Any, ...]):
+    """The shape of a number that is each rank's own, so that its cotangent is not summed over the ranks."""
+
+
+OWN = OwnShape()
+OWN_NUMBER: Kind = OWN, False
 
 
 def unbroadcast(g: Value, kind: Kind) -> Value:
@@ -121,7 +132,7 @@ def unbroadcast_parts(g: Value, shape: Shape, is_complex: bool) -> Value:
     """Make of a value with parts the cotangent of an operand: the value, an array, or a sum for a number."""
     if shape == () and type(shape) is not ShapeOf:
         total, comm = weighted_sum(g), VALUE_TYPES[type(g)].comm(g)
-        total = total if comm is None else comm.allreduce(total)
+        total = total if comm is None or shape is OWN else comm.allreduce(total)
         return total if is_complex else total.real
     like = ShapeOf(g)
     if shape != like:
@@ -149,6 +160,7 @@ def real_part(x: Value) -> Value:
 class unary:
     ain = "x"
     aout = "y"
+    placements = "elementwise"
 
 
 @operator
@@ -199,6 +211,7 @@ def turn(x_: Value, x: Value) -> Value:
 class binary:
     ain = "x1", "x2"
     aout = "y"
+    placements = "elementwise"
 
 
 @operator
@@ -214,7 +227,7 @@ class add(binary):
         return VALUE_TYPES[cls].add(x1, x2)
 
     def rcd(node, x1, x2, y):
-        return dict(kind1=kind(x1), kind2=kind(x2))
+        return dict(kind1=kind(x1, node, "x1"), kind2=kind(x2, node, "x2"))
 
     def vjp(node, _y, kind1, kind2):
         if kind1 == kind2 and type(kind1[0]) is type(kind2[0]):
@@ -241,7 +254,7 @@ class sub(binary):
         return x1 - x2
 
     def rcd(node, x1, x2, y):
-        return dict(kind1=kind(x1), kind2=kind(x2))
+        return dict(kind1=kind(x1, node, "x1"), kind2=kind(x2, node, "x2"))
 
     def vjp(node, _y, kind1, kind2):
         return dict(
@@ -263,7 +276,7 @@ class mul(binary):
         return x1 * x2
 
     def rcd(node, x1, x2, y):
-        kinds = kind(x1), kind(x2)
+        kinds = kind(x1, node, "x1"), kind(x2, node, "x2")
         if node.is_literal("x1"):
             x2 = ZeroGradient
         if node.is_literal("x2"):
@@ -293,20 +306,24 @@ class div(binary):
         return x1 / x2
 
     def rcd(node, x1, x2, y):
-        return dict(x2=as_array(x2), y=ZeroGradient if node.is_literal("x2") else y, kind1=kind(x1))
+        return dict(
+            x2=as_array(x2), y=ZeroGradient if node.is_literal("x2") else y, kind1=kind(x1, node, "x1")
+        )
 
     def vjp(node, _y, x2, y, kind1):
         _x1 = _y / conj(x2)
-        return dict(_x1=unbroadcast(_x1, kind1), _x2=-times(_x1, y, kind(x2)))
+        return dict(_x1=unbroadcast(_x1, kind1), _x2=-times(_x1, y, kind(x2, node, "x2")))
 
     def jvp(node, x1_, x2_, x2, y, kind1):
-        return widen((x1_ - y * x2_) / x2, kind1, kind(x2))
+        return widen((x1_ - y * x2_) / x2, kind1, kind(x2, node, "x2"))
 
     def hvp(node, _y, x1_, x2_, x2, y, kind1):
         slope = _y / conj(x2)
         return dict(
             _x1_=-times(slope, x2_ / x2, kind1),
-            _x2_=-times(slope, (x1_ - 2 * y * x2_) / x2, kind(x2)) if node.needs("x2") else ZeroGradient,
+            _x2_=-times(slope, (x1_ - 2 * y * x2_) / x2, kind(x2, node, "x2"))
+            if node.needs("x2")
+            else ZeroGradient,
         )
 
 
@@ -368,7 +385,14 @@ def next_to_a_number(whole: Any, **derivatives: type) -> None:
     """
     special = {}
     for name, declared in derivatives.items():
-        known = dict(ain=name, aout="y", apl=whole.prototype.apl, hvp=ZeroGradient, __doc__=whole.__doc__)
+        known = dict(
+            ain=name,
+            aout="y",
+            placements="elementwise",
+            apl=whole.prototype.apl,
+            hvp=ZeroGradient,
+            __doc__=whole.__doc__,
+        )
         special[name] = operator(type(whole.__name__, (declared,), known))
     only_x1, only_x2 = special.get("x1"), special.get("x2")
 
@@ -398,7 +422,11 @@ class mod(binary):
         return x1 % x2
 
     def rcd(node, x1, x2, y):
-        return dict(n=ZeroGradient if node.is_literal("x2") else x1 // x2, kind1=kind(x1), kind2=kind(x2))
+        return dict(
+            n=ZeroGradient if node.is_literal("x2") else x1 // x2,
+            kind1=kind(x1, node, "x1"),
+            kind2=kind(x2, node, "x2"),
+        )
 
     def vjp(node, _y, n, kind1, kind2):
         return dict(_x1=unbroadcast(_y, kind1), _x2=-times(_y, n, kind2))
@@ -421,14 +449,16 @@ class pow(binary):
 
     def vjp(node, _y, x1, x2, y):
         return dict(
-            _x1=times(_y, slope_of_base(x1, x2), kind(x1)) if node.needs("x1") else ZeroGradient,
-            _x2=times(_y, slope_of_exponent(x1, y), kind(x2)) if node.needs("x2") else ZeroGradient,
+            _x1=times(_y, slope_of_base(x1, x2), kind(x1, node, "x1")) if node.needs("x1") else ZeroGradient,
+            _x2=times(_y, slope_of_exponent(x1, y), kind(x2, node, "x2"))
+            if node.needs("x2")
+            else ZeroGradient,
         )
 
     def jvp(node, x1_, x2_, x1, x2, y):
         first = x1_ if x1_ is ZeroGradient else x1_ * slope_of_base(x1, x2)
         second = x2_ if x2_ is ZeroGradient else x2_ * slope_of_exponent(x1, y)
-        return widen(plus(first, second), kind(x1), kind(x2))
+        return widen(plus(first, second), kind(x1, node, "x1"), kind(x2, node, "x2"))
 
     def hvp(node, _y, x1_, x2_, x1, x2, y):
         # Differentiate the two slopes of a power
@@ -440,7 +470,9 @@ class pow(binary):
             slope2_ = plus(mixed, x2_ * slope_of_exponent(x1, slope_of_exponent(x1, y)))
         if node.needs("x1") and x2_ is not ZeroGradient:
             slope1_ = plus(slope1_, x2_ * mixed_curvature(x1, x2))
-        return dict(_x1_=times(_y, slope1_, kind(x1)), _x2_=times(_y, slope2_, kind(x2)))
+        return dict(
+            _x1_=times(_y, slope1_, kind(x1, node, "x1")), _x2_=times(_y, slope2_, kind(x2, node, "x2"))
+        )
 
 
 def slope_of_base(x1: Value, x2: Value) -> Value:

@@ -1,0 +1,550 @@
+"""Placements: where the values of a model live when it runs on many ranks, and what follows from it.
+
+A value is *replicated* (the same on all ranks), *partitioned* (each rank has a part of it), *partial* (each rank
+has a summand), *root-only* (one rank has it), or nothing is known. The placements of a model are found when a run
+is planned; on one rank there is nothing to find.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from types import FunctionType
+from typing import Any
+
+import numpy
+
+from .autodiff import SWEEPS, ReverseSweep, SecondOrderSweep, accumulate
+from .autooperator import AutoOperator, find_known_model
+from .chain import Chain
+from .error import BadArgument, PlacementError, did_you_mean, needed_for
+from .execution import Arrivals, Places, Plan, flatten
+from .graph import Graph, Node, Symbols
+from .model import Model
+from .operator import Primitive
+from .registry import OverloadedOperator
+from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
+from .valuetypes import VALUE_TYPES
+
+KINDS = "replicated", "partitioned", "partial", "root-only"
+
+
+class Placement:
+    """Where a value lives.
+
+    Attributes
+    ----------
+    kind : str
+        One of KINDS.
+    comm : MPI communicator
+        Its ranks have the value together.
+    field : bool or None
+        Whether a partitioned value knows its communicator itself, as the fields of a mesh do, and so is
+        summed over all ranks by whoever sums it up; None if that is not known.
+    """
+
+    __slots__ = "kind", "comm", "field"
+
+    def __init__(self, kind: str, comm: Any, field: bool | None = False) -> None:
+        if kind not in KINDS:
+            raise BadArgument(f"there is no placement {kind!r}" + did_you_mean(str(kind), KINDS))
+        self.kind, self.comm, self.field = kind, comm, field
+
+    def __repr__(self) -> str:
+        return self.kind
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Placement):
+            return NotImplemented
+        return (self.kind, self.field) == (other.kind, other.field) and same_ranks(self.comm, other.comm)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.field))
+
+
+CONSTANT: Any = object()  # a plain constant of a program, which takes the place of what it meets
+Given = dict[str, Any]  # for arguments, by name: a Placement, CONSTANT, or None if nothing is known
+
+
+def same_ranks(a: Any, b: Any) -> bool:
+    """Whether two communicators are of the same ranks, in the same order."""
+    return a is b or hasattr(a, "Compare") and hasattr(b, "Compare") and type(a).Compare(a, b) <= 1
+
+
+def find_comm(value: Value) -> Any:
+    """The communicator that a constant is, or has; or None."""
+    for candidate in value, getattr(value, "comm", None):
+        if hasattr(candidate, "Compare") and hasattr(candidate, "allgather"):
+            return candidate
+    return None
+
+
+def world() -> Any:
+    with needed_for("placements", extra="mpi"):
+        from mpi4py import MPI
+    return MPI.COMM_WORLD
+
+
+def declare(placement: str | Placement, comm: Any = None) -> Placement:
+    """The placement that a program gives: one of KINDS, or 'field' for a partitioned value that is a field; on the
+    ranks of a communicator, by default all."""
+    if isinstance(placement, Placement):
+        return placement
+    kind = "partitioned" if placement == "field" else placement
+    return Placement(kind, world() if comm is None else comm, placement == "field")
+
+
+Graph.declare = staticmethod(declare)
+
+
+def of_value(value: Value) -> Placement | None:
+    """What a value tells of itself: fields, and what else has a communicator, are partitioned."""
+    if type(value) is list or type(value) is tuple:
+        found = [of_value(item) for item in value]
+        return next((place for place in found if place is not None), None)
+    values = VALUE_TYPES[type(value)]
+    comm = values.comm(value)
+    return None if comm is None else Placement("partitioned", comm, values.whole(value) is not None)
+
+
+PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    slice,
+    type,
+    type(None),
+    type(...),
+    numpy.generic,
+    numpy.dtype,
+)
+
+
+def of_constant(value: Value, differentiable: bool) -> Any:
+    """The placement of a constant; a plain one is CONSTANT. An array may be another on each rank, so of it nothing
+    is known."""
+    if isinstance(value, (tuple, list)):
+        parts = [of_constant(item, differentiable) for item in value]
+        return CONSTANT if all(part is CONSTANT for part in parts) else None
+    if isinstance(value, (*PLAIN, FunctionType)) or isinstance(value, numpy.ndarray) and value.ndim == 0:
+        return CONSTANT
+    return of_value(value) if differentiable else None
+
+
+class Site:
+    """A node, and what is known of its arguments.
+
+    Attributes
+    ----------
+    node : Node
+    given : dict
+        For each argument a Placement, CONSTANT, or None.
+    spread : tuple of str
+        The arguments that the node takes apart over ranks: of a replicated value it takes each rank's copy as
+        that rank's own, as `allbcast` does.
+    """
+
+    def __init__(self, node: Node, given: Given) -> None:
+        self.node, self.given = node, given
+        self.spread: tuple[str, ...] = ()
+
+    @property
+    def placed(self) -> list[Placement]:
+        return [place for place in self.given.values() if isinstance(place, Placement)]
+
+    def constant(self, name: str) -> Any:
+        """The value of an argument if it is a constant; else None."""
+        symbol = self.node.varin.get(name)
+        return symbol._value if type(symbol) is Literal else None
+
+    @property
+    def comm(self) -> Any:
+        """The communicator of the node: that of a constant, such as a mesh, or of arguments; None if they differ."""
+        constants = (find_comm(self.constant(name)) for name in self.node.varin)
+        comms = [comm for comm in constants if comm is not None]
+        comms += [place.comm for place in self.placed]
+        same = comms and all(same_ranks(comm, comms[0]) for comm in comms)
+        return comms[0] if same else None
+
+    def take_apart(self, names: Iterable[str]) -> None:
+        self.spread = tuple(
+            name
+            for name in names
+            if (place := self.given.get(name)) is not None
+            and place is not CONSTANT
+            and place.kind in ("replicated", "partitioned")
+        )
+
+    def refuse(self, message: str) -> None:
+        """Complain, if there is more than one rank."""
+        comm = self.placed[0].comm
+        if comm.Get_size() > 1:
+            filename, line = self.node.place
+            raise PlacementError(f"{message}; in {self.node.name}, built at {filename}:{line}")
+
+
+def elementwise(site: Site, of_fields: bool = True) -> Placement | None:
+    """The placement of what an operator computes element by element, and part by part.
+
+    Of fields it makes fields, unless that is not known to be so (not `of_fields`).
+    """
+    comm, kinds = site.comm, {place.kind for place in site.placed}
+    if not kinds or comm is None:
+        return None
+    if "root-only" in kinds:
+        names = [name for name, p in site.given.items() if isinstance(p, Placement) and p.kind == "root-only"]
+        site.refuse(
+            f"'{names[0]}' lives on the root only, and is read on all ranks; send it to them by mpi.bcast, or "
+            "deal it out by mpi.scatter"
+        )
+        return None
+    if kinds >= {"partial", "partitioned"}:
+        site.refuse(
+            "a sum of which each rank has only its own summand meets a value of which each rank has a part; "
+            "mpi.allreduce makes the sum (or mpi.place(x, 'partitioned', comm) says that each rank means its own)"
+        )
+    for kind in "partitioned", "partial":
+        if kind in kinds:
+            site.take_apart(site.given)
+            fields = [place.field for place in site.placed if place.kind == "partitioned"]
+            field = (
+                True if True in fields and of_fields else None if None in fields or True in fields else False
+            )
+            return Placement(kind, comm, field if kind == "partitioned" else False)
+    return Placement("replicated", comm) if None not in site.given.values() else None
+
+
+def reduction(site: Site) -> Placement | None:
+    """The placement of a sum over the argument `axis`, or over all, of a value that may be partitioned along its
+    first one."""
+    place, axis = elementwise(site), site.node.varin.get("axis", Literal(None))
+    if place is None or place.kind != "partitioned":
+        return place
+    axes = axis._value if type(axis) is Literal else ()
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    if axes == (None,) or 0 in axes:
+        return Placement("partial", place.comm) if place.field is False else None
+    known = axes and all(isinstance(i, int) and i > 0 for i in axes)
+    return place if known else None
+
+
+def contraction(site: Site) -> Placement | None:
+    """The placement of a sum of products that the argument `subscripts` describes: of arrays that are partitioned
+    along their first axis a partial one, if nothing is left of that."""
+    place, subscripts = elementwise(site), site.constant("subscripts")
+    if place is None or place.kind != "partitioned":
+        return place
+    _, arrow, output = str(subscripts).replace(" ", "").partition("->")
+    if arrow and not output and place.field is False:
+        return Placement("partial", place.comm)
+    return Placement("partitioned", place.comm, None)
+
+
+def declared(rule: str, site: Site) -> list[Placement | None]:
+    """The placements of results by a declaration such as 'partitioned, any -> field'."""
+    wanted, results = ([word.strip() for word in side.split(",")] for side in rule.split("->"))
+    names = list(site.node.primitive.ain)
+    wanted = wanted * len(names) if len(wanted) == 1 else wanted
+    for name, want in zip(names, wanted):
+        check(site, name, want)
+    site.take_apart(name for name, want in zip(names, wanted) if want in ("partitioned", "field"))
+    comm = site.comm
+    if comm is None:
+        return []
+    made = [Placement("partitioned", comm, True) if r == "field" else Placement(r, comm) for r in results]
+    return made * len(site.node.varout) if len(made) == 1 else made  # type: ignore[return-value]
+
+
+def check(site: Site, name: str, want: str) -> None:
+    """Complain if an argument does not live where an operator wants it."""
+    place = site.given.get(name)
+    if not isinstance(place, Placement) or want in ("any", place.kind):
+        return
+    if place.kind == "root-only":
+        site.refuse(
+            f"'{name}' lives on the root only, and is to be {want}; use mpi.bcast or mpi.scatter first"
+        )
+    if place.kind == "partial" and want == "replicated":
+        site.refuse(
+            f"each rank has only a summand of '{name}', which is to be replicated; use mpi.allreduce first"
+        )
+
+
+# Operators of several kinds
+def of_overloaded(site: Site) -> Any:
+    """The placements that the operator has which will be chosen: the one for fields, or that for arrays."""
+    operator: Any = site.node.operator
+    fields = {place.field for place in site.placed if place.kind == "partitioned"}
+    rules = [choice.placements for choice in operator.registry.operators(operator)]
+    rules = [rule for rule in rules if isinstance(rule, str) and rule.startswith("field")]
+    if True in fields and rules:
+        return by_rule(rules[0], site)
+    place = by_rule(operator.default.placements, site)
+    return place if None not in fields or not rules else []
+
+
+def of_model(site: Site) -> Any:
+    """The placements of the outputs of the model in an autooperator, if it is known before the run."""
+    model = find_known_model(site.node)
+    if model is None:
+        return []
+    given = {name: place for name, place in site.given.items() if isinstance(place, Placement)}
+    of = PlacesOnRanks(model, list(model), model.find_arrivals({}, given)).of
+    return [of.get(model._outputs[name]) for name in site.node.varout]
+
+
+def of_chain(site: Site) -> Any:
+    """A state stays where it is."""
+    states = site.node.operator.state_names
+    return [site.given[name] if isinstance(site.given[name], Placement) else None for name in states]
+
+
+RULES: dict[type, Callable[[Site], Any]] = {
+    OverloadedOperator: of_overloaded,
+    AutoOperator: of_model,
+    Chain: of_chain,
+}
+
+BY_NAME = dict(elementwise=elementwise, reduction=reduction, contraction=contraction)
+
+
+def by_rule(rule: Any, site: Site) -> Any:
+    """The placements of results, in order, or one for all, by the rule of an operator."""
+    if rule is None:
+        return elementwise(site, of_fields=False)
+    if isinstance(rule, str):
+        return BY_NAME[rule](site) if rule in BY_NAME else declared(rule, site)
+    return rule(site)
+
+
+class PlacesOnRanks(Places):
+    """Where the values of a run on many ranks live."""
+
+    def __init__(
+        self, graph: Graph, nodes: Iterable[Node], arrivals: Arrivals = (), vout: Iterable[str] = ()
+    ) -> None:
+        super().__init__(graph, nodes, arrivals, vout)
+        promised = (name for name, place in graph.placed.items() if place.kind == "replicated")
+        self.promised: set[BaseSymbol] = {graph._inputs[name] for name in promised}
+        for name, place in [*graph.placed.items(), *arrivals]:
+            self.of[graph._inputs[name]] = place
+        for node in nodes:
+            self.add(node)
+        self.complaint = next(filter(None, (self.find_complaint(graph, name) for name in vout)), None)
+
+    def add(self, node: Node) -> None:
+        """Find out about the results of a node."""
+        operator = node.primitive.operator
+        kind, rule = type(operator), operator.placements
+        known = self.of.keys()
+        touched = self.of and not known.isdisjoint(flatten(node.varin))
+        if not touched and kind not in RULES and (rule is None or rule in BY_NAME):
+            return
+        site = Site(node, {name: self.place(x, name in operator.ain) for name, x in node.varin.items()})
+        found = RULES[kind](site) if kind in RULES else by_rule(rule, site)
+        results = found if isinstance(found, list) else [found] * len(node.varout)
+        for (name, symbol), place in zip(node.varout.items(), results):
+            if place is not None:
+                self.of.update(dict.fromkeys(leaves(symbol), by_pattern(place, operator.aout[name])))
+        seen = {name: place for name, place in site.given.items() if isinstance(place, Placement)}
+        if seen:
+            apart = {name: Placement("partitioned", site.comm) for name in site.spread}
+            self.seen[node] = {
+                **seen,
+                **{name: apart[name] for name in apart if seen[name].kind == "replicated"},
+            }
+            self.spread[node] = site.spread
+        if not self.promised.isdisjoint(flatten(node.varin)):
+            self.keep_promise(site, results)
+
+    def keep_promise(self, site: Site, results: list[Placement | None]) -> None:
+        """What is made of inputs that are declared replicated stays known, or the program has to say more."""
+        if all(place is not None and place.kind == "replicated" for place in results):
+            self.promised.update(flatten(site.node.varout))
+        elif None in results and type(site.node.operator) not in RULES:
+            unknown = ", ".join(f"'{name}'" for name, place in site.given.items() if place is None)
+            site.refuse(
+                f"a value that is declared replicated meets {unknown}, of which nothing is known: is it the same on all "
+                "ranks, or has each rank its own? mpi.place(x, 'replicated', comm) or mpi.place(x, 'partitioned', comm) "
+                "says it of any value, m.input(.., placement=..) of an input"
+            )
+
+    def place(self, symbol: BaseSymbol, differentiable: bool) -> Any:
+        """What is known of an argument."""
+        if isinstance(symbol, Symbol):
+            return self.of.get(symbol)
+        if type(symbol) is Literal:
+            return of_constant(symbol._value, differentiable)
+        return (
+            of_list([self.place(item, differentiable) for item in symbol])
+            if isinstance(symbol, List)
+            else None
+        )
+
+    def find_complaint(self, graph: Graph, name: str) -> PlacementError | None:
+        """What is wrong with an output: each rank has only a summand of it."""
+        for leaf in leaves(graph._outputs[name]):
+            place = self.of.get(leaf)
+            if place is not None and place.kind == "partial" and place.comm.Get_size() > 1:
+                node = next(node for node in graph if leaf in flatten(node.varout))
+                filename, line = node.place
+                return PlacementError(
+                    f"each rank has only its own summand of the output '{name}'; make the sum by mpi.allreduce "
+                    f"(or say by mpi.place(x, 'partitioned', comm) that each rank means its own); "
+                    f"from {node.name}, built at {filename}:{line}"
+                )
+        return None
+
+
+def of_list(parts: list[Any]) -> Any:
+    """The placement of a list, from those of its items."""
+    for kind in "partitioned", "partial", "root-only":
+        for place in parts:
+            if isinstance(place, Placement) and place.kind == kind:
+                return place
+    placed = [place for place in parts if place is not CONSTANT]
+    return None if None in placed else placed[0] if placed else CONSTANT
+
+
+def by_pattern(place: Placement, pattern: Any) -> Placement:
+    """The placement of a result of some declared type."""
+    if place.kind != "partitioned" or place.field is not None:
+        return place
+    name = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "*")
+    return Placement(
+        place.kind, place.comm, True if "Field" in name else False if name == "ndarray" else None
+    )
+
+
+def many_ranks() -> bool:
+    """Whether this process is one of several."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return (
+        mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1
+    )
+
+
+def find_places(graph: Graph, nodes: Iterable[Node], arrivals: Arrivals, vout: Iterable[str]) -> Places:
+    """What a plan has to know of where values live: nothing on one rank, or for a derived model."""
+    derived = getattr(graph, "_base", None) is not None
+    return (PlacesOnRanks if many_ranks() and not derived else Places)(graph, nodes, arrivals, vout)
+
+
+Plan.find_places = staticmethod(find_places)
+
+
+def find_arrivals(self: Model, init: Mapping[str, Value], placed: Mapping[str, Placement] | None) -> Arrivals:
+    if self._base is not None or not many_ranks():
+        return ()
+    known = dict(placed or {})
+    for name, value in init.items():
+        if name not in known and type(value) not in SILENT:
+            place = of_value(value)
+            if place is not None and self.placed.get(name, place).kind == "partitioned":
+                known[name] = place
+    return tuple((name, known[name]) for name in self._inputs if name in known)
+
+
+SILENT = {numpy.ndarray, numpy.float64, float, int, complex}  # types that tell nothing
+Model.find_arrivals = find_arrivals  # type: ignore[method-assign]
+
+
+# Sweeps that sum over ranks
+class Shares(ReverseSweep):
+    """A sweep that sums cotangents over ranks: of a replicated value each rank finds a share where the value is
+    taken apart."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.shares: dict[BaseSymbol, tuple[BaseSymbol, Node]] = {}
+
+    def hand_out(
+        self, primitive: Primitive, node: Node, derivatives: Symbols, partials: list[BaseSymbol]
+    ) -> None:
+        spread = self.plan.places.spread.get(node)
+        if not spread:
+            super().hand_out(primitive, node, derivatives, partials)
+        elif self.add_node(primitive, node, derivatives, dict(zip(primitive.outnames, partials))):
+            for name, partial in zip(primitive.operator.ain, partials):
+                add = self.add_share if name in spread else self.add
+                add(node.varin[name], partial, node)
+
+    def add_share(self, symbol: BaseSymbol, partial: BaseSymbol, node: Node) -> None:
+        """Add to the share that this rank has of the cotangent of a replicated value."""
+        if isinstance(symbol, List) and isinstance(partial, List):
+            for item, part in zip(symbol, partial):
+                self.add_share(item, part, node)
+        elif partial is not Ignored:
+            place = self.plan.places.of.get(symbol)
+            if place is None or place.kind != "replicated":
+                self.add(symbol, partial, node)
+                return
+            if symbol in self.shares:
+                total = self.new_symbol(self.form + "@rank", symbol)
+                so_far, _ = self.shares[symbol]
+                self.model.append(Node(accumulate.apl, dict(a=so_far, b=partial), dict(y=total), None, node))
+                partial = total
+            self.shares[symbol] = partial, node
+
+    def sum_shares(self, symbols: Iterable[BaseSymbol]) -> None:
+        """Sum the shares of cotangents over the ranks, once for each."""
+        for symbol in symbols:
+            if symbol in self.shares:
+                share, node = self.shares.pop(symbol)
+                total = self.new_symbol(self.form + "@ranks", symbol)
+                given = dict(x=share, comm=Literal(self.plan.places.of[symbol].comm))
+                operator = import_module("vmad_lit.lib.mpi").sum_of_shares
+                self.model.append(Node(operator.apl, given, dict(y=total), None, node))
+                self.add(symbol, total, node)
+
+    def pull_back(self, node: Node) -> None:
+        if self.shares:
+            self.sum_shares(flatten(node.varout))
+        super().pull_back(node)
+
+    def finish(self) -> None:
+        self.sum_shares(self.graph._inputs.values())
+        super().finish()
+
+
+class SecondOrderShares(Shares, SecondOrderSweep):
+    """The same for the changes of cotangents."""
+
+
+SWEEPS.update(vjp=Shares, hvp=SecondOrderShares)
+
+# What models look like when they are printed
+ROWS = 40  # nodes at either end of a long model
+
+
+def print_graph(graph: Graph) -> str:
+    """A model in several lines: its inputs, its nodes, and where their results live."""
+    try:
+        of = PlacesOnRanks(graph, list(graph)).of
+        lines = []
+    except PlacementError as error:
+        of, lines = {}, [f"  ! {error}"]
+
+    def known(symbol: BaseSymbol) -> str:
+        found = [str(of[leaf]) for leaf in leaves(symbol) if leaf in of]
+        return f"{symbol!r}: {', '.join(dict.fromkeys(found))}" if found else repr(symbol)
+
+    rows = [f"  {node!r}" + told(node.varout.values(), known) for node in graph]
+    if len(rows) > 2 * ROWS:
+        rows[ROWS:-ROWS] = [f"  ({len(rows) - 2 * ROWS} more)"]
+    inputs = [f"  input {known(symbol)}" for symbol in graph._inputs.values()]
+    outputs = [f"  output {name} = {known(symbol)}" for name, symbol in graph._outputs.items()]
+    return "\n".join([repr(graph), *lines, *inputs, *rows, *outputs])
+
+
+def told(symbols: Iterable[BaseSymbol], known: Callable[[BaseSymbol], str]) -> str:
+    """What is known of the results of a node, for the end of its line."""
+    texts = [known(symbol) for symbol in symbols]
+    return "" if all(": " not in text for text in texts) else "  # " + "; ".join(texts)
+
+
+Graph.__str__ = print_graph  # type: ignore[assignment, method-assign]
