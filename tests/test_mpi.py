@@ -117,6 +117,46 @@ def test_allreduce_of_other_types():
 
 
 @pytest.mark.skipif(SIZE == 1, reason="needs ranks that differ")
+@pytest.mark.parametrize(
+    "message, build",
+    [
+        ("same 'root', but rank 0 has 0 and rank 1 has 1", lambda x: mpi.bcast(x, COMM, min(RANK, 1))),
+        ("same 'root'", lambda x: mpi.gather(x, COMM, min(RANK, 1))),
+        ("same 'root'", lambda x: mpi.scatter(x, COMM, root=min(RANK, 1))),
+        ("same 'width'", lambda x: mpi.halo(x, COMM, 1 + min(RANK, 1))),
+        ("same 'periodic'", lambda x: mpi.halo(x, COMM, 1, RANK == 0)),
+        ("number of a rank, from 0 to", lambda x: mpi.bcast(x, COMM, SIZE)),
+        ("number of a rank", lambda x: mpi.gather(x, COMM, "first")),
+        ("number of rows", lambda x: mpi.halo(x, COMM, -1)),
+        ("rank 1: counts", lambda x: mpi.alltoall(x, COMM, None if RANK != 1 else ["a"] * SIZE)),
+        (
+            "rank 0 sends to 1, which expects nothing",
+            lambda x: mpi.sendrecv(x, COMM, (RANK + 1) % SIZE, RANK),
+        ),
+        (
+            "rank 1 expects something from",
+            lambda x: mpi.sendrecv(x, COMM, MPI.PROC_NULL, RANK - 1 if RANK else MPI.PROC_NULL),
+        ),
+        ("sends to 99", lambda x: mpi.sendrecv(x, COMM, 99 if RANK else 0, 0 if not RANK else 99)),
+    ],
+)
+def test_settings_that_differ_fail_everywhere(message, build):
+    with Builder() as m:
+        m.output(y=build(m.input("x")))
+    with pytest.raises(ValueError, match=message):
+        m.compute("y", dict(x=np.arange(4.0)))
+
+
+@pytest.mark.skipif(SIZE == 1, reason="needs ranks that differ")
+@pytest.mark.parametrize("bad", [None, "words", [1.0], dict()])
+def test_a_sum_of_what_has_none_fails_everywhere(bad):
+    with Builder() as m:
+        m.output(y=mpi.allreduce(m.input("x"), COMM))
+    with pytest.raises(TypeError, match="on rank 1"):
+        m.compute("y", dict(x=bad if RANK == 1 else 1.0))
+
+
+@pytest.mark.skipif(SIZE == 1, reason="needs ranks that differ")
 def test_shapes_that_differ_fail_everywhere():
     with pytest.raises(ValueError, match="same shape"):
         compute(lambda s: mpi.allreduce(s, COMM), np.ones(RANK))

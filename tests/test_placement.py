@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from helpers import examples
 from vmad_lit import Builder, autooperator, operator
+from vmad_lit.core.chain import checkpoint
 from vmad_lit.core.error import BadArgument, PlacementError
+from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import PlacesOnRanks
 from vmad_lit.lib import fastpm, linalg, mpi
 
@@ -330,11 +333,48 @@ def test_a_value_that_is_not_what_it_is_taken_for():
 
 def test_what_is_not_known_is_summed_as_ever():
     with Builder() as m:
-        a = m.input("a")
-        m.output(y=mpi.allreduce(a, comm), z=mpi.allreduce(mpi.allbcast(a, comm) * (comm.rank + 1), comm))
+        a, b = m.input("a", "b")
+        m.output(y=mpi.allreduce(a, comm), z=mpi.allreduce(mpi.allbcast(b, comm) * (comm.rank + 1), comm))
     n = comm.size
-    (y, z), (_a,) = m.compute_with_vjp(dict(a=2.0), dict(_y=1.0, _z=1.0))
-    assert y == 2.0 * n and z == n * (n + 1) and _a == 1 + n * (n + 1) / 2
+    (y, z), (_a, _b) = m.compute_with_vjp(dict(a=2.0, b=2.0), dict(_y=1.0, _z=1.0))
+    assert y == 2.0 * n and z == n * (n + 1) and _a == 1 and _b == n * (n + 1) / 2
+
+
+def test_a_program_implies_that_an_input_is_replicated():
+    t, everything = rows()
+
+    def build(m):
+        a = m.input("a")
+        s = mpi.place(t, "partitioned", comm)
+        m.output(y=mpi.allreduce(linalg.sum(mpi.allbcast(a, comm) * s + a**2 * s), comm))
+
+    y, (_a,) = gradient(build, a=2.0)
+    assert np.isclose(y, 6 * everything.sum()) and np.isclose(_a, 5 * everything.sum())
+
+
+@pytest.mark.parametrize("declared", [None, "replicated"])
+@pytest.mark.parametrize("through_allbcast", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "forgetful", "chain"])
+def test_models_inside_make_the_same_of_any_number_of_ranks(kind, through_allbcast, declared):
+    def derivatives(on):
+        x = fastpm.ParticleMesh([4, 4, 4], BoxSize=4.0, comm=on).generate_whitenoise(3, type="real") * 0.1
+
+        @autooperator("x, a -> y")
+        def step(x, a):
+            return linalg.tanh(
+                x * (mpi.allreduce(linalg.sum(x * x), on) * 0.1 + a) + a * mpi.allbcast(a, on) * x
+            )
+
+        inside = dict(plain=step, forgetful=step.forgetful, chain=checkpoint(step, 3, ram=2))[kind]
+        with Builder() as m:
+            s, a = m.input("x"), m.input("a", placement=declared, comm=on)
+            b = mpi.allbcast(a, on) if through_allbcast else a
+            m.output(y=mpi.allreduce(fastpm.to_scalar(inside(s, b)), on))
+        (y,), (_x, _a) = m.compute_with_vjp(dict(x=x, a=0.7), dict(_y=1.0))
+        _, _, (_x_, _a_) = m.compute_with_hvp("y", dict(x=x, a=0.7), dict(a_=1.0, x_=x))
+        return [float(v) for v in (y, _a, _x.cdot(x), _a_, _x_.cdot(x))]
+
+    np.testing.assert_allclose(derivatives(comm), derivatives(MPI.COMM_SELF), rtol=1e-10)
 
 
 def test_print_shows_placements():
@@ -369,3 +409,56 @@ def test_where_fields_and_particles_live():
     assert found == dict(
         modes="partitioned", values="partitioned", power="replicated", n="partial", shifted="partitioned"
     )
+
+
+def random_program(rng, on):
+    """A program of numbers, fields and partitioned arrays, with numbers sent through allbcast, or not, here and there.
+
+    Values stay of order one. The same generator gives the same program on any communicator.
+    """
+    pm = fastpm.ParticleMesh(Nmesh=[4, 4, 4], BoxSize=4.0, comm=on)
+    fields = [pm.generate_whitenoise(seed, type="real") * 0.1 for seed in rng.integers(1, 100, 2)]
+    q = np.random.default_rng(7).uniform(0, 4, (9, 3))[on.rank :: on.size]
+    with Builder() as m:
+        numbers = list(m.input("a", "b", placement="replicated", comm=on))
+        waves = list(m.input("f", "g"))
+        arrays = [fastpm.readout(waves[0], q, fastpm.decompose(q, pm))]
+
+        def pick(among):
+            return among[rng.integers(len(among))]
+
+        def number():
+            b = pick(numbers)
+            return mpi.allbcast(b, on) if rng.integers(3) == 0 else b
+
+        for _ in range(rng.integers(2, 7)):
+            choice = rng.integers(7)
+            if choice == 0:
+                waves.append(linalg.sin(pick(waves) * number()))
+            elif choice == 1:
+                waves.append(pick(waves) * pick(waves) + number())
+            elif choice == 2:
+                arrays.append(linalg.cos(pick(arrays) * number() - number()))
+            elif choice == 3:
+                numbers.append(linalg.tanh(linalg.sum(pick(waves)) * 0.1))
+            elif choice == 4:
+                numbers.append(linalg.tanh(mpi.allreduce(linalg.sum(pick(arrays) * 0.1), on)))
+            elif choice == 5:
+                numbers.append(linalg.tanh(pick(numbers) * pick(numbers) + 0.5))
+            else:
+                numbers.append(linalg.sin(mpi.allreduce(fastpm.to_scalar(pick(waves)) * 0.01, on)))
+        total = linalg.sum(waves[-1]) + mpi.allreduce(linalg.sum(arrays[-1] ** 2), on)
+        m.output(y=total + mpi.allreduce(pick(numbers), on) * numbers[-1])
+    init = dict(a=0.7, b=-0.4, f=fields[0], g=fields[1])
+    (y,), (_a, _b, _f, _g) = m.compute_with_vjp(init, dict(_y=1.0))
+    y_ = m.compute_with_jvp("y", init, dict(a_=0.3, b_=0.2, f_=fields[1], g_=fields[0]))[1]
+    slopes = [0.0 if g is ZeroGradient else g.cdot(h) for g in (_f, _g) for h in fields]
+    return [float(v) for v in (y, _a, _b, y_, *slopes)]
+
+
+@pytest.mark.parametrize("seed", range(examples(12)))
+def test_random_programs_do_not_know_how_many_they_are(seed):
+    found = random_program(np.random.default_rng(seed), comm)
+    expected = random_program(np.random.default_rng(seed), MPI.COMM_SELF)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    assert len(set(map(tuple, comm.allgather(found)))) == 1

@@ -461,6 +461,8 @@ class Places:
 
     Attributes
     ----------
+    arrivals : tuple of (name, placement)
+        What is known of inputs.
     of : dict
         What is known of symbols.
     seen : dict
@@ -474,6 +476,7 @@ class Places:
     def __init__(
         self, graph: Graph, nodes: Iterable[Node], arrivals: Arrivals, vout: Iterable[str] = ()
     ) -> None:
+        self.arrivals = arrivals
         self.of: dict[BaseSymbol, Any] = {}
         self.seen: dict[Node, dict[str, Any]] = {}
         self.spread: dict[Node, Collection[str]] = {}

@@ -332,9 +332,21 @@ class PlacesOnRanks(Places):
         self.promised: set[BaseSymbol] = {graph._inputs[name] for name in promised}
         for name, place in [*graph.placed.items(), *arrivals]:
             self.of[graph._inputs[name]] = place
+        self.believe(graph, nodes)
         for node in nodes:
             self.add(node)
         self.complaint = next(filter(None, (self.find_complaint(graph, name) for name in vout)), None)
+
+    def believe(self, graph: Graph, nodes: Iterable[Node]) -> None:
+        """Believe of inputs what a program implies that hands them to an operator of replicated values, such as
+        `allbcast`."""
+        unknown = {symbol for symbol in graph._inputs.values() if symbol not in self.of}
+        for node in nodes:
+            rule = node.primitive.operator.placements
+            if type(rule) is str and rule.startswith("replicated"):
+                place = Placement("replicated", Site(node, {}).comm)
+                first = node.varin[next(iter(node.primitive.ain))]
+                self.of.update(dict.fromkeys(unknown.intersection([first]), place))
 
     def add(self, node: Node) -> None:
         """Find out about the results of a node."""
@@ -523,8 +535,9 @@ ROWS = 40  # nodes at either end of a long model
 
 def print_graph(graph: Graph) -> str:
     """A model in several lines: its inputs, its nodes, and where their results live."""
+    plans = list(getattr(graph, "_plans", {}).values())
     try:
-        of = PlacesOnRanks(graph, list(graph)).of
+        of = PlacesOnRanks(graph, list(graph), plans[-1].places.arrivals if plans else ()).of
         lines = []
     except PlacementError as error:
         of, lines = {}, [f"  ! {error}"]

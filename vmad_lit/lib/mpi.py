@@ -14,6 +14,7 @@ from __future__ import annotations
 import pickle
 import zlib
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, TypeVar
 
 import numpy
@@ -59,9 +60,23 @@ def dense(x_: Value, kind: Description, comm: MPI.Comm) -> Value:
     return x_
 
 
-def gather_kinds(comm: MPI.Comm, x: Value) -> tuple[list[Any], numpy.dtype[Any] | None]:
+def tell(comm: MPI.Comm, x: Value, **settings: Any) -> list[Any]:
+    """The descriptions of a value on all ranks; raises ValueError on all if they do not have the same settings."""
+    everybody = comm.allgather((describe(x), settings))
+    for rank, (_, theirs) in enumerate(everybody):
+        different = [name for name in settings if theirs.get(name) != everybody[0][1].get(name)]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"all ranks must call it with the same '{name}', but rank 0 has {everybody[0][1].get(name)!r} and "
+                f"rank {rank} has {theirs.get(name)!r}"
+            )
+    return [kind for kind, _ in everybody]
+
+
+def gather_kinds(comm: MPI.Comm, x: Value, **settings: Any) -> tuple[list[Any], numpy.dtype[Any] | None]:
     """The shapes of a value on all ranks, and the dtype that holds them all; None if it is not an array."""
-    kinds = comm.allgather(describe(x))
+    kinds = tell(comm, x, **settings)
     if any(type(kind) is str for kind in kinds):
         return kinds, None
     return [shape for shape, _ in kinds], numpy.result_type(*(dtype for _, dtype in kinds))
@@ -72,6 +87,12 @@ def fail_together(comm: MPI.Comm, message: str | None) -> None:
     messages = [f"rank {rank}: {text}" for rank, text in enumerate(comm.allgather(message)) if text]
     if messages:
         raise ValueError("; ".join(messages))
+
+
+def check_rank(name: str, rank: Any, comm: MPI.Comm) -> None:
+    """Raise ValueError unless a number that all ranks know is that of one of them."""
+    if not isinstance(rank, (int, numpy.integer)) or not 0 <= rank < comm.size:
+        raise ValueError(f"'{name}' is the number of a rank, from 0 to {comm.size - 1}, not {rank!r}")
 
 
 def run_together(comm: MPI.Comm, function: Callable[[], T]) -> T:
@@ -282,7 +303,9 @@ def digest(x: Value) -> int:
 
 def from_root(x: Value, comm: MPI.Comm, root: int) -> Value:
     """The value of one rank, on all ranks."""
-    kind = comm.bcast(describe(x), root)
+    kinds = tell(comm, x, root=root)
+    check_rank("root", root, comm)
+    kind = kinds[root]
     if type(kind) is str or kind[0] == ():
         return comm.bcast(x, root)
     shape, dtype = kind
@@ -325,9 +348,9 @@ class bcast:
         return dict(y_=from_root(x_, comm, root))
 
 
-def find_counts(comm: MPI.Comm, x: Value) -> tuple[list[int] | Any, numpy.dtype[Any] | None]:
+def find_counts(comm: MPI.Comm, x: Value, **settings: Any) -> tuple[list[int] | Any, numpy.dtype[Any] | None]:
     """The number of rows on each rank and the common dtype of a partitioned array, else None, None."""
-    shapes, dtype = gather_kinds(comm, x)
+    shapes, dtype = gather_kinds(comm, x, **settings)
     if dtype is None:
         return None, None
     if all(shape == () for shape in shapes):
@@ -339,7 +362,9 @@ def find_counts(comm: MPI.Comm, x: Value) -> tuple[list[int] | Any, numpy.dtype[
 
 def join(x: Value, comm: MPI.Comm, root: int | None = None) -> tuple[Value, list[int] | None]:
     """The joined parts of all ranks, on `root` (others get None) or, without it, on all; and the counts."""
-    counts, dtype = find_counts(comm, x)
+    counts, dtype = find_counts(comm, x, root=root)
+    if root is not None:
+        check_rank("root", root, comm)
     if counts is None:
         return comm.allgather(x) if root is None else comm.gather(x, root), None
     x = numpy.asarray(x, dtype, order="C")
@@ -415,20 +440,31 @@ class gather:
 
 def plan_scatter(x: Value, counts: Sequence[int] | None, comm: MPI.Comm, root: int) -> Sequence[int] | None:
     """The counts of a scatter, on all ranks; None for a list of objects."""
+    tell(comm, None, root=root)
+    check_rank("root", root, comm)
     complaint = None
     if comm.rank == root:
-        if not isinstance(x, numpy.ndarray):
+        if not isinstance(x, numpy.ndarray) or x.ndim == 0:
             if not isinstance(x, (list, tuple)) or len(x) != comm.size:
                 complaint = f"expected an array or a list of {comm.size} items, got {type(x).__name__}"
             counts = None
         elif counts is None:
             counts = even_counts(len(x), comm.size)
-        elif len(counts) != comm.size or sum(counts) != len(x):
-            complaint = f"counts {list(counts)} do not add up to {len(x)} rows on {comm.size} ranks"
+        elif not are_counts(counts, comm.size, len(x)):
+            complaint = f"counts {counts!r} do not add up to {len(x)} rows on {comm.size} ranks"
     counts, complaint = comm.bcast((counts, complaint), root)
     if complaint:
         raise ValueError(complaint)
     return counts
+
+
+def are_counts(counts: Any, size: int, n: int) -> bool:
+    """Whether these are the numbers of rows that go to each of `size` ranks, n together."""
+    try:
+        whole = [index(count) for count in counts]
+    except TypeError:
+        return False
+    return len(whole) == size and min(whole) >= 0 and sum(whole) == n
 
 
 def even_counts(n: int, size: int) -> list[int]:
@@ -554,9 +590,11 @@ class alltoall:
             if not isinstance(x, (list, tuple)) or len(x) != comm.size:
                 complaint = f"expected an array or a list of {comm.size} items, got {type(x).__name__}"
         else:
-            send = even_counts(rows[comm.rank], comm.size) if counts is None else [int(n) for n in counts]
-            if numpy.ndim(x) == 0 or len(send) != comm.size or sum(send) != len(x):
-                complaint = f"counts {send} do not divide an array of shape {numpy.shape(x)} among the ranks"
+            send = even_counts(rows[comm.rank], comm.size) if counts is None else counts
+            if numpy.ndim(x) == 0 or not are_counts(send, comm.size, len(x)):
+                complaint = (
+                    f"counts {send!r} do not divide an array of shape {numpy.shape(x)} among the ranks"
+                )
         fail_together(comm, complaint)
         if rows is None:
             return dict(y=comm.alltoall(x), send=None, recv=None)
@@ -578,9 +616,19 @@ class alltoall:
 
 
 def pass_on(x: Value, dest: int, source: int, comm: MPI.Comm) -> Value:
-    """Send a value to one rank and receive one from another; None if nobody is the source."""
+    """Send a value to one rank and receive one from another; None if nobody is the source.
+
+    Raises ValueError on all ranks unless each receives from the rank that sends to it.
+    """
     mine = describe(x)
-    kind = comm.sendrecv(mine, dest, 0, source=source, recvtag=0)
+    everybody = comm.allgather((mine, dest, source))
+    for rank, (_, to, _) in enumerate(everybody):
+        if to != MPI.PROC_NULL and (to not in range(comm.size) or everybody[to][2] != rank):
+            raise ValueError(f"rank {rank} sends to {to!r}, which expects nothing from it")
+    for rank, (_, _, of) in enumerate(everybody):
+        if of != MPI.PROC_NULL and (of not in range(comm.size) or everybody[of][1] != rank):
+            raise ValueError(f"rank {rank} expects something from {of!r}, which sends it nothing")
+    kind = "NoneType" if source == MPI.PROC_NULL else everybody[source][0]
     if type(mine) is tuple:
         sent = comm.Isend([numpy.asarray(x, order="C"), MPI.BYTE], dest, 1)
     else:
@@ -689,7 +737,9 @@ class halo:
     hvp = ZeroGradient
 
     def apl(node, x, comm, width=1, periodic=True):
-        counts, dtype = find_counts(comm, x)
+        counts, dtype = find_counts(comm, x, width=width, periodic=periodic)
+        if type(width) is not int or width < 0:
+            raise ValueError(f"the width of a halo is a number of rows, not {width!r}")
         fail_together(comm, None if counts is not None and numpy.ndim(x) else "a halo needs an array")
         plan = plan_halo(counts, comm.rank, width, periodic)
         return dict(y=extend(numpy.asarray(x, dtype), plan, width, comm), plan=plan)
