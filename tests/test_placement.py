@@ -352,6 +352,18 @@ def test_a_program_implies_that_an_input_is_replicated():
     assert np.isclose(y, 6 * everything.sum()) and np.isclose(_a, 5 * everything.sum())
 
 
+def test_a_number_beside_a_field_is_replicated_at_its_other_uses():
+    x, (t, everything) = field(), rows()
+
+    def build(m):
+        a, r = m.input("a", "x")
+        s = mpi.place(t, "partitioned", comm)
+        m.output(y=mpi.allreduce(linalg.sum(a**2 * s), comm) + linalg.sum(r * a))
+
+    y, (_a, _x) = gradient(build, a=2.0, x=x)
+    assert np.isclose(_a, 4 * everything.sum() + x.csum())
+
+
 @pytest.mark.parametrize("declared", [None, "replicated"])
 @pytest.mark.parametrize("through_allbcast", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "forgetful", "chain"])

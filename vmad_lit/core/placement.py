@@ -328,25 +328,42 @@ class PlacesOnRanks(Places):
         self, graph: Graph, nodes: Iterable[Node], arrivals: Arrivals = (), vout: Iterable[str] = ()
     ) -> None:
         super().__init__(graph, nodes, arrivals, vout)
-        promised = (name for name, place in graph.placed.items() if place.kind == "replicated")
-        self.promised: set[BaseSymbol] = {graph._inputs[name] for name in promised}
-        for name, place in [*graph.placed.items(), *arrivals]:
-            self.of[graph._inputs[name]] = place
-        self.believe(graph, nodes)
-        for node in nodes:
-            self.add(node)
+        known: dict[BaseSymbol, Any] = {
+            graph._inputs[name]: place for name, place in [*graph.placed.items(), *arrivals]
+        }
+        self.numbers = {symbol for symbol, place in known.items() if place == NUMBER}
+        self.unknown = {symbol for symbol in graph._inputs.values() if symbol not in known} | self.numbers
+        known = {symbol: place for symbol, place in known.items() if place != NUMBER}
+        implied: dict[BaseSymbol, Placement] | None = None
+        while implied != {}:
+            known.update(implied or {})
+            implied = self.go_through(graph, nodes, known)
         self.complaint = next(filter(None, (self.find_complaint(graph, name) for name in vout)), None)
 
-    def believe(self, graph: Graph, nodes: Iterable[Node]) -> None:
-        """Believe of inputs what a program implies that hands them to an operator of replicated values, such as
-        `allbcast`."""
-        unknown = {symbol for symbol in graph._inputs.values() if symbol not in self.of}
+    def go_through(
+        self, graph: Graph, nodes: Iterable[Node], known: Mapping[BaseSymbol, Placement]
+    ) -> dict[BaseSymbol, Placement]:
+        """Find out about all nodes, from what is known of inputs; returns what that implies of other inputs."""
+        promised = (name for name, place in graph.placed.items() if place.kind == "replicated")
+        self.promised: set[BaseSymbol] = {graph._inputs[name] for name in promised}
+        self.of, self.seen, self.spread = dict(known), {}, {}
+        implied: dict[BaseSymbol, Placement] = {}
         for node in nodes:
-            rule = node.primitive.operator.placements
-            if type(rule) is str and rule.startswith("replicated"):
-                place = Placement("replicated", Site(node, {}).comm)
-                first = node.varin[next(iter(node.primitive.ain))]
-                self.of.update(dict.fromkeys(unknown.intersection([first]), place))
+            self.add(node)
+            for symbol in self.unknown.intersection(flatten(node.varin)).difference(known):
+                comm = self.find_use(node, symbol)
+                if comm is not None:
+                    implied[symbol] = Placement("replicated", comm)
+        return implied
+
+    def find_use(self, node: Node, symbol: BaseSymbol) -> Any:
+        """The communicator on which an input must be replicated that a node uses like this; else None."""
+        rule, (name, *_) = node.primitive.operator.placements, [*node.primitive.ain, ""]
+        if type(rule) is str and rule.startswith("replicated") and node.varin.get(name) is symbol:
+            return Site(node, {}).comm
+        places = (self.of.get(leaf) for leaf in flatten(node.varout))
+        fields = [place.comm for place in places if place is not None and place.field]
+        return fields[0] if symbol in self.numbers and rule == "elementwise" and fields else None
 
     def add(self, node: Node) -> None:
         """Find out about the results of a node."""
@@ -458,10 +475,13 @@ def find_arrivals(self: Model, init: Mapping[str, Value], placed: Mapping[str, P
             place = of_value(value)
             if place is not None and self.placed.get(name, place).kind == "partitioned":
                 known[name] = place
+        elif name not in known and name not in self.placed and type(value) is not numpy.ndarray:
+            known[name] = NUMBER
     return tuple((name, known[name]) for name in self._inputs if name in known)
 
 
 SILENT = {numpy.ndarray, numpy.float64, float, int, complex}  # types that tell nothing
+NUMBER: Any = "number"  # in the place of the placement of an input, of which no more is known
 Model.find_arrivals = find_arrivals  # type: ignore[method-assign]
 
 
