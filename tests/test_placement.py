@@ -142,6 +142,32 @@ def test_operators_of_the_user_are_element_by_element():
     assert np.isclose(_a, (2 * r * everything).sum()) and np.isclose(_b, (2 * r).sum())
 
 
+def test_types_that_an_operator_declares_may_be_wrong():
+    """Programs of the reference system declare fields and return arrays."""
+
+    @operator
+    class masked:
+        ain, aout = {"x": "RealField"}, {"y": "RealField"}
+
+        def apl(node, x, mask):
+            return x.value[mask]
+
+        def vjp(node, _y, x, mask):
+            _x = x.pm.create(type="real", value=0)
+            _x.value[mask] = _y
+            return dict(_x=_x)
+
+    x = field()
+    mask = x.value > 0
+
+    def build(m):
+        m.output(y=mpi.allreduce(linalg.sum(linalg.absolute(masked(m.input("x"), mask)) ** 2), comm))
+
+    y, (_x,) = gradient(build, x=x)
+    assert np.isclose(y, comm.allreduce((x.value[mask] ** 2).sum()))
+    assert np.allclose(_x, 2 * x.value * mask)
+
+
 def test_masses_and_tables_are_summed_once():
     x = field()
     pm = x.pm

@@ -22,7 +22,7 @@ from .error import BadArgument, PlacementError, did_you_mean, needed_for
 from .execution import Arrivals, Places, Plan, flatten
 from .graph import Graph, Node, Symbols
 from .model import Model
-from .operator import Primitive
+from .operator import Operator, Primitive
 from .registry import OverloadedOperator
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
 from .valuetypes import VALUE_TYPES
@@ -378,7 +378,7 @@ class PlacesOnRanks(Places):
         results = found if isinstance(found, list) else [found] * len(node.varout)
         for (name, symbol), place in zip(node.varout.items(), results):
             if place is not None:
-                self.of.update(dict.fromkeys(leaves(symbol), by_pattern(place, operator.aout[name])))
+                self.of.update(dict.fromkeys(leaves(symbol), by_pattern(place, operator, name)))
         seen = {name: place for name, place in site.given.items() if isinstance(place, Placement)}
         if seen:
             apart = {name: Placement("partitioned", site.comm) for name in site.spread}
@@ -439,14 +439,17 @@ def of_list(parts: list[Any]) -> Any:
     return None if None in placed else placed[0] if placed else CONSTANT
 
 
-def by_pattern(place: Placement, pattern: Any) -> Placement:
-    """The placement of a result of some declared type."""
-    if place.kind != "partitioned" or place.field is not None:
+def by_pattern(place: Placement, operator: Operator, name: str) -> Placement:
+    """The placement of a result of one of our operators, which is known to be a field, or rows, by its declared type."""
+    if place.kind != "partitioned" or place.field is not None or not operator.__module__.startswith(OURS):
         return place
-    name = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "*")
+    pattern = str(operator.aout[name])
     return Placement(
-        place.kind, place.comm, True if "Field" in name else False if name == "ndarray" else None
+        place.kind, place.comm, True if "Field" in pattern else False if pattern == "ndarray" else None
     )
+
+
+OURS = __name__.partition(".")[0] + "."
 
 
 def many_ranks() -> bool:
