@@ -114,7 +114,7 @@ PROVED_IN = {
         f"vmad_lit.{name}": "test_operators.py"
         for name in ("core.stdlib.operators", "core.stdlib.utils", "lib.unary", "lib.binary", "lib.linalg")
     },
-    "vmad_lit.lib.mpi": "test_mpi.py",
+    "vmad_lit.lib.mpi": "test_mpi.py test_placement.py",
     **{
         f"vmad_lit.lib.{name}": "test_mesh.py"
         for name in ("mesh", "transfer", "exchange", "painting", "force", "lpt")

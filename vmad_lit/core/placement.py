@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from types import FunctionType
 from typing import Any
@@ -455,9 +456,12 @@ OURS = __name__.partition(".")[0] + "."
 def many_ranks() -> bool:
     """Whether this process is one of several."""
     mpi = sys.modules.get("mpi4py.MPI")
-    return (
-        mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1
-    )
+    return mpi is not None and world_size(mpi) > 1
+
+
+@cache
+def world_size(mpi: Any) -> int:
+    return int(mpi.Comm.Get_size(mpi.COMM_WORLD)) if mpi.Is_initialized() and not mpi.Is_finalized() else 1
 
 
 def find_places(graph: Graph, nodes: Iterable[Node], arrivals: Arrivals, vout: Iterable[str]) -> Places:

@@ -224,7 +224,6 @@ class sum_of_shares:
 
     ain = "x"
     aout = "y"
-    collective = True
     placements = "partial -> replicated"
 
     def apl(node, x, comm):
