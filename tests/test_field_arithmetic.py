@@ -61,12 +61,55 @@ def test_unary(name, dtype):
     np.testing.assert_allclose(value.value, getattr(np, name)(r.value), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", names(binary))
+def is_comparison(op):
+    return issubclass(op.prototype, binary.comparison)
+
+
+@pytest.mark.parametrize("name", [name for name in names(binary) if not is_comparison(getattr(binary, name))])
 def test_binary(name):
     r, _ = fields()
     op = getattr(binary, name)
     check(op, r, r * 1.1)
     check(op, r, 0.5)
+
+
+@pytest.mark.parametrize("name", [name for name in names(binary) if is_comparison(getattr(binary, name))])
+def test_comparison(name):
+    r, _ = fields()
+    with Builder() as m:
+        m.output(y=getattr(binary, name)(m.input("r"), 0.5))
+    y = m.compute("y", dict(r=r))
+    np.testing.assert_array_equal(y, getattr(np, name)(r.value, 0.5))
+
+
+def test_a_zero_hides_infinite_cells():
+    """The rule for zero times infinity, for fields, of which only some ranks have the infinite cells."""
+    r, c = fields()
+    if r.size:
+        r.value.flat[0] = c.value.flat[0] = np.inf
+    with Builder() as m:
+        s, w = m.input("s", "w")
+        m.output(y=linalg.to_scalar(s), dot=linalg.dot(s, w), scaled=s * w, ratio=w / s, root=s**0.5)
+    flat = r.copy()
+    flat[...] = np.isfinite(r.value)
+    for out, zero in dict(y=0.0, dot=0.0, scaled=0 * flat, ratio=0 * flat, root=0 * flat).items():
+        with np.errstate(all="ignore"):
+            _, [_s, _w] = m.compute_with_vjp(dict(s=r, w=r), {"_" + out: zero})
+            y_ = m.compute_with_jvp(out, dict(s=r, w=r), dict(s_=0 * flat, w_=0 * flat))[1]
+        for value in _s, _w, y_:
+            assert np.all(np.equal(getattr(value, "value", value), 0))
+    with np.errstate(all="ignore"):
+        finite, every = (
+            m.compute_with_jvp("y", dict(s=x, w=x), dict(s_=flat, w_=flat))[1] for x in (masked(r), r)
+        )
+    np.testing.assert_allclose(every, finite)
+
+
+def masked(field):
+    """A copy with zeros for infinities."""
+    copy = field.copy()
+    copy[...] = np.where(np.isfinite(field.value), field.value, 0.0)
+    return copy
 
 
 @pytest.mark.parametrize("dtype", ["f8", "f4"])

@@ -114,6 +114,7 @@ PROVED_IN = {
         f"vmad_lit.{name}": "test_operators.py"
         for name in ("core.stdlib.operators", "core.stdlib.utils", "lib.unary", "lib.binary", "lib.linalg")
     },
+    "vmad_lit.lib.binary": "test_operators.py test_numpy_calls.py",
     "vmad_lit.lib.mpi": "test_mpi.py test_placement.py",
     **{
         f"vmad_lit.lib.{name}": "test_mesh.py"

@@ -15,4 +15,4 @@ VALUE_TYPES.elsewhere["pmesh.pm"] = "vmad_lit.lib.mesh"
 __all__ = ["Builder", "ListPlaceholder", "autooperator", "operator", "stdlib"]
 __version__ = "0.1.0"
 
-from .lib import linalg  # noqa: E402, F401  (symbols gain indexing and the matrix product)
+from .lib import linalg, numpy_names  # noqa: E402, F401  (symbols gain indexing, the matrix product, and NumPy's functions)

@@ -20,7 +20,11 @@ class MissingArgument(ModelError):
     """A declared argument was not given."""
 
 
-class UnpackError(ModelError):
+class NoValueYet(ModelError, TypeError):
+    """A symbol was used as if it had its value already, while the model is built."""
+
+
+class UnpackError(NoValueYet):
     """One symbol was taken for several."""
 
 

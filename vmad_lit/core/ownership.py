@@ -59,7 +59,10 @@ def find_donated(
     return tuple(
         name
         for name, symbol in node.varin.items()
-        if name in names and symbol in fresh and last_use.get(symbol) is node and given.count(symbol) == 1
+        if name in names
+        and symbol in fresh
+        and last_use.get(symbol) is node
+        and sum(item is symbol for item in given) == 1
     )
 
 

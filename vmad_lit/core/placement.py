@@ -420,7 +420,7 @@ class PlacesOnRanks(Places):
         for leaf in leaves(graph._outputs[name]):
             place = self.of.get(leaf)
             if place is not None and place.kind == "partial" and place.comm.Get_size() > 1:
-                node = next(node for node in graph if leaf in flatten(node.varout))
+                node = next(node for node in graph if any(leaf is symbol for symbol in flatten(node.varout)))
                 filename, line = node.place
                 return PlacementError(
                     f"each rank has only its own summand of the output '{name}'; make the sum by mpi.allreduce "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from .error import ModelError, UnpackError
+from .error import NoValueYet, UnpackError
 
 Value = Any  # the engine never looks into a value
 
@@ -14,9 +14,6 @@ class BaseSymbol:
     """Anything that may stand for a value while a model is built."""
 
     __slots__ = ()
-
-    # NumPy leaves `array + symbol` to the symbol instead of looking for an array in it.
-    __array_ufunc__ = None
 
     # What type checkers shall know of arithmetic
     if TYPE_CHECKING:
@@ -32,6 +29,7 @@ class BaseSymbol:
         def __neg__(self) -> Symbol: ...
 
         __pos__ = __abs__ = __neg__
+        __lt__ = __le__ = __gt__ = __ge__ = __add__
 
         def eval(self, function: Any) -> Symbol: ...
 
@@ -99,7 +97,7 @@ class Symbol(BaseSymbol):
         )
 
     def __bool__(self) -> NoReturn:
-        raise ModelError(
+        raise NoValueYet(
             f"the symbol '{self._name}' has no truth value while the model is built; "
             "decide at run time inside an operator, for example with x.eval(function)"
         )
@@ -116,6 +114,11 @@ class Literal(BaseSymbol):
     def __repr__(self) -> str:
         text = repr(self._value)
         return text if len(text) <= 40 and "\n" not in text else f"<{type(self._value).__name__}>"
+
+    def __bool__(self) -> NoReturn:
+        raise NoValueYet(
+            f"the constant {self!r} has no truth value while the model is built; ask the value itself"
+        )
 
     def __getattr__(self, name: str) -> AttrSymbol:
         if name.startswith("_"):
@@ -153,6 +156,9 @@ class List(BaseSymbol):
 
     def __iter__(self) -> Iterator[BaseSymbol]:
         return iter(self._items)
+
+    def __contains__(self, symbol: object) -> bool:
+        return any(item is symbol for item in self._items)
 
     def __repr__(self) -> str:
         if len(self._items) <= 8:

@@ -13,10 +13,10 @@ import numpy
 
 from ..core import stdlib
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import Array, as_array, conj, kind, unbroadcast, widen
+from ..core.stdlib.operators import Array, as_array, bent, conj, kind, scaled, slope, unbroadcast, widen
 from ..core.stdlib.operators import slope_of_base, slope_of_exponent
 from ..core.symbol import Value
-from .unary import offer_curvature, scaled, slope
+from .unary import offer_curvature
 
 
 class binary_ufunc:
@@ -78,7 +78,7 @@ class binary_ufunc:
             for x_, fsecond in (x1_, along1), (x2_, along2):
                 if x_ is not ZeroGradient:
                     slope_ = slope_ + scaled(x_, slope(fsecond, x1, x2))
-            return unbroadcast(scaled(_y, conj(slope_)), kind(x, node, name))
+            return unbroadcast(bent(_y, conj(slope_)), kind(x, node, name))
 
         second = node.prototype
         return dict(
@@ -229,8 +229,95 @@ class power(stdlib.pow.prototype):
     fprime2 = staticmethod(lambda x1, x2: slope_of_exponent(x1, x1**x2))
 
 
+class comparison:
+    """A base for operators that compare, whose results are masks for `where`, and have no derivative."""
+
+    ain = "x1", "x2"
+    aout = "y"
+    placements = "elementwise"
+
+    @staticmethod
+    def f(x1: Value, x2: Value, /) -> Value:
+        return x1 == x2
+
+    def apl(node, x1, x2):
+        return node.prototype.f(x1, x2)
+
+    def vjp(node):
+        return ZeroGradient
+
+    def jvp(node):
+        return ZeroGradient
+
+    hvp = ZeroGradient
+
+
+@operator
+class equal(comparison):
+    """`x1 == x2`"""
+
+    f = staticmethod(numpy.equal)
+
+
+@operator
+class not_equal(comparison):
+    """`x1 != x2`"""
+
+    f = staticmethod(numpy.not_equal)
+
+
+@operator
+class less(comparison):
+    """`x1 < x2`"""
+
+    f = staticmethod(numpy.less)
+
+
+@operator
+class less_equal(comparison):
+    """`x1 <= x2`"""
+
+    f = staticmethod(numpy.less_equal)
+
+
+@operator
+class greater(comparison):
+    """`x1 > x2`"""
+
+    f = staticmethod(numpy.greater)
+
+
+@operator
+class greater_equal(comparison):
+    """`x1 >= x2`"""
+
+    f = staticmethod(numpy.greater_equal)
+
+
+@operator
+class logical_and(comparison):
+    """Where both are true."""
+
+    f = staticmethod(numpy.logical_and)
+
+
+@operator
+class logical_or(comparison):
+    """Where one of two is true, or both are."""
+
+    f = staticmethod(numpy.logical_or)
+
+
 __all__ = [
     "binary_ufunc",
+    "equal",
+    "not_equal",
+    "less",
+    "less_equal",
+    "greater",
+    "greater_equal",
+    "logical_and",
+    "logical_or",
     "maximum",
     "minimum",
     "fmax",

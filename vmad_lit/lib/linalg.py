@@ -24,17 +24,27 @@ from ..core.stdlib.operators import (
     Kind,
     Shape,
     ShapeOf,
+    bend,
+    bent,
+    cleared,
     conj as conjugate,
-    unbroadcast,
+    divided,
+    has_nan,
+    in_floats,
     kind,
     plus,
+    scaled,
+    settled_sum,
+    slope,
     times,
     turn,
+    unbroadcast,
     widen,
 )
 from ..core.symbol import BaseSymbol, List, Literal, Symbol, Value
 from . import binary, unary
 from .binary import arctan2, binary_ufunc, divide, fmax, fmin, hypot, logaddexp
+from .binary import equal, greater, greater_equal, less, less_equal, logical_and, logical_or, not_equal
 from .binary import maximum, minimum, multiply, power, subtract
 from .unary import *  # noqa: F403
 
@@ -297,10 +307,15 @@ def sum_array(
     x: Value, axis: Axis = None, dtype: Any = None, keepdims: bool = False, where: Value = True
 ) -> Value:
     x = numpy.asarray(x)
+    y = wide_sum(x, axis, dtype, keepdims, where)
+    return y.astype(x.dtype) if dtype is None and x.dtype.kind in "fc" else y
+
+
+def wide_sum(x: Array, axis: Axis, dtype: Any, keepdims: bool, where: Value) -> Any:
+    """A sum of numbers in double precision at least, unless a dtype is given."""
     narrow = x.dtype.itemsize < numpy.result_type("f8", x.dtype).itemsize
     wide = dict(f="f8", c="c16").get(x.dtype.kind) if narrow else None
-    y = numpy.sum(x, axis=axes_of(axis), keepdims=keepdims, dtype=dtype or wide, where=where)
-    return y if dtype or not wide else y.astype(x.dtype)
+    return numpy.sum(x, axis=axes_of(axis), keepdims=keepdims, dtype=dtype or wide, where=where)
 
 
 def axes_of(axis: Axis) -> Any:
@@ -349,7 +364,9 @@ class mean(linear):
     placements = "reduction"
 
     def apl(node, x, axis=None, dtype=None, keepdims=False, where=True):
-        return shared(sum_array(x, axis, dtype, keepdims, where), numpy.shape(x), axis, keepdims, where)
+        x = numpy.asarray(x)
+        y = shared(wide_sum(x, axis, dtype, keepdims, where), x.shape, axis, keepdims, where)
+        return y.astype(x.dtype) if dtype is None and x.dtype.kind in "fc" else y
 
     def rcd(node, x, axis, dtype, keepdims, where, y):
         xdtype = getattr(x, "dtype", None)
@@ -470,21 +487,27 @@ class to_scalar(linear):
     placements = "reduction"
 
     def apl(node, x):
-        return sum_array(squared_modulus(x))
+        return in_precision_of(x, sum_array(squared_modulus(x)))
 
     def vjp(node, _y, x):
-        return 2 * _y * x
+        return scaled(2 * _y, in_floats(x))
 
     def jvp(node, x_, x):
-        return 2 * sum_array(numpy.real(conjugate(x) * x_))
+        return 2 * sum_array(numpy.real(scaled(x_, conjugate(in_floats(x)))))
 
     def hvp(node, _y, x_):
-        return 2 * _y * x_
+        return bent(2 * _y, x_)
 
 
 def squared_modulus(x: Value) -> Array:
-    x = numpy.asarray(x)
+    x = numpy.asarray(in_floats(x))
+    x = x.astype("f4") if x.dtype == "f2" else x
     return x.real * x.real + x.imag * x.imag if x.dtype.kind == "c" else x * x
+
+
+def in_precision_of(x: Value, y: Value) -> Value:
+    """A sum that was taken in single precision, in half precision if its terms were."""
+    return y.astype("f2") if getattr(x, "dtype", None) == "f2" else y
 
 
 @overloaded
@@ -515,7 +538,7 @@ class norm(linear):
                     f"got ord={ord!r} for {numpy.ndim(x)} axes and axis={axis!r}"
                 )
         if ord in (None, "fro") and not isinstance(axes, int):
-            return sum_array(squared_modulus(x), axes, None, keepdims) ** 0.5
+            return in_precision_of(x, sum_array(squared_modulus(x), axes, None, keepdims) ** 0.5)
         return numpy.linalg.norm(x, ord, axes, keepdims)
 
     def rcd(node, x, ord, axis, keepdims, y):
@@ -524,18 +547,18 @@ class norm(linear):
 
     def vjp(node, _y, x, y, ord, shape, xdtype, axis, keepdims):
         real = None if xdtype is None else numpy.empty(0, xdtype).real.dtype
-        return spread(_y, shape, real, axis, keepdims) * slope_of_norm(
-            x, spread(y, shape, real, axis, keepdims), ord, axis
-        )
+        y = spread(y, shape, real, axis, keepdims)
+        return scaled(spread(_y, shape, real, axis, keepdims), slope(slope_of_norm, x, y, ord=ord, axis=axis))
 
     def jvp(node, x_, x, y, ord, shape, xdtype, axis, keepdims):
-        slope = slope_of_norm(x, spread(y, shape, None, axis, keepdims), ord, axis)
-        return sum_array(numpy.real(conjugate(slope) * x_), axis, None, keepdims)
+        steepest = slope(slope_of_norm, x, spread(y, shape, None, axis, keepdims), ord=ord, axis=axis)
+        return sum_array(numpy.real(scaled(x_, conjugate(steepest))), axis, None, keepdims)
 
     def hvp(node, _y, x_, x, y, ord, shape, xdtype, axis, keepdims):
         real = None if xdtype is None else numpy.empty(0, xdtype).real.dtype
         y = spread(y, shape, real, axis, keepdims)
-        return spread(_y, shape, real, axis, keepdims) * curvature_of_norm(x, x_, y, ord, axis)
+        slope_ = slope(curvature_of_norm, x, x_, y, ord=ord, axis=axis)
+        return bent(spread(_y, shape, real, axis, keepdims), slope_)
 
 
 def slope_of_norm(x: Value, y: Value, ord: Order, axis: Axis) -> Value:
@@ -552,15 +575,15 @@ def slope_of_norm(x: Value, y: Value, ord: Order, axis: Axis) -> Value:
 
 def curvature_of_norm(x: Value, x_: Value, y: Value, ord: Order, axis: Axis) -> Value:
     """The tangent of `slope_of_norm`."""
-    nonzero, slope = y + (y == 0), slope_of_norm(x, y, ord, axis)
-    y_ = numpy.sum(numpy.real(conjugate(slope) * x_), axis=axes_of(axis), keepdims=True)
+    nonzero, steepest = y + (y == 0), slope_of_norm(x, y, ord, axis)
+    y_ = numpy.sum(numpy.real(scaled(x_, conjugate(steepest))), axis=axes_of(axis), keepdims=True)
     if ord in (None, "fro", 2):
-        return (x_ - slope * y_) / nonzero * (y != 0)
+        return divided(x_ - scaled(y_, steepest), nonzero) * (y != 0)
     if ord in (math.inf, -math.inf):
-        return numpy.absolute(slope) * turn(x_, x)
+        return scaled(turn(x_, x), numpy.absolute(steepest))
     u, r = numpy.sign(x), numpy.absolute(x) / nonzero
-    r_ = (numpy.real(conjugate(u) * x_) - r * y_) / nonzero
-    return turn(x_, x) * r ** (ord - 1) + u * (ord - 1) * (r + (r == 0)) ** (ord - 2) * r_
+    r_ = divided(numpy.real(scaled(x_, conjugate(u))) - scaled(y_, r), nonzero)
+    return scaled(turn(x_, x), r ** (ord - 1)) + scaled(r_, u * (ord - 1) * (r + (r == 0)) ** (ord - 2))
 
 
 def read_subscripts(subscripts: str, ndims: Sequence[int]) -> tuple[list[str], str]:
@@ -581,6 +604,29 @@ def contract(terms: Sequence[str], output: str, operands: Sequence[Value]) -> Va
     """An einsum; for large operands with an optimal order of the products, and by matrix multiplication."""
     large = len(operands) > 1 and max(numpy.size(x) for x in operands) > 1000
     return numpy.einsum(",".join(terms) + "->" + output, *operands, optimize=large)
+
+
+def pull_through(
+    terms: Sequence[str], output: str, operands: Sequence[Value], linear: Sequence[int]
+) -> Value:
+    """An einsum in which some operands, by number, are cotangents or tangents, whose zeros count also
+    where the product of the others is infinite."""
+    with numpy.errstate(invalid="ignore"):
+        y = contract(terms, output, operands)
+        others = [i for i in range(len(operands)) if i not in linear]
+        if not has_nan(y) or len(operands) == 1:
+            return y
+        (of_g, g), (of_slope, slope) = (outer_product(terms, operands, which) for which in (linear, others))
+        _, moved = outer_product(terms, [1.0 * numpy.not_equal(x, 0) for x in operands], linear)
+        g = numpy.where(moved > 0, g, numpy.zeros((), g.dtype))
+        return settled_sum(lambda g, slope: contract([of_g, of_slope], output, [g, slope]), g, slope)
+
+
+def outer_product(terms: Sequence[str], operands: Sequence[Value], which: Sequence[int]) -> tuple[str, Array]:
+    """The indices and the value of the product of some operands of an einsum, before any sum; 1 of none."""
+    indices = "".join(dict.fromkeys("".join(terms[i] for i in which)))
+    factors = [*(operands[i] for i in which), numpy.ones((), "f4")]
+    return indices, contract([*(terms[i] for i in which), ""], indices, factors)
 
 
 @operator
@@ -619,7 +665,7 @@ class einsum(linear):
         y_ = ZeroGradient
         for i, tangent in enumerate(x_):
             if tangent is not ZeroGradient:
-                y_ = y_ + contract(terms, output, [*x[:i], tangent, *x[i + 1 :]])
+                y_ = y_ + pull_through(terms, output, [*x[:i], tangent, *x[i + 1 :]], [i])
         return y_
 
     def hvp(node, _y, x_, x, terms, output, yshape):
@@ -632,16 +678,19 @@ class einsum(linear):
                 for j, tangent in enumerate(x_):
                     if j != i and tangent is not ZeroGradient:
                         factors = [*x[:j], tangent, *x[j + 1 :]]
-                        _x_[i] = plus(_x_[i], cotangent_of_factor(i, _y, factors, terms, output))
+                        _x_[i] = plus(_x_[i], cotangent_of_factor(i, _y, factors, terms, output, j))
         return dict(_x_=_x_)
 
 
-def cotangent_of_factor(i: int, _y: Value, x: Sequence[Value], terms: Sequence[str], output: str) -> Array:
-    """The cotangent of the factor `x[i]` of an einsum."""
+def cotangent_of_factor(
+    i: int, _y: Value, x: Sequence[Value], terms: Sequence[str], output: str, tangent: int | None = None
+) -> Array:
+    """The cotangent of the factor `x[i]` of an einsum, one of whose other factors may be a `tangent`."""
     others = [*terms[:i], *terms[i + 1 :], output]
     indices = "".join(dict.fromkeys(terms[i]))
     known = "".join(c for c in indices if any(c in term for term in others))
-    g = contract(others, known, [*(conjugate(item) for item in [*x[:i], *x[i + 1 :]]), _y])
+    linear = [len(x) - 1] if tangent is None else [tangent - (tangent > i), len(x) - 1]
+    g = pull_through(others, known, [*(conjugate(item) for item in [*x[:i], *x[i + 1 :]]), _y], linear)
     shape, is_complex = kind(x[i])
     # Repeat along the indices that were only summed over
     g = numpy.reshape(g, [g.shape[known.index(c)] if c in known else 1 for c in indices])
@@ -684,35 +733,39 @@ class matrix_product(product):
         )
 
     def jvp(node, x1_, x2_, x1, x2):
-        return x1_ @ x2 + x1 @ x2_
+        return settled_sum(numpy.matmul, x1_, x2) + settled_sum(matmul_from_right, x2_, x1)
 
     def hvp(node, _y, x1_, x2_, x1, x2, yshape):
         _y = numpy.asarray(whole(_y, yshape))
         return dict(
-            _x1_=cotangent_of_left(_y, x1, x2_) if node.needs("x1") else ZeroGradient,
-            _x2_=cotangent_of_right(_y, x1_, x2) if node.needs("x2") else ZeroGradient,
+            _x1_=cotangent_of_left(_y, x1, x2_, True) if node.needs("x1") else ZeroGradient,
+            _x2_=cotangent_of_right(_y, x1_, x2, True) if node.needs("x2") else ZeroGradient,
         )
 
 
-def cotangent_of_left(_y: Array, x1: Value, x2: Value) -> Value:
-    """The cotangent of `x1` in `x1 @ x2`."""
+def matmul_from_right(g: Value, slope: Value) -> Value:
+    return numpy.matmul(slope, g)
+
+
+def cotangent_of_left(_y: Array, x1: Value, x2: Value, bent: bool = False) -> Value:
+    """The cotangent of `x1` in `x1 @ x2`, or its tangent (`bent`), with the tangent of `x2`."""
     if x2 is ZeroGradient:
         return x2
     _y = _y[..., None] if x2.ndim == 1 else _y
     _y = _y[..., None, :] if x1.ndim == 1 else _y
     b = x2[:, None] if x2.ndim == 1 else x2
-    _x1 = _y @ conjugate(b).swapaxes(-1, -2)
+    _x1 = settled_sum(numpy.matmul, _y, conjugate(b).swapaxes(-1, -2), bent)
     return unbroadcast(_x1[..., 0, :] if x1.ndim == 1 else _x1, kind(x1))
 
 
-def cotangent_of_right(_y: Array, x1: Value, x2: Value) -> Value:
-    """The cotangent of `x2` in `x1 @ x2`."""
+def cotangent_of_right(_y: Array, x1: Value, x2: Value, bent: bool = False) -> Value:
+    """The cotangent of `x2` in `x1 @ x2`, or its tangent (`bent`), with the tangent of `x1`."""
     if x1 is ZeroGradient:
         return x1
     _y = _y[..., None] if x2.ndim == 1 else _y
     _y = _y[..., None, :] if x1.ndim == 1 else _y
     a = x1[None, :] if x1.ndim == 1 else x1
-    _x2 = conjugate(a).swapaxes(-1, -2) @ _y
+    _x2 = settled_sum(matmul_from_right, _y, conjugate(a).swapaxes(-1, -2), bent)
     return unbroadcast(_x2[..., 0] if x2.ndim == 1 else _x2, kind(x2))
 
 
@@ -728,33 +781,33 @@ class dot(product):
         return dict(_x1=cotangent_of_first(_y, x1, x2), _x2=cotangent_of_second(_y, x1, x2))
 
     def jvp(node, x1_, x2_, x1, x2):
-        first = x1_ if x1_ is ZeroGradient else numpy.dot(x1_, x2)
-        return first + (x2_ if x2_ is ZeroGradient else numpy.dot(x1, x2_))
+        return settled_sum(numpy.dot, x1_, x2) + settled_sum(lambda g, slope: numpy.dot(slope, g), x2_, x1)
 
     def hvp(node, _y, x1_, x2_, x1, x2):
-        return dict(_x1_=cotangent_of_first(_y, x1, x2_), _x2_=cotangent_of_second(_y, x1_, x2))
+        return dict(_x1_=cotangent_of_first(_y, x1, x2_, True), _x2_=cotangent_of_second(_y, x1_, x2, True))
 
 
-def cotangent_of_first(_y: Value, x1: Value, x2: Value) -> Value:
-    """The cotangent of `x1` in `dot(x1, x2)`."""
+def cotangent_of_first(_y: Value, x1: Value, x2: Value, bent: bool = False) -> Value:
+    """The cotangent of `x1` in `dot(x1, x2)`, or its tangent (`bent`), with the tangent of `x2`."""
     if x2 is ZeroGradient or numpy.ndim(x1) == 0 or numpy.ndim(x2) == 0:
-        return times(_y, x2, kind(x1))
+        return (bend if bent else times)(_y, x2, kind(x1))
     n1, n2 = numpy.ndim(x1) - 1, numpy.ndim(x2) - 1
     front = numpy.moveaxis(x2, -2, 0) if n2 else numpy.asarray(x2)
     _y = whole(_y, numpy.shape(x1)[:-1] + front.shape[1:])
-    return unbroadcast(
-        numpy.tensordot(_y, conjugate(front), (range(n1, n1 + n2), range(1, n2 + 1))), kind(x1)
-    )
+    axes = range(n1, n1 + n2), range(1, n2 + 1)
+    _x1 = settled_sum(lambda g, slope: numpy.tensordot(g, slope, axes), _y, conjugate(front), bent)
+    return unbroadcast(_x1, kind(x1))
 
 
-def cotangent_of_second(_y: Value, x1: Value, x2: Value) -> Value:
-    """The cotangent of `x2` in `dot(x1, x2)`."""
+def cotangent_of_second(_y: Value, x1: Value, x2: Value, bent: bool = False) -> Value:
+    """The cotangent of `x2` in `dot(x1, x2)`, or its tangent (`bent`), with the tangent of `x1`."""
     if x1 is ZeroGradient or numpy.ndim(x1) == 0 or numpy.ndim(x2) == 0:
-        return times(_y, x1, kind(x2))
+        return (bend if bent else times)(_y, x1, kind(x2))
     n1, n2 = numpy.ndim(x1) - 1, numpy.ndim(x2) - 1
     shape = numpy.shape(x2)
     _y = whole(_y, numpy.shape(x1)[:-1] + (shape[:-2] + shape[-1:] if n2 else ()))
-    _x2 = numpy.tensordot(conjugate(x1), _y, (range(n1), range(n1)))
+    axes = range(n1), range(n1)
+    _x2 = settled_sum(lambda g, slope: numpy.tensordot(slope, g, axes), _y, conjugate(x1), bent)
     return unbroadcast(numpy.moveaxis(_x2, 0, -2) if n2 else _x2, kind(x2))
 
 
@@ -773,8 +826,10 @@ class solve:
 
     def vjp(node, _y, A, b, y):
         vector = len(b[0]) == 1
-        _b = numpy.linalg.solve(adjoint(A), columns(whole(_y, y.shape), vector))
-        _A = unbroadcast(-_b @ adjoint(columns(y, vector)), kind(A)) if node.needs("A") else ZeroGradient
+        _b = solved(adjoint(A), columns(whole(_y, y.shape), vector))
+        _A = ZeroGradient
+        if node.needs("A"):
+            _A = unbroadcast(-settled_sum(numpy.matmul, _b, adjoint(columns(y, vector))), kind(A))
         return dict(_A=_A, _b=unbroadcast(rows(_b, vector), b))
 
     def jvp(node, A_, b_, A, b, y):
@@ -783,19 +838,26 @@ class solve:
 
     def hvp(node, _y, A_, b_, A, b, y):
         vector = len(b[0]) == 1
-        _b = numpy.linalg.solve(adjoint(A), columns(whole(_y, y.shape), vector))
+        _b = solved(adjoint(A), columns(whole(_y, y.shape), vector))
         _b_ = _A_ = ZeroGradient
         if A_ is not ZeroGradient:
-            _b_ = -numpy.linalg.solve(adjoint(A), adjoint(A_) @ _b)
+            _b_ = -solved(adjoint(A), settled_sum(numpy.matmul, adjoint(A_), _b, True))
         if node.needs("A"):
             y_ = tangent_of_solution(A, A_, b_, y, vector)
-            _A_ = unbroadcast(-(_b_ @ adjoint(columns(y, vector)) + _b @ adjoint(y_)), kind(A))
+            first = settled_sum(numpy.matmul, _b_, adjoint(columns(y, vector)))
+            _A_ = unbroadcast(-(first + settled_sum(numpy.matmul, _b, adjoint(y_), True)), kind(A))
         return dict(_A_=_A_, _b_=unbroadcast(rows(_b_, vector), b))
 
 
 def tangent_of_solution(A: Value, A_: Value, b_: Value, y: Value, vector: bool) -> Value:
     right = b_ if b_ is ZeroGradient else columns(b_, vector)
-    return numpy.linalg.solve(A, right - A_ @ columns(y, vector))
+    return solved(A, right - settled_sum(numpy.matmul, A_, columns(y, vector)))
+
+
+def solved(A: Value, g: Value) -> Value:
+    """The solutions for cotangents or tangents in columns; those of zeros are zero whatever is in A."""
+    y = numpy.linalg.solve(A, g)
+    return numpy.where(numpy.any(g != 0, axis=-2, keepdims=True), y, 0 * g) if has_nan(y) else y
 
 
 def adjoint(A: Value) -> Value:
@@ -825,13 +887,19 @@ class squared_norm_of_field:
         return numpy.real(x.cdot(x))
 
     def vjp(node, _y, x):
-        return x * (2 * _y)
+        return scaled(2 * _y, x)
 
     def jvp(node, x_, x):
-        return 2 * numpy.real(x.cdot(x_))
+        return 2 * inner_product(x_, x)
 
     def hvp(node, _y, x_):
-        return x_ * (2 * _y)
+        return bent(2 * _y, x_)
+
+
+def inner_product(g: Value, x: Value) -> Value:
+    """The real inner product of a tangent with a field; what is infinite where the tangent is zero does not count."""
+    y = numpy.real(x.cdot(g))
+    return y if y == y else numpy.real(cleared(x, g).cdot(g))
 
 
 @norm.register
@@ -843,13 +911,15 @@ class norm_of_field(squared_norm_of_field.prototype):
         return numpy.real(x.cdot(x)) ** 0.5
 
     def vjp(node, _y, x, y):
-        return x * (_y / y if y != 0 else 0.0)
+        return scaled(_y / y if y != 0 else 0.0, x)
 
     def jvp(node, x_, x, y):
-        return numpy.real(x.cdot(x_)) / y if y != 0 else ZeroGradient
+        return divided(inner_product(x_, x), y) if y != 0 else ZeroGradient
 
     def hvp(node, _y, x_, x, y):
-        return (x_ - x * (numpy.real(x.cdot(x_)) / y**2)) * (_y / y) if y != 0 else ZeroGradient
+        if y == 0:
+            return ZeroGradient
+        return bent(_y / y, x_ - scaled(divided(inner_product(x_, x), y**2), x))
 
 
 @copy.register
@@ -913,14 +983,27 @@ class inner_product_of_fields:
         return numpy.real(x1.cdot(x2))
 
     def vjp(node, _y, x1, x2):
-        return dict(_x1=x2 * _y, _x2=x1 * _y)
+        return dict(_x1=scaled(_y, x2), _x2=scaled(_y, x1))
 
     def jvp(node, x1_, x2_, x1, x2):
-        first = 0.0 if x1_ is ZeroGradient else numpy.real(x1_.cdot(x2))
-        return first + (0.0 if x2_ is ZeroGradient else numpy.real(x1.cdot(x2_)))
+        first = 0.0 if x1_ is ZeroGradient else inner_product(x1_, x2)
+        return first + (0.0 if x2_ is ZeroGradient else inner_product(x2_, x1))
 
     def hvp(node, _y, x1_, x2_):
-        return dict(_x1_=x2_ * _y, _x2_=x1_ * _y)
+        return dict(_x1_=bent(_y, x2_), _x2_=bent(_y, x1_))
+
+
+def _equal(self: BaseSymbol, other: Any) -> Any:
+    return NotImplemented if is_no_value(other) else equal(self, other)
+
+
+def _not_equal(self: BaseSymbol, other: Any) -> Any:
+    return NotImplemented if is_no_value(other) else not_equal(self, other)
+
+
+def is_no_value(other: Any) -> bool:
+    """Whether Python compares with a symbol by identity, since the other object is nothing to compute with."""
+    return other is None or other is Ellipsis or isinstance(other, (str, bytes, type))
 
 
 def _no_iteration(self: BaseSymbol) -> NoReturn:
@@ -932,10 +1015,24 @@ for _name, _method in dict(
     __iter__=_no_iteration,
     __matmul__=lambda self, other: matrix_product(self, other),
     __rmatmul__=lambda self, other: matrix_product(other, self),
+    __lt__=lambda self, other: less(self, other),
+    __le__=lambda self, other: less_equal(self, other),
+    __gt__=lambda self, other: greater(self, other),
+    __ge__=lambda self, other: greater_equal(self, other),
+    __eq__=_equal,
+    __ne__=_not_equal,
 ).items():
     setattr(BaseSymbol, _name, _method)
 
 __all__ = [
+    "equal",
+    "not_equal",
+    "less",
+    "less_equal",
+    "greater",
+    "greater_equal",
+    "logical_and",
+    "logical_or",
     "abs",
     "add",
     "div",

@@ -18,21 +18,10 @@ from typing import Any
 
 import numpy
 
+from ..core import stdlib
 from ..core.operator import ZeroGradient, operator
-from ..core.stdlib.operators import conj, unbroadcast, kind, turn
+from ..core.stdlib.operators import bent, conj, kind, scaled, slope, unbroadcast
 from ..core.symbol import Value
-
-
-def scaled(g: Value, slope: Value) -> Value:
-    """The product of a cotangent or tangent with a slope, zero where the former is zero even if the
-    latter is infinite."""
-    if g is ZeroGradient:
-        return g
-    with numpy.errstate(invalid="ignore"):
-        product = g * slope
-        if isinstance(product, (numpy.ndarray, numpy.generic)) and numpy.isnan(numpy.sum(product)):
-            product = numpy.where(numpy.equal(g, 0), numpy.zeros((), product.dtype), product)
-    return product
 
 
 class unary_ufunc:
@@ -64,7 +53,7 @@ class unary_ufunc:
         offer_curvature(cls, cls._differentiate_vjp, ["fprime"], ["fsecond"])
 
     def _differentiate_vjp(node, _y, x_, x):
-        return unbroadcast(scaled(_y, conj(scaled(x_, slope(node.prototype.fsecond, x)))), kind(x))
+        return unbroadcast(bent(_y, conj(scaled(x_, slope(node.prototype.fsecond, x)))), kind(x))
 
 
 def offer_curvature(cls: Any, hvp: Callable[..., Value], first: Iterable[str], second: Iterable[str]) -> None:
@@ -75,12 +64,6 @@ def offer_curvature(cls: Any, hvp: Callable[..., Value], first: Iterable[str], s
         cls.hvp = hvp
     elif "hvp" not in declared and any(name in declared for name in first):
         cls.hvp = None
-
-
-def slope(fprime: Callable[..., Value], *x: Value) -> Value:
-    """A derivative, without the warnings about its poles."""
-    with numpy.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return fprime(*x)
 
 
 class result_ufunc(unary_ufunc):
@@ -101,7 +84,7 @@ class result_ufunc(unary_ufunc):
         offer_curvature(cls, cls._differentiate_vjp, ["fprime", "slope"], ["curvature"])
 
     def _differentiate_vjp(node, _y, x_, y):
-        return unbroadcast(scaled(_y, conj(scaled(x_, slope(node.prototype.curvature, y)))), kind(y))
+        return unbroadcast(bent(_y, conj(scaled(x_, slope(node.prototype.curvature, y)))), kind(y))
 
 
 @operator
@@ -269,10 +252,19 @@ class square(unary_ufunc):
 
 @operator
 class reciprocal(result_ufunc):
-    f = staticmethod(numpy.reciprocal)
+    """`1 / x`; of integers, where NumPy has 0, it is refused."""
+
     fprime = staticmethod(lambda x: -((1.0 / x) ** 2))
     slope = staticmethod(lambda y: -y * y)
     curvature = staticmethod(lambda y: 2 * y * y * y)
+
+    @staticmethod
+    def f(x: Value, /) -> Value:
+        if isinstance(x, int) or getattr(getattr(x, "dtype", None), "kind", "f") in "iub":
+            raise TypeError(
+                "the reciprocals of integers are integers in NumPy, mostly 0; write 1 / x, or give floats"
+            )
+        return numpy.reciprocal(x)
 
 
 @operator
@@ -331,20 +323,14 @@ class sinc(unary_ufunc):
 
 
 @operator
-class absolute(unary_ufunc):
+class absolute(stdlib.abs.prototype):
     """The modulus; its derivative at 0 is 0."""
 
     f = staticmethod(numpy.absolute)
     fprime = staticmethod(numpy.sign)
 
-    def vjp(node, _y, x):
-        return unbroadcast(_y * numpy.sign(x), kind(x))
-
-    def jvp(node, x_, x):
-        return unbroadcast(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
-
-    def hvp(node, _y, x_, x):
-        return _y * turn(x_, x) if kind(x)[1] else ZeroGradient
+    def apl(node, x):
+        return numpy.absolute(x)
 
 
 fabs = absolute

@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import numpy
+
 from ..error import BadArgument
 from ..symbol import BaseSymbol
+from .numpy_calls import answers, by_method, refuse_strangers
 from .operators import abs, add, div, mod, mul, neg, pos, pow, sub
 from .utils import assert_isinstance, assert_true, eval, terminal, watchpoint
 
@@ -31,11 +34,19 @@ def _unary(operator: Any) -> Callable[..., Any]:
 
 
 def _binary(operator: Any) -> Callable[..., Any]:
-    return lambda self, other: operator(self, other)
+    def method(self: BaseSymbol, other: Any) -> Any:
+        refuse_strangers(other)
+        return operator(self, other)
+
+    return method
 
 
 def _reflected(operator: Any) -> Callable[..., Any]:
-    return lambda self, other: operator(other, self)
+    def method(self: BaseSymbol, other: Any) -> Any:
+        refuse_strangers(other)
+        return operator(other, self)
+
+    return method
 
 
 _operator: Any
@@ -49,6 +60,7 @@ for _name, _operator in [("add", add), ("sub", sub), ("mul", mul), ("truediv", d
 def _power(self: BaseSymbol, other: Any, modulo: Any = None) -> Any:
     if modulo is not None:
         raise BadArgument("pow with a modulo is not differentiable")
+    refuse_strangers(other)
     return pow(self, other)
 
 
@@ -66,3 +78,16 @@ for _name, _method in dict(
     __rfloordiv__=_no_floor_division,
 ).items():
     setattr(BaseSymbol, _name, _method)
+
+for _call, _name in {
+    numpy.add: "add",
+    numpy.subtract: "sub",
+    numpy.multiply: "mul",
+    numpy.divide: "truediv",
+    numpy.remainder: "mod",
+    numpy.power: "pow",
+    numpy.positive: "pos",
+    numpy.negative: "neg",
+    numpy.absolute: "abs",
+}.items():
+    answers(_call)(by_method(_name))

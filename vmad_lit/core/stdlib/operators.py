@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy
@@ -99,6 +100,132 @@ def plus(a: Value, b: Value) -> Value:
     return a if b is ZeroGradient else a + b
 
 
+def scaled(g: Value, slope: Value) -> Value:
+    """The product of a cotangent or tangent with a slope, zero where the former is zero even if the
+    latter is infinite or not a number."""
+    if g is ZeroGradient or slope is ZeroGradient:
+        return ZeroGradient
+    if is_tame(slope):
+        return g * slope
+    with numpy.errstate(invalid="ignore"):
+        product = g * slope
+    return settled(product, g)
+
+
+def divided(g: Value, x: Value) -> Value:
+    """The quotient of a cotangent or tangent and a value, with the same rule."""
+    if g is ZeroGradient:
+        return g
+    if is_tame(x) and has_no_zero(x):
+        return g / x
+    with numpy.errstate(invalid="ignore", divide="ignore"):
+        quotient = g / x
+    return settled(quotient, g)
+
+
+FEW = 64  # numbers, which are looked at faster one by one than by NumPy
+
+
+def is_tame(x: Value) -> bool:
+    """Whether a value is a number or a few, and all of them are finite."""
+    if type(x) is numpy.ndarray:
+        if x.size > FEW:
+            return False
+        x = sum(x.ravel().tolist())
+    return isinstance(x, (float, int, complex)) and x - x == 0
+
+
+def has_no_zero(x: Value) -> bool:
+    """Whether none of a few numbers is zero."""
+    return all(x.ravel().tolist()) if type(x) is numpy.ndarray else x != 0
+
+
+def bent(_y: Value, slope_: Value) -> Value:
+    """The product of a cotangent with the tangent of a slope, zero where either is."""
+    product = scaled(_y, slope_)
+    return product if product is ZeroGradient else settled(product, slope_)
+
+
+def settled(product: Value, g: Value) -> Value:
+    """A product with a cotangent or tangent `g`, and zeros where that is zero and the product is not a number."""
+    if not has_nan(product):
+        return product
+    if has_parts(product):
+        parts = parts_of(g) if has_parts(g) else [g] * len(parts_of(product))
+        return apart(product)[0]([settled(*pair) for pair in zip(parts_of(product), parts)])
+    zero = numpy.equal(g, 0) & numpy.not_equal(product, product)
+    choice: Any = numpy.where(zero, numpy.zeros((), numpy.result_type(product)), product)
+    return choice[()]
+
+
+def has_nan(x: Value) -> bool:
+    """Whether any number in a value is not a number."""
+    if is_tame(x):
+        return False
+    if type(x) is numpy.ndarray:
+        if x.dtype.kind == "f":
+            least = x.min(initial=0.0)  # the quickest way to ask
+            return bool(least != least)
+        return x.dtype.kind == "c" and bool(numpy.isnan(x).any())
+    if type(x) is float:
+        return x != x
+    return any(map(has_nan, parts_of(x))) if has_parts(x) else bool(numpy.any(numpy.not_equal(x, x)))
+
+
+def settled_sum(
+    product: Callable[[Value, Value], Value], g: Value, slope: Value, bent: bool = False
+) -> Value:
+    """A sum of products of cotangents or tangents with slopes, such as that of matrices, by the same rule; for
+    second derivatives with the tangents of slopes (`bent`), whose zeros count as well."""
+    if g is ZeroGradient or slope is ZeroGradient:
+        return ZeroGradient
+    if is_tame(slope) and not (bent and has_nan(g)):
+        return product(g, slope)
+    with numpy.errstate(invalid="ignore"):
+        y = product(g, slope)
+        if not has_nan(y):
+            return y
+        (g0, infinite_g), (slope0, infinite) = finite_part(g), finite_part(slope)
+        finite = product(g0 if bent else g, slope0)
+        met = product(1.0 * numpy.not_equal(g, 0), 1.0 * infinite)
+        if bent:
+            met = met + product(1.0 * infinite_g, 1.0 * numpy.not_equal(slope, 0))
+    choice: Any = numpy.where(met > 0, y, finite)
+    return choice[()]
+
+
+def finite_part(x: Value) -> tuple[Array, Array]:
+    """An array with zeros for what is not finite, and where that is."""
+    infinite = ~numpy.isfinite(x)
+    return numpy.where(infinite, numpy.zeros((), numpy.result_type(x)), x), infinite
+
+
+def cleared(slope: Value, g: Value) -> Value:
+    """The slopes of a sum of products with a cotangent or tangent, without those that are infinite and that a
+    zero meets. Both are of one type and shape."""
+    if has_parts(slope):
+        return by_parts(cleared, slope, g)
+    return numpy.where(
+        numpy.equal(g, 0) & ~numpy.isfinite(slope), numpy.zeros((), numpy.result_type(slope)), slope
+    )
+
+
+def in_floats(x: Value) -> Value:
+    """A value for the formula of a derivative: integers and truth values as floats, since sums and products
+    of small integers wrap around; anything else as it is."""
+    if type(x) is numpy.ndarray or isinstance(x, numpy.generic):
+        return x.astype("f8") if x.dtype.kind in "iub" else x
+    return in_floats(numpy.asarray(x)) if isinstance(x, (list, tuple)) else x
+
+
+def slope(fprime: Callable[..., Value], *x: Value, **options: Any) -> Value:
+    """A derivative at values whose integers are taken for floats, without the warnings about its poles."""
+    with numpy.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if all(type(number) in (int, float) for number in x):
+            return float(fprime(*map(numpy.float64, x), **options))  # which may be divided by zero
+        return fprime(*map(in_floats, x), **options)
+
+
 def has_parts(x: Value) -> bool:
     """Whether a value is more than a number, an array, or a list that stands for an array."""
     return not isinstance(x, (list, tuple)) and VALUE_TYPES[type(x)].take_apart(x) is not None
@@ -193,19 +320,20 @@ class abs(unary):
         return builtins.abs(x)
 
     def vjp(node, _y, x):
-        return unbroadcast(_y * numpy.sign(x), kind(x))
+        return unbroadcast(scaled(_y, numpy.sign(in_floats(x))), kind(x))
 
     def jvp(node, x_, x):
-        return unbroadcast(x_ * conj(numpy.sign(x)), (kind(x)[0], False))
+        return unbroadcast(scaled(x_, conj(numpy.sign(in_floats(x)))), (kind(x)[0], False))
 
     def hvp(node, _y, x_, x):
-        return _y * turn(x_, x) if kind(x)[1] else ZeroGradient
+        return bent(_y, turn(x_, x)) if kind(x)[1] else ZeroGradient
 
 
 def turn(x_: Value, x: Value) -> Value:
     """The tangent of `sign(x)`, which is 0 for real x; also at 0."""
     u, modulus = numpy.sign(x), builtins.abs(x)
-    return (x_ - u * numpy.real(conj(u) * x_)) / (modulus + (modulus == 0)) * (modulus != 0)
+    across = x_ - scaled(numpy.real(scaled(x_, conj(u))), u)
+    return divided(across, modulus + (modulus == 0)) * (modulus != 0)
 
 
 class binary:
@@ -287,15 +415,20 @@ class mul(binary):
         return dict(_x1=times(_y, x2, kinds[0]), _x2=times(_y, x1, kinds[1]))
 
     def jvp(node, x1_, x2_, x1, x2, kinds):
-        return widen(plus(x1_ * x2, x1 * x2_), *kinds)
+        return widen(plus(scaled(x1_, x2), scaled(x2_, x1)), *kinds)
 
     def hvp(node, _y, x1_, x2_, kinds):
-        return dict(_x1_=times(_y, x2_, kinds[0]), _x2_=times(_y, x1_, kinds[1]))
+        return dict(_x1_=bend(_y, x2_, kinds[0]), _x2_=bend(_y, x1_, kinds[1]))
 
 
 def times(_y: Value, slope: Value, kind: Kind) -> Value:
     """The cotangent of a value, from the derivative of the result with respect to it."""
-    return ZeroGradient if slope is ZeroGradient else unbroadcast(_y * conj(slope), kind)
+    return ZeroGradient if slope is ZeroGradient else unbroadcast(scaled(_y, conj(slope)), kind)
+
+
+def bend(_y: Value, slope_: Value, kind: Kind) -> Value:
+    """The tangent of the cotangent of a value, from the tangent of that derivative."""
+    return ZeroGradient if slope_ is ZeroGradient else unbroadcast(bent(_y, conj(slope_)), kind)
 
 
 @operator
@@ -311,20 +444,16 @@ class div(binary):
         )
 
     def vjp(node, _y, x2, y, kind1):
-        _x1 = _y / conj(x2)
+        _x1 = divided(_y, conj(x2))
         return dict(_x1=unbroadcast(_x1, kind1), _x2=-times(_x1, y, kind(x2, node, "x2")))
 
     def jvp(node, x1_, x2_, x2, y, kind1):
-        return widen((x1_ - y * x2_) / x2, kind1, kind(x2, node, "x2"))
+        return widen(divided(x1_ - scaled(x2_, y), x2), kind1, kind(x2, node, "x2"))
 
     def hvp(node, _y, x1_, x2_, x2, y, kind1):
-        slope = _y / conj(x2)
-        return dict(
-            _x1_=-times(slope, x2_ / x2, kind1),
-            _x2_=-times(slope, (x1_ - 2 * y * x2_) / x2, kind(x2, node, "x2"))
-            if node.needs("x2")
-            else ZeroGradient,
-        )
+        _x1 = divided(_y, conj(x2))
+        second = divided(x1_ - scaled(2 * x2_, y), x2) if node.needs("x2") else ZeroGradient
+        return dict(_x1_=-bend(_x1, divided(x2_, x2), kind1), _x2_=-bend(_x1, second, kind(x2, node, "x2")))
 
 
 class shift1:
@@ -352,26 +481,26 @@ class reverse2:
 
 class scale1:
     def vjp(node, _y, x2):
-        return _y * x2
+        return _y * x2 if x2 - x2 == 0 else scaled(_y, x2)
 
     def jvp(node, x1_, x2):
-        return x1_ * x2
+        return x1_ * x2 if x2 - x2 == 0 else scaled(x1_, x2)
 
 
 class scale2:
     def vjp(node, _y, x1):
-        return _y * x1
+        return _y * x1 if x1 - x1 == 0 else scaled(_y, x1)
 
     def jvp(node, x2_, x1):
-        return x2_ * x1
+        return x2_ * x1 if x1 - x1 == 0 else scaled(x2_, x1)
 
 
 class divide1:
     def vjp(node, _y, x2):
-        return _y / x2
+        return _y / x2 if x2 and x2 == x2 else divided(_y, x2)
 
     def jvp(node, x1_, x2):
-        return x1_ / x2
+        return x1_ / x2 if x2 and x2 == x2 else divided(x1_, x2)
 
 
 def next_to_a_number(whole: Any, **derivatives: type) -> None:
@@ -432,7 +561,7 @@ class mod(binary):
         return dict(_x1=unbroadcast(_y, kind1), _x2=-times(_y, n, kind2))
 
     def jvp(node, x1_, x2_, n, kind1, kind2):
-        return widen(x1_ - n * x2_, kind1, kind2)
+        return widen(x1_ - scaled(x2_, n), kind1, kind2)
 
     hvp = ZeroGradient
 
@@ -445,34 +574,48 @@ class pow(binary):
         return as_array(x1) ** as_array(x2)
 
     def rcd(node, x1, x2, y):
-        return dict(x1=as_array(x1), x2=as_array(x2), y=ZeroGradient if node.is_literal("x2") else y)
+        x1, x2 = in_floats(x1), in_floats(x2)
+        if node.is_literal("x2"):
+            y = ZeroGradient
+        elif isinstance(y, (numpy.ndarray, numpy.generic)) and y.dtype.kind in "iub":
+            y = x1**x2  # it may have wrapped around
+        return dict(x1=x1, x2=x2, y=y)
 
     def vjp(node, _y, x1, x2, y):
         return dict(
-            _x1=times(_y, slope_of_base(x1, x2), kind(x1, node, "x1")) if node.needs("x1") else ZeroGradient,
-            _x2=times(_y, slope_of_exponent(x1, y), kind(x2, node, "x2"))
+            _x1=times(_y, slope_along_base(x1, x2), kind(x1, node, "x1"))
+            if node.needs("x1")
+            else ZeroGradient,
+            _x2=times(_y, slope(slope_of_exponent, x1, y), kind(x2, node, "x2"))
             if node.needs("x2")
             else ZeroGradient,
         )
 
     def jvp(node, x1_, x2_, x1, x2, y):
-        first = x1_ if x1_ is ZeroGradient else x1_ * slope_of_base(x1, x2)
-        second = x2_ if x2_ is ZeroGradient else x2_ * slope_of_exponent(x1, y)
+        first = x1_ if x1_ is ZeroGradient else scaled(x1_, slope_along_base(x1, x2))
+        second = x2_ if x2_ is ZeroGradient else scaled(x2_, slope(slope_of_exponent, x1, y))
         return widen(plus(first, second), kind(x1, node, "x1"), kind(x2, node, "x2"))
 
     def hvp(node, _y, x1_, x2_, x1, x2, y):
         # Differentiate the two slopes of a power
         slope1_ = slope2_ = ZeroGradient
         if node.needs("x1") and x1_ is not ZeroGradient:
-            slope1_ = x1_ * curvature_of_base(x1, x2)
+            slope1_ = scaled(x1_, slope(curvature_of_base, x1, x2))
         if node.needs("x2"):
-            mixed = x1_ if x1_ is ZeroGradient else x1_ * mixed_curvature(x1, x2)
-            slope2_ = plus(mixed, x2_ * slope_of_exponent(x1, slope_of_exponent(x1, y)))
+            mixed = x1_ if x1_ is ZeroGradient else scaled(x1_, slope(mixed_curvature, x1, x2))
+            slope2_ = plus(mixed, scaled(x2_, slope(slope_of_exponent, x1, slope(slope_of_exponent, x1, y))))
         if node.needs("x1") and x2_ is not ZeroGradient:
-            slope1_ = plus(slope1_, x2_ * mixed_curvature(x1, x2))
+            slope1_ = plus(slope1_, scaled(x2_, slope(mixed_curvature, x1, x2)))
         return dict(
-            _x1_=times(_y, slope1_, kind(x1, node, "x1")), _x2_=times(_y, slope2_, kind(x2, node, "x2"))
+            _x1_=bend(_y, slope1_, kind(x1, node, "x1")), _x2_=bend(_y, slope2_, kind(x2, node, "x2"))
         )
+
+
+def slope_along_base(x1: Value, x2: Value) -> Value:
+    """`slope_of_base` without warnings; powers from 1 on have no poles."""
+    if type(x2) in (int, float) and x2 >= 1:
+        return x1 * 2 if x2 == 2 else slope_of_base(x1, x2)
+    return slope(slope_of_base, x1, x2)
 
 
 def slope_of_base(x1: Value, x2: Value) -> Value:
@@ -480,7 +623,7 @@ def slope_of_base(x1: Value, x2: Value) -> Value:
     if numpy.ndim(x2) == 0 and x2 == 2:
         return x1 * 2
     if numpy.ndim(x2) == 0:
-        return x2 * (x1 * 1.0) ** (x2 - 1) if x2 != 0 else x1 * 0
+        return x2 * (x1 * 1.0) ** (x2 - 1) if x2 != 0 else scaled(0.0, x1)
     return x2 * (x1 * 1.0) ** numpy.where(x2 == 0, 0, x2 - 1)
 
 
@@ -488,13 +631,13 @@ def slope_of_exponent(x1: Value, y: Value) -> Value:
     """d(x1**x2)/dx2, and 0 where x1 is 0."""
     if isinstance(x1, (int, float, complex)):
         return y * numpy.log(x1 or 1).item()
-    return y * numpy.log(x1 + numpy.equal(x1, 0))
+    return scaled(numpy.log(x1 + numpy.equal(x1, 0)), y)
 
 
 def curvature_of_base(x1: Value, x2: Value) -> Value:
     """The second derivative of x1**x2 with respect to x1, and 0 where x2 is 0 or 1."""
     if numpy.ndim(x2) == 0:
-        return x1 * 0 if x2 in (0, 1) else x2 * slope_of_base(x1, x2 - 1)
+        return scaled(0.0, x1) if x2 in (0, 1) else x2 * slope_of_base(x1, x2 - 1)
     return x2 * slope_of_base(x1, numpy.where(x2 == 0, 1, x2 - 1))
 
 
