@@ -17,7 +17,7 @@ from helpers import BOX, cotangent, deal, join, make_mesh, modes, prove, real
 from vmad_lit import Builder, operator
 from vmad_lit.core.error import BrokenPrimitive
 from vmad_lit.core.operator import ZeroGradient
-from vmad_lit.lib import axpy, exchange, fastpm, force, linalg, loops, lpt, nbody, painting, transfer
+from vmad_lit.lib import axpy, exchange, fastpm, force, linalg, loops, lpt, mpi, nbody, painting, transfer
 from vmad_lit.lib.fastpm import ParticleMesh
 from vmad_lit.lib.mesh import is_zero, on_mesh
 from vmad_lit.testing import check_second_order
@@ -836,3 +836,34 @@ def test_rows_come_back_by_a_layout_of_pmesh(dtype):
         back = exchange.gather_rows(layout, exchange.exchange_rows(layout, data))
         assert back.dtype == data.dtype
         assert_allclose(back, data * copies, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("bare", [True, False])
+def test_weights_that_a_user_puts_in_by_hand_are_not_counted_twice(mesh, by_hand, bare):
+    """The slope with respect to a number that reaches a field as an array, by finite differences."""
+
+    @operator
+    class weighed:
+        ain, aout = {"x": "ComplexField"}, {"y": "ComplexField"}
+
+        def apl(node, x):
+            return dict(y=x.copy())
+
+        def vjp(node, _y):
+            _x = _y.copy()
+            twice = numpy.broadcast_to((2 * _y.i[-1]) % _y.Nmesh[-1] != 0, _y.shape)
+            if by_hand:
+                _x.value[twice] += numpy.conj(_y.value[twice])
+            return _x if bare else dict(_x=_x)
+
+    pm = make_mesh(mesh)
+    noise, weight = modes(pm, 3), real(pm, 4)
+    scale = noise.apply(lambda k, v: 1 / (1 + k.normp(2)))
+    with Builder() as m:
+        filtered = scale * linalg.broadcast_to(mpi.allbcast(m.input("s"), COMM), scale.shape)
+        m.output(y=fastpm.c2r(noise * weighed(filtered)))
+    _, [slope] = m.compute_with_vjp(dict(s=0.7), dict(_y=weight))
+    up, down = (m.compute("y", dict(s=s)).value for s in (1.7, -0.3))
+    assert_allclose(slope, COMM.allreduce(numpy.sum((up - down) / 2 * weight.value)), rtol=1e-9)

@@ -277,6 +277,20 @@ def test_alltoall_of_lists():
     assert [part.tolist() for part in _x] == [[1.0 + RANK] * (r + 1) for r in range(SIZE)]
 
 
+@pytest.mark.parametrize("without", [[SIZE - 1], range(SIZE)], ids=["one rank", "all"])
+def test_alltoall_of_lists_where_nobody_wants_a_result(without):
+    """Zero cotangents and tangents of a whole list reach every rank, as one zero for each that was sent."""
+    with Builder() as m:
+        m.output(y=mpi.alltoall(m.input("x"), COMM))
+    _, tape = m.compute("y", dict(x=[np.full(2, 1.0 + r) for r in range(SIZE)]), return_tape=True)
+    change = ZeroGradient if RANK in without else [np.full(2, 5.0 + RANK)] * SIZE
+    for found in tape.get_vjp().compute("_x", dict(_y=change)), tape.get_jvp().compute("y_", dict(x_=change)):
+        parts = [ZeroGradient] * SIZE if found is ZeroGradient else found
+        assert [np.max(part + np.zeros(2)) for part in parts] == [
+            0 if r in without else 5 + r for r in range(SIZE)
+        ]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (3,), (RANK + 1, 2)])
 @pytest.mark.parametrize("offset", [1, -2])

@@ -267,7 +267,7 @@ PAGE = """\
     > quoted = 1
     > ```
 
-        ```python {#not-a-fence}
+        ```python
         ```
 
     <!--
@@ -809,6 +809,67 @@ INSIDE = "the fence {!r} stands within the one opened at line {}: close that fir
 def test_errors_name_the_chapter_line(tmp_path, page, expected):
     put(tmp_path, c=page if isinstance(page, bytes) else page.encode())
     assert problems(tmp_path) == ["book/c.md:" + line for line in expected]
+
+
+MISTYPED = """\
+python #z file="p/z.py"|python (#z file="p/z.py")|python (#z)|python [#z]|python <#z>|python file="p/z.py"|python z
+python {#z file=p/z.py}|python {#z file:"p/z.py"}|python {#z file "p/z.py"}|python {# z}|python {#z}{file="p/z.py"}
+python {z}|python {id="z"}|python {#z File="p/z.py"}|python {#z, file="p/z.py"}|python {{#z}}|python {#z|python #z}
+python#z|python;#z|python(#z)|py-{#z}|Python #z|python \u201c#z\u201d|python {\uff03z}|python: {#z}|{python} #z|{python} z
+toml #z|toml id=z|toml file: p/z.py|toml file p/z.py|toml {file="p/z.toml"}|text (#z)|#z file="p/z.py"|file="p/z.py"
+<<z>>|python <<z>>|python # <<z>>|pyhton #z|{code-block} python {#z}|{python #z}|(#z file="p/z.py")\
+"""
+
+
+@pytest.mark.parametrize("info", MISTYPED.replace("\n", "|").split("|"))
+def test_code_behind_a_mistyped_info_string_is_not_lost(tmp_path, info):
+    put(tmp_path, c=f'# T\n\n```python {{#a file="p/a.py"}}\na = 1\n```\n\n```{info}\nz = 1\n```\n')
+    assert any(problem.startswith("book/c.md:7: ") for problem in problems(tmp_path))
+
+
+FENCE = '```python {#z file="p/z.py"}\nz = 1\n```\n'
+
+
+@pytest.mark.parametrize(
+    "page, line",
+    [
+        ("```text\n" + FENCE + "```\n", 2),
+        ("```{code-cell} python\n" + FENCE + "```\n", 2),
+        ("~~~text\n" + FENCE.replace("`", "~") + "~~~\n", 2),
+        ("text\n\n" + textwrap.indent(FENCE, "    "), 3),
+        ("text\n\n" + textwrap.indent(FENCE, "\t"), 3),
+        ("- item\n\n" + textwrap.indent(FENCE, "      "), 3),
+        ("<div>\n" + FENCE + "</div>\n", 2),
+        ("<details>\n<summary>x</summary>\n" + FENCE + "</details>\n", 3),
+        ("<pre>\n" + FENCE + "</pre>\n", 2),
+        ("$$\n" + FENCE + "$$\n", 2),
+        ("<!-- begins\n\n" + FENCE, 1),
+        ("---\na: |\n" + textwrap.indent(FENCE, "  ") + "---\n", 3),
+        ("[^1]: note\n" + textwrap.indent(FENCE, "    "), 2),
+        (FENCE.replace("```", "``"), 1),
+        (FENCE.replace("```", "'''"), 1),
+        (FENCE.replace("```", "\u00b4\u00b4\u00b4"), 1),
+        ("::::{note}\n" + textwrap.indent(FENCE, "    ") + "::::\n", 2),
+    ],
+)
+def test_a_block_that_markdown_does_not_see_is_not_lost(tmp_path, page, line):
+    put(tmp_path, c=page)
+    assert any(problem.startswith(f"book/c.md:{line}: ") for problem in problems(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "````text\n" + FENCE + "````\n",
+        "~~~markdown\n" + FENCE + "~~~\n",
+        "<!--\n" + FENCE + "-->\n",
+        "% " + FENCE.replace("\n", "\n% "),
+        'A fence begins with ``python {#z}`` or\n`` ```python {#z file="p/z.py"} ``.\n',
+        "```text c#\n```\n```c#\n```\n```text see issue#12\n```\n",
+    ],
+)
+def test_what_is_shown_or_commented_out_is_no_block(tmp_path, page):
+    assert texts(put(tmp_path, c=page)) == {}
 
 
 def test_all_errors_at_once_in_order(tmp_path, capsys):

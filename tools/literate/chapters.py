@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from mdit_py_plugins.colon_fence import colon_fence_plugin
 from mdit_py_plugins.deflist import deflist_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
@@ -33,7 +34,13 @@ CODE_DIRECTIVES = frozenset(["code", "code-block", "code-cell", "sourcecode"])
 STRICT = frozenset(["py", "python", "python3", "pycon"])
 
 #: What looks like a part of an attribute block, in or out of braces.
-_LIKE_ATTRIBUTES = re.compile(r"(?<![^\s({\[<])#[\w-]|\bfile\s*=")
+_LIKE_ATTRIBUTES = re.compile(r"(?<![^\s({\[<])#[\w-]|\b(?:file|id)\s*[=:]|\bfile\s+\S*[./]\S|<<")
+
+#: What looks like a line that opens a canonical block, wherever it stands: a fence, or nearly one, and attributes.
+_LIKE_OPENING = re.compile(r"[\s>*+-]*(?:\d+[.)]\s+)?(?:[`~\u00b4'] ?){2,}(?P<info>[^`]*)$")
+
+#: A name of a language with something stuck to it: ``python#id`` is no language.
+_STUCK = re.compile(r"(?:py|python3?|pycon)[^\w{]\S*", re.IGNORECASE)
 
 #: A chapter may not write here.
 FORBIDDEN = frozenset([".git", ".tangle", "book"])
@@ -268,6 +275,8 @@ class Chapter:
         self.md = md
         self.blocks: list[Block] = []
         self.problems: list[Problem] = []
+        self._opened: set[int] = set()  # the lines that open a fence
+        self._shown: set[int] = set()  # the lines that are shown as they are, or commented out
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -279,6 +288,18 @@ class Chapter:
             self._problem(text.count("\n", 0, text.index("\0")) + 1, "a NUL character")
             return
         self._search(text, first_line=1, depth=0)
+        self._check_unread(text)
+
+    def _check_unread(self, text: str) -> None:
+        """Report what looks like a canonical block, and is read as something else."""
+        for number, line in enumerate(text.split("\n"), 1):
+            opening = None if number in self._opened | self._shown else _LIKE_OPENING.match(line)
+            if opening and ("{#" in opening["info"] or _LIKE_ATTRIBUTES.search(opening["info"])):
+                self._problem(
+                    number,
+                    f"{line.strip()!r} does not open a block: it is indented too far, has not three backticks, or "
+                    "stands within HTML, a formula or other text",
+                )
 
     def _problem(self, line: int, message: str) -> None:
         self.problems.append(Problem(self.name, line, message))
@@ -299,9 +320,12 @@ class Chapter:
         if not text.endswith("\n"):
             text += "\n"
         for token in self.md.parse(text):
+            if token.type == "html_block" and token.content.lstrip().startswith("<!--"):
+                self._comment(token, first_line)
             if token.type not in ("fence", "colon_fence"):
                 continue
             line = first_line + token.map[0]
+            self._opened.add(line)
             height = token.map[1] - token.map[0] - token.content.count("\n")
             if height < 2:  # the parser closes what the author left open
                 nested = depth or token.type == "colon_fence"
@@ -312,7 +336,9 @@ class Chapter:
             leaf = directive in VERBATIM or (directive is None and token.type == "fence")
             if leaf:
                 self._check_inside(line, token.markup, token.content)
-            if directive in CODE_DIRECTIVES | STRICT and _LIKE_ATTRIBUTES.search(arguments):
+                self._shown.update(range(line + 1, first_line + token.map[1]))
+            stray = directive in CODE_DIRECTIVES and _LIKE_ATTRIBUTES.search(arguments)
+            if stray or (directive in STRICT and arguments):
                 self._problem(
                     line,
                     f"a directive has no attributes such as {arguments!r}: canonical code is a plain fence",
@@ -339,6 +365,13 @@ class Chapter:
             else:
                 self._code(line, info, token.content, depth)
 
+    def _comment(self, token: Token, first_line: int) -> None:
+        """Note what is commented out."""
+        first, last = (first_line + line for line in token.map)
+        self._shown.update(range(first, last))
+        if "-->" not in token.content:
+            self._problem(first, "the comment is not closed by '-->', and the rest of the page is lost in it")
+
     @staticmethod
     def _directive(info: str) -> tuple[str | None, str]:
         """Split ``{name} arguments``."""
@@ -355,7 +388,7 @@ class Chapter:
             brace = ""
         attributes = _Attributes("{" + rest) if brace else None
         if attributes is None:
-            strict = len(words) > 1 and language.lower() in STRICT
+            strict = _STUCK.fullmatch(language) or (len(words) > 1 and language.lower() in STRICT)
             if strict or _LIKE_ATTRIBUTES.search(info):
                 rest = info.removeprefix(language).strip() if len(words) > 1 else info
                 self._problem(

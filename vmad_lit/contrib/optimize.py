@@ -7,6 +7,8 @@ of ranks. Reference: J. Nocedal & S. Wright, Numerical Optimization, 2nd edition
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import json
 import math
 import os
@@ -23,6 +25,35 @@ from vmad_lit.core.stdlib.operators import Array
 
 EPS = float(np.finfo(float).eps)
 Path = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What an option may be: in words, and as a question."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise unless `value` is allowed."""
+        if not self.holds(value):
+            raise ValueError(f"{name} must be {self.words}, got {value!r}")
+
+
+def whole(least: int) -> Rule:
+    """The rule for counts."""
+    return Rule(f"a whole number, {least} or more", lambda v: is_real(v, (int, np.integer)) and v >= least)
+
+
+def is_real(value: Any, kinds: Any = (int, float, np.integer, np.floating)) -> bool:
+    """Whether a value is a number of one of the types, and not a truth value."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+SIZE = Rule("a number, 0 or more, and not infinite", lambda v: is_real(v) and 0 <= v < math.inf)
+FRACTION = Rule("a number from 0 to below 1", lambda v: is_real(v) and 0 <= v < 1)
+LENGTH = Rule("a number above 0", lambda v: is_real(v) and v > 0)
+SEARCH = Rule("a line search, such as StrongWolfe()", callable)
 
 
 class Preconditioner:
@@ -83,11 +114,15 @@ class Preconditioner:
                     f"the preconditioner's {names} are not inverses: there and back moves a "
                     f"vector of length {vs.norm(v):.3g} by {error:.3g}"
                 )
-        before, after = vs.dot(g, g), vs.dot(self.whiten(g), self.whiten_gradient(g))
-        if not abs(after - before) <= rtol * before:
+        length = vs.norm(g)
+        if length == 0:
+            return
+        unit = vs.scale(1 / length, g)
+        after = vs.inner(self.whiten(unit), self.whiten_gradient(unit))
+        if not abs(after - 1) <= rtol:
             raise ValueError(
                 "the preconditioner's whiten_gradient is not the inverse transpose of its "
-                f"whiten: <Pg, P^-T g> = {after:.6g}, but <g, g> = {before:.6g}"
+                f"whiten: for a vector u of length 1, <Pu, P^-T u> = {after:.6g}"
             )
 
 
@@ -127,12 +162,17 @@ class Problem:
         if objective is None and value_and_gradient is None:
             raise ValueError("a problem needs an objective (or a value_and_gradient)")
         self.vs = VectorSpace() if vs is None else vs
+        if not isinstance(self.vs, VectorSpace):
+            raise TypeError(
+                f"vs must be a VectorSpace, got {type(vs).__name__}; VectorSpace(addmul=..., dot=...) makes one"
+            )
         self.preconditioner = preconditioner if precond is None else precond
         self._objective, self._gradient, self._hvp = objective, gradient, hessian_vector_product
         self._both: Any = value_and_gradient
         self._point: Vector = None
         self._value: float | Any = None
         self._slope: Vector = None
+        self.eps = EPS  # the rounding of the objective
         self.fev = self.gev = self.hev = 0
 
     def objective(self, x: Vector) -> float:
@@ -143,7 +183,7 @@ class Problem:
                 self._value = self._evaluate_both(x)
             else:
                 self.fev += 1
-                self._value = self.vs.replicate(self._objective(x))
+                self._value = self._checked_value(self._objective(x))
         return self._value
 
     def gradient(self, x: Vector) -> Vector:
@@ -152,7 +192,7 @@ class Problem:
         if self._slope is None:
             if self._gradient is not None:
                 self.gev += 1
-                self._slope = self.vs.copy(self._gradient(x))
+                self._slope = self._checked_slope(self._gradient(x), x)
             elif self._both is not None:
                 self._evaluate_both(x)
             else:
@@ -185,16 +225,35 @@ class Problem:
         self.fev += 1
         self.gev += 1
         value, slope = self._both(x)
-        self._value, self._slope = self.vs.replicate(value), self.vs.copy(slope)
+        self._value, self._slope = self._checked_value(value), self._checked_slope(slope, x)
         return self._value
+
+    def _checked_value(self, value: Any) -> float:
+        """What the objective has returned, as a float; its type tells how it was rounded."""
+        kind = getattr(value, "dtype", np.dtype(float))
+        self.eps = float(np.finfo(kind).eps) if kind.kind == "f" else EPS
+        return self.vs.replicate(value)
+
+    def _checked_slope(self, slope: Any, x: Vector) -> Vector:
+        """What the gradient has returned, as a vector like x; the caller may write into its own again."""
+        error = None
+        try:
+            slope = self.vs.as_vector(slope, x)
+        except (TypeError, ValueError) as exception:
+            error = type(exception)(f"the gradient must be a vector like x: {exception}")
+        self.vs.agree_on(error)
+        return self.vs.copy(slope)
 
 
 class Point:
-    """A point of the space, in the optimiser's variables `Px` (z in the text) and in the user's `x`."""
+    """A point of the space, in the optimiser's variables `Px` (z in the text) and in the user's `x`.
 
-    def __init__(self, problem: Problem, Px: Vector = None, x: Vector = None) -> None:
+    `Py` and `Pg` are the objective and its gradient there, times `unit`.
+    """
+
+    def __init__(self, problem: Problem, Px: Vector = None, x: Vector = None, unit: float = 1.0) -> None:
         precond = problem.preconditioner
-        self.problem = problem
+        self.problem, self.unit = problem, unit
         self.x = x if x is not None else Px if precond is None else precond.unwhiten(Px)
         self.Px = Px if Px is not None else x if precond is None else precond.whiten(x)
         self._y: float | Any = None
@@ -208,20 +267,34 @@ class Point:
         return self._y
 
     @property
+    def Py(self) -> float:
+        """The objective in the optimiser's unit."""
+        return self.y * self.unit
+
+    @property
     def Pg(self) -> Vector:
         """The gradient with respect to `Px`; `g` is then the one with respect to `x`."""
         if self._Pg is None:
             precond = self.problem.preconditioner
             self.g = self.problem.gradient(self.x)
-            self._Pg = self.g if precond is None else precond.whiten_gradient(self.g)
+            self._Pg = self._in_unit(self.g if precond is None else precond.whiten_gradient(self.g))
         return self._Pg
 
     def hessian_vector_product(self, v: Vector) -> Vector:
         """The Hessian with respect to `Px` times the vector v of that space."""
         precond = self.problem.preconditioner
         if precond is None:
-            return self.problem.hessian_vector_product(self.x, v)
-        return precond.whiten_gradient(self.problem.hessian_vector_product(self.x, precond.unwhiten(v)))
+            return self._in_unit(self.problem.hessian_vector_product(self.x, v))
+        product = self.problem.hessian_vector_product(self.x, precond.unwhiten(v))
+        return self._in_unit(precond.whiten_gradient(product))
+
+    def change_unit(self, unit: float) -> None:
+        """Put another unit in the place of 1."""
+        gradient, self.unit = self.Pg, unit
+        self._Pg = self._in_unit(gradient)
+
+    def _in_unit(self, v: Vector) -> Vector:
+        return v if self.unit == 1 else self.problem.vs.scale(self.unit, v)
 
 
 class Trial:
@@ -236,7 +309,7 @@ class Trial:
     def slope(self) -> float:
         """The derivative of the objective with respect to t."""
         if self._slope is None:
-            self._slope = self.line.problem.vs.dot(self.point.Pg, self.line.direction)
+            self._slope = self.line.problem.vs.inner(self.point.Pg, self.line.direction)
         return self._slope
 
     def finite(self) -> bool:
@@ -247,7 +320,7 @@ class Trial:
 class Line:
     """The objective along ``Px + t * direction``, with value `y` and slope `slope` at t = 0.
 
-    A step must fall below `reference`, which is `y` unless given.
+    A step must fall below `reference`, which is `y` unless given. All three are in the optimiser's `unit`.
     """
 
     def __init__(
@@ -258,15 +331,16 @@ class Line:
         direction: Vector,
         slope: float,
         reference: float | None = None,
+        unit: float = 1.0,
     ) -> None:
-        self.problem, self.Px, self.direction = problem, Px, direction
+        self.problem, self.Px, self.direction, self.unit = problem, Px, direction, unit
         self.start = Trial(self, 0.0, None, y, slope)
         self.reference = y if reference is None else reference
 
     def __call__(self, t: float) -> Trial:
         """Evaluate the step t."""
-        point = Point(self.problem, Px=self.problem.vs.addmul(self.Px, self.direction, t))
-        return Trial(self, t, point, point.y)
+        point = Point(self.problem, Px=self.problem.vs.addmul(self.Px, self.direction, t), unit=self.unit)
+        return Trial(self, t, point, point.Py)
 
     def falls_enough(self, trial: Trial, c1: float, grace: float = 0.0) -> bool:
         """Armijo's condition, forgiving a rise by `grace` times the value; without grace it must fall."""
@@ -275,10 +349,23 @@ class Line:
 
 
 class Backtracking:
-    """Shorten the step by safeguarded interpolation until the objective falls enough (NW algorithm 3.1)."""
+    """Shorten the step until the objective falls enough (NW algorithm 3.1).
 
-    def __init__(self, c1: float = 1e-4, maxiter: int = 40) -> None:
-        self.c1, self.maxiter = c1, maxiter
+    Parameters
+    ----------
+    c1, maxiter :
+        the share of the slope's promise that is asked for, and the largest number of trials.
+    shrink :
+        the factor by which a step is shortened; by default as safeguarded interpolation says.
+    """
+
+    def __init__(self, c1: float = 1e-4, maxiter: int = 40, shrink: float | None = None) -> None:
+        if not 0 < c1 < 1:
+            raise ValueError(f"Armijo's condition needs 0 < c1 < 1, got c1={c1}")
+        if shrink is not None and not 0 < shrink < 1:
+            raise ValueError(f"a step is shortened by a factor between 0 and 1, got shrink={shrink}")
+        whole(1).check("Backtracking's maxiter", maxiter)
+        self.c1, self.maxiter, self.shrink = c1, maxiter, shrink
 
     def __call__(self, line: Line, t: float) -> Trial | None:
         """The first trial that falls enough, or None."""
@@ -286,7 +373,7 @@ class Backtracking:
             trial = line(t)
             if line.falls_enough(trial, self.c1) and math.isfinite(trial.slope):
                 return trial
-            t = between(line.start, trial, 0.1, 0.5)
+            t = between(line.start, trial, 0.1, 0.5) if self.shrink is None else t * self.shrink
         return None
 
 
@@ -332,6 +419,7 @@ class StrongWolfe:
     def __init__(self, c1: float = 1e-4, c2: float = 0.9, maxiter: int = 30) -> None:
         if not 0 < c1 < c2 < 1:
             raise ValueError(f"the Wolfe conditions need 0 < c1 < c2 < 1, got c1={c1}, c2={c2}")
+        whole(1).check("StrongWolfe's maxiter", maxiter)
         self.c1, self.c2, self.maxiter = c1, c2, maxiter
 
     def __call__(self, line: Line, t: float) -> Trial | None:
@@ -415,15 +503,22 @@ class State:
     Attributes
     ----------
     x, y, g :
-        the point, the objective and the gradient; `Px`, `Pg` are point and gradient in whitened variables.
+        the point, the objective and the gradient. `Px`, `Py`, `Pg` are the same in the optimiser's own
+        variables: whitened, and the objective times `unit`.
     nit, fev, gev, hev : int
         iterations, and evaluations of objective, gradient and Hessian-vector product.
     gnorm, Pgnorm, xnorm, dxnorm : float
         the lengths of the gradient, the whitened gradient, the point and the last step.
     dy, step : float
         the last change of the objective, and the length of the last step in its direction (0 if rejected).
-    converged, message :
-        whether a criterion of convergence holds, and the reason why the minimisation ended.
+    unit : float
+        a power of two; 1 unless the lengths of gradients are beyond what can be squared.
+    status, message : str
+        why the minimisation ended: a word, and a sentence. The words are ``converged`` (a criterion holds),
+        ``rounding`` (no progress can be told from the rounding of the objective), ``maxiter``, ``monitor``,
+        ``failed`` (no better point was found), or nothing.
+    converged : bool
+        whether the status is ``converged``.
     history : History
         one row per iteration.
     vectors, numbers : dict
@@ -450,10 +545,20 @@ class State:
         self.y = self.dy = self.gnorm = self.Pgnorm = self.Pgnorm0 = self.xnorm = self.dxnorm = None
         self.nit = self.fev = self.gev = self.hev = 0
         self.step = 0.0
-        self.seconds = 0.0
-        self.converged, self.message = False, ""
+        self.seconds, self.unit = 0.0, 1.0
+        self.status = self.message = ""
         self.history = History()
         self.vectors, self.numbers = {}, {}
+
+    @property
+    def converged(self) -> bool:
+        """Whether a criterion of convergence holds."""
+        return self.status == "converged"
+
+    @property
+    def Py(self) -> float:
+        """The objective in the optimiser's unit."""
+        return self.y * self.unit
 
     def __getitem__(self, name: str) -> Any:
         try:
@@ -487,12 +592,12 @@ class State:
             for name, vector in self._named_vectors().items()
             for i, array in enumerate(self.vs.to_arrays(vector))
         }
-        if rank == 0:
-            arrays["state"] = np.array(json.dumps(self._plain(size, token)))
-        error = None
+        error: Exception | None = None
         try:
+            if rank == 0:
+                arrays["state"] = np.array(json.dumps(self._plain(size, token), default=_as_json))
             _write_npz(path + ".tmp" if rank == 0 else shard_name(path, rank, token), arrays)
-        except OSError as exception:
+        except (OSError, TypeError, ValueError) as exception:
             error = exception
         if self.vs.any(error):
             raise error or OSError(f"another rank could not save its part of {path!r}")
@@ -587,6 +692,15 @@ def remove_shards(path: str, rank: int, keep: str) -> None:
             os.remove(os.path.join(folder, entry))
 
 
+def _as_json(value: Any) -> Any:
+    """A number or array of NumPy, or of a library with the same methods, for a file of text."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(
+        f"a state can keep numbers and lists of numbers besides vectors, not {type(value).__name__}"
+    )
+
+
 def _write_npz(path: str, arrays: Mapping[str, Any]) -> None:
     with open(path, "wb") as file:
         np.savez(file, **arrays)
@@ -604,6 +718,27 @@ def autosave(path: Path, every: int = 10) -> Callable[[State], None]:
     return monitor
 
 
+#: What takes the place of the options of the reference's optimisers, those of `abopt`.
+REPLACED = {
+    "atol": "there is ftol, relative to the objective",
+    "rtol": "its place is taken by ftol",
+    "conviter": "a criterion that holds ends the minimisation at once",
+    "linesearchiter": "its place is taken by linesearch=StrongWolfe(maxiter=...)",
+    "rate": "the first step is found from the objective and its gradient",
+    "regulator": "the first step is found from the objective and its gradient",
+    "initradius": "its place is taken by the radius of TrustRegionCG",
+    "minradius": "the region may shrink until the objective is lost in rounding, and that is told",
+    "eta1": "its place is taken by the eta of TrustRegionCG",
+    "eta2": "the region shrinks below a ratio of 0.25",
+    "eta3": "the region grows above a ratio of 0.75",
+    "t1": "the region shrinks to a quarter of the step",
+    "t2": "the region grows by a factor of 2",
+    "cg_monitor": "minimize takes a monitor of the iterations",
+    "cg_preconditioner": "a Problem takes a preconditioner",
+    "diag_update": "the diagonal is the number gamma of the last step",
+    "rescale_diag": "the diagonal is the number gamma of the last step",
+}
+
 Monitor = Callable[[State], object]  # may return True to stop
 Proposal = tuple[Point | None, float]  # where to go, None for nowhere, and the length of the step
 
@@ -617,6 +752,7 @@ class Optimizer:
         the largest number of iterations, those before a resumed state was saved included.
     gtol, gatol : float
         converged when the whitened gradient is no longer than `gtol` times the first, or than `gatol`.
+        The two others are off unless they are set:
     ftol : float
         converged when an iteration lowers the objective by less than `ftol` times its absolute value.
     xtol : float
@@ -629,13 +765,32 @@ class Optimizer:
     ftol: float = 0.0
     xtol: float = 0.0
 
+    rules = {"maxiter": whole(0), "gtol": FRACTION, "gatol": SIZE, "ftol": FRACTION, "xtol": FRACTION}
+
     def __init__(self, **options: Any) -> None:
         for name, value in options.items():
             if name not in self.options():
-                raise TypeError(
-                    f"{type(self).__name__} has no option {name!r}; it has {', '.join(self.options())}"
-                )
+                raise TypeError(self.unknown(name))
             setattr(self, name, value)
+        self.check_options()
+
+    @classmethod
+    def unknown(cls, name: str) -> str:
+        """What to say of an option that there is not."""
+        close = difflib.get_close_matches(name, cls.options(), n=1)
+        hint = REPLACED.get(name, f"did you mean {close[0]!r}?" if close else "")
+        told = f"{cls.__name__} has no option {name!r}"
+        return f"{told}: {hint}" if hint else f"{told}; it has {', '.join(cls.options())}"
+
+    def check_options(self) -> None:
+        """Raise unless the options are such that the method can do its work."""
+        for kind in type(self).__mro__:
+            for name, rule in vars(kind).get("rules", {}).items():
+                rule.check(f"{type(self).__name__}'s {name}", getattr(self, name))
+        for name in vars(self):
+            meant = name in REPLACED or difflib.get_close_matches(name, self.options(), n=1, cutoff=0.8)
+            if name not in self.options() and meant:
+                raise TypeError(self.unknown(name))
 
     @classmethod
     def options(cls) -> dict[str, Any]:
@@ -685,6 +840,7 @@ class Optimizer:
         State
             see its `converged`, `message` and `history`.
         """
+        self.check_options()
         if isinstance(x0, State):
             x0, state = None, x0
         monitors = [] if monitor is None else [monitor] if callable(monitor) else list(monitor)
@@ -693,7 +849,7 @@ class Optimizer:
             state = State(problem.vs, type(self).__name__)
         elif state.optimizer != type(self).__name__:
             state.optimizer, state.vectors, state.numbers = type(self).__name__, {}, {}
-        state.converged, state.message = False, ""
+        state.status = state.message = ""
         clock = Clock(problem, state)
         if fresh:
             self._start(problem, state, x0)
@@ -713,19 +869,34 @@ class Optimizer:
     def _start(self, problem: Problem, state: State, x0: Vector) -> None:
         if x0 is None:
             raise ValueError("minimize needs a starting point x0, or a state to go on from")
-        point = Point(problem, x=x0)
+        point = Point(problem, x=self._starting_point(problem.vs, x0))
         if not math.isfinite(point.y):
             raise ValueError(f"the objective is {point.y} at the starting point x0; choose another x0")
-        if not math.isfinite(problem.vs.norm(point.Pg)):
+        length = problem.vs.norm(point.Pg)
+        if not math.isfinite(length):
             raise ValueError(
                 "the gradient has components that are not finite at the starting point x0 "
                 f"(the objective is {point.y:.6g} there)"
             )
+        state.unit = unit_of(point.y, length)
+        point.change_unit(state.unit)
         if problem.preconditioner is not None:
             problem.preconditioner.check(problem.vs, point.x, point.g)
         self._take(problem, state, point)
         state.dy = state.dxnorm = 0.0
         state.Pgnorm0 = state.Pgnorm
+
+    @staticmethod
+    def _starting_point(vs: VectorSpace, x0: Vector) -> Vector:
+        error = None
+        try:
+            x0 = vs.as_vector(x0)
+        except (TypeError, ValueError) as exception:
+            error = type(exception)(f"the starting point x0 is no vector: {exception}")
+        vs.agree_on(error)
+        if not math.isfinite(vs.norm(x0)):
+            raise ValueError("the starting point x0 has components that are not finite")
+        return x0
 
     def _take(self, problem: Problem, state: State, point: Point) -> None:
         norm = problem.vs.norm
@@ -743,25 +914,31 @@ class Optimizer:
     def _finished(self, state: State) -> bool:
         """Whether to stop here; sets `converged` and `message`."""
         moved = state.step > 0
-        if state.Pgnorm <= max(self.gtol * state.Pgnorm0, self.gatol):
-            self.give_up(
-                state,
-                True,
-                f"converged: |g| = {state.Pgnorm:.3g}, "
-                f"{state.Pgnorm / (state.Pgnorm0 or 1):.3g} of its first value",
-            )
+        if state.Pgnorm <= max(self.gtol * state.Pgnorm0, self.gatol * state.unit):
+            share = state.Pgnorm / (state.Pgnorm0 or 1)
+            message = f"converged: |g| = {state.Pgnorm / state.unit:.3g}, {share:.3g} of its first value"
+            self.give_up(state, "converged", message)
         elif moved and 0 <= -state.dy < self.ftol * abs(state.y):
-            self.give_up(state, True, f"converged: the objective fell by {-state.dy:.3g} only")
+            self.give_up(state, "converged", f"converged: the objective fell by {-state.dy:.3g} only")
         elif moved and state.dxnorm < self.xtol * state.xnorm:
-            self.give_up(state, True, f"converged: x moved by {state.dxnorm:.3g} only")
+            self.give_up(state, "converged", f"converged: x moved by {state.dxnorm:.3g} only")
         elif state.nit >= self.maxiter:
-            self.give_up(state, False, f"stopped after maxiter = {self.maxiter} iterations")
-        return bool(state.message)
+            self.give_up(state, "maxiter", f"stopped after maxiter = {self.maxiter} iterations")
+        return bool(state.status)
 
-    def give_up(self, state: State, converged: bool, message: str) -> Proposal | None:
+    def give_up(self, state: State, status: str, message: str) -> Proposal | None:
         """Note why the minimisation ends."""
-        state.converged, state.message = converged, message
+        state.status, state.message = status, message
         return None
+
+    def give_up_in_rounding(self, state: State) -> Proposal | None:
+        """Note that the criteria ask for more than the objective can tell."""
+        share = state.Pgnorm / (state.Pgnorm0 or 1)
+        message = (
+            f"stopped in rounding: further progress is smaller than the rounding of the objective, {state.y:.6g}; "
+            f"|g| is {share:.3g} of its first value"
+        )
+        return self.give_up(state, "rounding", message)
 
     def _watched(self, state: State, monitors: Sequence[Monitor], bar: ProgressBar) -> bool:
         """Show the state to the bar and the monitors; whether one of them wants to stop."""
@@ -769,8 +946,25 @@ class Optimizer:
         answers = [monitor(state) for monitor in monitors]
         if not monitors or not state.vs.any(any(isinstance(a, (bool, np.bool_)) and a for a in answers)):
             return False
-        self.give_up(state, False, "stopped by the monitor")
+        self.give_up(state, "monitor", "stopped by the monitor")
         return True
+
+
+def unit_of(y: float, length: float) -> float:
+    """The factor that brings a gradient of this length to about 1, if its square would be no number."""
+    if length == 0 or 1e-10 < length < 1e10:
+        return 1.0
+    power = -math.frexp(length)[1]
+    return math.ldexp(1.0, max(-1000, min(power, 1000, 1000 - math.frexp(y)[1])))
+
+
+def first_length(problem: Problem, state: State) -> float:
+    """How far to go when nothing but the point is known, in whatever unit objective and variables are.
+
+    It is the way to the minimum of a parabola that is zero there, but no shorter than what changes the point.
+    """
+    length, least = 2 * abs(state.Py) / state.Pgnorm, 1e-8 * problem.vs.norm(state.Px)
+    return max(length, least) if 0 < max(length, least) < math.inf else 1.0
 
 
 class Clock:
@@ -836,16 +1030,18 @@ class LBFGS(Optimizer):
     linesearch: StrongWolfe = StrongWolfe()
     curvature: float = 1e-10
 
+    rules = {"m": whole(1), "linesearch": SEARCH, "curvature": FRACTION}
+
     def direction(self, vs: VectorSpace, state: State) -> Vector:
         """``-B g`` by the two-loop recursion (NW algorithm 7.4)."""
         S, R, rho = state.vectors["S"], state.vectors["R"], state.numbers["rho"]
         q, alpha = vs.scale(-1.0, state.Pg), [0.0] * len(S)
         for i in reversed(range(len(S))):
-            alpha[i] = rho[i] * vs.dot(S[i], q)
+            alpha[i] = rho[i] * vs.inner(S[i], q)
             q = vs.accumulate(q, R[i], -alpha[i])
         q = vs.scale(state.numbers["gamma"], q)
         for i in range(len(S)):
-            beta = rho[i] * vs.dot(R[i], q)
+            beta = rho[i] * vs.inner(R[i], q)
             q = vs.accumulate(q, S[i], alpha[i] - beta)
         return q
 
@@ -856,23 +1052,21 @@ class LBFGS(Optimizer):
             self.forget(state)
         while True:
             p = self.direction(vs, state)
-            slope = vs.dot(p, state.Pg)
+            slope = vs.inner(p, state.Pg)
             trial = None
             if slope < 0 and state.numbers.get("idle", 0) < 3:
-                trial = self.linesearch(Line(problem, state.Px, state.y, p, slope), self.first_step(state))
+                line = Line(problem, state.Px, state.Py, p, slope, unit=state.unit)
+                trial = self.linesearch(line, self.first_step(problem, state))
             if trial is not None:
                 break
-            if lost_in_rounding(-slope / 2, state.y):
-                return self.give_up(state, True, "converged: to the rounding of the objective")
+            if lost_in_rounding(problem, state, -slope / 2):
+                return self.give_up_in_rounding(state)
             if not state.vectors["S"]:
-                return self.give_up(
-                    state,
-                    False,
-                    "the line search failed along the gradient: is it right, and the objective smooth?",
-                )
+                message = "the line search failed along the gradient: is it right, and the objective smooth?"
+                return self.give_up(state, "failed", message)
             self.forget(state)
         self.remember(vs, state, trial.point)
-        state.numbers["idle"] = 0 if trial.y < state.y else state.numbers.get("idle", 0) + 1
+        state.numbers["idle"] = 0 if trial.y < state.Py else state.numbers.get("idle", 0) + 1
         step = trial.t * vs.norm(p)
         state.numbers["length"] = step
         return trial.point, step
@@ -882,29 +1076,29 @@ class LBFGS(Optimizer):
         state.vectors.update(S=[], R=[])
         state.numbers.update(rho=[], gamma=1.0, idle=0)
 
-    def first_step(self, state: State) -> float:
-        """The first step to try: 1 with a memory; without, the length of the last step, or at most 1."""
+    def first_step(self, problem: Problem, state: State) -> float:
+        """The first step to try: 1 with a memory; without, one of the length of the last."""
         if state.vectors["S"]:
             return 1.0
-        return state.numbers.get("length", min(1.0, state.Pgnorm)) / state.Pgnorm
+        return (state.numbers.get("length") or first_length(problem, state)) / state.Pgnorm
 
     def remember(self, vs: VectorSpace, state: State, point: Point) -> None:
         """Put the step to `point` into the memory if the curvature along it is positive."""
         s = vs.addmul(point.Px, state.Px, -1)
         r = vs.addmul(point.Pg, state.Pg, -1)
-        sr, rr, ss = vs.dot(s, r), vs.dot(r, r), vs.dot(s, s)
-        if not sr > self.curvature * (ss * rr) ** 0.5:
+        sr, length = vs.inner(s, r), vs.norm(r)
+        if not sr > self.curvature * vs.norm(s) * length:
             return
         S, R, rho = state.vectors["S"], state.vectors["R"], state.numbers["rho"]
         for memory, new in ((S, s), (R, r), (rho, 1 / sr)):
             memory.append(new)
             del memory[: -self.m]
-        state.numbers["gamma"] = sr / rr
+        state.numbers["gamma"] = sr / length / length
 
 
-def lost_in_rounding(fall: float, y: float) -> bool:
-    """Whether a fall of the objective cannot be told from the rounding of its value."""
-    return abs(fall) <= 100 * EPS * abs(y)
+def lost_in_rounding(problem: Problem, state: State, fall: float) -> bool:
+    """Whether a fall of the objective, in the optimiser's unit, cannot be told from the rounding of its value."""
+    return abs(fall) <= 100 * max(problem.eps * abs(state.y), math.ulp(0.0)) * state.unit
 
 
 class TrustRegionCG(Optimizer):
@@ -931,21 +1125,31 @@ class TrustRegionCG(Optimizer):
     cg_rtol: float = 0.5
     cg_maxiter: int = 50
 
+    rules = {
+        "radius": Rule("None or a number above 0", lambda v: v is None or LENGTH.holds(v)),
+        "maxradius": LENGTH,
+        "eta": Rule("a number from 0 to below 0.25", lambda v: is_real(v) and 0 <= v < 0.25),
+        "cg_rtol": FRACTION,
+        "cg_maxiter": whole(1),
+    }
+
     def solve(
         self, vs: VectorSpace, hvp: Callable[[Vector], Vector], g: Vector, radius: float, rtol: float
     ) -> tuple[Vector, Vector, bool]:
         """Minimise the model within the radius: p, the residual g + H p, whether p is on the surface."""
         p, r, d = vs.zeros_like(g), vs.copy(g), vs.scale(-1.0, g)
-        rr = target = vs.dot(r, r)
+        rr = target = vs.inner(r, r)
         for _ in range(self.cg_maxiter):
             Hd = hvp(d)
-            curvature = vs.dot(d, Hd)
+            curvature = vs.inner(d, Hd)
+            if not math.isfinite(curvature):
+                break
             step = rr / curvature if curvature > 0 else math.inf
             edge = to_the_surface(vs, p, d, radius)
             if step >= edge:
                 return vs.accumulate(p, d, edge), vs.accumulate(r, Hd, edge), True
             p, r = vs.accumulate(p, d, step), vs.accumulate(r, Hd, step)
-            rr, last = vs.dot(r, r), rr
+            rr, last = vs.inner(r, r), rr
             if rr <= rtol**2 * target:
                 break
             d = vs.addmul(vs.scale(-1.0, r), d, rr / last)
@@ -953,23 +1157,25 @@ class TrustRegionCG(Optimizer):
 
     def iterate(self, problem: Problem, state: State) -> Proposal | None:
         """Solve the model in the region, then take the step or shrink the region."""
-        vs, hvp = problem.vs, Point(problem, Px=state.Px, x=state.x).hessian_vector_product
-        radius = state.numbers.get("radius") or self.first_radius(vs, hvp, state)
+        vs = problem.vs
+        hvp = self.product_at(problem, state)
+        radius = state.numbers.get("radius") or self.first_radius(problem, hvp, state)
         rtol = min(self.cg_rtol, math.sqrt(state.Pgnorm / state.Pgnorm0))
         p, r, surface = self.solve(vs, hvp, state.Pg, radius, rtol)
-        length, promised = vs.norm(p), -0.5 * (vs.dot(p, state.Pg) + vs.dot(p, r))
-        if not promised > 0 or lost_in_rounding(promised, state.y):
+        length, promised = vs.norm(p), -0.5 * (vs.inner(p, state.Pg) + vs.inner(p, r))
+        if not promised > 0 or lost_in_rounding(problem, state, promised):
             # End where nothing can be gained
-            if not surface:
-                return self.give_up(state, True, "converged: to the rounding of the objective")
-            return self.give_up(
-                state,
-                False,
-                f"the trust region has shrunk to {radius:.3g}: "
-                "are the gradient and the Hessian-vector product right?",
+            least = 0.5 * self.along_gradient(vs, hvp, state) * state.Pgnorm
+            if lost_in_rounding(problem, state, least if surface or not promised > 0 else promised):
+                return self.give_up_in_rounding(state)
+            message = (
+                f"no step of the trust region, of radius {radius:.3g}, promises to lower the objective: "
             )
-        point = Point(problem, Px=vs.addmul(state.Px, p, 1.0))
-        ratio = (state.y - point.y) / promised if math.isfinite(point.y) else -math.inf
+            return self.give_up(
+                state, "failed", message + "are the gradient and the Hessian-vector product right?"
+            )
+        point = Point(problem, Px=vs.addmul(state.Px, p, 1.0), unit=state.unit)
+        ratio = (state.Py - point.Py) / promised if math.isfinite(point.y) else -math.inf
         if ratio > self.eta and not math.isfinite(vs.norm(point.Pg)):
             ratio = -math.inf
         # Adapt the radius
@@ -980,23 +1186,39 @@ class TrustRegionCG(Optimizer):
         state.numbers.update(radius=radius, ratio=ratio)
         return (point, length) if ratio > self.eta else (None, 0.0)
 
-    def first_radius(self, vs: VectorSpace, hvp: Callable[[Vector], Vector], state: State) -> float:
+    def product_at(self, problem: Problem, state: State) -> Callable[[Vector], Vector]:
+        """Products with the Hessian at a state; the vectors it is asked for are as long as a step."""
+        vs, point = problem.vs, Point(problem, Px=state.Px, x=state.x, unit=state.unit)
+        if "stretch" not in state.numbers:
+            state.numbers["stretch"] = unit_of(0.0, state.Pgnorm / first_length(problem, state))
+        stretch = state.numbers["stretch"]
+        if stretch == 1:
+            return point.hessian_vector_product
+        return lambda v: vs.scale(1 / stretch, point.hessian_vector_product(vs.scale(stretch, v)))
+
+    def along_gradient(self, vs: VectorSpace, hvp: Callable[[Vector], Vector], state: State) -> float:
+        """How far the model's minimum along the gradient is; infinite where it has none."""
+        curvature = vs.inner(state.Pg, hvp(state.Pg))
+        known = 0 < curvature < math.inf
+        return state.Pgnorm / curvature * state.Pgnorm * state.Pgnorm if known else math.inf
+
+    def first_radius(self, problem: Problem, hvp: Callable[[Vector], Vector], state: State) -> float:
         """The radius to begin with."""
         if self.radius is not None:
             return self.radius
-        curvature = vs.dot(state.Pg, hvp(state.Pg))
-        if curvature > 0:
-            return min(10 * state.Pgnorm**3 / curvature, self.maxradius)
-        return min(max(1.0, vs.norm(state.Px)), self.maxradius)
+        length = 10 * self.along_gradient(problem.vs, hvp, state)
+        return min(length if length < math.inf else first_length(problem, state), self.maxradius)
 
 
 def to_the_surface(vs: VectorSpace, p: Vector, d: Vector, radius: float) -> float:
     """The t > 0 for which ``|p + t d| = radius``, where p is inside; infinite for an infinite radius."""
     if radius == math.inf:
         return math.inf
-    dd, pd, pp = vs.dot(d, d), vs.dot(p, d), vs.dot(p, p)
-    root = math.sqrt(max(pd * pd + dd * (radius * radius - pp), 0.0))
-    return (radius * radius - pp) / (pd + root) if pd > 0 else (root - pd) / dd
+    size = vs.norm(d)
+    along, inside = vs.inner(p, d) / size / radius, vs.norm(p) / radius
+    rest = (1 - inside) * (1 + inside)
+    root = math.sqrt(max(along * along + rest, 0.0))
+    return (rest / (along + root) if along > 0 else root - along) * radius / size
 
 
 class GradientDescent(Optimizer):
@@ -1015,27 +1237,33 @@ class GradientDescent(Optimizer):
     maxiter: int = 10000
     barzilai_borwein: bool = True
     window: int = 10
-    linesearch: Backtracking = Backtracking()
+    linesearch: Backtracking = Backtracking(shrink=0.25)
+
+    rules = {
+        "barzilai_borwein": Rule("True or False", lambda v: isinstance(v, (bool, np.bool_))),
+        "window": whole(1),
+        "linesearch": SEARCH,
+    }
 
     def iterate(self, problem: Problem, state: State) -> Proposal | None:
         """One step downhill."""
         vs, numbers = problem.vs, state.numbers
-        recent = numbers.setdefault("recent", [state.y])
+        recent = numbers.setdefault("recent", [state.Py])
         p, slope = vs.scale(-1.0, state.Pg), -(state.Pgnorm**2)
-        line = Line(problem, state.Px, state.y, p, slope, reference=max(recent))
-        trial = self.linesearch(line, numbers.get("rate", min(1.0, 1 / state.Pgnorm)))
-        if trial is None and lost_in_rounding(numbers.get("rate", 1.0) * slope, state.y):
-            return self.give_up(state, True, "converged: to the rounding of the objective")
+        line = Line(problem, state.Px, state.Py, p, slope, reference=max(recent), unit=state.unit)
+        rate = numbers.get("rate") or first_length(problem, state) / state.Pgnorm
+        trial = self.linesearch(line, rate)
+        if trial is None and lost_in_rounding(problem, state, numbers.get("rate", 1.0) * slope):
+            return self.give_up_in_rounding(state)
         if trial is None:
-            return self.give_up(
-                state, False, "the line search failed: is the gradient right, and the objective smooth?"
-            )
+            message = "the line search failed: is the gradient right, and the objective smooth?"
+            return self.give_up(state, "failed", message)
         recent.append(trial.y)
         del recent[: -self.window]
         numbers["rate"] = 2 * trial.t
         if self.barzilai_borwein:
             r = vs.addmul(trial.point.Pg, state.Pg, -1)
-            curvature = vs.dot(p, r)
+            curvature = vs.inner(p, r)
             if curvature > 0:
                 numbers["rate"] = trial.t * state.Pgnorm**2 / curvature
         return trial.point, trial.t * state.Pgnorm
@@ -1050,7 +1278,8 @@ def scipy_minimize(problem: Problem, x0: Vector, method: str = "L-BFGS-B", **opt
     with needed_for("scipy_minimize", extra="interop"):
         import scipy.optimize
 
-    vs, start = problem.vs, Point(problem, x=x0)
+    vs = problem.vs
+    start = Point(problem, x=Optimizer._starting_point(vs, x0))
     if vs.comm is not None and vs.comm.size > 1:
         raise ValueError(
             f"scipy_minimize is for one process, and this problem is spread over {vs.comm.size}; use LBFGS"
@@ -1071,7 +1300,8 @@ def scipy_minimize(problem: Problem, x0: Vector, method: str = "L-BFGS-B", **opt
             arrays.append(piece.view(kind).reshape(array.shape))
         return vs.from_arrays(arrays, like)
 
-    if not np.isclose(vs.dot(start.Pg, start.Pg), np.sum(flatten(start.Pg) ** 2), rtol=1e-6):
+    lengths = vs.norm(start.Pg), VectorSpace().norm(flatten(start.Pg))
+    if not math.isclose(*lengths, rel_tol=1e-6):
         raise ValueError(
             "SciPy knows only the plain sum of squares as inner product, and this vector "
             "space has another (half-stored complex fields have); use LBFGS"

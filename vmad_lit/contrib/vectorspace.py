@@ -7,6 +7,7 @@ A space knows how to form ``a + b * c ** p`` and the inner product of two vector
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from vmad_lit.core.valuetypes import value_type
 
 Vector = Any  # what is moved: an array, a field, a tuple or dictionary of vectors, or the number 0
 
+TINY, HUGE = 1e-280, 1e280  # squares of lengths between them are exact to rounding
 CACHED = 2**13  # numbers in a part of an array that stays in the cache
 
 
@@ -111,9 +113,23 @@ class VectorSpace:
         if "addmul" in vars(cls) and "accumulate" not in vars(cls):
             cls.accumulate = cls.addmul  # type: ignore[method-assign]
 
+    def inner(self, a: Vector, b: Vector) -> float:
+        """The result of :meth:`dot` as a plain number, of whatever type it is."""
+        product = self.dot(a, b)
+        product = product.real if np.iscomplexobj(product) and not np.imag(product) else product
+        return plain_number(product, "an inner product must be")
+
     def norm(self, a: Vector) -> float:
-        """The length ``sqrt(dot(a, a))``."""
-        return self.dot(a, a) ** 0.5
+        """The length ``sqrt(dot(a, a))``, also where that square is no number because it is too large or small."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            square, power = self.inner(a, a), 0
+            while not TINY <= square <= HUGE and abs(power) < 1100 and not math.isnan(square):
+                step = 100 if square < TINY else -100
+                a, power = self.scale(2.0**step, a), power + step
+                square = self.inner(a, a)
+        if square < 0:
+            raise ValueError(f"the inner product of a vector with itself is negative: {square:.3g}")
+        return math.ldexp(math.sqrt(square), -power)
 
     def axpy(self, c: Any, x: Vector, y: Vector) -> Vector:
         """``c * x + y``."""
@@ -139,21 +155,19 @@ class VectorSpace:
             return not self.any(different)
         if self.any(type(a) is not type(b)):
             return False
-        difference = self.addmul(a, b, -1)
-        return self.dot(difference, difference) == 0.0
+        return self.norm(self.addmul(a, b, -1)) == 0.0
 
     def replicate(self, value: Any) -> float:
         """`value` as a real number that is the same on every rank.
 
         Raises TypeError if it is not one real number, ValueError if ranks disagree by more than rounding.
         """
-        array = np.asarray(value)
-        if array.size != 1 or array.dtype.kind not in "fiub":
-            raise TypeError(
-                f"an objective must return one real number, got {type(value).__name__} "
-                f"with shape {array.shape} and dtype {array.dtype}"
-            )
-        number = float(array.reshape(()))
+        number, error = math.nan, None
+        try:
+            number = plain_number(value, "an objective must return")
+        except TypeError as exception:
+            error = exception
+        self.agree_on(error)
         if self.comm is None or self.comm.size == 1:
             return number
         numbers = self.comm.allgather(number)
@@ -164,11 +178,50 @@ class VectorSpace:
             )
         return numbers[0]
 
+    def agree_on(self, error: Exception | None) -> None:
+        """Raise an error of any rank on all of them, by the name of the rank; None is no error."""
+        if self.comm is None or self.comm.size == 1:
+            if error is not None:
+                raise error
+            return
+        for rank, told in enumerate(self.comm.allgather(error and (type(error), str(error)))):
+            if told is not None:
+                kind, text = told
+                raise kind(f"on rank {rank}: {text}") from error
+
     def any(self, flag: Any) -> bool:
         """Whether `flag` is true on any rank."""
         if self.comm is None or self.comm.size == 1:
             return bool(flag)
         return self.comm.allreduce(int(bool(flag))) > 0
+
+    def as_vector(self, x: Any, like: Vector = None) -> Vector:
+        """`x` as a vector of this space, of the shape of `like` if that is given; an error if it is none.
+
+        Numbers, lists and arrays of whole numbers become floating-point ones. What else a space of its own
+        arithmetic knows is left as it is.
+        """
+        if (
+            x is None
+            or isinstance(x, (bool, str, bytes, set))
+            or np.ma.isMaskedArray(x)
+            or hasattr(x, "unit")
+        ):
+            kind = "a quantity with a unit" if hasattr(x, "unit") else type(x).__name__
+            raise TypeError(f"expected numbers or an array of them, got {kind}")
+        own = "addmul" in vars(self) or type(self).accumulate is type(self).addmul
+        if not own and not hasattr(x, "__mul__"):
+            raise TypeError(f"expected what can be multiplied, got {type(x).__name__}; see ProductSpace")
+        if own or not isinstance(x, (int, float, complex, list, tuple, np.ndarray, np.generic)):
+            return x
+        x = floating(x)
+        if like is not None and np.shape(x) != np.shape(like):
+            if np.size(x) != 1 or np.size(like) != 1:
+                raise ValueError(f"expected the shape {np.shape(like)}, got {np.shape(x)}")
+            x = np.reshape(x, np.shape(like))
+        if like is not None and np.iscomplexobj(x) and not np.iscomplexobj(like):
+            raise TypeError("expected real numbers, got complex ones")
+        return x
 
     def to_arrays(self, x: Vector) -> list[Array]:
         """The part of `x` that this rank holds, as a list of arrays."""
@@ -188,6 +241,31 @@ def scalar(c: Any, p: float = 1) -> Any:
     """``c ** p``, as a plain Python number if it is a number."""
     c = c.item() if isinstance(c, np.generic) else c
     return c if p == 1 else c**p
+
+
+def plain_number(value: Any, what: str) -> float:
+    """One real number of whatever type as a float; TypeError if it is none."""
+    array = np.asarray(value)
+    plain = array.size == 1 and array.dtype.kind in "fiub"
+    if not plain or np.ma.isMaskedArray(value) or hasattr(value, "unit"):
+        kind = f"{type(value).__name__} with shape {array.shape} and dtype {array.dtype}"
+        raise TypeError(f"{what} one real number, got {kind}")
+    return float(array.reshape(()))
+
+
+def floating(x: Any) -> Any:
+    """A number, or the array that a list makes, of a floating-point type of single precision at least."""
+    try:
+        array = np.asarray(x)
+    except ValueError:
+        raise TypeError("expected an array, got a list whose rows differ in length") from None
+    if array.dtype.kind not in "iufc":
+        raise TypeError(f"expected numbers, got {type(x).__name__} of dtype {array.dtype}")
+    if array.dtype.kind in "iu" or array.dtype == np.float16:
+        array = array.astype(float)
+    elif not isinstance(x, (list, tuple)):
+        return x
+    return array if array.ndim or isinstance(x, np.ndarray) else array.item()
 
 
 def is_zero(a: Vector) -> bool:
@@ -336,11 +414,16 @@ class ProductSpace(VectorSpace):
 
     def dot(self, a: Vector, b: Vector) -> float:
         """The sum of the inner products of the components."""
-        return float(sum(space.dot(x, y) for space, x, y in self._zip(a, b)))
+        return sum((space.inner(x, y) for space, x, y in self._zip(a, b)), 0.0)
 
     def accumulate(self, a: Vector, b: Vector, c: Any) -> Vector:
         """``a + b * c`` in the memory of `a` where that is possible."""
         return _like(b, [space.accumulate(x, y, c) for space, x, y in self._zip(a, b)])
+
+    def as_vector(self, x: Any, like: Vector = None) -> Vector:
+        """`x` with each component as a vector of its space."""
+        pairs = self._zip(x if like is None else like, x)
+        return _like(x, [space.as_vector(part, None if like is None else old) for space, old, part in pairs])
 
     def zeros_like(self, x: Vector) -> Vector:
         """The zero vector of the kind of `x`."""

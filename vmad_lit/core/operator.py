@@ -225,6 +225,10 @@ def declare(spec: Any) -> Patterns:
     return dict(item if isinstance(item, tuple) else (item, "*") for item in spec)
 
 
+#: Functions of (operator, vjp) that return the vjp to be used, added by the libraries of types of values.
+REVISIONS: list[Callable[[Operator, Callable[..., Any]], Callable[..., Any]]] = []
+
+
 class Operator:
     """A function with derivatives. Made by the decorators `operator` and `autooperator`.
 
@@ -298,7 +302,12 @@ class Operator:
         prototype = self.prototype
         check_functions(prototype, self.ain, self.aout)
         self.apl = Primitive(self, "apl", prototype.apl)
-        self.vjp = Primitive(self, "vjp", prototype.vjp) if hasattr(prototype, "vjp") else None
+        self.vjp = None
+        if hasattr(prototype, "vjp"):
+            vjp = prototype.vjp
+            for revise in REVISIONS:
+                vjp = revise(self, vjp)
+            self.vjp = Primitive(self, "vjp", vjp)
         # Make the jvp, by linearity if need be
         if hasattr(prototype, "jvp"):
             self.jvp = Primitive(self, "jvp", prototype.jvp)

@@ -10,7 +10,8 @@ import builtins
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
+from inspect import signature
 from itertools import zip_longest
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
@@ -20,7 +21,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from vmad_lit import operator
 from vmad_lit.core.arguments import one_of, real_number, whole_number
 from vmad_lit.core.error import needed_for
-from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.operator import REVISIONS, Operator, ZeroGradient
 from vmad_lit.core.placement import find_comm, same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.store import Disk
@@ -498,6 +499,34 @@ class Fields(ValueType):
 
     def gather(self, x: Field) -> list[Value]:
         return [x.preview()]
+
+
+def weighed_by_hand(_x: Value, _y: Value) -> bool:
+    """Whether `_x` is the cotangent `_y` of a complex field times the weights of its modes, without imaginary parts."""
+    if not (isinstance(_y, BaseComplexField) and type(_x) is type(_y) and _x.shape == _y.shape):
+        return False
+    return numpy.array_equal(_x.value, numpy.where(mode_weights(_y) == 2, 2 * _y.real, _y.value))
+
+
+def weighed_once(operator: Operator, vjp: Callable[..., Any]) -> Callable[..., Any]:
+    """The vjp of an operator on complex fields that is not ours; weights put in by hand are taken out."""
+    patterns, names = [*operator.ain.values(), *operator.aout.values()], list(signature(vjp).parameters)
+    own = operator.__module__.partition(".")[0] == __name__.partition(".")[0]
+    if own or len(patterns) != 2 or not all(str(p).endswith("ComplexField") for p in patterns):
+        return vjp
+    (x,), (y,) = ("_" + name for name in operator.ain), ("_" + name for name in operator.aout)
+
+    @wraps(vjp)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = vjp(*args, **kwargs)
+        _y = kwargs[y] if y in kwargs else args[names.index(y)]
+        by_hand = weighed_by_hand(result.get(x) if isinstance(result, dict) else result, _y)
+        return {**result, x: _y} if by_hand and isinstance(result, dict) else _y if by_hand else result
+
+    return run if y in names else vjp
+
+
+REVISIONS.append(weighed_once)
 
 
 def _inner(*pairs: tuple[Field, Value]) -> float:
