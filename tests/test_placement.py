@@ -378,6 +378,35 @@ def test_a_program_implies_that_an_input_is_replicated():
     assert np.isclose(y, 6 * everything.sum()) and np.isclose(_a, 5 * everything.sum())
 
 
+TRANSFERS = {
+    "exp": lambda s, k: linalg.exp(linalg.broadcast_to(s, k.shape) * -k),
+    "power": lambda s, k: (k + 1.0) ** s,
+    "sum": lambda s, k: linalg.exp(-(s**2) * k) + s,
+    "allbcast": lambda s, k: mpi.allbcast(s, comm) * k,
+    "number": lambda s, k: s * 2.0,
+}
+
+
+@pytest.mark.parametrize("name", TRANSFERS)
+def test_an_array_beside_a_field_is_in_parts(name):
+    """Filters of modes that are made of a number and this rank's wavenumbers."""
+
+    def slope(on):
+        modes = fastpm.ParticleMesh([4, 4, 4], BoxSize=4.0, comm=on).generate_whitenoise(3, type="real").r2c()
+        k = np.sqrt(sum(i**2 for i in modes.x))
+        with Builder() as m:
+            s = m.input("s")
+            m.output(y=fastpm.to_scalar(fastpm.c2r(modes * TRANSFERS[name](s, k))))
+        (y,), (_s,) = m.compute_with_vjp(dict(s=0.7), dict(_y=1.0))
+        above, below = (m.compute("y", dict(s=0.7 + h)) for h in (1e-6, -1e-6))
+        return [float(y), float(_s), (above - below) / 2e-6]
+
+    y, _s, difference = slope(comm)
+    assert np.isclose(_s, difference, rtol=1e-6)
+    if name != "allbcast":
+        np.testing.assert_allclose([y, _s], slope(MPI.COMM_SELF)[:2], rtol=1e-10)
+
+
 def test_a_number_beside_a_field_is_replicated_at_its_other_uses():
     x, (t, everything) = field(), rows()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import FunctionType
 from typing import Any
@@ -310,7 +310,12 @@ RULES: dict[type, Callable[[Site], Any]] = {
     Chain: of_chain,
 }
 
-BY_NAME = dict(elementwise=elementwise, reduction=reduction, contraction=contraction)
+BY_NAME: dict[str, Callable[[Site], Placement | None]] = dict(
+    elementwise=elementwise,
+    spread=partial(elementwise, of_fields=False),
+    reduction=reduction,
+    contraction=contraction,
+)
 
 
 def by_rule(rule: Any, site: Site) -> Any:
@@ -332,64 +337,52 @@ class PlacesOnRanks(Places):
         known: dict[BaseSymbol, Any] = {
             graph._inputs[name]: place for name, place in [*graph.placed.items(), *arrivals]
         }
-        self.numbers = {symbol for symbol, place in known.items() if place == NUMBER}
-        self.unknown = {symbol for symbol in graph._inputs.values() if symbol not in known} | self.numbers
-        known = {symbol: place for symbol, place in known.items() if place != NUMBER}
+        self.looks = {symbol: place for symbol, place in known.items() if isinstance(place, str)}
+        self.known = {symbol: place for symbol, place in known.items() if symbol not in self.looks}
+        self.implied: dict[BaseSymbol, Placement] = {}
         implied: dict[BaseSymbol, Placement] | None = None
-        while implied != {}:
-            known.update(implied or {})
-            implied = self.go_through(graph, nodes, known)
+        while implied != self.implied:
+            implied = dict(self.implied)
+            self.go_through(graph, nodes)
         self.complaint = next(filter(None, (self.find_complaint(graph, name) for name in vout)), None)
 
-    def go_through(
-        self, graph: Graph, nodes: Iterable[Node], known: Mapping[BaseSymbol, Placement]
-    ) -> dict[BaseSymbol, Placement]:
-        """Find out about all nodes, from what is known of inputs; returns what that implies of other inputs."""
+    def go_through(self, graph: Graph, nodes: Iterable[Node]) -> None:
+        """Find out about all nodes, from what is known and what was found to be implied."""
         promised = (name for name, place in graph.placed.items() if place.kind == "replicated")
         self.promised: set[BaseSymbol] = {graph._inputs[name] for name in promised}
-        self.of, self.seen, self.spread = dict(known), {}, {}
-        implied: dict[BaseSymbol, Placement] = {}
+        self.of, self.seen, self.spread = {**self.implied, **self.known}, {}, {}
         for node in nodes:
             self.add(node)
-            for symbol in self.unknown.intersection(flatten(node.varin)).difference(known):
-                comm = self.find_use(node, symbol)
-                if comm is not None:
-                    implied[symbol] = Placement("replicated", comm)
-        return implied
-
-    def find_use(self, node: Node, symbol: BaseSymbol) -> Any:
-        """The communicator on which an input must be replicated that a node uses like this; else None."""
-        rule, (name, *_) = node.primitive.operator.placements, [*node.primitive.ain, ""]
-        if type(rule) is str and rule.startswith("replicated") and node.varin.get(name) is symbol:
-            return Site(node, {}).comm
-        places = (self.of.get(leaf) for leaf in flatten(node.varout))
-        fields = [place.comm for place in places if place is not None and place.field]
-        return fields[0] if symbol in self.numbers and rule == "elementwise" and fields else None
 
     def add(self, node: Node) -> None:
         """Find out about the results of a node."""
         operator = node.primitive.operator
         kind, rule = type(operator), operator.placements
-        known = self.of.keys()
-        touched = self.of and not known.isdisjoint(flatten(node.varin))
-        if not touched and kind not in RULES and (rule is None or rule in BY_NAME):
-            return
+        if kind not in RULES and (rule is None or rule in BY_NAME):
+            self.look(node)
+            touched = not self.of.keys().isdisjoint([*flatten(node.varin), *node.varout.values()])
+            if not touched and not any(is_spread(node.varin[name]) for name in operator.ain):
+                return
         site = Site(node, {name: self.place(x, name in operator.ain) for name, x in node.varin.items()})
         found = RULES[kind](site) if kind in RULES else by_rule(rule, site)
         results = found if isinstance(found, list) else [found] * len(node.varout)
         for (name, symbol), place in zip(node.varout.items(), results):
-            if place is not None:
+            if place is not None and symbol not in self.implied:
                 self.of.update(dict.fromkeys(leaves(symbol), by_pattern(place, operator, name)))
-        seen = {name: place for name, place in site.given.items() if isinstance(place, Placement)}
-        if seen:
-            apart = {name: Placement("partitioned", site.comm) for name in site.spread}
-            self.seen[node] = {
-                **seen,
-                **{name: apart[name] for name in apart if seen[name].kind == "replicated"},
-            }
-            self.spread[node] = site.spread
+        self.imply(site)
+        self.note(site)
         if not self.promised.isdisjoint(flatten(node.varin)):
-            self.keep_promise(site, results)
+            self.keep_promise(site, [self.of.get(symbol) for symbol in node.varout.values()])
+
+    def note(self, site: Site) -> None:
+        """Write down how an operator sees its arguments."""
+        seen = {}
+        for name, place in site.given.items():
+            if isinstance(place, Placement):
+                apart = name in site.spread and place.kind == "replicated"
+                seen[name] = Placement("partitioned", place.comm) if apart else place
+        if seen:
+            self.seen[site.node], self.spread[site.node] = seen, site.spread
 
     def keep_promise(self, site: Site, results: list[Placement | None]) -> None:
         """What is made of inputs that are declared replicated stays known, or the program has to say more."""
@@ -402,6 +395,53 @@ class PlacesOnRanks(Places):
                 "ranks, or has each rank its own? mpi.place(x, 'replicated', comm) or mpi.place(x, 'partitioned', comm) "
                 "says it of any value, m.input(.., placement=..) of an input"
             )
+
+    # What a program implies without saying it
+    def look(self, node: Node) -> None:
+        """See whether the result of a node is a number or an array, if it works element by element."""
+        rule, looks = node.primitive.operator.placements, [""]
+        if rule == "elementwise":
+            looks = [self.looks_of(node.varin[name]) for name in node.primitive.ain]
+        elif rule == "spread":
+            shape = node.varin.get("shape")
+            looks = [ARRAY if type(shape) is Literal and shape._value not in ((), []) else ""]
+        result = ARRAY if ARRAY in looks else NUMBER if set(looks) == {NUMBER} else ""
+        if result:
+            self.looks.update(dict.fromkeys(node.varout.values(), result))
+
+    def looks_of(self, symbol: BaseSymbol) -> Any:
+        """Whether a value is known to be an ARRAY or a NUMBER; else an empty string."""
+        if type(symbol) is not Literal:
+            return self.looks.get(symbol, "")
+        if numpy.ndim(symbol._value):
+            return ARRAY
+        return NUMBER if isinstance(symbol._value, (int, float, complex, numpy.generic)) else ""
+
+    def imply(self, site: Site) -> None:
+        """Note what the use of values by a node implies of them."""
+        node, rule = site.node, site.node.primitive.operator.placements
+        if type(rule) is str and rule.startswith("replicated"):
+            self.suppose(node.varin[next(iter(node.primitive.ain))], "replicated", site.comm)
+        if rule not in ("elementwise", "spread"):
+            return
+        (symbol,) = node.varout.values()
+        result = self.of.get(symbol)
+        if result is None or not result.field and symbol not in self.implied:
+            return
+        # Beside a field, or in what is beside one, arrays are in parts, and numbers are replicated
+        for argument in (node.varin[name] for name in node.primitive.ain):
+            looks = self.looks_of(argument)
+            if looks:
+                self.suppose(argument, "partitioned" if looks == ARRAY else "replicated", result.comm)
+        if result.kind == "partitioned":
+            site.take_apart(node.primitive.ain)
+
+    def suppose(self, symbol: BaseSymbol, kind: str, comm: Any) -> None:
+        """Believe that a value lives somewhere, unless it is known better."""
+        found = self.of.get(symbol)
+        better = found is None or (kind, found.kind) == ("partitioned", "replicated")
+        if isinstance(symbol, Symbol) and symbol not in self.known and comm is not None and better:
+            self.implied[symbol] = Placement(kind, comm)
 
     def place(self, symbol: BaseSymbol, differentiable: bool) -> Any:
         """What is known of an argument."""
@@ -428,6 +468,13 @@ class PlacesOnRanks(Places):
                     f"from {node.name}, built at {filename}:{line}"
                 )
         return None
+
+
+def is_spread(symbol: BaseSymbol) -> bool:
+    """Whether a symbol is a constant that is spread over ranks."""
+    return (
+        type(symbol) is Literal and type(symbol._value) not in SILENT and of_value(symbol._value) is not None
+    )
 
 
 def of_list(parts: list[Any]) -> Any:
@@ -482,13 +529,14 @@ def find_arrivals(self: Model, init: Mapping[str, Value], placed: Mapping[str, P
             place = of_value(value)
             if place is not None and self.placed.get(name, place).kind == "partitioned":
                 known[name] = place
-        elif name not in known and name not in self.placed and type(value) is not numpy.ndarray:
-            known[name] = NUMBER
+        elif name not in known and name not in self.placed:
+            known[name] = ARRAY if numpy.ndim(value) else NUMBER
     return tuple((name, known[name]) for name in self._inputs if name in known)
 
 
 SILENT = {numpy.ndarray, numpy.float64, float, int, complex}  # types that tell nothing
 NUMBER: Any = "number"  # in the place of the placement of an input, of which no more is known
+ARRAY: Any = "array"
 Model.find_arrivals = find_arrivals  # type: ignore[method-assign]
 
 

@@ -79,6 +79,8 @@ def filled(items: Sequence[Value], kinds: Iterable[Kind]) -> list[Array]:
 class broadcast_to(linear):
     """`x` repeated to a shape."""
 
+    placements = "spread"
+
     def apl(node, x, shape):
         return numpy.broadcast_to(x, shape)
 
