@@ -470,13 +470,6 @@ class PlacesOnRanks(Places):
         return None
 
 
-def is_spread(symbol: BaseSymbol) -> bool:
-    """Whether a symbol is a constant that is spread over ranks."""
-    return (
-        type(symbol) is Literal and type(symbol._value) not in SILENT and of_value(symbol._value) is not None
-    )
-
-
 def of_list(parts: list[Any]) -> Any:
     """The placement of a list, from those of its items."""
     for kind in "partitioned", "partial", "root-only":
@@ -485,6 +478,13 @@ def of_list(parts: list[Any]) -> Any:
                 return place
     placed = [place for place in parts if place is not CONSTANT]
     return None if None in placed else placed[0] if placed else CONSTANT
+
+
+def is_spread(symbol: BaseSymbol) -> bool:
+    """Whether a symbol is a constant that is spread over ranks."""
+    return (
+        type(symbol) is Literal and type(symbol._value) not in SILENT and of_value(symbol._value) is not None
+    )
 
 
 def by_pattern(place: Placement, operator: Operator, name: str) -> Placement:
