@@ -103,7 +103,7 @@ BAD_POSITIONS = {
     "text": lambda x: numpy.array([["a", "b", "c"]]),
     "complex": lambda x: numpy.zeros((3, 3), dtype="c16"),
     "none": lambda x: None,
-    "masked": lambda x: numpy.ma.masked_less(numpy.ones((3, 3)), 0.5),
+    "masked": lambda x: numpy.ma.masked_array(numpy.ones((3, 3)), numpy.eye(3) > 0),
 }
 
 

@@ -329,10 +329,10 @@ def test_advance_and_scale(dtype):
         v,
         0.7,
         comm=COMM,
-        replicated="x2",
+        replicated="c",
         truth=x + np.dtype(dtype).type(0.7) * v,
     )
-    check(lambda v, c: fastpm.scale(v, allbcast(c, COMM)), v, 0.7, comm=COMM, replicated="x1")
+    check(lambda v, c: fastpm.scale(v, allbcast(c, COMM)), v, 0.7, comm=COMM, replicated="c")
     check(fastpm.pick, np.arange(6.0).reshape(2, 3), 4, truth=4.0)
 
 
@@ -359,7 +359,7 @@ def test_leap(dtype):
             )[i],
             *init.values(),
             comm=COMM,
-            replicated=("x2", "x3"),
+            replicated=("kick", "drift"),
             truth=expected[i],
         )
 
@@ -412,7 +412,7 @@ def test_superpose(dtype):
             dx2,
             *c.values(),
             comm=COMM,
-            replicated=("x2", "x3", "x4", "x5"),
+            replicated=("c",),
             truth=truth[i],
         )
         check(

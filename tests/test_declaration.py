@@ -563,6 +563,9 @@ def test_lists_may_be_filled_and_scratch_space_be_used():
         def vjp(node, _y):
             return 2 * _y
 
+        def jvp(node, a_):
+            return 2 * a_
+
     np.testing.assert_array_equal(run(f), np.full(3, 2.0))
     with Builder() as m:
         m.output(y=put(m.input("x"), m.input("e"), 1))

@@ -740,7 +740,10 @@ def test_sums_of_half_precision_do_not_overflow_on_the_way():
         s = m.input("x")
         m.output(mean=linalg.mean(s), norm=linalg.norm(s), square=linalg.to_scalar(s * np.float16(0.01)))
     mean, norm, square = m.compute(["mean", "norm", "square"], dict(x=x))
-    assert (mean, mean.dtype) == (300, "f2") and norm.dtype == square.dtype == "f2"
+    assert (mean, mean.dtype) == (
+        300,
+        "f4",
+    ) and norm.dtype == square.dtype == "f4"  # half is computed in single
     np.testing.assert_allclose([norm, square], [300 * 1000**0.5, 9000], rtol=1e-2)
     _, [_x] = m.compute_with_vjp(dict(x=x), dict(_norm=1.0))
     np.testing.assert_allclose(_x, np.full(1000, 1000**-0.5), rtol=1e-2)

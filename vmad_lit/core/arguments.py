@@ -13,18 +13,16 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from .doors import find_reason
+from .doors import find_loss
 
 Array = NDArray[Any]
 
 
 def plain_array(name: str, x: Any) -> Array:
     """`x` as an array of NumPy, or TypeError if a mask, a unit or labels would be lost."""
-    if isinstance(x, numpy.ma.MaskedArray) and not numpy.ma.is_masked(x):
-        x = x.data
-    reason = find_reason(x)
-    if reason:
-        raise TypeError(f"{name} is {reason}")
+    loss = find_loss(x)
+    if loss is not None:
+        raise TypeError(f"{name} is {loss}")
     return numpy.asarray(x)
 
 

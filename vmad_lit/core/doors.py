@@ -7,24 +7,28 @@ from typing import Any
 
 import numpy
 
-from .error import BadArgument
+from .error import WrongKind
 
 PLAIN_NUMBERS = frozenset((int, float, complex, bool, numpy.float64, numpy.float32, numpy.int64))
 
 
 def admit(name: str, value: Any) -> Any:
-    """A value for what it means, such as single precision for half; BadArgument, with the name, if it has no
+    """A value for what it means, such as single precision for half; WrongKind, with the name, if it has no
     meaning here."""
     kind = type(value)
     if kind in PLAIN_NUMBERS or kind is numpy.ndarray and value.dtype.char in "dfDFlqibB?":
         return value
     if kind is list or kind is tuple:
         return kind([admit(f"{name}[{i}]", item) for i, item in enumerate(value)])
-    reason = find_reason(value)
-    if reason:
-        raise BadArgument(f"'{name}' is {reason}")
+    reason = find_loss(value)
+    if reason is None and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "VOUSMm":
+        reason = f"an array of {value.dtype}, and derivatives are of numbers; give an array of floats"
+    if reason is not None:
+        raise WrongKind(f"'{name}' is {reason}")
     if isinstance(value, Fraction):
         return float(value)
+    if isinstance(value, numpy.ma.MaskedArray):
+        return admit(name, value.data)  # nothing is masked
     if unit_of(value) == "":
         value = getattr(value, "magnitude", getattr(value, "value", value))
         return numpy.asarray(value)[()] if isinstance(value, numpy.ndarray) else value
@@ -33,11 +37,15 @@ def admit(name: str, value: Any) -> Any:
     return value
 
 
-def find_reason(value: Any) -> str | None:
-    """Why a value would lose its meaning, and what to do about it; None if it does not."""
+def find_loss(value: Any) -> str | None:
+    """What a value would lose on its way into a plain array, and what to do about it; None if that is nothing."""
     kind = type(value)
     is_array = isinstance(value, (numpy.ndarray, numpy.generic))
-    if isinstance(value, numpy.ma.MaskedArray) or is_array and hasattr(value, "mask"):
+    if isinstance(value, numpy.ma.MaskedArray):
+        masked = numpy.ma.is_masked(value)
+    else:
+        masked = is_array and hasattr(value, "mask")
+    if masked:
         return "a masked array, whose mask would be forgotten; give x.filled(0.), or x.compressed()"
     if isinstance(value, numpy.matrix):
         return "a numpy.matrix, whose * is another one; give numpy.asarray(x), and multiply by linalg.matmul"
@@ -50,8 +58,6 @@ def find_reason(value: Any) -> str | None:
     unit = unit_of(value)
     if unit:
         return f"a quantity in {unit}, which would be forgotten; give its number in the unit that is meant"
-    if is_array and value.dtype.kind in "VOUSMm":
-        return f"an array of {value.dtype}, and derivatives are of numbers; give an array of floats"
     return None
 
 

@@ -16,6 +16,10 @@ class BadArgument(ModelError):
     """An argument that was not declared, was given twice, or does not fit."""
 
 
+class WrongKind(BadArgument, TypeError):
+    """An argument of a kind that has no meaning here."""
+
+
 class MissingArgument(ModelError):
     """A declared argument was not given."""
 

@@ -37,6 +37,12 @@ class Model(Graph):
         """Where the values of inputs live, as far as it is known. On one rank there is nothing to know."""
         return ()
 
+    def at_the_door(
+        self, init: Values, check: Callable[[dict[str, Value]], dict[str, Value]]
+    ) -> dict[str, Value]:
+        """What a check makes of given values, or its error."""
+        return check(dict(init))
+
     def __init__(self) -> None:
         super().__init__()
         self._plans: dict[Any, Plan] = {}
@@ -162,7 +168,7 @@ class Model(Graph):
         """
         names = names_of(vout)
         every = tuple(dict.fromkeys([*self._outputs, *names])) if return_tape else names
-        given = self._conforming(self._admitted(init))
+        given = self.at_the_door(init, lambda init: self._conforming(self._admitted(init)))
         if return_tape:
             given = {name: duplicate(value) for name, value in given.items()}
         out, tape = self._run(every, given, return_tape, monitor)
@@ -194,7 +200,7 @@ class Model(Graph):
             The outputs in the order of `v`, and the cotangents of the inputs in the order of `init`.
             Dicts if `return_dict`.
         """
-        init, v = self._admitted(init), dict(v)
+        init, v = self.at_the_door(init, self._admitted), dict(v)
         vout = [without(name, "_", None) for name in v]
         _, tape = self._run(vout, init, True, monitor)
         out = tape.let_go()
@@ -229,7 +235,7 @@ class Model(Graph):
             `return_dict`.
         """
         names = names_of(vout)
-        _, tape = self._run(names, self._admitted(init), True, monitor)
+        _, tape = self._run(names, self.at_the_door(init, self._admitted), True, monitor)
         tangents = self._tangents(dict(v))
         out = tape.let_go()
         tape.consume()
@@ -256,7 +262,7 @@ class Model(Graph):
         `compute_with_vjp`.
         """
         names = names_of(vout)
-        _, tape = self._run(names, self._admitted(init), True, monitor)
+        _, tape = self._run(names, self.at_the_door(init, self._admitted), True, monitor)
         tangents = self._tangents(dict(v))
         out = tape.let_go()
         pushed = tape.get_jvp().compute([name + "_" for name in names], tangents, monitor=monitor)
@@ -305,7 +311,7 @@ class Model(Graph):
             A cotangent is missing, or a tangent or cotangent does not fit its value.
         """
         names, v = names_of(vout), dict(v)
-        _, tape = self._run(names, self._admitted(init), True, monitor)
+        _, tape = self._run(names, self.at_the_door(init, self._admitted), True, monitor)
         out = tape.let_go()
         cotangents: dict[str, Value] = {}
         for name in names:

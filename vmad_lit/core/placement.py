@@ -13,6 +13,7 @@ from functools import cache, partial
 from importlib import import_module
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy
 
@@ -538,6 +539,79 @@ SILENT = {numpy.ndarray, numpy.float64, float, int, complex}  # types that tell 
 NUMBER: Any = "number"  # in the place of the placement of an input, of which no more is known
 ARRAY: Any = "array"
 Model.find_arrivals = find_arrivals  # type: ignore[method-assign]
+
+# What one rank refuses, all refuse
+DOORS: WeakKeyDictionary[Graph, Any] = WeakKeyDictionary()  # the communicators on which models ran last
+
+
+def at_the_door(self: Model, init: Any, check: Callable[[dict[str, Value]], dict[str, Value]]) -> Any:
+    init = dict(init)
+    comm = find_door(self, init) if many_ranks() else None
+    if comm is None:
+        return check(init)
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = check(init)
+    except Exception as exception:
+        error = exception
+    refused = numpy.array([error is not None], "i4")
+    comm.Allreduce(refused.copy(), refused)
+    if not refused[0]:
+        return result
+    # Tell all ranks what is wrong on some
+    notes = comm.allgather(None if error is None else (type(error), str(error)))
+    kinds = [note[0] for note in notes if note is not None]
+    texts = [f"rank {rank}: {note[1]}" for rank, note in enumerate(notes) if note is not None]
+    raise kinds[0](texts[0] if len(set(notes)) > 1 else notes[0][1]) from error
+
+
+Model.at_the_door = at_the_door  # type: ignore[method-assign]
+
+
+def find_door(model: Model, init: Mapping[str, Value]) -> Any:
+    """The communicator whose ranks run a model together, as far as that is known; None if they do not communicate."""
+    if model._base is not None:
+        original = next((node.forward.graph for node in model if node.forward is not None), None)
+        return None if original is None else DOORS.get(original)
+    talks, comm = find_talk(model)
+    if talks and comm is None:
+        places = (of_value(value) for value in init.values() if type(value) not in SILENT)
+        comm = next((place.comm for place in places if place is not None), None)
+    DOORS[model] = comm = comm if comm is not None and comm.Get_size() > 1 else None
+    return comm
+
+
+def find_talk(model: Model) -> tuple[bool, Any]:
+    """Whether a node of a model communicates, or of a model inside, and on which communicator if a constant tells."""
+    key = "who talks", len(model)
+    if key not in model.shared:
+        talks, comm = False, None
+        for node in model:
+            inside = RULES_INSIDE.get(type(node.operator))
+            if inside is not None:
+                others = inside(node)
+                found = find_talk(others) if others is not None else (False, None)
+            else:
+                found = communicates(node), Site(node, {}).comm
+            talks, comm = talks or found[0], found[1] if comm is None else comm
+        model.shared[key] = talks, comm
+    result: tuple[bool, Any] = model.shared[key]
+    return result
+
+
+def communicates(node: Node) -> bool:
+    """Whether a node talks to other ranks: its operator is collective, or declares where values live, and is given a
+    communicator."""
+    rule = node.operator.placements
+    moves = type(rule) is str and rule not in BY_NAME and Site(node, {}).comm is not None
+    return node.operator.collective or moves
+
+
+RULES_INSIDE: dict[type, Callable[[Node], Any]] = {
+    AutoOperator: find_known_model,
+    Chain: lambda node: (models := find_known_model(node)) and models[0],
+}
 
 
 # Sweeps that sum over ranks

@@ -864,6 +864,8 @@ def tangent_of_solution(A: Value, A_: Value, b_: Value, y: Value, vector: bool) 
 
 def solved(A: Value, g: Value) -> Value:
     """The solutions for cotangents or tangents in columns; those of zeros are zero whatever is in A."""
+    if not numpy.any(g):
+        return 0 * g
     y = numpy.linalg.solve(A, g)
     return numpy.where(numpy.any(g != 0, axis=-2, keepdims=True), y, 0 * g) if has_nan(y) else y
 

@@ -505,7 +505,7 @@ def leapfrog(
     dx, p : displacements and momenta at stages[-1]
     f : the force there, times 1.5 * Om0
     """
-    steps = StepFactors(pt, check_stages(stages), pm)
+    steps = StepFactors(pt, check_stages(stages, backwards=True), pm)
     if reversible:
         # Evolve by steps that can be undone
         if ram is not None or disk is not None:
@@ -524,12 +524,14 @@ def leapfrog(
     return dx, axpy(p, f, steps.kick(steps.n)), scale(f, 1.5 * steps.Om0)
 
 
-def check_stages(stages: ArrayLike) -> list[float]:
-    """The scale factors of a simulation as a list of floats, which must rise, to at most 1."""
+def check_stages(stages: ArrayLike, backwards: bool = False) -> list[float]:
+    """The scale factors of a simulation as a list of floats, which must rise, to at most 1, or also fall (`backwards`)."""
     stages = numpy.atleast_1d(
         real_array("stages, positive scale factors,", stages, above=0, most=1 + 1e-9)
     ).astype("f8")
-    if stages.ndim != 1 or len(stages) == 0 or not (numpy.diff(stages) > 0).all():
+    steps = numpy.diff(stages)
+    in_order = (steps > 0).all() or backwards and (steps < 0).all()
+    if stages.ndim != 1 or len(stages) == 0 or not in_order:
         raise ValueError(
             f"stages must be a sequence of positive scale factors, each larger than the last, not {stages}"
         )
