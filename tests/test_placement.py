@@ -344,6 +344,24 @@ def test_one_rank_of_several_communicators():
     assert np.isclose(y[0], 64 * comm.size * (comm.size + 1) / 2) and np.allclose(_x, 1.0)
 
 
+@pytest.mark.skipif(alone, reason="needs ranks that differ")
+@pytest.mark.parametrize("bad", [np.ma.masked_array([1.0, 2.0], [True, False]), np.array(["one", "two"])])
+def test_what_one_rank_refuses_all_refuse(bad):
+    with Builder() as m:
+        m.output(y=mpi.allreduce(linalg.sum(m.input("x") ** 2), comm))
+    good, last = np.ones(2), comm.size - 1
+    x = bad if comm.rank == last else good
+    for compute in (
+        lambda: m.compute("y", dict(x=x)),
+        lambda: m.compute_with_vjp(dict(x=x), dict(_y=1.0)),
+        lambda: m.compute_with_jvp("y", dict(x=good), dict(x_=x)),
+        lambda: m.compute_with_vjp(dict(x=good), dict(_y=np.ones(3) if comm.rank == last else 1.0)),
+    ):
+        with pytest.raises(BadArgument, match=f"rank {last}: '"):
+            compute()
+    assert m.compute("y", dict(x=good)) == 2 * comm.size
+
+
 def test_a_value_that_is_not_what_it_is_taken_for():
     def build(m):
         a = m.input("a", placement="replicated")

@@ -79,7 +79,8 @@ def find_comm(value: Value) -> Any:
     for candidate in value, getattr(value, "comm", None):
         if hasattr(candidate, "Compare") and hasattr(candidate, "allgather"):
             return candidate
-    return None
+    place = None if type(value) in SILENT else of_value(value)
+    return None if place is None else place.comm
 
 
 def world() -> Any:
@@ -166,7 +167,8 @@ class Site:
     @property
     def comm(self) -> Any:
         """The communicator of the node: that of a constant, such as a mesh, or of arguments; None if they differ."""
-        constants = (find_comm(self.constant(name)) for name in self.node.varin)
+        symbols = flatten(self.node.varin)
+        constants = (find_comm(symbol._value) for symbol in symbols if type(symbol) is Literal)
         comms = [comm for comm in constants if comm is not None]
         comms += [place.comm for place in self.placed]
         same = comms and all(same_ranks(comm, comms[0]) for comm in comms)
@@ -574,30 +576,46 @@ def find_door(model: Model, init: Mapping[str, Value]) -> Any:
     if model._base is not None:
         original = next((node.forward.graph for node in model if node.forward is not None), None)
         return None if original is None else DOORS.get(original)
-    talks, comm = find_talk(model)
+    talks, comm, fields = find_talk(model)
     if talks and comm is None:
-        places = (of_value(value) for value in init.values() if type(value) not in SILENT)
-        comm = next((place.comm for place in places if place is not None), None)
+        places = {name: of_value(value) for name, value in init.items() if type(value) not in SILENT}
+        comm = next((place.comm for place in places.values() if place is not None), None)
+        if comm is None and any(places.get(name) is None for name in fields.intersection(init)):
+            comm = world()  # here is no field where the others have one
     DOORS[model] = comm = comm if comm is not None and comm.Get_size() > 1 else None
     return comm
 
 
-def find_talk(model: Model) -> tuple[bool, Any]:
-    """Whether a node of a model communicates, or of a model inside, and on which communicator if a constant tells."""
+def find_talk(model: Model) -> tuple[bool, Any, set[str]]:
+    """Whether a node of a model communicates, or of a model inside; on which communicator, if a constant tells; and
+    which inputs have to be fields."""
     key = "who talks", len(model)
     if key not in model.shared:
+        names = {symbol: name for name, symbol in model._inputs.items()}
         talks, comm = False, None
+        fields: set[str] = set()
         for node in model:
             inside = RULES_INSIDE.get(type(node.operator))
             if inside is not None:
                 others = inside(node)
-                found = find_talk(others) if others is not None else (False, None)
+                found = find_talk(others)[:2] if others is not None else (False, None)
             else:
                 found = communicates(node), Site(node, {}).comm
+                fields.update(names[x] for x in fields_of(node) if x in names)
             talks, comm = talks or found[0], found[1] if comm is None else comm
-        model.shared[key] = talks, comm
-    result: tuple[bool, Any] = model.shared[key]
+        model.shared[key] = talks, comm, fields
+    result: tuple[bool, Any, set[str]] = model.shared[key]
     return result
+
+
+def fields_of(node: Node) -> list[BaseSymbol]:
+    """The arguments of a node that its operator declares to be fields."""
+    rule = node.operator.placements
+    if type(rule) is not str or "->" not in rule:
+        return []
+    wanted = [word.strip() for word in rule.partition("->")[0].split(",")]
+    wanted = wanted * len(node.operator.ain) if len(wanted) == 1 else wanted
+    return [node.varin[name] for name, want in zip(node.operator.ain, wanted) if want == "field"]
 
 
 def communicates(node: Node) -> bool:
