@@ -56,10 +56,15 @@ def test_fastpm_has_the_names_of_its_rooms():
             assert any(vars(room).get(name) is value for room in rooms), name
 
 
+#: Functions that compare communicators, which each rank does for itself.
+COMPARING = "check_mesh", "same_ranks", "find_comm"
+
+
 def reaches_ranks(function, seen):
     """Whether a function names a communicator, or calls a function or a method of ours that does."""
     if (
         not isinstance(function, FunctionType)
+        or function.__name__ in COMPARING
         or function in seen
         or not function.__module__.startswith("vmad_lit")
     ):

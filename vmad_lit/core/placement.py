@@ -702,10 +702,10 @@ ROWS = 40  # nodes at either end of a long model
 
 def print_graph(graph: Graph) -> str:
     """A model in several lines: its inputs, its nodes, and where their results live."""
-    plans = list(getattr(graph, "_plans", {}).values())
+    plans, derived = list(getattr(graph, "_plans", {}).values()), getattr(graph, "_base", None) is not None
     try:
-        of = PlacesOnRanks(graph, list(graph), plans[-1].places.arrivals if plans else ()).of
-        lines = []
+        arrivals = plans[-1].places.arrivals if plans else ()
+        of, lines = {} if derived else PlacesOnRanks(graph, list(graph), arrivals).of, []
     except PlacementError as error:
         of, lines = {}, [f"  ! {error}"]
 
