@@ -33,16 +33,6 @@ class Model(Graph):
 
     runner: ClassVar[Callable[..., Any]] = staticmethod(Plan.run)
 
-    def find_arrivals(self, init: Mapping[str, Value], placed: Mapping[str, Any] | None) -> Arrivals:
-        """Where the values of inputs live, as far as it is known. On one rank there is nothing to know."""
-        return ()
-
-    def at_the_door(
-        self, init: Values, check: Callable[[dict[str, Value]], dict[str, Value]]
-    ) -> dict[str, Value]:
-        """What a check makes of given values, or its error."""
-        return check(dict(init))
-
     def __init__(self) -> None:
         super().__init__()
         self._plans: dict[Any, Plan] = {}
@@ -57,6 +47,16 @@ class Model(Graph):
         """The model that a symbol belongs to, or the fragment of one that no model has claimed yet; None without any."""
         model: Graph | None = symbol._model
         return model
+
+    def find_arrivals(self, init: Mapping[str, Value], placed: Mapping[str, Any] | None) -> Arrivals:
+        """Where the values of inputs live, as far as it is known. On one rank there is nothing to know."""
+        return ()
+
+    def at_the_door(
+        self, init: Values, check: Callable[[dict[str, Value]], dict[str, Value]]
+    ) -> dict[str, Value]:
+        """What a check makes of given values, or its error."""
+        return check(dict(init))
 
     def _plan(
         self,
