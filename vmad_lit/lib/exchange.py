@@ -272,8 +272,9 @@ def window_support(resampler: Any) -> int:
     return resampler.support if resampler.support > 0 else resampler.nativesupport
 
 
-def as_positions(x: ArrayLike, pm: ParticleMesh) -> Array:
-    """Positions as a floating point array (N, ndim), or an error that says so."""
+def as_positions(x: ArrayLike, pm: ParticleMesh, new: bool = True) -> Array:
+    """Positions as a floating point array (N, ndim), or an error that says so; it is not looked again whether those
+    are finite that have a layout, and so are not `new`."""
     x = plain_array("positions", x)
     if x.ndim != 2 or x.shape[1] != pm.ndim:
         raise ValueError(
@@ -283,7 +284,8 @@ def as_positions(x: ArrayLike, pm: ParticleMesh) -> Array:
     if x.dtype.kind not in "fiub":
         raise TypeError(f"positions must be real numbers, but their type is {x.dtype}")
     x = x if x.dtype in ("f4", "f8") and x.dtype.isnative else x.astype("f8")
-    if not numpy.isfinite(x.sum()) and not numpy.isfinite(x).all():
+    flat = x.reshape(-1)
+    if new and not numpy.isfinite(numpy.dot(flat, flat)) and not numpy.isfinite(x).all():
         bad = numpy.flatnonzero(~numpy.isfinite(x).all(axis=1))
         raise ValueError(f"positions must be finite, but {len(bad)} are not: row {bad[0]} is {x[bad[0]]}")
     return x

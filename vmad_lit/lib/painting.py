@@ -195,7 +195,8 @@ def check_particles(
     x: ArrayLike, layout: Value, pm: ParticleMesh, resampler: Resampler | None
 ) -> tuple[Array, ResampleWindow, ParticleMesh]:
     """Positions, the window and the mesh, for `agree`, once they fit the layout; or an error."""
-    window, x = FindResampler(pm.resampler if resampler is None else resampler), as_positions(x, pm)
+    window = FindResampler(pm.resampler if resampler is None else resampler)
+    x = as_positions(x, pm, new=layout is None)
     check_layout(layout, pm, window)
     if layout is not None and len(x) != layout.sendlength:
         raise ValueError(f"the layout was made for {layout.sendlength} particles, but there are {len(x)}")
