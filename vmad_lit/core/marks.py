@@ -16,6 +16,9 @@ from .valuetypes import IMMUTABLE, SMALL, VALUE_TYPES
 Mark = tuple[Any, ...]
 
 
+#: Types of objects that nobody changes, whatever attributes they have.
+STEADY: set[type] = set()
+
 LARGE = 2**20  # bytes; of what a model was built from, larger arrays are not looked at as a whole
 
 
@@ -26,6 +29,8 @@ def mark(value: Value, most: float = inf, deep: bool = True) -> Mark:
     kind = type(value)
     if isinstance(value, IMMUTABLE):
         return kind, value
+    if kind in STEADY:
+        return kind, id(value)
     if isinstance(value, numpy.ndarray):
         return kind, id(value), value.shape, value.dtype, digest(value, most)
     if kind is list or kind is tuple:

@@ -245,7 +245,7 @@ def check_array(
         raise ValueError(f"{what} must have the shape {shape}, not {array.shape}")
     if writes and not array.flags.writeable:
         raise ValueError(f"{what} is read-only, and would be written to")
-    if not (array.flags.c_contiguous and array.flags.aligned if ordered else as_flat(array) is not None):
+    if not (array.flags.c_contiguous and array.flags.aligned if ordered else has_plain_strides(array)):
         order = "C-ordered" if ordered else "aligned, with positive strides"
         raise ValueError(f"{what} must be {order} in memory, but its strides are {array.strides}")
 
@@ -271,14 +271,23 @@ def collide(array: Array, *others: Array) -> bool:
     )
 
 
+def has_plain_strides(array: Array) -> bool:
+    """Whether an array is aligned, and its strides are whole numbers of elements and not negative."""
+    size = array.itemsize
+    if not array.flags.aligned:
+        return False
+    for stride in array.strides:
+        if stride < 0 or stride % size:
+            return False
+    return True
+
+
 def as_flat(array: Array) -> Any:
     """Memory of an array of real numbers as a flat array, and its strides in elements; None if there is no such view."""
-    size = array.dtype.itemsize
-    if array.dtype.char not in "fd" or not array.dtype.isnative or not array.flags.aligned:
+    size = array.itemsize
+    if array.dtype.char not in "fd" or not array.dtype.isnative or not has_plain_strides(array):
         return None
-    if any(s < 0 or s % size for s in array.strides):
-        return None
-    strides = tuple(s // size for s in array.strides)
+    strides = tuple([s // size for s in array.strides])
     if array.flags.c_contiguous:
         return flatten(array), strides
     extent = 1 + sum((n - 1) * s for n, s in zip(array.shape, strides)) if array.size else 0

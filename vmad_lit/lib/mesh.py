@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from vmad_lit import operator
 from vmad_lit.core.arguments import one_of, real_number, whole_number
 from vmad_lit.core.error import needed_for
+from vmad_lit.core.marks import STEADY
 from vmad_lit.core.operator import REVISIONS, Operator, ZeroGradient
 from vmad_lit.core.placement import find_comm, same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
@@ -462,6 +463,9 @@ class ParticleMesh(pmesh.ParticleMesh):
     def _like(self, pm: pmesh.ParticleMesh) -> Self:
         given = "BoxSize Nmesh dtype comm resampler np".split()
         return type(self)(**{name: getattr(pm, name) for name in given})
+
+
+STEADY.update((ParticleMesh, pmesh.ParticleMesh))
 
 
 @register(pmesh.RealField, BaseComplexField)
