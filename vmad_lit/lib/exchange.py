@@ -273,8 +273,8 @@ def window_support(resampler: Any) -> int:
 
 
 def as_positions(x: ArrayLike, pm: ParticleMesh, new: bool = True) -> Array:
-    """Positions as a floating point array (N, ndim), or an error that says so; it is not looked again whether those
-    are finite that have a layout, and so are not `new`."""
+    """Positions as a floating point array (N, ndim), or an error that says so; it is not looked whether those are
+    finite that are not `new`: that have a layout, or come out of a simulation."""
     x = plain_array("positions", x)
     if x.ndim != 2 or x.shape[1] != pm.ndim:
         raise ValueError(
@@ -321,13 +321,14 @@ def find_reach(pm: ParticleMesh, smoothing: Any) -> tuple[Any, float]:
 
 
 def lay_out(
-    make: Callable[[], ArrayLike], pm: ParticleMesh, smoothing: Any = None
+    make: Callable[[], ArrayLike], pm: ParticleMesh, smoothing: Any = None, new: bool = True
 ) -> tuple[Array, AnyLayout]:
-    """The positions that `make()` returns, in a dtype that all ranks agree on, and their layout. Collective."""
+    """The positions that `make()` returns, in a dtype that all ranks agree on, and their layout; see `as_positions`.
+    Collective."""
 
     def prepare() -> tuple[Any, ...]:
         resampler, reach = find_reach(pm, smoothing)
-        return as_positions(make(), pm), pm, reach, resampler
+        return as_positions(make(), pm, new), pm, reach, resampler
 
     x, _, reach, resampler = agree(pm.comm, prepare)
     if pm.comm.size == 1:

@@ -130,7 +130,7 @@ class ForceAt:
         again: Callable[[slice], Array] | None = None,
     ) -> None:
         if callable(x):
-            x, layout = lay_out(x, pm)
+            x, layout = lay_out(x, pm, new=False)
         self.x, self.pm, self.pot, self._window = x, pm, pot, Window(pm)
         self._count, self.field_like, self._again = len(x), numpy.empty(0, x.dtype), again
         self.layout = layout
