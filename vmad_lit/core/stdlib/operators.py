@@ -423,7 +423,11 @@ class mul(binary):
 
 def times(_y: Value, slope: Value, kind: Kind) -> Value:
     """The cotangent of a value, from the derivative of the result with respect to it."""
-    return ZeroGradient if slope is ZeroGradient else unbroadcast(scaled(_y, conj(slope)), kind)
+    if slope is ZeroGradient:
+        return slope
+    if type(slope) is float is type(_y) and kind is NUMBER and slope - slope == 0.0:
+        return _y * slope  # most cotangents of numbers, and the rule is kept
+    return unbroadcast(scaled(_y, conj(slope)), kind)
 
 
 def bend(_y: Value, slope_: Value, kind: Kind) -> Value:
