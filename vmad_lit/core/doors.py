@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 
 from .error import WrongKind
+from .symbol import BaseSymbol
 
 PLAIN_NUMBERS = frozenset((int, float, complex, bool, numpy.float64, numpy.float32, numpy.int64))
 
@@ -19,7 +20,11 @@ def admit(name: str, value: Any) -> Any:
     if kind in PLAIN_NUMBERS or kind is numpy.ndarray and value.dtype.char in "dfDFlqibB?":
         return value
     if kind is list or kind is tuple:
+        if all([type(item) in PLAIN_NUMBERS or isinstance(item, BaseSymbol) for item in value]):
+            return value
         return kind([admit(f"{name}[{i}]", item) for i, item in enumerate(value)])
+    if isinstance(value, BaseSymbol):
+        return value
     reason = find_loss(value)
     if reason is None and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "VOUSMm":
         reason = f"an array of {value.dtype}, and derivatives are of numbers; give an array of floats"

@@ -93,7 +93,7 @@ class Model(Graph):
         """Compute some outputs; returns a dict of them, and the tape or None. The values of the inputs
         `donated` may be overwritten. Without `results` only the tape is wanted. A model that runs inside
         another is told where the values of its inputs live (`placed`), and which `run` of the other this is."""
-        arrivals = self.find_arrivals(init, placed)
+        arrivals = self.find_arrivals(init, placed) if self._base is None else ()
         plan = self._plan(tuple(vout), record, monitor is None, donated, results, arrivals)
         if placed is None and plan.places.complaint is not None:
             raise plan.places.complaint

@@ -75,7 +75,13 @@ def look(s: Slots, target: Target) -> Any:
     if type(target) is int:
         x = s[target]
         return x.shape if type(x) is numpy.ndarray else looks_of(x)
-    return target if target is None else [look(s, item) for item in target]
+    return target if target is None else alike([look(s, item) for item in target])
+
+
+def alike(looks: list[Any]) -> list[Any]:
+    """The looks of items; of shapes that are equal one object is kept."""
+    first = looks[0] if looks else None
+    return [first if shape == first else shape for shape in looks] if type(first) is tuple else looks
 
 
 def looks_of(x: Value) -> Any:
@@ -86,7 +92,7 @@ def looks_of(x: Value) -> Any:
     if cls is float or cls is int:
         return ()
     if cls is list or cls is tuple:
-        return [looks_of(item) for item in x]
+        return alike([looks_of(item) for item in x])
     form = Form(x)
     return (
         form
@@ -120,7 +126,9 @@ def fit_target(s: Slots, target: Target, looks: Any, spread: bool, name: str, no
             )
     elif target is not None and type(looks) is list:
         for i, (item, part) in enumerate(zip(target, looks)):
-            fit_target(s, item, part, spread, f"{name}[{i}]", node)
+            g = s[item] if type(item) is int else None
+            if type(g) is not numpy.ndarray or g.shape != part:
+                fit_target(s, item, part, spread, f"{name}[{i}]", node)
 
 
 def fit(g: Value, looks: Any, spread: bool) -> Value | None:
