@@ -184,7 +184,9 @@ def is_refused(function, good, bad):
     function(**good)
     for name in good:
         for value in bad:
-            with pytest.raises((TypeError, ValueError), match=f"{name}|must|needs|expected|forgotten|go together"):
+            with pytest.raises(
+                (TypeError, ValueError), match=f"{name}|must|needs|expected|forgotten|go together"
+            ):
                 function(**{**good, name: value})
                 pytest.fail(f"{name} = {value!r} was taken")
 
