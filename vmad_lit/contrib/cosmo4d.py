@@ -16,6 +16,7 @@ from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, tracers, unary
 from vmad_lit.lib.cosmology import HasMatter
+from vmad_lit.lib.exchange import agree_on_lattice
 from vmad_lit.lib.lpt import check_power
 from vmad_lit.lib.mesh import (
     BaseComplexField,
@@ -60,6 +61,7 @@ def FastPMOperator(
     if numpy.size(stages) == 0:
         fs = fastpm.c2r(on_mesh(x, pm)) + 1.0
     else:
+        q = agree_on_lattice(q, pm)
         dx, p, f = fastpm.nbody(x, q, stages, cosmology, pm)
         fs = tracers.density(q + dx, 1.0, q, pm)
     return dict(s=x, fs=fs)
