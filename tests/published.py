@@ -31,7 +31,10 @@ def the(pattern):
 def unpacked(tmp_path_factory):
     """The folder of the source distribution."""
     with tarfile.open(the("vmad_lit-*.tar.gz")) as archive:
-        archive.extractall(tmp_path_factory.mktemp("sdist"), filter="data")
+        archive.extraction_filter = getattr(
+            tarfile, "data_filter", None
+        )  # not in the first releases of Python 3.11
+        archive.extractall(tmp_path_factory.mktemp("sdist"))
         [top] = {Path(name).parts[0] for name in archive.getnames()}
     return tmp_path_factory.getbasetemp() / "sdist0" / top
 
