@@ -412,7 +412,8 @@ class mul(binary):
         return dict(x1=x1, x2=x2, kinds=kinds)
 
     def vjp(node, _y, x1, x2, kinds):
-        return dict(_x1=times(_y, x2, kinds[0]), _x2=times(_y, x1, kinds[1]))
+        _x1 = times(_y, x2, kinds[0])
+        return dict(_x1=_x1, _x2=_x1 if x1 is x2 else times(_y, x1, kinds[1]))  # of a square, once
 
     def jvp(node, x1_, x2_, x1, x2, kinds):
         return widen(plus(scaled(x1_, x2), scaled(x2_, x1)), *kinds)
