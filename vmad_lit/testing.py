@@ -957,9 +957,8 @@ class Memory:
         if key not in self._results:
             self._results[key] = duplicate(value)
         elif not self.found and not is_close(value, self._results[key], self.rtol):
-            filename, line = node.place
             self.found = (
-                f"{node.name}, built at {filename}:{line}, is not the same when it is computed again: '{name}' is "
+                f"{node.name_and_place}, is not the same when it is computed again: '{name}' is "
                 f"{describe(value)} that differs; random numbers come back if they are drawn from node.rng"
             )
 

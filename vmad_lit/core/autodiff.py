@@ -56,9 +56,8 @@ class Sweep:
         varin = {name: derivatives[name] for name in primitive.ain}
         for symbol in flatten(varin):
             if symbol is not ZERO:
-                derived = Node(primitive, varin, varout, None, node)
-                derived.placed = self.plan.places.seen.get(node, NOWHERE)
-                self.model.append(derived)
+                placed = self.plan.places.seen.get(node, NOWHERE)
+                self.model.append(Node(primitive, varin, varout, None, node, placed))
                 return True
         return False
 

@@ -187,10 +187,9 @@ def check_constants(node: Node) -> None:
             try:
                 pickle.dumps(value)
             except Exception as error:
-                filename, line = node.place
                 raise pickle.PicklingError(
-                    f"the model cannot be pickled, since the argument '{name}' of {node.name}, built at "
-                    f"{filename}:{line}, is {describe(value)}, which cannot ({error}). Make it an input of the model, "
+                    f"the model cannot be pickled, since the argument '{name}' of {node.name_and_place}, "
+                    f"is {describe(value)}, which cannot ({error}). Make it an input of the model, "
                     "or let the other side build the model"
                 ) from error
 

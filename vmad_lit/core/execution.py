@@ -550,7 +550,7 @@ class Plan:
     fresh_outputs : tuple of str
         The outputs that are new arrays, which nobody else holds.
     forms : dict
-        If recording: for some nodes the slot with the looks of their values, see `core.fitting`.
+        If recording: for some nodes the slot with the looks of their values, see `core.watching`.
     derived : dict
         The models derived from this plan, so that they are made only once.
     made_for : tuple

@@ -65,6 +65,7 @@ class Node:
         varout: Symbols,
         origin: tuple[CodeType | str, int] | None,
         forward: Node | None = None,
+        placed: Mapping[str, Any] = NOWHERE,
     ) -> None:
         self.primitive = primitive
         self.varin = varin
@@ -73,7 +74,7 @@ class Node:
         self.forward = forward
         self.cache: Any = None
         self.donated: tuple[str, ...] = ()
-        self.placed: Mapping[str, Any] = NOWHERE
+        self.placed = placed
         self._origin = origin
 
     def __getitem__(self, argname: str) -> BaseSymbol:
@@ -146,9 +147,9 @@ class Node:
         """A node to be called in the place of this one, in a run that needs only the results `used`, gives the
         arguments `donated` away, and knows where arguments live."""
         varout = {name: symbol if name in used else Ignored for name, symbol in self.varout.items()}
-        node = Node(self.primitive, self.varin, varout, self._origin, self.forward or self)
+        placed = self.placed if placed is None else placed
+        node = Node(self.primitive, self.varin, varout, self._origin, self.forward or self, placed)
         node.number, node.donated = self.number, tuple(donated)
-        node.placed = self.placed if placed is None else placed
         return node
 
     @property
@@ -162,6 +163,12 @@ class Node:
             return code, instruction
         position = list(code.co_positions())[instruction // 2] if instruction >= 0 else (None,)
         return code.co_filename, position[0] or code.co_firstlineno
+
+    @property
+    def name_and_place(self) -> str:
+        """The node in a message: its name, and where it was built."""
+        filename, line = self.place
+        return f"{self.name}, built at {filename}:{line}"
 
     @property
     def arguments(self) -> Symbols:

@@ -125,7 +125,4 @@ def snapshot(value: Any) -> Any:
     """A value with copies of the arrays in it, and in the containers in it; large arrays are as they are."""
     if isinstance(value, numpy.ndarray):
         return duplicate(value) if value.nbytes <= LARGE else value
-    kind = type(value)
-    if kind is dict:
-        return {key: snapshot(item) for key, item in value.items()}
-    return kind(map(snapshot, value)) if kind in (list, tuple) else value
+    return by_items(snapshot, value, lambda values: value)

@@ -113,6 +113,11 @@ class Model(Graph):
         out = dict(zip(plan.vout, values))
         return out, (Tape(self, plan, slots, init, out, run) if record else None)
 
+    def _record(self, vout: list[str], init: Values, monitor: Monitor | None) -> Tape:
+        """The tape of a run that computes some outputs, from what a caller gives."""
+        tape: Tape = self._run(vout, self.at_the_door(init, self._admitted), True, monitor)[1]
+        return tape
+
     def derive(self, plan: Plan, kind: str) -> Self:
         """The model of a derivative, 'vjp', 'jvp' or 'hvp', for all runs of a recording plan of this model."""
         model: Self | None = plan.derived.get(kind)
@@ -200,9 +205,9 @@ class Model(Graph):
             The outputs in the order of `v`, and the cotangents of the inputs in the order of `init`.
             Dicts if `return_dict`.
         """
-        init, v = self.at_the_door(init, self._admitted), dict(v)
+        v = dict(v)
         vout = [without(name, "_", None) for name in v]
-        _, tape = self._run(vout, init, True, monitor)
+        tape = self._record(vout, init, monitor)
         out = tape.let_go()
         tape.consume()
         pulled = tape.get_vjp().compute(tape.get_vjp_vout(), v, False, return_dict, monitor, copy)
@@ -235,7 +240,7 @@ class Model(Graph):
             `return_dict`.
         """
         names = names_of(vout)
-        _, tape = self._run(names, self.at_the_door(init, self._admitted), True, monitor)
+        tape = self._record(names, init, monitor)
         tangents = self._tangents(dict(v))
         out = tape.let_go()
         tape.consume()
@@ -262,7 +267,7 @@ class Model(Graph):
         `compute_with_vjp`.
         """
         names = names_of(vout)
-        _, tape = self._run(names, self.at_the_door(init, self._admitted), True, monitor)
+        tape = self._record(names, init, monitor)
         tangents = self._tangents(dict(v))
         out = tape.let_go()
         pushed = tape.get_jvp().compute([name + "_" for name in names], tangents, monitor=monitor)
@@ -311,7 +316,7 @@ class Model(Graph):
             A cotangent is missing, or a tangent or cotangent does not fit its value.
         """
         names, v = names_of(vout), dict(v)
-        _, tape = self._run(names, self.at_the_door(init, self._admitted), True, monitor)
+        tape = self._record(names, init, monitor)
         out = tape.let_go()
         cotangents: dict[str, Value] = {}
         for name in names:

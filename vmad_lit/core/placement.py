@@ -187,8 +187,7 @@ class Site:
         """Complain, if there is more than one rank."""
         comm = self.placed[0].comm
         if comm.Get_size() > 1:
-            filename, line = self.node.place
-            raise PlacementError(f"{message}; in {self.node.name}, built at {filename}:{line}")
+            raise PlacementError(f"{message}; in {self.node.name_and_place}")
 
 
 def elementwise(site: Site, of_fields: bool = True) -> Placement | None:
@@ -215,10 +214,10 @@ def elementwise(site: Site, of_fields: bool = True) -> Placement | None:
         if kind in kinds:
             site.take_apart(site.given)
             fields = [place.field for place in site.placed if place.kind == "partitioned"]
-            field = (
-                True if True in fields and of_fields else None if None in fields or True in fields else False
-            )
-            return Placement(kind, comm, field if kind == "partitioned" else False)
+            field = None if None in fields else False
+            if True in fields:
+                field = True if of_fields else None
+            return Placement(kind, comm, field)
     return Placement("replicated", comm) if None not in site.given.values() else None
 
 
@@ -250,17 +249,25 @@ def contraction(site: Site) -> Placement | None:
 
 def declared(rule: str, site: Site) -> list[Placement | None]:
     """The placements of results by a declaration such as 'partitioned, any -> field'."""
-    wanted, results = ([word.strip() for word in side.split(",")] for side in rule.split("->"))
-    names = list(site.node.primitive.ain)
-    wanted = wanted * len(names) if len(wanted) == 1 else wanted
-    for name, want in zip(names, wanted):
+    wanted, results = read_rule(rule, site.node.operator)
+    for name, want in wanted.items():
         check(site, name, want)
-    site.take_apart(name for name, want in zip(names, wanted) if want in ("partitioned", "field"))
+    site.take_apart(name for name, want in wanted.items() if want in ("partitioned", "field"))
     comm = site.comm
     if comm is None:
         return []
-    made = [Placement("partitioned", comm, True) if r == "field" else Placement(r, comm) for r in results]
-    return made * len(site.node.varout) if len(made) == 1 else made  # type: ignore[return-value]
+    return [Placement("partitioned", comm, True) if r == "field" else Placement(r, comm) for r in results]
+
+
+def read_rule(rule: str, operator: Operator) -> tuple[dict[str, str], list[str]]:
+    """What a declaration such as 'partitioned, any -> field' wants of arguments, by name, and says of results."""
+    sides = zip(rule.split("->"), (operator.ain, operator.aout))
+    words = (
+        [word.strip() for word in side.split(",")] * (1 if "," in side else len(names))
+        for side, names in sides
+    )
+    wanted, results = words
+    return dict(zip(operator.ain, wanted)), results
 
 
 def check(site: Site, name: str, want: str) -> None:
@@ -464,11 +471,10 @@ class PlacesOnRanks(Places):
             place = self.of.get(leaf)
             if place is not None and place.kind == "partial" and place.comm.Get_size() > 1:
                 node = next(node for node in graph if any(leaf is symbol for symbol in flatten(node.varout)))
-                filename, line = node.place
                 return PlacementError(
                     f"each rank has only its own summand of the output '{name}'; make the sum by mpi.allreduce "
                     f"(or say by mpi.place(x, 'partitioned', comm) that each rank means its own); "
-                    f"from {node.name}, built at {filename}:{line}"
+                    f"from {node.name_and_place}"
                 )
         return None
 
@@ -524,7 +530,7 @@ Plan.find_places = staticmethod(find_places)
 
 
 def find_arrivals(self: Model, init: Mapping[str, Value], placed: Mapping[str, Placement] | None) -> Arrivals:
-    if self._base is not None or not many_ranks():
+    if not many_ranks():
         return ()
     known = dict(placed or {})
     for name, value in init.items():
@@ -600,7 +606,8 @@ def find_talk(model: Model) -> tuple[bool, Any, set[str]]:
                 others = inside(node)
                 found = find_talk(others)[:2] if others is not None else (False, None)
             else:
-                found = communicates(node), Site(node, {}).comm
+                own = Site(node, {}).comm
+                found = communicates(node, own), own
                 fields.update(names[x] for x in fields_of(node) if x in names)
             talks, comm = talks or found[0], found[1] if comm is None else comm
         model.shared[key] = talks, comm, fields
@@ -611,18 +618,17 @@ def find_talk(model: Model) -> tuple[bool, Any, set[str]]:
 def fields_of(node: Node) -> list[BaseSymbol]:
     """The arguments of a node that its operator declares to be fields."""
     rule = node.operator.placements
-    if type(rule) is not str or "->" not in rule:
+    if type(rule) is not str or rule in BY_NAME:
         return []
-    wanted = [word.strip() for word in rule.partition("->")[0].split(",")]
-    wanted = wanted * len(node.operator.ain) if len(wanted) == 1 else wanted
-    return [node.varin[name] for name, want in zip(node.operator.ain, wanted) if want == "field"]
+    wanted, _ = read_rule(rule, node.operator)
+    return [node.varin[name] for name, want in wanted.items() if want == "field"]
 
 
-def communicates(node: Node) -> bool:
+def communicates(node: Node, comm: Any) -> bool:
     """Whether a node talks to other ranks: its operator is collective, or declares where values live, and is given a
     communicator."""
     rule = node.operator.placements
-    moves = type(rule) is str and rule not in BY_NAME and Site(node, {}).comm is not None
+    moves = type(rule) is str and rule not in BY_NAME and comm is not None
     return node.operator.collective or moves
 
 

@@ -248,11 +248,10 @@ def twin_of(node: Node | None, primitive: Primitive) -> Node | None:
     key = primitive.operator, id(node.placed)
     twin: Node | None = original.cache.get(key)
     if twin is None:
-        twin = Node(primitive.operator.apl, original.varin, original.varout, original._origin)
-        twin.number, twin.placed = original.number, node.placed
+        operator = primitive.operator
+        twin = Node(operator.apl, original.varin, original.varout, original._origin, placed=node.placed)
+        twin.number = original.number
         original.cache[key] = twin
     if primitive.kind == "apl":
         return twin
-    derived = Node(primitive, node.varin, node.varout, None, twin)
-    derived.placed = node.placed
-    return derived
+    return Node(primitive, node.varin, node.varout, None, twin, node.placed)

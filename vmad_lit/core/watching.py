@@ -7,8 +7,8 @@ that others need must not be changed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from typing import Any
-from zlib import crc32
 
 import numpy
 
@@ -16,6 +16,7 @@ from . import declaration
 from .declaration import misbehaves
 from .execution import PASSES, Layout, Plan, Slots, Step, Target, describe, record_of
 from .graph import Node
+from .marks import digest
 from .operator import ZeroGradient, ZeroGradientType
 from .stdlib.operators import sum_to, unbroadcast
 from .symbol import BaseSymbol, List, Literal, Value, leaves
@@ -185,7 +186,7 @@ def fit_array(g: Value, shape: tuple[int, ...], spread: bool) -> Value | None:
 
 def watch_arguments(plan: Plan, layout: Layout) -> None:
     """The pass: see that nodes whose operators nobody vouches for leave their arguments as they are."""
-    nodes, callers = iter(plan.nodes), None
+    nodes, callers, primitives = iter(plan.nodes), None, set()
     for i, step in enumerate(plan.steps):
         if step[1] is not None:
             node = next(nodes)
@@ -193,9 +194,10 @@ def watch_arguments(plan: Plan, layout: Layout) -> None:
                 callers = layout.new_slot() if callers is None else callers
                 given = arguments_of(node, plan, layout)
                 plan.steps[i] = mind_arguments, step[1], step, given, callers
+                primitives.add(node.primitive)
     if callers is not None:
         slots = [slot for name, slot in plan.inputs.items() if name not in plan.donated]
-        plan.steps[0] = note_inputs, plan.steps[0][1], plan.steps[0], slots, callers
+        plan.steps[0] = note_inputs, plan.steps[0][1], plan.steps[0], slots, callers, primitives
 
 
 PASSES.append(watch_arguments)
@@ -219,9 +221,10 @@ def arguments_of(node: Node, plan: Plan, layout: Layout) -> list[tuple[str, Targ
 
 
 def note_inputs(s: Slots, step: Step) -> None:
-    """Run the first step, and note which arrays belong to the caller."""
-    _, node, inner, slots, callers = step
-    s[callers] = {id(array) for slot in slots for array in arrays_in(s[slot])}
+    """Run the first step, and note which arrays belong to the caller, as long as somebody will ask."""
+    _, node, inner, slots, callers, primitives = step
+    if any(primitive.calls < declaration.FIRST_CALLS for primitive in primitives):
+        s[callers] = {id(array) for slot in slots for array in arrays_in(s[slot])}
     go(s, inner, node)
 
 
@@ -234,14 +237,14 @@ def mind_arguments(s: Slots, step: Step) -> None:
         return
     primitive.calls += 1
     before = [
-        (name, array, crc32(array.tobytes()), elsewhere(s, target) if dies else None)
+        (name, array, digest(array, inf), elsewhere(s, target) if dies else None)
         for name, target, constant, dies in given
         if not node.owns(name)
         for array in arrays_in(constant if target is None else look_up(s, target))
     ]
     go(s, inner, node)
     for name, array, checksum, rest in before:
-        if crc32(array.tobytes()) != checksum and (id(array) in s[callers] or is_needed(array, rest)):
+        if digest(array, inf) != checksum and (id(array) in s[callers] or is_needed(array, rest)):
             raise misbehaves(
                 primitive,
                 f"changes its argument '{name}' in place, which others need; let it change a copy, '{name}.copy()'",

@@ -11,8 +11,8 @@ ranks of the communicator have to run the same model.
 
 from __future__ import annotations
 
+import math
 import pickle
-import zlib
 from collections.abc import Callable, Sequence
 from operator import index
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy
 
 from ..core.error import needed_for
+from ..core.marks import digest
 from ..core.operator import ZeroGradient, operator
 from ..core.placement import Placement, Site, declare, same_ranks
 from ..core.stdlib.operators import Array, Shape
@@ -143,7 +144,6 @@ def total(x: Value, comm: MPI.Comm) -> Value:
         raise ValueError(f"a sum over ranks needs values of the same shape, not {told_by_rank(kinds)}")
     if x is ZeroGradient:
         x = numpy.zeros(shapes.pop(), dtype)
-    # Add the buffers
     # Add the buffers
     dtype = numpy.dtype(int) if dtype.kind == "b" else dtype
     part = numpy.asarray(x, "f4" if dtype == "f2" else dtype, order="C")
@@ -279,11 +279,12 @@ def agreed(x: Value, comm: MPI.Comm) -> Value:
 
     Ranks may differ by rounding.
     """
-    kinds = comm.allgather((describe(x), digest(x)))
+    kind = describe(x)
+    kinds = comm.allgather((kind, digest(numpy.asarray(x), math.inf) if type(kind) is tuple else 0))
     if len(set(kinds)) == 1:
         return x
     # Look for how far they are apart
-    if type(describe(x)) is tuple and len({kind for kind, _ in kinds}) == 1:
+    if type(kind) is tuple and len({kind for kind, _ in kinds}) == 1:
         values = numpy.array(comm.allgather(x))
         spread, size = numpy.ptp(numpy.abs(values - values[0]), axis=0), numpy.max(numpy.abs(values))
         if numpy.all(spread <= 1e-6 * size):
@@ -293,11 +294,6 @@ def agreed(x: Value, comm: MPI.Comm) -> Value:
         + told_by_rank([kind for kind, _ in kinds])
         + "; if an operator makes another value on each rank of the same input, send that through mpi.allbcast"
     )
-
-
-def digest(x: Value) -> int:
-    """A number that tells different numbers or arrays apart; 0 for other values."""
-    return zlib.crc32(numpy.asarray(x, order="C").tobytes()) if type(describe(x)) is tuple else 0
 
 
 def from_root(x: Value, comm: MPI.Comm, root: int) -> Value:
