@@ -191,10 +191,13 @@ def add_rows(total: Array, indices: Array, rows: Array) -> bool:
 
 
 @compiled
-def _find_span(span, pos, step, axis, scale, start, width, period, support, first, end):
+def _find_span(span, pos, lattice, step, axis, scale, start, width, period, support, first, end):
     low = high = out = 0
     for p in range(first, end):
-        x = pos[uintp(p * step + axis)] * scale + 0.5 * (support % 2)
+        x = float(pos[uintp(p * step + axis)])
+        if len(lattice):
+            x += lattice[uintp(p * step + axis)]
+        x = x * scale + 0.5 * (support % 2)
         if not abs(x) < 1e15:
             low = high = period
             continue
@@ -212,7 +215,14 @@ def _find_span(span, pos, step, axis, scale, start, width, period, support, firs
 
 
 def find_span(
-    pos: Array, axis: int, scale: float, start: int, width: int, period: int, support: int
+    pos: Array,
+    axis: int,
+    scale: float,
+    start: int,
+    width: int,
+    period: int,
+    support: int,
+    lattice: Array | None = None,
 ) -> tuple[int, int, int]:
     """How far the windows of particles reach beyond a part of a periodic mesh along an axis.
 
@@ -223,6 +233,7 @@ def find_span(
     scale : cells in a unit of length
     start, width, period : the first plane of the part, how many planes it has, and how many the mesh has
     support : of the window, in cells
+    lattice : what the positions are displacements from, or None
 
     Returns
     -------
@@ -231,6 +242,12 @@ def find_span(
     """
     pos = numpy.ascontiguousarray(pos)
     check_array("positions", pos)
+    lattice = pos[:0] if lattice is None else numpy.ascontiguousarray(lattice)
+    check_array("the lattice", lattice)
+    if len(lattice) and lattice.shape != pos.shape:
+        raise ValueError(
+            f"the lattice must have the shape of the positions, {pos.shape}, not {lattice.shape}"
+        )
     if pos.ndim != 2 or not 0 <= axis < pos.shape[1] or support < 1 or period < 1:
         raise ValueError(
             f"positions (N, ndim) and one of their axes are needed, with a window and planes, "
@@ -238,7 +255,7 @@ def find_span(
         )
     edges = share_out(len(pos), 1 << 16)
     spans = [numpy.zeros(3, "i8") for _ in edges[1:]]
-    rest = flatten(pos), pos.shape[1], axis, float(scale), start, width, period, support
+    rest = flatten(pos), flatten(lattice), pos.shape[1], axis, float(scale), start, width, period, support
     run_on_threads(_find_span, [(span, *rest, *ends) for span, *ends in zip(spans, edges, edges[1:])])
     low, high, out = numpy.transpose(spans)
     return int(low.max()), int(high.max()), int(out.sum())
