@@ -13,7 +13,7 @@ import numpy
 
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
-from vmad_lit.lib.compiled import compiled, inlined
+from vmad_lit.lib.compiled import compiled, inlined, inner
 from vmad_lit.lib.vectors import (
     add,
     add_integers,
@@ -76,7 +76,7 @@ def _fold(i, period):
     return i if uintp(i) < uintp(period) else i % period
 
 
-@compiled
+@inner
 def _locate_one(cells, parts, k, pos, lattice, displaced, p, box, low, high, n):
     """What `_locate` does for a particle, wherever it is."""
     shape, stride, scale, translate, origin, period = box

@@ -34,7 +34,7 @@ with needed_for("compiled loops", extra="fast"):
     from numba.core.serialize import dumps
 
 #: What numba is asked for.
-OPTIONS: dict[str, Any] = dict(nogil=True, error_model="numpy", fastmath={"contract"})
+OPTIONS: dict[str, Any] = dict(nogil=True, error_model="numpy", fastmath={"contract"}, no_cfunc_wrapper=True)
 
 
 def ingredients(value: Any, names: Sequence[str] = (), seen: tuple[Any, ...] = ()) -> Any:
@@ -303,4 +303,9 @@ def compiled(function: Callable[..., Any], *signature: Any, **options: Any) -> A
 
 def inlined(function: Callable[..., Any]) -> Any:
     """A compiled function that becomes a part of each loop that calls it."""
-    return compiled(function, forceinline=True)
+    return compiled(function, forceinline=True, no_cpython_wrapper=True)
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """A compiled function that only loops call; they share it."""
+    return compiled(function, no_cpython_wrapper=True)
