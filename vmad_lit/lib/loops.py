@@ -31,7 +31,7 @@ def _number(value: float, like: Array) -> Any:
 
 @compiled
 def _multiply(out, x, factor, scale, start, end):
-    for i in range(start, end):
+    for i in range(uintp(start), uintp(end)):
         out[i] = x[i] * (factor[i] * scale)
 
 
@@ -240,25 +240,28 @@ def _put_derivative(out, first, step, mesh, strides, halo, whole, shape, axis, i
         rows = uintp(0), uintp(n), uintp(2 * n), uintp(3 * n)
     if step == 1 and between == 1:
         _put_difference(out, first, 1, source, rows, 1, n, factors, add)
+    elif step == 1 and between == 3:
+        _put_difference(out, first, 1, source, rows, 3, n, factors, add)
     else:
         _put_difference(out, first, step, source, rows, between, n, factors, add)
 
 
 @compiled
-def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, start, end):
-    aside = numpy.empty(4 * shape[2] + 4, mesh.dtype)
+def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, close, start, end):
+    n = shape[2]
+    aside, rows = numpy.empty(4 * n + 4, mesh.dtype), numpy.empty(3 * n, mesh.dtype)
     beyond = len(halos[0]) == 0, len(halos[1]) == 0, True
     to = pointer(outs[0]), pointer(outs[1]), pointer(outs[2])
     halo = pointer(halos[0]), pointer(halos[1]), pointer(halos[2])
-    A, aid = pointer(mesh), pointer(aside)
+    A, other, aid, row = pointer(mesh), pointer(beside), pointer(aside), pointer(rows)
     for i in range(start, end):
         for j in range(shape[1]):
-            first = i * step[0] + j * step[1]
+            first, own = i * step[0] + j * step[1], i * strides[0] + j * strides[1]
             for axis in range(3 - axes, 3):
                 _put_derivative(
-                    to[axis],
-                    first,
-                    step[2],
+                    row if close else to[axis],
+                    axis * n if close else first,
+                    1 if close else step[2],
                     A,
                     strides,
                     halo[axis],
@@ -271,10 +274,26 @@ def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, st
                     factors[axis],
                     False,
                 )
-            if len(beside):
-                own = i * strides[0] + j * strides[1]
-                for k in range(shape[2]):
-                    outs[3][uintp(first + k * step[2])] = beside[uintp(own + k)]
+            # Put the rows together
+            if close == 3:
+                _interleave(to[0], first, row, other, own, n, 3)
+            elif close == 4:
+                _interleave(to[0], first, row, other, own, n, 4)
+            elif len(beside):
+                for k in range(n):
+                    outs[3][uintp(first + k * step[2])] = beside[uintp(own + k * strides[2])]
+
+
+@inlined
+def _interleave(out, first, rows, beside, own, n, count):
+    """Three rows of numbers, and with `count` 4 one of `beside`, to a row in which those of a point are neighbours."""
+    for k in range(n):
+        i = uintp(first + count * k)
+        store(out, i, load(rows, uintp(k), 1), 1)
+        store(out, uintp(i + 1), load(rows, uintp(n + k), 1), 1)
+        store(out, uintp(i + 2), load(rows, uintp(2 * n + k), 1), 1)
+        if count > 3:
+            store(out, uintp(i + 3), load(beside, uintp(own + k), 1), 1)
 
 
 @compiled
@@ -330,7 +349,16 @@ def gradient(
     (source, strides), *targets = map(_as_flat_3d, (mesh, *outs))
     other = source[:0] if beside is None else _as_flat_3d(beside)[0]
     flats = [flat for flat, _ in targets] + ([source[:0]] if beside is None else [])
-    _over_planes(_gradient, flats, targets[0][1], source, strides, mesh, factors, halos, other)
+    close = _close(targets) if mesh.ndim == 3 and strides[2] == 1 else 0
+    _over_planes(_gradient, flats, targets[0][1], source, strides, mesh, factors, halos, other, close)
+
+
+def _close(targets: Sequence[tuple[Array, Shape]]) -> int:
+    """How many arrays are interleaved, so that the numbers of a point are neighbours: three, four, or 0."""
+    (first, step), n = targets[0], len(targets)
+    starts = [flat.ctypes.data for flat, _ in targets]
+    alike = starts == [starts[0] + c * first.itemsize for c in range(n)]
+    return n if n in (3, 4) and step[2] == n and alike else 0
 
 
 def divergence(out: Array, meshes: Sequence[Array], factors: Sequence[float], halos: Halos) -> None:
@@ -462,7 +490,7 @@ def difference(
 @compiled
 def _quadratic(out, factor, ndim, a, b, start, end):
     (a0, a1, a2, a01, a02, a12), (b0, b1, b2, b01, b02, b12) = a, b
-    for p in range(start, end):
+    for p in range(uintp(start), uintp(end)):
         t, u, s = a0[p], b0[p], a0[p] * b0[p]
         if ndim > 1:
             mixed = a01[p] * b01[p]
@@ -476,7 +504,7 @@ def _quadratic(out, factor, ndim, a, b, start, end):
 @compiled
 def _quadratic_vjp(out, factor, ndim, a, start, end):
     a0, a1, a2, a01, a02, a12 = a
-    for p in range(start, end):
+    for p in range(uintp(start), uintp(end)):
         s, t = factor * out[p], a0[p]
         s += s
         d = -(s + s)
@@ -540,7 +568,7 @@ def _flatten(meshes: Sequence[Array], ndim: int) -> tuple[Array, ...]:
 
 @compiled
 def _add_multiple(out, x, v, c, start, end):
-    for i in range(start, end):
+    for i in range(uintp(start), uintp(end)):
         out[i] = x[i] + c * v[i]
 
 
@@ -557,7 +585,7 @@ def axpy(out: Array, x: Array, v: Array, c: float) -> Array:
 
 @compiled
 def _mix(a_out, b_out, a, b, aa, ab, ba, bb, start, end):
-    for i in range(start, end):
+    for i in range(uintp(start), uintp(end)):
         x, y = a[i], b[i]
         a_out[i] = aa * x + ab * y
         b_out[i] = ba * x + bb * y
