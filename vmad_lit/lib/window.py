@@ -832,7 +832,8 @@ def _gather(
         base=(base, ndim if slopes else len(meshes), ndim if slopes else len(meshes)),
     )
     if slope is None:
-        slope = memory.empty((npart if slopes else 0, ndim), pos.dtype if coef is None else coef.dtype)
+        like: Any = out if coef is None else coef
+        slope = memory.empty((npart if slopes else 0, ndim), like.dtype)
     mesh, views = _readable(meshes)
     box = _box(mesh, transform)
     if not npart or not mesh.size:
