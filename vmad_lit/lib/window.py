@@ -24,13 +24,13 @@ from numpy.typing import ArrayLike
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib import memory
-from vmad_lit.lib.cells import gather_loop, is_straight, scatter_loop
+from vmad_lit.lib.cells import BOX, array_of, gather_loop, is_straight, scatter_loop
 from vmad_lit.lib.compiled import compiled, inlined
 from vmad_lit.lib.memory import as_flat, flatten, overlap
 from vmad_lit.lib.threads import get_threads, run_on_threads, set_threads, share_out
 
 with needed_for("compiled loops", extra="fast"):
-    from numba import float64, from_dtype, int64, types, uint64, uintp
+    from numba import float64, int64, uint64, uintp
 
 Mesh = Any  # an array, or a field that has one as its `value`
 WindowLike = Any  # the name of a window, or pmesh's object
@@ -56,9 +56,6 @@ NEVER = 1 << 62
 
 #: Meshes that go through a loop together.
 TOGETHER = 4
-
-#: The type of a geometry: shape, stride, scale, translate, origin and period, each for three axes.
-BOX = types.Tuple([types.UniTuple(kind, 3) for kind in (int64, int64, float64, float64, int64, int64)])
 
 
 @inlined
@@ -254,7 +251,7 @@ def _scatter_loop(
                             if n > 3:
                                 mesh3[i] += weight * m3
 
-    mesh, position, lattice, reals = map(_array, dtypes)
+    mesh, position, lattice, reals = map(array_of, dtypes)
     return compiled(
         scatter,
         *4 * [mesh],
@@ -448,7 +445,7 @@ def _gather_loop(
                 if n > 3:
                     out[uintp(first + 3)] = s3
 
-    mesh, position, lattice, reals = map(_array, dtypes)
+    mesh, position, lattice, reals = map(array_of, dtypes)
     return compiled(
         gather,
         *4 * [mesh],
@@ -468,10 +465,6 @@ def _gather_loop(
         reals,
         float64,
     )
-
-
-def _array(dtype: DType) -> Any:
-    return types.Array(from_dtype(dtype), 1, "C")
 
 
 @lru_cache(maxsize=None)
@@ -519,9 +512,9 @@ def _census_loop(position: DType, lattice: DType) -> Any:
         int64,
         uint64[::1],
         int64,
-        _array(position),
+        array_of(position),
         int64,
-        _array(lattice),
+        array_of(lattice),
     )
 
 
@@ -1337,7 +1330,7 @@ def _hessian_product_loop(dtypes: DTypes, ndim: int, support: int, n: int, asked
             if ndim > 2:
                 slope[uintp(p * ndim + 2)] += (xz * vx + yz * vy + zz * vz) * scale[2]
 
-    mesh, position, lattice, reals = map(_array, dtypes)
+    mesh, position, lattice, reals = map(array_of, dtypes)
     return compiled(
         hessian_product,
         *4 * [mesh],
