@@ -42,4 +42,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(simulate(sys.argv[1]) if len(sys.argv) > 1 else main())
+    if len(sys.argv) > 1:
+        simulate(sys.argv[1])
+    else:
+        sys.exit(main())

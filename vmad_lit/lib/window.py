@@ -563,6 +563,11 @@ def check_lattice(lattice: ArrayLike | None, pos: Array) -> Array | None:
     return check_positions(lattice, pos.shape[1])
 
 
+def _flat_lattice(lattice: Any, pos: Array) -> Array:
+    """A lattice for loops: flat memory, or none."""
+    return numpy.empty(0, pos.dtype) if lattice is None else flatten(lattice)
+
+
 def _per_particle(
     value: ArrayLike, npart: int, what: str, dtype: DType, width: int | None = None
 ) -> tuple[Array, int]:
@@ -670,7 +675,7 @@ def _scatter(
     if not len(pos) or not meshes[0].size:
         return
     step = pos.shape[1]
-    pos, lattice = flatten(pos), numpy.empty(0, pos.dtype) if lattice is None else flatten(lattice)
+    pos, lattice = flatten(pos), _flat_lattice(lattice, pos)
     views = [as_flat(mesh) for mesh in meshes]
     # Paint aside what cannot be painted in place
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
@@ -834,7 +839,7 @@ def _gather(
             if result is not None and len(result):
                 result[...] = 0.0 if base is None else base
         return slope
-    pos, lattice = flatten(pos), numpy.empty(0, pos.dtype) if lattice is None else flatten(lattice)
+    pos, lattice = flatten(pos), _flat_lattice(lattice, pos)
     none = numpy.empty(0, slope.dtype if out is None else out.dtype)
     width = 0 if out is None else len(meshes)
     base = none if base is None else base.reshape(-1)
@@ -1373,7 +1378,7 @@ def _hessian_product(
     box = _box(mesh, transform)
     if not npart or not mesh.size:
         return
-    pos, lattice = flatten(pos), numpy.empty(0, pos.dtype) if lattice is None else flatten(lattice)
+    pos, lattice = flatten(pos), _flat_lattice(lattice, pos)
     cuts = share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
         dtypes = flats[0].dtype, pos.dtype, lattice.dtype, slope.dtype
