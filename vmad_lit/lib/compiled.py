@@ -318,9 +318,9 @@ def compiled(function: Callable[..., Any], *signature: Any, **options: Any) -> A
 
 def inlined(function: Callable[..., Any]) -> Any:
     """A compiled function that becomes a part of each loop that calls it."""
-    return compiled(function, forceinline=True, no_cpython_wrapper=True)
+    return compiled(function, forceinline=True)
 
 
 def inner(function: Callable[..., Any]) -> Any:
-    """A compiled function that only loops call; they share it."""
+    """A compiled function of pointers that only loops call; they share it."""
     return compiled(function, no_cpython_wrapper=True)
