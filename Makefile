@@ -68,6 +68,7 @@ clean:
 	python -m pip install -q --upgrade pip -c constraints.txt
 	$(if $(MPI),python -m pip install -q -c constraints.txt $(MPI),mpicc -show)
 	python -m pip install -q -r requirements.txt
+	python -m vmad_lit.warm_up || true      # compile the loops of a simulation, once for all
 	touch $@
 
 .venv/%-ready: .venv/ready              # what only one of the commands needs, once

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
 import glob
 import hashlib
 import os
@@ -16,7 +17,7 @@ import pickle
 import sys
 import tempfile
 import time
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 import warnings
 
@@ -30,11 +31,12 @@ with needed_for("compiled loops", extra="fast"):
     from numba.core.compiler import CompileResult
     from numba.core.compiler_lock import global_compiler_lock
     from numba.core.dispatcher import Dispatcher
+    from numba.core.extending import _Intrinsic as Intrinsic
     from numba.core.runtime.nrt import rtsys
     from numba.core.serialize import dumps
 
 #: What numba is asked for.
-OPTIONS: dict[str, Any] = dict(nogil=True, error_model="numpy", fastmath={"contract"})
+OPTIONS: dict[str, Any] = dict(nogil=True, error_model="numpy", fastmath={"contract"}, no_cfunc_wrapper=True)
 
 
 def ingredients(value: Any, names: Sequence[str] = (), seen: tuple[Any, ...] = ()) -> Any:
@@ -45,6 +47,8 @@ def ingredients(value: Any, names: Sequence[str] = (), seen: tuple[Any, ...] = (
     """
     if isinstance(value, Dispatcher):
         return _ingredients_of_function(value.py_func, seen), ingredients(value.targetoptions)
+    if isinstance(value, Intrinsic):
+        return _ingredients_of_function(value._defn, seen), _ingredients_of_module(value._defn.__module__)
     if isinstance(value, ModuleType):
         asked = [name for name in names if hasattr(value, name) and value not in seen]
         return value.__name__, *(ingredients(getattr(value, name), names, (*seen, value)) for name in asked)
@@ -77,6 +81,17 @@ def _ingredients_of_function(function: Any, seen: tuple[Any, ...]) -> Any:
     constants = [[c for c in code.co_consts if not isinstance(c, CodeType)] for code in codes]
     referred = constants, function.__defaults__, cells, scope
     return function.__module__, repr(bodies), ingredients(referred, names, (*seen, function))
+
+
+@lru_cache(maxsize=None)
+def _ingredients_of_module(name: str) -> Any:
+    """The code of all functions of a module: what a function that makes instructions calls may be any of them."""
+    values = [getattr(value, "_defn", value) for value in vars(sys.modules[name]).values()]
+    own = [value for value in values if isinstance(value, FunctionType) and value.__module__ == name]
+    codes = [code for function in own for code in _codes(function.__code__)]
+    return repr([(code.co_code.hex(), code.co_names) for code in codes]), ingredients(
+        [[c for c in code.co_consts if not isinstance(c, CodeType)] for code in codes]
+    )
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -304,3 +319,8 @@ def compiled(function: Callable[..., Any], *signature: Any, **options: Any) -> A
 def inlined(function: Callable[..., Any]) -> Any:
     """A compiled function that becomes a part of each loop that calls it."""
     return compiled(function, forceinline=True)
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """A compiled function of pointers that only loops call; they share it."""
+    return compiled(function, no_cpython_wrapper=True)
