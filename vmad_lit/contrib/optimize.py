@@ -25,7 +25,8 @@ from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.lib.files import Path
 from vmad_lit.lib.fingerprint import differences, fingerprint
-from vmad_lit.lib.shards import Parts, StateError, on_first, save_parts, together
+from vmad_lit.lib.shards import Parts, on_first, save_parts, together
+from vmad_lit.lib.shards import StateError as StateError  # which users catch
 from vmad_lit.lib.signals import Interrupt, current_interrupt
 
 EPS = float(np.finfo(float).eps)
