@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import functools
 import hashlib
 import math
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy
@@ -163,17 +163,16 @@ def _walk_inside(value: Any, arrays: list[Any], depth: int) -> Print:
             given=_walk([*value.args, value.keywords], arrays, depth),
         )
     inside: dict[str, Any] = {}
-    if isinstance(value, Operator):
-        inside = dict(value.hyperargs) if isinstance(value, AutoOperator) else {}
-        code = getattr(value.prototype, "main", value.prototype) if isinstance(value, AutoOperator) else None
-    elif hasattr(value, "__func__"):
+    code = value
+    if isinstance(value, AutoOperator):
+        inside, code = dict(value.hyperargs), getattr(value.prototype, "main", value.prototype)
+    elif isinstance(value, MethodType):
         inside, code = {"self": value.__self__}, value.__func__
-    else:
-        code = value
-        inside = (
-            {} if callable(value) and hasattr(value, "__code__") else dict(getattr(value, "__dict__", {}))
-        )
-    found = dict(type=getattr(value, "__qualname__", type(value).__qualname__))
+    elif not isinstance(value, (FunctionType, Operator, ModuleType)):
+        attributes = getattr(value, "__dict__", {})
+        inside = {name: item for name, item in attributes.items() if name[:1] != "_"}
+    name = getattr(value, "__qualname__", getattr(value, "__name__", type(value).__qualname__))
+    found = dict(type=name)
     if isinstance(code, FunctionType):
         # Describe the code of a function
         found["code"] = hashlib.sha256(repr(_instructions(code.__code__)).encode()).hexdigest()[:16]
