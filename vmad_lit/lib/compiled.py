@@ -14,8 +14,9 @@ import glob
 import hashlib
 import os
 import pickle
+import stat
 import sys
-import tempfile
+import threading
 import time
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ import warnings
 import numpy
 
 from vmad_lit.core.error import needed_for
+from vmad_lit.lib.files import replacing
 
 with needed_for("compiled loops", extra="fast"):
     import numba
@@ -122,11 +124,13 @@ def find_folder(processor: str | None) -> str | None:
     version = f"numba-{numba.__version__}-python{sys.version_info[0]}.{sys.version_info[1]}"
     try:
         place = os.environ.get("VMAD_LIT_CACHE_DIR") or os.path.join(_user_cache(), "vmad_lit")
-        folder = os.path.join(os.path.abspath(place), f"{version}-{processor or 'generic'}")
+        folder = os.path.join(os.path.realpath(place), f"{version}-{processor or 'generic'}")
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        if _is_private(os.stat(folder)):
+        exposed = None if _is_private(os.lstat(folder)) else folder
+        exposed = exposed or _within_reach_of_others(folder)
+        if exposed is None:
             return folder
-        _warn(f"others can write to {folder}")
+        _warn(f"others can write to {exposed}")
     except OSError as error:
         _warn(error)
     return None
@@ -135,6 +139,32 @@ def find_folder(processor: str | None) -> str | None:
 def _is_private(status: os.stat_result) -> bool:
     """Whether a file or a folder is ours, and nobody else may write to it."""
     return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
+
+
+def _within_reach_of_others(folder: str) -> str | None:
+    """The folder above a real path, if there is one, in which others could rename what leads to it."""
+    trusted = {os.getuid(), 0, os.stat(os.path.abspath(os.sep)).st_uid} if hasattr(os, "getuid") else set()
+    while trusted and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+        status = os.lstat(folder)
+        shared = status.st_mode & 0o022
+        if shared == 0o020 and _are_alone_in(status.st_gid):
+            shared = 0
+        if status.st_uid not in trusted or (shared and not status.st_mode & stat.S_ISVTX):
+            return folder
+    return None
+
+
+def _are_alone_in(group: int) -> bool:
+    """Whether a group is the one that a system has made for the user alone, of the same name."""
+    import grp
+    import pwd
+
+    try:
+        us, them = pwd.getpwuid(os.getuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return us.pw_gid == group and them.gr_name == us.pw_name and set(them.gr_mem) <= {us.pw_name}
 
 
 _warned = False
@@ -199,7 +229,8 @@ class Cache:
             return
         data = dumps((_undefined_symbols(result.library), result._reduce()))
         try:
-            _write(path, hashlib.sha256(data).digest() + data)
+            with replacing(path, mode=0o600) as file:
+                file.write(hashlib.sha256(data).digest() + data)
         except OSError as error:
             _warn(error)
         _remove_unused(os.path.dirname(os.path.dirname(path)))
@@ -228,18 +259,6 @@ def _undefined_symbols(library: Any) -> list[str]:
     return [name for name in declared if not name.startswith("llvm.")]
 
 
-def _write(path: str, data: bytes) -> None:
-    """Write a file, all of it or nothing."""
-    descriptor, beside = tempfile.mkstemp(dir=os.path.dirname(path))
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(beside, path)
-    except OSError:
-        os.unlink(beside)
-        raise
-
-
 #: Seconds after which a loop goes that has not been used.
 LIFETIME = 90 * 86400
 
@@ -258,8 +277,8 @@ def _remove_unused(place: str) -> None:
                 os.unlink(path)
 
 
-#: Seconds to wait for another process that compiles a loop.
-PATIENCE = 60
+#: Seconds to wait for another process that holds the lock of a loop, without a sign of life from it.
+PATIENCE = 4.0
 
 
 @contextmanager
@@ -274,19 +293,44 @@ def _in_turn(path: str) -> Iterator[None]:
         return
     with file:
         # Wait for the lock
-        held, start = False, time.monotonic()
-        while not held and not os.path.exists(path) and time.monotonic() - start < PATIENCE:
+        held, seen, since = False, 0, time.monotonic()
+        while not held and not os.path.exists(path) and time.monotonic() - since < PATIENCE:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = True
             except BlockingIOError:
                 time.sleep(0.05)
+                sign = os.fstat(file.fileno()).st_mtime_ns
+                if sign != seen:
+                    seen, since = sign, time.monotonic()
             except OSError:
                 break
-        yield
-        if held:
+        if not held:
+            yield
+            return
+        with _signs_of_life(file.name):
+            yield
+        with suppress(OSError):
+            os.unlink(file.name)
+
+
+@contextmanager
+def _signs_of_life(path: str) -> Iterator[None]:
+    """Touch a file twice a second, from another thread, until the block ends."""
+    done = threading.Event()
+
+    def touch() -> None:
+        while not done.wait(0.5):
             with suppress(OSError):
-                os.unlink(file.name)
+                os.utime(path)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def compiled(function: Callable[..., Any], *signature: Any, **options: Any) -> Any:
