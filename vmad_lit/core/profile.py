@@ -157,9 +157,7 @@ class Profile:
         rows = []
         for path, (name, filename, line), entry in walk(self.root):
             place = f"{os.path.basename(filename)}:{line}"
-            rows.append(
-                Row(name, place=place, depth=len(path), **entry.numbers())
-            )
+            rows.append(Row(name, place=place, depth=len(path), **entry.numbers()))
         return rows
 
     def by_operator(self) -> list[Row]:

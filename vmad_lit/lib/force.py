@@ -12,9 +12,11 @@ from vmad_lit import operator
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.traffic import count_object
 from vmad_lit.lib import memory
-from vmad_lit.lib.exchange import deliver, exchange_rows, gather_rows, starts
+from vmad_lit.lib.exchange import exchange_rows, gather_rows
 from vmad_lit.lib.mesh import ParticleMesh, agree, as_real_field, as_rows, common_dtypes, once_per_mesh
+from vmad_lit.lib.mpi import add_up, deliver, starts
 from vmad_lit.lib.painting import (
     Window,
     agree_to_read,
@@ -46,7 +48,9 @@ Order = Literal[0, 1]  # of `fourier_space_neg_gradient`
 def _halo_plan(pm: ParticleMesh, axis: int) -> tuple[Any, ...]:
     """The planes to send along an axis, those to receive, and how many of each for each rank."""
     comm, n, mesh = pm.comm, int(pm.Nmesh[axis]), pm.create(type=RealField)
-    boxes, me = comm.allgather((tuple(map(int, mesh.start)), mesh.shape)), comm.rank
+    box, me = (tuple(map(int, mesh.start)), mesh.shape), comm.rank
+    count_object(comm, box)
+    boxes = comm.allgather(box)
 
     def wanted(rank: int) -> list[int]:
         begin, count = (corner[axis] for corner in boxes[rank])
@@ -245,7 +249,7 @@ class force:
     @staticmethod
     def find_factor(x: Array, pm: ParticleMesh) -> float:
         """The mass of a particle: the inverse of their mean number in a cell. Collective."""
-        return float(pm.Nmesh.prod()) / max(pm.comm.allreduce(len(x)), 1)
+        return float(pm.Nmesh.prod()) / max(add_up(pm.comm, len(x)), 1)
 
     @staticmethod
     def kept(potk: BaseComplexField, order: Order, out: Any = Ellipsis) -> Field:

@@ -168,7 +168,7 @@ def empty(shape: Any, dtype: DTypeLike = "f8") -> Array:
     shape = (shape,) if numpy.ndim(shape) == 0 else tuple(shape)
     nbytes = dtype.itemsize
     for n in shape:
-        nbytes *= n
+        nbytes *= int(n)
     if nbytes < LEAST:
         return numpy.empty(shape, dtype)
     return numpy.asarray(_Piece(_store.take(int(nbytes)), shape, dtype))
