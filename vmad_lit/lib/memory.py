@@ -201,6 +201,13 @@ def release() -> int:
     return count
 
 
+def idle() -> int:
+    """The bytes of idle memory that have been in use; the next arrays find them there."""
+    with _store.lock:
+        _store.collect()
+        return sum(max(min(end, region.high) - begin, 0) for region, begin, end in _store.idle)
+
+
 class _Writeable:
     """Hands memory to NumPy without the read-only flag."""
 
