@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy
 
@@ -42,6 +42,9 @@ class Sent(NamedTuple):
         return Sent(self.messages + times * other.messages, self.nbytes + times * other.nbytes)
 
 
+Planes: TypeAlias = int | Sequence[int]  # along each axis that is divided, or along each
+
+
 class Division:
     """A mesh that is divided among ranks, as one of them sees it.
 
@@ -62,7 +65,9 @@ class Division:
         rank = whole_number("rank", rank, 0, self.ranks - 1)
         self.place = [int(p) for p in numpy.unravel_index(rank, self.np)]
         self.parts = self.np + (1,) * (len(self.nmesh) - len(self.np))
-        self.own = [length(n, p, i) for n, p, i in zip(self.nmesh, self.parts, [*self.place, 0, 0])]
+        self.place += [0] * (len(self.nmesh) - len(self.np))
+        self.own = [length(n, p, i) for n, p, i in zip(self.nmesh, self.parts, self.place)]
+        self.divided = [axis for axis, parts in enumerate(self.np) if parts > 1]
 
     # What is sent for a division of a mesh
     def transform(self, backward: bool = False) -> Sent:
@@ -82,49 +87,50 @@ class Division:
             total = total.plus(Sent(sum(piece > 0 for piece in pieces), sum(pieces)))
         return total
 
-    def halo(self, low: int, high: int, corners: bool = True, fold: bool = False) -> Sent:
+    def halo(self, low: Planes, high: Planes, fold: bool = False) -> Sent:
         """What is sent for `low` planes before and `high` planes behind each domain, along all axes that are divided.
 
-        With `corners` the planes along an axis include the halo along the axes before it. When a halo is added to its
-        owners (`fold`), what was received is sent back.
+        The planes along an axis include the halo along the axes before it. When a halo is added to its owners (`fold`),
+        what was received is sent back.
         """
         total = Sent()
-        for axis, parts in enumerate(self.np):
-            if parts == 1:
-                continue
+        for axis in self.divided:
             other = math.prod(
-                self._wide(d, self.place[d], low, high) if corners and d < axis and self.parts[d] > 1 else own
-                for d, own in enumerate(self.own)
-                if d != axis
+                self.wide(d, low, high) if d < axis else own for d, own in enumerate(self.own) if d != axis
             )
             for planes in self._planes(axis, low, high, fold):
-                nbytes = planes * other * self.itemsize
-                total = total.plus(Sent(int(nbytes > 0), nbytes))
+                total = total.plus(Sent(int(other > 0), planes * other * self.itemsize))
         return total
 
-    def _wide(self, axis: int, part: int, low: int, high: int) -> int:
-        """The planes of a domain and of its halo along an axis, each counted once."""
-        n, own = self.nmesh[axis], length(self.nmesh[axis], self.parts[axis], part)
-        return min(own + low + high, n) if own else 0
+    def wide(self, axis: int, low: Planes, high: Planes) -> int:
+        """The planes of this rank along an axis, with their halo, each counted once."""
+        begin, end = block(self.nmesh[axis], self.parts[axis], self.place[axis])
+        return (
+            end - begin + sum(stop - start for start, stop in self._around(axis, self.place[axis], low, high))
+        )
 
-    def _planes(self, axis: int, low: int, high: int, fold: bool) -> Iterator[int]:
-        """How many planes go to each of the others along an axis."""
+    def _around(self, axis: int, part: int, low: Planes, high: Planes) -> list[tuple[int, int]]:
+        """The planes around a domain, as two intervals, which may reach beyond the ends of the mesh."""
+        n, parts = self.nmesh[axis], self.parts[axis]
+        before, behind = (x if isinstance(x, int) else int(x[axis]) for x in (low, high))
+        begin, end = block(n, parts, part)
+        if axis not in self.divided or begin == end:
+            return []
+        if before + behind - (-n // parts) >= n:
+            return [(0, begin), (end, n)]
+        return [(begin - before, begin), (end, end + behind)]
+
+    def _planes(self, axis: int, low: Planes, high: Planes, fold: bool) -> Iterator[int]:
+        """How many planes there are in each message to the others along an axis."""
         n, parts, me = self.nmesh[axis], self.parts[axis], self.place[axis]
         for other in range(parts):
             asker, owner = (me, other) if fold else (other, me)
-            begin, end = block(n, parts, asker)
-            if other == me or begin == end:
-                continue
             first, last = block(n, parts, owner)
-            if end - begin + low + high >= n:
-                yield last - first
-                continue
-            wanted = [(begin - low, begin), (end, end + high)]
-            yield sum(
-                max(min(stop, last + turn) - max(start, first + turn), 0)
-                for start, stop in wanted
-                for turn in (-n, 0, n)
-            )
+            for start, stop in self._around(axis, asker, low, high) if other != me else ():
+                for turn in -n, 0, n:
+                    planes = min(stop, last + turn) - max(start, first + turn)
+                    if planes > 0:
+                        yield planes
 
     def ghosts(self, sigma: float, per_cell: float = 1.0) -> float:
         """How many particles this rank sends to others, for displacements of `sigma` cells along each axis (window cic).
@@ -140,19 +146,22 @@ class Division:
                 owned *= 1 - gone / own
         return math.prod(self.own) * per_cell * (copies - owned)
 
-    def force(self, low: int, high: int, gradient: bool = False) -> dict[str, Sent]:
+    def force(self, low: Planes, high: Planes, gradient: bool = False) -> dict[str, Sent]:
         """What is sent for the force on all particles, or for its reverse sweep, by kind.
 
-        The windows of the particles reach `low` and `high` planes beyond their domains.
+        The windows of the particles reach `low` and `high` planes beyond their domains, and differences `REACH` more.
         """
-        there, back = self.transform(), self.transform(backward=True)
-        narrow = self.halo(low, high, fold=not gradient)
-        wide = self.halo(low + REACH, high + REACH)
-        halos = narrow.plus(wide)
-        if gradient:
-            halos = halos.plus(self.halo(low + REACH, high + REACH, fold=True))
-        calls = 0 if self.ranks == 1 else AGREEMENTS["gradient" if gradient else "forward"]
-        return {"transforms": there.plus(back), "halos": halos, "agreements": Sent(calls, calls * NOTE)}
+        before, behind = (
+            [(x if isinstance(x, int) else int(x[axis])) + REACH for axis in range(len(self.nmesh))]
+            for x in (low, high)
+        )
+        fold, fetch = self.halo(before, behind, fold=True), self.halo(before, behind)
+        calls = AGREEMENTS["gradient" if gradient else "forward"] if self.ranks > 1 else Sent()
+        return {
+            "transforms": self.transform().plus(self.transform(backward=True)),
+            "halos": fold.plus(fetch, 2 if gradient else 1),
+            "agreements": calls,
+        }
 
 
 def mean_excess(a: float, sigma: float) -> float:
@@ -164,8 +173,8 @@ def mean_excess(a: float, sigma: float) -> float:
 
 
 REACH = 2  # planes on either side that a difference needs
-NOTE = 32  # bytes that a rank tells the others in an agreement
-AGREEMENTS = dict(forward=3, gradient=1)  # calls by which all ranks tell all others, for a force
+#: Calls by which all ranks tell all others, and their bytes: for a force, and for its reverse sweep.
+AGREEMENTS = {"forward": Sent(3, 104), "gradient": Sent(1, 2)}
 
 
 class Machine(NamedTuple):
@@ -201,10 +210,7 @@ class Machine(NamedTuple):
         """Seconds for a force, or for its reverse sweep, by kind, with a particle in each cell."""
         sent = division.force(margin, margin, gradient)
         cells = math.prod(division.own)
-        wide = math.prod(
-            division._wide(d, i, margin, margin) if parts > 1 else own
-            for d, (own, parts, i) in enumerate(zip(division.own, division.parts, [*division.place, 0, 0]))
-        )
+        wide = math.prod(division.wide(d, margin, margin) for d in range(len(division.own)))
         work = (self.gradient if gradient else self.forward) * cells
         work += HALO_WORK * division.itemsize * (wide - cells)
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import floor
 from typing import Any
 
 import numpy
@@ -15,7 +16,7 @@ from vmad_lit.core.symbol import Value
 from vmad_lit.lib import memory
 from vmad_lit.lib.compiled import compiled, inlined
 from vmad_lit.lib.memory import as_flat, check_array, collide, flatten, overlap
-from vmad_lit.lib.threads import share
+from vmad_lit.lib.threads import run_on_threads, share, share_out
 
 with needed_for("compiled loops", extra="fast"):
     from numba import uintp
@@ -182,6 +183,60 @@ def add_rows(total: Array, indices: Array, rows: Array) -> bool:
     flat = [flatten(x.view(x.real.dtype)) for x in (total, rows)]
     _add_rows(flat[0], flatten(indices), flat[1], flat[0].size // max(1, len(total)))
     return True
+
+
+@compiled
+def _find_span(span, pos, step, axis, scale, start, width, period, support, first, end):
+    low = high = out = 0
+    for p in range(first, end):
+        x = pos[uintp(p * step + axis)] * scale + 0.5 * (support % 2)
+        if not abs(x) < 1e15:
+            low = high = period
+            continue
+        plane = int(floor(x)) - (support - 1) // 2 - start
+        if not 0 <= plane < period:
+            plane %= period
+        over = plane + support - width
+        if over > 0:
+            out += 1
+            if over <= period - plane:
+                high = max(high, over)
+            else:
+                low = max(low, period - plane)
+    span[0], span[1], span[2] = low, high, out
+
+
+def find_span(
+    pos: Array, axis: int, scale: float, start: int, width: int, period: int, support: int
+) -> tuple[int, int, int]:
+    """How far the windows of particles reach beyond a part of a periodic mesh along an axis.
+
+    Parameters
+    ----------
+    pos : (N, ndim) positions
+    axis : the axis
+    scale : cells in a unit of length
+    start, width, period : the first plane of the part, how many planes it has, and how many the mesh has
+    support : of the window, in cells
+
+    Returns
+    -------
+    low, high, out : planes before the part and behind it, and how many particles reach there. Both are the period
+        if a position is not a number, or farther away than cells can be counted
+    """
+    pos = numpy.ascontiguousarray(pos)
+    check_array("positions", pos)
+    if pos.ndim != 2 or not 0 <= axis < pos.shape[1] or support < 1 or period < 1:
+        raise ValueError(
+            f"positions (N, ndim) and one of their axes are needed, with a window and planes, "
+            f"not {pos.shape}, {axis}, {support} and {period}"
+        )
+    edges = share_out(len(pos), 1 << 16)
+    spans = [numpy.zeros(3, "i8") for _ in edges[1:]]
+    rest = flatten(pos), pos.shape[1], axis, float(scale), start, width, period, support
+    run_on_threads(_find_span, [(span, *rest, *ends) for span, *ends in zip(spans, edges, edges[1:])])
+    low, high, out = numpy.transpose(spans)
+    return int(low.max()), int(high.max()), int(out.sum())
 
 
 @inlined
