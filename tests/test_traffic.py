@@ -21,6 +21,9 @@ from vmad_lit.core.traffic import Traffic
 mpi = pytest.importorskip("vmad_lit.lib.mpi")
 costs = pytest.importorskip("vmad_lit.lib.costs")
 exchange = pytest.importorskip("vmad_lit.lib.exchange")
+halos = pytest.importorskip("vmad_lit.lib.halo")
+mesh = pytest.importorskip("vmad_lit.lib.mesh")
+nbody = pytest.importorskip("vmad_lit.lib.nbody")
 plan = pytest.importorskip("pfft.plan")
 
 collective = pytest.mark.collective
@@ -158,6 +161,51 @@ def test_transforms_send_what_the_model_says(nmesh, how):
 
 
 @collective
+@pytest.mark.parametrize("low,high", [([2, 0, 0], [2, 0, 0]), ([1, 3, 0], [2, 1, 0]), ([4, 5, 3], [3, 4, 1])])
+@pytest.mark.parametrize("how", DIVISIONS)
+@pytest.mark.parametrize("nmesh", [[12, 9, 5], [7, 13, 4]], ids=str)
+def test_halos_send_what_the_model_says(nmesh, how, low, high):
+    pm, division = divide(nmesh, how)
+    halo, x = halos.Halo(pm, low, high), real(pm)
+    array = halo.fetch(x)
+    for action, fold in (lambda: halo.fetch(x), False), (lambda: halo.fold(array.copy()), True):
+        expected = division.halo(low, high, fold)
+        assert sent(action) == ({"one": tuple(expected)} if expected.messages else {})
+    assert array.shape == tuple(division.wide(axis, low, high) for axis in range(3))
+
+
+@collective
+@pytest.mark.parametrize("how", DIVISIONS)
+def test_a_force_sends_what_the_model_says(how):
+    pm, division = divide([24, 24, 12], how)
+    cell = pm.BoxSize / pm.Nmesh
+    q = pm.generate_uniform_particle_grid(shift=0.5)
+    x = q + 0.4 * cell * numpy.random.default_rng(COMM.rank).normal(size=q.shape)
+    p, _f = numpy.random.default_rng(COMM.rank).normal(size=(2, *q.shape))
+    found = []
+
+    def kick():
+        found.append(nbody.ForceAt(lambda: x, pm))
+        found[0].kick(p, 1.0, numpy.empty_like(p))
+
+    forward = sent(kick)
+    if not OTHERS:
+        assert forward == {}
+        return
+    given = found[0].layout.halo.given
+    expected = division.force(*given)
+    assert forward == dict(
+        each=expected["transforms"], one=expected["halos"], all=tuple(expected["agreements"])
+    )
+    reverse = sent(lambda: found[0].pull(_f, p, 1.0, numpy.empty_like(p)))
+    expected = division.force(*given, gradient=True)
+    assert reverse == dict(each=expected["transforms"], one=expected["halos"])
+    # The agreement is by the operator
+    wanted = sent(lambda: mesh.common_dtypes(pm.comm, _f, p))
+    assert wanted == dict(all=tuple(expected["agreements"]))
+
+
+@collective
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_ghosts_are_about_as_many_as_the_model_says(sigma):
     pm, division = divide([24, 24, 24], None)
@@ -167,9 +215,10 @@ def test_ghosts_are_about_as_many_as_the_model_says(sigma):
     layout = exchange.make_layout(exchange.as_positions(x, pm), pm, 2)
     there = sent(lambda: layout.exchange(x))
     expected = division.ghosts(sigma)
-    assert division.ghosts(0.0) == pytest.approx(expected, abs=0) or sigma > 0
     if OTHERS:
-        assert there["each"][1] == pytest.approx(24 * expected, rel=0.06)
+        total, expected_total = COMM.allreduce(numpy.array([there["each"][1], 24 * expected]))
+        assert total == pytest.approx(expected_total, rel=0.05)
+        assert division.ghosts(0.0) < expected
     else:
         assert there == {} and expected == 0
 
@@ -196,7 +245,7 @@ def test_limits_are_told():
     ]
     assert told[0] == []
     assert "some ranks have nothing" in told[1]
-    assert any("wider than a domain" in limit for limit in told[2])
+    assert any("wider than domain" in limit for limit in told[2])
     assert any("MPI 4" in limit for limit in costs.limits(costs.Division([4096] * 3, [8])))
     with pytest.raises(ValueError, match="divided along fewer"):
         costs.Division([8, 8], [2, 2])
@@ -271,7 +320,7 @@ def test_a_layer_between_us_and_mpi_counts_the_same(tmp_path):
             pickled = calls - messages["all"]
             assert 0 <= pickled <= messages["all"]
             assert 0 <= size - nbytes["all"] <= 8 * pickled
-            assert layer["one"] == [messages["one"], nbytes["one"]]
+            assert layer["one"] == [messages["one"], nbytes["one"]] and messages["one"] > 0
 
 
 # Counts that an int does not hold
@@ -317,7 +366,7 @@ def test_this_library_takes_what_it_is_said_to_take():
 @pytest.mark.parametrize("largest", [1, 3, 2**31 - 1])
 def test_exchanges_by_pieces(monkeypatch, largest):
     rng = numpy.random.default_rng(COMM.rank)
-    x = rng.normal(size=(7 * COMM.size, 3))
+    x = rng.normal(size=(6 * COMM.size**2, 3))
     pm = make_mesh([12, 6, 4])
     pos = rng.uniform(size=(50, 3)) * pm.BoxSize
     send = [2 * COMM.size + (rank - COMM.rank) for rank in range(COMM.size)]
