@@ -92,6 +92,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="how long to go on, to save and to draw, after a signal to end (default 20)",
     )
     add("--quiet", action="store_true", help="no progress bar")
+    add("--no-memory-check", action="store_true", help="run even if it seems not to fit into memory")
     args = parser.parse_args(argv)
     # Check the options
     for name, smallest in dict(nmesh=4, steps=-1, maxiter=1, smoothing=0.0, seed=0).items():
@@ -196,15 +197,31 @@ def open_array(path: str, boxsize: float | None = None) -> tuple[NDArray[Any], N
     return file[names[0]], sides
 
 
+def make_mesh(args: argparse.Namespace, nmesh: Sequence[int], boxsize: Any, comm: Any) -> Any:
+    """The mesh, if the reconstruction will fit into memory; else MemoryError on all ranks. Collective."""
+    from vmad_lit.lib.costs import check_simulation, choose_processes
+    from vmad_lit.lib.fastpm import ParticleMesh
+
+    nmesh = [int(n) for n in nmesh]
+    if not args.no_memory_check:
+        cells = int(numpy.prod(nmesh, dtype=float))
+        vectors = VECTORS * 8 * cells // comm.size
+        check_simulation(comm, nmesh, cells, max(args.steps, 0), extra=vectors, switch="--no-memory-check")
+    np = choose_processes(nmesh, comm.size)
+    return ParticleMesh(Nmesh=nmesh, BoxSize=boxsize, comm=comm, dtype="f8", np=np)
+
+
+VECTORS = 32  # fields that a minimisation holds: ten pairs of steps, the point, the direction, the data, ...
+
+
 def observe(args: argparse.Namespace, comm: Any) -> Any:
     """The data in the user's file, as `Data` in units of the mean density."""
     from vmad_lit.contrib import cosmo4d
-    from vmad_lit.lib.fastpm import ParticleMesh
     from vmad_lit.lib.mpi import on_root
 
     kind, shape, boxsize = on_root(comm, lambda: examine(args.source, args.boxsize))
     nmesh = shape if kind == "density" else [args.nmesh] * 3
-    pm = ParticleMesh(Nmesh=nmesh, BoxSize=boxsize, comm=comm, dtype="f8")
+    pm = make_mesh(args, nmesh, boxsize, comm)
     array, _ = open_array(args.source)
     if kind == "density":
         d = pm.create(type="real")
@@ -231,7 +248,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vmad_lit.contrib import cosmo4d
         from vmad_lit.contrib.optimize import LBFGS, StateError, autosave
         from vmad_lit.lib.cosmology import LinearPower, Planck15
-        from vmad_lit.lib.fastpm import ParticleMesh
         from vmad_lit.lib.mpi import on_root
         from vmad_lit.lib.spectra import Shells
     except ImportError as error:
@@ -260,21 +276,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 power=LinearPower(Planck15), q=q, stages=stages, cosmology=Planck15, pm=pm
             )
 
-        if args.source:
-            try:
-                data = observe(args, comm)
-            except (OSError, TypeError, ValueError) as error:
-                say(f"error: {error}")
-                return 2
-            pm, forward = data.d.pm, model(data.d.pm)
+        try:
+            data = observe(args, comm) if args.source else None
+            boxsize = args.boxsize or 4.0 * args.nmesh
+            pm = make_mesh(args, [args.nmesh] * 3, boxsize, comm) if data is None else data.d.pm
+        except (MemoryError, OSError, TypeError, ValueError) as error:
+            say(f"error: {error}")
+            return 2
+        forward = model(pm)
+        if data is not None:
             say(
                 f"data from {args.source}: mesh {tuple(map(int, pm.Nmesh))}, "
                 f"box {pm.BoxSize[0]:g} Mpc/h, noise {data.sigma:.3g} per cell"
             )
         else:
-            boxsize = args.boxsize or 4.0 * args.nmesh
-            pm = ParticleMesh(Nmesh=[args.nmesh] * 3, BoxSize=boxsize, comm=comm, dtype="f8")
-            forward = model(pm)
             say(
                 f"a universe of {args.nmesh}^3 particles in a box of {pm.BoxSize[0]:g} Mpc/h, "
                 f"on {comm.size} rank{'s' * (comm.size > 1)}"

@@ -20,6 +20,7 @@ from vmad_lit.core.handover import duplicate
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.symbol import Symbol
 from vmad_lit.core.tape import Tape
+from vmad_lit.core.traffic import count_object
 from vmad_lit.lib import mpi
 
 
@@ -75,7 +76,9 @@ class MPIVectorSpace(FieldSpace):
         """The inner product, summed over all ranks."""
         if is_field(a) or is_field(b):
             return super().dot(a, b)
-        return self.comm.allreduce(real_inner_product(a, b))
+        product = real_inner_product(a, b)
+        count_object(self.comm, product)
+        return self.comm.allreduce(product)
 
 
 class MPIChiSquareProblem(Problem):

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from vmad_lit.core.arguments import plain_array
 from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.traffic import count_object
 from vmad_lit.core.valuetypes import value_type
 
 Vector = Any  # what is moved: an array, a field, a tuple or dictionary of vectors, or the number 0
@@ -170,6 +171,7 @@ class VectorSpace:
         self.agree_on(error)
         if self.comm is None or self.comm.size == 1:
             return number
+        count_object(self.comm, number)
         numbers = self.comm.allgather(number)
         if not np.allclose(numbers, numbers[0], rtol=1e-6, atol=0, equal_nan=True):
             raise ValueError(
@@ -184,7 +186,9 @@ class VectorSpace:
             if error is not None:
                 raise error
             return
-        for rank, told in enumerate(self.comm.allgather(error and (type(error), str(error)))):
+        mine = error and (type(error), str(error))
+        count_object(self.comm, mine)
+        for rank, told in enumerate(self.comm.allgather(mine)):
             if told is not None:
                 kind, text = told
                 raise kind(f"on rank {rank}: {text}") from error
@@ -193,6 +197,7 @@ class VectorSpace:
         """Whether `flag` is true on any rank."""
         if self.comm is None or self.comm.size == 1:
             return bool(flag)
+        count_object(self.comm, int(bool(flag)))
         return self.comm.allreduce(int(bool(flag))) > 0
 
     def as_vector(self, x: Any, like: Vector = None) -> Vector:
@@ -323,7 +328,9 @@ class FieldSpace(VectorSpace):
             raise TypeError(
                 f"expected two pmesh fields of one kind, got {type(a).__name__} and {type(b).__name__}"
             )
-        return a.pm.comm.allreduce(local_field_product(a, b))
+        product = local_field_product(a, b)
+        count_object(a.pm.comm, product)
+        return a.pm.comm.allreduce(product)
 
     def addmul(self, a: Vector, b: Vector, c: Any, p: float = 1) -> Vector:
         """``a + b * c ** p``, a field like `b`."""
@@ -351,6 +358,7 @@ class FieldSpace(VectorSpace):
         if not is_field(a):
             return super().same(a, b)
         equal = type(a) is type(b) and np.array_equal(a.value, b.value)
+        count_object(a.pm.comm, int(not equal))
         return a.pm.comm.allreduce(int(not equal)) == 0
 
     def to_arrays(self, x: Vector) -> list[Array]:

@@ -27,6 +27,7 @@ from .model import Model
 from .operator import Operator, Primitive
 from .registry import OverloadedOperator
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
+from .traffic import count_object, count_to_all
 from .valuetypes import VALUE_TYPES
 
 KINDS = "replicated", "partitioned", "partial", "root-only"
@@ -564,11 +565,14 @@ def at_the_door(self: Model, init: Any, check: Callable[[dict[str, Value]], dict
     except Exception as exception:
         error = exception
     refused = numpy.array([error is not None], "i4")
+    count_to_all(comm, refused.nbytes)
     comm.Allreduce(refused.copy(), refused)
     if not refused[0]:
         return result
     # Tell all ranks what is wrong on some
-    notes = comm.allgather(None if error is None else (type(error), str(error)))
+    note = None if error is None else (type(error), str(error))
+    count_object(comm, note)
+    notes = comm.allgather(note)
     kinds = [note[0] for note in notes if note is not None]
     texts = [f"rank {rank}: {note[1]}" for rank, note in enumerate(notes) if note is not None]
     raise kinds[0](texts[0] if len(set(notes)) > 1 else notes[0][1]) from error

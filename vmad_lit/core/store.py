@@ -10,6 +10,7 @@ from copy import copy
 from typing import Any, TypeVar
 
 from .execution import describe
+from .traffic import count_object
 from .valuetypes import VALUE_TYPES
 
 T = TypeVar("T")
@@ -196,6 +197,7 @@ def fail_together(comm: Any, action: Callable[[], T]) -> T:
     except Exception as error:
         comm.allgather(f"on rank {comm.rank}: {error}")
         raise
+    count_object(comm, None)
     failures = [failure for failure in comm.allgather(None) if failure is not None]
     if failures:
         raise OSError(failures[0])

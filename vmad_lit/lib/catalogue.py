@@ -17,9 +17,10 @@ from vmad_lit.core.arguments import one_of, plain_array, positive, real_array, r
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.placement import same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
+from vmad_lit.core.traffic import count_object
 from vmad_lit.lib.files import draft, settle
 from vmad_lit.lib.mesh import ParticleMesh
-from vmad_lit.lib.mpi import fail_together, on_root, run_together
+from vmad_lit.lib.mpi import add_up, fail_together, on_root, run_together
 from vmad_lit.lib.nbody import FastPMSimulation
 from vmad_lit.lib.noise import uniform_numbers
 from vmad_lit.lib.tracers import velocity
@@ -50,6 +51,7 @@ class Block:
 
     @classmethod
     def of_rows(cls, comm: MPI.Comm, values: Array, dtype: numpy.dtype[Any]) -> Block:
+        count_object(comm, len(values))
         lengths = comm.allgather(len(values))
         start = (sum(lengths[: comm.rank]),) + (0,) * (values.ndim - 1)
         return cls((sum(lengths), *values.shape[1:]), start, values, dtype)
@@ -184,8 +186,9 @@ def _blocks(
                 f"field {name!r} is shared among other ranks than those that write: another communicator"
             )
     fail_together(comm, complaint)
-    mine = [(name, v.dtype.str, v.shape[1:]) for name, v in columns.items()]
-    kinds = comm.allgather((mine, list(fields)))
+    mine = [(name, v.dtype.str, v.shape[1:]) for name, v in columns.items()], list(fields)
+    count_object(comm, mine)
+    kinds = comm.allgather(mine)
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"all ranks must write the same columns and fields; ranks 0, 1, .. have {kinds}")
     blocks = {f"particles/{name}": Block.of_rows(comm, v, _in_file(v, dtype)) for name, v in columns.items()}
@@ -326,7 +329,7 @@ def save_snapshot(
         ScaleFactor=a,
         Om0=float(sim.pt.Om0),
         Fraction=fraction,
-        Particles=comm.allreduce(len(ids)),
+        Particles=add_up(comm, len(ids)),
         UnitLength="Mpc/h",
         UnitVelocity="km/s",
         **attributes,

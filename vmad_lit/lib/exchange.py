@@ -5,7 +5,7 @@ Positions are arrays (N, ndim), in the units of the box.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from math import prod
 import numbers
@@ -21,6 +21,7 @@ from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.symbol import BaseSymbol, Value
+from vmad_lit.core.traffic import count_to_all, count_to_each
 from vmad_lit.lib import memory
 from vmad_lit.lib.halo import Halo, find_halo
 from vmad_lit.lib.mesh import (
@@ -32,6 +33,7 @@ from vmad_lit.lib.mesh import (
     is_zero,
     once_per_mesh,
 )
+from vmad_lit.lib.mpi import Rows, deliver, starts, too_many
 
 with needed_for("the exchange of particles", extra="mesh"):
     from mpi4py import MPI
@@ -42,7 +44,6 @@ try:
 except ImportError:  # no numba
     loops = None  # type: ignore[assignment]
 
-Rows = tuple[Sequence[int] | Array, Array]  # how many for each rank, and where they begin
 Axes = tuple[tuple[int, ...], tuple[float, ...], tuple[Array, ...], Array]  # see `loops.find_ranks`
 
 
@@ -73,7 +74,7 @@ def make_layout(x: Positions, pm: ParticleMesh, support: int) -> GhostLayout:
         there = loops.find_ranks(x, *_axes_of_domains(pm), support, pm.comm.size)
         return GhostLayout(pm.comm, len(x), *there, pm, support / 2)
     ranks = pm.domain.DomainAssign[_touched_domains(x, pm, support)]
-    counts = numpy.zeros(pm.comm.size, dtype="i4")
+    counts = numpy.zeros(pm.comm.size, dtype="i8")
     rows = [numpy.empty(0, dtype="i8")]
     for rank in numpy.flatnonzero(numpy.bincount(ranks.ravel(), minlength=pm.comm.size)):
         rows.append(numpy.flatnonzero((ranks == rank).any(axis=0)))
@@ -112,10 +113,12 @@ class GhostLayout(Layout):
         pm: ParticleMesh | None = None,
         reach: float = numpy.inf,
     ) -> None:
-        sendcounts = numpy.ascontiguousarray(sendcounts)
+        sendcounts = numpy.ascontiguousarray(sendcounts, "i8")
         recvcounts = numpy.empty_like(sendcounts)
+        count_to_each(comm, numpy.ones_like(sendcounts), sendcounts.itemsize)
         comm.Alltoall(sendcounts, recvcounts)
         super().__init__(comm, sendlength, sendcounts, indices, recvcounts)
+        self._in_pieces = too_many(comm, sendcounts, recvcounts)
         self.pm, self.reach = pm, reach
 
     def exchange(self, *args: Array, pack: bool = True) -> Any:
@@ -135,9 +138,8 @@ class GhostLayout(Layout):
                 f"but the data is for {len(data)}"
             )
         stay, others, there, here, own = self._ways
-        rows = deliver(
-            self.comm, data, here, there, memory.empty((len(others),) + data.shape[1:], data.dtype)
-        )
+        rows = memory.empty((len(others),) + data.shape[1:], data.dtype)
+        deliver(self.comm, data, here, there, rows, self._in_pieces)
         total = memory.zeros((self.sendlength,) + rows.shape[1:], rows.dtype)
         _add_rows(total, stay, data[own])
         _add_rows(total, others, rows)
@@ -155,7 +157,7 @@ class GhostLayout(Layout):
         received = memory.empty((self.recvlength,) + data.shape[1:], data.dtype)
         stay, others, there, here, own = self._ways
         numpy.take(data, stay, axis=0, out=received[own], mode="clip")
-        return deliver(self.comm, data.take(others, axis=0), there, here, received)
+        return deliver(self.comm, data.take(others, axis=0), there, here, received, self._in_pieces)
 
     @cached_property
     def _ways(self) -> tuple[Array, Array, Rows, Rows, slice]:
@@ -177,25 +179,6 @@ class GhostLayout(Layout):
             (received, places),
             slice(start, start + stays),
         )
-
-
-def deliver(comm: MPI.Comm, rows: Array, to: Rows, fro: Rows, received: Array) -> Array:
-    """Rows to and from all ranks by one `Alltoallv`, into `received`.
-
-    `to` and `fro` are how many rows there are for each rank, and where they begin.
-    """
-    rows = numpy.ascontiguousarray(rows)
-    row = MPI.BYTE.Create_contiguous(rows.dtype.itemsize * int(numpy.prod(rows.shape[1:])))
-    row.Commit()
-    try:
-        comm.Alltoallv([rows, to, row], [received, fro, row])
-    finally:
-        row.Free()
-    return received
-
-
-def starts(counts: Sequence[int] | Array) -> Array:
-    return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype("i4")
 
 
 def _add_rows(total: Array, indices: Array, rows: Array) -> None:
@@ -424,6 +407,7 @@ def choose_halo(x: Positions, pm: ParticleMesh, support: int) -> Halo | None:
         )
         note[-1, 0] += out
     # Agree on the widest, with a plane more for what is rounded otherwise in the loops
+    count_to_all(pm.comm, note.nbytes)
     pm.comm.Allreduce(MPI.IN_PLACE, note, MPI.MAX)
     low, high = (-(-(note[:-1] + 1) // 2) * 2 * (numpy.array(pm.domain.shape) > 1)[:, None]).T.tolist()
     # Compare the work

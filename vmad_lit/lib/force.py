@@ -15,6 +15,7 @@ from vmad_lit.lib import memory
 from vmad_lit.lib.exchange import AnyLayout, Positions, displaced
 from vmad_lit.lib.halo import find_halo
 from vmad_lit.lib.mesh import ParticleMesh, agree, as_real_field, as_rows, common_dtypes, once_per_mesh
+from vmad_lit.lib.mpi import add_up
 from vmad_lit.lib.painting import (
     Resampler,
     Window,
@@ -217,7 +218,7 @@ class force:
     @staticmethod
     def find_factor(x: Positions, pm: ParticleMesh) -> float:
         """The mass of a particle: the inverse of their mean number in a cell. Collective."""
-        return float(pm.Nmesh.prod()) / max(pm.comm.allreduce(len(x)), 1)
+        return float(pm.Nmesh.prod()) / max(add_up(pm.comm, len(x)), 1)
 
     @staticmethod
     def kept(potk: BaseComplexField, order: Order, out: Any = Ellipsis) -> Field:

@@ -130,7 +130,7 @@ def find_ranks(
     _find_ranks(counts, numpy.empty(0, "i8"), False, *rest, numpy.full(nrank, -1))
     rows, ends = numpy.empty(counts.sum(), "i8"), numpy.cumsum(counts)
     _find_ranks(ends - counts, rows, True, *rest, numpy.full(nrank, -1))
-    return counts.astype("i4"), rows
+    return counts, rows
 
 
 def _check_domains(

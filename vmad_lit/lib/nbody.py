@@ -40,12 +40,13 @@ from vmad_lit.lib.cosmology import (
     start_factors,
     step_factors,
 )
+from vmad_lit.lib.costs import check_simulation
 from vmad_lit.lib.exchange import Displaced, agree_on_lattice, decompose, lay_out
 from vmad_lit.lib.force import force, window_for_force
 from vmad_lit.lib.linalg import einsum, reshape
 from vmad_lit.lib.lpt import lpt
 from vmad_lit.lib.mesh import Field, ParticleMesh, agree, as_rows, common_dtypes, is_zero
-from vmad_lit.lib.mpi import allbcast
+from vmad_lit.lib.mpi import add_up, allbcast
 from vmad_lit.lib.painting import in_dtype_of
 
 try:
@@ -874,6 +875,7 @@ class FastPMSimulation:
     q : (N, ndim) lattice, whose precision is that of the particles; by default a particle in the middle of each cell
         of `pm`, in the precision of the mesh
     ram, reversible, keep_potential, disk, folder : what the derivatives keep, and where, see `leapfrog`
+    check_memory : bool, whether to refuse a run that will not fit into memory, before the lattice is made
 
     Attributes
     ----------
@@ -896,6 +898,7 @@ class FastPMSimulation:
         keep_potential: bool = True,
         disk: int | None = None,
         folder: str | None = None,
+        check_memory: bool = True,
     ) -> None:
         self.stages = numpy.array(check_stages(stages))
         self.pt = find_background(cosmology, stages)
@@ -906,15 +909,30 @@ class FastPMSimulation:
             raise ValueError(
                 f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}"
             )
-        self.fpm = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int))
+        self.fpm, self._B = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int)), float(B)
+        q = None if q is None else agree_on_lattice(q, pm)
+        self._count = int(pm.Nmesh.prod()) if q is None else add_up(pm.comm, len(q))
+        if check_memory:
+            self.check_memory(gradient=False)
         if q is None:
             q = pm.generate_uniform_particle_grid(shift=0.5).astype(pm.create(type="real").dtype)
-        self.q = numpy.ascontiguousarray(agree_on_lattice(q, pm))
+        self.q = numpy.ascontiguousarray(q)
 
     @property
     def comm(self) -> Any:
         """The communicator of the ranks that run the simulation together."""
         return self.pm.comm
+
+    def check_memory(self, gradient: bool = True, extra: int = 0) -> None:
+        """Raise MemoryError on all ranks if a run, or its gradient, will not fit into the memory of a node. Collective.
+
+        `extra` are bytes on each rank that the program needs beside it.
+        """
+        policy = dict(
+            ram=self.ram, disk=self.disk, reversible=self.reversible, keep_potential=self.keep_potential
+        )
+        mesh, steps = self.pm.Nmesh.tolist(), len(self.stages) - 1
+        check_simulation(self.comm, mesh, self._count, steps, policy, gradient, self._B, extra)
 
     def KickFactor(self, ai: Numbers, ac: Numbers, af: Numbers) -> Numbers:
         """See the function `KickFactor`."""

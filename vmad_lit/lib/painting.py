@@ -39,6 +39,7 @@ from vmad_lit.lib.mesh import (
     common_dtypes,
     is_zero,
 )
+from vmad_lit.lib.mpi import add_up
 
 with needed_for("painting and reading out", extra="mesh"):
     from pmesh.pm import RealField
@@ -387,7 +388,7 @@ class paint:
         """The cotangent of masses, or of one mass for all, from that of each particle here."""
         if numpy.ndim(mass) == 0:
             own = node.placement("mass") == "partitioned"
-            return float(_mass.sum()) if own else w.pm.comm.allreduce(float(_mass.sum()))
+            return float(_mass.sum()) if own else float(add_up(w.pm.comm, float(_mass.sum())))
         return in_dtype_of(w.bring_back(_mass), mass)
 
 
