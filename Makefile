@@ -1,10 +1,12 @@
 # Two commands on a fresh machine:   make book    make test
 #
 # Everything is installed into .venv/ (Python 3.11 or later, a C compiler and a package index are needed, nothing else).
-# PYTHON=python3.12 chooses another Python; MPI= takes the MPI library of the site instead of the package index's.
+# PYTHON=python3.12 chooses another Python. MPI=openmpi takes another MPI library of the package index, MPI= that of the
+# site; VENV= says where an environment for it is made, beside the usual one.
 
 PYTHON ?= python3
 MPI ?= mpich
+VENV ?= .venv
 RANKS ?= 2 3
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 SOAK_MINUTES ?= 60
@@ -17,59 +19,59 @@ SPHINX ?= sphinx-build -n -W --keep-going
 export MPIR_CVAR_POLLS_BEFORE_YIELD ?= 10
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 SHELL := /bin/bash
 
 .PHONY: book test serial ranks soak mutate bench tangle check dist clean
 
-book: .venv/ready                       ## the rendered book, in _build/html
+book: $(VENV)/ready                       ## the rendered book, in _build/html
 	python tools/tangle.py
 	$(SPHINX) -b html . _build/html
 
 test: serial ranks                      ## everything on one rank, and what communicates on several
 
-serial: .venv/ready                     # one process for each core
+serial: $(VENV)/ready                     # one process for each core
 	python tools/tangle.py --check
 	OMP_NUM_THREADS=1 $(LIMIT) $(PYTEST) -n $(JOBS) --dist worksteal $(SOAK)
 
-ranks: .venv/ready
+ranks: $(VENV)/ready
 	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 $(LIMIT) mpirun -n $$n $(PYTEST) -p no:cacheprovider $(SOAK) || exit 1; done
 
-soak: .venv/ready                       ## for SOAK_MINUTES: thousands of random examples, jobs that are killed; in rounds
+soak: $(VENV)/ready                       ## for SOAK_MINUTES: thousands of random examples, jobs that are killed; in rounds
 	end=$$((SECONDS + 60 * $(SOAK_MINUTES))); while ((SECONDS < end)); do $(MAKE) test LIMIT= SOAK="--soak -o timeout=3600" || exit 1; done
 
-mutate: .venv/ready                     ## break the package in forty places, one by one: does a test notice?
+mutate: $(VENV)/ready                     ## break the package in forty places, one by one: does a test notice?
 	python tools/mutate.py --sample $(or $(SAMPLE),40) --seed $(or $(SEED),1)
 
-bench: .venv/bench-ready                ## this package beside its peers
+bench: $(VENV)/bench-ready                ## this package beside its peers
 	python -m benchmarks
 
-tangle: .venv/ready                     ## the package, from the chapters
+tangle: $(VENV)/ready                     ## the package, from the chapters
 	python tools/tangle.py
 
-check: .venv/lint-ready                 ## is the package what the chapters say? does it lint, and do its types agree?
+check: $(VENV)/lint-ready                 ## is the package what the chapters say? does it lint, and do its types agree?
 	python tools/tangle.py --check
 	python tools/tangle.py trace -- ruff check .
 	python tools/tangle.py trace -- ruff format --check vmad_lit tools tests benchmarks conf.py conftest.py providers
 	python tools/tangle.py trace -- mypy
 
-dist: .venv/ready                       ## what is published, in dist/: built, installed where nothing else is, and tried out
+dist: $(VENV)/ready                       ## what is published, in dist/: built, installed where nothing else is, and tried out
 	rm -rf dist
 	python -m build -q --outdir dist .
 	python -m build -q --outdir dist providers/pfft-python
 	$(PYTEST) tests/published.py
 
 clean:
-	rm -rf _build dist .venv
+	rm -rf _build dist .venv .venv-openmpi
 
-.venv/ready: requirements.txt constraints.txt pyproject.toml providers/pfft-python/pyproject.toml
-	@echo "== installing into .venv (once)"
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+$(VENV)/ready: requirements.txt constraints.txt pyproject.toml providers/pfft-python/pyproject.toml
+	@echo "== installing into $(VENV) (once)"
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install -q --upgrade pip -c constraints.txt
 	$(if $(MPI),python -m pip install -q -c constraints.txt $(MPI),mpicc -show)
 	python -m pip install -q -r requirements.txt
 	touch $@
 
-.venv/%-ready: .venv/ready              # what only one of the commands needs, once
+$(VENV)/%-ready: $(VENV)/ready              # what only one of the commands needs, once
 	python -m pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
