@@ -34,6 +34,10 @@ needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /
 SEED = os.environ.get("SOAK_SEED", str(random.randrange(10**6)))
 
 
+def code(text):
+    return [sys.executable, "-c", text]
+
+
 def test_trials_are_planned():
     planned = plan(300, "1", (1, 2, 3))
     assert len(planned) == 300 and len({trial.name for trial in planned}) == 300
@@ -43,10 +47,6 @@ def test_trials_are_planned():
     known = [(trial.name, trial.ranks) for trial in planned]
     assert known == [(trial.name, trial.ranks) for trial in plan(300, "1", (1, 2, 3))]
     assert known != [(trial.name, trial.ranks) for trial in plan(300, "2", (1, 2, 3))]
-
-
-def code(text):
-    return [sys.executable, "-c", text]
 
 
 @needs_proc
@@ -60,14 +60,20 @@ def test_what_hangs_is_noticed_and_ended(tmp_path, text, monkeypatch):
         seen.append(job)
         return False
 
-    ended = run(["/bin/sh", "-c", text], tmp_path, 1, 0.5, look)
+    ended = run(["/bin/sh", "-c", text], tmp_path / "job", 1, 0.1, look)
     assert ended.hung and refusal(ended) == HUNG and not ended.disturbed
     assert seen[0].wait(5, lambda: not any(seen[0].processes()))
 
 
 @needs_proc
+def test_what_turns_in_circles_is_ended_by_its_processor_time(tmp_path):
+    ended = run(code("while True: pass"), tmp_path / "job", 1, 1.0)
+    assert ended.hung
+
+
+@needs_proc
 def test_a_job_tells_its_status_and_what_it_printed(tmp_path):
-    ended = run(code("print('error: there is no such thing'); raise SystemExit(2)"), tmp_path, 1, 60)
+    ended = run(code("print('error: there is no such thing'); raise SystemExit(2)"), tmp_path / "job", 1, 60)
     assert ended.status == 2 and refusal(ended) == REFUSED and ended.seconds < 60
     assert refusal(Ended(1, "Traceback ..\nKeyError: 'x'", 1.0)) == UNCLEAR
     assert refusal(Ended(1, "Traceback ..\nerror: there is no such thing", 1.0)) == UNCLEAR
@@ -81,6 +87,7 @@ def test_a_job_tells_its_status_and_what_it_printed(tmp_path):
 @pytest.mark.parametrize("whom, left", [("one", 1), ("ranks", 2)])
 def test_ranks_are_found(tmp_path, whom, left):
     """One rank, or each, gets a signal that it writes down."""
+    folder = tmp_path / "job"
     text = """
 import signal, time, os
 got = signal.sigtimedwait
@@ -91,12 +98,12 @@ if got([signal.SIGUSR1], 2):
 """
 
     def send(job):
-        assert job.wait(30, lambda: len(list(tmp_path.glob("ready*"))) == 2)
+        assert job.wait(30, lambda: len(list(folder.glob("ready*"))) == 2)
         assert sorted(rank for _, rank in job.processes() if rank is not None) == [0, 1]
         return job.send(signal.SIGUSR1, whom, random.Random(1))
 
-    ended = run(code(text), tmp_path, 2, 60, send)
-    assert ended.status == 0 and ended.disturbed and len(list(tmp_path.glob("got*"))) == left
+    ended = run(code(text), folder, 2, 60, send)
+    assert ended.status == 0 and ended.disturbed and len(list(folder.glob("got*"))) == left
 
 
 def pretend(folder, seed=1):
@@ -191,5 +198,5 @@ def test_all_kinds(tmp_path, kind):
     if not of:
         pytest.skip("this system has no file systems in memory")
     said = []
-    done = perform(of[0], tmp_path, 60, Whole(tmp_path, 180), said.append)
+    done = perform(of[0], tmp_path, 30, Whole(tmp_path, 90), said.append)
     assert done["outcome"] in GOOD, f"SOAK_SEED={SEED}\n" + "\n".join(said)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import random
+import re
 import sys
 import tempfile
 import time
@@ -62,7 +63,9 @@ def perform(
         trial = Trial(planned.kind, planned.ranks, planned.name, Path(name), limit, whole)
         outcome = planned.call(trial)
     if outcome not in GOOD:
-        say(f"\n== {outcome}: --only {planned.name!r}, {planned.ranks} ranks\n" + "\n".join(trial.said))
+        say(
+            "\n".join([f"\n== {outcome}: {planned.kind}, {planned.name}, {planned.ranks} ranks", *trial.said])
+        )
     return dict(
         kind=planned.kind,
         ranks=planned.ranks,
@@ -103,9 +106,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--trials", type=int, default=300, help="how many (default 300)")
     add("--seed", default=str(time.time_ns() % 1_000_000), help="of all dice (default: another each time)")
-    add("--only", help="trials whose names begin so, of as many as the seed has")
+    add("--only", help="those of these trials in whose names this is found, a regular expression")
     add("--ranks", type=int, nargs="+", default=[1, 2, 3], help="numbers of ranks (default 1 2 3)")
-    add("--limit", type=float, default=60, help="seconds after which a job hangs (default 60)")
+    add("--limit", type=float, default=30, help="seconds of a processor after which a job hangs (default 30)")
     add("--jobs", type=int, default=os.cpu_count(), help="trials at a time (default: as many as cores)")
     add("--results", type=Path, help="write the table to this file, beside those of other MPI libraries")
     return parser.parse_args(argv)
@@ -123,11 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.common import table
 
     args = parse(argv)
-    planned = plan(
-        args.trials, args.seed.partition("/")[0] if args.only is None else args.seed, tuple(args.ranks)
-    )
+    planned = plan(args.trials, args.seed, tuple(args.ranks))
     if args.only:
-        planned = [trial for trial in planned if trial.name.startswith(args.only)]
+        planned = [trial for trial in planned if re.search(args.only, trial.name)]
     print(f"{len(planned)} trials of seed {args.seed}, with {library()}", flush=True)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as name:

@@ -40,14 +40,16 @@ class Ended:
 
 
 class Job:
-    """A program on some ranks, in a folder of its own; what it prints goes to a file there."""
+    """A program on some ranks, in a folder of its own; what it prints goes to a file beside that."""
 
     def __init__(
         self, command: list[str], folder: Path, ranks: int, variables: Mapping[str, str] | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.ranks, self.mark, self.begun = ranks, uuid.uuid4().hex, time.monotonic()
-        self.log = folder / f"printed.{self.mark}.txt"
+        self.log = (
+            folder.parent / f"printed.{self.mark}.txt"
+        )  # where there is room, however small the folder's disk is
         if ranks > 1:
             command = [launcher(), "-n", str(ranks), *command]
         with open(self.log, "wb") as log:
@@ -115,11 +117,26 @@ class Job:
             waited, before = waited + min(now - before, 20 * step), now
         return found
 
+    def exhausted(self, limit: float) -> bool:
+        """Whether each rank has had `limit` seconds of a processor: ranks that wait for each other use them up."""
+        spent = [processor_time(pid) for pid, rank in self.processes() if rank is not None]
+        return min(spent, default=0.0) > limit
+
     def end(self, limit: float) -> Ended:
-        """Wait for the end, and make one if there is none within `limit` seconds."""
-        hung = not self.wait(limit, lambda: not self.running) or not self.wait(
-            LINGER, lambda: not any(self.processes()), 0.05
-        )
+        """Wait for the end, and make one if there is none.
+
+        On a busy machine a job may take long, so the `limit` is one of processor time, and six times as long for what
+        sleeps.
+        """
+        over = False
+
+        def done() -> bool:
+            nonlocal over
+            over = self.exhausted(limit)
+            return over or not self.running
+
+        hung = not self.wait(6 * limit, done, 0.1) or over
+        hung = hung or not self.wait(LINGER, lambda: not any(self.processes()), 0.05)
         if hung:
             for pid, _ in [*self.processes()]:
                 try:
@@ -128,6 +145,16 @@ class Job:
                     continue
             self.process.wait()
         return Ended(None if hung else self.process.returncode, self.text, time.monotonic() - self.begun)
+
+
+def processor_time(pid: int) -> float:
+    """The seconds of processors that a process has used; 0 if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def run(
