@@ -118,9 +118,9 @@ class Job:
         return found
 
     def exhausted(self, limit: float) -> bool:
-        """Whether each rank has had `limit` seconds of a processor: ranks that wait for each other use them up."""
+        """Whether a rank has used `limit` seconds of a processor: those that wait for another one do."""
         spent = [processor_time(pid) for pid, rank in self.processes() if rank is not None]
-        return min(spent, default=0.0) > limit
+        return max(spent, default=0.0) > limit
 
     def end(self, limit: float) -> Ended:
         """Wait for the end, and make one if there is none.
