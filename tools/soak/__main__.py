@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -11,17 +10,15 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import GOOD, OUTCOMES
+from . import GOOD
+from .results import count, save, show
 from .trials import ERRS, ERRS_RANKS, ERRS_SHARE, KINDS, Trial, Whole, can_mount, erring
-
-HEADER = ("what happens", "ranks", "trials", *OUTCOMES)
 
 
 @dataclass
@@ -76,18 +73,6 @@ def perform(
     )
 
 
-def count(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each kind and number of ranks, how many trials had which outcome."""
-    cases = Counter((trial["kind"], trial["ranks"], trial["outcome"]) for trial in done)
-    order = [*KINDS, ERRS]
-    found = sorted({case[:2] for case in cases}, key=lambda case: (order.index(case[0]), case[1]))
-    rows = []
-    for kind, ranks in found:
-        numbers = {outcome: cases[kind, ranks, outcome] for outcome in OUTCOMES}
-        rows.append(dict(kind=kind, ranks=ranks, trials=sum(numbers.values()), **numbers))
-    return rows
-
-
 def library() -> str:
     """Name and version of the MPI library."""
     from mpi4py import MPI
@@ -110,21 +95,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ranks", type=int, nargs="+", default=[1, 2, 3], help="numbers of ranks (default 1 2 3)")
     add("--limit", type=float, default=30, help="seconds of a processor after which a job hangs (default 30)")
     add("--jobs", type=int, default=os.cpu_count(), help="trials at a time (default: as many as cores)")
+    add(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="begin no trial after so many (default: all are made)",
+    )
     add("--results", type=Path, help="write the table to this file, beside those of other MPI libraries")
     return parser.parse_args(argv)
 
 
-def save(path: Path, run: dict[str, Any]) -> None:
-    """Put a run into a file of results, in the place of an earlier one with the same MPI library."""
-    known = json.loads(path.read_text())["runs"] if path.exists() else []
-    runs = [other for other in known if other["mpi"] != run["mpi"]] + [run]
-    path.with_suffix(".part").write_text(json.dumps(dict(runs=runs), indent=1) + "\n")
-    path.with_suffix(".part").replace(path)
-
-
 def main(argv: list[str] | None = None) -> int:
-    from benchmarks.common import table
-
     args = parse(argv)
     planned = plan(args.trials, args.seed, tuple(args.ranks))
     if args.only:
@@ -136,17 +117,19 @@ def main(argv: list[str] | None = None) -> int:
         whole = Whole(folder, args.limit * 3)
         with ThreadPoolExecutor(args.jobs) as pool:
             say = lambda text: print(text, flush=True)  # noqa: E731
-            futures = [pool.submit(perform, trial, folder, args.limit, whole, say) for trial in planned]
+
+            def begin(trial: Planned) -> dict[str, Any] | None:
+                over = time.monotonic() - begun > 60 * args.minutes
+                return None if over else perform(trial, folder, args.limit, whole, say)
+
             done = []
-            for future in futures:
-                done.append(future.result())
-                if len(done) % 50 == 0:
+            for result in pool.map(begin, planned):
+                done += [result] if result else []
+                if result and len(done) % 50 == 0:
                     say(f"{len(done)} trials after {time.monotonic() - begun:.0f} s")
     rows = count(done)
-    total = {name: sum(row[name] for row in rows) for name in ("trials", *OUTCOMES)}
     print()
-    table(HEADER, [[row["kind"], *(row[name] for name in HEADER[1:])] for row in rows])
-    table(HEADER, [["all", "", *total.values()]])
+    show(rows)
     bad = [trial for trial in done if trial["outcome"] not in GOOD]
     for trial in bad:
         print(f"{trial['outcome']}: --seed {args.seed} --trials {args.trials} --only {trial['name']!r}")
