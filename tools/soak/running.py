@@ -18,6 +18,8 @@ from tools.mpirun import environment, launcher
 
 #: In the environment of every process of a job, so that it is found wherever the launcher has put it.
 MARK = "VMAD_LIT_SOAK_JOB"
+#: Ranks that wait for each other look out, and do not wait for ever.
+WATCHED = {"VMAD_LIT_CHECK": "1", "VMAD_LIT_TIMEOUT": "10"}
 #: How the launchers number their processes.
 RANK = re.compile(rb"(?:^|\0)(?:PMI_RANK|OMPI_COMM_WORLD_RANK|PMIX_RANK)=(\d+)(?:\0|$)")
 #: Seconds that processes may take to vanish after their launcher.
@@ -56,7 +58,7 @@ class Job:
             self.process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=environment() | {MARK: self.mark, "VMAD_LIT_CHECK": "1"} | dict(variables or {}),
+                env=environment() | WATCHED | {MARK: self.mark} | dict(variables or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
