@@ -93,7 +93,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", default=str(time.time_ns() % 1_000_000), help="of all dice (default: another each time)")
     add("--only", help="those of these trials in whose names this is found, a regular expression")
     add("--ranks", type=int, nargs="+", default=[1, 2, 3], help="numbers of ranks (default 1 2 3)")
-    add("--limit", type=float, default=30, help="seconds of a processor after which a job hangs (default 30)")
+    add("--limit", type=float, default=40, help="seconds of a processor after which a job hangs (default 40)")
     add("--jobs", type=int, default=os.cpu_count(), help="trials at a time (default: as many as cores)")
     add(
         "--minutes",

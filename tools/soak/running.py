@@ -19,7 +19,7 @@ from tools.mpirun import environment, launcher
 #: In the environment of every process of a job, so that it is found wherever the launcher has put it.
 MARK = "VMAD_LIT_SOAK_JOB"
 #: Ranks that wait for each other look out, and do not wait for ever.
-WATCHED = {"VMAD_LIT_CHECK": "1", "VMAD_LIT_TIMEOUT": "10"}
+WATCHED = {"VMAD_LIT_CHECK": "1", "VMAD_LIT_TIMEOUT": "20"}
 #: How the launchers number their processes.
 RANK = re.compile(rb"(?:^|\0)(?:PMI_RANK|OMPI_COMM_WORLD_RANK|PMIX_RANK)=(\d+)(?:\0|$)")
 #: Seconds that processes may take to vanish after their launcher.
