@@ -67,8 +67,9 @@ def _touched_domains(x: Array, pm: ParticleMesh, support: int) -> Array:
     return domains
 
 
-def make_layout(x: Array, pm: ParticleMesh, support: int) -> GhostLayout:
+def make_layout(x: Positions, pm: ParticleMesh, support: int) -> GhostLayout:
     """A layout that sends each particle to exactly the ranks that hold cells of its window."""
+    x = in_the_box(x)
     if loops is not None:
         there = loops.find_ranks(x, *_axes_of_domains(pm), support, pm.comm.size)
         return GhostLayout(pm.comm, len(x), *there, pm, support / 2)
@@ -227,7 +228,7 @@ class HaloLayout:
     `GhostLayout`, which are found then, by all ranks together.
     """
 
-    def __init__(self, x: Array, pm: ParticleMesh, support: int, halo: Halo) -> None:
+    def __init__(self, x: Positions, pm: ParticleMesh, support: int, halo: Halo) -> None:
         self.comm, self.pm, self.halo, self.reach = pm.comm, pm, halo, support / 2
         self.sendlength = len(x)
         self._x, self._support = x, support
@@ -274,6 +275,8 @@ AnyLayout: TypeAlias = Layout | IdentityLayout | HaloLayout
 
 
 def exchange_rows(layout: AnyLayout | None, data: Value) -> Any:
+    if isinstance(data, Displaced):
+        return Displaced(exchange_rows(layout, data.displacement), exchange_rows(layout, data.lattice))
     return data if layout is None or numpy.ndim(data) == 0 else layout.exchange(data)
 
 
@@ -285,6 +288,38 @@ def gather_rows(layout: AnyLayout | None, data: Value) -> Any:
         pairs = numpy.ascontiguousarray(layout.gather(pairs))
         return pairs.view(data.dtype)[..., 0]
     return layout.gather(data)
+
+
+class Displaced:
+    """Positions (N, ndim) that are displacements from a lattice; whoever needs a cell adds the two in double precision."""
+
+    def __init__(self, displacement: Array, lattice: Array) -> None:
+        self.displacement, self.lattice = displacement, lattice
+        self.shape, self.dtype = displacement.shape, displacement.dtype
+
+    def __len__(self) -> int:
+        return len(self.displacement)
+
+    def __getitem__(self, rows: slice) -> Displaced:
+        return Displaced(self.displacement[rows], self.lattice[rows])
+
+
+Positions: TypeAlias = Array | Displaced
+
+
+def displaced(x: Any, lattice: Any) -> Any:
+    """Positions, which are displacements if there is a lattice."""
+    return x if lattice is None else Displaced(x, lattice)
+
+
+def take_apart(x: Positions) -> tuple[Array, Array | None]:
+    """Positions, or displacements, and the lattice or None."""
+    return (x.displacement, x.lattice) if isinstance(x, Displaced) else (x, None)
+
+
+def in_the_box(x: Positions) -> Array:
+    """Positions as one array; sums with a lattice are in double precision."""
+    return numpy.add(x.displacement, x.lattice, dtype="f8") if isinstance(x, Displaced) else x
 
 
 def agree_on_rows(layout: AnyLayout | None, data: Value, side: str) -> Value:
@@ -326,6 +361,18 @@ def as_positions(x: ArrayLike, pm: ParticleMesh, new: bool = True) -> Array:
     return x
 
 
+def check_positions(x: Any, lattice: Any, pm: ParticleMesh, new: bool = True) -> tuple[Array, Array | None]:
+    """Positions and their lattice, or None, as arrays (N, ndim), for `agree`; see `as_positions`."""
+    x = as_positions(x, pm, new)
+    if lattice is None:
+        return x, None
+    if numpy.shape(lattice) != x.shape:
+        raise ValueError(
+            f"the lattice must have the shape of the displacements, {x.shape}, not {numpy.shape(lattice)}"
+        )
+    return x, as_positions(lattice, pm, new)
+
+
 def check_layout(layout: Value, pm: ParticleMesh, resampler: Any) -> None:
     """Raise an error unless a layout, or None, brings particles to where a window of the mesh needs them."""
     if layout is None:
@@ -344,18 +391,20 @@ def check_layout(layout: Value, pm: ParticleMesh, resampler: Any) -> None:
         )
 
 
-def choose_halo(x: Array, pm: ParticleMesh, support: int) -> Halo | None:
+def choose_halo(x: Positions, pm: ParticleMesh, support: int) -> Halo | None:
     """The halo in which the windows of all particles lie; None if it is less work to send particles. Collective."""
     divided = [axis for axis in range(pm.ndim) if pm.domain.shape[axis] > 1]
     widths = [numpy.diff(pm.domain.edges[axis]) for axis in range(pm.ndim)]
     if loops is None or not divided or min(int(width.min()) for width in widths) < support:
         return None
     note = numpy.zeros((pm.ndim + 1, 2), "i8")
-    note[-1, 1] = len(x)
+    note[-1, 1], (at, lattice) = len(x), take_apart(x)
     for axis in divided:
         start, period = -int(pm.affine.translate[axis]), int(pm.Nmesh[axis])
         own = int(widths[axis][numpy.searchsorted(pm.domain.edges[axis], start)])
-        *note[axis], out = loops.find_span(x, axis, float(pm.affine.scale[axis]), start, own, period, support)
+        *note[axis], out = loops.find_span(
+            at, axis, float(pm.affine.scale[axis]), start, own, period, support, lattice
+        )
         note[-1, 0] += out
     # Agree on the widest, with a plane more for what is rounded otherwise in the loops
     count_to_all(pm.comm, note.nbytes)
@@ -387,23 +436,28 @@ def find_reach(pm: ParticleMesh, smoothing: Any) -> tuple[Any, float]:
 
 
 def lay_out(
-    make: Callable[[], ArrayLike], pm: ParticleMesh, smoothing: Any = None, new: bool = True
-) -> tuple[Array, AnyLayout]:
+    make: Callable[[], ArrayLike],
+    pm: ParticleMesh,
+    smoothing: Any = None,
+    new: bool = True,
+    lattice: Any = None,
+) -> tuple[Any, AnyLayout]:
     """The positions that `make()` returns, in a dtype that all ranks agree on, and their layout; see `as_positions`.
-    Collective."""
+    With a lattice they are displacements from it. Collective."""
 
     def prepare() -> tuple[Any, ...]:
         resampler, reach = find_reach(pm, smoothing)
-        return as_positions(make(), pm, new), pm, reach, resampler
+        return *check_positions(make(), lattice, pm, new), pm, reach, resampler
 
-    x, _, reach, resampler = agree(pm.comm, prepare)
+    *parts, _, reach, resampler = agree(pm.comm, prepare)
+    x = displaced(*parts)
     if pm.comm.size == 1:
         return x, IdentityLayout(pm.comm, len(x), pm, reach)
     if resampler is not None:
         support = window_support(resampler)
         halo = choose_halo(x, pm, support)
         return x, make_layout(x, pm, support) if halo is None else HaloLayout(x, pm, support, halo)
-    layout = pm.decompose(x, smoothing=reach)
+    layout = pm.decompose(in_the_box(x), smoothing=reach)
     return x, GhostLayout(pm.comm, len(x), layout.sendcounts, layout.indices, pm, reach)
 
 
@@ -411,15 +465,16 @@ def lay_out(
 class decompose:
     """The layout that brings particles to the ranks whose part of the mesh they touch.
 
-    `smoothing` is the window that will be used, by default that of `pm`; or a distance in cells.
+    `smoothing` is the window that will be used, by default that of `pm`; or a distance in cells. With a `lattice`
+    (N, ndim), a constant, `x` are displacements from it.
     """
 
     ain: dict[str, str] = {}
     aout = {"layout": "*Layout"}
     placements = "partitioned -> partitioned"
 
-    def apl(node, x, pm, smoothing=None):
-        return dict(layout=lay_out(lambda: x, pm, smoothing)[1])
+    def apl(node, x, pm, smoothing=None, lattice=None):
+        return dict(layout=lay_out(lambda: x, pm, smoothing, lattice=lattice)[1])
 
 
 def agree_on_lattice(q: Any, pm: ParticleMesh) -> Any:
