@@ -232,6 +232,10 @@ class VectorSpace:
         """The part of `x` that this rank holds, as a list of arrays."""
         return [np.asarray(x)]
 
+    def starts(self, x: Vector) -> list[tuple[int, ...] | None]:
+        """Where in the whole each array of :meth:`to_arrays` begins, or None where nobody can tell."""
+        return [None for _ in self.to_arrays(x)]
+
     def from_arrays(self, arrays: Iterable[Array], like: Vector) -> Vector:
         """The inverse of :meth:`to_arrays`; `like` is a vector of the kind that is wanted."""
         (array,) = arrays
@@ -361,6 +365,10 @@ class FieldSpace(VectorSpace):
         """The slab of mesh values that this rank holds."""
         return [np.array(x.value)] if is_field(x) else super().to_arrays(x)
 
+    def starts(self, x: Vector) -> list[tuple[int, ...] | None]:
+        """The first index of the slab of this rank."""
+        return [tuple(int(n) for n in x.start)] if is_field(x) else super().starts(x)
+
     def from_arrays(self, arrays: Iterable[Array], like: Vector) -> Vector:
         """A field on the mesh of `like` with the values given."""
         if not is_field(like):
@@ -446,6 +454,10 @@ class ProductSpace(VectorSpace):
     def to_arrays(self, x: Vector) -> list[Array]:
         """The arrays of all components, one after the other."""
         return [array for space, _, y in self._zip(0, x) for array in space.to_arrays(y)]
+
+    def starts(self, x: Vector) -> list[tuple[int, ...] | None]:
+        """Where the arrays of all components begin, one after the other."""
+        return [start for space, _, y in self._zip(0, x) for start in space.starts(y)]
 
     def from_arrays(self, arrays: Iterable[Array], like: Vector) -> Vector:
         """A vector with the components of `like` and the values given."""

@@ -916,7 +916,7 @@ class FastPMSimulation:
             self.check_memory(gradient=False)
         if q is None:
             q = pm.generate_uniform_particle_grid(shift=0.5).astype(pm.create(type="real").dtype)
-        self.q = numpy.ascontiguousarray(agree_on_lattice(q, pm))
+        self.q = numpy.ascontiguousarray(q)
 
     @property
     def comm(self) -> Any:
