@@ -22,7 +22,14 @@ from mpi4py import MPI
 from vmad_lit import Builder
 from vmad_lit.lib import fastpm
 from vmad_lit.lib.cosmology import LinearPower, Planck15
+from vmad_lit.lib import threads as threading
 from vmad_lit.lib.threads import set_threads
+
+# Share out small loops, too
+share_out = threading.share_out
+for module in [module for name, module in sys.modules.items() if name.startswith("vmad_lit.lib.")]:
+    if getattr(module, "share_out", None) is share_out:
+        module.share_out = lambda n, least: share_out(n, 64)
 
 def whole(field):
     array = numpy.zeros(field.cshape, field.dtype)
@@ -54,7 +61,7 @@ for ranks in 1, 2, 3:
     if part != MPI.COMM_NULL:
         for dtype, options in ("f8", dict(reversible=ranks == 2)), ("f4", {}):
             if dtype == "f8" or ranks == 2:
-                found += [(ranks, dtype, *rest) for rest in gradients(part, 24, dtype, **options)]
+                found += [(ranks, dtype, *rest) for rest in gradients(part, 16, dtype, **options)]
 if world.rank == 0:
     print(json.dumps(found))
 """

@@ -180,12 +180,12 @@ def test_a_force_sends_what_the_model_says(how):
     pm, division = divide([24, 24, 12], how)
     cell = pm.BoxSize / pm.Nmesh
     q = pm.generate_uniform_particle_grid(shift=0.5)
-    x = q + 0.4 * cell * numpy.random.default_rng(COMM.rank).normal(size=q.shape)
+    dx = 0.4 * cell * numpy.random.default_rng(COMM.rank).normal(size=q.shape)
     p, _f = numpy.random.default_rng(COMM.rank).normal(size=(2, *q.shape))
     found = []
 
     def kick():
-        found.append(nbody.ForceAt(lambda: x, pm))
+        found.append(nbody.ForceAt(lambda: dx, q, pm))
         found[0].kick(p, 1.0, numpy.empty_like(p))
 
     forward = sent(kick)

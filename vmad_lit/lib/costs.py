@@ -291,27 +291,18 @@ class Peak(NamedTuple):
 
 
 #: What is held at the moments of a run without its tape; of the tape, what a step and a state hold.
-MOMENTS: dict[str, dict[str, Peak]] = {
-    "f8": {
-        "forward": Peak(12.1, 10.0),
-        "turn": Peak(13.6, 1.0),
-        "evolve": Peak(9.1, 0.0, 9.2),
-        "advance": Peak(23.0, 0.0, 4.5),
-        "undo": Peak(21.1, 0.0, 7.3),
-        "step": Peak(3.0, 0.0, 1.0),
-        "positions": Peak(3.0),
-        "state": Peak(6.0),
-    },
+MOMENTS: dict[str, Peak] = {
+    "forward": Peak(15.0, 10.0),
+    "turn": Peak(13.6, 1.0),
+    "evolve": Peak(14.3, 0.0, 8.6),
+    "advance": Peak(24.9, 0.0, 8.2),
+    "undo": Peak(21.0, 0.0, 9.0),
+    "step": Peak(3.0, 0.0, 1.0),
+    "positions": Peak(3.0),
+    "state": Peak(6.0),
 }
-MOMENTS["f4"] = MOMENTS["f8"] | {
-    "forward": Peak(16.1, 15.1),
-    "evolve": Peak(13.1, 0.0, 9.2),
-    "advance": Peak(26.0, 0.0, 4.5),
-    "undo": Peak(23.1, 0.0, 7.3),
-}
-#: What is added for each particle where particles are in the halo of a mesh.
-MANY_RANKS = {"forward": Peak(1.5), "undo": Peak(1.5), "step": Peak(0.3)}
-BESIDE = 4_000_000  # bytes on each rank, whatever the size: blocks of forces, tables
+HALO_PLANES = 200  # beside them, for halos: planes of a domain along each axis that is divided
+BESIDE = 1_000_000  # bytes on each rank, whatever the size
 
 POLICIES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -338,7 +329,7 @@ def kept_states(steps: int, ram: int, disk: int) -> tuple[int, int]:
             turned, reversed_ = True, max(reversed_, len(kept))
         elif kind == "Move" and action.from_storage.name == "RAM":
             kept.discard(action.n)
-    return max(reversed_, 1), advanced
+    return reversed_, advanced
 
 
 class MemoryPlan(NamedTuple):
@@ -377,19 +368,21 @@ def plan_memory(
         one_of("policy", policy, tuple(POLICIES))
         policy = POLICIES[policy]
     options = dict(ram=None, disk=None, reversible=False, keep_potential=True) | policy
-    moments = MOMENTS[f"f{one_of('itemsize', itemsize, (4, 8))}"]
+    one_of("itemsize", itemsize, (4, 8))
+
+    division = Division(nmesh, choose_processes(nmesh, ranks)) if len(nmesh) > 1 else None
+    around = sum(math.prod(division.own) / division.own[d] for d in division.divided) if division else 0.0
 
     def bytes_of(*held: tuple[str, float]) -> int:
         # Add up what is held
-        total = 0.0
+        coarse, fine = (
+            math.prod(n * scale for n in nmesh) * (1 + 2 / (nmesh[-1] * scale)) for scale in (1.0, B)
+        )
+        total = HALO_PLANES * around * B ** (len(nmesh) - 1)
         for name, times in held:
-            peak = moments[name].particle + (MANY_RANKS.get(name, Peak()).particle if ranks > 1 else 0.0)
-            coarse, fine = (
-                math.prod(float(n * scale) for n in nmesh) * (1 + 2 / (nmesh[-1] * scale))
-                for scale in (1.0, B)
-            )
-            total += times * (peak * particles + moments[name].mesh * coarse + moments[name].fine * fine)
-        return int(itemsize * total / ranks) + BESIDE
+            peak = MOMENTS[name]
+            total += times * (peak.particle * particles + peak.mesh * coarse + peak.fine * fine) / ranks
+        return int(itemsize * total) + BESIDE
 
     forward = bytes_of(("forward", 1))
     if options["reversible"]:
