@@ -67,8 +67,12 @@ def build(system, pm, stages=STAGES, **options):
         with Builder() as m:
             wn = m.input("wn")
             dx, p, f = simulation.run(fastpm.induce_correlation(fastpm.r2c(wn), power, pm))
-            x = dx + simulation.q
-            rho = fastpm.paint(x, 1.0, fastpm.decompose(x, pm), pm)
+            if system == "vmad_lit":
+                layout = fastpm.decompose(dx, pm, lattice=q)
+                rho = fastpm.paint(dx, 1.0, layout, pm, lattice=q)
+            else:
+                x = dx + simulation.q
+                rho = fastpm.paint(x, 1.0, fastpm.decompose(x, pm), pm)
             m.output(**{name: rho if name == "density" else fastpm.to_scalar(rho)})
         models.append(m)
     return models
