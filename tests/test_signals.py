@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from helpers import HAS_MPIRUN, soaking
+from helpers import HAS_MPIRUN, processes_below, soaking
 from tools.mpirun import environment, launcher
 from vmad_lit.contrib.optimize import GradientDescent, Problem, State, autosave
 from vmad_lit.contrib.vectorspace import VectorSpace, real_inner_product
@@ -147,9 +147,9 @@ class Job:
             time.sleep(0.02)
 
     def send(self, signum, whom):
-        from test_soak import children
-
-        ranks = [pid for pid in children(self.process.pid) if not children(pid)] or [self.process.pid]
+        ranks = [pid for pid in processes_below(self.process.pid) if not processes_below(pid)] or [
+            self.process.pid
+        ]
         chosen = {
             "launcher": [self.process.pid],
             "one": ranks[-1:],
@@ -222,8 +222,6 @@ def test_a_job_that_hangs_ends_nevertheless(tmp_path, how):
 @pytest.mark.serial
 @pytest.mark.skipif(not HAS_MPIRUN or not os.path.isdir("/proc/self"), reason="needs mpirun and /proc")
 def test_the_demonstration_saves_draws_and_leaves(tmp_path):
-    from test_soak import children
-
     pytest.importorskip("pmesh")
     arguments = "--nmesh 8 --steps 1 --maxiter 100000 --quiet --grace 60 --state s.npz --output p.png".split()
     command = [launcher(), "-n", "2", sys.executable, "-m", "vmad_lit.demo", *arguments]
@@ -232,7 +230,7 @@ def test_the_demonstration_saves_draws_and_leaves(tmp_path):
     start = time.monotonic()
     while not (tmp_path / "s.npz").exists() and job.poll() is None and time.monotonic() - start < 60:
         time.sleep(0.02)
-    os.kill([pid for pid in children(job.pid) if not children(pid)][-1], INT)
+    os.kill([pid for pid in processes_below(job.pid) if not processes_below(pid)][-1], INT)
     text, _ = job.communicate(timeout=60)
     assert job.returncode == 130 and "initial modes, against the truth" in text, text
     assert "stopped by SIGINT after" in text or "converged" in text or "rounding" in text

@@ -7,16 +7,19 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+from vmad_lit.core.error import needed_for
+
 PRECISIONS = "f8", "f4"
 
 
 def simulate(dtype: str) -> None:
     """A small simulation in this precision, its gradient, and a Gauss-Newton product."""
-    from mpi4py import MPI
-
     from vmad_lit import Builder
     from vmad_lit.lib import fastpm
     from vmad_lit.lib.mesh import ParticleMesh
+
+    with needed_for("the loops of a simulation", extra="mesh"):
+        from mpi4py import MPI
 
     pm = ParticleMesh([16] * 3, BoxSize=16.0, comm=MPI.COMM_SELF, dtype=dtype)
     q = pm.generate_uniform_particle_grid(shift=0.5).astype(dtype)

@@ -657,8 +657,9 @@ class reversible_leapfrog:
                 ForceAt(lambda: dx, q, pm),
                 memory.empty_like(p) if kick_ else ZeroGradient,
             )
-            _apply_kick_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
+            _apply_kick_drift(gravity, dx, p, kick, 0.0, dx, p, f if kick_ else None)
             f_ = gravity.push(dx_)
+            add_multiple(dx, p, drift, out=dx)
             for x_, v, c in (p_, f_, kick), (p_, f, kick_), (dx_, p_, drift), (dx_, p, drift_):
                 if c:
                     add_multiple(x_, v, c, out=x_)
@@ -687,8 +688,9 @@ class reversible_leapfrog:
                 ForceAt(lambda: dx, q, pm),
                 memory.empty_like(p) if kick_ else ZeroGradient,
             )
-            _apply_kick_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
+            _apply_kick_drift(gravity, dx, p, kick, 0.0, dx, p, f if kick_ else None)
             f_ = gravity.push(dx_)
+            add_multiple(dx, p, drift, out=dx)
             for x_, v, c in (p_, f_, kick), (p_, f, kick_), (dx_, p_, drift), (dx_, p, drift_):
                 if c:
                     add_multiple(x_, v, c, out=x_)
