@@ -1,7 +1,7 @@
-"""The same N-body problem, forward and backward, in this package, in vmad, and in JaxPM.
+"""The same N-body problem, forward and backward, in this package, in vmad, in JaxPM, and in pmwd.
 
 N^3 particles on an N^3 mesh, box of side 4N Mpc/h, second-order start at a = 0.1, four kick-drift-kick steps at
-a = linspace(0.1, 1, 5), the density painted with CIC, double precision. The objective is the sum of its squares, the
+a = linspace(0.1, 1, 5), the density painted with CIC, in double precision unless `--dtype f4`. The objective is the sum of its squares, the
 variable the white noise of the initial conditions. Each system runs in a process of its own, one after the other, so that peak
 memory is its own too.
 
@@ -13,7 +13,10 @@ error       of the gradient, relative to that of the first system
 
 Systems that are not installed are left out. vmad does not bring its background, which it takes from ours. JaxPM is
 compiled by jit, which is not counted; it starts from its own growth functions and takes steps with our coefficients, on the
-cores of one process. `--peer-python` names the Python of another environment, to be tried for peers that are not in this one.
+cores of one process. pmwd, compiled likewise, has a configuration of its own: the same lattice, mesh, spectrum and stages, its own
+growth functions (solved before, which is not counted) and coefficients, in which a step has its kick at the middle
+of the scale factors, derivatives of modes where we take differences, particles that start on the points of the mesh, and no
+forward derivatives, hence no Gauss-Newton product. `--peer-python` names the Python of another environment, to be tried for peers that are not in this one.
 
 --scaling   also this package on 1 to 4 ranks, and over 4 to 32 steps with the full tape, checkpoints in memory and
             on disk, and a leapfrog that integrates backwards; these over 4 steps on the next larger mesh, too
@@ -33,7 +36,8 @@ import numpy as np
 
 from .common import clock, describe, machine, save, table
 
-SYSTEMS = "vmad_lit", "vmad", "jaxpm"
+SYSTEMS = "vmad_lit", "vmad", "jaxpm", "pmwd"
+JAX = "jaxpm", "pmwd"  # systems that run in one process, and are compiled by JAX
 POLICIES = dict(full={}, checkpoints=dict(ram=2), disk=dict(disk=32), reversible=dict(reversible=True))
 STAGES = np.linspace(0.1, 1.0, 5)
 
@@ -63,8 +67,12 @@ def build(system, pm, stages=STAGES, **options):
         with Builder() as m:
             wn = m.input("wn")
             dx, p, f = simulation.run(fastpm.induce_correlation(fastpm.r2c(wn), power, pm))
-            x = dx + simulation.q
-            rho = fastpm.paint(x, 1.0, fastpm.decompose(x, pm), pm)
+            if system == "vmad_lit":
+                layout = fastpm.decompose(dx, pm, lattice=q)
+                rho = fastpm.paint(dx, 1.0, layout, pm, lattice=q)
+            else:
+                x = dx + simulation.q
+                rho = fastpm.paint(x, 1.0, fastpm.decompose(x, pm), pm)
             m.output(**{name: rho if name == "density" else fastpm.to_scalar(rho)})
         models.append(m)
     return models
@@ -110,15 +118,53 @@ def build_jaxpm(n, steps):
     return jax, density
 
 
-def measure_jaxpm(n, repeat, folder):
-    """Measure JaxPM, with the noise and the coefficients that the first system left."""
+def build_pmwd(n, dtype):
+    """The problem in pmwd: from the white noise to the density."""
+    import jax
+    import jax.numpy as jnp
+    from pmwd import Configuration, SimpleLCDM, boltzmann, lpt, nbody, scatter
+    from pmwd.boltzmann import growth
+    from pmwd.pm_util import fftfreq
+
+    step = (STAGES[-1] - STAGES[0]) / (len(STAGES) - 1)
+    configuration = Configuration(
+        4.0,
+        (n,) * 3,
+        float_dtype=jnp.dtype(dtype),
+        a_start=STAGES[0],
+        a_stop=STAGES[-1],
+        a_lpt_maxstep=STAGES[0],
+        a_nbody_maxstep=step * (1 + 1e-6),  # of two ceilings, the one that is meant
+    )
+    cosmology = boltzmann(SimpleLCDM(configuration), configuration)
+    today = float(growth(1.0, cosmology, configuration))  # our spectrum is that of today
+    components = fftfreq(configuration.ptcl_grid_shape, 4.0, configuration.float_dtype)
+    k = jnp.sqrt(sum(component**2 for component in components))
+    amplitude = jnp.where(k == 0, 0.0, jnp.sqrt(power(jnp.where(k == 0, 1.0, k)) / (4.0 * n) ** 3))
+    amplitude = (amplitude * (4.0**3 / today)).astype(configuration.float_dtype)
+
+    def density(noise):
+        particles, observed = lpt(jnp.fft.rfftn(noise) * amplitude, cosmology, configuration)
+        particles, observed = nbody(particles, observed, cosmology, configuration)
+        return scatter(particles, configuration)
+
+    return jax, density
+
+
+def measure_jax(system, n, repeat, folder, dtype):
+    """Measure a system of `JAX`, with the noise and the coefficients that the first system left."""
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
     if threads and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:threads])
-    os.environ["JAX_ENABLE_X64"] = "1"
-    with open(os.path.join(folder, "steps.json")) as f:
-        jax, density = build_jaxpm(n, json.load(f))
-    noise, direction = (np.load(os.path.join(folder, f"{name}.npy")) for name in ("noise", "direction"))
+    os.environ["JAX_ENABLE_X64"] = str(int(dtype == "f8"))
+    if system == "pmwd":
+        jax, density = build_pmwd(n, dtype)
+    else:
+        with open(os.path.join(folder, "steps.json")) as f:
+            jax, density = build_jaxpm(n, json.load(f))
+    noise, direction = (
+        np.load(os.path.join(folder, f"{name}.npy")).astype(dtype) for name in ("noise", "direction")
+    )
 
     def objective(noise):
         return (density(noise) ** 2).sum()
@@ -133,12 +179,14 @@ def measure_jaxpm(n, repeat, folder):
         gradient=lambda: gradient(noise),
         gnp=lambda: product(noise, direction),
     )
+    if system == "pmwd":
+        del tasks["gnp"]  # its steps have a rule for the reverse sweep alone
     numbers, results = time_tasks(
         {name: (lambda task=task: jax.block_until_ready(task())) for name, task in tasks.items()},
         repeat,
         None,
     )
-    leave(folder, "jaxpm", numbers, np.asarray(results["gradient"][1]).ravel())
+    leave(folder, system, {"gnp": None, **numbers}, np.asarray(results["gradient"][1]).ravel())
 
 
 def leave(folder, name, numbers, gradient):
@@ -165,15 +213,15 @@ def time_tasks(tasks, repeat, comm):
     return numbers, results
 
 
-def measure(system, n, repeat, folder):
+def measure(system, n, repeat, folder, dtype):
     """Measure one system, on the ranks of this job. The gradient is left in a file, to be compared."""
-    if system == "jaxpm":
-        return measure_jaxpm(n, repeat, folder)
+    if system in JAX:
+        return measure_jax(system, n, repeat, folder, dtype)
     from mpi4py import MPI
     from pmesh.pm import ParticleMesh
 
     comm = MPI.COMM_WORLD
-    pm = ParticleMesh([n] * 3, BoxSize=4.0 * n, comm=comm)
+    pm = ParticleMesh([n] * 3, BoxSize=4.0 * n, comm=comm, dtype=dtype)
     density, objective = build(system, pm)
     init = dict(wn=pm.generate_whitenoise(seed=1, unitary=False, type="real"))
     direction = dict(wn_=pm.generate_whitenoise(seed=2, unitary=False, type="real"))
@@ -294,12 +342,13 @@ def spawn(arguments, ranks=1, python=sys.executable):
     return done.stdout, ""
 
 
-def run(system, n, repeat, ranks, folder, peer_python=None):
+def run(system, n, repeat, ranks, folder, peer_python=None, dtype="f8"):
     """Measure one system in processes of its own; None if it is not there."""
-    arguments = ["--worker", system, n, repeat, folder]
-    out, error = spawn(arguments, ranks if system != "jaxpm" else 1)
+    arguments = ["--worker", system, n, repeat, folder, dtype]
+    ranks = 1 if system in JAX else ranks
+    out, error = spawn(arguments, ranks)
     if out is None and peer_python and system != "vmad_lit":
-        out, error = spawn(arguments, ranks if system != "jaxpm" else 1, peer_python)
+        out, error = spawn(arguments, ranks, peer_python)
     if out is None:
         print(f"{system}: not measured ({error})")
         return None
@@ -307,13 +356,13 @@ def run(system, n, repeat, ranks, folder, peer_python=None):
         return json.load(f)
 
 
-def study(sizes, repeat=3, ranks=1, systems=SYSTEMS, peer_python=None):
+def study(sizes, repeat=3, ranks=1, systems=SYSTEMS, peer_python=None, dtype="f8"):
     results = []
     for n in sizes:
         with tempfile.TemporaryDirectory() as folder:
             with open(os.path.join(folder, "steps.json"), "w") as f:
                 json.dump(coefficients(STAGES), f)
-            row = {name: run(name, n, repeat, ranks, folder, peer_python) for name in systems}
+            row = {name: run(name, n, repeat, ranks, folder, peer_python, dtype) for name in systems}
             found = [name for name in systems if row[name]]
             gradients = {name: np.load(os.path.join(folder, f"{name}.npy")) for name in found}
             for name in found:
@@ -345,6 +394,9 @@ def main(argv=None):
     parser.add_argument("--full", action="store_true", help="also 128^3")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument(
+        "--dtype", choices=["f4", "f8"], default="f8", help="precision of meshes and particles"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file")
     parser.add_argument(
         "--peer-python",
@@ -361,19 +413,19 @@ def main(argv=None):
     parser.add_argument(
         "--scaling", type=int, nargs="?", const=64, metavar="N", help="also ranks and steps, on N^3 (64)"
     )
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--policy", nargs=3, help=argparse.SUPPRESS)
     args, _ = parser.parse_known_args(argv)
     if args.worker:
-        system, n, repeat, folder = args.worker
-        return measure(system, int(n), int(repeat), folder)
+        system, n, repeat, folder, dtype = args.worker
+        return measure(system, int(n), int(repeat), folder, dtype)
     if args.policy:
         policy, n, steps = args.policy
         return measure_policy(policy, int(n), int(steps))
     host = machine("pmesh", "mpi4py", "ducc0", "numba", "vmad")
-    print(describe(host), f"\n{args.ranks} rank(s)\n", flush=True)
+    print(describe(host), f"\n{args.ranks} rank(s), {args.dtype}\n", flush=True)
     sizes = args.sizes or [32, 64, *([128] if args.full else [])]
-    results = study(sizes, args.repeat, args.ranks, args.systems, args.peer_python)
+    results = study(sizes, args.repeat, args.ranks, args.systems, args.peer_python, args.dtype)
     columns = "forward", "gradient", "gnp", "memory"
     rows = []
     for result in results:
@@ -382,11 +434,19 @@ def main(argv=None):
             theirs = result[name]
             if theirs:
                 rows.append(
-                    [f"{result['n']}^3 {name}", *(theirs[c] for c in columns), f"{theirs['error']:.0e}"]
+                    [
+                        f"{result['n']}^3 {name}",
+                        *(theirs[c] or "-" for c in columns),
+                        f"{theirs['error']:.0e}",
+                    ]
                 )
             if ours and theirs and theirs is not ours:
                 rows.append(
-                    [f"      {name} / vmad_lit", *(f"{theirs[c] / ours[c]:.1f} x" for c in columns), ""]
+                    [
+                        f"      {name} / vmad_lit",
+                        *(f"{theirs[c] / ours[c]:.1f} x" if theirs[c] else "-" for c in columns),
+                        "",
+                    ]
                 )
     table(["", *columns, "error"], rows)
     kernels = {
@@ -400,7 +460,7 @@ def main(argv=None):
         more = dict(ranks_results=[], steps_n=args.scaling, steps=study_steps(args.scaling))
         more.update(policies_n=2 * args.scaling, policies=study_steps(2 * args.scaling, [4]))
         for ranks in 1, 2, 3, 4:
-            for result in study([args.scaling], args.repeat, ranks, systems=["vmad_lit"]):
+            for result in study([args.scaling], args.repeat, ranks, systems=["vmad_lit"], dtype=args.dtype):
                 more["ranks_results"].append(dict(ranks=ranks, **result))
         print("\nRanks\n")
         table(
@@ -418,7 +478,15 @@ def main(argv=None):
             [[f"{n}^3 {r['policy']}, {r['steps']}", r["gradient"], r["memory"]] for n, r in rows],
         )
     if args.json:
-        save(args.json, host, unit="seconds, megabytes", ranks=args.ranks, results=results, **more)
+        save(
+            args.json,
+            host,
+            unit="seconds, megabytes",
+            dtype=args.dtype,
+            ranks=args.ranks,
+            results=results,
+            **more,
+        )
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def test_a_read_only_installation_without_a_home(tmp_path):
         "import warnings\nwarnings.simplefilter('error')\nfrom vmad_lit.lib import fastpm, window\n"
         "warnings.simplefilter('always')\n"
         "with warnings.catch_warnings(record=True) as told:\n"
-        "    assert window._fold(5, 3) == 2 and window._fold(5, 3.0) == 2\n"
+        "    assert window.fold_cell(5, 3) == 2 and window.fold_cell(5, 3.0) == 2\n"
         "print([str(w.message) for w in told])"
     )
     nowhere = os.path.join(os.devnull, "home")

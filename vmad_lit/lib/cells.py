@@ -1,6 +1,6 @@
 """The commonest window in straight code: cloud in cell, in three dimensions, on one mesh, or on three or four side by side.
 
-It does what the loops of `window` do for all windows, in a fraction of the time.
+It does what the loops of `window` do for all windows, in less time.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _locate(cells, parts, pos, lattice, displaced, first, count, box, low, high,
 
 
 @inlined
-def _fold(i, period):
+def fold_cell(i, period):
     """The cell `i` of a mesh of this period."""
     return i if uintp(i) < uintp(period) else i % period
 
@@ -133,9 +133,9 @@ def _locate_one(cells, parts, k, pos, lattice, displaced, p, box, low, high, n):
     store(parts, uintp(k), convert(x - bx, parts), 1)
     store(parts, uintp(GROUP + k), convert(y - by, parts), 1)
     store(parts, uintp(2 * GROUP + k), convert(z - bz, parts), 1)
-    ix = _fold(int64(bx) + origin[0], period[0])
-    iy = _fold(int64(by) + origin[1], period[1])
-    iz = _fold(int64(bz) + origin[2], period[2])
+    ix = fold_cell(int64(bx) + origin[0], period[0])
+    iy = fold_cell(int64(by) + origin[1], period[1])
+    iz = fold_cell(int64(bz) + origin[2], period[2])
     jx = ix + 1 if ix + 1 < period[0] else 0
     jy = iy + 1 if iy + 1 < period[1] else 0
     jz = iz + 1 if iz + 1 < period[2] else 0

@@ -356,7 +356,8 @@ def plan_memory(
     particles, steps, ranks : int, how many there are in all
     policy : what the derivatives keep, a name of POLICIES, or the options of `leapfrog` (ram, disk, reversible,
         keep_potential)
-    itemsize : bytes of a real number, 4 or 8
+    itemsize : bytes of a real number, 4 or 8. A lattice in double precision beside particles in single, see
+        `FastPMSimulation`, is 12 bytes more for each particle
     B : the mesh of the force has B times as many points along each axis
 
     Returns

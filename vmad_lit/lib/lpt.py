@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy
+from numpy.typing import DTypeLike
 
 from vmad_lit import autooperator, operator
 from vmad_lit.core.arguments import real_array
@@ -172,7 +173,9 @@ class in_precision:
 
 
 @autooperator("rhok -> dx1")
-def lpt1(rhok: Symbol, q: Array, pm: ParticleMesh, layout: Value = None) -> Symbol:
+def lpt1(
+    rhok: Symbol, q: Array, pm: ParticleMesh, layout: Value = None, dtype: DTypeLike | None = None
+) -> Symbol:
     """First-order (Zel'dovich) displacement for a linear density contrast.
 
     Parameters
@@ -181,13 +184,15 @@ def lpt1(rhok: Symbol, q: Array, pm: ParticleMesh, layout: Value = None) -> Symb
     q : (N, ndim) where the displacement is wanted
     pm : ParticleMesh, of any dimension
     layout : of `q`, if it is known already
+    dtype : of the displacement, by default that of `q`
 
     Returns
     -------
-    dx1 : (N, ndim), the displacement for D1 = 1, in the precision of q
+    dx1 : (N, ndim), the displacement for D1 = 1
     """
     q = agree_on_lattice(q, pm)
-    return _displacement(_potential(rhok, pm), q, pm, decompose(q, pm) if layout is None else layout)
+    layout = decompose(q, pm) if layout is None else layout
+    return _displacement(_potential(rhok, pm), q, pm, layout, dtype)
 
 
 def _potential(rhok: Symbol, pm: ParticleMesh) -> Symbol:
@@ -196,8 +201,10 @@ def _potential(rhok: Symbol, pm: ParticleMesh) -> Symbol:
     return c2r(potential) if differences_serve(pm, order=1) else potential
 
 
-def _displacement(potential: Symbol, q: Array, pm: ParticleMesh, layout: Value) -> Symbol:
-    """Minus the gradient of a `_potential` at q, in the precision of q."""
+def _displacement(
+    potential: Symbol, q: Array, pm: ParticleMesh, layout: Value, dtype: DTypeLike | None
+) -> Symbol:
+    """Minus the gradient of a `_potential` at q, in that dtype, or else in that of q."""
     if differences_serve(pm, order=1):
         dx = readout_neg_gradient(potential, q, layout)
     else:
@@ -205,7 +212,8 @@ def _displacement(potential: Symbol, q: Array, pm: ParticleMesh, layout: Value) 
             apply_transfer(potential, fourier_space_neg_gradient(d, pm, order=1)) for d in range(pm.ndim)
         ]
         dx = readout_all([c2r(component) for component in components], q, layout)
-    return in_precision(dx, q.dtype) if q.dtype == "f4" else dx
+    dtype = numpy.dtype(q.dtype if dtype is None else dtype)
+    return in_precision(dx, dtype) if dtype == "f4" else dx
 
 
 _SECOND_ORDER = 0.5 * 3.0 / 7  # the factor of the two traces
@@ -340,7 +348,7 @@ def _source(potential: Symbol, pm: ParticleMesh) -> Symbol:
 
 
 @autooperator("rhok -> dx1, dx2")
-def lpt(rhok: Symbol, q: Array, pm: ParticleMesh) -> tuple[Symbol, Symbol]:
+def lpt(rhok: Symbol, q: Array, pm: ParticleMesh, dtype: DTypeLike | None = None) -> tuple[Symbol, Symbol]:
     """Displacements of first and second order.
 
     The position at scale factor a is q + D1(a) dx1 + D2(a) dx2, with growth factors that are 1 today.
@@ -350,6 +358,7 @@ def lpt(rhok: Symbol, q: Array, pm: ParticleMesh) -> tuple[Symbol, Symbol]:
     rhok : complex field, the linear density contrast today
     q : (N, ndim) lattice
     pm : ParticleMesh
+    dtype : of the displacements, by default that of `q`
 
     Returns
     -------
@@ -358,6 +367,6 @@ def lpt(rhok: Symbol, q: Array, pm: ParticleMesh) -> tuple[Symbol, Symbol]:
     q = agree_on_lattice(q, pm)
     layout = decompose(q, pm)
     potential = _potential(rhok, pm)
-    dx1 = _displacement(potential, q, pm, layout)
-    dx2 = lpt1(r2c(_source(potential, pm)), q, pm, layout)
+    dx1 = _displacement(potential, q, pm, layout, dtype)
+    dx2 = lpt1(r2c(_source(potential, pm)), q, pm, layout, dtype)
     return dx1, dx2

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from vmad_lit import autooperator, operator
 from vmad_lit.core.arguments import real_array, real_number
@@ -797,7 +797,14 @@ class superpose:
 
 
 @autooperator("rhok -> dx, p")
-def firststep(rhok: Symbol, q: Array, a: float, pt: AnyBackground, pm: ParticleMesh) -> list[Symbol]:
+def firststep(
+    rhok: Symbol,
+    q: Array,
+    a: float,
+    pt: AnyBackground,
+    pm: ParticleMesh,
+    dtype: DTypeLike | None = None,
+) -> list[Symbol]:
     """Displacements and momenta at scale factor a by second-order perturbation theory.
 
     Parameters
@@ -807,12 +814,13 @@ def firststep(rhok: Symbol, q: Array, a: float, pt: AnyBackground, pm: ParticleM
     a : scale factor
     pt : background
     pm : ParticleMesh
+    dtype : of displacements and momenta, by default that of `q`
 
     Returns
     -------
     dx, p : (N, ndim)
     """
-    dx1, dx2 = lpt(rhok, q, pm)
+    dx1, dx2 = lpt(rhok, q, pm, dtype)
     return superpose(dx1, dx2, *factors_of_start(pt, a, pm))
 
 
@@ -874,14 +882,15 @@ class FastPMSimulation:
         a symbol
     pm : ParticleMesh of the initial conditions
     B : the mesh of the force has B times as many points along each axis
-    q : (N, ndim) lattice, whose precision is that of the particles; by default a particle in the middle of each cell
-        of `pm`, in the precision of the mesh
+    q : (N, ndim) lattice, whose precision is that of the particles. By default a particle in the middle of each cell
+        of `pm`, in the precision of the mesh; and if that would round the lattice, this alone is in double precision
     ram, reversible, keep_potential, disk, folder : what the derivatives keep, and where, see `leapfrog`
     check_memory : bool, whether to refuse a run that will not fit into memory, before the lattice is made
 
     Attributes
     ----------
     stages, pm, q, ram, reversible, keep_potential, disk, folder : as given
+    dtype : of displacements and momenta
     pt : the background
     fpm : ParticleMesh of the force
     """
@@ -916,8 +925,15 @@ class FastPMSimulation:
         self._count = int(pm.Nmesh.prod()) if q is None else add_up(pm.comm, len(q))
         if check_memory:
             self.check_memory(gradient=False)
+        # Choose a lattice and the precision of particles
         if q is None:
-            q = pm.generate_uniform_particle_grid(shift=0.5).astype(pm.create(type="real").dtype)
+            self.dtype = pm.create(type="real").dtype
+            exact = pm.generate_uniform_particle_grid(shift=0.5)
+            q = exact.astype(self.dtype, copy=False)
+            if add_up(pm.comm, int((q != exact).any())) > 0:
+                q = exact
+        else:
+            self.dtype = q.dtype
         self.q = numpy.ascontiguousarray(q)
 
     @property
@@ -947,7 +963,7 @@ class FastPMSimulation:
     @autooperator("rhok -> dx, p")
     def firststep(self, rhok: Symbol) -> list[Symbol]:
         """Displacements and momenta at the first stage."""
-        return firststep(rhok, self.q, float(self.stages[0]), self.pt, self.pm)
+        return firststep(rhok, self.q, float(self.stages[0]), self.pt, self.pm, self.dtype)
 
     @autooperator("dx -> f, potk")
     def gravity(self, dx: Symbol) -> list[Symbol]:

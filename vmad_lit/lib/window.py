@@ -9,6 +9,10 @@ A mesh is the part of a periodic mesh that this process holds, as pmesh lays it 
 (a :class:`pmesh.window.Affine`, or anything with ``scale``, ``translate`` and ``period``) maps a
 position to the mesh by ``pos * scale + translate``, indices are folded with ``period`` (0 for an
 axis that is not periodic), and what then falls outside the array is left out.
+
+What is computed for particles has the dtype of their positions, float32 or float64, and what is added to a mesh
+is rounded to that of the mesh. Positions may be displacements from a ``lattice``: then the sum of both is
+taken in float64, in the loop, so that a large box takes no digits from small displacements.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from numpy.typing import ArrayLike
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib import memory
-from vmad_lit.lib.cells import BOX, array_of, gather_loop, is_straight, scatter_loop
+from vmad_lit.lib.cells import BOX, array_of, fold_cell, gather_loop, is_straight, scatter_loop
 from vmad_lit.lib.compiled import compiled, inlined
 from vmad_lit.lib.memory import as_flat, flatten, overlap
 from vmad_lit.lib.threads import get_threads, run_on_threads, set_threads, share_out
@@ -88,12 +92,6 @@ def _spline(support, x):
 
 
 @inlined
-def _fold(i, period):
-    """The cell `i` of a mesh of this period."""
-    return i if uintp(i) < uintp(period) else i % period
-
-
-@inlined
 def _offset(cell, low, high, stride, whole):
     """Offset of a folded cell in memory, or -1 if it is not among the local cells `low` to `high`."""
     return cell * stride if whole or low <= cell < high else -1
@@ -102,7 +100,7 @@ def _offset(cell, low, high, stride, whole):
 @inlined
 def _offsets(first, period, low, high, stride, whole):
     """Offsets of the cells from `first` on, as many as the widest window has; `whole`: all are local."""
-    a = _fold(first, period)
+    a = fold_cell(first, period)
     b = a + 1 if a + 1 < period else 0
     c = b + 1 if b + 1 < period else 0
     d = c + 1 if c + 1 < period else 0
@@ -171,7 +169,7 @@ def _scatter_loop(
                         x += lattice[uintp((start + k) * step)]
                     x = x * scale[0] + translate[0]
                     i = floor(x + 0.5 * (support % 2)) - (support - 1) // 2 - 1 + origin[0]
-                    i = _fold(i, period[0])
+                    i = fold_cell(i, period[0])
                     listed[uintp(near)] = start + k
                     near += ((i < high) & (i + reach >= low)) | (i + reach - period[0] >= low)
                 count = near
@@ -497,7 +495,7 @@ def _census_loop(position: DType, lattice: DType) -> Any:
                 first = floor(low + translate) - support + origin
                 last = floor(high + translate) + support + origin
                 for i in range(first, last + 1):
-                    plane = _fold(i, period)
+                    plane = fold_cell(i, period)
                     if plane < nplane:
                         bits |= owners[uintp(plane)]
             mask[b] = bits
@@ -966,6 +964,10 @@ def paint(
     mass : one number, or (N,)
     window : 'nnb', 'cic', 'tsc' or 'pcs', or pmesh's object
     transform : pmesh's Affine, or None for positions in cells on a periodic mesh
+    lattice : (N, ndim), or None; the particles are at ``lattice + pos``, a sum that is taken in float64
+
+    The other functions of this module take the last three likewise. Raises ValueError for shapes that do not
+    fit, TypeError for what is not a real number, or a mesh that cannot be added to.
 
     Returns the mesh. A position that is not a number makes NaN of a few cells of the mesh (with 'nnb', it
     counts for one of them); it is never written beside the mesh.
@@ -992,9 +994,10 @@ def readout(
     factor: float = 1.0,
     lattice: ArrayLike | None = None,
 ) -> Array:
-    """Values of meshes at positions: (N,) for one mesh, (N, n) for a list of n, in float64.
+    """Values of meshes at positions: (N,) for one mesh, (N, n) for a list of n, in the dtype of the positions.
 
-    They fill `out` if it is given, a C-ordered array of that shape and type. With `base`, another such array or
+    They fill `out` if it is given, a C-ordered array of that shape, in its dtype, float32 or float64. The
+    particles are at ``lattice + pos`` if there is a lattice, see `paint`. With `base`, another such array or
     `out` itself, the result is base + factor * values. A position that is not a number gives NaN or the value
     of some cell of the mesh, never one of the memory around it.
     """
@@ -1022,7 +1025,10 @@ def gradient(
     out: Array | None = None,
     lattice: ArrayLike | None = None,
 ) -> Array:
-    """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), float64; as `readout`."""
+    """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), in units of the mesh by length.
+
+    Their dtype is that of the positions, or of `out` if it is given; `lattice` as in `paint`.
+    """
     values = _meshes([mesh])
     out = _result(out, (len(pos), values[0].ndim), _dtype_of(pos))
     return _gather(values, pos, window, transform, coef=numpy.ones(1, out.dtype), slope=out, lattice=lattice)
@@ -1067,7 +1073,8 @@ def paint_vjp(
 ) -> tuple[Array | None, Array | None]:
     """Cotangents of positions (N, ndim) and masses (N,) from the cotangent of the painted mesh.
 
-    What is not needed comes back as None. With one mass for all, the second is still for each particle.
+    What is not needed comes back as None. With one mass for all, the second is still for each particle. Both
+    have the dtype of the positions; `lattice` as in `paint`.
     """
     dtype = _dtype_of(pos)
     mass, step = _per_particle(mass, len(pos), "mass", dtype)
@@ -1101,7 +1108,10 @@ def paint_jvp(
     transform: Transform | None = None,
     lattice: ArrayLike | None = None,
 ) -> Mesh:
-    """Add to `mesh` the tangent of painting along `pos_` (N, ndim) and `mass_` (N,); None is zero."""
+    """Add to `mesh` the tangent of painting along `pos_` (N, ndim) and `mass_` (N,); None is zero.
+
+    The lattice, as in `paint`, stays where it is. Returns the mesh.
+    """
     (value,) = _targets([mesh])
     dtype = _dtype_of_masses([value], mass, *(v for v in (pos_, mass_) if v is not None))
     change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), "tangent of mass", dtype)
@@ -1129,10 +1139,11 @@ def weighted_gradient(
     factor: float = 1.0,
     lattice: ArrayLike | None = None,
 ) -> Array:
-    """The sum of the gradients of meshes at positions, each times its column of factors: (N, ndim), float64.
+    """The sum of the gradients of meshes at positions, each times its column of factors: (N, ndim).
 
-    `factors` has a row for each particle and a column for each of the first meshes, or is one number for all
-    of them; meshes beyond, or all if it is None, have the factor one. `out`, `base` and `factor` as in `readout`.
+    Its dtype is that of the positions, or of `out` if it is given. `factors` has a row for each particle and a column for each of the first meshes, or is one number for all
+    of them; meshes beyond, or all if it is None, have the factor one. `out`, `base` and `factor`
+    as in `readout`, `lattice` as in `paint`.
     """
     values = _meshes(list(meshes))
     out = _result(out, (len(pos), values[0].ndim), _dtype_of(pos))
@@ -1177,7 +1188,8 @@ def readout_vjp(
 
     The meshes' cotangents are added to `out` (a mesh, or a list of n); without it they are not computed.
     Returns the positions' cotangent (N, ndim), or None if it is not needed. For that alone the meshes
-    themselves are used, so that they may be None otherwise.
+    themselves are used, so that they may be None otherwise. The result has the dtype of the positions;
+    `lattice` as in `paint`.
     """
     several = isinstance(meshes if meshes is not None else out, (list, tuple))
     width = len(meshes if meshes is not None else out) if several else None
@@ -1200,7 +1212,10 @@ def readout_jvp(
     transform: Transform | None = None,
     lattice: ArrayLike | None = None,
 ) -> Array:
-    """Tangent of `readout(meshes, pos)` along `pos_` (N, ndim) and `meshes_`; None is zero."""
+    """Tangent of `readout(meshes, pos)` along `pos_` (N, ndim) and `meshes_`, as a readout; None is zero.
+
+    The result has the dtype of the positions; the lattice, as in `paint`, stays where it is.
+    """
     several = isinstance(meshes if meshes is not None else meshes_, (list, tuple))
     width = len(meshes if meshes is not None else meshes_) if several else 1
     if meshes is not None and meshes_ is not None and (len(meshes_) if several else 1) != width:
@@ -1418,7 +1433,8 @@ def weighted_gradient_jvp(
 ) -> Array:
     """Tangent of `weighted_gradient(meshes, pos, factors)` along `pos_` (N, ndim), `meshes_`, and `factors_`; None is zero.
 
-    `factors_` is shaped as the factors. The meshes may be None if neither positions nor factors change.
+    `factors_` is shaped as the factors. The meshes may be None if neither positions nor factors change. The
+    result (N, ndim) has the dtype of the positions; `lattice` as in `paint`.
     """
     dtype, where = _dtype_of(pos), dict(window=window, transform=transform, lattice=lattice)
     if meshes_ is None:
@@ -1445,7 +1461,10 @@ def spread_jvp(
     transform: Transform | None = None,
     lattice: ArrayLike | None = None,
 ) -> Sequence[Mesh]:
-    """Add to the n meshes of `out` the change along `pos_` of what `readout_vjp` adds for `value` (N, n)."""
+    """Add to the n meshes of `out` the change along `pos_` of what `readout_vjp` adds for `value` (N, n).
+
+    `lattice` as in `paint`. Returns `out`.
+    """
     targets = _targets(out)
     dtype = _dtype_of(pos)
     mass, step = _per_particle(value, len(pos), "cotangent of the values", dtype, len(targets))
