@@ -170,20 +170,20 @@ def observe(args: argparse.Namespace, comm: Any) -> Any:
     """The data in the user's file, as `Data` in units of the mean density."""
     from vmad_lit.contrib import cosmo4d
     from vmad_lit.lib.fastpm import ParticleMesh
-    from vmad_lit.lib.mpi import on_root
+    from vmad_lit.lib.mpi import on_root, run_together
 
     kind, shape, boxsize = on_root(comm, lambda: examine(args.source, args.boxsize))
     nmesh = shape if kind == "density" else [args.nmesh] * 3
     pm = ParticleMesh(Nmesh=nmesh, BoxSize=boxsize, comm=comm, dtype="f8")
-    array, _ = open_array(args.source)
     if kind == "density":
-        d = pm.create(type="real")
-        d[...] = array[d.slices]
+        mine = pm.create(type="real").slices
     else:
-        # Paint this rank's part of the particles
-        begin, end = (comm.rank * shape[0] // comm.size, (comm.rank + 1) * shape[0] // comm.size)
-        positions = numpy.array(array[begin:end], dtype="f8")
-        d = pm.paint(positions, layout=pm.decompose(positions))
+        mine = slice(comm.rank * shape[0] // comm.size, (comm.rank + 1) * shape[0] // comm.size)
+    array = run_together(comm, lambda: numpy.array(open_array(args.source)[0][mine], dtype="f8"))
+    if kind == "density":
+        d = pm.create(type="real", value=array)
+    else:
+        d = pm.paint(array, layout=pm.decompose(array))
     d = d * (1.0 / (d.csum() / pm.Nmesh.prod()))
     sigma = args.noise or (0.5 if kind == "density" else (pm.Nmesh.prod() / shape[0]) ** 0.5)
     return cosmo4d.Data(d, float(sigma))
@@ -317,6 +317,7 @@ def draw(
     """Make the picture. Collective; rank 0 writes."""
     from vmad_lit.contrib import cosmo4d
     from vmad_lit.lib.cosmology import LinearPower, Planck15
+    from vmad_lit.lib.mpi import on_root
     from vmad_lit.lib.spectra import projection
 
     smooth = cosmo4d.gaussian(2 * (pm.BoxSize / pm.Nmesh).max())
@@ -337,7 +338,8 @@ def draw(
     images = {
         title: projection(field, 2, 0, thickness) for title, field in fields.items() if field is not None
     }
-    if pm.comm.rank == 0:
+
+    def picture() -> None:
         # Draw the images and the curves
         with needed_for("the pictures", extra="output"):
             import matplotlib
@@ -374,6 +376,8 @@ def draw(
         figure.savefig(partial, dpi=110, format=os.path.splitext(path)[1][1:] or "png")
         os.replace(partial, path)
         pyplot.close(figure)
+
+    on_root(pm.comm, picture)
     say(f"\nthe picture is {path}")
 
 

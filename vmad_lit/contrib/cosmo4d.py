@@ -291,9 +291,12 @@ def save_field(path: str, field: RealField) -> None:
         numpy.lib.format.open_memmap(partial, "w+", dtype, shape).flush()
 
     on_root(comm, make_file)
-    if field.value.size:
-        numpy.lib.format.open_memmap(partial, "r+")[field.slices] = field.value
-    comm.Barrier()
+
+    def write() -> None:
+        if field.value.size:
+            numpy.lib.format.open_memmap(partial, "r+")[field.slices] = field.value
+
+    run_together(comm, write)
     on_root(comm, lambda: os.replace(partial, path))
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from vmad_lit.contrib.vectorspace import Vector, VectorSpace
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.together import together
 
 EPS = float(np.finfo(float).eps)
 Path = str | os.PathLike[str]
@@ -592,21 +593,17 @@ class State:
             for name, vector in self._named_vectors().items()
             for i, array in enumerate(self.vs.to_arrays(vector))
         }
-        error: Exception | None = None
-        try:
+
+        def write() -> None:
             if rank == 0:
                 arrays["state"] = np.array(json.dumps(self._plain(size, token), default=_as_json))
             _write_npz(path + ".tmp" if rank == 0 else shard_name(path, rank, token), arrays)
-        except (OSError, TypeError, ValueError) as exception:
-            error = exception
-        if self.vs.any(error):
-            raise error or OSError(f"another rank could not save its part of {path!r}")
+
+        together(comm, write)
         # Put the new generation in place
-        if rank == 0:
-            os.replace(path + ".tmp", path)
-        if comm is not None and size > 1:
-            comm.Barrier()
-            remove_shards(path, rank, keep=token)
+        together(comm, lambda: os.replace(path + ".tmp", path) if rank == 0 else None)
+        if size > 1:
+            together(comm, lambda: remove_shards(path, rank, keep=token))
 
     def _named_vectors(self) -> dict[str, Vector]:
         """All vectors of the state by name, without those that are one with another (no preconditioner)."""
@@ -639,35 +636,37 @@ class State:
         """
         path = os.fspath(path)
         size, rank = (1, 0) if vs.comm is None else (vs.comm.size, vs.comm.rank)
-        with np.load(path, allow_pickle=False) as file:
-            if "state" not in file:
-                raise ValueError(f"{path!r} holds no state of a minimisation, but {', '.join(file)}")
-            header = json.loads(file["state"].item())
-            arrays = dict(file) if rank == 0 else {}
-        if header["ranks"] != size:
-            raise ValueError(f"{path!r} was saved on {header['ranks']} ranks, this job has {size}")
-        error = None
-        try:
+
+        def read() -> tuple[dict[str, Any], dict[str, Array]]:
+            with np.load(path, allow_pickle=False) as file:
+                if "state" not in file:
+                    raise ValueError(f"{path!r} holds no state of a minimisation, but {', '.join(file)}")
+                header = json.loads(file["state"].item())
+                arrays = dict(file) if rank == 0 else {}
+            if header["ranks"] != size:
+                raise ValueError(f"{path!r} was saved on {header['ranks']} ranks, this job has {size}")
             if rank:
                 with np.load(shard_name(path, rank, header["generation"]), allow_pickle=False) as file:
                     arrays = dict(file)
-        except OSError as exception:
-            error = exception
-        if vs.any(error):
-            raise error or OSError(f"another rank cannot read its part of {path!r}")
+            return header, arrays
 
-        # Make the state again
-        def vector(name: str) -> Vector:
-            count = sum(key.rpartition(":")[0] == name for key in arrays)
-            return vs.from_arrays([arrays[f"{name}:{i}"] for i in range(count)], like)
+        def make() -> Any:
+            # Make the state again
+            def vector(name: str) -> Vector:
+                count = sum(key.rpartition(":")[0] == name for key in arrays)
+                return vs.from_arrays([arrays[f"{name}:{i}"] for i in range(count)], like)
 
-        state = cls(vs, None)
-        vars(state).update(header["plain"])
-        state.history = History(header["history"])
-        state.x, state.g = vector("x"), vector("g")
-        state.Px, state.Pg = (vector("Px"), vector("Pg")) if header["whitened"] else (state.x, state.g)
-        for name, count in header["memory"].items():
-            state.vectors[name] = [vector(f"{name}/{i}") for i in range(count)]
+            state = cls(vs, None)
+            vars(state).update(header["plain"])
+            state.history = History(header["history"])
+            state.x, state.g = vector("x"), vector("g")
+            state.Px, state.Pg = (vector("Px"), vector("Pg")) if header["whitened"] else (state.x, state.g)
+            for name, count in header["memory"].items():
+                state.vectors[name] = [vector(f"{name}/{i}") for i in range(count)]
+            return state
+
+        header, arrays = together(vs.comm, read)
+        state: Self = together(vs.comm, make)
         return state
 
     @classmethod

@@ -27,6 +27,7 @@ from .model import Model
 from .operator import Operator, Primitive
 from .registry import OverloadedOperator
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
+from .together import together
 from .valuetypes import VALUE_TYPES
 
 KINDS = "replicated", "partitioned", "partial", "root-only"
@@ -555,23 +556,7 @@ DOORS: WeakKeyDictionary[Graph, Any] = WeakKeyDictionary()  # the communicators 
 def at_the_door(self: Model, init: Any, check: Callable[[dict[str, Value]], dict[str, Value]]) -> Any:
     init = dict(init)
     comm = find_door(self, init) if many_ranks() else None
-    if comm is None:
-        return check(init)
-    result: Any = None
-    error: Exception | None = None
-    try:
-        result = check(init)
-    except Exception as exception:
-        error = exception
-    refused = numpy.array([error is not None], "i4")
-    comm.Allreduce(refused.copy(), refused)
-    if not refused[0]:
-        return result
-    # Tell all ranks what is wrong on some
-    notes = comm.allgather(None if error is None else (type(error), str(error)))
-    kinds = [note[0] for note in notes if note is not None]
-    texts = [f"rank {rank}: {note[1]}" for rank, note in enumerate(notes) if note is not None]
-    raise kinds[0](texts[0] if len(set(notes)) > 1 else notes[0][1]) from error
+    return together(comm, lambda: check(init))
 
 
 Model.at_the_door = at_the_door  # type: ignore[method-assign]

@@ -12,7 +12,6 @@ ranks of the communicator have to run the same model.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Sequence
 from operator import index
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from ..core.operator import ZeroGradient, operator
 from ..core.placement import Placement, Site, declare, same_ranks
 from ..core.stdlib.operators import Array, Shape
 from ..core.symbol import Symbol, Value
+from ..core.together import raise_together, together
 
 T = TypeVar("T")
 Description = tuple[Shape, numpy.dtype[Any]] | str  # shape and dtype, or the name of a type
@@ -85,9 +85,7 @@ def gather_kinds(comm: MPI.Comm, x: Value, **settings: Any) -> tuple[list[Any], 
 
 def fail_together(comm: MPI.Comm, message: str | None) -> None:
     """Raise ValueError on all ranks if any of them has a message."""
-    messages = [f"rank {rank}: {text}" for rank, text in enumerate(comm.allgather(message)) if text]
-    if messages:
-        raise ValueError("; ".join(messages))
+    raise_together(comm, ValueError(message) if message else None)
 
 
 def check_rank(name: str, rank: Any, comm: MPI.Comm) -> None:
@@ -97,31 +95,13 @@ def check_rank(name: str, rank: Any, comm: MPI.Comm) -> None:
 
 
 def run_together(comm: MPI.Comm, function: Callable[[], T]) -> T:
-    """Call a function on all ranks; if any of them has an exception, all raise one."""
-    result: Any = None
-    error: Exception | None = None
-    try:
-        result = function()
-    except Exception as exception:
-        error = exception
-    errors = [e for e in comm.allgather(_portable(error)) if e is not None]
-    if errors:
-        raise error or errors[0]
-    return result
+    """Call a function on all ranks; if any of them has an exception, all raise it: see `core.together`."""
+    return together(comm, function)
 
 
 def on_root(comm: MPI.Comm, function: Callable[[], T]) -> T:
     """Call a function on rank 0 and return its result, or raise its exception, on all ranks."""
-    return comm.bcast(run_together(comm, function if comm.rank == 0 else lambda: None))
-
-
-def _portable(error: Exception | None) -> Exception | None:
-    """An exception that can be sent to other ranks."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    return comm.bcast(together(comm, function if comm.rank == 0 else lambda: None))
 
 
 def total(x: Value, comm: MPI.Comm) -> Value:
