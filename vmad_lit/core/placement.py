@@ -27,7 +27,6 @@ from .model import Model
 from .operator import Operator, Primitive
 from .registry import OverloadedOperator
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
-from .together import together
 from .valuetypes import VALUE_TYPES
 
 KINDS = "replicated", "partitioned", "partial", "root-only"
@@ -518,7 +517,13 @@ def many_ranks() -> bool:
 
 @cache
 def world_size(mpi: Any) -> int:
-    return int(mpi.Comm.Get_size(mpi.COMM_WORLD)) if mpi.Is_initialized() and not mpi.Is_finalized() else 1
+    size = int(mpi.Comm.Get_size(mpi.COMM_WORLD)) if mpi.Is_initialized() and not mpi.Is_finalized() else 1
+    for begin in WHEN_MANY if size > 1 else ():
+        begin()
+    return size
+
+
+WHEN_MANY: list[Callable[[], None]] = []  # what is done when this process is found to be one of several
 
 
 def find_places(graph: Graph, nodes: Iterable[Node], arrivals: Arrivals, vout: Iterable[str]) -> Places:
@@ -551,15 +556,6 @@ Model.find_arrivals = find_arrivals  # type: ignore[method-assign]
 
 # What one rank refuses, all refuse
 DOORS: WeakKeyDictionary[Graph, Any] = WeakKeyDictionary()  # the communicators on which models ran last
-
-
-def at_the_door(self: Model, init: Any, check: Callable[[dict[str, Value]], dict[str, Value]]) -> Any:
-    init = dict(init)
-    comm = find_door(self, init) if many_ranks() else None
-    return together(comm, lambda: check(init))
-
-
-Model.at_the_door = at_the_door  # type: ignore[method-assign]
 
 
 def find_door(model: Model, init: Mapping[str, Value]) -> Any:

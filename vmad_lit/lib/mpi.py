@@ -467,6 +467,7 @@ class scatter:
     aout = "y"
     collective = True
     placements = "root-only -> partitioned"
+    own = ("counts",)
     hvp = ZeroGradient
 
     def apl(node, x, comm, counts=None, root=0):
@@ -555,6 +556,7 @@ class alltoall:
     aout = "y"
     collective = True
     placements = "partitioned -> partitioned"
+    own = ("counts",)
     hvp = ZeroGradient
 
     def apl(node, x, comm, counts=None):
@@ -639,6 +641,7 @@ class sendrecv:
     aout = "y"
     collective = True
     placements = "partitioned -> partitioned"
+    own = "dest", "source"
     hvp = ZeroGradient
 
     def apl(node, x, comm, dest, source):
