@@ -14,6 +14,7 @@ from zlib import crc32
 
 import numpy
 
+from .autooperator import AutoOperator, find_known_model
 from .execution import PASSES, Layout, Plan, Slots, Step, find_needed
 from .graph import Graph, Node
 from .meeting import Detail, Place, Watch, channel_of
@@ -69,15 +70,13 @@ def describe_node(node: Node, numbers: Mapping[BaseSymbol, str], found: list[Any
     field = any(place is not None and place.field for place in found)
     exact = operator.collective or field or kinds == {"replicated"}  # whatever it computes, it is one thing
     free = kinds <= {"partitioned", "partial"} and bool(kinds) and not exact
-    own = getattr(operator.prototype, "own", ())
-    parts = []
-    for name, symbol in node.varin.items():
-        if name in own:
-            parts.append(f"{name}=...")
-        elif name in operator.ain:
-            parts.append(f"{name}={describe_symbol(symbol, numbers, not free)}")
-        else:
-            parts.append(f"{name}={describe_symbol(symbol, numbers, True, exact)}")
+    if type(operator) is AutoOperator:
+        exact, free = False, find_known_model(node) is not None  # its own nodes tell
+    whole = exact or operator.placements == "elementwise"  # else it may be the number of a row, or a length
+    parts = (
+        f"{name}={'...' if name in operator.own else describe_symbol(symbol, numbers, not free, whole)}"
+        for name, symbol in node.varin.items()
+    )
     return f"{operator.__name__}({', '.join(parts)})"
 
 

@@ -106,7 +106,7 @@ def needed_for(purpose: str, extra: str) -> Iterator[None]:
         raise MissingExtra(message, name=error.name) from None
 
 
-class Disagreement(ModelError):
+class Disagreement(ModelError, ValueError):
     """Ranks that should do the same are at different places of the program, or have built different models."""
 
 

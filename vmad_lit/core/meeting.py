@@ -190,9 +190,7 @@ class Channel:
                 time.sleep(0.01)
             here = {rank for rank, (count, _) in self.heard.items() if count == self.count} | {self.rank}
             away = [rank for rank in range(self.size) if rank not in here]
-            missing = f"{name_ranks(away)} did not come" + (
-                f", last seen {self.last}" if self.last else ""
-            )
+            missing = f"{name_ranks(away)} did not come" + (f", last seen {self.last}" if self.last else "")
         return f"rank {self.rank} has waited for {waited:.3g} s {place}; {missing}"
 
     def differ(self, place: Place) -> NoReturn:
