@@ -152,6 +152,7 @@ def test_settings_that_are_wrong_fail_everywhere(message, build):
         ("same 'width'", mpi.halo, 1 + min(RANK, 1)),
         ("same 'periodic'", lambda x, comm, periodic: mpi.halo(x, comm, 1, periodic), RANK == 0),
     ],
+    ids=["bcast", "gather", "scatter", "width", "periodic"],
 )
 def test_settings_that_differ_fail_everywhere(message, build, setting):
     """By the operator, if they are known when the model runs; else before it runs."""
