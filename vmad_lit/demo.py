@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from vmad_lit.core.arguments import real_array
 from vmad_lit.core.error import needed_for
+from vmad_lit.core.meeting import Watch, watched
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -382,4 +383,5 @@ def draw(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with watched(timeout=Watch.timeout):
+        sys.exit(main())

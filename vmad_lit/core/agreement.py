@@ -15,6 +15,7 @@ from zlib import crc32
 import numpy
 
 from .autooperator import AutoOperator, find_known_model
+from .error import PlacementError
 from .execution import PASSES, Layout, Plan, Slots, Step, find_needed
 from .graph import Graph, Node
 from .meeting import Detail, Place, Watch, channel_of
@@ -134,6 +135,8 @@ def describe_function(function: Any, inner: Callable[[Value], str]) -> str:
     if not isinstance(function, FunctionType):
         return str(getattr(function, "__qualname__", type(function).__qualname__))
     made_with = [cell_value(cell) for cell in function.__closure__ or ()]
+    scope = (function.__globals__.get(name) for name in sorted(set(names_in(function.__code__))))
+    made_with += [value for value in scope if isinstance(value, (int, float, complex, str))]
     told = ", ".join(map(inner, (*(function.__defaults__ or ()), *made_with)))
     return f"{function.__qualname__}({told})@{digest_of_code(function.__code__):08x}"
 
@@ -143,6 +146,14 @@ def cell_value(cell: Any) -> Value:
         return cell.cell_contents
     except ValueError:  # not yet filled
         return None
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    """The names that a function and those inside it look up."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_in(constant)
 
 
 def digest_of_code(code: CodeType) -> int:
@@ -188,10 +199,13 @@ def at_the_door(
     result: Any = None
     error: Exception | None = None
     try:
+        place = door_of(self, init, tuple(wanted))
         result = check(init)
+    except PlacementError as exception:
+        error, place = exception, Place(0, f"at the start of {self!r}, which fails: {exception}")
     except Exception as exception:
         error = exception
-    if channel.meet(error is not None, door_of(self, init, tuple(wanted))):
+    if channel.meet(error is not None, place):
         raise_first(comm, error)
     return result
 

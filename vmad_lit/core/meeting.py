@@ -142,10 +142,11 @@ class Channel:
         """Wait until a request is complete, and look after those for whom it waits."""
         if request.Test():
             return
-        begun, told, meanwhile = time.monotonic(), False, meanwhile or self.patience(place)
+        before, waited, told, meanwhile = time.monotonic(), 0.0, False, meanwhile or self.patience(place)
         while not request.Test():
-            waited = time.monotonic() - begun
             time.sleep(0 if waited < 1e-3 else min(waited / 50, 2e-3))
+            now = time.monotonic()
+            waited, before = waited + min(now - before, 0.1), now
             if waited > min(1.0, (Watch.timeout or 2.0) / 2) and self.made and not told:
                 self.tell(place)
                 told = True
