@@ -56,7 +56,7 @@ def build(system, pm, stages=STAGES, **options):
         sys.modules.update({"fastpm": types.ModuleType("fastpm"), "fastpm.background": background})
         from vmad import Builder
         from vmad.lib import fastpm
-    q = pm.generate_uniform_particle_grid(shift=0.5)
+    q = pm.generate_uniform_particle_grid(shift=0.5).astype(pm.dtype)
     simulation = fastpm.FastPMSimulation(stages, types.SimpleNamespace(Om0=0.3), pm, B=1, q=q, **options)
     models = []
     for name in "density", "objective":

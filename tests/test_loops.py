@@ -223,3 +223,30 @@ def test_what_is_read_is_not_what_is_written():
             call()
     np.testing.assert_array_equal(loops.axpy(early, early, whole, 2.0), np.arange(20.0).reshape(5, 4) + 2)
     assert not loops.multiply(early, late, whole)
+
+
+@pytest.mark.parametrize("support", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_the_span_is_that_of_the_cells(support, dtype):
+    """Beside the cells of each window, one by one."""
+    rng = np.random.default_rng(5)
+    period, width = 24, 6
+    for start in 0, 5, 21:
+        x = (start + rng.uniform(-6, 11, size=(300, 2))).astype(dtype) / 2 + rng.integers(-2, 3) * period / 2
+        low, high, out = loops.find_span(x, 1, 2.0, start, width, period, support)
+        first = np.floor(x[:, 1] * 2.0 + 0.5 * (support % 2)).astype(int) - (support - 1) // 2
+        cells = (first[:, None] + np.arange(support) - start) % period
+        outside = (cells >= width).any(axis=1)
+        assert out == outside.sum()
+        held = {*range(period - low, period), *range(width + high)}
+        assert set(cells.ravel()) <= held and low + high < period - width
+
+
+def test_a_position_that_is_none_asks_for_everything():
+    x = np.array([[0.5], [np.nan], [np.inf], [1e300]])
+    for bad in x[1:]:
+        assert loops.find_span(np.array([x[0], bad]), 0, 1.0, 0, 8, 16, 2)[:2] == (16, 16)
+    assert loops.find_span(x[:1], 0, 1.0, 0, 8, 16, 2) == (0, 0, 0)
+    assert loops.find_span(x[:0], 0, 1.0, 0, 8, 16, 2) == (0, 0, 0)
+    with pytest.raises(ValueError, match="one of their axes"):
+        loops.find_span(x, 1, 1.0, 0, 8, 16, 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from math import prod
 import numbers
 from typing import Any, TypeAlias
 
@@ -21,6 +22,7 @@ from vmad_lit.core.placement import same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.symbol import BaseSymbol, Value
 from vmad_lit.lib import memory
+from vmad_lit.lib.halo import Halo, find_halo
 from vmad_lit.lib.mesh import (
     ParticleMesh,
     agree,
@@ -235,7 +237,57 @@ class IdentityLayout:
             )
 
 
-AnyLayout: TypeAlias = Layout | IdentityLayout
+class HaloLayout:
+    """The layout of particles that stay on their ranks, because the mesh comes to them: see `Halo`.
+
+    Painting and reading out use its `halo`. What else asks for it, such as `exchange`, gets the ghosts of a
+    `GhostLayout`, which are found then, by all ranks together.
+    """
+
+    def __init__(self, x: Array, pm: ParticleMesh, support: int, halo: Halo) -> None:
+        self.comm, self.pm, self.halo, self.reach = pm.comm, pm, halo, support / 2
+        self.sendlength = len(x)
+        self._x, self._support = x, support
+
+    @cached_property
+    def ghosts(self) -> GhostLayout:
+        """The layout that brings particles to the mesh. Collective when it is first asked for."""
+        return make_layout(self._x, self.pm, self._support)
+
+    def exchange(self, *args: Array, pack: bool = True) -> Any:
+        """See `GhostLayout`."""
+        return self.ghosts.exchange(*args, pack=pack)
+
+    def gather(self, data: Array, mode: Any = "sum", out: Array | None = None) -> Array:
+        """See `GhostLayout`."""
+        return self.ghosts.gather(data, mode=mode, out=out)
+
+    def get_exchange_cost(self) -> Array:
+        """See `pmesh.domain.Layout`."""
+        return self.ghosts.get_exchange_cost()
+
+    @property
+    def recvlength(self) -> int:
+        """How many particles are needed on this rank, ghosts included."""
+        return self.ghosts.recvlength
+
+    @property
+    def sendcounts(self) -> Array:
+        """How many particles each rank needs of this one."""
+        return self.ghosts.sendcounts
+
+    @property
+    def recvcounts(self) -> Array:
+        """How many particles this rank needs of each."""
+        return self.ghosts.recvcounts
+
+    @property
+    def indices(self) -> Array:
+        """The numbers of the particles that each rank needs of this one, rank by rank."""
+        return self.ghosts.indices
+
+
+AnyLayout: TypeAlias = Layout | IdentityLayout | HaloLayout
 
 
 def exchange_rows(layout: AnyLayout | None, data: Value) -> Any:
@@ -245,7 +297,7 @@ def exchange_rows(layout: AnyLayout | None, data: Value) -> Any:
 def gather_rows(layout: AnyLayout | None, data: Value) -> Any:
     if layout is None or isinstance(layout, IdentityLayout):
         return data if layout is None else layout.gather(data)
-    if numpy.iscomplexobj(data) and not isinstance(layout, GhostLayout):
+    if numpy.iscomplexobj(data) and not isinstance(layout, (GhostLayout, HaloLayout)):
         pairs = numpy.ascontiguousarray(data).view(data.real.dtype).reshape(data.shape + (2,))
         pairs = numpy.ascontiguousarray(layout.gather(pairs))
         return pairs.view(data.dtype)[..., 0]
@@ -309,6 +361,36 @@ def check_layout(layout: Value, pm: ParticleMesh, resampler: Any) -> None:
         )
 
 
+def choose_halo(x: Array, pm: ParticleMesh, support: int) -> Halo | None:
+    """The halo in which the windows of all particles lie; None if it is less work to send particles. Collective."""
+    divided = [axis for axis in range(pm.ndim) if pm.domain.shape[axis] > 1]
+    widths = [numpy.diff(pm.domain.edges[axis]) for axis in range(pm.ndim)]
+    if loops is None or not divided or min(int(width.min()) for width in widths) < support:
+        return None
+    note = numpy.zeros((pm.ndim + 1, 2), "i8")
+    note[-1, 1] = len(x)
+    for axis in divided:
+        start, period = -int(pm.affine.translate[axis]), int(pm.Nmesh[axis])
+        own = int(widths[axis][numpy.searchsorted(pm.domain.edges[axis], start)])
+        *note[axis], out = loops.find_span(x, axis, float(pm.affine.scale[axis]), start, own, period, support)
+        note[-1, 0] += out
+    # Agree on the widest, with a plane more for what is rounded otherwise in the loops
+    pm.comm.Allreduce(MPI.IN_PLACE, note, MPI.MAX)
+    low, high = (-(-(note[:-1] + 1) // 2) * 2 * (numpy.array(pm.domain.shape) > 1)[:, None]).T.tolist()
+    # Compare the work
+    largest = [int(width.max()) for width in widths]
+    wide = [min(n + low[d] + high[d], int(pm.Nmesh[d])) for d, n in enumerate(largest)]
+    out, count = note[-1].tolist()
+    cells = prod(wide) - prod(largest)
+    if COST_OF_CELL * cells > COST_OF_ROW * count + COST_OF_GHOST * out:
+        return None
+    return find_halo(pm, low, high)
+
+
+#: What a cell of a halo, a particle, and a ghost cost, in one unit.
+COST_OF_CELL, COST_OF_ROW, COST_OF_GHOST = 10, 25, 150
+
+
 def find_reach(pm: ParticleMesh, smoothing: Any) -> tuple[Any, float]:
     """The window that `smoothing` tells, or None; and how many cells it reaches, to either side."""
     if isinstance(smoothing, numbers.Real) and not isinstance(smoothing, bool):
@@ -334,7 +416,9 @@ def lay_out(
     if pm.comm.size == 1:
         return x, IdentityLayout(pm.comm, len(x), pm, reach)
     if resampler is not None:
-        return x, make_layout(x, pm, window_support(resampler))
+        support = window_support(resampler)
+        halo = choose_halo(x, pm, support)
+        return x, make_layout(x, pm, support) if halo is None else HaloLayout(x, pm, support, halo)
     layout = pm.decompose(x, smoothing=reach)
     return x, GhostLayout(pm.comm, len(x), layout.sendcounts, layout.indices, pm, reach)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import numpy
@@ -13,9 +12,11 @@ from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.lib import memory
-from vmad_lit.lib.exchange import deliver, exchange_rows, gather_rows, starts
+from vmad_lit.lib.exchange import AnyLayout
+from vmad_lit.lib.halo import find_halo
 from vmad_lit.lib.mesh import ParticleMesh, agree, as_real_field, as_rows, common_dtypes, once_per_mesh
 from vmad_lit.lib.painting import (
+    Resampler,
     Window,
     agree_to_read,
     check_particles,
@@ -24,7 +25,6 @@ from vmad_lit.lib.painting import (
     read_hvp,
     read_jvp,
     read_vjp,
-    zero_fields,
 )
 from vmad_lit.lib.transfer import (
     evaluate_transfer,
@@ -43,48 +43,17 @@ except ImportError:  # no numba: the transforms serve
 Order = Literal[0, 1]  # of `fourier_space_neg_gradient`
 
 
-def _halo_plan(pm: ParticleMesh, axis: int) -> tuple[Any, ...]:
-    """The planes to send along an axis, those to receive, and how many of each for each rank."""
-    comm, n, mesh = pm.comm, int(pm.Nmesh[axis]), pm.create(type=RealField)
-    boxes, me = comm.allgather((tuple(map(int, mesh.start)), mesh.shape)), comm.rank
-
-    def wanted(rank: int) -> list[int]:
-        begin, count = (corner[axis] for corner in boxes[rank])
-        around = begin - 2, begin - 1, begin + count, begin + count + 1
-        return [plane % n for plane in around] if min(boxes[rank][1]) else []
-
-    def other_axes(rank: int) -> list[tuple[int, ...]]:
-        return [box[:axis] + box[axis + 1 :] for box in boxes[rank]]
-
-    def held(rank: int, planes: Array) -> Array:
-        begin, count = (corner[axis] for corner in boxes[rank])
-        return numpy.flatnonzero((planes >= begin) & (planes < begin + count))
-
-    # Find out who sends what to whom
-    sends, receives = [], []
-    for rank in range(comm.size):
-        aligned = other_axes(rank) == other_axes(me)
-        asked = numpy.array(wanted(rank), dtype="i8")
-        sends.append(asked[held(me, asked)] - boxes[me][0][axis] if aligned else asked[:0])
-        receives.append(held(rank, numpy.array(wanted(me), dtype="i8")) if aligned else asked[:0])
-    counts = ([len(planes) for planes in x] for x in (sends, receives))
-    return *map(numpy.concatenate, (sends, receives)), *counts
-
-
 def _halo(pm: ParticleMesh, value: Array, axis: int) -> Array | None:
     """Four planes of a mesh along an axis: two before this rank's first, two behind its last; or None."""
-    if len(pm.domain.edges[axis]) == 2:
+    if pm.domain.shape[axis] == 1 or not value.size:
         return None
-    sends, receives, *counts = once_per_mesh(pm, ("halo", axis), lambda: _halo_plan(pm, axis))
-    planes = numpy.moveaxis(value, axis, 0)[sends]
-    received = numpy.empty((len(receives),) + planes.shape[1:], planes.dtype)
-    there, here = ((n, starts(n)) for n in counts)
-    planes = deliver(pm.comm, planes, there, here, received)
-    shape = list(value.shape)
-    shape[axis] = 4
-    halo = numpy.empty(shape, value.dtype)
-    numpy.moveaxis(halo, axis, 0)[receives] = planes
-    return halo
+    width = [RIM if d == axis else 0 for d in range(pm.ndim)]
+    halo = find_halo(pm, width, width)
+    begin, end = halo.inside[axis].start, halo.inside[axis].stop
+    return halo.fetch(value).take([begin - 2, begin - 1, end, end + 1], axis, mode="wrap")
+
+
+RIM = 2  # planes to either side that a difference needs
 
 
 def differences_serve(pm: ParticleMesh, order: Order) -> bool:
@@ -107,35 +76,44 @@ def difference(pm: ParticleMesh, value: Array, axis: int, sign: float, out: Arra
     loops.difference(out, value, axis, _difference_factors(pm, sign)[axis], _halo(pm, value, axis), add)
 
 
-def _neg_gradient(mesh: RealField, beside: RealField | None = None) -> list[Array]:
-    """Minus the derivatives of a real field along all axes: arrays, interleaved in memory.
+def window_for_force(
+    pm: ParticleMesh, layout: AnyLayout | None, resampler: Resampler | None = None
+) -> Window:
+    """A window whose meshes have room for differences at all particles."""
+    return Window(pm, resampler, layout, RIM)
+
+
+def _neg_gradient(w: Window, mesh: RealField, beside: RealField | None = None) -> list[Array]:
+    """Minus the derivatives of a real field along all axes: arrays, interleaved in memory, for the window `w`.
 
     With another field, `beside`, the list ends with that.
     """
-    pm = mesh.pm
-    components = _interleaved(pm, pm.ndim + (beside is not None))
-    halos = [_halo(pm, mesh.value, axis) for axis in range(pm.ndim - 1)]
-    loops.gradient(
-        components, mesh.value, _difference_factors(pm, -1.0), halos, None if beside is None else beside.value
-    )
+    pm, components = w.pm, _interleaved(w, w.pm.ndim + (beside is not None))
+    halos = [_halo(pm, mesh.value, axis) if w.halo is None else None for axis in range(pm.ndim - 1)]
+    source, other = _values(w.fetch(mesh)), None if beside is None else _values(w.fetch(beside))
+    loops.gradient(components, source, _difference_factors(pm, -1.0), halos, other)
     return components
 
 
-def _divergence(pm: ParticleMesh, meshes: Sequence[Array]) -> RealField:
-    """The sum of the derivatives of arrays, each along its own axis: the adjoint of `_neg_gradient`."""
-    total = pm.create(type=RealField)
-    halos = [_halo(pm, mesh, axis) for axis, mesh in enumerate(meshes[:-1])]
-    loops.divergence(total.value, meshes, _difference_factors(pm, 1.0), halos)
-    return total
+def _pull_differences(w: Window, x: Array, _value: Array, x_: Array | None = None) -> RealField:
+    """The cotangent of a real field from that of its `_neg_gradient` at particles; or its change along `x_`."""
+    pm, meshes = w.pm, w.spread(x, _value, _interleaved(w, w.pm.ndim, memory.zeros), x_)
+    total: Any = pm.create(type=RealField) if w.halo is None else memory.empty(w.halo.shape, pm.dtype)
+    halos = [_halo(pm, mesh, axis) if w.halo is None else None for axis, mesh in enumerate(meshes[:-1])]
+    loops.divergence(_values(total), meshes, _difference_factors(pm, 1.0), halos)
+    return w.fold(total)
 
 
-def _interleaved(pm: ParticleMesh, count: int, make: Callable[..., Array] = memory.empty) -> list[Array]:
-    """Arrays for this rank's part of a mesh, with the numbers of all of them for a point side by side."""
-    shape = once_per_mesh(pm, "local shape", lambda: pm.create(type=RealField).shape)
-    return list(numpy.moveaxis(make(shape + (count,), pm.dtype), -1, 0))
+def _values(mesh: Any) -> Array:
+    """The numbers of a field; an array, as it is."""
+    return getattr(mesh, "value", mesh)
 
 
-_interleaved_zeros = partial(_interleaved, make=memory.zeros)
+def _interleaved(w: Window, count: int, make: Callable[..., Array] = memory.empty) -> list[Array]:
+    """Arrays for the meshes of a window, with the numbers of all of them for a point side by side."""
+    shape = once_per_mesh(w.pm, "local shape", lambda: w.pm.create(type=RealField).shape)
+    shape = shape if w.halo is None else w.halo.shape
+    return list(numpy.moveaxis(make(shape + (count,), w.pm.dtype), -1, 0))
 
 
 @operator
@@ -163,7 +141,8 @@ class readout_neg_gradient:
                 "differences need numba, real numbers, and a mesh whose last axis is whole; "
                 "use c2r and apply_transfer with fourier_space_neg_gradient"
             )
-        return dict(value=read(pm, _neg_gradient(mesh), at, layout, resampler), pm=pm, at=at)
+        w = window_for_force(pm, layout, resampler)
+        return dict(value=read(w, _neg_gradient(w, mesh), at), pm=pm, at=at)
 
     def rcd(node, mesh, x, layout, resampler, pm, at, **others):
         return dict(
@@ -171,38 +150,30 @@ class readout_neg_gradient:
         )
 
     def vjp(node, _value, mesh, x, layout, resampler, pm):
-        meshes = None if mesh is None else _neg_gradient(mesh)
-        _x, _meshes = read_vjp(
-            node, _value, meshes, x, layout, resampler, pm, "mesh", pm.ndim, _interleaved_zeros
-        )
-        return dict(
-            _mesh=ZeroGradient if _meshes is None else _divergence(pm, _meshes), _x=_x, _layout=ZeroGradient
-        )
+        w = window_for_force(pm, layout, resampler)
+        meshes = None if mesh is None else _neg_gradient(w, mesh)
+        _x, _mesh = read_vjp(node, _value, meshes, x, w, "mesh", pm.ndim, _pull_differences)
+        return dict(_mesh=ZeroGradient if _mesh is None else _mesh, _x=_x, _layout=ZeroGradient)
 
     def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
         of_x, of_mesh = common_dtypes(pm.comm, x_, mesh_)
-        meshes = None if of_x is None else _neg_gradient(mesh)
-        meshes_ = None if of_mesh is None else _neg_gradient(as_real_field(pm, mesh_))
+        w = window_for_force(pm, layout, resampler)
+        meshes = None if of_x is None else _neg_gradient(w, mesh)
+        meshes_ = None if of_mesh is None else _neg_gradient(w, as_real_field(pm, mesh_))
         x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
-        return dict(value_=read_jvp(pm, meshes, meshes_, x, x_, layout, resampler))
+        return dict(value_=read_jvp(w, meshes, meshes_, x, x_))
 
     def hvp(node, _value, mesh_, x_, mesh, x, layout, resampler, pm):
         of_value, of_x, of_mesh = common_dtypes(pm.comm, _value, x_, mesh_)
         if of_value is None or of_x is None and of_mesh is None:
             return dict(_mesh_=ZeroGradient, _x_=ZeroGradient, _layout_=ZeroGradient)
+        w, wanted = window_for_force(pm, layout, resampler), node.needs("x")
         _value = as_rows(_value, (len(x), pm.ndim), of_value)
         x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
-        wanted = node.needs("x")
-        meshes = _neg_gradient(mesh) if wanted and of_x is not None else None
-        meshes_ = _neg_gradient(as_real_field(pm, mesh_)) if wanted and of_mesh is not None else None
-        _x_, _meshes_ = read_hvp(
-            node, _value, x_, meshes_, meshes, x, layout, resampler, pm, "mesh", _interleaved_zeros
-        )
-        return dict(
-            _mesh_=ZeroGradient if _meshes_ is None else _divergence(pm, _meshes_),
-            _x_=_x_,
-            _layout_=ZeroGradient,
-        )
+        meshes = _neg_gradient(w, mesh) if wanted and of_x is not None else None
+        meshes_ = _neg_gradient(w, as_real_field(pm, mesh_)) if wanted and of_mesh is not None else None
+        _x_, _mesh_ = read_hvp(node, _value, x_, meshes_, meshes, x, w, "mesh", _pull_differences)
+        return dict(_mesh_=ZeroGradient if _mesh_ is None else _mesh_, _x_=_x_, _layout_=ZeroGradient)
 
 
 @operator
@@ -261,11 +232,11 @@ class force:
         return force.kept(force.potential(w.paint(local_x, factor)), order) if pot is None else pot
 
     @staticmethod
-    def meshes(pot: Field, order: Order, beside: RealField | None = None) -> list[Any]:
+    def meshes(w: Window, pot: Field, order: Order, beside: RealField | None = None) -> list[Any]:
         """The components of the force on the mesh; with another field at the end of the list, if it is given."""
         pm = pot.pm
         if isinstance(pot, RealField):
-            return _neg_gradient(pot, beside)
+            return _neg_gradient(w, pot, beside)
         return [
             multiply_field(
                 pot, evaluate_transfer(pot, fourier_space_neg_gradient(d, pm, order), "wavenumber")
@@ -278,10 +249,10 @@ class force:
         """Cotangent of the modes of the potential from that of the force at the particles; or its change along x_."""
         pm = w.pm
         if differences_serve(pm, order):
-            return _transform(_divergence(pm, w.spread(local_x, _f, _interleaved_zeros(pm, pm.ndim), x_)))
+            return _transform(_pull_differences(w, local_x, _f, x_))
         # Pull the components back through their transforms
         _potk = 0
-        for d, _mesh in enumerate(w.spread(local_x, _f, zero_fields(pm, pm.ndim), x_)):
+        for d, _mesh in enumerate(w.spread_fields(local_x, _f, x_)):
             _k = _transform(_mesh)
             tf = evaluate_transfer(_k, fourier_space_neg_gradient(d, pm, order), "wavenumber")
             _potk = multiply_field(_k, numpy.conj(tf), out=_k) + _potk
@@ -300,7 +271,7 @@ class force:
         """The meshes whose slopes at the particles, times `_f` and one, are the cotangent of the positions."""
         _from_f = force.pull_meshes(w, local_x, _f, order)
         _rho = force.pull_density(_from_f if _potk is None else _potk + _from_f, factor)
-        return force.meshes(force.find_potential(pot, w, local_x, factor, order), order, _rho)
+        return force.meshes(w, force.find_potential(pot, w, local_x, factor, order), order, _rho)
 
     @staticmethod
     def pull_density(_potk: BaseComplexField, factor: float) -> RealField:
@@ -309,12 +280,12 @@ class force:
 
     # The force and its derivatives
     def apl(node, x, layout, pm, order=1, keep_potential=True):
-        w = Window(pm)
         at, *_ = agree(pm.comm, lambda: check_particles(x, layout, pm, None))
-        local_x, factor = exchange_rows(layout, at), force.find_factor(at, pm)
+        w = window_for_force(pm, layout)
+        local_x, factor = w.bring(at), force.find_factor(at, pm)
         potk = force.potential(w.paint(local_x, factor))
         pot = force.kept(potk, order, None if node.needs("potk") else Ellipsis)
-        f = gather_rows(layout, w.readout(force.meshes(pot, order), local_x))
+        f = w.bring_back(w.readout(force.meshes(w, pot, order), local_x))
         return dict(f=in_dtype_of(f, at), potk=potk, pot=pot, factor=factor, at=at)
 
     def rcd(node, x, layout, pm, order, keep_potential, pot, factor, at, **others):
@@ -326,53 +297,46 @@ class force:
         of_f, of_potk = common_dtypes(pm.comm, _f, _potk)
         if of_f is None and of_potk is None:
             return dict(_x=ZeroGradient, _layout=ZeroGradient)
-        w, _p = Window(pm), None
-        local_x = exchange_rows(layout, x)
+        w, _p = window_for_force(pm, layout), None
+        local_x = w.bring(x)
         if of_potk is not None:
             _p = pm.create(type=ComplexField, value=_potk)
         if of_f is None:
             _x = w.weighted_gradient([force.pull_density(_p, factor)], local_x)
         else:
-            _f = exchange_rows(layout, as_rows(_f, numpy.shape(x), of_f))
+            _f = w.bring(as_rows(_f, numpy.shape(x), of_f))
             _x = w.weighted_gradient(force.pull(w, local_x, _f, pot, factor, order, _p), local_x, _f)
-        return dict(_x=in_dtype_of(gather_rows(layout, _x), x), _layout=ZeroGradient)
+        return dict(_x=in_dtype_of(w.bring_back(_x), x), _layout=ZeroGradient)
 
     def jvp(node, x_, x, layout, pm, order, pot, factor):
         (dtype,) = common_dtypes(pm.comm, x_)
         if dtype is None:
             return dict(f_=ZeroGradient, potk_=ZeroGradient)
-        w = Window(pm)
-        local_x, x_ = (
-            exchange_rows(layout, x),
-            exchange_rows(layout, as_rows(x_, numpy.shape(x), dtype)),
-        )
+        w = window_for_force(pm, layout)
+        local_x, x_ = w.bring(x), w.bring(as_rows(x_, numpy.shape(x), dtype))
         potk_ = force.potential(w.paint_jvp(local_x, factor, x_))
         pot = force.find_potential(pot, w, local_x, factor, order)
-        meshes, meshes_ = (force.meshes(p, order) for p in (pot, force.kept(potk_, order, None)))
-        return dict(
-            f_=in_dtype_of(gather_rows(layout, w.readout_jvp(meshes, local_x, x_, meshes_)), x), potk_=potk_
-        )
+        meshes, meshes_ = (force.meshes(w, p, order) for p in (pot, force.kept(potk_, order, None)))
+        f_ = w.bring_back(w.readout_jvp(meshes, local_x, x_, meshes_))
+        return dict(f_=in_dtype_of(f_, x), potk_=potk_)
 
     def hvp(node, _f, _potk, x_, x, layout, pm, order, pot, factor):
         # Change the cotangent of the positions
         of_f, of_potk, of_x = common_dtypes(pm.comm, _f, _potk, x_)
         if of_x is None or of_f is None and of_potk is None:
             return dict(_x_=ZeroGradient, _layout_=ZeroGradient)
-        w = Window(pm)
-        local_x, x_ = (
-            exchange_rows(layout, x),
-            exchange_rows(layout, as_rows(x_, numpy.shape(x), of_x)),
-        )
+        w = window_for_force(pm, layout)
+        local_x, x_ = w.bring(x), w.bring(as_rows(x_, numpy.shape(x), of_x))
         _p = None if of_potk is None else pm.create(type=ComplexField, value=_potk)
         if of_f is None:
             _x_ = w.weighted_gradient_jvp([force.pull_density(_p, factor)], local_x, x_=x_)
         else:
-            _f = exchange_rows(layout, as_rows(_f, numpy.shape(x), of_f))
+            _f = w.bring(as_rows(_f, numpy.shape(x), of_f))
             meshes = force.pull(w, local_x, _f, pot, factor, order, _p)
             _rho_ = force.pull_density(force.pull_meshes(w, local_x, _f, order, x_), factor)
             pot_ = force.kept(force.potential(w.paint_jvp(local_x, factor, x_)), order)
-            _x_ = w.weighted_gradient_jvp(meshes, local_x, _f, x_, force.meshes(pot_, order, _rho_))
-        return dict(_x_=in_dtype_of(gather_rows(layout, _x_), x), _layout_=ZeroGradient)
+            _x_ = w.weighted_gradient_jvp(meshes, local_x, _f, x_, force.meshes(w, pot_, order, _rho_))
+        return dict(_x_=in_dtype_of(w.bring_back(_x_), x), _layout_=ZeroGradient)
 
 
 def _transform(x: RealField) -> BaseComplexField:

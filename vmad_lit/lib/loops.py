@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import floor
 from typing import Any
 
 import numpy
@@ -15,12 +16,17 @@ from vmad_lit.core.symbol import Value
 from vmad_lit.lib import memory
 from vmad_lit.lib.compiled import compiled, inlined
 from vmad_lit.lib.memory import as_flat, check_array, collide, flatten, overlap
-from vmad_lit.lib.threads import share
+from vmad_lit.lib.threads import run_on_threads, share, share_out
 
 with needed_for("compiled loops", extra="fast"):
     from numba import uintp
 
 Halos = Sequence[Array | None]
+
+
+def _number(value: float, like: Array) -> Any:
+    """A number in the precision of an array, so that a loop computes in that."""
+    return like.real.dtype.type(value)
 
 
 @compiled
@@ -46,7 +52,7 @@ def multiply(out: Array, x: Array, factor: Value, scale: float = 1.0) -> bool:
         return False
     if factor.dtype.kind == "c" and x.dtype.kind == "f":
         return False
-    share(partial(_multiply, *(a.reshape(-1) for a in turned), float(scale)), out.size)
+    share(partial(_multiply, *(a.reshape(-1) for a in turned), _number(scale, factor)), out.size)
     return True
 
 
@@ -184,24 +190,78 @@ def add_rows(total: Array, indices: Array, rows: Array) -> bool:
     return True
 
 
+@compiled
+def _find_span(span, pos, step, axis, scale, start, width, period, support, first, end):
+    low = high = out = 0
+    for p in range(first, end):
+        x = pos[uintp(p * step + axis)] * scale + 0.5 * (support % 2)
+        if not abs(x) < 1e15:
+            low = high = period
+            continue
+        plane = int(floor(x)) - (support - 1) // 2 - start
+        if not 0 <= plane < period:
+            plane %= period
+        over = plane + support - width
+        if over > 0:
+            out += 1
+            if over <= period - plane:
+                high = max(high, over)
+            else:
+                low = max(low, period - plane)
+    span[0], span[1], span[2] = low, high, out
+
+
+def find_span(
+    pos: Array, axis: int, scale: float, start: int, width: int, period: int, support: int
+) -> tuple[int, int, int]:
+    """How far the windows of particles reach beyond a part of a periodic mesh along an axis.
+
+    Parameters
+    ----------
+    pos : (N, ndim) positions
+    axis : the axis
+    scale : cells in a unit of length
+    start, width, period : the first plane of the part, how many planes it has, and how many the mesh has
+    support : of the window, in cells
+
+    Returns
+    -------
+    low, high, out : planes before the part and behind it, and how many particles reach there. Both are the period
+        if a position is not a number, or farther away than cells can be counted
+    """
+    pos = numpy.ascontiguousarray(pos)
+    check_array("positions", pos)
+    if pos.ndim != 2 or not 0 <= axis < pos.shape[1] or support < 1 or period < 1:
+        raise ValueError(
+            f"positions (N, ndim) and one of their axes are needed, with a window and planes, "
+            f"not {pos.shape}, {axis}, {support} and {period}"
+        )
+    edges = share_out(len(pos), 1 << 16)
+    spans = [numpy.zeros(3, "i8") for _ in edges[1:]]
+    rest = flatten(pos), pos.shape[1], axis, float(scale), start, width, period, support
+    run_on_threads(_find_span, [(span, *rest, *ends) for span, *ends in zip(spans, edges, edges[1:])])
+    low, high, out = numpy.transpose(spans)
+    return int(low.max()), int(high.max()), int(out.sum())
+
+
 @inlined
-def _put_difference(out, first, step, source, rows, stride, n, factor, add):
+def _put_difference(out, first, step, source, rows, stride, n, factors, add):
     """The differences of four rows of `source` into the row of `out` at `first`, or added to it."""
-    a, b, c, d = rows
+    (a, b, c, d), (near, far) = rows, factors
     if stride == 1 and step == 1:
         for k in range(n):
             i, j = uintp(first + k), uintp(k)
-            x = factor * (8 * (source[c + j] - source[b + j]) - (source[d + j] - source[a + j]))
+            x = near * (source[c + j] - source[b + j]) - far * (source[d + j] - source[a + j])
             out[i] = out[i] + x if add else x
     else:
         for k in range(n):
             i, j = uintp(first + k * step), uintp(k * stride)
-            x = factor * (8 * (source[c + j] - source[b + j]) - (source[d + j] - source[a + j]))
+            x = near * (source[c + j] - source[b + j]) - far * (source[d + j] - source[a + j])
             out[i] = out[i] + x if add else x
 
 
 @inlined
-def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, aside, factor, add):
+def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, aside, factors, add):
     """The difference along an axis for the row at i, j of a mesh, by way of `aside` where it is needed."""
     n, own = shape[2], i * strides[0] + j * strides[1]
     place, count, stride = (i, shape[0], strides[0]) if axis == 0 else (j, shape[1], strides[1])
@@ -237,7 +297,7 @@ def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, as
                 for k in range(n):
                     aside[uintp(m * n + k)] = halo[uintp(start + k)]
         rows = uintp(0), uintp(n), uintp(2 * n), uintp(3 * n)
-    _put_difference(out, first, step, source, rows, between, n, factor, add)
+    _put_difference(out, first, step, source, rows, between, n, factors, add)
 
 
 @compiled
@@ -374,8 +434,14 @@ def _over_planes(
     shape = (1,) * more + like.shape
     out, mesh = (tuple(x[:1] * more + x) if isinstance(x, list) else x for x in (out, mesh))
     halos = [none] * more + [none if halo is None else halo.reshape(-1) for halo in halos] + [none]
-    rest = tuple(halos), shape, like.ndim, (1.0,) * more + tuple(map(float, factors))
+    weights = tuple(_weights(factor, like) for factor in (1.0,) * more + tuple(factors))
+    rest = tuple(halos), shape, like.ndim, weights
     share_planes(partial(loop, out, step, mesh, strides, *rest, *more_arguments), shape)
+
+
+def _weights(factor: float, like: Array) -> tuple[Any, Any]:
+    """What multiplies the difference of the next neighbours, and that of those behind them."""
+    return _number(8 * float(factor), like), _number(factor, like)
 
 
 def share_planes(loop: Callable[[int, int], object], shape: Shape) -> None:
@@ -390,12 +456,12 @@ def _as_flat_3d(mesh: Array) -> tuple[Array, Shape]:
 
 
 @compiled
-def _difference(out, step, mesh, strides, halo, shape, axis, factor, add, start, end):
+def _difference(out, step, mesh, strides, halo, shape, axis, factors, add, start, end):
     aside = numpy.empty(4 * shape[2] + 4, mesh.dtype)
     for i in range(start, end):
         for j in range(shape[1]):
             first = i * step[0] + j * step[1]
-            _put_derivative(out, first, step[2], mesh, strides, halo, shape, axis, i, j, aside, factor, add)
+            _put_derivative(out, first, step[2], mesh, strides, halo, shape, axis, i, j, aside, factors, add)
 
 
 def difference(
@@ -414,7 +480,7 @@ def difference(
     (source, strides), (target, step) = _as_flat_3d(mesh), _as_flat_3d(out)
     shape = (1,) * (3 - mesh.ndim) + mesh.shape
     halo = numpy.empty(0, mesh.dtype) if halo is None else halo.reshape(-1)
-    rest = halo, shape, axis + 3 - mesh.ndim, float(factor), bool(add)
+    rest = halo, shape, axis + 3 - mesh.ndim, _weights(factor, mesh), bool(add)
     share_planes(partial(_difference, target, step, source, strides, *rest), shape)
 
 
@@ -424,9 +490,11 @@ def _quadratic(out, factor, ndim, a, b, start, end):
     for p in range(start, end):
         t, u, s = a0[p], b0[p], a0[p] * b0[p]
         if ndim > 1:
-            t, u, s = t + a1[p], u + b1[p], s + a1[p] * b1[p] + 2 * a01[p] * b01[p]
+            mixed = a01[p] * b01[p]
+            t, u, s = t + a1[p], u + b1[p], s + a1[p] * b1[p] + mixed + mixed
         if ndim > 2:
-            t, u, s = t + a2[p], u + b2[p], s + a2[p] * b2[p] + 2 * (a02[p] * b02[p] + a12[p] * b12[p])
+            mixed = a02[p] * b02[p] + a12[p] * b12[p]
+            t, u, s = t + a2[p], u + b2[p], s + a2[p] * b2[p] + mixed + mixed
         out[p] = factor * (t * u - s)
 
 
@@ -434,13 +502,18 @@ def _quadratic(out, factor, ndim, a, b, start, end):
 def _quadratic_vjp(out, factor, ndim, a, start, end):
     a0, a1, a2, a01, a02, a12 = a
     for p in range(start, end):
-        s = 2 * factor * out[p]
-        t = a0[p] + (a1[p] if ndim > 1 else 0.0) + (a2[p] if ndim > 2 else 0.0)
+        s, t = factor * out[p], a0[p]
+        s += s
+        d = -(s + s)
+        if ndim > 1:
+            t += a1[p]
+        if ndim > 2:
+            t += a2[p]
         a0[p] = s * (t - a0[p])
         if ndim > 1:
-            a1[p], a01[p] = s * (t - a1[p]), -2 * s * a01[p]
+            a1[p], a01[p] = s * (t - a1[p]), d * a01[p]
         if ndim > 2:
-            a2[p], a02[p], a12[p] = s * (t - a2[p]), -2 * s * a02[p], -2 * s * a12[p]
+            a2[p], a02[p], a12[p] = s * (t - a2[p]), d * a02[p], d * a12[p]
 
 
 def second_invariant(a: Sequence[Array], b: Sequence[Array], ndim: int, factor: float) -> Array:
@@ -448,7 +521,12 @@ def second_invariant(a: Sequence[Array], b: Sequence[Array], ndim: int, factor: 
     _check_matrix(a, ndim)
     _check_matrix(b, ndim, a[0])
     out = memory.empty_like(a[0])
-    share(partial(_quadratic, out.reshape(-1), factor, ndim, _flatten(a, ndim), _flatten(b, ndim)), out.size)
+    share(
+        partial(
+            _quadratic, out.reshape(-1), _number(factor, out), ndim, _flatten(a, ndim), _flatten(b, ndim)
+        ),
+        out.size,
+    )
     return out
 
 
@@ -462,7 +540,7 @@ def second_invariant_vjp(_out: Array, a: list[Array], ndim: int, factor: float) 
     _out = numpy.ascontiguousarray(_out) if type(_out) is numpy.ndarray else _out
     check_array("the cotangent", _out, a[0])
     flat = flatten(_out.copy() if overlap(_out, *a) else _out)
-    share(partial(_quadratic_vjp, flat, factor, ndim, _flatten(a, ndim)), a[0].size)
+    share(partial(_quadratic_vjp, flat, _number(factor, a[0]), ndim, _flatten(a, ndim)), a[0].size)
     return a
 
 
@@ -498,7 +576,7 @@ def axpy(out: Array, x: Array, v: Array, c: float) -> Array:
         check_array("a term of the sum", array, out)
         if collide(out, array):
             raise ValueError("out shares memory with a term of the sum, and is not the same array")
-    share(partial(_add_multiple, flatten(out), flatten(x), flatten(v), float(c)), out.size)
+    share(partial(_add_multiple, flatten(out), flatten(x), flatten(v), _number(c, out)), out.size)
     return out
 
 
@@ -526,4 +604,5 @@ def mix(a: Array, b: Array, matrix: ArrayLike, outs: Sequence[Array]) -> None:
             )
     if overlap(*outs):
         raise ValueError("the arrays for results share memory")
-    share(partial(_mix, *map(flatten, (*outs, a, b)), *map(float, numpy.ravel(matrix))), a.size)
+    numbers = [_number(c, a) for c in numpy.ravel(matrix)]
+    share(partial(_mix, *map(flatten, (*outs, a, b)), *numbers), a.size)

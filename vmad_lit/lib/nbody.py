@@ -40,21 +40,13 @@ from vmad_lit.lib.cosmology import (
     start_factors,
     step_factors,
 )
-from vmad_lit.lib.exchange import (
-    AnyLayout,
-    IdentityLayout,
-    agree_on_lattice,
-    decompose,
-    exchange_rows,
-    gather_rows,
-    lay_out,
-)
-from vmad_lit.lib.force import force
+from vmad_lit.lib.exchange import agree_on_lattice, decompose, lay_out
+from vmad_lit.lib.force import force, window_for_force
 from vmad_lit.lib.linalg import einsum, reshape
 from vmad_lit.lib.lpt import lpt
 from vmad_lit.lib.mesh import Field, ParticleMesh, agree, as_rows, common_dtypes, is_zero
 from vmad_lit.lib.mpi import allbcast
-from vmad_lit.lib.painting import Window, in_dtype_of
+from vmad_lit.lib.painting import in_dtype_of
 
 try:
     from vmad_lit.lib import loops
@@ -131,12 +123,12 @@ class ForceAt:
     ) -> None:
         if callable(x):
             x, layout = lay_out(x, pm, new=False)
-        self.x, self.pm, self.pot, self._window = x, pm, pot, Window(pm)
+        self.x, self.pm, self.pot, self._window = x, pm, pot, window_for_force(pm, layout)
         self._count, self.field_like, self._again = len(x), numpy.empty(0, x.dtype), again
         self.layout = layout
         self.factor = force.find_factor(x, pm) if factor is None else factor
-        self._stays = isinstance(self.layout, IdentityLayout)
-        self._local_x = exchange_rows(self.layout, x)
+        self._stays = self._window.stays
+        self._local_x = self._window.bring(x)
 
     def kick(self, p: Array, c: float, out: Array) -> None:
         """p + c * force into `out`, which may be `p`."""
@@ -157,14 +149,14 @@ class ForceAt:
 
     def pull(self, _f: Array, _x: Array, c: float, out: Array) -> None:
         """_x plus c times the cotangent of the positions from that of the force, into `out`, which may be `_x`; once."""
-        _f, x = exchange_rows(self.layout, _f), self._local_x
+        _f, x = self._window.bring(_f), self._local_x
         _potk = force.pull_meshes(self._window, x, _f, 1)
         pot, self.pot = force.find_potential(self.pot, self._window, x, self.factor, 1), None
         find, apart = x.__getitem__, self._again is not None and self._stays
         if apart:
             find = self._again
-            del self.x, self._local_x
-        meshes = force.meshes(pot, 1, force.pull_density(_potk, self.factor))
+            del self.x, self._local_x, self.layout
+        meshes = force.meshes(self._window, pot, 1, force.pull_density(_potk, self.factor))
         del pot, _potk, x
         self._add(
             lambda rows, **to: self._window.weighted_gradient(meshes, find(rows), _f[rows], **to),
@@ -213,7 +205,7 @@ class ForceAt:
             yield slice(start, start + self.BLOCK)
 
     def _bring_back(self, values: Array) -> Array:
-        return in_dtype_of(values if self._stays else gather_rows(self.layout, values), self.field_like)
+        return in_dtype_of(self._window.bring_back(values), self.field_like)
 
     def _find_potential(self) -> None:
         self.pot = force.find_potential(self.pot, self._window, self._local_x, self.factor, 1)
@@ -221,7 +213,7 @@ class ForceAt:
     def _meshes(self) -> list[Any]:
         """The components of the force on the mesh."""
         self._find_potential()
-        return force.meshes(self.pot, 1)
+        return force.meshes(self._window, self.pot, 1)
 
     BLOCK = 1 << 17  # particles: some megabytes of their forces
 

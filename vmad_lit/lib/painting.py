@@ -15,7 +15,16 @@ from vmad_lit.core.graph import Node
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Value
-from vmad_lit.lib.exchange import AnyLayout, as_positions, check_layout, exchange_rows, gather_rows
+from vmad_lit.lib import memory
+from vmad_lit.lib.exchange import (
+    AnyLayout,
+    HaloLayout,
+    IdentityLayout,
+    as_positions,
+    check_layout,
+    exchange_rows,
+    gather_rows,
+)
 from vmad_lit.lib.mesh import (
     ParticleMesh,
     agree,
@@ -38,17 +47,52 @@ except ImportError:  # no numba: pmesh's own windows serve
 Mesh: TypeAlias = Array | RealField
 Meshes = TypeVar("Meshes", bound=Sequence[Any])
 Resampler: TypeAlias = str | ResampleWindow
-Zeros = Callable[[ParticleMesh, int], Sequence[Any]]  # that many meshes to add to
+Spread = Callable[
+    ..., Any
+]  # of a window, positions and values, and perhaps a tangent: see `Window.spread_fields`
 
 
 class Window:
-    """Painting and reading out on a rank's part of a mesh, by the compiled loops or by pmesh."""
+    """Painting and reading out on a rank's part of a mesh, by the compiled loops or by pmesh.
 
-    def __init__(self, pm: ParticleMesh, resampler: Resampler | None = None) -> None:
+    With a layout that has a halo the meshes have one, too, wider by `rim` planes, and particles stay where they
+    are: `stays` tells so. Otherwise they have been brought here by the layout.
+    """
+
+    def __init__(
+        self,
+        pm: ParticleMesh,
+        resampler: Resampler | None = None,
+        layout: AnyLayout | None = None,
+        rim: int = 0,
+    ) -> None:
         self.pm = pm
         self.resampler = FindResampler(pm.resampler if resampler is None else resampler)
         self.compiled = window is not None and window.support(self.resampler) is not None
-        self.args = dict(window=self.resampler, transform=pm.affine)
+        halo = layout.halo if self.compiled and isinstance(layout, HaloLayout) else None
+        self.halo = halo.widened(rim) if halo is not None and rim else halo
+        self.stays = self.halo is not None or isinstance(layout, IdentityLayout)
+        self.layout = None if self.stays else layout
+        self.args = dict(
+            window=self.resampler, transform=pm.affine if self.halo is None else self.halo.transform
+        )
+
+    # Bring particles and meshes together
+    def bring(self, rows: Value) -> Any:
+        """Rows for the particles that this rank has to do with, from those for its own. Collective."""
+        return exchange_rows(self.layout, rows)
+
+    def bring_back(self, rows: Any) -> Any:
+        """Rows for this rank's own particles, from those that it had to do with. Collective."""
+        return gather_rows(self.layout, rows)
+
+    def fetch(self, mesh: Mesh) -> Mesh:
+        """A field with the halo that particles are in; an array has it already. Collective."""
+        return mesh if self.halo is None or not isinstance(mesh, RealField) else self.halo.fetch(mesh)
+
+    def fold(self, mesh: Any) -> RealField:
+        """The field of what was added to this rank's part and to its halo. Collective."""
+        return mesh if self.halo is None else self.halo.fold(mesh)
 
     @property
     def differentiable(self) -> ResampleWindow:
@@ -56,8 +100,10 @@ class Window:
         return FindResampler("cubic") if self.resampler.kind == "tunedpcs" else self.resampler
 
     # Paint and read out
-    def empty(self) -> RealField:
-        """A mesh of zeros."""
+    def empty(self) -> Mesh:
+        """A mesh of zeros to add to."""
+        if self.halo is not None:
+            return memory.zeros(self.halo.shape, self.pm.dtype)
         return self.pm.create(type=RealField, value=0)
 
     def field(self, mesh: Mesh) -> RealField:
@@ -68,14 +114,14 @@ class Window:
         """The mesh painted with particles."""
         mesh = self.empty()
         if self.compiled:
-            return window.paint(mesh, x, mass, **self.args)
+            return self.fold(window.paint(mesh, x, mass, **self.args))
         mass = numpy.asarray(mass, dtype="f8")
         return self.pm.paint(x, mass=mass, resampler=self.resampler, out=mesh, hold=True)
 
     def readout(self, meshes: Sequence[Mesh], x: Array, **to: Any) -> Array:
         """The values (N, n) of n meshes; only our loops can add them `to` something, see `window.readout`."""
         if self.compiled:
-            return window.readout(meshes, x, **self.args, **to)
+            return window.readout([self.fetch(mesh) for mesh in meshes], x, **self.args, **to)
         return numpy.stack(
             [self.field(mesh).readout(x, resampler=self.resampler) for mesh in meshes], axis=-1
         )
@@ -95,11 +141,15 @@ class Window:
             window.spread_jvp(out, x, value, x_, **self.args)
         return out
 
+    def spread_fields(self, x: Array, value: Array, x_: Array | None = None) -> list[RealField]:
+        """The fields to which the columns of `value` are spread, see `spread`. Collective."""
+        return [self.fold(mesh) for mesh in self.spread(x, value, [self.empty() for _ in value.T], x_)]
+
     # Derivatives of painting and reading out
     def gradient(self, mesh: Mesh, x: Array) -> Array:
         """The derivatives (N, ndim) of the value of a mesh by the position."""
         if self.compiled:
-            return window.gradient(mesh, x, **self.args)
+            return window.gradient(self.fetch(mesh), x, **self.args)
         mesh = self.field(mesh)
         return numpy.stack(
             [mesh.readout(x, resampler=self.differentiable, gradient=d) for d in range(self.pm.ndim)], axis=-1
@@ -113,7 +163,9 @@ class Window:
         Only our loops can add it `to` something, see `window.weighted_gradient`.
         """
         if self.compiled:
-            return window.weighted_gradient(meshes, x, factors, **self.args, **to)
+            return window.weighted_gradient(
+                [self.fetch(mesh) for mesh in meshes], x, factors, **self.args, **to
+            )
         columns = [
             1.0 if factors is None or c >= factors.shape[1] else factors[:, c, None]
             for c in range(len(meshes))
@@ -125,7 +177,9 @@ class Window:
     ) -> tuple[Array | None, Array | None]:
         """Cotangents of positions and masses from that of the mesh."""
         if self.compiled:
-            return window.paint_vjp(mesh, x, mass, need_pos=need_x, need_mass=need_mass, **self.args)
+            return window.paint_vjp(
+                self.fetch(mesh), x, mass, need_pos=need_x, need_mass=need_mass, **self.args
+            )
         return (
             self.gradient(mesh, x) * numpy.reshape(mass, (-1, 1)) if need_x else None,
             mesh.readout(x, resampler=self.resampler) if need_mass else None,
@@ -137,7 +191,7 @@ class Window:
         """Tangent of the mesh."""
         mesh = self.empty()
         if self.compiled:
-            return window.paint_jvp(mesh, x, mass, x_, mass_, **self.args)
+            return self.fold(window.paint_jvp(mesh, x, mass, x_, mass_, **self.args))
         if x_ is not None:
             speed = numpy.asarray(x_) * numpy.reshape(mass, (-1, 1))
             for d in range(self.pm.ndim):
@@ -153,7 +207,8 @@ class Window:
     ) -> Any:
         """Tangent of the values (N, n); None is zero."""
         if self.compiled:
-            return window.readout_jvp(meshes, x, x_, meshes_, **self.args)
+            of, of_ = (each and [self.fetch(mesh) for mesh in each] for each in (meshes, meshes_))
+            return window.readout_jvp(of, x, x_, of_, **self.args)
         value_: Any = 0
         if x_ is not None:
             value_ = numpy.stack([(self.gradient(mesh, x) * x_).sum(axis=-1) for mesh in meshes], axis=-1)
@@ -176,7 +231,8 @@ class Window:
                 f"derivative wants a mesh with the window nnb, cic, tsc or pcs, and numba; or use the Gauss-Newton "
                 f"product (compute_with_gnDp)"
             )
-        return window.weighted_gradient_jvp(meshes, x, factors, x_, meshes_, factors_, **self.args)
+        of, of_ = (each and [self.fetch(mesh) for mesh in each] for each in (meshes, meshes_))
+        return window.weighted_gradient_jvp(of, x, factors, x_, of_, factors_, **self.args)
 
 
 def _masses(mass: ArrayLike, count: int | None = None) -> Array:
@@ -242,14 +298,13 @@ class paint:
             return positions, _masses(mass, len(positions)), *others
 
         x, mass, *_ = agree(pm.comm, prepare)
-        dtypes = x.dtype, mass.dtype
-        x, mass = exchange_rows(layout, x), exchange_rows(layout, mass)
-        return dict(mesh=Window(pm, resampler).paint(x, mass), dtypes=dtypes)
+        w = Window(pm, resampler, layout)
+        return dict(mesh=w.paint(w.bring(x), w.bring(mass)), dtypes=(x.dtype, mass.dtype))
 
     @staticmethod
-    def bring(layout: AnyLayout | None, *values: tuple[Value, Any]) -> list[Any]:
+    def bring(w: Window, *values: tuple[Value, Any]) -> list[Any]:
         """Positions and masses, in dtypes that have been agreed on, for the particles on this rank. Collective."""
-        return [exchange_rows(layout, numpy.asarray(value, dtype)) for value, dtype in values]
+        return [w.bring(numpy.asarray(value, dtype)) for value, dtype in values]
 
     def vjp(node, _mesh, x, mass, layout, pm, resampler, dtypes):
         # Pull the cotangent of a mesh back to its particles
@@ -257,14 +312,13 @@ class paint:
         if dtype is None:
             return dict(_x=ZeroGradient, _mass=ZeroGradient, _layout=ZeroGradient)
         need_x, need_mass = not node.is_literal("x"), not node.is_literal("mass")
-        local_x, local_mass = paint.bring(layout, *zip((x, mass), dtypes))
-        _x, _mass = Window(pm, resampler).paint_vjp(
-            as_real_field(pm, _mesh), local_x, local_mass, need_x, need_mass
-        )
+        w = Window(pm, resampler, layout)
+        local_x, local_mass = paint.bring(w, *zip((x, mass), dtypes))
+        _x, _mass = w.paint_vjp(as_real_field(pm, _mesh), local_x, local_mass, need_x, need_mass)
         if need_mass:
-            _mass = paint.of_masses(node, pm, layout, _mass, mass)
+            _mass = paint.of_masses(node, w, _mass, mass)
         return dict(
-            _x=in_dtype_of(gather_rows(layout, _x), x) if need_x else ZeroGradient,
+            _x=in_dtype_of(w.bring_back(_x), x) if need_x else ZeroGradient,
             _mass=_mass if need_mass else ZeroGradient,
             _layout=ZeroGradient,
         )
@@ -273,10 +327,11 @@ class paint:
         of_x, of_mass = common_dtypes(pm.comm, x_, mass_)
         if of_x is None and of_mass is None:
             return dict(mesh_=ZeroGradient)
-        x_ = None if of_x is None else exchange_rows(layout, as_rows(x_, numpy.shape(x), of_x))
-        mass_ = None if of_mass is None else exchange_rows(layout, _masses(as_rows(mass_, len(x), of_mass)))
-        x, mass = paint.bring(layout, *zip((x, mass), dtypes))
-        return dict(mesh_=Window(pm, resampler).paint_jvp(x, mass, x_, mass_))
+        w = Window(pm, resampler, layout)
+        x_ = None if of_x is None else w.bring(as_rows(x_, numpy.shape(x), of_x))
+        mass_ = None if of_mass is None else w.bring(_masses(as_rows(mass_, len(x), of_mass)))
+        x, mass = paint.bring(w, *zip((x, mass), dtypes))
+        return dict(mesh_=w.paint_jvp(x, mass, x_, mass_))
 
     def hvp(node, _mesh, x_, mass_, x, mass, layout, pm, resampler, dtypes):
         # Change the cotangents of positions and masses
@@ -284,28 +339,29 @@ class paint:
         _x_ = _mass_ = ZeroGradient
         if of_mesh is None or of_x is None and of_mass is None:
             return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
-        w, meshes = Window(pm, resampler), [as_real_field(pm, _mesh)]
-        local_x, local_mass = paint.bring(layout, *zip((x, mass), dtypes))
-        x_ = None if of_x is None else exchange_rows(layout, as_rows(x_, numpy.shape(x), of_x))
+        w = Window(pm, resampler, layout)
+        meshes = [w.fetch(as_real_field(pm, _mesh))]
+        local_x, local_mass = paint.bring(w, *zip((x, mass), dtypes))
+        x_ = None if of_x is None else w.bring(as_rows(x_, numpy.shape(x), of_x))
         if node.needs("x"):
             if of_mass is not None:
-                mass_ = exchange_rows(layout, _masses(as_rows(mass_, len(x), of_mass)))[:, None]
+                mass_ = w.bring(_masses(as_rows(mass_, len(x), of_mass)))[:, None]
             factors = local_mass[:, None] if numpy.ndim(mass) else local_mass
             _x_ = w.weighted_gradient_jvp(
                 meshes, local_x, factors, x_, factors_=None if of_mass is None else mass_
             )
-            _x_ = in_dtype_of(gather_rows(layout, _x_), x)
+            _x_ = in_dtype_of(w.bring_back(_x_), x)
         if node.needs("mass") and of_x is not None:
-            _mass_ = paint.of_masses(node, pm, layout, w.readout_jvp(meshes, local_x, x_)[:, 0], mass)
+            _mass_ = paint.of_masses(node, w, w.readout_jvp(meshes, local_x, x_)[:, 0], mass)
         return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
 
     @staticmethod
-    def of_masses(node: Any, pm: ParticleMesh, layout: AnyLayout | None, _mass: Array, mass: Value) -> Value:
+    def of_masses(node: Any, w: Window, _mass: Array, mass: Value) -> Value:
         """The cotangent of masses, or of one mass for all, from that of each particle here."""
         if numpy.ndim(mass) == 0:
             own = node.placement("mass") == "partitioned"
-            return float(_mass.sum()) if own else pm.comm.allreduce(float(_mass.sum()))
-        return in_dtype_of(gather_rows(layout, _mass), mass)
+            return float(_mass.sum()) if own else w.pm.comm.allreduce(float(_mass.sum()))
+        return in_dtype_of(w.bring_back(_mass), mass)
 
 
 def in_dtype_of(_x: Array, x: Value) -> Array:
@@ -332,7 +388,7 @@ class readout_all:
 
     def apl(node, meshes, x, layout, resampler=None):
         at, pm = agree_to_read(meshes, x, layout, resampler), meshes[0].pm
-        return dict(value=read(pm, list(meshes), at, layout, resampler), pm=pm, at=at)
+        return dict(value=read(Window(pm, resampler, layout), meshes, at), pm=pm, at=at)
 
     def rcd(node, meshes, x, layout, resampler, pm, at, **others):
         return dict(
@@ -345,7 +401,8 @@ class readout_all:
         )
 
     def vjp(node, _value, meshes, x, layout, resampler, pm, count):
-        _x, _meshes = read_vjp(node, _value, meshes, x, layout, resampler, pm, "meshes", count, zero_fields)
+        w = Window(pm, resampler, layout)
+        _x, _meshes = read_vjp(node, _value, meshes, x, w, "meshes", count, Window.spread_fields)
         return dict(_meshes=_meshes if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
 
     def jvp(node, meshes_, x_, meshes, x, layout, resampler, pm, count):
@@ -353,7 +410,7 @@ class readout_all:
         of_x, *of_meshes = common_dtypes(pm.comm, x_, *meshes_)
         x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
         meshes_ = [as_real_field(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
-        return dict(value_=read_jvp(pm, meshes, meshes_, x, x_, layout, resampler))
+        return dict(value_=read_jvp(Window(pm, resampler, layout), meshes, meshes_, x, x_))
 
     def hvp(node, _value, meshes_, x_, meshes, x, layout, resampler, pm, count):
         meshes_ = [ZeroGradient] * count if is_zero(meshes_) else meshes_
@@ -361,9 +418,8 @@ class readout_all:
         _value = None if of_value is None else as_rows(_value, (len(x), count), of_value)
         x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
         meshes_ = [as_real_field(pm, mesh_) for mesh_ in meshes_] if any(of_meshes) else None
-        _x_, _meshes_ = read_hvp(
-            node, _value, x_, meshes_, meshes, x, layout, resampler, pm, "meshes", zero_fields
-        )
+        w = Window(pm, resampler, layout)
+        _x_, _meshes_ = read_hvp(node, _value, x_, meshes_, meshes, x, w, "meshes", Window.spread_fields)
         return dict(
             _meshes_=_meshes_ if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient
         )
@@ -380,7 +436,8 @@ class readout:
 
     def apl(node, mesh, x, layout, resampler=None):
         at = agree_to_read([mesh], x, layout, resampler)
-        return dict(value=read(mesh.pm, [mesh], at, layout, resampler)[:, 0], pm=mesh.pm, at=at)
+        value = read(Window(mesh.pm, resampler, layout), [mesh], at)
+        return dict(value=value[:, 0], pm=mesh.pm, at=at)
 
     def rcd(node, mesh, x, layout, resampler, pm, at, **others):
         return dict(
@@ -389,14 +446,15 @@ class readout:
 
     def vjp(node, _value, mesh, x, layout, resampler, pm):
         _value = _value if is_zero(_value) else numpy.reshape(_value, (-1, 1))
-        _x, _meshes = read_vjp(node, _value, [mesh], x, layout, resampler, pm, "mesh", 1, zero_fields)
+        w = Window(pm, resampler, layout)
+        _x, _meshes = read_vjp(node, _value, [mesh], x, w, "mesh", 1, Window.spread_fields)
         return dict(_mesh=_meshes[0] if _meshes is not None else ZeroGradient, _x=_x, _layout=ZeroGradient)
 
     def jvp(node, mesh_, x_, mesh, x, layout, resampler, pm):
         of_x, of_mesh = common_dtypes(pm.comm, x_, mesh_)
         x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
         meshes_ = None if of_mesh is None else [as_real_field(pm, mesh_)]
-        value_ = read_jvp(pm, [mesh], meshes_, x, x_, layout, resampler)
+        value_ = read_jvp(Window(pm, resampler, layout), [mesh], meshes_, x, x_)
         return dict(value_=value_ if is_zero(value_) else value_[:, 0])
 
     def hvp(node, _value, mesh_, x_, mesh, x, layout, resampler, pm):
@@ -404,63 +462,39 @@ class readout:
         _value = None if of_value is None else as_rows(_value, len(x), of_value).reshape(-1, 1)
         x_ = None if of_x is None else as_rows(x_, numpy.shape(x), of_x)
         meshes_ = None if of_mesh is None else [as_real_field(pm, mesh_)]
-        _x_, _meshes_ = read_hvp(
-            node, _value, x_, meshes_, [mesh], x, layout, resampler, pm, "mesh", zero_fields
-        )
+        w = Window(pm, resampler, layout)
+        _x_, _meshes_ = read_hvp(node, _value, x_, meshes_, [mesh], x, w, "mesh", Window.spread_fields)
         return dict(
             _mesh_=_meshes_[0] if _meshes_ is not None else ZeroGradient, _x_=_x_, _layout_=ZeroGradient
         )
 
 
-def read(
-    pm: ParticleMesh, meshes: Sequence[Mesh], x: Array, layout: AnyLayout | None, resampler: Resampler | None
-) -> Array:
+def read(w: Window, meshes: Sequence[Mesh], x: Array) -> Array:
     """The values of meshes at positions, which have been agreed on. Collective."""
-    return gather_rows(layout, Window(pm, resampler).readout(meshes, exchange_rows(layout, x)))
+    return w.bring_back(w.readout(meshes, w.bring(x)))
 
 
 def read_vjp(
-    node: Node,
-    _value: Value,
-    meshes: Any,
-    x: Array,
-    layout: AnyLayout | None,
-    resampler: Resampler | None,
-    pm: ParticleMesh,
-    name: str,
-    count: int,
-    zeros: Zeros,
+    node: Node, _value: Value, meshes: Any, x: Array, w: Window, name: str, count: int, spread: Spread
 ) -> tuple[Value, Any]:
-    """The cotangents of positions and of `count` meshes, added to what `zeros(pm, count)` makes; or None."""
-    (dtype,) = common_dtypes(pm.comm, _value)
+    """The cotangents of positions, and of the meshes by `spread`; or None. Collective."""
+    (dtype,) = common_dtypes(w.pm.comm, _value)
     if dtype is None:
         return ZeroGradient, None
     need_x, need_meshes = not node.is_literal("x"), not node.is_literal(name)
-    w = Window(pm, resampler)
-    _value = exchange_rows(layout, as_rows(_value, (len(x), count), dtype))
-    local_x = exchange_rows(layout, x)
-    _x = (
-        in_dtype_of(gather_rows(layout, w.weighted_gradient(meshes, local_x, _value)), x)
-        if need_x
-        else ZeroGradient
-    )
-    return _x, w.spread(local_x, _value, zeros(pm, count)) if need_meshes else None
+    _value, x_here = w.bring(as_rows(_value, (len(x), count), dtype)), w.bring(x)
+    _x = ZeroGradient
+    if need_x:
+        _x = in_dtype_of(w.bring_back(w.weighted_gradient(meshes, x_here, _value)), x)
+    return _x, spread(w, x_here, _value) if need_meshes else None
 
 
-def read_jvp(
-    pm: ParticleMesh,
-    meshes: Any,
-    meshes_: Sequence[Mesh] | None,
-    x: Array,
-    x_: Array | None,
-    layout: AnyLayout | None,
-    resampler: Resampler | None,
-) -> Value:
-    """The tangent of the values, from those of positions and meshes; None is zero."""
+def read_jvp(w: Window, meshes: Any, meshes_: Sequence[Mesh] | None, x: Array, x_: Array | None) -> Value:
+    """The tangent of the values, from those of positions and meshes; None is zero. Collective."""
     if x_ is None and meshes_ is None:
         return ZeroGradient
-    local_x, x_ = exchange_rows(layout, x), None if x_ is None else exchange_rows(layout, x_)
-    return gather_rows(layout, Window(pm, resampler).readout_jvp(meshes, local_x, x_, meshes_))
+    x_ = None if x_ is None else w.bring(x_)
+    return w.bring_back(w.readout_jvp(meshes, w.bring(x), x_, meshes_))
 
 
 def read_hvp(
@@ -470,27 +504,18 @@ def read_hvp(
     meshes_: Sequence[Mesh] | None,
     meshes: Any,
     x: Array,
-    layout: AnyLayout | None,
-    resampler: Resampler | None,
-    pm: ParticleMesh,
+    w: Window,
     name: str,
-    zeros: Zeros,
+    spread: Spread,
 ) -> tuple[Value, Any]:
-    """The changes of what `read_vjp` returns, along tangents of positions and meshes; None is zero."""
+    """The changes of what `read_vjp` returns, along tangents of positions and meshes; None is zero. Collective."""
     if _value is None or x_ is None and meshes_ is None:
         return ZeroGradient, None
-    w, _x_ = Window(pm, resampler), ZeroGradient
-    local_x, _value = exchange_rows(layout, x), exchange_rows(layout, _value)
-    x_ = None if x_ is None else exchange_rows(layout, x_)
+    _x_, x_here, _value = ZeroGradient, w.bring(x), w.bring(_value)
+    x_ = None if x_ is None else w.bring(x_)
     if node.needs("x"):
-        _x_ = in_dtype_of(
-            gather_rows(layout, w.weighted_gradient_jvp(meshes, local_x, _value, x_, meshes_)), x
-        )
+        _x_ = w.weighted_gradient_jvp(meshes, x_here, _value, x_, meshes_)
+        _x_ = in_dtype_of(w.bring_back(_x_), x)
     if x_ is None or not node.needs(name):
         return _x_, None
-    return _x_, w.spread(local_x, _value, zeros(pm, _value.shape[1]), x_)
-
-
-def zero_fields(pm: ParticleMesh, count: int) -> list[RealField]:
-    """Real fields of zeros."""
-    return [pm.create(type=RealField, value=0) for c in range(count)]
+    return _x_, spread(w, x_here, _value, x_)

@@ -79,16 +79,22 @@ def evaluate_transfer(x: BaseComplexField, f: Transfer, kind: Labels) -> Any:
                 slab = xslab([labels[0][rows], *labels[1:]])
                 slab.BoxSize, slab.Nmesh = labels.BoxSize, labels.Nmesh
                 part = f(slab)
-                result = numpy.empty_like(x.value, part.dtype) if result is None else result
+                result = numpy.empty_like(x.value, _precision(part, x)) if result is None else result
                 result[rows] = part
         else:
             result = f(labels)
             if numpy.shape(result) == x.shape:
-                arranged = numpy.empty_like(x.value, result.dtype)
+                arranged = numpy.empty_like(x.value, _precision(result, x))
                 arranged[...] = result
                 result = arranged
         kept[kind, type(x)] = result
     return kept[kind, type(x)]
+
+
+def _precision(result: Array, x: BaseComplexField) -> numpy.dtype[Any]:
+    """The type of a result as it is kept: if it is of floating point numbers, with the precision of the field."""
+    kind = result.dtype.kind
+    return x.dtype if kind == "c" else x.real.dtype if kind == "f" else result.dtype
 
 
 def multiply_field(

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib import memory
+from vmad_lit.lib.cells import gather_loop, is_straight, scatter_loop
 from vmad_lit.lib.compiled import compiled, inlined
 from vmad_lit.lib.memory import as_flat, flatten, overlap
 from vmad_lit.lib.threads import get_threads, run_on_threads, set_threads, share_out
@@ -36,6 +37,7 @@ WindowLike = Any  # the name of a window, or pmesh's object
 DType = numpy.dtype[Any]
 Box = tuple[tuple[Any, ...], ...]  # see `_box`
 View = tuple[Array, Shape]  # flat memory, and strides in elements
+DTypes = tuple[DType, DType, DType, DType]  # of meshes, positions, the lattice, and what particles have
 
 
 class Transform(Protocol):
@@ -117,8 +119,7 @@ def _offsets(first, period, low, high, stride, whole):
 
 @lru_cache(maxsize=None)
 def _scatter_loop(
-    mesh: DType,
-    position: DType,
+    dtypes: DTypes,
     ndim: int,
     support: int,
     n: int,
@@ -126,7 +127,7 @@ def _scatter_loop(
     moving: bool,
     spreading: bool = False,
 ) -> Any:
-    """The compiled loop that adds particles to `n` meshes, for these types of `mesh` and `position`.
+    """The compiled loop that adds particles to `n` meshes, for these types of arrays.
 
     Along the first `asked` axes cells may be elsewhere. `moving`: the tangent of painting one mesh; or
     (`spreading`) of adding to several meshes, each its own masses.
@@ -148,13 +149,14 @@ def _scatter_loop(
         block,
         pos,
         step,
+        lattice,
         mass,
         mass_step,
         speed,
         rate,
     ):
         shape, stride, scale, translate, origin, period = box
-        npart = len(pos) // step
+        npart, displaced = len(pos) // step, len(lattice) > 0
         listed = numpy.empty(block if asked > 0 else 0, dtype="i8")
         for b in range(len(mask)):
             if not (mask[b] >> owner) & uint64(1):
@@ -167,7 +169,10 @@ def _scatter_loop(
                 near = 0
                 reach = support + 1
                 for k in range(count):
-                    x = pos[uintp((start + k) * step)] * scale[0] + translate[0]
+                    x = float64(pos[uintp((start + k) * step)])
+                    if displaced:
+                        x += lattice[uintp((start + k) * step)]
+                    x = x * scale[0] + translate[0]
                     i = floor(x + 0.5 * (support % 2)) - (support - 1) // 2 - 1 + origin[0]
                     i = _fold(i, period[0])
                     listed[uintp(near)] = start + k
@@ -176,15 +181,27 @@ def _scatter_loop(
             for k in range(count):
                 p = listed[uintp(k)] if shared else start + k
                 # Locate the particle on each axis
-                i, wx, dx = _spline(support, pos[uintp(p * step)] * scale[0] + translate[0])
+                x = float64(pos[uintp(p * step)])
+                if displaced:
+                    x += lattice[uintp(p * step)]
+                x = x * scale[0] + translate[0]
+                i, wx, dx = _spline(support, x)
                 cx = _offsets(i + origin[0], period[0], low, high, stride[0], asked < 1)
                 if ndim > 1:
-                    i, wy, dy = _spline(support1, pos[uintp(p * step + 1)] * scale[1] + translate[1])
+                    y = float64(pos[uintp(p * step + 1)])
+                    if displaced:
+                        y += lattice[uintp(p * step + 1)]
+                    y = y * scale[1] + translate[1]
+                    i, wy, dy = _spline(support1, y)
                     cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], asked < 2)
                 else:
                     cy, wy, dy = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
                 if ndim > 2:
-                    i, wz, dz = _spline(support2, pos[uintp(p * step + 2)] * scale[2] + translate[2])
+                    z = float64(pos[uintp(p * step + 2)])
+                    if displaced:
+                        z += lattice[uintp(p * step + 2)]
+                    z = z * scale[2] + translate[2]
+                    i, wz, dz = _spline(support2, z)
                     cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], asked < 3)
                 else:
                     cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
@@ -237,18 +254,19 @@ def _scatter_loop(
                             if n > 3:
                                 mesh3[i] += weight * m3
 
-    reals = float64[::1]
+    mesh, position, lattice, reals = map(_array, dtypes)
     return compiled(
         scatter,
-        *4 * [_array(mesh)],
+        *4 * [mesh],
         BOX,
         int64,
         int64,
         int64,
         uint64[::1],
         int64,
-        _array(position),
+        position,
         int64,
+        lattice,
         reals,
         int64,
         reals,
@@ -258,7 +276,7 @@ def _scatter_loop(
 
 @lru_cache(maxsize=None)
 def _gather_loop(
-    mesh: DType, position: DType, ndim: int, support: int, n: int, asked: int, moving: bool, slopes: bool
+    dtypes: DTypes, ndim: int, support: int, n: int, asked: int, moving: bool, slopes: bool
 ) -> Any:
     """The compiled loop that reads `n` meshes, their change (`moving`) or their gradients (`weighted_gradient`).
 
@@ -278,6 +296,7 @@ def _gather_loop(
         end,
         pos,
         step,
+        lattice,
         out,
         out_step,
         speed,
@@ -289,18 +308,30 @@ def _gather_loop(
         factor,
     ):
         shape, stride, scale, translate, origin, period = box
-        low, high = 0, shape[0]
+        low, high, displaced = 0, shape[0], len(lattice) > 0
         for p in range(start, end):
             # Locate the particle on each axis
-            i, wx, dx = _spline(support, pos[uintp(p * step)] * scale[0] + translate[0])
+            x = float64(pos[uintp(p * step)])
+            if displaced:
+                x += lattice[uintp(p * step)]
+            x = x * scale[0] + translate[0]
+            i, wx, dx = _spline(support, x)
             cx = _offsets(i + origin[0], period[0], low, high, stride[0], asked < 1)
             if ndim > 1:
-                i, wy, dy = _spline(support1, pos[uintp(p * step + 1)] * scale[1] + translate[1])
+                y = float64(pos[uintp(p * step + 1)])
+                if displaced:
+                    y += lattice[uintp(p * step + 1)]
+                y = y * scale[1] + translate[1]
+                i, wy, dy = _spline(support1, y)
                 cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], asked < 2)
             else:
                 cy, wy, dy = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             if ndim > 2:
-                i, wz, dz = _spline(support2, pos[uintp(p * step + 2)] * scale[2] + translate[2])
+                z = float64(pos[uintp(p * step + 2)])
+                if displaced:
+                    z += lattice[uintp(p * step + 2)]
+                z = z * scale[2] + translate[2]
+                i, wz, dz = _spline(support2, z)
                 cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], asked < 3)
             else:
                 cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
@@ -417,15 +448,16 @@ def _gather_loop(
                 if n > 3:
                     out[uintp(first + 3)] = s3
 
-    reals = float64[::1]
+    mesh, position, lattice, reals = map(_array, dtypes)
     return compiled(
         gather,
-        *4 * [_array(mesh)],
+        *4 * [mesh],
         BOX,
         int64,
         int64,
-        _array(position),
+        position,
         int64,
+        lattice,
         reals,
         int64,
         reals,
@@ -443,21 +475,25 @@ def _array(dtype: DType) -> Any:
 
 
 @lru_cache(maxsize=None)
-def _census_loop(position: DType) -> Any:
+def _census_loop(position: DType, lattice: DType) -> Any:
     """The compiled loop that finds for blocks of particles the owners whose planes they may touch."""
 
     # The loop that takes the census
-    def census(support, scale, translate, origin, period, owners, start, end, mask, block, pos, step):
-        npart = len(pos) // step
+    def census(
+        support, scale, translate, origin, period, owners, start, end, mask, block, pos, step, lattice
+    ):
+        npart, displaced = len(pos) // step, len(lattice) > 0
         nplane = len(owners)
         everyone = uint64(0)
         for bit in owners:
             everyone |= bit
         for b in range(start, end):
-            low = high = pos[b * block * step] * scale
-            odd = 0.0
+            low, high, odd = numpy.inf, -numpy.inf, 0.0
             for p in range(b * block, min(npart, (b + 1) * block)):
-                x = pos[uintp(p * step)] * scale
+                x = float64(pos[uintp(p * step)])
+                if displaced:
+                    x += lattice[uintp(p * step)]
+                x *= scale
                 low = min(low, x)
                 high = max(high, x)
                 odd += x - x
@@ -475,7 +511,17 @@ def _census_loop(position: DType) -> Any:
 
     axis = float64, float64, int64, int64
     return compiled(
-        census, int64, *axis, uint64[::1], int64, int64, uint64[::1], int64, _array(position), int64
+        census,
+        int64,
+        *axis,
+        uint64[::1],
+        int64,
+        int64,
+        uint64[::1],
+        int64,
+        _array(position),
+        int64,
+        _array(lattice),
     )
 
 
@@ -506,20 +552,40 @@ def _real_dtype(array: Array, what: str) -> DType:
     return numpy.dtype("f4" if kind == "f" and size <= 4 else "f8")
 
 
-def _per_particle(value: ArrayLike, npart: int, what: str, width: int | None = None) -> tuple[Array, int]:
-    """A value for each particle (or one for all) as flat float64 memory and its step (0 for one)."""
+def _dtype_of(pos: ArrayLike, *values: Any) -> DType:
+    """The type of what is computed for particles: that of their positions, or a wider one of given arrays."""
+    kinds = {_real_dtype(numpy.asarray(value), "a value") for value in values if numpy.ndim(value)}
+    return max(kinds | {_real_dtype(numpy.asarray(pos), "positions")}, key=lambda dtype: dtype.itemsize)
+
+
+def check_lattice(lattice: ArrayLike | None, pos: Array) -> Array | None:
+    """What is added to each position, as `check_positions` returns it; None if there is nothing to add."""
+    if lattice is None:
+        return None
+    if numpy.shape(lattice) != pos.shape:
+        raise ValueError(
+            f"the lattice must have a row for each particle, as the positions {pos.shape}, "
+            f"but its shape is {numpy.shape(lattice)}"
+        )
+    return check_positions(lattice, pos.shape[1])
+
+
+def _per_particle(
+    value: ArrayLike, npart: int, what: str, dtype: DType, width: int | None = None
+) -> tuple[Array, int]:
+    """A value for each particle (or one for all) as flat memory of numbers of a type, and its step (0 for one)."""
     if isinstance(value, numpy.ma.MaskedArray):
         raise TypeError(f"{what} must be an array without a mask: the mask would be forgotten")
     value = numpy.asarray(value)
     _real_dtype(value, what)
     if value.ndim == 0:
-        return numpy.full(width or 1, value, dtype="f8"), 0
+        return numpy.full(width or 1, value, dtype), 0
     shape = (npart,) if width is None else (npart, width)
     if value.shape != shape:
         raise ValueError(
             f"{what} must be one number or have the shape {shape}, but the shape is {value.shape}"
         )
-    return flatten(numpy.require(value, "f8", ["C", "A"])), width or 1
+    return flatten(numpy.require(value, dtype, ["C", "A"])), width or 1
 
 
 def support(window: WindowLike) -> int | None:
@@ -598,18 +664,20 @@ def _scatter(
     speed: Array | None = None,
     rate: float = 1.0,
     spreading: bool = False,
+    lattice: ArrayLike | None = None,
 ) -> None:
     """Add to each of `meshes` the window of each particle times its column of `mass`, and its change along
     `rate` times `speed`; or (`spreading`) the column times the change of the window along `speed`."""
     cells = _find_support(window)
     ndim = meshes[0].ndim
-    pos, mass, speed = (_apart(a, *meshes) for a in (check_positions(pos, ndim), mass, speed))
+    pos = check_positions(pos, ndim)
+    pos, lattice, mass, speed = (_apart(a, *meshes) for a in (pos, check_lattice(lattice, pos), mass, speed))
     _check_sizes(len(pos), masses=(mass, mass_step, len(meshes)), velocities=(speed, ndim, ndim))
     box = _box(meshes[0], transform)
     if not len(pos) or not meshes[0].size:
         return
     step = pos.shape[1]
-    pos = flatten(pos)
+    pos, lattice = flatten(pos), numpy.empty(0, pos.dtype) if lattice is None else flatten(lattice)
     views = [as_flat(mesh) for mesh in meshes]
     # Paint aside what cannot be painted in place
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
@@ -628,22 +696,42 @@ def _scatter(
                 speed,
                 rate,
                 spreading,
+                lattice.reshape(-1, step) if len(lattice) else None,
             )
             mesh += aside
         return
-    edges, mask = _owners(cells, box, pos, step)
+    edges, mask = _owners(cells, box, pos, step, lattice)
+    none = mass[:0]
+    if not spreading and is_straight(views, box, cells, ndim, step) and (speed is None or len(meshes) == 1):
+        # Scatter straight
+        scatter = scatter_loop(
+            (views[0][0].dtype, pos.dtype, lattice.dtype, mass.dtype), len(views), speed is not None
+        )
+        args = mask, BLOCK, pos, lattice, mass, mass_step, none if speed is None else speed, float(rate)
+        run_on_threads(
+            scatter, [(views[0][0], box, edges[t], edges[t + 1], t, *args) for t in range(len(edges) - 1)]
+        )
+        return
     for first, n, flats in _groups(views):
         find_loop = partial(
             _scatter_loop,
-            flats[0].dtype,
-            pos.dtype,
+            (flats[0].dtype, pos.dtype, lattice.dtype, mass.dtype),
             ndim,
             cells,
             n,
             moving=speed is not None,
             spreading=spreading,
         )
-        rest = BLOCK, pos, step, mass[first:], mass_step, mass[:0] if speed is None else speed, rate
+        rest = (
+            BLOCK,
+            pos,
+            step,
+            lattice,
+            mass[first:],
+            mass_step,
+            none if speed is None else speed,
+            float(rate),
+        )
         run_on_threads(
             _scatter_in_turns,
             [
@@ -674,7 +762,7 @@ def _scatter_in_turns(
         scatter(*place, mask, *rest)
 
 
-def _owners(cells: int, box: Box, pos: Array, step: int) -> tuple[list[int], Array]:
+def _owners(cells: int, box: Box, pos: Array, step: int, lattice: Array) -> tuple[list[int], Array]:
     """Edges of the planes owned by each thread, and for each block of particles the owners it touches."""
     nplane = box[0][0]
     nblock = -(-(len(pos) // step) // BLOCK)
@@ -687,8 +775,11 @@ def _owners(cells: int, box: Box, pos: Array, step: int) -> tuple[list[int], Arr
     cuts = share_out(nblock, 1)
     axis = tuple(values[0] for values in box[2:])
     run_on_threads(
-        _census_loop(pos.dtype),
-        [(cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step) for t in range(len(cuts) - 1)],
+        _census_loop(pos.dtype, lattice.dtype),
+        [
+            (cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step, lattice)
+            for t in range(len(cuts) - 1)
+        ],
     )
     return edges, mask
 
@@ -715,6 +806,7 @@ def _gather(
     given: int | None = None,
     base: Array | None = None,
     factor: float = 1.0,
+    lattice: ArrayLike | None = None,
 ) -> Array:
     """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is there.
 
@@ -725,8 +817,9 @@ def _gather(
     cells = _find_support(window)
     ndim = meshes[0].ndim
     written = [array for array in (out, slope) if array is not None]
-    pos, coef, speed, *meshes = (
-        _apart(a, *written) for a in (check_positions(pos, ndim), coef, speed, *meshes)
+    pos = check_positions(pos, ndim)
+    pos, lattice, coef, speed, *meshes = (
+        _apart(a, *written) for a in (pos, check_lattice(lattice, pos), coef, speed, *meshes)
     )
     npart, step = pos.shape
     slopes, given = coef is not None, len(meshes) if given is None else given
@@ -739,7 +832,7 @@ def _gather(
         base=(base, ndim if slopes else len(meshes), ndim if slopes else len(meshes)),
     )
     if slope is None:
-        slope = memory.empty((npart if slopes else 0, ndim))
+        slope = memory.empty((npart if slopes else 0, ndim), pos.dtype if coef is None else coef.dtype)
     mesh, views = _readable(meshes)
     box = _box(mesh, transform)
     if not npart or not mesh.size:
@@ -747,14 +840,34 @@ def _gather(
             if result is not None and len(result):
                 result[...] = 0.0 if base is None else base
         return slope
-    pos = flatten(pos)
-    none = numpy.empty(0)
+    pos, lattice = flatten(pos), numpy.empty(0, pos.dtype) if lattice is None else flatten(lattice)
+    none = numpy.empty(0, slope.dtype if out is None else out.dtype)
     width = 0 if out is None else len(meshes)
     base = none if base is None else base.reshape(-1)
     cuts = share_out(npart, 4 * BLOCK)
+    if is_straight(views, box, cells, ndim, step):
+        # Gather straight
+        kind = "slopes" if slopes else "values" if speed is None else "changes"
+        gather = gather_loop((views[0][0].dtype, pos.dtype, lattice.dtype, none.dtype), len(views), kind)
+        results = (none if out is None else out.reshape(-1), slope.reshape(-1))
+        args = none if speed is None else speed, none if coef is None else coef, coef_step, given
+        run_on_threads(
+            gather,
+            [
+                (views[0][0], box, cuts[t], cuts[t + 1], pos, lattice, *results, *args, base, float(factor))
+                for t in range(len(cuts) - 1)
+            ],
+        )
+        return slope
     for first, n, flats in _groups(views):
         gather = _gather_loop(
-            flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box), speed is not None, slopes
+            (flats[0].dtype, pos.dtype, lattice.dtype, none.dtype),
+            ndim,
+            cells,
+            n,
+            _asked(box),
+            speed is not None,
+            slopes,
         )
         part = memory.empty_like(slope) if first else slope
         run_on_threads(
@@ -767,6 +880,7 @@ def _gather(
                     cuts[t + 1],
                     pos,
                     step,
+                    lattice,
                     none if out is None else out.reshape(-1)[first:],
                     width,
                     none if speed is None else speed,
@@ -842,6 +956,7 @@ def paint(
     mass: ArrayLike = 1.0,
     window: WindowLike = "cic",
     transform: Transform | None = None,
+    lattice: ArrayLike | None = None,
 ) -> Mesh:
     """Add particles to `mesh`, in place.
 
@@ -857,9 +972,15 @@ def paint(
     counts for one of them); it is never written beside the mesh.
     """
     targets = _targets([mesh])
-    mass, step = _per_particle(mass, len(pos), "mass")
-    _scatter(targets, pos, mass, step, window, transform)
+    mass, step = _per_particle(mass, len(pos), "mass", _dtype_of_masses(targets, mass))
+    _scatter(targets, pos, mass, step, window, transform, lattice=lattice)
     return mesh
+
+
+def _dtype_of_masses(targets: Sequence[Array], *values: Any) -> DType:
+    """The type of what particles add to meshes: that of the arrays that are given, or else of the meshes."""
+    arrays = [value for value in values if numpy.ndim(value)]
+    return _dtype_of(arrays[0], *arrays[1:]) if arrays else _real_dtype(targets[0], "the mesh")
 
 
 def readout(
@@ -870,6 +991,7 @@ def readout(
     out: Array | None = None,
     base: ArrayLike | None = None,
     factor: float = 1.0,
+    lattice: ArrayLike | None = None,
 ) -> Array:
     """Values of meshes at positions: (N,) for one mesh, (N, n) for a list of n, in float64.
 
@@ -879,7 +1001,7 @@ def readout(
     """
     several = isinstance(meshes, (list, tuple))
     values = _meshes(meshes if several else [meshes])
-    out = _result(out, (len(pos), len(values)) if several else (len(pos),))
+    out = _result(out, (len(pos), len(values)) if several else (len(pos),), _dtype_of(pos))
     _gather(
         values,
         pos,
@@ -888,6 +1010,7 @@ def readout(
         out=out.reshape(len(pos), len(values)),
         base=_base(base, out),
         factor=factor,
+        lattice=lattice,
     )
     return out
 
@@ -898,20 +1021,28 @@ def gradient(
     window: WindowLike = "cic",
     transform: Transform | None = None,
     out: Array | None = None,
+    lattice: ArrayLike | None = None,
 ) -> Array:
     """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), float64; as `readout`."""
     values = _meshes([mesh])
-    out = _result(out, (len(pos), values[0].ndim))
-    return _gather(values, pos, window, transform, coef=numpy.ones(1), coef_step=0, slope=out)
+    out = _result(out, (len(pos), values[0].ndim), _dtype_of(pos))
+    return _gather(values, pos, window, transform, coef=numpy.ones(1, out.dtype), slope=out, lattice=lattice)
 
 
-def _result(out: Array | None, shape: tuple[int, ...]) -> Array:
-    """`out`, if it is fit to hold a result of this shape, or a new array."""
+def _result(out: Array | None, shape: tuple[int, ...], dtype: DType) -> Array:
+    """`out`, if it is fit to hold a result of this shape, or a new array of a type."""
     if out is None:
-        return memory.empty(shape)
-    if not isinstance(out, numpy.ndarray) or out.shape != shape or out.dtype != "f8" or not out.flags.carray:
+        return memory.empty(shape, dtype)
+    if (
+        not isinstance(out, numpy.ndarray)
+        or out.shape != shape
+        or out.dtype not in ("f4", "f8")
+        or not out.flags.carray
+    ):
         found = f"{out.dtype} of shape {out.shape}" if isinstance(out, numpy.ndarray) else type(out).__name__
-        raise ValueError(f"out must be a writeable C-ordered float64 array of shape {shape}, not {found}")
+        raise ValueError(
+            f"out must be a writeable C-ordered array of float32 or float64 of shape {shape}, not {found}"
+        )
     return out
 
 
@@ -921,7 +1052,7 @@ def _base(base: ArrayLike | None, out: Array) -> Array | None:
         return None
     if numpy.shape(base) != out.shape:
         raise ValueError(f"base must have the shape of the result, {out.shape}, not {numpy.shape(base)}")
-    base = numpy.require(base, "f8", ["C", "A"])
+    base = numpy.require(base, out.dtype, ["C", "A"])
     return flatten(base if base.ctypes.data == out.ctypes.data else _apart(base, out)).reshape(out.shape)
 
 
@@ -933,22 +1064,31 @@ def paint_vjp(
     transform: Transform | None = None,
     need_pos: bool = True,
     need_mass: bool = True,
+    lattice: ArrayLike | None = None,
 ) -> tuple[Array | None, Array | None]:
     """Cotangents of positions (N, ndim) and masses (N,) from the cotangent of the painted mesh.
 
     What is not needed comes back as None. With one mass for all, the second is still for each particle.
     """
-    mass, step = _per_particle(mass, len(pos), "mass")
-    out: Any = memory.empty((len(pos), 1)) if need_mass else None
+    dtype = _dtype_of(pos)
+    mass, step = _per_particle(mass, len(pos), "mass", dtype)
+    out: Any = memory.empty((len(pos), 1), dtype) if need_mass else None
     slope = _gather(
-        _meshes([mesh]), pos, window, transform, out=out, coef=mass if need_pos else None, coef_step=step
+        _meshes([mesh]),
+        pos,
+        window,
+        transform,
+        out=out,
+        coef=mass if need_pos else None,
+        coef_step=step,
+        lattice=lattice,
     )
     return (slope if need_pos else None), (out[:, 0] if need_mass else None)
 
 
-def _velocities(pos_: ArrayLike, npart: int, ndim: int) -> Array:
+def _velocities(pos_: ArrayLike, npart: int, ndim: int, dtype: DType) -> Array:
     """The tangent of positions as flat memory with `ndim` numbers for each particle, also if it is one number."""
-    speed, step = _per_particle(pos_, npart, "tangent of positions", ndim)
+    speed, step = _per_particle(pos_, npart, "tangent of positions", dtype, ndim)
     return speed if step else numpy.tile(speed, npart)
 
 
@@ -960,20 +1100,22 @@ def paint_jvp(
     mass_: ArrayLike | None = None,
     window: WindowLike = "cic",
     transform: Transform | None = None,
+    lattice: ArrayLike | None = None,
 ) -> Mesh:
     """Add to `mesh` the tangent of painting along `pos_` (N, ndim) and `mass_` (N,); None is zero."""
     (value,) = _targets([mesh])
-    change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), "tangent of mass")
+    dtype = _dtype_of_masses([value], mass, *(v for v in (pos_, mass_) if v is not None))
+    change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), "tangent of mass", dtype)
     speed, rate = None, 1.0
     if pos_ is not None:
-        speed = _velocities(pos_, len(pos), value.ndim)
-        mass, mass_step = _per_particle(mass, len(pos), "mass")
+        speed = _velocities(pos_, len(pos), value.ndim, dtype)
+        mass, mass_step = _per_particle(mass, len(pos), "mass", dtype)
         if mass_step:
             speed = (speed.reshape(-1, value.ndim) * mass[:, None]).reshape(-1)
         else:
             rate = float(mass[0])
     if pos_ is not None or mass_ is not None:
-        _scatter([value], pos, change, step, window, transform, speed, rate)
+        _scatter([value], pos, change, step, window, transform, speed, rate, lattice=lattice)
     return mesh
 
 
@@ -986,6 +1128,7 @@ def weighted_gradient(
     out: Array | None = None,
     base: ArrayLike | None = None,
     factor: float = 1.0,
+    lattice: ArrayLike | None = None,
 ) -> Array:
     """The sum of the gradients of meshes at positions, each times its column of factors: (N, ndim), float64.
 
@@ -993,8 +1136,8 @@ def weighted_gradient(
     of them; meshes beyond, or all if it is None, have the factor one. `out`, `base` and `factor` as in `readout`.
     """
     values = _meshes(list(meshes))
-    coef, step, given = _coefficients(factors, len(pos), len(values))
-    out = _result(out, (len(pos), values[0].ndim))
+    out = _result(out, (len(pos), values[0].ndim), _dtype_of(pos))
+    coef, step, given = _coefficients(factors, len(pos), len(values), out.dtype)
     return _gather(
         values,
         pos,
@@ -1006,15 +1149,19 @@ def weighted_gradient(
         given=given,
         base=_base(base, out),
         factor=factor,
+        lattice=lattice,
     )
 
 
-def _coefficients(factors: Any, npart: int, count: int) -> tuple[Array, int, int]:
+def _coefficients(factors: Any, npart: int, count: int, dtype: DType) -> tuple[Array, int, int]:
     """The factors of `count` meshes as flat memory, their step, and for how many of the meshes they are."""
     given = 0 if factors is None else numpy.shape(factors)[-1] if numpy.ndim(factors) else count
     if given > count:
         raise ValueError(f"there are {given} columns of factors for {count} meshes")
-    return (*(_per_particle(factors, npart, "factors", given) if given else (numpy.empty(0), 0)), given)
+    return (
+        *(_per_particle(factors, npart, "factors", dtype, given) if given else (numpy.empty(0, dtype), 0)),
+        given,
+    )
 
 
 def readout_vjp(
@@ -1025,6 +1172,7 @@ def readout_vjp(
     transform: Transform | None = None,
     out: Any = None,
     need_pos: bool = True,
+    lattice: ArrayLike | None = None,
 ) -> Array | None:
     """Cotangents of `readout(meshes, pos)` from that of its result, `value`: (N,) or (N, n).
 
@@ -1034,14 +1182,14 @@ def readout_vjp(
     """
     several = isinstance(meshes if meshes is not None else out, (list, tuple))
     width = len(meshes if meshes is not None else out) if several else None
-    coef, step = _per_particle(value, len(pos), "cotangent of the values", width)
+    coef, step = _per_particle(value, len(pos), "cotangent of the values", _dtype_of(pos), width)
     if out is not None:
         targets = _targets(out if several else [out])
-        _scatter(targets, pos, coef, step, window, transform)
+        _scatter(targets, pos, coef, step, window, transform, lattice=lattice)
     if not need_pos:
         return None
     values = _meshes(meshes if several else [meshes])
-    return _gather(values, pos, window, transform, coef=coef, coef_step=step)
+    return _gather(values, pos, window, transform, coef=coef, coef_step=step, lattice=lattice)
 
 
 def readout_jvp(
@@ -1051,19 +1199,21 @@ def readout_jvp(
     meshes_: Any = None,
     window: WindowLike = "cic",
     transform: Transform | None = None,
+    lattice: ArrayLike | None = None,
 ) -> Array:
     """Tangent of `readout(meshes, pos)` along `pos_` (N, ndim) and `meshes_`; None is zero."""
     several = isinstance(meshes if meshes is not None else meshes_, (list, tuple))
     width = len(meshes if meshes is not None else meshes_) if several else 1
     if meshes is not None and meshes_ is not None and (len(meshes_) if several else 1) != width:
         raise ValueError(f"there are {width} meshes, and {len(meshes_)} tangents of meshes")
-    out = memory.empty((len(pos), width))
+    dtype = _dtype_of(pos)
+    out = memory.empty((len(pos), width), dtype)
+    gather = partial(_gather, pos=pos, window=window, transform=transform, out=out, lattice=lattice)
     if pos_ is not None:
         values = _meshes(meshes if several else [meshes])
-        _gather(values, pos, window, transform, out=out, speed=_velocities(pos_, len(pos), values[0].ndim))
+        gather(values, speed=_velocities(pos_, len(pos), values[0].ndim, dtype))
     if meshes_ is not None:
-        values = _meshes(meshes_ if several else [meshes_])
-        _gather(values, pos, window, transform, out=out, base=None if pos_ is None else out)
+        gather(_meshes(meshes_ if several else [meshes_]), base=None if pos_ is None else out)
     elif pos_ is None:
         out.fill(0)
     return out if several else out[:, 0]
@@ -1081,7 +1231,7 @@ def _spline_curvatures(support, x):
 
 
 @lru_cache(maxsize=None)
-def _hessian_product_loop(mesh: DType, position: DType, ndim: int, support: int, n: int, asked: int) -> Any:
+def _hessian_product_loop(dtypes: DTypes, ndim: int, support: int, n: int, asked: int) -> Any:
     """The compiled loop that adds the Hessians of `n` meshes, with coefficients, times a velocity to `slope`."""
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
@@ -1089,31 +1239,43 @@ def _hessian_product_loop(mesh: DType, position: DType, ndim: int, support: int,
 
     # The loop that multiplies by Hessians
     def hessian_product(
-        mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, speed, slope, coef, coef_step, given
+        mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, lattice, speed, slope, coef, coef_step, given
     ):
         shape, stride, scale, translate, origin, period = box
-        low, high = 0, shape[0]
+        low, high, displaced = 0, shape[0], len(lattice) > 0
         for p in range(start, end):
             # Locate the particle on each axis
-            i, wx, dx = _spline(support, pos[uintp(p * step)] * scale[0] + translate[0])
+            x = float64(pos[uintp(p * step)])
+            if displaced:
+                x += lattice[uintp(p * step)]
+            x = x * scale[0] + translate[0]
+            i, wx, dx = _spline(support, x)
             cx = _offsets(i + origin[0], period[0], low, high, stride[0], asked < 1)
             if ndim > 1:
-                i, wy, dy = _spline(support1, pos[uintp(p * step + 1)] * scale[1] + translate[1])
+                y = float64(pos[uintp(p * step + 1)])
+                if displaced:
+                    y += lattice[uintp(p * step + 1)]
+                y = y * scale[1] + translate[1]
+                i, wy, dy = _spline(support1, y)
                 cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], asked < 2)
             else:
                 cy, wy, dy = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             if ndim > 2:
-                i, wz, dz = _spline(support2, pos[uintp(p * step + 2)] * scale[2] + translate[2])
+                z = float64(pos[uintp(p * step + 2)])
+                if displaced:
+                    z += lattice[uintp(p * step + 2)]
+                z = z * scale[2] + translate[2]
+                i, wz, dz = _spline(support2, z)
                 cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], asked < 3)
             else:
                 cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             # Take the second derivatives of the weights
-            bx = _spline_curvatures(support, pos[uintp(p * step)] * scale[0] + translate[0])
+            bx = _spline_curvatures(support, x)
             by = bz = (0.0, 0.0, 0.0, 0.0)
             if ndim > 1:
-                by = _spline_curvatures(support1, pos[uintp(p * step + 1)] * scale[1] + translate[1])
+                by = _spline_curvatures(support1, y)
             if ndim > 2:
-                bz = _spline_curvatures(support2, pos[uintp(p * step + 2)] * scale[2] + translate[2])
+                bz = _spline_curvatures(support2, z)
             # Take the velocity of the particle
             vx = vy = vz = 0.0
             if moving:
@@ -1174,15 +1336,16 @@ def _hessian_product_loop(mesh: DType, position: DType, ndim: int, support: int,
             if ndim > 2:
                 slope[uintp(p * ndim + 2)] += (xz * vx + yz * vy + zz * vz) * scale[2]
 
-    reals = float64[::1]
+    mesh, position, lattice, reals = map(_array, dtypes)
     return compiled(
         hessian_product,
-        *4 * [_array(mesh)],
+        *4 * [mesh],
         BOX,
         int64,
         int64,
-        _array(position),
+        position,
         int64,
+        lattice,
         reals,
         reals,
         reals,
@@ -1201,11 +1364,13 @@ def _hessian_product(
     slope: Array,
     window: WindowLike,
     transform: Transform | None,
+    lattice: ArrayLike | None,
 ) -> None:
     """Add to `slope` (N, ndim) the Hessians of meshes, with coefficients for the first `given`, times `speed`."""
     cells = _find_support(window)
     ndim = meshes[0].ndim
     pos = check_positions(pos, ndim)
+    lattice = check_lattice(lattice, pos)
     npart, step = pos.shape
     _check_sizes(
         npart, factors=(coef, coef_step, given), velocities=(speed, ndim, ndim), slopes=(slope, ndim, ndim)
@@ -1214,9 +1379,11 @@ def _hessian_product(
     box = _box(mesh, transform)
     if not npart or not mesh.size:
         return
-    pos, cuts = flatten(pos), share_out(npart, 4 * BLOCK)
+    pos, lattice = flatten(pos), numpy.empty(0, pos.dtype) if lattice is None else flatten(lattice)
+    cuts = share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
-        hessian_product = _hessian_product_loop(flats[0].dtype, pos.dtype, ndim, cells, n, _asked(box))
+        dtypes = flats[0].dtype, pos.dtype, lattice.dtype, slope.dtype
+        hessian_product = _hessian_product_loop(dtypes, ndim, cells, n, _asked(box))
         run_on_threads(
             hessian_product,
             [
@@ -1227,6 +1394,7 @@ def _hessian_product(
                     cuts[t + 1],
                     pos,
                     step,
+                    lattice,
                     speed,
                     slope.reshape(-1),
                     coef[first:],
@@ -1247,24 +1415,25 @@ def weighted_gradient_jvp(
     factors_: ArrayLike | None = None,
     window: WindowLike = "cic",
     transform: Transform | None = None,
+    lattice: ArrayLike | None = None,
 ) -> Array:
     """Tangent of `weighted_gradient(meshes, pos, factors)` along `pos_` (N, ndim), `meshes_`, and `factors_`; None is zero.
 
     `factors_` is shaped as the factors. The meshes may be None if neither positions nor factors change.
     """
+    dtype, where = _dtype_of(pos), dict(window=window, transform=transform, lattice=lattice)
     if meshes_ is None:
-        slope = memory.zeros((len(pos), _meshes(list(meshes))[0].ndim))
+        slope = memory.zeros((len(pos), _meshes(list(meshes))[0].ndim), dtype)
     else:
-        slope = weighted_gradient(meshes_, pos, factors, window, transform)
+        slope = weighted_gradient(meshes_, pos, factors, **where)
     if factors_ is not None:
         count = numpy.shape(factors_)[-1] if numpy.ndim(factors_) else len(meshes)
-        slope += weighted_gradient(list(meshes)[:count], pos, factors_, window, transform)
+        slope += weighted_gradient(list(meshes)[:count], pos, factors_, **where)
     if pos_ is not None:
         values = _meshes(list(meshes))
-        speed = _velocities(pos_, len(pos), values[0].ndim)
-        _hessian_product(
-            values, pos, *_coefficients(factors, len(pos), len(values)), speed, slope, window, transform
-        )
+        speed = _velocities(pos_, len(pos), values[0].ndim, dtype)
+        coefficients = _coefficients(factors, len(pos), len(values), dtype)
+        _hessian_product(values, pos, *coefficients, speed, slope, **where)
     return slope
 
 
@@ -1275,10 +1444,12 @@ def spread_jvp(
     pos_: ArrayLike,
     window: WindowLike = "cic",
     transform: Transform | None = None,
+    lattice: ArrayLike | None = None,
 ) -> Sequence[Mesh]:
     """Add to the n meshes of `out` the change along `pos_` of what `readout_vjp` adds for `value` (N, n)."""
     targets = _targets(out)
-    mass, step = _per_particle(value, len(pos), "cotangent of the values", len(targets))
-    speed = _velocities(pos_, len(pos), targets[0].ndim)
-    _scatter(targets, pos, mass, step, window, transform, speed, spreading=True)
+    dtype = _dtype_of(pos)
+    mass, step = _per_particle(value, len(pos), "cotangent of the values", dtype, len(targets))
+    speed = _velocities(pos_, len(pos), targets[0].ndim, dtype)
+    _scatter(targets, pos, mass, step, window, transform, speed, spreading=True, lattice=lattice)
     return out
