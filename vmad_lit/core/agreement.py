@@ -117,7 +117,7 @@ def describe_value(value: Value, exact: bool = True, whole: bool = True, depth: 
     if isinstance(value, (type, Operator)):
         return str(getattr(value, "__qualname__", value))
     if callable(value):
-        return describe_function(value, inner)
+        return describe_function(value, inner, whole)
     return describe_object(value, inner)
 
 
@@ -126,7 +126,7 @@ def all_whole(value: Value) -> bool:
     return all(isinstance(item, (int, numpy.integer)) for item in value)
 
 
-def describe_function(function: Any, inner: Callable[[Value], str]) -> str:
+def describe_function(function: Any, inner: Callable[[Value], str], whole: bool) -> str:
     """A function in words: its name, its code, and the constants that it was made with."""
     if isinstance(function, partial):
         return f"partial({', '.join(map(inner, (function.func, *function.args, function.keywords)))})"
@@ -135,8 +135,9 @@ def describe_function(function: Any, inner: Callable[[Value], str]) -> str:
     if not isinstance(function, FunctionType):
         return str(getattr(function, "__qualname__", type(function).__qualname__))
     made_with = [cell_value(cell) for cell in function.__closure__ or ()]
+    made_with = [value for value in made_with if whole or not isinstance(value, int)]
     scope = (function.__globals__.get(name) for name in sorted(set(names_in(function.__code__))))
-    made_with += [value for value in scope if isinstance(value, (int, float, complex, str))]
+    made_with += [value for value in scope if isinstance(value, (float, complex))]
     told = ", ".join(map(inner, (*(function.__defaults__ or ()), *made_with)))
     return f"{function.__qualname__}({told})@{digest_of_code(function.__code__):08x}"
 
