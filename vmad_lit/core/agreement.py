@@ -260,8 +260,9 @@ def watch_meetings(plan: Plan, layout: Layout) -> None:
         if step[1] is not None:
             node = next(nodes)
             original = node.forward or node
-            comm = Site(original, dict(given_to(original, plan))).comm
-            if type(node.operator) not in RULES_INSIDE and communicates(original, comm):
+            talks = communicates(original, Site(original, {}).comm)
+            if talks and type(node.operator) not in RULES_INSIDE:
+                comm = Site(original, dict(given_to(original, plan))).comm
                 key = crc32(f"{node.primitive.name} {node.primitive.kind}".encode())
                 place = Place(key, f"in {node.primitive.name}-{original.number}, built at {place_of(node)}")
                 plan.steps[i] = meet_first, step[1], step, comm, place, graph
