@@ -718,7 +718,7 @@ def test_a_crash_while_saving_leaves_the_old_state(folder, monkeypatch):
     with monkeypatch.context() as patch:
         if COMM.rank == COMM.size - 1:
             patch.setattr(np, "savez", full)
-        with pytest.raises(OSError, match="no space left" if COMM.rank == COMM.size - 1 else "another rank"):
+        with pytest.raises(OSError, match="no space left"):
             later.save(path)
     assert State.load(path, vs, state.x).nit == 3
     later.save(path)

@@ -251,7 +251,7 @@ def channel_of_all(mpi: Any) -> Channel:
     return CHANNELS["all"]
 
 
-TOGETHER = Place(crc32(b"together"), "a call of all ranks that fails on all or on none")
+TOGETHER = Place(crc32(b"together"), "in a call that fails on all ranks or on none")
 
 
 def any_rank(comm: Any, flag: bool) -> bool:
