@@ -1,5 +1,6 @@
 """What several test files need: how many examples, who has which part, meshes that do not know of ranks, and proofs."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -73,6 +74,22 @@ def deal(x):
 def join(x):
     """The rows of all ranks."""
     return numpy.concatenate(COMM.allgather(x))
+
+
+def processes_below(pid):
+    """The processes that a process has started, and those that these have started, by /proc."""
+    below = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as file:
+                below.setdefault(int(file.read().rpartition(")")[2].split()[1]), []).append(int(name))
+        except OSError:  # gone meanwhile
+            continue
+    found, todo = [], [pid]
+    while todo:
+        found += (new := below.get(todo.pop(), []))
+        todo += new
+    return found
 
 
 # Meshes

@@ -255,15 +255,16 @@ NOWHERE = {
     ),
     "no home": lambda place, patch: without_home(patch, "~"),
     "a home that is not there": lambda place, patch: without_home(patch, os.path.join(os.devnull, "home")),
-    "the disk is full": lambda place, patch: patch.setattr(compiled.tempfile, "mkstemp", full),
+    "the disk is full": lambda place, patch: patch.setattr(compiled, "replacing", full),
     "others can write": lambda place, patch: find(place).chmod(0o770),
+    "others can write above": lambda place, patch: (find(place), place.chmod(0o777)),
     "others own it": lambda place, patch: (
         find(place) and patch.setattr(os, "getuid", lambda: os.geteuid() + 1)
     ),
 }
 
 
-def full(**where):
+def full(*where, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -489,6 +490,47 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path, monkeypatch):
     with compiled._in_turn(path):
         assert os.path.exists(path + ".lock")
     assert not os.path.exists(path + ".lock")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs signals")
+def test_the_lock_of_a_stopped_process_is_waited_for_as_long_as_patience_lasts(tmp_path, monkeypatch):
+    """Who works gives signs of life, and is waited for beyond that; who is stopped gives none."""
+    path, patience = str(tmp_path / "case.loop"), 1.5
+    code = f"import sys, time; from vmad_lit.lib.compiled import _in_turn\nwith _in_turn({path!r}): print('held', flush=True); time.sleep(1000)"
+    monkeypatch.setattr(compiled, "PATIENCE", patience)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            threading.Timer(2 * patience, other.send_signal, [signal.SIGSTOP]).start()
+            start = time.monotonic()
+            with compiled._in_turn(path):
+                waited = time.monotonic() - start
+        finally:
+            other.kill()
+    assert 2 * patience < waited < 4 * patience
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs owners of files")
+def test_folders_that_others_could_rename_are_not_trusted(tmp_path, monkeypatch):
+    outer, folder = tmp_path / "outer", tmp_path / "outer" / "inner" / "folder"
+    folder.mkdir(parents=True)
+    for mode, found in (0o755, None), (0o777, outer), (0o1777, None), (0o775, outer), (0o757, outer):
+        outer.chmod(mode)
+        monkeypatch.setattr(compiled, "_are_alone_in", lambda group: False)
+        assert compiled._within_reach_of_others(str(folder)) == (found and str(found)), oct(mode)
+    monkeypatch.setattr(compiled, "_are_alone_in", lambda group: True)
+    outer.chmod(0o775)
+    assert compiled._within_reach_of_others(str(folder)) is None
+    if os.getuid() == 0:
+        outer.chmod(0o755)
+        os.chown(outer, 12345, 0)
+        assert compiled._within_reach_of_others(str(folder)) == str(outer)
+    # a link on the way is followed first, and what it leads to is looked at
+    outer.chmod(0o777)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.setenv("VMAD_LIT_CACHE_DIR", str(tmp_path / "link"))
+    monkeypatch.setattr(compiled, "_warned", True)
+    assert compiled.find_folder("cpu") is None
 
 
 def test_an_error_of_the_compiler_leaves_no_lock(load, place):

@@ -1,5 +1,7 @@
 """Halos of a mesh: what is fetched and folded, when a halo is chosen, and that nobody can tell it from ghosts."""
 
+import types
+
 import numpy
 import pytest
 from mpi4py import MPI
@@ -209,7 +211,7 @@ def test_a_simulation_is_the_same_with_halos_and_with_ghosts(pm, monkeypatch):
     for cost in 0, numpy.inf:
         monkeypatch.setattr(exchange, "COST_OF_CELL", cost)
         for options in {}, dict(reversible=True), dict(keep_potential=False):
-            simulation = fastpm.FastPMSimulation(stages, fastpm.MatterDominated(0.3), pm, **options)
+            simulation = fastpm.FastPMSimulation(stages, types.SimpleNamespace(Om0=0.3), pm, **options)
             with Builder() as m:
                 wn = m.input("wn")
                 dx, p, f = simulation.run(fastpm.r2c(wn))

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from vmad_lit.core.arguments import real_array
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.meeting import Watch, watched
+from vmad_lit.lib.files import replacing, try_out
+from vmad_lit.lib.signals import heed_signals
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -78,22 +80,51 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NPZ",
         help="keep the state of the minimisation here, and go on from it if it exists",
     )
+    add(
+        "--accept-changes",
+        action="store_true",
+        help="go on from a state of other data, options or versions, whose last point is where to start then",
+    )
+    add(
+        "--grace",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="how long to go on, to save and to draw, after a signal to end (default 20)",
+    )
     add("--quiet", action="store_true", help="no progress bar")
+    add("--no-memory-check", action="store_true", help="run even if it seems not to fit into memory")
     args = parser.parse_args(argv)
     # Check the options
     for name, smallest in dict(nmesh=4, steps=-1, maxiter=1, smoothing=0.0, seed=0).items():
         if not smallest <= getattr(args, name) < numpy.inf:
             parser.error(f"--{name} must be at least {smallest}, got {getattr(args, name)}")
-    for name in "noise", "boxsize":
+    for name in "noise", "boxsize", "grace":
         if getattr(args, name) is not None and not 0 < getattr(args, name) < numpy.inf:
             parser.error(f"--{name} must be positive, got {getattr(args, name)}")
-    for name in "output", "state":
+    for name in "output", "state", "save":
         folder = os.path.dirname(os.path.abspath(getattr(args, name) or ""))
-        if not os.access(folder, os.W_OK):
+        while name == "save" and not os.path.lexists(folder):
+            folder = os.path.dirname(folder)
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
             parser.error(f"--{name} {getattr(args, name)}: cannot write to the folder {folder}")
     if os.path.splitext(args.output)[1] not in (".png", ".pdf", ".svg"):
         parser.error(f"--output must end with .png, .pdf or .svg, got {args.output}")
     return args
+
+
+FIELDS = "d", "truth", "clean", "white_noise", "final"
+
+
+def try_out_outputs(args: argparse.Namespace) -> None:
+    """Raise OSError unless all that will be written at the end can be written now."""
+    places = [args.output, args.state]
+    if args.save:
+        os.makedirs(args.save, exist_ok=True)
+        places += [os.path.join(args.save, name) for name in ("data.json", *(f"{n}.npy" for n in FIELDS))]
+    for place in places:
+        if place:
+            try_out(place)
 
 
 def examine(path: str, boxsize: float | None) -> tuple[str, tuple[int, ...], NDArray[Any]]:
@@ -167,15 +198,31 @@ def open_array(path: str, boxsize: float | None = None) -> tuple[NDArray[Any], N
     return file[names[0]], sides
 
 
+def make_mesh(args: argparse.Namespace, nmesh: Sequence[int], boxsize: Any, comm: Any) -> Any:
+    """The mesh, if the reconstruction will fit into memory; else MemoryError on all ranks. Collective."""
+    from vmad_lit.lib.costs import check_simulation, choose_processes
+    from vmad_lit.lib.fastpm import ParticleMesh
+
+    nmesh = [int(n) for n in nmesh]
+    if not args.no_memory_check:
+        cells = int(numpy.prod(nmesh, dtype=float))
+        vectors = VECTORS * 8 * cells // comm.size
+        check_simulation(comm, nmesh, cells, max(args.steps, 0), extra=vectors, switch="--no-memory-check")
+    np = choose_processes(nmesh, comm.size)
+    return ParticleMesh(Nmesh=nmesh, BoxSize=boxsize, comm=comm, dtype="f8", np=np)
+
+
+VECTORS = 32  # fields that a minimisation holds: ten pairs of steps, the point, the direction, the data, ...
+
+
 def observe(args: argparse.Namespace, comm: Any) -> Any:
     """The data in the user's file, as `Data` in units of the mean density."""
     from vmad_lit.contrib import cosmo4d
-    from vmad_lit.lib.fastpm import ParticleMesh
     from vmad_lit.lib.mpi import on_root, run_together
 
     kind, shape, boxsize = on_root(comm, lambda: examine(args.source, args.boxsize))
     nmesh = shape if kind == "density" else [args.nmesh] * 3
-    pm = ParticleMesh(Nmesh=nmesh, BoxSize=boxsize, comm=comm, dtype="f8")
+    pm = make_mesh(args, nmesh, boxsize, comm)
     if kind == "density":
         mine = pm.create(type="real").slices
     else:
@@ -200,9 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mpi4py import MPI
 
         from vmad_lit.contrib import cosmo4d
-        from vmad_lit.contrib.optimize import LBFGS, autosave
+        from vmad_lit.contrib.optimize import LBFGS, StateError, autosave
         from vmad_lit.lib.cosmology import LinearPower, Planck15
-        from vmad_lit.lib.fastpm import ParticleMesh
+        from vmad_lit.lib.mpi import on_root
         from vmad_lit.lib.spectra import Shells
     except ImportError as error:
         print(f"this demonstration cannot be run here: {error}", file=sys.stderr)
@@ -213,91 +260,101 @@ def main(argv: Sequence[str] | None = None) -> int:
         if comm.rank == 0:
             print(*words, flush=True)
 
-    # Make or read the data
-    def model(pm: Any) -> Any:
-        at_once: Any = [1.0] if args.steps == 0 else []
-        stages = numpy.linspace(0.1, 1.0, args.steps + 1) if args.steps > 0 else at_once
-        q = pm.generate_uniform_particle_grid(shift=0.5)
-        return cosmo4d.WhiteNoiseOperator.bind(
-            power=LinearPower(Planck15), q=q, stages=stages, cosmology=Planck15, pm=pm
-        )
-
-    if args.source:
+    with heed_signals(comm, args.grace, leave=False) as interrupt:
+        # Look at the places of the outputs
         try:
-            data = observe(args, comm)
-        except (OSError, TypeError, ValueError) as error:
+            on_root(comm, lambda: try_out_outputs(args))
+        except OSError as error:
+            say(f"error: cannot write to {error.filename}: {error.strerror}")
+            return 2
+
+        # Make or read the data
+        def model(pm: Any) -> Any:
+            at_once: Any = [1.0] if args.steps == 0 else []
+            stages = numpy.linspace(0.1, 1.0, args.steps + 1) if args.steps > 0 else at_once
+            q = pm.generate_uniform_particle_grid(shift=0.5)
+            return cosmo4d.WhiteNoiseOperator.bind(
+                power=LinearPower(Planck15), q=q, stages=stages, cosmology=Planck15, pm=pm
+            )
+
+        try:
+            data = observe(args, comm) if args.source else None
+            boxsize = args.boxsize or 4.0 * args.nmesh
+            pm = make_mesh(args, [args.nmesh] * 3, boxsize, comm) if data is None else data.d.pm
+        except (MemoryError, OSError, TypeError, ValueError) as error:
             say(f"error: {error}")
             return 2
-        pm, forward = data.d.pm, model(data.d.pm)
-        say(
-            f"data from {args.source}: mesh {tuple(map(int, pm.Nmesh))}, "
-            f"box {pm.BoxSize[0]:g} Mpc/h, noise {data.sigma:.3g} per cell"
-        )
-    else:
-        boxsize = args.boxsize or 4.0 * args.nmesh
-        pm = ParticleMesh(Nmesh=[args.nmesh] * 3, BoxSize=boxsize, comm=comm, dtype="f8")
         forward = model(pm)
-        say(
-            f"a universe of {args.nmesh}^3 particles in a box of {pm.BoxSize[0]:g} Mpc/h, "
-            f"on {comm.size} rank{'s' * (comm.size > 1)}"
-        )
-        data = cosmo4d.Data.synthetic(pm, forward, args.noise or 0.5, args.seed)
-    # Minimise
-    optimizer = LBFGS(maxiter=args.maxiter)
-    state, monitor = None, None
-    if args.state:
+        if data is not None:
+            say(
+                f"data from {args.source}: mesh {tuple(map(int, pm.Nmesh))}, "
+                f"box {pm.BoxSize[0]:g} Mpc/h, noise {data.sigma:.3g} per cell"
+            )
+        else:
+            say(
+                f"a universe of {args.nmesh}^3 particles in a box of {pm.BoxSize[0]:g} Mpc/h, "
+                f"on {comm.size} rank{'s' * (comm.size > 1)}"
+            )
+            data = cosmo4d.Data.synthetic(pm, forward, args.noise or 0.5, args.seed)
+        # Minimise
+        optimizer = LBFGS(maxiter=args.maxiter)
+        problem = cosmo4d.reconstruction_problem(forward, data, args.smoothing, describe(args, data))
+        monitor = autosave(args.state) if args.state else None
         try:
-            state = load_state(args.state, pm)
-        except (OSError, ValueError) as error:
+            state = load_state(args.state, pm, problem, args.accept_changes) if args.state else None
+            if state is not None:
+                say(f"going on from iteration {state.nit} in {args.state}")
+            state = optimizer.minimize(
+                problem,
+                pm.create(type="real", value=0) if state is None else None,
+                monitor=monitor,
+                state=state,
+                progress=not args.quiet,
+                accept=args.accept_changes,
+                interrupt=interrupt,
+            )
+        except StateError as error:
             say(f"error: the state cannot be used: {error}")
+            say("(--accept-changes goes on from a state of another minimisation)" * ("before," in str(error)))
             return 2
-        if state is not None:
-            say(f"going on from iteration {state.nit} in {args.state}")
-        monitor = autosave(args.state)
-    state = cosmo4d.reconstruct(
-        forward,
-        data,
-        optimizer,
-        smoothing=args.smoothing,
-        monitor=monitor,
-        state=state,
-        progress=not args.quiet,
-    )
-    if args.state:
-        state.save(args.state)
-    say(state.history)
-    say(state.message)
-    # Report
-    final = forward.build().compute("fs", dict(x=state.x))
-    shells = Shells(pm)
-    curves = {}
-    if data.truth is not None:
-        curves["initial modes, against the truth"] = shells.compare(state.x, data.truth)
-        curves["final density, against the truth"] = shells.compare(final, data.clean)
-    else:
-        curves["final density, against the data"] = shells.compare(final, data.d)
-    for title, (r, t) in curves.items():
-        say(f"\n{title}\n{'k [h/Mpc]':>10} {'r(k)':>8} {'t(k)':>8}")
-        for i in spread(len(shells.k), 12):
-            say(f"{shells.k[i]:10.4f} {r[i]:8.4f} {t[i]:8.4f}")
-    if args.save:
-        data.save(args.save)
-        cosmo4d.save_field(os.path.join(args.save, "white_noise.npy"), state.x)
-        cosmo4d.save_field(os.path.join(args.save, "final.npy"), final)
-        say(f"\nfields are in {args.save}")
-    draw(args.output, pm, data, state.x, final, shells, curves, say)
-    return 0
+        if args.state:
+            state.save(args.state)
+        say(state.history)
+        say(state.message)
+        # Report
+        final = forward.build().compute("fs", dict(x=state.x))
+        shells = Shells(pm)
+        curves = {}
+        if data.truth is not None:
+            curves["initial modes, against the truth"] = shells.compare(state.x, data.truth)
+            curves["final density, against the truth"] = shells.compare(final, data.clean)
+        else:
+            curves["final density, against the data"] = shells.compare(final, data.d)
+        for title, (r, t) in curves.items():
+            say(f"\n{title}\n{'k [h/Mpc]':>10} {'r(k)':>8} {'t(k)':>8}")
+            for i in spread(len(shells.k), 12):
+                say(f"{shells.k[i]:10.4f} {r[i]:8.4f} {t[i]:8.4f}")
+        if args.save:
+            data.save(args.save)
+            cosmo4d.save_field(os.path.join(args.save, "white_noise.npy"), state.x)
+            cosmo4d.save_field(os.path.join(args.save, "final.npy"), final)
+            say(f"\nfields are in {args.save}")
+        draw(args.output, pm, data, state.x, final, shells, curves, say)
+    return interrupt.status
 
 
-def load_state(path: str, pm: Any) -> Any:
+def load_state(path: str, pm: Any, problem: Any, accept: bool = False) -> Any:
     """The saved state of a minimisation, or None if there is no file."""
-    from vmad_lit.contrib import cosmo4d
     from vmad_lit.contrib.optimize import State
-    from vmad_lit.lib.mpi import on_root
 
-    if not on_root(pm.comm, lambda: os.path.exists(path)):
-        return None
-    return State.load(path, cosmo4d.FastPMVectorSpace(pm.comm), pm.create(type="real", value=0))
+    return State.resume(path, problem.vs, pm.create(type="real", value=0), problem, accept)
+
+
+def describe(args: argparse.Namespace, data: Any) -> dict[str, Any]:
+    """The options that make the problem, by name, as a saved state remembers them."""
+    names = ["nmesh", "boxsize", "steps", "smoothing", "noise", *([] if args.source else ["seed"])]
+    options = {name: getattr(args, name) for name in names}
+    return {**options, "data": "from a file" if args.source else "made up", "noise": data.sigma}
 
 
 def spread(n: int, most: int) -> list[int]:
@@ -340,7 +397,7 @@ def draw(
         title: projection(field, 2, 0, thickness) for title, field in fields.items() if field is not None
     }
 
-    def picture() -> None:
+    def paint() -> None:
         # Draw the images and the curves
         with needed_for("the pictures", extra="output"):
             import matplotlib
@@ -373,12 +430,11 @@ def draw(
         ax.legend(fontsize="small")
         for ax in axes.flat[len(images) : -1]:
             ax.axis("off")
-        partial = path + ".partial"
-        figure.savefig(partial, dpi=110, format=os.path.splitext(path)[1][1:] or "png")
-        os.replace(partial, path)
+        with replacing(path) as file:
+            figure.savefig(file, dpi=110, format=os.path.splitext(path)[1][1:] or "png")
         pyplot.close(figure)
 
-    on_root(pm.comm, picture)
+    on_root(pm.comm, paint)
     say(f"\nthe picture is {path}")
 
 

@@ -6,7 +6,7 @@ Y. Feng, U. Seljak & M. Zaldarriaga, JCAP 07 (2018) 043.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -20,6 +20,7 @@ from vmad_lit.core.handover import duplicate
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.symbol import Symbol
 from vmad_lit.core.tape import Tape
+from vmad_lit.core.traffic import count_object
 from vmad_lit.lib import mpi
 
 
@@ -75,7 +76,9 @@ class MPIVectorSpace(FieldSpace):
         """The inner product, summed over all ranks."""
         if is_field(a) or is_field(b):
             return super().dot(a, b)
-        return self.comm.allreduce(real_inner_product(a, b))
+        product = real_inner_product(a, b)
+        count_object(self.comm, product)
+        return self.comm.allreduce(product)
 
 
 class MPIChiSquareProblem(Problem):
@@ -91,7 +94,7 @@ class MPIChiSquareProblem(Problem):
         list of the operators R_i, each with one output.
     vectorspace :
         the space of s; by default :class:`MPIVectorSpace`, for an s that is spread over the ranks.
-    preconditioner :
+    preconditioner, identity :
         as in :class:`~vmad_lit.contrib.optimize.Problem`.
 
     Attributes
@@ -109,6 +112,7 @@ class MPIChiSquareProblem(Problem):
         residuals: Iterable[Callable[..., Any]],
         vectorspace: VectorSpace | None = None,
         preconditioner: Preconditioner | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(residuals, Iterable):
             raise TypeError(f"residuals must be a list of operators, not {residuals!r}")
@@ -137,6 +141,7 @@ class MPIChiSquareProblem(Problem):
         self._tape: Tape | Any = None
         self.forwards = 0
         super().__init__(
+            identity=identity,
             objective=self._forward,
             gradient=self._pull_back,
             hessian_vector_product=self._gauss_newton,
@@ -190,6 +195,11 @@ class MPIChiSquareProblem(Problem):
     def model_outputs(self) -> list[str]:
         """The names of all outputs of the model."""
         return ["y", *self.residual_names, *(f"chisquare{i}" for i in range(len(self.residuals)))]
+
+    def ingredients(self) -> dict[str, Any]:
+        """The operators with their hyper-parameters, besides what all problems have."""
+        own = dict(forward=self.forward_operator, residuals=self.residuals)
+        return {**super().ingredients(), **own}
 
     def chisquares(self, x: Vector) -> list[float]:
         """The sum of squares of each residual at x."""
@@ -333,6 +343,8 @@ class MAPInversion:
                 state = self.optimizer.minimize(problem, s1, monitor=monitor_progress, **bar)
                 self.states.append(state)
                 s1 = state["x"]
+                if getattr(state, "status", "") == "signal":
+                    break
         finally:
             vars(self.optimizer).clear()
             vars(self.optimizer).update(options)

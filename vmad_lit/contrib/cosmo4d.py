@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy
@@ -15,8 +15,10 @@ from vmad_lit.core.autooperator import AutoOperator
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, tracers, unary
+from vmad_lit.lib.catalogue import Block, write_together
 from vmad_lit.lib.cosmology import HasMatter
 from vmad_lit.lib.exchange import agree_on_lattice
+from vmad_lit.lib.files import replacing
 from vmad_lit.lib.lpt import check_power
 from vmad_lit.lib.mesh import (
     BaseComplexField,
@@ -29,9 +31,10 @@ from vmad_lit.lib.mesh import (
     on_mesh,
 )
 from vmad_lit.lib.mpi import MPI, on_root, run_together
+from vmad_lit.lib.signals import Interrupt
 from vmad_lit.lib.transfer import Transfer
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
-from vmad_lit.contrib.optimize import Monitor, Optimizer, Preconditioner, State
+from vmad_lit.contrib.optimize import Accepted, Monitor, Optimizer, Preconditioner, State
 
 
 @autooperator("x -> s, fs")
@@ -166,6 +169,8 @@ class ChiSquareProblem(MPIChiSquareProblem):
         From `x` to `s, fs`, with its hyper-parameters bound.
     residuals : list of autooperators
         From `s, fs` to `y`, with their hyper-parameters bound.
+    identity : dict, optional
+        What else a saved state is to know the problem by.
     """
 
     def __init__(
@@ -173,8 +178,9 @@ class ChiSquareProblem(MPIChiSquareProblem):
         comm: MPI.Comm,
         forward_operator: Callable[..., Any],
         residuals: Iterable[Callable[..., Any]],
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(comm, forward_operator, residuals, FastPMVectorSpace(comm))
+        super().__init__(comm, forward_operator, residuals, FastPMVectorSpace(comm), identity=identity)
 
     def set_preconditioner(self, kind: Literal["complex", "real"]) -> None:
         """In which variables to optimise modes: 'complex', the modes themselves, or 'real', the field
@@ -244,9 +250,8 @@ class Data:
         )
 
         def write_header() -> None:
-            with open(os.path.join(folder, "data.json.partial"), "w") as file:
-                json.dump(header, file)
-            os.replace(file.name, os.path.join(folder, "data.json"))
+            with replacing(os.path.join(folder, "data.json")) as file:
+                file.write(json.dumps(header).encode())
 
         on_root(pm.comm, write_header)
 
@@ -284,20 +289,17 @@ def save_field(path: str, field: RealField) -> None:
     """Write a real field to a `.npy` file of the shape of the whole mesh. Collective."""
     if not isinstance(field, RealField):
         raise TypeError(f"a file of the whole mesh is written of a real field, not of {type(field).__name__}")
-    comm, partial = field.pm.comm, f"{path}.partial"
-    shape, dtype = tuple(map(int, field.Nmesh)), field.value.dtype
+    dtype = field.value.dtype
+    block = Block.of_field(field, dtype)
 
-    def make_file() -> None:
-        numpy.lib.format.open_memmap(partial, "w+", dtype, shape).flush()
+    def write_header(beside: str) -> int:
+        with open(beside, "r+b") as file:
+            descr = numpy.lib.format.dtype_to_descr(dtype)
+            header = dict(descr=descr, fortran_order=False, shape=block.shape)
+            numpy.lib.format.write_array_header_1_0(file, header)
+            return file.tell()
 
-    on_root(comm, make_file)
-
-    def write() -> None:
-        if field.value.size:
-            numpy.lib.format.open_memmap(partial, "r+")[field.slices] = field.value
-
-    run_together(comm, write)
-    on_root(comm, lambda: os.replace(partial, path))
+    write_together(path, field.pm.comm, write_header, block.write)
 
 
 def load_field(path: str, pm: ParticleMesh) -> RealField:
@@ -322,6 +324,22 @@ def load_field(path: str, pm: ParticleMesh) -> RealField:
     return run_together(pm.comm, read)
 
 
+def reconstruction_problem(
+    forward: AutoOperator, data: Data, smoothing: float = 0.0, identity: Mapping[str, Any] | None = None
+) -> ChiSquareProblem:
+    """The problem of finding the white noise that explains a density; see `reconstruct`.
+
+    A saved state knows it by the hyper-parameters of `forward`, the data, the noise, and the `identity`.
+    """
+    d, invN = data.d, data.sigma**-2.0
+    smoothing = run_together(d.pm.comm, lambda: real_number("smoothing", smoothing, least=0))
+    if smoothing:
+        likelihood = SmoothedNLResidualOperator.bind(d=d, invN=invN, scale=smoothing)
+    else:
+        likelihood = NLResidualOperator.bind(d=d, invN=invN)
+    return ChiSquareProblem(d.pm.comm, forward, [likelihood, WhitePriorOperator], identity)
+
+
 def reconstruct(
     forward: AutoOperator,
     data: Data,
@@ -331,6 +349,8 @@ def reconstruct(
     monitor: Monitor | Iterable[Monitor] | None = None,
     state: State | None = None,
     progress: bool = False,
+    accept: Accepted = False,
+    interrupt: Interrupt | None = None,
 ) -> State:
     """Find the white noise that explains a density.
 
@@ -345,7 +365,7 @@ def reconstruct(
         Where to begin; by default at zero, the most probable field before any data were seen.
     smoothing : float
         Compare densities smoothed at this scale, in Mpc/h.
-    monitor, state, progress
+    monitor, state, progress, accept, interrupt
         Passed to the optimiser.
 
     Returns
@@ -353,15 +373,10 @@ def reconstruct(
     State
         With the white noise in `x`, chi-square in `y`, and the table of iterations in `history`.
     """
-    d, invN = data.d, data.sigma**-2.0
-    smoothing = run_together(d.pm.comm, lambda: real_number("smoothing", smoothing, least=0))
-    if smoothing:
-        likelihood = SmoothedNLResidualOperator.bind(d=d, invN=invN, scale=smoothing)
-    else:
-        likelihood = NLResidualOperator.bind(d=d, invN=invN)
-    problem = ChiSquareProblem(d.pm.comm, forward, [likelihood, WhitePriorOperator])
+    problem, d = reconstruction_problem(forward, data, smoothing), data.d
     if start is not None:
         agree(d.pm.comm, lambda: (check_field(start, RealField, d.pm),))
     elif state is None:
         start = d.pm.create(type="real", value=0)
-    return optimizer.minimize(problem, start, monitor=monitor, state=state, progress=progress)
+    options: dict[str, Any] = dict(monitor=monitor, progress=progress, accept=accept, interrupt=interrupt)
+    return optimizer.minimize(problem, start, state=state, **options)

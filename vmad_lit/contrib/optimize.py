@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,13 +19,18 @@ from typing import Any, Self
 
 import numpy as np
 
+from vmad_lit import __version__
 from vmad_lit.contrib.vectorspace import Vector, VectorSpace
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import together
+from vmad_lit.lib.files import Path
+from vmad_lit.lib.fingerprint import differences, fingerprint
+from vmad_lit.lib.shards import Parts, on_first, save_parts
+from vmad_lit.lib.shards import StateError as StateError  # which users catch
+from vmad_lit.lib.signals import Interrupt, current_interrupt
 
 EPS = float(np.finfo(float).eps)
-Path = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +148,9 @@ class Problem:
         a :class:`Preconditioner`, or None.
     value_and_gradient :
         function of x that returns (y, g) at once; instead of, or beside, `objective` and `gradient`.
+    identity :
+        what the problem is, by name: data, noise, parameters of the model. A saved state remembers it, and is
+        not taken for that of a problem with another one.
 
     Attributes
     ----------
@@ -159,6 +167,7 @@ class Problem:
         preconditioner: Preconditioner | None = None,
         value_and_gradient: Callable[[Vector], tuple[Any, Vector]] | None = None,
         precond: Preconditioner | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         if objective is None and value_and_gradient is None:
             raise ValueError("a problem needs an objective (or a value_and_gradient)")
@@ -175,6 +184,12 @@ class Problem:
         self._slope: Vector = None
         self.eps = EPS  # the rounding of the objective
         self.fev = self.gev = self.hev = 0
+        self.identity: dict[str, Any] = dict(identity or {})
+
+    def ingredients(self) -> dict[str, Any]:
+        """What tells this problem from others, by name."""
+        kinds = dict(problem=type(self).__qualname__, vectorspace=type(self.vs).__qualname__)
+        return {**kinds, "preconditioner": self.preconditioner, **self.identity}
 
     def objective(self, x: Vector) -> float:
         """The objective at x, a float that is the same on all ranks."""
@@ -517,13 +532,17 @@ class State:
     status, message : str
         why the minimisation ended: a word, and a sentence. The words are ``converged`` (a criterion holds),
         ``rounding`` (no progress can be told from the rounding of the objective), ``maxiter``, ``monitor``,
-        ``failed`` (no better point was found), or nothing.
+        ``signal``, ``failed`` (no better point was found), or nothing.
     converged : bool
         whether the status is ``converged``.
     history : History
         one row per iteration.
     vectors, numbers : dict
         the memory of the algorithm: lists of vectors, and plain numbers or lists of them.
+    fingerprint : dict or None
+        of the problem, the optimiser and the versions, if the state is that of a minimisation.
+    origin : str or None
+        the file that the state comes from, until it is gone on from.
     """
 
     x: Vector
@@ -550,6 +569,8 @@ class State:
         self.status = self.message = ""
         self.history = History()
         self.vectors, self.numbers = {}, {}
+        self.fingerprint: dict[str, Any] | None = None
+        self.origin: str | None = None
 
     @property
     def converged(self) -> bool:
@@ -582,136 +603,228 @@ class State:
     def save(self, path: Path) -> None:
         """Save the state to the file `path` (``.npz``), with another file beside it for each rank above 0.
 
-        Collective. The old file is replaced only when everything new is on disk.
+        Collective. The old file is replaced only when everything new is on disk. Raises OSError on all ranks if one of
+        them cannot write.
         """
-        comm, path = self.vs.comm, os.fspath(path)
-        size, rank = (1, 0) if comm is None else (comm.size, comm.rank)
-        token = f"{self.nit}-{os.urandom(4).hex()}"
-        token = token if comm is None or size == 1 else comm.bcast(token)
-        arrays = {
-            f"{name}:{i}": array
-            for name, vector in self._named_vectors().items()
-            for i, array in enumerate(self.vs.to_arrays(vector))
-        }
+        arrays, starts = together(self.vs.comm, self._collect)
+        save_parts(path, self.vs.comm, self._header(), arrays, starts)
 
-        def write() -> None:
-            if rank == 0:
-                arrays["state"] = np.array(json.dumps(self._plain(size, token), default=_as_json))
-            _write_npz(path + ".tmp" if rank == 0 else shard_name(path, rank, token), arrays)
-
-        together(comm, write)
-        # Put the new generation in place
-        together(comm, lambda: os.replace(path + ".tmp", path) if rank == 0 else None)
-        if size > 1:
-            together(comm, lambda: remove_shards(path, rank, keep=token))
-
-    def _named_vectors(self) -> dict[str, Vector]:
-        """All vectors of the state by name, without those that are one with another (no preconditioner)."""
+    def _collect(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """The arrays of all vectors that this rank holds, and where they begin, by name."""
         vectors = {"x": self.x, "g": self.g}
         if self.Px is not self.x:
             vectors.update(Px=self.Px, Pg=self.Pg)
         for name, many in self.vectors.items():
             vectors.update({f"{name}/{i}": vector for i, vector in enumerate(many)})
-        return vectors
+        arrays, starts = {}, {}
+        for name, vector in vectors.items():
+            arrays.update(
+                {f"{name}:{i}": np.asarray(array) for i, array in enumerate(self.vs.to_arrays(vector))}
+            )
+            starts.update({f"{name}:{i}": start for i, start in enumerate(self.vs.starts(vector))})
+        return arrays, starts
 
-    def _plain(self, size: int, token: str) -> dict[str, Any]:
+    def _header(self) -> dict[str, Any]:
         """Everything that is not a vector, ready for JSON."""
-        skip = {"vs", "x", "g", "Px", "Pg", "vectors", "history"}
-        plain = {name: value for name, value in vars(self).items() if name not in skip}
+        skip = {"vs", "x", "g", "Px", "Pg", "vectors", "history", "fingerprint", "origin"}
         return {
-            "format": 1,
-            "ranks": size,
-            "generation": token,
-            "plain": plain,
+            "plain": {name: value for name, value in vars(self).items() if name not in skip},
             "history": list(self.history),
             "whitened": self.Px is not self.x,
             "memory": {name: len(many) for name, many in self.vectors.items()},
+            "fingerprint": self.fingerprint,
         }
 
     @classmethod
-    def load(cls, path: Path, vs: VectorSpace, like: Vector) -> Self:
-        """Read a state saved by :meth:`save`, on as many ranks as it was saved on.
+    def load(
+        cls,
+        path: Path,
+        vs: VectorSpace,
+        like: Vector,
+        problem: Problem | None = None,
+        accept: Accepted = False,
+    ) -> Self:
+        """Read a state saved by :meth:`save`, on any number of ranks. Collective.
 
-        `vs` is the vector space, and `like` any vector of the kind of x (its values do not matter).
+        Parameters
+        ----------
+        path :
+            the file.
+        vs, like :
+            the vector space, and any vector of the kind of x (its values do not matter).
+        problem :
+            the problem for which the state is to be used, if it is to be compared with that of the state here already;
+            :meth:`Optimizer.minimize` will do so in any case.
+        accept :
+            what may differ: see there.
+
+        Raises
+        ------
+        StateError
+            on all ranks, if the file is damaged, is something else, or belongs to another problem.
         """
-        path = os.fspath(path)
-        size, rank = (1, 0) if vs.comm is None else (vs.comm.size, vs.comm.rank)
-
-        def read() -> tuple[dict[str, Any], dict[str, Array]]:
-            with np.load(path, allow_pickle=False) as file:
-                if "state" not in file:
-                    raise ValueError(f"{path!r} holds no state of a minimisation, but {', '.join(file)}")
-                header = json.loads(file["state"].item())
-                arrays = dict(file) if rank == 0 else {}
-            if header["ranks"] != size:
-                raise ValueError(f"{path!r} was saved on {header['ranks']} ranks, this job has {size}")
-            if rank:
-                with np.load(shard_name(path, rank, header["generation"]), allow_pickle=False) as file:
-                    arrays = dict(file)
-            return header, arrays
-
-        def make() -> Any:
-            # Make the state again
-            def vector(name: str) -> Vector:
-                count = sum(key.rpartition(":")[0] == name for key in arrays)
-                return vs.from_arrays([arrays[f"{name}:{i}"] for i in range(count)], like)
-
-            state = cls(vs, None)
-            vars(state).update(header["plain"])
-            state.history = History(header["history"])
-            state.x, state.g = vector("x"), vector("g")
-            state.Px, state.Pg = (vector("Px"), vector("Pg")) if header["whitened"] else (state.x, state.g)
-            for name, count in header["memory"].items():
-                state.vectors[name] = [vector(f"{name}/{i}") for i in range(count)]
-            return state
-
-        header, arrays = together(vs.comm, read)
-        state: Self = together(vs.comm, make)
+        parts, changed, like = Parts(path, vs.comm), False, vs.as_vector(like)
+        header = together(vs.comm, lambda: checked_header(parts.path, parts.header))
+        if problem is not None:
+            new = {"problem": fingerprint(problem.ingredients(), vs.comm), "versions": versions()}
+            changed = refuse_differences(header["fingerprint"], new, accept, parts.path)
+        # Make the state again
+        state = cls(vs, None)
+        vars(state).update(header["plain"])
+        state.history, state.fingerprint = History(header["history"]), header["fingerprint"]
+        state.origin = parts.path
+        own = like
+        if problem is not None and problem.preconditioner is not None:
+            own = problem.preconditioner.whiten(like)
+        whitened, memory = (False, {}) if changed else (header["whitened"], header["memory"])
+        names = {"x": like, "g": like, **(dict(Px=own, Pg=own) if whitened else {})}
+        names.update({f"{name}/{i}": own for name, count in memory.items() for i in range(count)})
+        vectors = state._read_vectors(parts, names)
+        state.x, state.g = vectors["x"], vectors["g"]
+        state.Px, state.Pg = (vectors["Px"], vectors["Pg"]) if whitened else (state.x, state.g)
+        for name, count in memory.items():
+            state.vectors[name] = [vectors[f"{name}/{i}"] for i in range(count)]
+        # Compare the lengths of the vectors with those in the header
+        for name, vector, expected in ("x", state.x, state.xnorm), ("g", state.g, state.gnorm):
+            length = vs.norm(vector)
+            if not math.isclose(length, expected, rel_tol=1e-3, abs_tol=sys.float_info.min):
+                raise StateError(
+                    f"{parts.path} is damaged: the length of {name} is {length:.6g}, expected {expected:.6g}"
+                )
         return state
 
     @classmethod
-    def resume(cls, path: Path, vs: VectorSpace, like: Vector) -> Self | None:
+    def resume(
+        cls,
+        path: Path,
+        vs: VectorSpace,
+        like: Vector,
+        problem: Problem | None = None,
+        accept: Accepted = False,
+    ) -> Self | None:
         """The state saved at `path`, or None if there is none yet: what `minimize` takes as `state`."""
-        exists = os.path.exists(path) if vs.comm is None or vs.comm.rank == 0 else None
-        if vs.comm is not None:
-            exists = vs.comm.bcast(exists)
-        return cls.load(path, vs, like) if exists else None
+        exists = on_first(vs.comm, lambda: os.path.lexists(path))
+        return cls.load(path, vs, like, problem, accept) if exists else None
+
+    def _read_vectors(self, parts: Parts, names: Mapping[str, Vector]) -> dict[str, Vector]:
+        """The vectors of these names, each like the one that is given for it."""
+        vs, counts = self.vs, {}
+        wanted: dict[str, Any] = {}
+        kinds: dict[str, str] = {}
+        for name, like in names.items():
+            arrays, starts = vs.to_arrays(like), vs.starts(like)
+            counts[name] = len(arrays)
+            for i, (array, start) in enumerate(zip(arrays, starts, strict=True)):
+                wanted[f"{name}:{i}"] = np.shape(array), start
+                kinds[f"{name}:{i}"] = np.asarray(array).dtype.kind
+        found = parts.read(wanted, kinds)
+
+        def make(name: str) -> Vector:
+            return vs.from_arrays([found[f"{name}:{i}"] for i in range(counts[name])], names[name])
+
+        return together(vs.comm, lambda: {name: make(name) for name in names})
 
 
-def shard_name(path: str, rank: int, generation: str) -> str:
-    """The name of the file beside `path` with the part that `rank` holds."""
-    return f"{path}.rank{rank}.{generation}.npz"
+#: What the attributes of a saved state must be.
+COUNT = Rule("a whole number, 0 or more", lambda v: type(v) is int and v >= 0)
+FINITE = Rule("a finite number", lambda v: is_real(v) and math.isfinite(v))
+TEXT = Rule("a text", lambda v: type(v) is str)
+PLAIN: dict[str, Rule] = {
+    **dict.fromkeys(("nit", "fev", "gev", "hev"), COUNT),
+    **dict.fromkeys(("y", "dy"), FINITE),
+    **dict.fromkeys(("gnorm", "Pgnorm", "Pgnorm0", "xnorm", "dxnorm", "step", "seconds"), SIZE),
+    "unit": Rule("a finite number above 0", lambda v: FINITE.holds(v) and v > 0),
+    **dict.fromkeys(("status", "message", "optimizer"), TEXT),
+    "numbers": Rule("a dictionary of numbers", lambda v: type(v) is dict and not has_nan(v)),
+}
 
 
-def remove_shards(path: str, rank: int, keep: str) -> None:
-    """Remove this rank's files of generations other than `keep`."""
-    folder, name = os.path.split(os.path.abspath(path))
-    for entry in os.listdir(folder):
-        if entry.startswith(f"{name}.rank{rank}.") and entry != shard_name(name, rank, keep):
-            os.remove(os.path.join(folder, entry))
+def has_nan(value: Any) -> bool:
+    """Whether there is a NaN in lists and dictionaries of numbers."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return isinstance(value, float) and math.isnan(value) or any(map(has_nan, items))
 
 
-def _as_json(value: Any) -> Any:
-    """A number or array of NumPy, or of a library with the same methods, for a file of text."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(
-        f"a state can keep numbers and lists of numbers besides vectors, not {type(value).__name__}"
-    )
+def checked_header(path: str, header: dict[str, Any]) -> dict[str, Any]:
+    """The header of a saved state; StateError if what is in it cannot be that of a state."""
+
+    def need(what: str, holds: bool) -> None:
+        if not holds:
+            raise StateError(f"{path} is damaged: {what}")
+
+    for name, kind in dict(plain=dict, history=list, memory=dict, whitened=bool).items():
+        need(f"its header has no {name}", type(header.get(name)) is kind)
+    need("its header has no fingerprint", isinstance(header.get("fingerprint", 0), dict | None))
+    plain, history = header["plain"], header["history"]
+    for name, rule in PLAIN.items():
+        need(f"it has no {name}", name in plain)
+        need(f"{name} must be {rule.words}, got {plain[name]!r}", rule.holds(plain[name]))
+    for name in plain:
+        need(f"{name!r} is no name of an attribute", name.isidentifier() and not hasattr(State, name))
+    for name, count in header["memory"].items():
+        need(f"the memory has {count!r} vectors {name}", COUNT.holds(count))
+    sound = [
+        type(row) is dict and all(FINITE.holds(row.get(key)) for key in History.FORMATS) for row in history
+    ]
+    need("its history has rows that are none", all(sound))
+    ends = not history or history[-1]["nit"] == plain["nit"]
+    need("its history does not end with the last iteration", ends)
+    return header
 
 
-def _write_npz(path: str, arrays: Mapping[str, Any]) -> None:
-    with open(path, "wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
+#: Names of differences that are accepted, as they are told; of a name with dots the beginning is enough. True for all.
+Accepted = bool | str | Iterable[str]
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes."""
+    python = platform.python_version().rpartition(".")[0]
+    return dict(vmad_lit=__version__, numpy=np.__version__, python=python)
+
+
+def is_accepted(name: str, accept: Accepted) -> bool:
+    """Whether a difference of this name is accepted."""
+    if isinstance(accept, bool):
+        return accept
+    known = [accept] if isinstance(accept, str) else accept
+    return any(name == part or name.startswith((f"{part}.", f"{part}[")) for part in known)
+
+
+def refuse_differences(
+    old: Mapping[str, Any] | None, new: Mapping[str, Any], accept: Accepted, path: str = "the state"
+) -> bool:
+    """Raise StateError for what differs between two fingerprints and is not accepted; tells if the problem does."""
+    if old is None:
+        return False
+    found = {name: told for key in new for name, told in differences(old.get(key), new[key], key).items()}
+    refused = [
+        f"\n  {name}: {before} before, {now} now"
+        for name, (before, now) in found.items()
+        if not is_accepted(name, accept)
+    ]
+    if refused:
+        raise StateError(
+            f"{path} belongs to another minimisation:{''.join(refused)}\n"
+            "to go on from it all the same, accept what differs: accept=True, or a list of names"
+        )
+    return any(name.startswith("problem") for name in found)
+
+
+def has_other_value(problem: Problem, state: State) -> bool:
+    """Whether the objective at the point of a state is another than the state says, by more than rounding."""
+    kinds = [np.result_type(array, np.float32) for array in problem.vs.to_arrays(state.x)]
+    y = problem.objective(state.x)
+    eps = max([problem.eps, *(float(np.finfo(kind).eps) for kind in kinds)])
+    highest = max((abs(row["y"]) for row in state.history), default=0.0)
+    near = max(1e-6, 1e4 * eps) * max(abs(y), abs(state.y)) + 100 * eps * highest
+    return not abs(y - state.y) <= near
 
 
 def autosave(path: Path, every: int = 10) -> Callable[[State], None]:
-    """A monitor that saves the state to `path` at every `every`-th iteration."""
+    """A monitor that saves the state to `path` at every `every`-th iteration, and when a signal ends the run."""
 
     def monitor(state: State) -> None:
-        if state.nit % every == 0:
+        if state.nit % every == 0 or state.status == "signal":
             state.save(path)
 
     return monitor
@@ -818,6 +931,8 @@ class Optimizer:
         monitor: Monitor | Iterable[Monitor] | None = None,
         state: State | None = None,
         progress: bool = False,
+        accept: Accepted = False,
+        interrupt: Interrupt | None = None,
     ) -> State:
         """Minimise the objective of `problem`, starting at `x0` or going on from a `state`.
 
@@ -833,28 +948,43 @@ class Optimizer:
             a state to go on from, as returned by this method or by :meth:`State.load`.
         progress : bool
             show a progress bar (on rank 0; needs tqdm).
+        accept :
+            True, or names of what may differ from the minimisation that `state` comes from, such as
+            ``["optimiser", "problem.noise"]``. If the problem is another one, it starts anew at the state's point.
+        interrupt : Interrupt
+            what :func:`~vmad_lit.lib.signals.heed_signals` gives, by default that of the block around this call. After
+            a signal the minimisation ends with the iteration, on all ranks; the monitors see the status ``signal``.
 
         Returns
         -------
         State
             see its `converged`, `message` and `history`.
+
+        Raises
+        ------
+        StateError
+            if `state` is that of another problem, or another optimiser, and this is not accepted.
         """
         self.check_options()
         if isinstance(x0, State):
             x0, state = None, x0
         monitors = [] if monitor is None else [monitor] if callable(monitor) else list(monitor)
-        fresh = state is None
+        interrupt = current_interrupt() if interrupt is None else interrupt
+        fresh, identity = state is None, self._identity(problem)
         if state is None:
             state = State(problem.vs, type(self).__name__)
-        elif state.optimizer != type(self).__name__:
-            state.optimizer, state.vectors, state.numbers = type(self).__name__, {}, {}
-        state.status = state.message = ""
+        else:
+            x0 = self._take_over(problem, state, identity, accept)
+        state.status, state.message, state.fingerprint = "", "", identity
         clock = Clock(problem, state)
-        if fresh:
+        # Start, unless the state goes on from where it is
+        if fresh or x0 is not None:
             self._start(problem, state, x0)
+        if fresh:
             clock.record()
         with ProgressBar(problem.vs, self.maxiter, state.nit, progress) as bar:
-            stop = fresh and self._watched(state, monitors, bar)
+            watched = monitors if fresh else []
+            stop = self._watched(state, watched, bar, interrupt)
             while not (stop or self._finished(state)):
                 proposal = self.iterate(problem, state)
                 if proposal is None:
@@ -862,8 +992,34 @@ class Optimizer:
                     break
                 self._move(problem, state, *proposal)
                 clock.record()
-                stop = self._watched(state, monitors, bar)
+                stop = self._watched(state, monitors, bar, interrupt)
         return state
+
+    def _identity(self, problem: Problem) -> dict[str, Any]:
+        """The fingerprint of minimising a problem by this optimiser, without the options that only decide when to stop."""
+        options = {name: getattr(self, name) for name in self.options() if name not in Optimizer.options()}
+        own = {"problem": problem.ingredients(), "optimiser": {"name": type(self).__name__, **options}}
+        return {**fingerprint(own, problem.vs.comm), "versions": versions()}
+
+    def _take_over(
+        self, problem: Problem, state: State, identity: Mapping[str, Any], accept: Accepted
+    ) -> Vector:
+        """Make a state that of this optimiser and problem; returns where to start anew, or None to go on."""
+        old = state.fingerprint
+        if old is not None and state.origin is None:
+            old = {**old, "optimiser": identity["optimiser"]}
+        changed = refuse_differences(old, identity, accept, state.origin or "the state")
+        if not changed and state.y is not None and has_other_value(problem, state):
+            if not is_accepted("problem", accept):
+                raise StateError(
+                    f"{state.origin or 'the state'} belongs to another problem: the objective at its point was {state.y!r} before, and is "
+                    f"{problem.objective(state.x)!r} now; to start anew from this point, accept it: accept=['problem']"
+                )
+            changed = True
+        if state.optimizer != type(self).__name__ or changed:
+            state.optimizer, state.vectors, state.numbers = type(self).__name__, {}, {}
+        state.origin = None
+        return state.x if changed else None
 
     def _start(self, problem: Problem, state: State, x0: Vector) -> None:
         if x0 is None:
@@ -939,11 +1095,18 @@ class Optimizer:
         )
         return self.give_up(state, "rounding", message)
 
-    def _watched(self, state: State, monitors: Sequence[Monitor], bar: ProgressBar) -> bool:
-        """Show the state to the bar and the monitors; whether one of them wants to stop."""
+    def _watched(
+        self, state: State, monitors: Sequence[Monitor], bar: ProgressBar, interrupt: Interrupt | None
+    ) -> bool:
+        """Show the state to the bar and the monitors; whether one of them, or a signal, wants to stop."""
         bar.update(state)
+        asked = interrupt is not None and interrupt.agree(state.vs.comm)
+        if interrupt is not None and asked:
+            self.give_up(state, "signal", f"stopped by {interrupt.name} after {state.nit} iterations")
         answers = [monitor(state) for monitor in monitors]
-        if not monitors or not state.vs.any(any(isinstance(a, (bool, np.bool_)) and a for a in answers)):
+        if asked or not monitors:
+            return asked
+        if not state.vs.any(any(isinstance(a, (bool, np.bool_)) and a for a in answers)):
             return False
         self.give_up(state, "monitor", "stopped by the monitor")
         return True

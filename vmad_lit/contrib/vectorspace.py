@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from vmad_lit.core.arguments import plain_array
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import raise_together
+from vmad_lit.core.traffic import count_object
 from vmad_lit.core.valuetypes import value_type
 
 Vector = Any  # what is moved: an array, a field, a tuple or dictionary of vectors, or the number 0
@@ -172,6 +173,7 @@ class VectorSpace:
         self.agree_on(error)
         if self.comm is None or self.comm.size == 1:
             return number
+        count_object(self.comm, number)
         numbers = self.comm.allgather(number)
         if not np.allclose(numbers, numbers[0], rtol=1e-6, atol=0, equal_nan=True):
             raise ValueError(
@@ -188,6 +190,7 @@ class VectorSpace:
         """Whether `flag` is true on any rank."""
         if self.comm is None or self.comm.size == 1:
             return bool(flag)
+        count_object(self.comm, int(bool(flag)))
         return self.comm.allreduce(int(bool(flag))) > 0
 
     def as_vector(self, x: Any, like: Vector = None) -> Vector:
@@ -221,6 +224,10 @@ class VectorSpace:
     def to_arrays(self, x: Vector) -> list[Array]:
         """The part of `x` that this rank holds, as a list of arrays."""
         return [np.asarray(x)]
+
+    def starts(self, x: Vector) -> list[tuple[int, ...] | None]:
+        """Where in the whole each array of :meth:`to_arrays` begins, or None where nobody can tell."""
+        return [None for _ in self.to_arrays(x)]
 
     def from_arrays(self, arrays: Iterable[Array], like: Vector) -> Vector:
         """The inverse of :meth:`to_arrays`; `like` is a vector of the kind that is wanted."""
@@ -314,7 +321,9 @@ class FieldSpace(VectorSpace):
             raise TypeError(
                 f"expected two pmesh fields of one kind, got {type(a).__name__} and {type(b).__name__}"
             )
-        return a.pm.comm.allreduce(local_field_product(a, b))
+        product = local_field_product(a, b)
+        count_object(a.pm.comm, product)
+        return a.pm.comm.allreduce(product)
 
     def addmul(self, a: Vector, b: Vector, c: Any, p: float = 1) -> Vector:
         """``a + b * c ** p``, a field like `b`."""
@@ -342,11 +351,16 @@ class FieldSpace(VectorSpace):
         if not is_field(a):
             return super().same(a, b)
         equal = type(a) is type(b) and np.array_equal(a.value, b.value)
+        count_object(a.pm.comm, int(not equal))
         return a.pm.comm.allreduce(int(not equal)) == 0
 
     def to_arrays(self, x: Vector) -> list[Array]:
         """The slab of mesh values that this rank holds."""
         return [np.array(x.value)] if is_field(x) else super().to_arrays(x)
+
+    def starts(self, x: Vector) -> list[tuple[int, ...] | None]:
+        """The first index of the slab of this rank."""
+        return [tuple(int(n) for n in x.start)] if is_field(x) else super().starts(x)
 
     def from_arrays(self, arrays: Iterable[Array], like: Vector) -> Vector:
         """A field on the mesh of `like` with the values given."""
@@ -433,6 +447,10 @@ class ProductSpace(VectorSpace):
     def to_arrays(self, x: Vector) -> list[Array]:
         """The arrays of all components, one after the other."""
         return [array for space, _, y in self._zip(0, x) for array in space.to_arrays(y)]
+
+    def starts(self, x: Vector) -> list[tuple[int, ...] | None]:
+        """Where the arrays of all components begin, one after the other."""
+        return [start for space, _, y in self._zip(0, x) for start in space.starts(y)]
 
     def from_arrays(self, arrays: Iterable[Array], like: Vector) -> Vector:
         """A vector with the components of `like` and the values given."""

@@ -21,6 +21,7 @@ import numpy
 
 from .error import Disagreement, LeftAlone
 from .together import HOW, ask
+from .traffic import count_object, count_to_all
 
 Detail = tuple[str, str]  # what is described, and its description
 OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -128,6 +129,7 @@ class Channel:
                 self.wait(self.making, place, meanwhile)
                 self.made = True
             self.mine[:] = flag, place.key, -place.key
+            count_to_all(self.private, self.mine.nbytes)
             request = self.private.Iallreduce(self.mine, self.largest, op=self.mpi.MAX)
             self.wait(request, place, meanwhile)
         except BaseException as error:
@@ -173,7 +175,9 @@ class Channel:
         few = {(self.rank + 2**k) % self.size for k in range(self.size.bit_length())} | {0}
         for other in range(self.size) if self.size <= 32 else sorted(few):
             if other != self.rank:
-                self.sent.append(self.private.isend((self.count, str(place)), dest=other, tag=1))
+                note = self.count, str(place)
+                count_object(self.private, note, to=other)
+                self.sent.append(self.private.isend(note, dest=other, tag=1))
 
     def hear(self) -> None:
         """Listen to what others tell."""
@@ -198,13 +202,16 @@ class Channel:
         """Raise an error on all ranks that tells where they are, or what they disagree about. Collective."""
         details = [] if place.details is None else place.details()
         digests = [crc32(text.encode()) for _, text in details]
-        everybody = self.private.allgather((str(place), digests))
+        mine = str(place), digests
+        count_object(self.private, mine)
+        everybody = self.private.allgather(mine)
         if all(theirs for _, theirs in everybody):
             # Look for the first detail in which ranks differ
             same = 0
             while len({theirs[same] if same < len(theirs) else -1 for _, theirs in everybody}) == 1:
                 same += 1
             label, text = details[same] if same < len(details) else ("the end of the model", "nothing more")
+            count_object(self.private, (label, text))
             told = self.private.allgather((label, text))
             kinds = in_words(f"{text} ({label})" if label != told[0][0] else text for label, text in told)
             raise Disagreement(f"ranks have built or run different models; {told[0][0]}: {kinds}; {place}")

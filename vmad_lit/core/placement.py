@@ -27,6 +27,7 @@ from .model import Model
 from .operator import Operator, Primitive
 from .registry import OverloadedOperator
 from .symbol import BaseSymbol, Ignored, List, Literal, Symbol, Value, leaves
+from .traffic import count_object, count_to_all
 from .valuetypes import VALUE_TYPES
 
 KINDS = "replicated", "partitioned", "partial", "root-only"

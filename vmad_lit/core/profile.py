@@ -18,6 +18,7 @@ from .graph import Node
 from .model import Model
 from .ownership import with_steps
 from .symbol import leaves
+from .traffic import listen, stop
 from .valuetypes import nbytes_of
 
 Key = tuple[str, str, int]  # the name of a node, and the file and line where it was built
@@ -36,11 +37,13 @@ class Entry:
     made, recorded : int
         Bytes of new arrays among the results, and of arrays that went on a tape, on this rank and by this
         node itself.
+    messages, sent : int
+        Messages from this rank to others while the node ran, and not one inside, and their bytes.
     parts : dict
         The entries of the nodes inside, in the order of their first call.
     """
 
-    NUMBERS = "calls", "own", "total", "made", "recorded"
+    NUMBERS = "calls", "own", "total", "made", "recorded", "messages", "sent"
 
     def __init__(self, operator: str = "") -> None:
         self.operator = operator
@@ -49,7 +52,13 @@ class Entry:
         self.total: float = 0.0
         self.made: float = 0
         self.recorded: float = 0
+        self.messages: float = 0
+        self.sent: float = 0
         self.parts: dict[Key, Entry] = {}
+
+    def numbers(self) -> dict[str, float]:
+        """What was measured, by name."""
+        return {name: getattr(self, name) for name in self.NUMBERS}
 
 
 class Profile:
@@ -71,15 +80,23 @@ class Profile:
         self._thread = threading.get_ident()
         self._before: Callable[..., Any] = Model.runner
         Model.runner = staticmethod(self._run)
+        listen(self._hear)
         self._begin = perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
         elapsed = perf_counter() - self._begin
+        stop(self._hear)
         Model.runner = staticmethod(self._before)
         self.root.total += elapsed
         self.root.own = self.root.total - sum(part.total for part in self.root.parts.values())
         self._plans.clear()
+
+    def _hear(self, way: str, messages: int, nbytes: int) -> None:
+        """Count what the node that runs sends to other ranks."""
+        if threading.get_ident() == self._thread:
+            self._stack[-1].messages += messages
+            self._stack[-1].sent += nbytes
 
     def _run(self, plan: Plan, *args: Any) -> Any:
         """Run a plan and measure it."""
@@ -140,9 +157,7 @@ class Profile:
         rows = []
         for path, (name, filename, line), entry in walk(self.root):
             place = f"{os.path.basename(filename)}:{line}"
-            rows.append(
-                Row(name, entry.calls, entry.own, entry.total, entry.made, entry.recorded, place, len(path))
-            )
+            rows.append(Row(name, place=place, depth=len(path), **entry.numbers()))
         return rows
 
     def by_operator(self) -> list[Row]:
@@ -150,26 +165,27 @@ class Profile:
         sums: dict[str, Row] = {}
         for path, _, entry in walk(self.root):
             row = sums.get(entry.operator, Row(entry.operator))
-            sums[entry.operator] = row._replace(
-                calls=row.calls + entry.calls,
-                own=row.own + entry.own,
-                total=row.total + (0.0 if entry.operator in path else entry.total),
-                made=row.made + entry.made,
-                recorded=row.recorded + entry.recorded,
-            )
+            added = {name: getattr(row, name) + number for name, number in entry.numbers().items()}
+            added["total"] = row.total + (0.0 if entry.operator in path else entry.total)
+            sums[entry.operator] = row._replace(**added)
         return sorted(sums.values(), key=lambda row: (-row.own, row.name))
 
     def table(self, by: str = "operator") -> str:
         """The profile as a text, by "operator" or by "node"."""
-        rows = [COLUMNS, *(row.cells() for row in self._rows(by))]
+        traffic = self._traffic()
+        rows = [columns(traffic), *(row.cells(traffic) for row in self._rows(by))]
         if len(rows) > 101:
-            rows[51:-50] = [(f"({len(rows) - 101} more)", *[""] * 6)]
+            rows[51:-50] = [[f"({len(rows) - 101} more)", *[""] * (len(rows[0]) - 1)]]
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = []
         for row in rows:
             texts = [text.rjust(width) for text, width in zip(row[1:-1], widths[1:])]
             lines.append("  ".join([row[0].ljust(widths[0]), *texts, row[-1]]).rstrip())
         return "\n".join(lines)
+
+    def _traffic(self) -> bool:
+        """Whether anything was sent to other ranks."""
+        return any(entry.messages for _, _, entry in walk(self.root))
 
     def _rows(self, by: str) -> list[Row]:
         if by not in ("node", "operator"):
@@ -184,10 +200,12 @@ class Profile:
         return f"{self!r}\n{self.table()}"
 
     def _repr_html_(self) -> str:
-        def cells(row: Row) -> list[str]:
-            return [html.escape(text).replace("  ", "&emsp;") for text in row.cells()]
+        traffic = self._traffic()
 
-        tables = (fold(f"by {by}", COLUMNS, self._rows(by), cells) for by in ("operator", "node"))
+        def cells(row: Row) -> list[str]:
+            return [html.escape(text).replace("  ", "&emsp;") for text in row.cells(traffic)]
+
+        tables = (fold(f"by {by}", columns(traffic), self._rows(by), cells) for by in ("operator", "node"))
         return f"<p>{html.escape(repr(self))}</p>" + "".join(tables)
 
     def plot(self, limit: int = 12) -> Any:
@@ -206,16 +224,17 @@ class Profile:
         right.legend()
         return figure
 
-    def over_ranks(self, comm: Any) -> tuple[Profile, Profile]:
-        """The mean and the largest values over the ranks of a communicator of mpi4py, as two profiles.
+    def over_ranks(self, comm: Any, sums: bool = False) -> tuple[Profile, Profile]:
+        """The mean, or with `sums` the sum, and the largest values over the ranks of a communicator of mpi4py, as two
+        profiles.
 
         A collective call; the results are the same on all ranks.
         """
         roots = comm.allgather(self.root)
-        mean, largest = Profile(), Profile()
-        mean.root = merge(roots, lambda numbers: sum(numbers) / len(numbers))
+        whole, largest = Profile(), Profile()
+        whole.root = merge(roots, lambda numbers: sum(numbers) / (1 if sums else len(numbers)))
         largest.root = merge(roots, max)
-        return mean, largest
+        return whole, largest
 
 
 def measure(slots: Slots, step: Step) -> None:
@@ -239,15 +258,21 @@ class Row(NamedTuple):
     recorded: float = 0
     place: str = ""
     depth: int = 0
+    messages: float = 0
+    sent: float = 0
 
-    def cells(self) -> list[str]:
-        """The texts in a table."""
+    def cells(self, traffic: bool = False) -> list[str]:
+        """The texts in a table, with the `traffic` between ranks or without."""
         times = [f"{seconds * 1e3:.3f}" for seconds in (self.own, self.total)]
         sizes = [in_bytes(size) for size in (self.made, self.recorded)]
+        sizes += [f"{self.messages:g}", in_bytes(self.sent)] if traffic else []
         return ["  " * self.depth + self.name, f"{self.calls:g}", *times, *sizes, self.place]
 
 
-COLUMNS = "", "calls", "own ms", "total ms", "made", "recorded", "built at"
+def columns(traffic: bool) -> list[str]:
+    """The titles of the cells of rows."""
+    sizes = ["made", "recorded", *(["messages", "sent"] if traffic else [])]
+    return ["", "calls", "own ms", "total ms", *sizes, "built at"]
 
 
 def walk(entry: Entry, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Key, Entry]]:

@@ -9,6 +9,8 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy
 
+from .traffic import count_object, count_to_all
+
 T = TypeVar("T")
 
 
@@ -47,6 +49,7 @@ def any_rank(comm: Any, flag: bool) -> bool:
 
 def ask(comm: Any, flag: bool) -> bool:
     flags = numpy.array([flag], "i4")
+    count_to_all(comm, flags.nbytes)
     comm.Allreduce(flags.copy(), flags)
     return bool(flags[0])
 
@@ -68,7 +71,9 @@ def note_of(error: Exception) -> Note:
 
 def raise_first(comm: Any, error: Exception | None) -> NoReturn:
     """Raise an error on all ranks, of which at least one has an error. Collective."""
-    everybody = comm.allgather(None if error is None else note_of(error))
+    note = None if error is None else note_of(error)
+    count_object(comm, note)
+    everybody = comm.allgather(note)
     notes: dict[int, Note] = {rank: note for rank, note in enumerate(everybody) if note is not None}
     first = next(iter(notes.values()))
     alike = [rank for rank, note in notes.items() if note[:2] == first[:2]]

@@ -6,8 +6,9 @@ A file has columns of a catalogue in its group `particles`, meshes in its group 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import IO, Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import IO, Any, TypeAlias, TypeVar
 
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
@@ -16,8 +17,10 @@ from vmad_lit.core.arguments import one_of, plain_array, positive, real_array, r
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.placement import same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
+from vmad_lit.core.traffic import count_object
+from vmad_lit.lib.files import draft, settle
 from vmad_lit.lib.mesh import ParticleMesh
-from vmad_lit.lib.mpi import fail_together, on_root, run_together
+from vmad_lit.lib.mpi import add_up, fail_together, on_root, run_together
 from vmad_lit.lib.nbody import FastPMSimulation
 from vmad_lit.lib.noise import uniform_numbers
 from vmad_lit.lib.tracers import velocity
@@ -26,6 +29,7 @@ with needed_for("catalogues of particles", extra="mesh"):
     from mpi4py import MPI
     from pmesh.pm import RealField
 
+T = TypeVar("T")
 Lattice = Sequence[int] | Array  # the number of points along each axis
 Fields: TypeAlias = Mapping[str, RealField]
 
@@ -47,6 +51,7 @@ class Block:
 
     @classmethod
     def of_rows(cls, comm: MPI.Comm, values: Array, dtype: numpy.dtype[Any]) -> Block:
+        count_object(comm, len(values))
         lengths = comm.allgather(len(values))
         start = (sum(lengths[: comm.rank]),) + (0,) * (values.ndim - 1)
         return cls((sum(lengths), *values.shape[1:]), start, values, dtype)
@@ -71,6 +76,42 @@ class Block:
             rows = max(1, CHUNK // max(1, run[:1].size * self.dtype.itemsize))
             for begin in range(0, len(run), rows):
                 file.write(numpy.ascontiguousarray(run[begin : begin + rows], dtype=self.dtype).tobytes())
+
+
+def write_together(
+    path: str, comm: MPI.Comm, lay_out: Callable[[str], T], write: Callable[[IO[bytes], T], None]
+) -> None:
+    """Write a file of which each rank writes a part. Collective.
+
+    `lay_out`, called on rank 0 with the name of an empty file, writes what comes first and returns what all ranks must
+    know; `write`, on all ranks, gets that and the open file. Raises OSError on all ranks if one of them cannot write.
+    """
+
+    def begin() -> tuple[str, T]:
+        beside, descriptor = draft(path)
+        os.close(descriptor)
+        try:
+            return beside, lay_out(beside)
+        except BaseException:
+            os.unlink(beside)
+            raise
+
+    beside, plan = on_root(comm, begin)
+
+    def fill() -> None:
+        with open(os.open(beside, os.O_RDWR | getattr(os, "O_BINARY", 0)), "r+b") as file:
+            write(file, plan)
+            file.flush()
+            os.fsync(file.fileno())
+
+    try:
+        run_together(comm, fill)
+        on_root(comm, lambda: settle(beside, path))
+    except BaseException:
+        if comm.rank == 0:
+            with suppress(OSError):
+                os.unlink(beside)
+        raise
 
 
 def save(
@@ -101,24 +142,13 @@ def save(
     """
     run_together(comm, hdf5)
     blocks = _blocks(comm, columns or {}, fields or {}, dtype)
-    partial = f"{path}.partial"
-    try:
-        offsets = on_root(comm, lambda: _lay_out(partial, blocks, attributes or {}))
 
-        def write() -> None:
-            with open(partial, "r+b") as file:
-                for name, block in blocks.items():
-                    if (begin := offsets[name]) is not None:
-                        block.write(file, begin)
-                file.flush()
-                os.fsync(file.fileno())
+    def write(file: IO[bytes], offsets: dict[str, int | None]) -> None:
+        for name, block in blocks.items():
+            if (begin := offsets[name]) is not None:
+                block.write(file, begin)
 
-        run_together(comm, write)
-    except Exception:
-        if comm.rank == 0 and os.path.exists(partial):
-            os.remove(partial)
-        raise
-    on_root(comm, lambda: os.replace(partial, path))
+    write_together(path, comm, lambda beside: _lay_out(beside, blocks, attributes or {}), write)
 
 
 def _lay_out(path: str, blocks: Mapping[str, Block], attributes: Mapping[str, Any]) -> dict[str, int | None]:
@@ -156,8 +186,9 @@ def _blocks(
                 f"field {name!r} is shared among other ranks than those that write: another communicator"
             )
     fail_together(comm, complaint)
-    mine = [(name, v.dtype.str, v.shape[1:]) for name, v in columns.items()]
-    kinds = comm.allgather((mine, list(fields)))
+    mine = [(name, v.dtype.str, v.shape[1:]) for name, v in columns.items()], list(fields)
+    count_object(comm, mine)
+    kinds = comm.allgather(mine)
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"all ranks must write the same columns and fields; ranks 0, 1, .. have {kinds}")
     blocks = {f"particles/{name}": Block.of_rows(comm, v, _in_file(v, dtype)) for name, v in columns.items()}
@@ -298,7 +329,7 @@ def save_snapshot(
         ScaleFactor=a,
         Om0=float(sim.pt.Om0),
         Fraction=fraction,
-        Particles=comm.allreduce(len(ids)),
+        Particles=add_up(comm, len(ids)),
         UnitLength="Mpc/h",
         UnitVelocity="km/s",
         **attributes,

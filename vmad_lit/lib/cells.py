@@ -13,7 +13,7 @@ import numpy
 
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
-from vmad_lit.lib.compiled import compiled, inlined
+from vmad_lit.lib.compiled import compiled, inlined, inner
 from vmad_lit.lib.vectors import (
     add,
     add_integers,
@@ -71,46 +71,6 @@ def is_straight(views: Sequence[tuple[Array, Shape]], box: Any, support: int, nd
 
 
 @inlined
-def _fold(i, period):
-    """The cell `i` of a mesh of this period."""
-    return i if uintp(i) < uintp(period) else i % period
-
-
-@compiled
-def _locate_one(cells, parts, k, pos, lattice, displaced, p, box, low, high, n):
-    """What `_locate` does for a particle, wherever it is."""
-    shape, stride, scale, translate, origin, period = box
-    i = 3 * p
-    x, y, z = (
-        float64(load(pos, uintp(i), 1)),
-        float64(load(pos, uintp(i + 1), 1)),
-        float64(load(pos, uintp(i + 2), 1)),
-    )
-    if displaced:
-        x += load(lattice, uintp(i), 1)
-        y += load(lattice, uintp(i + 1), 1)
-        z += load(lattice, uintp(i + 2), 1)
-    x, y, z = x * scale[0] + translate[0], y * scale[1] + translate[1], z * scale[2] + translate[2]
-    bx, by, bz = numpy.floor(x), numpy.floor(y), numpy.floor(z)
-    store(parts, uintp(k), convert(x - bx, parts), 1)
-    store(parts, uintp(GROUP + k), convert(y - by, parts), 1)
-    store(parts, uintp(2 * GROUP + k), convert(z - bz, parts), 1)
-    ix, iy, iz = (
-        _fold(int64(bx) + origin[0], period[0]),
-        _fold(int64(by) + origin[1], period[1]),
-        _fold(int64(bz) + origin[2], period[2]),
-    )
-    jx = ix + 1 if ix + 1 < period[0] else 0
-    jy = iy + 1 if iy + 1 < period[1] else 0
-    jz = iz + 1 if iz + 1 < period[2] else 0
-    store(cells, uintp(k), int64(ix * stride[0] if low <= ix < high else -1), 1)
-    store(cells, uintp(GROUP + k), int64(jx * stride[0] if low <= jx < high else -1), 1)
-    store(cells, uintp(2 * GROUP + k), int64(iy * stride[1] + iz * n), 1)
-    store(cells, uintp(3 * GROUP + k), int64(jy * stride[1] + iz * n), 1)
-    store(cells, uintp(4 * GROUP + k), int64((jz - iz) * n), 1)
-
-
-@inlined
 def _locate(cells, parts, pos, lattice, displaced, first, count, box, low, high, n):
     """Cells of particles, and how far they are into them.
 
@@ -120,19 +80,12 @@ def _locate(cells, parts, pos, lattice, displaced, first, count, box, low, high,
     shape, stride, scale, translate, origin, period = box
     done = False
     if count == GROUP:
-        i = 3 * first
-        x, y, z = columns(
-            load(pos, uintp(i), GROUP),
-            load(pos, uintp(i + GROUP), GROUP),
-            load(pos, uintp(i + 2 * GROUP), GROUP),
-        )
+        # Take the positions of eight particles, in cells
+        i, j, k = uintp(3 * first), uintp(3 * first + GROUP), uintp(3 * first + 2 * GROUP)
+        x, y, z = columns(load(pos, i, GROUP), load(pos, j, GROUP), load(pos, k, GROUP))
         x, y, z = convert(x, float64), convert(y, float64), convert(z, float64)
         if displaced:
-            qx, qy, qz = columns(
-                load(lattice, uintp(i), GROUP),
-                load(lattice, uintp(i + GROUP), GROUP),
-                load(lattice, uintp(i + 2 * GROUP), GROUP),
-            )
+            qx, qy, qz = columns(load(lattice, i, GROUP), load(lattice, j, GROUP), load(lattice, k, GROUP))
             x, y, z = add(x, convert(qx, float64)), add(y, convert(qy, float64)), add(z, convert(qz, float64))
         x = multiply_add(x, scale[0], translate[0])
         y = multiply_add(y, scale[1], translate[1])
@@ -143,32 +96,58 @@ def _locate(cells, parts, pos, lattice, displaced, first, count, box, low, high,
         iz = fold(add(bz, origin[2]), period[2])
         if all_within(ix, period[0]) and all_within(iy, period[1]) and all_within(iz, period[2]):
             done = True
+            # Keep the cells of eight particles
             store(parts, uintp(0), convert(subtract(x, bx), parts), GROUP)
             store(parts, uintp(GROUP), convert(subtract(y, by), parts), GROUP)
             store(parts, uintp(2 * GROUP), convert(subtract(z, bz), parts), GROUP)
             jx, jy, jz = follow(ix, period[0]), follow(iy, period[1]), follow(iz, period[2])
-            store(
-                cells,
-                uintp(0),
-                where_within(ix, float64(low), float64(high), times_stride(ix, stride[0])),
-                GROUP,
-            )
-            store(
-                cells,
-                uintp(GROUP),
-                where_within(jx, float64(low), float64(high), times_stride(jx, stride[0])),
-                GROUP,
-            )
-            inner = times_stride(iz, n)
-            store(cells, uintp(2 * GROUP), add_integers(times_stride(iy, stride[1]), inner), GROUP)
-            store(cells, uintp(3 * GROUP), add_integers(times_stride(jy, stride[1]), inner), GROUP)
+            begin, end = float64(low), float64(high)
+            store(cells, uintp(0), where_within(ix, begin, end, times_stride(ix, stride[0])), GROUP)
+            store(cells, uintp(GROUP), where_within(jx, begin, end, times_stride(jx, stride[0])), GROUP)
+            inside = times_stride(iz, n)
+            store(cells, uintp(2 * GROUP), add_integers(times_stride(iy, stride[1]), inside), GROUP)
+            store(cells, uintp(3 * GROUP), add_integers(times_stride(jy, stride[1]), inside), GROUP)
             store(cells, uintp(4 * GROUP), times_stride(subtract(jz, iz), n), GROUP)
     if not done:
         for k in range(count):
             _locate_one(cells, parts, k, pos, lattice, displaced, first + k, box, low, high, n)
 
 
-def _array(dtype: numpy.dtype[Any]) -> Any:
+@inlined
+def _fold(i, period):
+    """The cell `i` of a mesh of this period."""
+    return i if uintp(i) < uintp(period) else i % period
+
+
+@inner
+def _locate_one(cells, parts, k, pos, lattice, displaced, p, box, low, high, n):
+    """What `_locate` does for a particle, wherever it is."""
+    shape, stride, scale, translate, origin, period = box
+    i, j, m = uintp(3 * p), uintp(3 * p + 1), uintp(3 * p + 2)
+    x, y, z = float64(load(pos, i, 1)), float64(load(pos, j, 1)), float64(load(pos, m, 1))
+    if displaced:
+        x, y, z = x + load(lattice, i, 1), y + load(lattice, j, 1), z + load(lattice, m, 1)
+    x, y, z = x * scale[0] + translate[0], y * scale[1] + translate[1], z * scale[2] + translate[2]
+    bx, by, bz = numpy.floor(x), numpy.floor(y), numpy.floor(z)
+    # Keep the cells of one particle
+    store(parts, uintp(k), convert(x - bx, parts), 1)
+    store(parts, uintp(GROUP + k), convert(y - by, parts), 1)
+    store(parts, uintp(2 * GROUP + k), convert(z - bz, parts), 1)
+    ix = _fold(int64(bx) + origin[0], period[0])
+    iy = _fold(int64(by) + origin[1], period[1])
+    iz = _fold(int64(bz) + origin[2], period[2])
+    jx = ix + 1 if ix + 1 < period[0] else 0
+    jy = iy + 1 if iy + 1 < period[1] else 0
+    jz = iz + 1 if iz + 1 < period[2] else 0
+    store(cells, uintp(k), int64(ix * stride[0] if low <= ix < high else -1), 1)
+    store(cells, uintp(GROUP + k), int64(jx * stride[0] if low <= jx < high else -1), 1)
+    store(cells, uintp(2 * GROUP + k), int64(iy * stride[1] + iz * n), 1)
+    store(cells, uintp(3 * GROUP + k), int64(jy * stride[1] + iz * n), 1)
+    store(cells, uintp(4 * GROUP + k), int64((jz - iz) * n), 1)
+
+
+def array_of(dtype: numpy.dtype[Any]) -> Any:
+    """The type of a flat array, for a signature."""
     return types.Array(from_dtype(dtype), 1, "C")
 
 
@@ -178,15 +157,14 @@ def gather_loop(dtypes: tuple[Any, ...], n: int, kind: Kind) -> Any:
 
     `dtypes` are those of the meshes, the positions, the lattice, and what particles have.
     """
-    pair = 2 * n
-    values, slopes = kind == "values", kind == "slopes"
+    pair, values, slopes = 2 * n, kind == "values", kind == "slopes"
 
     # The straight loop that gathers
     def gather(mesh, box, start, end, pos, lattice, out, slope, speed, coef, coef_step, given, base, factor):
         shape, stride, scale, translate, origin, period = box
-        cells, parts, displaced = room(int64, FIVE), room(mesh, THREE), len(lattice) > 0
+        cells, parts, displaced, added = room(int64, FIVE), room(mesh, THREE), len(lattice) > 0, len(base) > 0
         at, q, A, to, slope_to = pointer(pos), pointer(lattice), pointer(mesh), pointer(out), pointer(slope)
-        speeds, coefs, bases, added = pointer(speed), pointer(coef), pointer(base), len(base) > 0
+        speeds, coefs, bases = pointer(speed), pointer(coef), pointer(base)
         for first in range(start, end, GROUP):
             count = min(GROUP, end - first)
             _locate(cells, parts, at, q, displaced, first, count, box, 0, shape[0], n)
@@ -239,10 +217,15 @@ def gather_loop(dtypes: tuple[Any, ...], n: int, kind: Kind) -> Any:
                     if slopes:
                         # Sum the slopes of the meshes
                         i = uintp(3 * p)
-                        sx, sy, sz = scale
                         if n == 1:
                             c = load(coefs, uintp(p * coef_step), 1) if given > 0 else 1.0
-                            total = pack((float64(tx) * c * sx, float64(ty) * c * sy, float64(tz) * c * sz))
+                            total = pack(
+                                (
+                                    float64(tx) * c * scale[0],
+                                    float64(ty) * c * scale[1],
+                                    float64(tz) * c * scale[2],
+                                )
+                            )
                             if len(out):
                                 store(
                                     to, uintp(p), convert(between(part(v, 0, n), part(v, n, n), uz), out), 1
@@ -250,7 +233,7 @@ def gather_loop(dtypes: tuple[Any, ...], n: int, kind: Kind) -> Any:
                         else:
                             c = convert(load_some(coefs, uintp(p * coef_step), given, n), mesh)
                             total = sums(multiply(tx, c), multiply(ty, c), multiply(tz, c))
-                            total = multiply(total, convert(pack((sx, sy, sz)), mesh))
+                            total = multiply(total, convert(pack(scale), mesh))
                         total = convert(total, slope)
                         if added:
                             total = multiply_add(total, factor, load(bases, i, 3))
@@ -269,7 +252,7 @@ def gather_loop(dtypes: tuple[Any, ...], n: int, kind: Kind) -> Any:
                             value = multiply_add(value, factor, load(bases, i, n))
                         store(to, i, value, n)
 
-    mesh, pos, lattice, reals = map(_array, dtypes)
+    mesh, pos, lattice, reals = map(array_of, dtypes)
     integers = int64, int64
     return compiled(gather, mesh, BOX, *integers, pos, lattice, *4 * [reals], *integers, reals, float64)
 
@@ -281,18 +264,28 @@ def scatter_loop(dtypes: tuple[Any, ...], n: int, moving: bool) -> Any:
     `dtypes` as for `gather_loop`.
     """
 
+    # Add to a cell, a row, and a plane
     @inlined
-    def add_to(A, i, value):
+    def add_to_cell(A, i, value):
         store(A, i, add(load(A, i, n), value), n)
 
     @inlined
-    def add_row(A, i, dz, value, change, uz):
+    def add_to_row(A, i, dz, value, change, uz):
         upper = multiply(value, uz)
         lower = subtract(value, upper)
         if moving:
             lower, upper = lower - change, upper + change
-        add_to(A, uintp(i), lower)
-        add_to(A, uintp(i + dz), upper)
+        add_to_cell(A, uintp(i), lower)
+        add_to_cell(A, uintp(i + dz), upper)
+
+    @inlined
+    def add_to_plane(A, i, y0, y1, dz, value, vy, vz, uy, uz):
+        upper = multiply(value, uy)
+        lower = subtract(value, upper)
+        if moving:
+            lower, upper = lower - vy, upper + vy
+        add_to_row(A, i + y0, dz, lower, vz * (1 - uy), uz)
+        add_to_row(A, i + y1, dz, upper, vz * uy, uz)
 
     # The straight loop that scatters
     def scatter(mesh, box, low, high, owner, mask, block, pos, lattice, mass, mass_step, speed, rate):
@@ -324,10 +317,11 @@ def scatter_loop(dtypes: tuple[Any, ...], n: int, moving: bool) -> Any:
                         load(parts, uintp(GROUP + k), 1),
                         load(parts, uintp(2 * GROUP + k), 1),
                     )
+                    # Share the mass between two planes
                     m = convert(load(masses, uintp(p * mass_step), n), mesh)
                     m1 = multiply(m, ux)
                     m0 = subtract(m, m1)
-                    vx = vy = vz = uy * 0
+                    vx = vy = vz = 0 * ux
                     if moving:
                         i = uintp(3 * p)
                         vx = convert(load(speeds, i, 1) * (rate * scale[0]), mesh)
@@ -335,24 +329,10 @@ def scatter_loop(dtypes: tuple[Any, ...], n: int, moving: bool) -> Any:
                         vz = convert(load(speeds, uintp(i + 2), 1) * (rate * scale[2]), mesh)
                         m0, m1 = m0 - vx, m1 + vx
                     if x0 >= 0:
-                        # Add a plane
-                        w = 1 - ux
-                        upper = multiply(m0, uy)
-                        lower = subtract(m0, upper)
-                        if moving:
-                            lower, upper = lower - vy * w, upper + vy * w
-                        add_row(A, x0 + y0, dz, lower, vz * w * (1 - uy), uz)
-                        add_row(A, x0 + y1, dz, upper, vz * w * uy, uz)
+                        add_to_plane(A, x0, y0, y1, dz, m0, vy * (1 - ux), vz * (1 - ux), uy, uz)
                     if x1 >= 0:
-                        upper = multiply(m1, uy)
-                        lower = subtract(m1, upper)
-                        if moving:
-                            lower, upper = lower - vy * ux, upper + vy * ux
-                        add_row(A, x1 + y0, dz, lower, vz * ux * (1 - uy), uz)
-                        add_row(A, x1 + y1, dz, upper, vz * ux * uy, uz)
+                        add_to_plane(A, x1, y0, y1, dz, m1, vy * ux, vz * ux, uy, uz)
 
-    mesh, pos, lattice, reals = map(_array, dtypes)
-    integers = int64, int64
-    return compiled(
-        scatter, mesh, BOX, *integers, int64, uint64[::1], int64, pos, lattice, reals, int64, reals, float64
-    )
+    mesh, pos, lattice, reals = map(array_of, dtypes)
+    places = int64, int64, int64, uint64[::1], int64
+    return compiled(scatter, mesh, BOX, *places, pos, lattice, reals, int64, reals, float64)

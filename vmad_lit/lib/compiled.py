@@ -9,20 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
 import glob
 import hashlib
 import os
 import pickle
+import stat
 import sys
-import tempfile
+import threading
 import time
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 import warnings
 
 import numpy
 
 from vmad_lit.core.error import needed_for
+from vmad_lit.lib.files import replacing
 
 with needed_for("compiled loops", extra="fast"):
     import numba
@@ -30,11 +33,12 @@ with needed_for("compiled loops", extra="fast"):
     from numba.core.compiler import CompileResult
     from numba.core.compiler_lock import global_compiler_lock
     from numba.core.dispatcher import Dispatcher
+    from numba.core.extending import _Intrinsic as Intrinsic
     from numba.core.runtime.nrt import rtsys
     from numba.core.serialize import dumps
 
 #: What numba is asked for.
-OPTIONS: dict[str, Any] = dict(nogil=True, error_model="numpy", fastmath={"contract"})
+OPTIONS: dict[str, Any] = dict(nogil=True, error_model="numpy", fastmath={"contract"}, no_cfunc_wrapper=True)
 
 
 def ingredients(value: Any, names: Sequence[str] = (), seen: tuple[Any, ...] = ()) -> Any:
@@ -45,6 +49,8 @@ def ingredients(value: Any, names: Sequence[str] = (), seen: tuple[Any, ...] = (
     """
     if isinstance(value, Dispatcher):
         return _ingredients_of_function(value.py_func, seen), ingredients(value.targetoptions)
+    if isinstance(value, Intrinsic):
+        return _ingredients_of_function(value._defn, seen), _ingredients_of_module(value._defn.__module__)
     if isinstance(value, ModuleType):
         asked = [name for name in names if hasattr(value, name) and value not in seen]
         return value.__name__, *(ingredients(getattr(value, name), names, (*seen, value)) for name in asked)
@@ -79,6 +85,17 @@ def _ingredients_of_function(function: Any, seen: tuple[Any, ...]) -> Any:
     return function.__module__, repr(bodies), ingredients(referred, names, (*seen, function))
 
 
+@lru_cache(maxsize=None)
+def _ingredients_of_module(name: str) -> Any:
+    """The code of all functions of a module: what a function that makes instructions calls may be any of them."""
+    values = [getattr(value, "_defn", value) for value in vars(sys.modules[name]).values()]
+    own = [value for value in values if isinstance(value, FunctionType) and value.__module__ == name]
+    codes = [code for function in own for code in _codes(function.__code__)]
+    return repr([(code.co_code.hex(), code.co_names) for code in codes]), ingredients(
+        [[c for c in code.co_consts if not isinstance(c, CodeType)] for code in codes]
+    )
+
+
 def _codes(code: CodeType) -> Iterator[CodeType]:
     """The code of a function, and of the functions within."""
     yield code
@@ -107,11 +124,13 @@ def find_folder(processor: str | None) -> str | None:
     version = f"numba-{numba.__version__}-python{sys.version_info[0]}.{sys.version_info[1]}"
     try:
         place = os.environ.get("VMAD_LIT_CACHE_DIR") or os.path.join(_user_cache(), "vmad_lit")
-        folder = os.path.join(os.path.abspath(place), f"{version}-{processor or 'generic'}")
+        folder = os.path.join(os.path.realpath(place), f"{version}-{processor or 'generic'}")
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        if _is_private(os.stat(folder)):
+        exposed = None if _is_private(os.lstat(folder)) else folder
+        exposed = exposed or _within_reach_of_others(folder)
+        if exposed is None:
             return folder
-        _warn(f"others can write to {folder}")
+        _warn(f"others can write to {exposed}")
     except OSError as error:
         _warn(error)
     return None
@@ -120,6 +139,32 @@ def find_folder(processor: str | None) -> str | None:
 def _is_private(status: os.stat_result) -> bool:
     """Whether a file or a folder is ours, and nobody else may write to it."""
     return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
+
+
+def _within_reach_of_others(folder: str) -> str | None:
+    """The folder above a real path, if there is one, in which others could rename what leads to it."""
+    trusted = {os.getuid(), 0, os.stat(os.path.abspath(os.sep)).st_uid} if hasattr(os, "getuid") else set()
+    while trusted and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+        status = os.lstat(folder)
+        shared = status.st_mode & 0o022
+        if shared == 0o020 and _are_alone_in(status.st_gid):
+            shared = 0
+        if status.st_uid not in trusted or (shared and not status.st_mode & stat.S_ISVTX):
+            return folder
+    return None
+
+
+def _are_alone_in(group: int) -> bool:
+    """Whether a group is the one that a system has made for the user alone, of the same name."""
+    import grp
+    import pwd
+
+    try:
+        us, them = pwd.getpwuid(os.getuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return us.pw_gid == group and them.gr_name == us.pw_name and set(them.gr_mem) <= {us.pw_name}
 
 
 _warned = False
@@ -184,7 +229,8 @@ class Cache:
             return
         data = dumps((_undefined_symbols(result.library), result._reduce()))
         try:
-            _write(path, hashlib.sha256(data).digest() + data)
+            with replacing(path, mode=0o600) as file:
+                file.write(hashlib.sha256(data).digest() + data)
         except OSError as error:
             _warn(error)
         _remove_unused(os.path.dirname(os.path.dirname(path)))
@@ -213,18 +259,6 @@ def _undefined_symbols(library: Any) -> list[str]:
     return [name for name in declared if not name.startswith("llvm.")]
 
 
-def _write(path: str, data: bytes) -> None:
-    """Write a file, all of it or nothing."""
-    descriptor, beside = tempfile.mkstemp(dir=os.path.dirname(path))
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(beside, path)
-    except OSError:
-        os.unlink(beside)
-        raise
-
-
 #: Seconds after which a loop goes that has not been used.
 LIFETIME = 90 * 86400
 
@@ -243,8 +277,8 @@ def _remove_unused(place: str) -> None:
                 os.unlink(path)
 
 
-#: Seconds to wait for another process that compiles a loop.
-PATIENCE = 60
+#: Seconds to wait for another process that holds the lock of a loop, without a sign of life from it.
+PATIENCE = 4.0
 
 
 @contextmanager
@@ -259,19 +293,44 @@ def _in_turn(path: str) -> Iterator[None]:
         return
     with file:
         # Wait for the lock
-        held, start = False, time.monotonic()
-        while not held and not os.path.exists(path) and time.monotonic() - start < PATIENCE:
+        held, seen, since = False, 0, time.monotonic()
+        while not held and not os.path.exists(path) and time.monotonic() - since < PATIENCE:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = True
             except BlockingIOError:
                 time.sleep(0.05)
+                sign = os.fstat(file.fileno()).st_mtime_ns
+                if sign != seen:
+                    seen, since = sign, time.monotonic()
             except OSError:
                 break
-        yield
-        if held:
+        if not held:
+            yield
+            return
+        with _signs_of_life(file.name):
+            yield
+        with suppress(OSError):
+            os.unlink(file.name)
+
+
+@contextmanager
+def _signs_of_life(path: str) -> Iterator[None]:
+    """Touch a file twice a second, from another thread, until the block ends."""
+    done = threading.Event()
+
+    def touch() -> None:
+        while not done.wait(0.5):
             with suppress(OSError):
-                os.unlink(file.name)
+                os.utime(path)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def compiled(function: Callable[..., Any], *signature: Any, **options: Any) -> Any:
@@ -304,3 +363,8 @@ def compiled(function: Callable[..., Any], *signature: Any, **options: Any) -> A
 def inlined(function: Callable[..., Any]) -> Any:
     """A compiled function that becomes a part of each loop that calls it."""
     return compiled(function, forceinline=True)
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """A compiled function of pointers that only loops call; they share it."""
+    return compiled(function, no_cpython_wrapper=True)

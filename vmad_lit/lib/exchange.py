@@ -5,7 +5,7 @@ Positions are arrays (N, ndim), in the units of the box.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from math import prod
 import numbers
@@ -21,6 +21,7 @@ from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.symbol import BaseSymbol, Value
+from vmad_lit.core.traffic import count_to_all, count_to_each
 from vmad_lit.lib import memory
 from vmad_lit.lib.halo import Halo, find_halo
 from vmad_lit.lib.mesh import (
@@ -32,6 +33,7 @@ from vmad_lit.lib.mesh import (
     is_zero,
     once_per_mesh,
 )
+from vmad_lit.lib.mpi import Rows, deliver, starts, too_many
 
 with needed_for("the exchange of particles", extra="mesh"):
     from mpi4py import MPI
@@ -42,7 +44,6 @@ try:
 except ImportError:  # no numba
     loops = None  # type: ignore[assignment]
 
-Rows = tuple[Sequence[int] | Array, Array]  # how many for each rank, and where they begin
 Axes = tuple[tuple[int, ...], tuple[float, ...], tuple[Array, ...], Array]  # see `loops.find_ranks`
 
 
@@ -66,13 +67,14 @@ def _touched_domains(x: Array, pm: ParticleMesh, support: int) -> Array:
     return domains
 
 
-def make_layout(x: Array, pm: ParticleMesh, support: int) -> GhostLayout:
+def make_layout(x: Positions, pm: ParticleMesh, support: int) -> GhostLayout:
     """A layout that sends each particle to exactly the ranks that hold cells of its window."""
+    x = in_the_box(x)
     if loops is not None:
         there = loops.find_ranks(x, *_axes_of_domains(pm), support, pm.comm.size)
         return GhostLayout(pm.comm, len(x), *there, pm, support / 2)
     ranks = pm.domain.DomainAssign[_touched_domains(x, pm, support)]
-    counts = numpy.zeros(pm.comm.size, dtype="i4")
+    counts = numpy.zeros(pm.comm.size, dtype="i8")
     rows = [numpy.empty(0, dtype="i8")]
     for rank in numpy.flatnonzero(numpy.bincount(ranks.ravel(), minlength=pm.comm.size)):
         rows.append(numpy.flatnonzero((ranks == rank).any(axis=0)))
@@ -111,10 +113,12 @@ class GhostLayout(Layout):
         pm: ParticleMesh | None = None,
         reach: float = numpy.inf,
     ) -> None:
-        sendcounts = numpy.ascontiguousarray(sendcounts)
+        sendcounts = numpy.ascontiguousarray(sendcounts, "i8")
         recvcounts = numpy.empty_like(sendcounts)
+        count_to_each(comm, numpy.ones_like(sendcounts), sendcounts.itemsize)
         comm.Alltoall(sendcounts, recvcounts)
         super().__init__(comm, sendlength, sendcounts, indices, recvcounts)
+        self._in_pieces = too_many(comm, sendcounts, recvcounts)
         self.pm, self.reach = pm, reach
 
     def exchange(self, *args: Array, pack: bool = True) -> Any:
@@ -134,9 +138,8 @@ class GhostLayout(Layout):
                 f"but the data is for {len(data)}"
             )
         stay, others, there, here, own = self._ways
-        rows = deliver(
-            self.comm, data, here, there, memory.empty((len(others),) + data.shape[1:], data.dtype)
-        )
+        rows = memory.empty((len(others),) + data.shape[1:], data.dtype)
+        deliver(self.comm, data, here, there, rows, self._in_pieces)
         total = memory.zeros((self.sendlength,) + rows.shape[1:], rows.dtype)
         _add_rows(total, stay, data[own])
         _add_rows(total, others, rows)
@@ -154,7 +157,7 @@ class GhostLayout(Layout):
         received = memory.empty((self.recvlength,) + data.shape[1:], data.dtype)
         stay, others, there, here, own = self._ways
         numpy.take(data, stay, axis=0, out=received[own], mode="clip")
-        return deliver(self.comm, data.take(others, axis=0), there, here, received)
+        return deliver(self.comm, data.take(others, axis=0), there, here, received, self._in_pieces)
 
     @cached_property
     def _ways(self) -> tuple[Array, Array, Rows, Rows, slice]:
@@ -176,25 +179,6 @@ class GhostLayout(Layout):
             (received, places),
             slice(start, start + stays),
         )
-
-
-def deliver(comm: MPI.Comm, rows: Array, to: Rows, fro: Rows, received: Array) -> Array:
-    """Rows to and from all ranks by one `Alltoallv`, into `received`.
-
-    `to` and `fro` are how many rows there are for each rank, and where they begin.
-    """
-    rows = numpy.ascontiguousarray(rows)
-    row = MPI.BYTE.Create_contiguous(rows.dtype.itemsize * int(numpy.prod(rows.shape[1:])))
-    row.Commit()
-    try:
-        comm.Alltoallv([rows, to, row], [received, fro, row])
-    finally:
-        row.Free()
-    return received
-
-
-def starts(counts: Sequence[int] | Array) -> Array:
-    return numpy.concatenate([[0], numpy.cumsum(counts)[:-1]]).astype("i4")
 
 
 def _add_rows(total: Array, indices: Array, rows: Array) -> None:
@@ -244,7 +228,7 @@ class HaloLayout:
     `GhostLayout`, which are found then, by all ranks together.
     """
 
-    def __init__(self, x: Array, pm: ParticleMesh, support: int, halo: Halo) -> None:
+    def __init__(self, x: Positions, pm: ParticleMesh, support: int, halo: Halo) -> None:
         self.comm, self.pm, self.halo, self.reach = pm.comm, pm, halo, support / 2
         self.sendlength = len(x)
         self._x, self._support = x, support
@@ -291,6 +275,8 @@ AnyLayout: TypeAlias = Layout | IdentityLayout | HaloLayout
 
 
 def exchange_rows(layout: AnyLayout | None, data: Value) -> Any:
+    if isinstance(data, Displaced):
+        return Displaced(exchange_rows(layout, data.displacement), exchange_rows(layout, data.lattice))
     return data if layout is None or numpy.ndim(data) == 0 else layout.exchange(data)
 
 
@@ -302,6 +288,38 @@ def gather_rows(layout: AnyLayout | None, data: Value) -> Any:
         pairs = numpy.ascontiguousarray(layout.gather(pairs))
         return pairs.view(data.dtype)[..., 0]
     return layout.gather(data)
+
+
+class Displaced:
+    """Positions (N, ndim) that are displacements from a lattice; whoever needs a cell adds the two in double precision."""
+
+    def __init__(self, displacement: Array, lattice: Array) -> None:
+        self.displacement, self.lattice = displacement, lattice
+        self.shape, self.dtype = displacement.shape, displacement.dtype
+
+    def __len__(self) -> int:
+        return len(self.displacement)
+
+    def __getitem__(self, rows: slice) -> Displaced:
+        return Displaced(self.displacement[rows], self.lattice[rows])
+
+
+Positions: TypeAlias = Array | Displaced
+
+
+def displaced(x: Any, lattice: Any) -> Any:
+    """Positions, which are displacements if there is a lattice."""
+    return x if lattice is None else Displaced(x, lattice)
+
+
+def take_apart(x: Positions) -> tuple[Array, Array | None]:
+    """Positions, or displacements, and the lattice or None."""
+    return (x.displacement, x.lattice) if isinstance(x, Displaced) else (x, None)
+
+
+def in_the_box(x: Positions) -> Array:
+    """Positions as one array; sums with a lattice are in double precision."""
+    return numpy.add(x.displacement, x.lattice, dtype="f8") if isinstance(x, Displaced) else x
 
 
 def agree_on_rows(layout: AnyLayout | None, data: Value, side: str) -> Value:
@@ -343,6 +361,18 @@ def as_positions(x: ArrayLike, pm: ParticleMesh, new: bool = True) -> Array:
     return x
 
 
+def check_positions(x: Any, lattice: Any, pm: ParticleMesh, new: bool = True) -> tuple[Array, Array | None]:
+    """Positions and their lattice, or None, as arrays (N, ndim), for `agree`; see `as_positions`."""
+    x = as_positions(x, pm, new)
+    if lattice is None:
+        return x, None
+    if numpy.shape(lattice) != x.shape:
+        raise ValueError(
+            f"the lattice must have the shape of the displacements, {x.shape}, not {numpy.shape(lattice)}"
+        )
+    return x, as_positions(lattice, pm, new)
+
+
 def check_layout(layout: Value, pm: ParticleMesh, resampler: Any) -> None:
     """Raise an error unless a layout, or None, brings particles to where a window of the mesh needs them."""
     if layout is None:
@@ -361,20 +391,23 @@ def check_layout(layout: Value, pm: ParticleMesh, resampler: Any) -> None:
         )
 
 
-def choose_halo(x: Array, pm: ParticleMesh, support: int) -> Halo | None:
+def choose_halo(x: Positions, pm: ParticleMesh, support: int) -> Halo | None:
     """The halo in which the windows of all particles lie; None if it is less work to send particles. Collective."""
     divided = [axis for axis in range(pm.ndim) if pm.domain.shape[axis] > 1]
     widths = [numpy.diff(pm.domain.edges[axis]) for axis in range(pm.ndim)]
     if loops is None or not divided or min(int(width.min()) for width in widths) < support:
         return None
     note = numpy.zeros((pm.ndim + 1, 2), "i8")
-    note[-1, 1] = len(x)
+    note[-1, 1], (at, lattice) = len(x), take_apart(x)
     for axis in divided:
         start, period = -int(pm.affine.translate[axis]), int(pm.Nmesh[axis])
         own = int(widths[axis][numpy.searchsorted(pm.domain.edges[axis], start)])
-        *note[axis], out = loops.find_span(x, axis, float(pm.affine.scale[axis]), start, own, period, support)
+        *note[axis], out = loops.find_span(
+            at, axis, float(pm.affine.scale[axis]), start, own, period, support, lattice
+        )
         note[-1, 0] += out
     # Agree on the widest, with a plane more for what is rounded otherwise in the loops
+    count_to_all(pm.comm, note.nbytes)
     pm.comm.Allreduce(MPI.IN_PLACE, note, MPI.MAX)
     low, high = (-(-(note[:-1] + 1) // 2) * 2 * (numpy.array(pm.domain.shape) > 1)[:, None]).T.tolist()
     # Compare the work
@@ -403,23 +436,28 @@ def find_reach(pm: ParticleMesh, smoothing: Any) -> tuple[Any, float]:
 
 
 def lay_out(
-    make: Callable[[], ArrayLike], pm: ParticleMesh, smoothing: Any = None, new: bool = True
-) -> tuple[Array, AnyLayout]:
+    make: Callable[[], ArrayLike],
+    pm: ParticleMesh,
+    smoothing: Any = None,
+    new: bool = True,
+    lattice: Any = None,
+) -> tuple[Any, AnyLayout]:
     """The positions that `make()` returns, in a dtype that all ranks agree on, and their layout; see `as_positions`.
-    Collective."""
+    With a lattice they are displacements from it. Collective."""
 
     def prepare() -> tuple[Any, ...]:
         resampler, reach = find_reach(pm, smoothing)
-        return as_positions(make(), pm, new), pm, reach, resampler
+        return *check_positions(make(), lattice, pm, new), pm, reach, resampler
 
-    x, _, reach, resampler = agree(pm.comm, prepare)
+    *parts, _, reach, resampler = agree(pm.comm, prepare)
+    x = displaced(*parts)
     if pm.comm.size == 1:
         return x, IdentityLayout(pm.comm, len(x), pm, reach)
     if resampler is not None:
         support = window_support(resampler)
         halo = choose_halo(x, pm, support)
         return x, make_layout(x, pm, support) if halo is None else HaloLayout(x, pm, support, halo)
-    layout = pm.decompose(x, smoothing=reach)
+    layout = pm.decompose(in_the_box(x), smoothing=reach)
     return x, GhostLayout(pm.comm, len(x), layout.sendcounts, layout.indices, pm, reach)
 
 
@@ -427,15 +465,16 @@ def lay_out(
 class decompose:
     """The layout that brings particles to the ranks whose part of the mesh they touch.
 
-    `smoothing` is the window that will be used, by default that of `pm`; or a distance in cells.
+    `smoothing` is the window that will be used, by default that of `pm`; or a distance in cells. With a `lattice`
+    (N, ndim), a constant, `x` are displacements from it.
     """
 
     ain: dict[str, str] = {}
     aout = {"layout": "*Layout"}
     placements = "partitioned -> partitioned"
 
-    def apl(node, x, pm, smoothing=None):
-        return dict(layout=lay_out(lambda: x, pm, smoothing)[1])
+    def apl(node, x, pm, smoothing=None, lattice=None):
+        return dict(layout=lay_out(lambda: x, pm, smoothing, lattice=lattice)[1])
 
 
 def agree_on_lattice(q: Any, pm: ParticleMesh) -> Any:

@@ -12,9 +12,10 @@ from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.lib import memory
-from vmad_lit.lib.exchange import AnyLayout
+from vmad_lit.lib.exchange import AnyLayout, Positions, displaced
 from vmad_lit.lib.halo import find_halo
 from vmad_lit.lib.mesh import ParticleMesh, agree, as_real_field, as_rows, common_dtypes, once_per_mesh
+from vmad_lit.lib.mpi import add_up
 from vmad_lit.lib.painting import (
     Resampler,
     Window,
@@ -95,7 +96,7 @@ def _neg_gradient(w: Window, mesh: RealField, beside: RealField | None = None) -
     return components
 
 
-def _pull_differences(w: Window, x: Array, _value: Array, x_: Array | None = None) -> RealField:
+def _pull_differences(w: Window, x: Positions, _value: Array, x_: Array | None = None) -> RealField:
     """The cotangent of a real field from that of its `_neg_gradient` at particles; or its change along `x_`."""
     pm, meshes = w.pm, w.spread(x, _value, _interleaved(w, w.pm.ndim, memory.zeros), x_)
     total: Any = pm.create(type=RealField) if w.halo is None else memory.empty(w.halo.shape, pm.dtype)
@@ -135,7 +136,7 @@ class readout_neg_gradient:
     fresh = True
 
     def apl(node, mesh, x, layout, resampler=None):
-        at, pm = agree_to_read([mesh], x, layout, resampler), mesh.pm
+        (at, _), pm = agree_to_read([mesh], x, layout, resampler), mesh.pm
         if not differences_serve(pm, order=1):
             raise ValueError(
                 "differences need numba, real numbers, and a mesh whose last axis is whole; "
@@ -188,6 +189,7 @@ class force:
     order : of `fourier_space_neg_gradient`
     keep_potential : whether the tape holds the potential besides the positions. If not, each sweep paints
         the particles and solves for it again
+    lattice : (N, ndim), a constant; `x` are displacements from it, see `paint`
 
     Returns
     -------
@@ -214,9 +216,9 @@ class force:
         )
 
     @staticmethod
-    def find_factor(x: Array, pm: ParticleMesh) -> float:
+    def find_factor(x: Positions, pm: ParticleMesh) -> float:
         """The mass of a particle: the inverse of their mean number in a cell. Collective."""
-        return float(pm.Nmesh.prod()) / max(pm.comm.allreduce(len(x)), 1)
+        return float(pm.Nmesh.prod()) / max(add_up(pm.comm, len(x)), 1)
 
     @staticmethod
     def kept(potk: BaseComplexField, order: Order, out: Any = Ellipsis) -> Field:
@@ -227,7 +229,9 @@ class force:
         return potk.c2r(out=out) if differences_serve(potk.pm, order) else potk
 
     @staticmethod
-    def find_potential(pot: Field | None, w: Window, local_x: Array, factor: float, order: Order) -> Field:
+    def find_potential(
+        pot: Field | None, w: Window, local_x: Positions, factor: float, order: Order
+    ) -> Field:
         """What was kept of the potential, or the same made again from the positions."""
         return force.kept(force.potential(w.paint(local_x, factor)), order) if pot is None else pot
 
@@ -245,7 +249,7 @@ class force:
         ] + ([] if beside is None else [beside])
 
     @staticmethod
-    def pull_meshes(w: Window, local_x: Array, _f: Array, order: Order, x_: Array | None = None) -> Any:
+    def pull_meshes(w: Window, local_x: Positions, _f: Array, order: Order, x_: Array | None = None) -> Any:
         """Cotangent of the modes of the potential from that of the force at the particles; or its change along x_."""
         pm = w.pm
         if differences_serve(pm, order):
@@ -261,7 +265,7 @@ class force:
     @staticmethod
     def pull(
         w: Window,
-        local_x: Array,
+        local_x: Positions,
         _f: Array,
         pot: Field | None,
         factor: float,
@@ -279,8 +283,9 @@ class force:
         return force.solve(_potk, factor / float(_potk.pm.Nmesh.prod())).c2r(out=Ellipsis)
 
     # The force and its derivatives
-    def apl(node, x, layout, pm, order=1, keep_potential=True):
-        at, *_ = agree(pm.comm, lambda: check_particles(x, layout, pm, None))
+    def apl(node, x, layout, pm, order=1, keep_potential=True, lattice=None):
+        at, lattice, *_ = agree(pm.comm, lambda: check_particles(x, layout, pm, None, lattice))
+        at = displaced(at, lattice)
         w = window_for_force(pm, layout)
         local_x, factor = w.bring(at), force.find_factor(at, pm)
         potk = force.potential(w.paint(local_x, factor))
@@ -288,7 +293,7 @@ class force:
         f = w.bring_back(w.readout(force.meshes(w, pot, order), local_x))
         return dict(f=in_dtype_of(f, at), potk=potk, pot=pot, factor=factor, at=at)
 
-    def rcd(node, x, layout, pm, order, keep_potential, pot, factor, at, **others):
+    def rcd(node, x, layout, pm, order, keep_potential, lattice, pot, factor, at, **others):
         return dict(
             x=at, layout=layout, pm=pm, order=order, pot=pot if keep_potential else None, factor=factor
         )

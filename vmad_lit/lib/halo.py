@@ -9,6 +9,7 @@ import numpy
 
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.traffic import count_to_one
 from vmad_lit.lib import memory
 from vmad_lit.lib.mesh import ParticleMesh, once_per_mesh
 
@@ -146,7 +147,9 @@ def _address(parts: Sequence[Part], arrays: Sequence[Array]) -> list[tuple[int, 
 def swap(comm: MPI.Comm, sent: Sequence[tuple[int, Array]], received: Sequence[tuple[int, Array]]) -> None:
     """Send C-ordered arrays to ranks, and receive others from ranks into memory, all at once."""
     requests = [comm.Irecv(piece, rank, TAG) for rank, array in received for piece in _pieces(array)]
-    requests += [comm.Isend(piece, rank, TAG) for rank, array in sent for piece in _pieces(array)]
+    for rank, array in sent:
+        count_to_one(comm, rank, array.nbytes)
+        requests += [comm.Isend(piece, rank, TAG) for piece in _pieces(array)]
     MPI.Request.Waitall(requests)
 
 

@@ -14,9 +14,10 @@ from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.symbol import Value
 from vmad_lit.lib import memory
-from vmad_lit.lib.compiled import compiled, inlined
+from vmad_lit.lib.compiled import compiled, inlined, inner
 from vmad_lit.lib.memory import as_flat, check_array, collide, flatten, overlap
 from vmad_lit.lib.threads import run_on_threads, share, share_out
+from vmad_lit.lib.vectors import load, pointer, store
 
 with needed_for("compiled loops", extra="fast"):
     from numba import uintp
@@ -31,7 +32,7 @@ def _number(value: float, like: Array) -> Any:
 
 @compiled
 def _multiply(out, x, factor, scale, start, end):
-    for i in range(start, end):
+    for i in range(uintp(start), uintp(end)):
         out[i] = x[i] * (factor[i] * scale)
 
 
@@ -129,7 +130,7 @@ def find_ranks(
     _find_ranks(counts, numpy.empty(0, "i8"), False, *rest, numpy.full(nrank, -1))
     rows, ends = numpy.empty(counts.sum(), "i8"), numpy.cumsum(counts)
     _find_ranks(ends - counts, rows, True, *rest, numpy.full(nrank, -1))
-    return counts.astype("i4"), rows
+    return counts, rows
 
 
 def _check_domains(
@@ -191,10 +192,13 @@ def add_rows(total: Array, indices: Array, rows: Array) -> bool:
 
 
 @compiled
-def _find_span(span, pos, step, axis, scale, start, width, period, support, first, end):
+def _find_span(span, pos, lattice, step, axis, scale, start, width, period, support, first, end):
     low = high = out = 0
     for p in range(first, end):
-        x = pos[uintp(p * step + axis)] * scale + 0.5 * (support % 2)
+        x = float(pos[uintp(p * step + axis)])
+        if len(lattice):
+            x += lattice[uintp(p * step + axis)]
+        x = x * scale + 0.5 * (support % 2)
         if not abs(x) < 1e15:
             low = high = period
             continue
@@ -212,7 +216,14 @@ def _find_span(span, pos, step, axis, scale, start, width, period, support, firs
 
 
 def find_span(
-    pos: Array, axis: int, scale: float, start: int, width: int, period: int, support: int
+    pos: Array,
+    axis: int,
+    scale: float,
+    start: int,
+    width: int,
+    period: int,
+    support: int,
+    lattice: Array | None = None,
 ) -> tuple[int, int, int]:
     """How far the windows of particles reach beyond a part of a periodic mesh along an axis.
 
@@ -223,6 +234,7 @@ def find_span(
     scale : cells in a unit of length
     start, width, period : the first plane of the part, how many planes it has, and how many the mesh has
     support : of the window, in cells
+    lattice : what the positions are displacements from, or None
 
     Returns
     -------
@@ -231,6 +243,12 @@ def find_span(
     """
     pos = numpy.ascontiguousarray(pos)
     check_array("positions", pos)
+    lattice = pos[:0] if lattice is None else numpy.ascontiguousarray(lattice)
+    check_array("the lattice", lattice)
+    if len(lattice) and lattice.shape != pos.shape:
+        raise ValueError(
+            f"the lattice must have the shape of the positions, {pos.shape}, not {lattice.shape}"
+        )
     if pos.ndim != 2 or not 0 <= axis < pos.shape[1] or support < 1 or period < 1:
         raise ValueError(
             f"positions (N, ndim) and one of their axes are needed, with a window and planes, "
@@ -238,7 +256,7 @@ def find_span(
         )
     edges = share_out(len(pos), 1 << 16)
     spans = [numpy.zeros(3, "i8") for _ in edges[1:]]
-    rest = flatten(pos), pos.shape[1], axis, float(scale), start, width, period, support
+    rest = flatten(pos), flatten(lattice), pos.shape[1], axis, float(scale), start, width, period, support
     run_on_threads(_find_span, [(span, *rest, *ends) for span, *ends in zip(spans, edges, edges[1:])])
     low, high, out = numpy.transpose(spans)
     return int(low.max()), int(high.max()), int(out.sum())
@@ -248,20 +266,15 @@ def find_span(
 def _put_difference(out, first, step, source, rows, stride, n, factors, add):
     """The differences of four rows of `source` into the row of `out` at `first`, or added to it."""
     (a, b, c, d), (near, far) = rows, factors
-    if stride == 1 and step == 1:
-        for k in range(n):
-            i, j = uintp(first + k), uintp(k)
-            x = near * (source[c + j] - source[b + j]) - far * (source[d + j] - source[a + j])
-            out[i] = out[i] + x if add else x
-    else:
-        for k in range(n):
-            i, j = uintp(first + k * step), uintp(k * stride)
-            x = near * (source[c + j] - source[b + j]) - far * (source[d + j] - source[a + j])
-            out[i] = out[i] + x if add else x
+    for k in range(n):
+        i, j = uintp(first + k * step), uintp(k * stride)
+        x = near * (load(source, c + j, 1) - load(source, b + j, 1))
+        x -= far * (load(source, d + j, 1) - load(source, a + j, 1))
+        store(out, i, load(out, i, 1) + x if add else x, 1)
 
 
-@inlined
-def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, aside, factors, add):
+@inner
+def _put_derivative(out, first, step, mesh, strides, halo, whole, shape, axis, i, j, aside, factors, add):
     """The difference along an axis for the row at i, j of a mesh, by way of `aside` where it is needed."""
     n, own = shape[2], i * strides[0] + j * strides[1]
     place, count, stride = (i, shape[0], strides[0]) if axis == 0 else (j, shape[1], strides[1])
@@ -269,12 +282,12 @@ def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, as
     if axis == 2:
         # Copy the row with its ends
         for k in range(n):
-            aside[uintp(k + 2)] = mesh[uintp(own + k * strides[2])]
+            store(aside, uintp(k + 2), load(mesh, uintp(own + k * strides[2]), 1), 1)
         for k in range(2):
-            aside[k] = aside[2 + (k - 2) % n]
-            aside[n + 2 + k] = aside[2 + k % n]
+            store(aside, uintp(k), load(aside, uintp(2 + (k - 2) % n), 1), 1)
+            store(aside, uintp(n + 2 + k), load(aside, uintp(2 + k % n), 1), 1)
         rows = uintp(0), uintp(1), uintp(3), uintp(4)
-    elif len(halo) == 0 or 2 <= place < count - 2:
+    elif whole or 2 <= place < count - 2:
         source, between = mesh, strides[2]
         start = own - place * stride
         rows = (
@@ -290,50 +303,99 @@ def _put_derivative(out, first, step, mesh, strides, halo, shape, axis, i, j, as
             if 0 <= plane < count:
                 start = own + (plane - place) * stride
                 for k in range(n):
-                    aside[uintp(m * n + k)] = mesh[uintp(start + k * strides[2])]
+                    store(aside, uintp(m * n + k), load(mesh, uintp(start + k * strides[2]), 1), 1)
             else:
                 plane = plane + 2 if plane < 0 else plane - count + 2
                 start = (plane * shape[1] + j if axis == 0 else i * 4 + plane) * n
                 for k in range(n):
-                    aside[uintp(m * n + k)] = halo[uintp(start + k)]
+                    store(aside, uintp(m * n + k), load(halo, uintp(start + k), 1), 1)
         rows = uintp(0), uintp(n), uintp(2 * n), uintp(3 * n)
-    _put_difference(out, first, step, source, rows, between, n, factors, add)
+    if step == 1 and between == 1:
+        _put_difference(out, first, 1, source, rows, 1, n, factors, add)
+    elif step == 1 and between == 3:
+        _put_difference(out, first, 1, source, rows, 3, n, factors, add)
+    else:
+        _put_difference(out, first, step, source, rows, between, n, factors, add)
 
 
 @compiled
-def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, start, end):
-    n, w, aside = shape[2], step[2], numpy.empty(4 * shape[2] + 4, mesh.dtype)
-    (out0, out1, out2, out3), (halo0, halo1, halo2) = outs, halos
+def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, close, start, end):
+    n = shape[2]
+    aside, rows = numpy.empty(4 * n + 4, mesh.dtype), numpy.empty(3 * n, mesh.dtype)
+    beyond = len(halos[0]) == 0, len(halos[1]) == 0, True
+    to = pointer(outs[0]), pointer(outs[1]), pointer(outs[2])
+    halo = pointer(halos[0]), pointer(halos[1]), pointer(halos[2])
+    A, other, aid, row = pointer(mesh), pointer(beside), pointer(aside), pointer(rows)
     for i in range(start, end):
         for j in range(shape[1]):
-            first = i * step[0] + j * step[1]
-            if axes > 2:
+            first, own = i * step[0] + j * step[1], i * strides[0] + j * strides[1]
+            for axis in range(3 - axes, 3):
                 _put_derivative(
-                    out0, first, w, mesh, strides, halo0, shape, 0, i, j, aside, factors[0], False
+                    row if close else to[axis],
+                    axis * n if close else first,
+                    1 if close else step[2],
+                    A,
+                    strides,
+                    halo[axis],
+                    beyond[axis],
+                    shape,
+                    axis,
+                    i,
+                    j,
+                    aid,
+                    factors[axis],
+                    False,
                 )
-            if axes > 1:
-                _put_derivative(
-                    out1, first, w, mesh, strides, halo1, shape, 1, i, j, aside, factors[1], False
-                )
-            _put_derivative(out2, first, w, mesh, strides, halo2, shape, 2, i, j, aside, factors[2], False)
-            if len(beside):
-                own = i * strides[0] + j * strides[1]
+            # Put the rows together
+            if close == 3:
+                _interleave(to[0], first, row, other, own, n, 3)
+            elif close == 4:
+                _interleave(to[0], first, row, other, own, n, 4)
+            elif len(beside):
                 for k in range(n):
-                    out3[uintp(first + k * w)] = beside[uintp(own + k)]
+                    outs[3][uintp(first + k * step[2])] = beside[uintp(own + k * strides[2])]
+
+
+@inlined
+def _interleave(out, first, rows, beside, own, n, count):
+    """Three rows of numbers, and with `count` 4 one of `beside`, to a row in which those of a point are neighbours."""
+    for k in range(n):
+        i = uintp(first + count * k)
+        store(out, i, load(rows, uintp(k), 1), 1)
+        store(out, uintp(i + 1), load(rows, uintp(n + k), 1), 1)
+        store(out, uintp(i + 2), load(rows, uintp(2 * n + k), 1), 1)
+        if count > 3:
+            store(out, uintp(i + 3), load(beside, uintp(own + k), 1), 1)
 
 
 @compiled
 def _divergence(out, step, meshes, strides, halos, shape, axes, factors, start, end):
-    aside = numpy.empty(4 * shape[2] + 4, meshes[2].dtype)
-    (mesh0, mesh1, mesh2), (halo0, halo1, halo2) = meshes, halos
+    aside = numpy.empty(4 * shape[2] + 4, out.dtype)
+    beyond = len(halos[0]) == 0, len(halos[1]) == 0, True
+    source = pointer(meshes[0]), pointer(meshes[1]), pointer(meshes[2])
+    halo = pointer(halos[0]), pointer(halos[1]), pointer(halos[2])
+    to, aid = pointer(out), pointer(aside)
     for i in range(start, end):
         for j in range(shape[1]):
             first = i * step[0] + j * step[1]
-            _put_derivative(out, first, 1, mesh2, strides, halo2, shape, 2, i, j, aside, factors[2], False)
-            if axes > 1:
-                _put_derivative(out, first, 1, mesh1, strides, halo1, shape, 1, i, j, aside, factors[1], True)
-            if axes > 2:
-                _put_derivative(out, first, 1, mesh0, strides, halo0, shape, 0, i, j, aside, factors[0], True)
+            for more in range(axes):
+                axis = 2 - more
+                _put_derivative(
+                    to,
+                    first,
+                    1,
+                    source[axis],
+                    strides,
+                    halo[axis],
+                    beyond[axis],
+                    shape,
+                    axis,
+                    i,
+                    j,
+                    aid,
+                    factors[axis],
+                    more > 0,
+                )
 
 
 def gradient(
@@ -359,7 +421,16 @@ def gradient(
     (source, strides), *targets = map(_as_flat_3d, (mesh, *outs))
     other = source[:0] if beside is None else _as_flat_3d(beside)[0]
     flats = [flat for flat, _ in targets] + ([source[:0]] if beside is None else [])
-    _over_planes(_gradient, flats, targets[0][1], source, strides, mesh, factors, halos, other)
+    close = _close(targets) if mesh.ndim == 3 and strides[2] == 1 else 0
+    _over_planes(_gradient, flats, targets[0][1], source, strides, mesh, factors, halos, other, close)
+
+
+def _close(targets: Sequence[tuple[Array, Shape]]) -> int:
+    """How many arrays are interleaved, so that the numbers of a point are neighbours: three, four, or 0."""
+    (first, step), n = targets[0], len(targets)
+    starts = [flat.ctypes.data for flat, _ in targets]
+    alike = starts == [starts[0] + c * first.itemsize for c in range(n)]
+    return n if n in (3, 4) and step[2] == n and alike else 0
 
 
 def divergence(out: Array, meshes: Sequence[Array], factors: Sequence[float], halos: Halos) -> None:
@@ -458,10 +529,14 @@ def _as_flat_3d(mesh: Array) -> tuple[Array, Shape]:
 @compiled
 def _difference(out, step, mesh, strides, halo, shape, axis, factors, add, start, end):
     aside = numpy.empty(4 * shape[2] + 4, mesh.dtype)
+    to, A, beside, aid = pointer(out), pointer(mesh), pointer(halo), pointer(aside)
+    whole = len(halo) == 0
     for i in range(start, end):
         for j in range(shape[1]):
             first = i * step[0] + j * step[1]
-            _put_derivative(out, first, step[2], mesh, strides, halo, shape, axis, i, j, aside, factors, add)
+            _put_derivative(
+                to, first, step[2], A, strides, beside, whole, shape, axis, i, j, aid, factors, add
+            )
 
 
 def difference(
@@ -487,7 +562,7 @@ def difference(
 @compiled
 def _quadratic(out, factor, ndim, a, b, start, end):
     (a0, a1, a2, a01, a02, a12), (b0, b1, b2, b01, b02, b12) = a, b
-    for p in range(start, end):
+    for p in range(uintp(start), uintp(end)):
         t, u, s = a0[p], b0[p], a0[p] * b0[p]
         if ndim > 1:
             mixed = a01[p] * b01[p]
@@ -501,7 +576,7 @@ def _quadratic(out, factor, ndim, a, b, start, end):
 @compiled
 def _quadratic_vjp(out, factor, ndim, a, start, end):
     a0, a1, a2, a01, a02, a12 = a
-    for p in range(start, end):
+    for p in range(uintp(start), uintp(end)):
         s, t = factor * out[p], a0[p]
         s += s
         d = -(s + s)
@@ -565,7 +640,7 @@ def _flatten(meshes: Sequence[Array], ndim: int) -> tuple[Array, ...]:
 
 @compiled
 def _add_multiple(out, x, v, c, start, end):
-    for i in range(start, end):
+    for i in range(uintp(start), uintp(end)):
         out[i] = x[i] + c * v[i]
 
 
@@ -582,7 +657,7 @@ def axpy(out: Array, x: Array, v: Array, c: float) -> Array:
 
 @compiled
 def _mix(a_out, b_out, a, b, aa, ab, ba, bb, start, end):
-    for i in range(start, end):
+    for i in range(uintp(start), uintp(end)):
         x, y = a[i], b[i]
         a_out[i] = aa * x + ab * y
         b_out[i] = ba * x + bb * y

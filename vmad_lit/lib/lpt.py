@@ -14,6 +14,7 @@ from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
+from vmad_lit.core.traffic import count_object
 from vmad_lit.lib import memory
 from vmad_lit.lib.cosmology import LinearPower
 from vmad_lit.lib.exchange import agree_on_lattice, decompose
@@ -103,6 +104,7 @@ def find_wavenumbers(pm: ParticleMesh) -> Array:
 
     def make() -> Array:
         k = numpy.unique(_moduli(wavenumbers(pm.create(type=ComplexField, value=0))))
+        count_object(pm.comm, k)
         k = numpy.unique(numpy.concatenate(pm.comm.allgather(k)))
         k = k[k > 0]
         return k[numpy.diff(k, prepend=0.0) > _SAME * k]

@@ -168,7 +168,7 @@ def empty(shape: Any, dtype: DTypeLike = "f8") -> Array:
     shape = (shape,) if numpy.ndim(shape) == 0 else tuple(shape)
     nbytes = dtype.itemsize
     for n in shape:
-        nbytes *= n
+        nbytes *= int(n)
     if nbytes < LEAST:
         return numpy.empty(shape, dtype)
     return numpy.asarray(_Piece(_store.take(int(nbytes)), shape, dtype))
@@ -199,6 +199,13 @@ def release() -> int:
                 region.high = begin
         _store.give_back()
     return count
+
+
+def idle() -> int:
+    """The bytes of idle memory that have been in use; the next arrays find them there."""
+    with _store.lock:
+        _store.collect()
+        return sum(max(min(end, region.high) - begin, 0) for region, begin, end in _store.idle)
 
 
 class _Writeable:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial, wraps
 from inspect import signature
 from itertools import zip_longest
@@ -27,9 +28,10 @@ from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.store import Disk
 from vmad_lit.core.symbol import Value
 from vmad_lit.core.together import any_rank, raise_first
+from vmad_lit.core.traffic import count_object, count_to_all, sources, tell
 from vmad_lit.core.valuetypes import Apart, ValueType, register, rng_of_rank, value_type
 from vmad_lit.lib import memory
-from vmad_lit.lib.mpi import run_together
+from vmad_lit.lib.mpi import add_up, run_together
 from vmad_lit.lib.noise import fill_white
 
 with needed_for("fields on a mesh", extra="mesh"):
@@ -37,6 +39,7 @@ with needed_for("fields on a mesh", extra="mesh"):
     from pmesh import pm as pmesh
     from pmesh.pm import BaseComplexField, Field, xslab
     from pmesh.window import ResampleWindow
+    import pfft
     from pfft import LocalBuffer
 
 is_zero = type(ZeroGradient).is_zero
@@ -70,7 +73,7 @@ def mode_weights(x: BaseComplexField) -> Array:
 
 def total(x: Field, values: Array) -> Any:
     """The sum of an array of values of a field over all ranks, in double precision. Collective."""
-    return x.pm.comm.allreduce(values.sum(dtype=numpy.result_type(values, "f8")).item())
+    return add_up(x.pm.comm, values.sum(dtype=numpy.result_type(values, "f8")).item())
 
 
 def sum_modes(x: BaseComplexField, values: Array, metric: Metric | None = None) -> Any:
@@ -193,6 +196,7 @@ def agree(comm: MPI.Comm, prepare: Callable[[], tuple[Any, ...]]) -> tuple[Any, 
     digest = 0 if error else 1 + zlib.crc32(repr(kinds).encode())
     note = (digest.to_bytes(5, "little") + bytes(letters)).ljust(NOTE, b"\0")
     notes = bytearray(NOTE * comm.size)
+    count_to_all(comm, NOTE)
     comm.Allgather([note, MPI.BYTE], [notes, MPI.BYTE])
     if error is None and notes == note * comm.size:
         return values
@@ -215,6 +219,7 @@ def _disagree(comm: MPI.Comm, error: Exception | None, kinds: Sequence[Any]) -> 
     """Raise an error on all ranks that tells which of them have one, or what they disagree about."""
     if any_rank(comm, error is not None):
         raise_first(comm, error)
+    count_object(comm, kinds)
     everybody = comm.allgather(kinds)
     other = next(rank for rank, theirs in enumerate(everybody) if theirs != everybody[0])
     pairs = zip_longest(everybody[0], everybody[other])
@@ -241,6 +246,21 @@ class Buffer(LocalBuffer):
 
     if hasattr(LocalBuffer, "allocate"):
         allocate = staticmethod(partial(memory.empty, dtype="u1"))
+
+
+@contextmanager
+def tell_of_transforms() -> Iterator[None]:
+    """A context in which the exchanges of Fourier transforms are counted, if their library tells of them."""
+    told = partial(tell, "each")
+    listeners: list[Any] = getattr(pfft, "listeners", [])
+    listeners.append(told)
+    try:
+        yield
+    finally:
+        listeners.remove(told)
+
+
+sources.append(tell_of_transforms)
 
 
 class _Field(Field):
@@ -402,6 +422,7 @@ class ParticleMesh(pmesh.ParticleMesh):
         options = run_together(
             self.comm, lambda: self._noise_options(seed, unitary, mean, invertphase, generator, purpose)
         )
+        count_object(self.comm, (kind, options))
         given = self.comm.allgather((kind, options))
         if any(each != given[0] for each in given):
             raise ValueError(f"all ranks must ask for the same white noise; ranks 0, 1, .. ask for {given}")
@@ -529,7 +550,7 @@ REVISIONS.append(weighed_once)
 def _inner(*pairs: tuple[Field, Value]) -> float:
     """The real inner product of two fields of one kind, on all ranks; for several pairs the sum."""
     x, _ = pairs[0]
-    return x.pm.comm.allreduce(sum(_local_inner(x, y) for x, y in pairs))
+    return float(add_up(x.pm.comm, float(sum(_local_inner(x, y) for x, y in pairs))))
 
 
 def _local_inner(x: Field, y: Value) -> float:
@@ -651,6 +672,7 @@ def common_dtypes(comm: MPI.Comm, *derivatives: Value) -> list[numpy.dtype[Any] 
     # Ask all ranks
     letters = numpy.array([0 if dtype is None else ord(dtype.char) for dtype in dtypes], dtype="u1")
     everybody = numpy.empty((comm.size, len(dtypes)), dtype="u1")
+    count_to_all(comm, letters.nbytes)
     comm.Allgather(letters, everybody)
     return [
         numpy.result_type(*map(chr, column[column > 0])) if column.any() else None for column in everybody.T

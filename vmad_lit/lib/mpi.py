@@ -12,7 +12,8 @@ ranks of the communicator have to run the same model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import index
 from typing import Any, TypeVar
 
@@ -25,13 +26,15 @@ from ..core.placement import Placement, Site, declare, same_ranks
 from ..core.stdlib.operators import Array, Shape
 from ..core.symbol import Symbol, Value
 from ..core.together import raise_together, together
+from ..core.traffic import count_object, count_to_all, count_to_each, count_to_one
 
 T = TypeVar("T")
 Description = tuple[Shape, numpy.dtype[Any]] | str  # shape and dtype, or the name of a type
 Halo = tuple[Array, list[int], list[int], Array]  # see `plan_halo`
+Rows = tuple[Sequence[int] | Array, Array]  # how many for each rank, and where they begin
 
 with needed_for("communication between ranks", extra="mpi"):
-    from mpi4py import MPI
+    from mpi4py import MPI, __version__ as version
 
 
 def describe(x: Value) -> Description:
@@ -54,6 +57,7 @@ def told_by_rank(kinds: Sequence[Description]) -> str:
 
 def dense(x_: Value, kind: Description, comm: MPI.Comm) -> Value:
     """A tangent or cotangent: ZeroGradient if all ranks have that, else a value on each, maybe zeros."""
+    count_object(comm, x_ is ZeroGradient)
     if comm.allreduce(x_ is ZeroGradient, op=MPI.LAND):
         return ZeroGradient
     if x_ is ZeroGradient and type(kind) is tuple:
@@ -63,7 +67,9 @@ def dense(x_: Value, kind: Description, comm: MPI.Comm) -> Value:
 
 def tell(comm: MPI.Comm, x: Value, **settings: Any) -> list[Any]:
     """The descriptions of a value on all ranks; raises ValueError on all if they do not have the same settings."""
-    everybody = comm.allgather((describe(x), settings))
+    mine = describe(x), settings
+    count_object(comm, mine)
+    everybody = comm.allgather(mine)
     for rank, (_, theirs) in enumerate(everybody):
         different = [name for name in settings if theirs.get(name) != everybody[0][1].get(name)]
         if different:
@@ -101,11 +107,19 @@ def run_together(comm: MPI.Comm, function: Callable[[], T]) -> T:
 
 def on_root(comm: MPI.Comm, function: Callable[[], T]) -> T:
     """Call a function on rank 0 and return its result, or raise its exception, on all ranks."""
-    return comm.bcast(together(comm, function if comm.rank == 0 else lambda: None))
+    return send_to_all(together(comm, function if comm.rank == 0 else lambda: None), comm)
+
+
+def send_to_all(x: Any, comm: MPI.Comm, root: int = 0) -> Any:
+    """An object of one rank, pickled, on all ranks."""
+    if comm.rank == root:
+        count_object(comm, x)
+    return comm.bcast(x, root)
 
 
 def total(x: Value, comm: MPI.Comm) -> Value:
     """The sum of a value over the ranks; of some of them it may be ZeroGradient."""
+    count_object(comm, describe(x))
     kinds = comm.allgather(describe(x))
     some = [kind for kind in kinds if kind != ZERO]
     if not some:
@@ -118,6 +132,7 @@ def total(x: Value, comm: MPI.Comm) -> Value:
             + "; reduce the items of a list one by one"
         )
     if any(type(kind) is str for kind in some):
+        count_object(comm, x)
         return comm.allreduce(x)
     shapes, dtype = {shape for shape, _ in some}, numpy.result_type(*(dtype for _, dtype in some))
     if len(shapes) > 1:
@@ -128,9 +143,22 @@ def total(x: Value, comm: MPI.Comm) -> Value:
     dtype = numpy.dtype(int) if dtype.kind == "b" else dtype
     part = numpy.asarray(x, "f4" if dtype == "f2" else dtype, order="C")
     y = numpy.empty_like(part)
-    comm.Allreduce(part, y)
+    count_to_all(comm, part.nbytes)
+    for piece in pieces_of(part.size):
+        comm.Allreduce(part.reshape(-1)[piece], y.reshape(-1)[piece])
     y = y.astype(dtype, copy=False)
     return y if y.ndim else y.item() if type(x) in (bool, int, float, complex) else y[()]
+
+
+def add_up(comm: MPI.Comm, number: complex) -> Any:
+    """The sum over the ranks of a number, of the same type on all of them."""
+    if comm.size == 1:
+        return number
+    part = numpy.array(number)
+    y = numpy.empty_like(part)
+    count_to_all(comm, part.nbytes)
+    comm.Allreduce(part, y)
+    return y.item()
 
 
 @operator
@@ -260,11 +288,14 @@ def agreed(x: Value, comm: MPI.Comm) -> Value:
     Ranks may differ by rounding.
     """
     kind = describe(x)
-    kinds = comm.allgather((kind, digest(numpy.asarray(x), math.inf) if type(kind) is tuple else 0))
+    mine = kind, digest(numpy.asarray(x), math.inf) if type(kind) is tuple else 0
+    count_object(comm, mine)
+    kinds = comm.allgather(mine)
     if len(set(kinds)) == 1:
         return x
     # Look for how far they are apart
     if type(kind) is tuple and len({kind for kind, _ in kinds}) == 1:
+        count_object(comm, x)
         values = numpy.array(comm.allgather(x))
         spread, size = numpy.ptp(numpy.abs(values - values[0]), axis=0), numpy.max(numpy.abs(values))
         if numpy.all(spread <= 1e-6 * size):
@@ -282,10 +313,15 @@ def from_root(x: Value, comm: MPI.Comm, root: int) -> Value:
     check_rank("root", root, comm)
     kind = kinds[root]
     if type(kind) is str or kind[0] == ():
-        return comm.bcast(x, root)
+        return send_to_all(x, comm, root)
     shape, dtype = kind
     y = numpy.asarray(x, dtype, order="C") if comm.rank == root else numpy.empty(shape, dtype)
-    comm.Bcast([y, MPI.BYTE], root)
+    flat = y.reshape(-1)
+    with row_type(flat) as item:
+        for piece in pieces_of(y.size):
+            if comm.rank == root:
+                count_to_all(comm, flat[piece].nbytes)
+            comm.Bcast([flat[piece], piece.stop - piece.start, item], root)
     return y
 
 
@@ -323,6 +359,88 @@ class bcast:
         return dict(y_=from_root(x_, comm, root))
 
 
+UNLIMITED = 2**62
+#: The largest count that a call of MPI takes.
+LARGEST = UNLIMITED if MPI.Get_version() >= (4, 0) and int(version.split(".")[0]) >= 4 else 2**31 - 1
+
+
+def pieces_of(count: int, start: int = 0) -> Iterator[slice]:
+    """Slices of at most `LARGEST` items that make up `count` items from `start` on."""
+    for begin in range(start, start + count, LARGEST):
+        yield slice(begin, min(begin + LARGEST, start + count))
+
+
+def starts(counts: Sequence[int] | Array) -> Array:
+    """Where the rows for each rank begin, if they lie one after another."""
+    places = numpy.zeros(len(counts), "i8")
+    numpy.cumsum(counts[:-1], out=places[1:])
+    return places
+
+
+def row_size(x: Array) -> int:
+    """The number of bytes of one item along the first axis."""
+    return x.dtype.itemsize * math.prod(x.shape[1:])
+
+
+@contextmanager
+def row_type(x: Array) -> Iterator[MPI.Datatype]:
+    """The type, for MPI, of a row of an array."""
+    item = MPI.BYTE.Create_contiguous(x.dtype.itemsize)
+    row = item.Create_contiguous(math.prod(x.shape[1:]))
+    item.Free()
+    row.Commit()
+    try:
+        yield row
+    finally:
+        row.Free()
+
+
+def too_many(comm: MPI.Comm, *counts: Sequence[int] | Array) -> bool:
+    """Whether any rank has more rows, to all ranks or from all, than a call can count. Collective."""
+    if LARGEST == UNLIMITED:
+        return False
+    most = numpy.array(max(int(numpy.sum(numbers)) for numbers in counts))
+    count_to_all(comm, most.nbytes)
+    comm.Allreduce(most.copy(), most, MPI.MAX)
+    return bool(most > LARGEST)
+
+
+def deliver(
+    comm: MPI.Comm, rows: Array, to: Rows, fro: Rows, received: Array, in_pieces: bool = False
+) -> Array:
+    """Rows to and from all ranks by one `Alltoallv`, into `received`; or, `in_pieces`, by many messages.
+
+    `to` and `fro` are how many rows there are for each rank, and where they begin.
+    """
+    rows = numpy.ascontiguousarray(rows)
+    count_to_each(comm, to[0], row_size(rows))
+    with row_type(rows) as row:
+        if not in_pieces:
+            comm.Alltoallv([rows, to, row], [received, fro, row])
+            return received
+        # Send and receive pieces
+        requests = []
+        for counts, places, array, start in (*fro, received, comm.Irecv), (*to, rows, comm.Isend):
+            for rank, (count, place) in enumerate(zip(counts, places)):
+                for piece in pieces_of(int(count), int(place)) if rank != comm.rank else ():
+                    requests.append(start([array[piece], piece.stop - piece.start, row], rank))
+        here, there = (
+            slice(side[1][comm.rank], side[1][comm.rank] + side[0][comm.rank]) for side in (fro, to)
+        )
+        received[here] = rows[there]
+        MPI.Request.Waitall(requests)
+    return received
+
+
+def check_count(count: int) -> None:
+    """Raise ValueError if a call cannot count so many rows; all ranks must ask the same."""
+    if count > LARGEST:
+        raise ValueError(
+            f"{count} rows are more than a call of this MPI library can count, which is {LARGEST}; "
+            "it takes a library of MPI 4 and mpi4py 4, or rows that are longer"
+        )
+
+
 def find_counts(comm: MPI.Comm, x: Value, **settings: Any) -> tuple[list[int] | Any, numpy.dtype[Any] | None]:
     """The number of rows on each rank and the common dtype of a partitioned array, else None, None."""
     shapes, dtype = gather_kinds(comm, x, **settings)
@@ -341,36 +459,46 @@ def join(x: Value, comm: MPI.Comm, root: int | None = None) -> tuple[Value, list
     if root is not None:
         check_rank("root", root, comm)
     if counts is None:
+        count_object(comm, x, root)
         return comm.allgather(x) if root is None else comm.gather(x, root), None
     x = numpy.asarray(x, dtype, order="C")
     y = None
     if root is None or root == comm.rank:
         y = numpy.empty((sum(counts), *x.shape[1:]), dtype)
-    nbytes = numpy.multiply(counts, row_size(x))
-    if root is None:
-        comm.Allgatherv([x, MPI.BYTE], [y, nbytes, MPI.BYTE])
-    else:
-        comm.Gatherv([x, MPI.BYTE], None if y is None else [y, nbytes, MPI.BYTE], root)
+    check_count(sum(counts))
+    with row_type(x) as row:
+        if root is None:
+            count_to_all(comm, x.nbytes)
+            comm.Allgatherv([x, len(x) if x.ndim else 1, row], [y, (counts, starts(counts)), row])
+        else:
+            count_to_one(comm, root, x.nbytes)
+            there = None if y is None else [y, (counts, starts(counts)), row]
+            comm.Gatherv([x, len(x) if x.ndim else 1, row], there, root)
     return y, counts
 
 
-def row_size(x: Array) -> int:
-    """The number of bytes of one item along the first axis."""
-    return x.dtype.itemsize * int(numpy.prod(x.shape[1:]))
+def count_objects(comm: MPI.Comm, items: Sequence[Any]) -> None:
+    """Count objects of which the first goes to rank 0, the next to rank 1, and so on."""
+    for rank, item in enumerate(items):
+        count_object(comm, item, rank)
 
 
 def deal(x: Value, counts: Sequence[int] | None, comm: MPI.Comm, root: int, scalar: bool = False) -> Value:
     """Our part of a value of `root`: counts[rank] rows, or an item of a list if `counts` is None."""
     if counts is None:
+        count_objects(comm, x if comm.rank == root else ())
         return comm.scatter(x, root)
     kind = None
     if comm.rank == root:
         x = numpy.asarray(x, order="C")
         kind = x.shape[1:], x.dtype
-    shape, dtype = comm.bcast(kind, root)
+    shape, dtype = send_to_all(kind, comm, root)
+    check_count(sum(counts))
     y = numpy.empty((counts[comm.rank], *shape), dtype)
-    nbytes = numpy.multiply(counts, row_size(y))
-    comm.Scatterv([x, nbytes, MPI.BYTE] if comm.rank == root else None, [y, MPI.BYTE], root)
+    count_to_each(comm, counts if comm.rank == root else (), row_size(y))
+    with row_type(y) as row:
+        there = [x, (counts, starts(counts)), row] if comm.rank == root else None
+        comm.Scatterv(there, [y, len(y), row], root)
     return y[0] if scalar else y
 
 
@@ -404,7 +532,7 @@ class gather:
         return dict(kind=describe(x), counts=counts, comm=comm, root=root)
 
     def vjp(node, _y, kind, counts, comm, root):
-        if comm.bcast(_y is ZeroGradient, root):
+        if send_to_all(_y is ZeroGradient, comm, root):
             return dict(_x=ZeroGradient)
         return dict(_x=deal(_y, counts, comm, root, scalar=kind[0] == ()))
 
@@ -427,7 +555,7 @@ def plan_scatter(x: Value, counts: Sequence[int] | None, comm: MPI.Comm, root: i
             counts = even_counts(len(x), comm.size)
         elif not are_counts(counts, comm.size, len(x)):
             complaint = f"counts {counts!r} do not add up to {len(x)} rows on {comm.size} ranks"
-    counts, complaint = comm.bcast((counts, complaint), root)
+    counts, complaint = send_to_all((counts, complaint), comm, root)
     if complaint:
         raise ValueError(complaint)
     return counts
@@ -484,7 +612,7 @@ class scatter:
         return dict(_x=_x if everywhere or comm.rank == root else ZeroGradient)
 
     def jvp(node, x_, plan, comm, root):
-        if comm.bcast(x_ is ZeroGradient, root):
+        if send_to_all(x_ is ZeroGradient, comm, root):
             return dict(y_=ZeroGradient)
         return dict(y_=deal(x_, plan, comm, root))
 
@@ -521,9 +649,13 @@ def exchange_rows(x: Value, send: Sequence[int], recv: Sequence[int], comm: MPI.
     """Send send[r] rows to each rank r and receive recv[r] from it; the dtype is the same on all."""
     x = numpy.asarray(x, order="C")
     y = numpy.empty((sum(recv), *x.shape[1:]), x.dtype)
-    size = row_size(x)
-    comm.Alltoallv([x, numpy.multiply(send, size), MPI.BYTE], [y, numpy.multiply(recv, size), MPI.BYTE])
-    return y
+    return deliver(comm, x, (send, starts(send)), (recv, starts(recv)), y, too_many(comm, send, recv))
+
+
+def send_objects(items: Sequence[Any], comm: MPI.Comm) -> list[Any]:
+    """Send an object, pickled, to each rank, and receive one from each."""
+    count_objects(comm, items)
+    return comm.alltoall(items)
 
 
 def return_rows(
@@ -574,8 +706,8 @@ class alltoall:
                 )
         fail_together(comm, complaint)
         if rows is None:
-            return dict(y=comm.alltoall(x), send=None, recv=None)
-        recv = comm.alltoall(send)
+            return dict(y=send_objects(x, comm), send=None, recv=None)
+        recv = send_objects(send, comm)
         return dict(y=exchange_rows(numpy.asarray(x, dtype), send, recv, comm), send=send, recv=recv)
 
     def rcd(node, x, comm, counts, y, send, recv):
@@ -583,12 +715,12 @@ class alltoall:
 
     def vjp(node, _y, kinds, send, recv, comm):
         if send is None:
-            return dict(_x=comm.alltoall([ZeroGradient] * comm.size if _y is ZeroGradient else _y))
+            return dict(_x=send_objects([ZeroGradient] * comm.size if _y is ZeroGradient else _y, comm))
         return dict(_x=return_rows(_y, kinds[1], send, recv, comm))
 
     def jvp(node, x_, kinds, send, recv, comm):
         if send is None:
-            return dict(y_=comm.alltoall([ZeroGradient] * comm.size if x_ is ZeroGradient else x_))
+            return dict(y_=send_objects([ZeroGradient] * comm.size if x_ is ZeroGradient else x_, comm))
         return dict(y_=return_rows(x_, kinds[0], recv, send, comm))
 
 
@@ -598,6 +730,7 @@ def pass_on(x: Value, dest: int, source: int, comm: MPI.Comm) -> Value:
     Raises ValueError on all ranks unless each receives from the rank that sends to it.
     """
     mine = describe(x)
+    count_object(comm, (mine, dest, source))
     everybody = comm.allgather((mine, dest, source))
     for rank, (_, to, _) in enumerate(everybody):
         if to != MPI.PROC_NULL and (to not in range(comm.size) or everybody[to][2] != rank):
@@ -607,12 +740,18 @@ def pass_on(x: Value, dest: int, source: int, comm: MPI.Comm) -> Value:
             raise ValueError(f"rank {rank} expects something from {of!r}, which sends it nothing")
     kind = "NoneType" if source == MPI.PROC_NULL else everybody[source][0]
     if type(mine) is tuple:
-        sent = comm.Isend([numpy.asarray(x, order="C"), MPI.BYTE], dest, 1)
+        check_count(numpy.size(x))
+        flat = numpy.asarray(x, order="C").reshape(-1)
+        count_to_one(comm, dest, flat.nbytes)
+        with row_type(flat) as item:
+            sent = comm.Isend([flat, flat.size, item], dest, 1)
     else:
+        count_object(comm, x, dest)
         sent = comm.isend(x, dest, 1)
     if type(kind) is tuple:
         y = numpy.empty(*kind)
-        comm.Recv([y, MPI.BYTE], source, 1)
+        with row_type(y.reshape(-1)) as item:
+            comm.Recv([y, y.size, item], source, 1)
         y = y[()]
     else:
         y = comm.recv(source=source, tag=1)

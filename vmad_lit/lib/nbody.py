@@ -40,12 +40,13 @@ from vmad_lit.lib.cosmology import (
     start_factors,
     step_factors,
 )
-from vmad_lit.lib.exchange import agree_on_lattice, decompose, lay_out
+from vmad_lit.lib.costs import check_simulation
+from vmad_lit.lib.exchange import Displaced, agree_on_lattice, decompose, lay_out
 from vmad_lit.lib.force import force, window_for_force
 from vmad_lit.lib.linalg import einsum, reshape
 from vmad_lit.lib.lpt import lpt
 from vmad_lit.lib.mesh import Field, ParticleMesh, agree, as_rows, common_dtypes, is_zero
-from vmad_lit.lib.mpi import allbcast
+from vmad_lit.lib.mpi import add_up, allbcast
 from vmad_lit.lib.painting import in_dtype_of
 
 try:
@@ -73,8 +74,8 @@ def gravity(dx: Symbol, q: Array, pm: ParticleMesh, keep_potential: bool = True)
     f : (N, ndim), minus the gradient of the potential whose Laplacian is the density contrast
     potk : complex field, the modes of the potential. It costs nothing if it is not used
     """
-    x = axpy(q, dx, 1.0)
-    return force(x, decompose(x, pm), pm, keep_potential=keep_potential)
+    x, lattice = (axpy(q, dx, 1.0), None) if isinstance(q, Symbol) else (dx, q)
+    return force(x, decompose(x, pm, lattice=lattice), pm, keep_potential=keep_potential, lattice=lattice)
 
 
 def KickFactor(pt: AnyBackground, ai: Numbers, ac: Numbers, af: Numbers) -> Numbers:
@@ -105,26 +106,27 @@ def factors_of_step(pt: Background, ai: float, af: float) -> tuple[float, float,
 
 
 class ForceAt:
-    """The force on particles at `x`, and its transpose, which add to what is there.
+    """The force on particles displaced by `dx` from a lattice `q`, and its transpose, which add to what is there.
 
-    `layout`, `pot` and `factor` are those that an earlier object had for the same positions, or None. `again` is
-    None, or a function that makes the positions of some rows, so that they need not be held. Positions that are
-    new are made by a function, whose errors all ranks raise.
+    `layout`, `pot` and `factor` are those that an earlier object had for the same positions, or None. Displacements
+    that are new are made by a function, whose errors all ranks raise.
     """
 
     def __init__(
         self,
-        x: Array | Callable[[], Array],
+        dx: Array | Callable[[], Array],
+        q: Array,
         pm: ParticleMesh,
         layout: Any = None,
         pot: Field | None = None,
         factor: float | None = None,
-        again: Callable[[slice], Array] | None = None,
     ) -> None:
-        if callable(x):
-            x, layout = lay_out(x, pm, new=False)
+        if callable(dx):
+            x, layout = lay_out(dx, pm, new=False, lattice=q)
+        else:
+            x = Displaced(dx, q)
         self.x, self.pm, self.pot, self._window = x, pm, pot, window_for_force(pm, layout)
-        self._count, self.field_like, self._again = len(x), numpy.empty(0, x.dtype), again
+        self._count, self.field_like = len(x), numpy.empty(0, x.dtype)
         self.layout = layout
         self.factor = force.find_factor(x, pm) if factor is None else factor
         self._stays = self._window.stays
@@ -149,22 +151,12 @@ class ForceAt:
 
     def pull(self, _f: Array, _x: Array, c: float, out: Array) -> None:
         """_x plus c times the cotangent of the positions from that of the force, into `out`, which may be `_x`; once."""
-        _f, x = self._window.bring(_f), self._local_x
-        _potk = force.pull_meshes(self._window, x, _f, 1)
-        pot, self.pot = force.find_potential(self.pot, self._window, x, self.factor, 1), None
-        find, apart = x.__getitem__, self._again is not None and self._stays
-        if apart:
-            find = self._again
-            del self.x, self._local_x, self.layout
-        meshes = force.meshes(self._window, pot, 1, force.pull_density(_potk, self.factor))
-        del pot, _potk, x
-        self._add(
-            lambda rows, **to: self._window.weighted_gradient(meshes, find(rows), _f[rows], **to),
-            _x,
-            c,
-            out,
-            apart,
-        )
+        _f, x, w = self._window.bring(_f), self._local_x, self._window
+        _potk = force.pull_meshes(w, x, _f, 1)
+        pot, self.pot = force.find_potential(self.pot, w, x, self.factor, 1), None
+        meshes = force.meshes(w, pot, 1, force.pull_density(_potk, self.factor))
+        del pot, _potk
+        self._add(lambda rows, **to: w.weighted_gradient(meshes, x[rows], _f[rows], **to), _x, c, out)
 
     def record(self) -> dict[str, Any]:
         """What the derivatives of the force ask for; the potential is computed once."""
@@ -185,12 +177,10 @@ class ForceAt:
         )
 
     # Add what is found for particles
-    def _add(
-        self, find: Callable[..., Array], base: Array, c: float, out: Array, apart: bool = False
-    ) -> None:
-        """base + c * what `find` finds for rows of particles, into `out`; for some at a time (`apart`) if need be."""
-        direct = self._stays and self._window.compiled and alike(base, out) and out.dtype == "f8"
-        for rows in [slice(None)] if direct and not apart else self._blocks():
+    def _add(self, find: Callable[..., Array], base: Array, c: float, out: Array) -> None:
+        """base + c * what `find` finds for rows of particles, into `out`; for some at a time, if need be."""
+        direct = self._stays and self._window.compiled and alike(base, out) and out.dtype == self.x.dtype
+        for rows in [slice(None)] if direct else self._blocks():
             if direct:
                 find(rows, out=out[rows], base=base[rows], factor=c)
             else:
@@ -269,14 +259,14 @@ class kick_drift:
     aout = {"dx": "ndarray", "p": "ndarray"}
     collective = True
     fresh = True
-    inplace = "dx_i", "p_i", "_dx", "_p"
+    inplace = "p_i", "_dx", "_p"
 
     def apl(node, dx_i, p_i, kick, drift, q, pm, keep_potential=True):
-        def find_positions() -> Array:
+        def find_displacements() -> Array:
             check_state(q, dx_i, p_i, kick, drift)
-            return add_multiple(q, dx_i, 1.0)
+            return dx_i
 
-        gravity = ForceAt(find_positions, pm)
+        gravity = ForceAt(find_displacements, q, pm)
         if (
             not node.needs("dx")
             and not node.needs("p")
@@ -284,14 +274,16 @@ class kick_drift:
             and node.is_literal("drift")
         ):
             return dict(dx=None, p=None, f=None, gravity=gravity)
-        dx, p = room_for(node, "dx_i", dx_i, dx_i), room_for(node, "p_i", p_i, p_i)
+        # The tape keeps the displacements before
+        dx, p = memory.empty_like(dx_i), room_for(node, "p_i", p_i, p_i)
         f = None if node.is_literal("kick") else memory.empty_like(p)
         _apply_kick_drift(gravity, dx_i, p_i, float(kick), float(drift), dx, p, f)
         return dict(dx=dx, p=p, f=f, gravity=gravity)
 
     def rcd(node, dx_i, p_i, kick, drift, q, pm, keep_potential, dx, p, f, gravity):
         return dict(
-            x=gravity.x,
+            dx_i=gravity.x.displacement,
+            q=gravity.x.lattice,
             layout=gravity.layout,
             pot=gravity.pot if keep_potential else None,
             factor=gravity.factor,
@@ -302,35 +294,35 @@ class kick_drift:
             p=None if node.is_literal("drift") else copy_of(p),
         )
 
-    def vjp(node, _dx, _p, x, layout, pot, factor, f, p, kick, drift, pm):
+    def vjp(node, _dx, _p, dx_i, q, layout, pot, factor, f, p, kick, drift, pm):
         # Pull the cotangents back through a kick and a drift
         dtypes = [dtype for dtype in common_dtypes(pm.comm, _dx, _p) if dtype is not None]
         if not dtypes:
             return dict(_dx_i=ZeroGradient, _p_i=ZeroGradient, _kick=ZeroGradient, _drift=ZeroGradient)
         dtype, _kick, _drift = numpy.result_type(*dtypes), ZeroGradient, ZeroGradient
-        _dx = as_rows(0.0 if is_zero(_dx) else _dx, x.shape, dtype)
+        _dx = as_rows(0.0 if is_zero(_dx) else _dx, dx_i.shape, dtype)
         if node.needs("drift"):
             _drift = sum_products(_dx, p)
         if is_zero(_p):
             # In memory of its own even if the drift is one, since _dx may be overwritten
             _p_i = numpy.multiply(_dx, float(drift), out=memory.empty_like(_dx))
         else:
-            _p = as_rows(_p, x.shape, dtype)
+            _p = as_rows(_p, dx_i.shape, dtype)
             _p_i = add_multiple(_p, _dx, float(drift), out=room_for(node, "_p", _p, _p))
         if node.needs("kick"):
             _kick = sum_products(_p_i, f)
         _dx_i = room_for(node, "_dx", _dx, _dx)
-        ForceAt(x, pm, layout, pot, factor).pull(_p_i, _dx, float(kick), _dx_i)
+        ForceAt(dx_i, q, pm, layout, pot, factor).pull(_p_i, _dx, float(kick), _dx_i)
         return dict(_dx_i=_dx_i, _p_i=_p_i, _kick=_kick, _drift=_drift)
 
-    def jvp(node, dx_i_, p_i_, kick_, drift_, x, layout, pot, factor, f, p, kick, drift, pm):
-        f_ = ForceAt(x, pm, layout, pot, factor).push(dx_i_)
+    def jvp(node, dx_i_, p_i_, kick_, drift_, dx_i, q, layout, pot, factor, f, p, kick, drift, pm):
+        f_ = ForceAt(dx_i, q, pm, layout, pot, factor).push(dx_i_)
         p_ = plus_multiple(plus_multiple(p_i_, f_, kick), f, kick_)
         return dict(dx_=plus_multiple(plus_multiple(dx_i_, p_, drift), p, drift_), p_=p_)
 
-    def hvp(node, _dx, _p, dx_i_, p_i_, kick_, drift_, x, layout, pot, factor, f, kick, drift, pm):
+    def hvp(node, _dx, _p, dx_i_, p_i_, kick_, drift_, dx_i, q, layout, pot, factor, f, kick, drift, pm):
         # Change the cotangents of a kick and a drift
-        gravity, _kick_, _drift_ = ForceAt(x, pm, layout, pot, factor), ZeroGradient, ZeroGradient
+        gravity, _kick_, _drift_ = ForceAt(dx_i, q, pm, layout, pot, factor), ZeroGradient, ZeroGradient
         _p_i, _p_i_ = plus_multiple(_p, _dx, drift), multiple(_dx, drift_)
         _f, _f_ = multiple(_p_i, kick), plus_multiple(multiple(_p_i_, kick), _p_i, kick_)
         _dx_i_ = gravity.pull_change(_f, _f_, dx_i_)
@@ -585,12 +577,7 @@ class reversible_leapfrog:
         dx: Array, p: Array, kick: float, q: Array, pm: ParticleMesh, _p: Value
     ) -> tuple[ForceAt, float]:
         """Undo a kick in place."""
-        gravity, product = (
-            ForceAt(
-                lambda: add_multiple(q, dx, 1.0), pm, again=lambda rows: add_multiple(q[rows], dx[rows], 1.0)
-            ),
-            0.0,
-        )
+        gravity, product = ForceAt(lambda: dx, q, pm), 0.0
         if is_zero(_p):
             gravity.kick(p, -float(kick), p)
             return gravity, product
@@ -609,14 +596,12 @@ class reversible_leapfrog:
             len(factors) // 2,
         )
         for i in range(n):
-            gravity = ForceAt(lambda: add_multiple(q, dx, 1.0), pm)
+            gravity = ForceAt(lambda: dx, q, pm)
             _apply_kick_drift(gravity, dx, p, factors[2 * i], factors[2 * i + 1], dx, p)
             del gravity
         if node.needs("p") or node.needs("f"):
             f = memory.empty_like(p)
-            _apply_kick_drift(
-                ForceAt(lambda: add_multiple(q, dx, 1.0), pm), dx, p, factors[2 * n], 0.0, dx, p, f
-            )
+            _apply_kick_drift(ForceAt(lambda: dx, q, pm), dx, p, factors[2 * n], 0.0, dx, p, f)
         return dict(dx=dx, p=p, f=f)
 
     def rcd(node, dx_i, p_i, factors, q, pm, dx, p, f):
@@ -669,11 +654,12 @@ class reversible_leapfrog:
                 break
             drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
             gravity, f = (
-                ForceAt(lambda: add_multiple(q, dx, 1.0), pm),
+                ForceAt(lambda: dx, q, pm),
                 memory.empty_like(p) if kick_ else ZeroGradient,
             )
-            _apply_kick_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
+            _apply_kick_drift(gravity, dx, p, kick, 0.0, dx, p, f if kick_ else None)
             f_ = gravity.push(dx_)
+            add_multiple(dx, p, drift, out=dx)
             for x_, v, c in (p_, f_, kick), (p_, f, kick_), (dx_, p_, drift), (dx_, p, drift_):
                 if c:
                     add_multiple(x_, v, c, out=x_)
@@ -699,11 +685,12 @@ class reversible_leapfrog:
                 break
             drift, drift_ = (c[2 * i + 1] if more else 0.0 for c in (factors, factors_))
             gravity, f = (
-                ForceAt(lambda: add_multiple(q, dx, 1.0), pm),
+                ForceAt(lambda: dx, q, pm),
                 memory.empty_like(p) if kick_ else ZeroGradient,
             )
-            _apply_kick_drift(gravity, dx, p, kick, drift, dx, p, f if kick_ else None)
+            _apply_kick_drift(gravity, dx, p, kick, 0.0, dx, p, f if kick_ else None)
             f_ = gravity.push(dx_)
+            add_multiple(dx, p, drift, out=dx)
             for x_, v, c in (p_, f_, kick), (p_, f, kick_), (dx_, p_, drift), (dx_, p, drift_):
                 if c:
                     add_multiple(x_, v, c, out=x_)
@@ -887,8 +874,10 @@ class FastPMSimulation:
         a symbol
     pm : ParticleMesh of the initial conditions
     B : the mesh of the force has B times as many points along each axis
-    q : (N, ndim) lattice; by default a particle in the middle of each cell of `pm`
+    q : (N, ndim) lattice, whose precision is that of the particles; by default a particle in the middle of each cell
+        of `pm`, in the precision of the mesh
     ram, reversible, keep_potential, disk, folder : what the derivatives keep, and where, see `leapfrog`
+    check_memory : bool, whether to refuse a run that will not fit into memory, before the lattice is made
 
     Attributes
     ----------
@@ -911,6 +900,7 @@ class FastPMSimulation:
         keep_potential: bool = True,
         disk: int | None = None,
         folder: str | None = None,
+        check_memory: bool = True,
     ) -> None:
         self.stages = numpy.array(check_stages(stages))
         self.pt = find_background(cosmology, stages)
@@ -921,14 +911,30 @@ class FastPMSimulation:
             raise ValueError(
                 f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}"
             )
-        self.fpm = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int))
-        q = pm.generate_uniform_particle_grid(shift=0.5) if q is None else agree_on_lattice(q, pm)
+        self.fpm, self._B = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int)), float(B)
+        q = None if q is None else agree_on_lattice(q, pm)
+        self._count = int(pm.Nmesh.prod()) if q is None else add_up(pm.comm, len(q))
+        if check_memory:
+            self.check_memory(gradient=False)
+        if q is None:
+            q = pm.generate_uniform_particle_grid(shift=0.5).astype(pm.create(type="real").dtype)
         self.q = numpy.ascontiguousarray(q)
 
     @property
     def comm(self) -> Any:
         """The communicator of the ranks that run the simulation together."""
         return self.pm.comm
+
+    def check_memory(self, gradient: bool = True, extra: int = 0) -> None:
+        """Raise MemoryError on all ranks if a run, or its gradient, will not fit into the memory of a node. Collective.
+
+        `extra` are bytes on each rank that the program needs beside it.
+        """
+        policy = dict(
+            ram=self.ram, disk=self.disk, reversible=self.reversible, keep_potential=self.keep_potential
+        )
+        mesh, steps = self.pm.Nmesh.tolist(), len(self.stages) - 1
+        check_simulation(self.comm, mesh, self._count, steps, policy, gradient, self._B, extra)
 
     def KickFactor(self, ai: Numbers, ac: Numbers, af: Numbers) -> Numbers:
         """See the function `KickFactor`."""

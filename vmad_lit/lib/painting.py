@@ -20,10 +20,14 @@ from vmad_lit.lib.exchange import (
     AnyLayout,
     HaloLayout,
     IdentityLayout,
-    as_positions,
+    Positions,
     check_layout,
+    check_positions,
+    displaced,
     exchange_rows,
     gather_rows,
+    in_the_box,
+    take_apart,
 )
 from vmad_lit.lib.mesh import (
     ParticleMesh,
@@ -35,6 +39,7 @@ from vmad_lit.lib.mesh import (
     common_dtypes,
     is_zero,
 )
+from vmad_lit.lib.mpi import add_up
 
 with needed_for("painting and reading out", extra="mesh"):
     from pmesh.pm import RealField
@@ -110,61 +115,67 @@ class Window:
         """A mesh, which may be an array, as a field."""
         return mesh if isinstance(mesh, RealField) else self.pm.create(type=RealField, value=mesh)
 
-    def paint(self, x: Array, mass: Value) -> RealField:
+    def paint(self, x: Positions, mass: Value) -> RealField:
         """The mesh painted with particles."""
         mesh = self.empty()
         if self.compiled:
-            return self.fold(window.paint(mesh, x, mass, **self.args))
+            at, lattice = take_apart(x)
+            return self.fold(window.paint(mesh, at, mass, lattice=lattice, **self.args))
         mass = numpy.asarray(mass, dtype="f8")
-        return self.pm.paint(x, mass=mass, resampler=self.resampler, out=mesh, hold=True)
+        return self.pm.paint(in_the_box(x), mass=mass, resampler=self.resampler, out=mesh, hold=True)
 
-    def readout(self, meshes: Sequence[Mesh], x: Array, **to: Any) -> Array:
+    def readout(self, meshes: Sequence[Mesh], x: Positions, **to: Any) -> Array:
         """The values (N, n) of n meshes; only our loops can add them `to` something, see `window.readout`."""
         if self.compiled:
-            return window.readout([self.fetch(mesh) for mesh in meshes], x, **self.args, **to)
+            at, to["lattice"] = take_apart(x)
+            return window.readout([self.fetch(mesh) for mesh in meshes], at, **self.args, **to)
+        x = in_the_box(x)
         return numpy.stack(
             [self.field(mesh).readout(x, resampler=self.resampler) for mesh in meshes], axis=-1
         )
 
-    def spread(self, x: Array, value: Array, out: Meshes, x_: Array | None = None) -> Meshes:
+    def spread(self, x: Positions, value: Array, out: Meshes, x_: Array | None = None) -> Meshes:
         """Add the columns of `value` (N, n) to the n meshes of `out`, and return them: the adjoint of `readout`.
 
         With `x_`, the change of that along a tangent of the positions.
         """
+        at, lattice = take_apart(x)
         if not self.compiled:
             for c, mesh in enumerate(out):
                 column = value[:, c]
                 mesh[...] += (self.paint(x, column) if x_ is None else self.paint_jvp(x, column, x_)).value
         elif x_ is None:
-            window.readout_vjp(None, x, value, out=out, need_pos=False, **self.args)
+            window.readout_vjp(None, at, value, out=out, need_pos=False, lattice=lattice, **self.args)
         else:
-            window.spread_jvp(out, x, value, x_, **self.args)
+            window.spread_jvp(out, at, value, x_, lattice=lattice, **self.args)
         return out
 
-    def spread_fields(self, x: Array, value: Array, x_: Array | None = None) -> list[RealField]:
+    def spread_fields(self, x: Positions, value: Array, x_: Array | None = None) -> list[RealField]:
         """The fields to which the columns of `value` are spread, see `spread`. Collective."""
         return [self.fold(mesh) for mesh in self.spread(x, value, [self.empty() for _ in value.T], x_)]
 
     # Derivatives of painting and reading out
-    def gradient(self, mesh: Mesh, x: Array) -> Array:
+    def gradient(self, mesh: Mesh, x: Positions) -> Array:
         """The derivatives (N, ndim) of the value of a mesh by the position."""
         if self.compiled:
-            return window.gradient(self.fetch(mesh), x, **self.args)
-        mesh = self.field(mesh)
+            at, lattice = take_apart(x)
+            return window.gradient(self.fetch(mesh), at, lattice=lattice, **self.args)
+        mesh, x = self.field(mesh), in_the_box(x)
         return numpy.stack(
             [mesh.readout(x, resampler=self.differentiable, gradient=d) for d in range(self.pm.ndim)], axis=-1
         )
 
     def weighted_gradient(
-        self, meshes: Sequence[Mesh], x: Array, factors: Array | None = None, **to: Any
+        self, meshes: Sequence[Mesh], x: Positions, factors: Array | None = None, **to: Any
     ) -> Any:
         """The sum of the gradients of meshes, each times its column of `factors` (N, n); if none is left, times one.
 
         Only our loops can add it `to` something, see `window.weighted_gradient`.
         """
         if self.compiled:
+            at, to["lattice"] = take_apart(x)
             return window.weighted_gradient(
-                [self.fetch(mesh) for mesh in meshes], x, factors, **self.args, **to
+                [self.fetch(mesh) for mesh in meshes], at, factors, **self.args, **to
             )
         columns = [
             1.0 if factors is None or c >= factors.shape[1] else factors[:, c, None]
@@ -173,25 +184,28 @@ class Window:
         return sum(self.gradient(mesh, x) * column for mesh, column in zip(meshes, columns))
 
     def paint_vjp(
-        self, mesh: RealField, x: Array, mass: Value, need_x: bool = True, need_mass: bool = True
+        self, mesh: RealField, x: Positions, mass: Value, need_x: bool = True, need_mass: bool = True
     ) -> tuple[Array | None, Array | None]:
         """Cotangents of positions and masses from that of the mesh."""
         if self.compiled:
+            at, lattice = take_apart(x)
             return window.paint_vjp(
-                self.fetch(mesh), x, mass, need_pos=need_x, need_mass=need_mass, **self.args
+                self.fetch(mesh), at, mass, need_pos=need_x, need_mass=need_mass, lattice=lattice, **self.args
             )
         return (
             self.gradient(mesh, x) * numpy.reshape(mass, (-1, 1)) if need_x else None,
-            mesh.readout(x, resampler=self.resampler) if need_mass else None,
+            mesh.readout(in_the_box(x), resampler=self.resampler) if need_mass else None,
         )
 
     def paint_jvp(
-        self, x: Array, mass: Value, x_: Array | None = None, mass_: Array | None = None
+        self, x: Positions, mass: Value, x_: Array | None = None, mass_: Array | None = None
     ) -> RealField:
         """Tangent of the mesh."""
         mesh = self.empty()
         if self.compiled:
-            return self.fold(window.paint_jvp(mesh, x, mass, x_, mass_, **self.args))
+            at, lattice = take_apart(x)
+            return self.fold(window.paint_jvp(mesh, at, mass, x_, mass_, lattice=lattice, **self.args))
+        x = in_the_box(x)
         if x_ is not None:
             speed = numpy.asarray(x_) * numpy.reshape(mass, (-1, 1))
             for d in range(self.pm.ndim):
@@ -203,12 +217,17 @@ class Window:
         return mesh
 
     def readout_jvp(
-        self, meshes: Sequence[Mesh], x: Array, x_: Array | None = None, meshes_: Sequence[Mesh] | None = None
+        self,
+        meshes: Sequence[Mesh],
+        x: Positions,
+        x_: Array | None = None,
+        meshes_: Sequence[Mesh] | None = None,
     ) -> Any:
         """Tangent of the values (N, n); None is zero."""
         if self.compiled:
             of, of_ = (each and [self.fetch(mesh) for mesh in each] for each in (meshes, meshes_))
-            return window.readout_jvp(of, x, x_, of_, **self.args)
+            at, lattice = take_apart(x)
+            return window.readout_jvp(of, at, x_, of_, lattice=lattice, **self.args)
         value_: Any = 0
         if x_ is not None:
             value_ = numpy.stack([(self.gradient(mesh, x) * x_).sum(axis=-1) for mesh in meshes], axis=-1)
@@ -218,7 +237,7 @@ class Window:
     def weighted_gradient_jvp(
         self,
         meshes: Sequence[Mesh],
-        x: Array,
+        x: Positions,
         factors: Array | None = None,
         x_: Array | None = None,
         meshes_: Sequence[Mesh] | None = None,
@@ -232,7 +251,8 @@ class Window:
                 f"product (compute_with_gnDp)"
             )
         of, of_ = (each and [self.fetch(mesh) for mesh in each] for each in (meshes, meshes_))
-        return window.weighted_gradient_jvp(of, x, factors, x_, of_, factors_, **self.args)
+        at, lattice = take_apart(x)
+        return window.weighted_gradient_jvp(of, at, factors, x_, of_, factors_, lattice=lattice, **self.args)
 
 
 def _masses(mass: ArrayLike, count: int | None = None) -> Array:
@@ -248,19 +268,22 @@ def _masses(mass: ArrayLike, count: int | None = None) -> Array:
 
 
 def check_particles(
-    x: ArrayLike, layout: Value, pm: ParticleMesh, resampler: Resampler | None
-) -> tuple[Array, ResampleWindow, ParticleMesh]:
-    """Positions, the window and the mesh, for `agree`, once they fit the layout; or an error."""
+    x: ArrayLike, layout: Value, pm: ParticleMesh, resampler: Resampler | None, lattice: Value = None
+) -> tuple[Array, Array | None, ResampleWindow, ParticleMesh]:
+    """Positions, a lattice or None, the window and the mesh, for `agree`, once they fit the layout; or an error."""
     window = FindResampler(pm.resampler if resampler is None else resampler)
-    x = as_positions(x, pm, new=layout is None)
+    x, lattice = check_positions(x, lattice, pm, new=layout is None)
     check_layout(layout, pm, window)
     if layout is not None and len(x) != layout.sendlength:
         raise ValueError(f"the layout was made for {layout.sendlength} particles, but there are {len(x)}")
-    return x, window, pm
+    return x, lattice, window, pm
 
 
-def agree_to_read(meshes: Any, x: Value, layout: Value, resampler: Resampler | None) -> Array:
-    """Positions in a dtype that all ranks agree on, if these real fields of one mesh can be read there. Collective."""
+def agree_to_read(
+    meshes: Any, x: Value, layout: Value, resampler: Resampler | None, lattice: Value = None
+) -> tuple[Array, Array | None]:
+    """Positions, and a lattice or None, in dtypes that all ranks agree on, if these real fields of one mesh can be
+    read there. Collective."""
     some = isinstance(meshes, (list, tuple)) and len(meshes) > 0
 
     def prepare() -> tuple[Any, ...]:
@@ -268,9 +291,10 @@ def agree_to_read(meshes: Any, x: Value, layout: Value, resampler: Resampler | N
             raise TypeError(f"expected a list of real fields, not {meshes!r}")
         pm = check_field(meshes[0], RealField).pm
         fields = [check_field(mesh, RealField, pm) for mesh in meshes]
-        return *check_particles(x, layout, pm, resampler), fields
+        return *check_particles(x, layout, pm, resampler, lattice), fields
 
-    return agree(comm_of(meshes[0] if some else None), prepare)[0]
+    at, lattice, *_ = agree(comm_of(meshes[0] if some else None), prepare)
+    return at, lattice
 
 
 @operator
@@ -284,6 +308,8 @@ class paint:
     layout : from `decompose`, or None if the particles have been exchanged already
     pm : ParticleMesh
     resampler : window, by default that of `pm`
+    lattice : (N, ndim), a constant; `x` are displacements from it. They are added in double precision, so that
+        displacements in single precision lose no digits in a large box
     """
 
     ain = {"x": "ndarray", "mass": "*", "layout": "*Layout"}
@@ -292,28 +318,30 @@ class paint:
     placements = "partitioned, partitioned, any -> field"
     fresh = True
 
-    def apl(node, x, mass, layout, pm, resampler=None):
+    def apl(node, x, mass, layout, pm, resampler=None, lattice=None):
         def prepare() -> tuple[Any, ...]:
-            positions, *others = check_particles(x, layout, pm, resampler)
+            positions, *others = check_particles(x, layout, pm, resampler, lattice)
             return positions, _masses(mass, len(positions)), *others
 
-        x, mass, *_ = agree(pm.comm, prepare)
+        x, mass, lattice, *_ = agree(pm.comm, prepare)
         w = Window(pm, resampler, layout)
-        return dict(mesh=w.paint(w.bring(x), w.bring(mass)), dtypes=(x.dtype, mass.dtype))
+        mesh = w.paint(w.bring(displaced(x, lattice)), w.bring(mass))
+        return dict(mesh=mesh, dtypes=(x.dtype, mass.dtype))
 
     @staticmethod
-    def bring(w: Window, *values: tuple[Value, Any]) -> list[Any]:
+    def bring(w: Window, x: Value, mass: Value, lattice: Value, dtypes: Sequence[Any]) -> list[Any]:
         """Positions and masses, in dtypes that have been agreed on, for the particles on this rank. Collective."""
-        return [w.bring(numpy.asarray(value, dtype)) for value, dtype in values]
+        x, mass = (numpy.asarray(value, dtype) for value, dtype in zip((x, mass), dtypes))
+        return [w.bring(displaced(x, lattice)), w.bring(mass)]
 
-    def vjp(node, _mesh, x, mass, layout, pm, resampler, dtypes):
+    def vjp(node, _mesh, x, mass, layout, pm, resampler, lattice, dtypes):
         # Pull the cotangent of a mesh back to its particles
         (dtype,) = common_dtypes(pm.comm, _mesh)
         if dtype is None:
             return dict(_x=ZeroGradient, _mass=ZeroGradient, _layout=ZeroGradient)
         need_x, need_mass = not node.is_literal("x"), not node.is_literal("mass")
         w = Window(pm, resampler, layout)
-        local_x, local_mass = paint.bring(w, *zip((x, mass), dtypes))
+        local_x, local_mass = paint.bring(w, x, mass, lattice, dtypes)
         _x, _mass = w.paint_vjp(as_real_field(pm, _mesh), local_x, local_mass, need_x, need_mass)
         if need_mass:
             _mass = paint.of_masses(node, w, _mass, mass)
@@ -323,17 +351,17 @@ class paint:
             _layout=ZeroGradient,
         )
 
-    def jvp(node, x_, mass_, x, mass, layout, pm, resampler, dtypes):
+    def jvp(node, x_, mass_, x, mass, layout, pm, resampler, lattice, dtypes):
         of_x, of_mass = common_dtypes(pm.comm, x_, mass_)
         if of_x is None and of_mass is None:
             return dict(mesh_=ZeroGradient)
         w = Window(pm, resampler, layout)
         x_ = None if of_x is None else w.bring(as_rows(x_, numpy.shape(x), of_x))
         mass_ = None if of_mass is None else w.bring(_masses(as_rows(mass_, len(x), of_mass)))
-        x, mass = paint.bring(w, *zip((x, mass), dtypes))
+        x, mass = paint.bring(w, x, mass, lattice, dtypes)
         return dict(mesh_=w.paint_jvp(x, mass, x_, mass_))
 
-    def hvp(node, _mesh, x_, mass_, x, mass, layout, pm, resampler, dtypes):
+    def hvp(node, _mesh, x_, mass_, x, mass, layout, pm, resampler, lattice, dtypes):
         # Change the cotangents of positions and masses
         of_mesh, of_x, of_mass = common_dtypes(pm.comm, _mesh, x_, mass_)
         _x_ = _mass_ = ZeroGradient
@@ -341,7 +369,7 @@ class paint:
             return dict(_x_=_x_, _mass_=_mass_, _layout_=ZeroGradient)
         w = Window(pm, resampler, layout)
         meshes = [w.fetch(as_real_field(pm, _mesh))]
-        local_x, local_mass = paint.bring(w, *zip((x, mass), dtypes))
+        local_x, local_mass = paint.bring(w, x, mass, lattice, dtypes)
         x_ = None if of_x is None else w.bring(as_rows(x_, numpy.shape(x), of_x))
         if node.needs("x"):
             if of_mass is not None:
@@ -360,7 +388,7 @@ class paint:
         """The cotangent of masses, or of one mass for all, from that of each particle here."""
         if numpy.ndim(mass) == 0:
             own = node.placement("mass") == "partitioned"
-            return float(_mass.sum()) if own else w.pm.comm.allreduce(float(_mass.sum()))
+            return float(_mass.sum()) if own else float(add_up(w.pm.comm, float(_mass.sum())))
         return in_dtype_of(w.bring_back(_mass), mass)
 
 
@@ -379,6 +407,7 @@ class readout_all:
     x : (N, ndim) positions
     layout : from `decompose`, or None if the particles have been exchanged already
     resampler : window, by default that of the fields' ParticleMesh
+    lattice : (N, ndim), a constant; `x` are displacements from it, see `paint`
     """
 
     ain = {"meshes": "*", "x": "ndarray", "layout": "*Layout"}
@@ -386,11 +415,12 @@ class readout_all:
     collective = True
     placements = "field, partitioned, any -> partitioned"
 
-    def apl(node, meshes, x, layout, resampler=None):
-        at, pm = agree_to_read(meshes, x, layout, resampler), meshes[0].pm
+    def apl(node, meshes, x, layout, resampler=None, lattice=None):
+        at = displaced(*agree_to_read(meshes, x, layout, resampler, lattice))
+        pm = meshes[0].pm
         return dict(value=read(Window(pm, resampler, layout), meshes, at), pm=pm, at=at)
 
-    def rcd(node, meshes, x, layout, resampler, pm, at, **others):
+    def rcd(node, meshes, x, layout, resampler, lattice, pm, at, **others):
         return dict(
             x=at,
             layout=layout,
@@ -434,12 +464,12 @@ class readout:
     collective = True
     placements = "field, partitioned, any -> partitioned"
 
-    def apl(node, mesh, x, layout, resampler=None):
-        at = agree_to_read([mesh], x, layout, resampler)
+    def apl(node, mesh, x, layout, resampler=None, lattice=None):
+        at = displaced(*agree_to_read([mesh], x, layout, resampler, lattice))
         value = read(Window(mesh.pm, resampler, layout), [mesh], at)
         return dict(value=value[:, 0], pm=mesh.pm, at=at)
 
-    def rcd(node, mesh, x, layout, resampler, pm, at, **others):
+    def rcd(node, mesh, x, layout, resampler, lattice, pm, at, **others):
         return dict(
             x=at, layout=layout, resampler=resampler, pm=pm, mesh=None if node.is_literal("x") else mesh
         )
@@ -469,13 +499,13 @@ class readout:
         )
 
 
-def read(w: Window, meshes: Sequence[Mesh], x: Array) -> Array:
+def read(w: Window, meshes: Sequence[Mesh], x: Positions) -> Array:
     """The values of meshes at positions, which have been agreed on. Collective."""
     return w.bring_back(w.readout(meshes, w.bring(x)))
 
 
 def read_vjp(
-    node: Node, _value: Value, meshes: Any, x: Array, w: Window, name: str, count: int, spread: Spread
+    node: Node, _value: Value, meshes: Any, x: Positions, w: Window, name: str, count: int, spread: Spread
 ) -> tuple[Value, Any]:
     """The cotangents of positions, and of the meshes by `spread`; or None. Collective."""
     (dtype,) = common_dtypes(w.pm.comm, _value)
@@ -503,7 +533,7 @@ def read_hvp(
     x_: Array | None,
     meshes_: Sequence[Mesh] | None,
     meshes: Any,
-    x: Array,
+    x: Positions,
     w: Window,
     name: str,
     spread: Spread,

@@ -14,6 +14,7 @@ from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
+from vmad_lit.core.traffic import count_object, count_to_all
 from vmad_lit.lib.mesh import (
     ParticleMesh,
     agree,
@@ -153,6 +154,7 @@ class Shells:
         for total, factor in zip(sums, factors):
             weights = numpy.broadcast_to(values * factor, x.shape).ravel()
             total[...] = numpy.bincount(index, weights=weights, minlength=nbin + 1)[:nbin]
+        count_to_all(self.pm.comm, sums.nbytes)
         self.pm.comm.Allreduce(MPI.IN_PLACE, sums)
         return sums / self.counts
 
@@ -260,7 +262,9 @@ def aliased_window_squared(k: Sequence[Array], x: BaseComplexField, window: Wind
 def shot_noise(mass: ArrayLike, pm: ParticleMesh) -> float:
     """The shot noise of particles, V sum(m^2) / sum(m)^2, from the masses (N,) on this rank. Collective."""
     mass = run_together(pm.comm, lambda: real_array("mass", mass, shape=(None,)).astype("f8"))
-    square, total = pm.comm.allreduce(numpy.array([(mass**2).sum(), mass.sum()]))
+    sums = numpy.array([(mass**2).sum(), mass.sum()])
+    count_object(pm.comm, sums)
+    square, total = pm.comm.allreduce(sums)
     if not total > 0:
         raise ValueError(f"the total mass must be positive, but it is {total}")
     return float(pm.BoxSize.prod() * square / total**2)
@@ -386,6 +390,7 @@ def projection(
     image = numpy.zeros([int(n) for d, n in enumerate(pm.Nmesh) if d != axis])
     place = tuple(part for d, part in enumerate(field.slices) if d != axis)
     image[place] = numpy.take(field.value, mine, axis=axis).sum(axis=axis, dtype="f8")
+    count_to_all(comm, image.nbytes)
     if root is None:
         comm.Allreduce(MPI.IN_PLACE, image)
     elif comm.rank == root:

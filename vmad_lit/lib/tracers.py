@@ -17,7 +17,7 @@ from vmad_lit.lib import fastpm, linalg
 from vmad_lit.lib.cosmology import Background
 from vmad_lit.lib.exchange import agree_on_lattice
 from vmad_lit.lib.mesh import ParticleMesh, on_mesh
-from vmad_lit.lib.mpi import MPI, allbcast
+from vmad_lit.lib.mpi import MPI, add_up, allbcast
 from vmad_lit.lib.spectra import Direction, unit_vector
 from vmad_lit.lib.transfer import Transfer
 
@@ -53,7 +53,7 @@ def density(x: Symbol, mass: Value, q: Array, pm: ParticleMesh) -> Symbol:
     q : (N, ndim) the lattice from which they came; it only tells how many there are on all ranks
     pm : ParticleMesh of any number of cells
     """
-    number = pm.comm.allreduce(len(agree_on_lattice(q, pm)))
+    number = add_up(pm.comm, len(agree_on_lattice(q, pm)))
     if number == 0:
         raise ValueError("a density in units of its mean needs particles, but q has none on any rank")
     per_cell = number / float(pm.Nmesh.prod())

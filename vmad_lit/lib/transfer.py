@@ -15,6 +15,7 @@ from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Value
+from vmad_lit.core.traffic import count_object
 from vmad_lit.lib.mesh import (
     ParticleMesh,
     agree,
@@ -275,7 +276,10 @@ class apply_digitized:
         ind, conj = bins
         power = mode_weights(x) * _y.value * numpy.conj(x.value)
         sums = _sum_bins(numpy.where(conj, power.conj(), power), numpy.broadcast_to(ind, power.shape), nbin)
-        return sums if node.placement("tf") == "partitioned" else x.pm.comm.allreduce(sums)
+        if node.placement("tf") == "partitioned":
+            return sums
+        count_object(x.pm.comm, sums)
+        return x.pm.comm.allreduce(sums)
 
     def hvp(node, _y, x_, tf_, x, tf, bins, mode):
         of_y, of_x, of_tf = common_dtypes(x.pm.comm, _y, x_, tf_)

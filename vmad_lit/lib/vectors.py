@@ -14,15 +14,17 @@ with needed_for("compiled loops", extra="fast"):
     from llvmlite import ir
     from numba import float64, int64, types
     from numba.core import cgutils
-    from numba.extending import intrinsic, models, register_model
+    from numba import extending
+    from numba.extending import models, register_model
 
+intrinsic: Any = extending.intrinsic
 INT, BIT = ir.IntType(32), ir.IntType(1)
 
 #: What LLVM may do to sums and products: to fuse them.
 FLAGS = ("contract",)
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """The type of a vector, for numba: that of its lanes, and how many they are."""
 
     def __init__(self, dtype: Any, count: int) -> None:
@@ -31,7 +33,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector)
-class VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class VectorModel(models.PrimitiveModel):
     """What a vector is for LLVM."""
 
     def __init__(self, manager: Any, kind: Vector) -> None:
@@ -88,7 +90,7 @@ def _operands(
     ]
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def pointer(typing, array):
     """Where the numbers of an array begin."""
 
@@ -98,7 +100,7 @@ def pointer(typing, array):
     return types.CPointer(array.dtype)(array), make
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def room(typing, like, count):
     """Memory for so many numbers, while the function runs."""
     dtype = _dtype(like)
@@ -129,7 +131,7 @@ def _load_lanes(builder: Any, place: Any, mask: Any, others: Any, dtype: Any) ->
     return builder.call(function, [place, INT(dtype.bitwidth // 8), mask, others])
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def load(typing, base, i, count):
     """`count` numbers from the i-th one on."""
     n = count.literal_value
@@ -145,7 +147,7 @@ def load(typing, base, i, count):
     return _vector(base.dtype, n)(base, i, count), make
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def load_some(typing, base, i, some, count):
     """The first `some` of `count` numbers from the i-th one on, and for the others one."""
     n = count.literal_value
@@ -161,7 +163,7 @@ def load_some(typing, base, i, some, count):
     return _vector(base.dtype, n)(base, i, some, count), make
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def store(typing, base, i, value, count):
     """Put `count` numbers to the i-th place and the next ones."""
     n = count.literal_value
@@ -176,7 +178,7 @@ def store(typing, base, i, value, count):
     return types.void(base, i, value, count), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def convert(typing, value, like):
     """A number or a vector of floating point numbers, in the precision of another, or of an array."""
     before, after = _dtype(value), _dtype(like)
@@ -192,7 +194,7 @@ def convert(typing, value, like):
 
 
 def _arithmetic(name: str, integer: bool = False) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def operation(typing, a, b):
         like = _widest(a, b)
 
@@ -211,7 +213,7 @@ add, subtract, multiply = map(_arithmetic, ("fadd", "fsub", "fmul"))
 add_integers = _arithmetic("add", integer=True)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def multiply_add(typing, a, b, c):
     """a * b + c"""
     like = _widest(a, b, c)
@@ -223,7 +225,7 @@ def multiply_add(typing, a, b, c):
     return like(a, b, c), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def between(typing, a, b, u):
     """a + u * (b - a)"""
 
@@ -234,7 +236,7 @@ def between(typing, a, b, u):
     return a(a, b, u), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def floors(typing, a):
     """The whole numbers below."""
 
@@ -248,7 +250,7 @@ def floors(typing, a):
     return a(a), make
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def part(typing, a, first, count):
     """`count` lanes from `first` on."""
     begin, n = first.literal_value, count.literal_value
@@ -261,7 +263,7 @@ def part(typing, a, first, count):
     return _vector(a.dtype, n)(a, first, count), make
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def join(typing, a, b, count):
     """The first `count` lanes of one, and after them those of the other."""
     n = count.literal_value
@@ -277,7 +279,7 @@ def join(typing, a, b, count):
     return Vector(_dtype(a), lanes(2 * n))(a, b, count), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def pack(typing, numbers):
     """A tuple of numbers as a vector."""
     n = numbers.count
@@ -291,7 +293,7 @@ def pack(typing, numbers):
     return Vector(numbers.dtype, lanes(n))(numbers), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def sums(typing, a, b, c):
     """The sums of the lanes of three vectors of four."""
 
@@ -307,7 +309,7 @@ def sums(typing, a, b, c):
     return a(a, b, c), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def choose(typing, condition, a, b):
     """One of two, by a condition for all lanes."""
     like = _widest(a, b)
@@ -318,7 +320,7 @@ def choose(typing, condition, a, b):
     return like(condition, a, b), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def columns(typing, a, b, c):
     """The three columns of rows of three numbers that lie in three vectors, one after the other."""
     n = a.count
@@ -333,7 +335,7 @@ def columns(typing, a, b, c):
     return types.UniTuple(a, 3)(a, b, c), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def fold(typing, a, period):
     """Whole numbers folded into 0 to `period`, if they are not more than one period away."""
 
@@ -346,7 +348,7 @@ def fold(typing, a, period):
     return a(a, period), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def follow(typing, a, period):
     """The next whole numbers, with 0 after the last one of a period."""
 
@@ -362,7 +364,7 @@ def _is_within(builder: Any, x: Any, low: Any, high: Any) -> Any:
     return builder.and_(builder.fcmp_ordered(">=", x, low), builder.fcmp_ordered("<", x, high))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def all_within(typing, a, period):
     """Whether all lanes are numbers from 0 to below `period`."""
 
@@ -374,7 +376,7 @@ def all_within(typing, a, period):
     return types.boolean(a, period), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def times_stride(typing, a, stride):
     """Small whole numbers times an integer, both below 2^31, as integers."""
 
@@ -387,7 +389,7 @@ def times_stride(typing, a, stride):
     return Vector(int64, a.count)(a, stride), make
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def where_within(typing, a, low, high, value):
     """Lanes of `value` where those of `a` are from `low` to below `high`; others are -1."""
 

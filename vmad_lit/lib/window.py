@@ -24,13 +24,13 @@ from numpy.typing import ArrayLike
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib import memory
-from vmad_lit.lib.cells import gather_loop, is_straight, scatter_loop
+from vmad_lit.lib.cells import BOX, array_of, gather_loop, is_straight, scatter_loop
 from vmad_lit.lib.compiled import compiled, inlined
 from vmad_lit.lib.memory import as_flat, flatten, overlap
 from vmad_lit.lib.threads import get_threads, run_on_threads, set_threads, share_out
 
 with needed_for("compiled loops", extra="fast"):
-    from numba import float64, from_dtype, int64, types, uint64, uintp
+    from numba import float64, int64, uint64, uintp
 
 Mesh = Any  # an array, or a field that has one as its `value`
 WindowLike = Any  # the name of a window, or pmesh's object
@@ -56,9 +56,6 @@ NEVER = 1 << 62
 
 #: Meshes that go through a loop together.
 TOGETHER = 4
-
-#: The type of a geometry: shape, stride, scale, translate, origin and period, each for three axes.
-BOX = types.Tuple([types.UniTuple(kind, 3) for kind in (int64, int64, float64, float64, int64, int64)])
 
 
 @inlined
@@ -254,7 +251,7 @@ def _scatter_loop(
                             if n > 3:
                                 mesh3[i] += weight * m3
 
-    mesh, position, lattice, reals = map(_array, dtypes)
+    mesh, position, lattice, reals = map(array_of, dtypes)
     return compiled(
         scatter,
         *4 * [mesh],
@@ -448,7 +445,7 @@ def _gather_loop(
                 if n > 3:
                     out[uintp(first + 3)] = s3
 
-    mesh, position, lattice, reals = map(_array, dtypes)
+    mesh, position, lattice, reals = map(array_of, dtypes)
     return compiled(
         gather,
         *4 * [mesh],
@@ -468,10 +465,6 @@ def _gather_loop(
         reals,
         float64,
     )
-
-
-def _array(dtype: DType) -> Any:
-    return types.Array(from_dtype(dtype), 1, "C")
 
 
 @lru_cache(maxsize=None)
@@ -519,9 +512,9 @@ def _census_loop(position: DType, lattice: DType) -> Any:
         int64,
         uint64[::1],
         int64,
-        _array(position),
+        array_of(position),
         int64,
-        _array(lattice),
+        array_of(lattice),
     )
 
 
@@ -568,6 +561,11 @@ def check_lattice(lattice: ArrayLike | None, pos: Array) -> Array | None:
             f"but its shape is {numpy.shape(lattice)}"
         )
     return check_positions(lattice, pos.shape[1])
+
+
+def _flat_lattice(lattice: Any, pos: Array) -> Array:
+    """A lattice for loops: flat memory, or none."""
+    return numpy.empty(0, pos.dtype) if lattice is None else flatten(lattice)
 
 
 def _per_particle(
@@ -677,7 +675,7 @@ def _scatter(
     if not len(pos) or not meshes[0].size:
         return
     step = pos.shape[1]
-    pos, lattice = flatten(pos), numpy.empty(0, pos.dtype) if lattice is None else flatten(lattice)
+    pos, lattice = flatten(pos), _flat_lattice(lattice, pos)
     views = [as_flat(mesh) for mesh in meshes]
     # Paint aside what cannot be painted in place
     if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
@@ -832,7 +830,8 @@ def _gather(
         base=(base, ndim if slopes else len(meshes), ndim if slopes else len(meshes)),
     )
     if slope is None:
-        slope = memory.empty((npart if slopes else 0, ndim), pos.dtype if coef is None else coef.dtype)
+        like: Any = out if coef is None else coef
+        slope = memory.empty((npart if slopes else 0, ndim), like.dtype)
     mesh, views = _readable(meshes)
     box = _box(mesh, transform)
     if not npart or not mesh.size:
@@ -840,7 +839,7 @@ def _gather(
             if result is not None and len(result):
                 result[...] = 0.0 if base is None else base
         return slope
-    pos, lattice = flatten(pos), numpy.empty(0, pos.dtype) if lattice is None else flatten(lattice)
+    pos, lattice = flatten(pos), _flat_lattice(lattice, pos)
     none = numpy.empty(0, slope.dtype if out is None else out.dtype)
     width = 0 if out is None else len(meshes)
     base = none if base is None else base.reshape(-1)
@@ -1336,7 +1335,7 @@ def _hessian_product_loop(dtypes: DTypes, ndim: int, support: int, n: int, asked
             if ndim > 2:
                 slope[uintp(p * ndim + 2)] += (xz * vx + yz * vy + zz * vz) * scale[2]
 
-    mesh, position, lattice, reals = map(_array, dtypes)
+    mesh, position, lattice, reals = map(array_of, dtypes)
     return compiled(
         hessian_product,
         *4 * [mesh],
@@ -1379,7 +1378,7 @@ def _hessian_product(
     box = _box(mesh, transform)
     if not npart or not mesh.size:
         return
-    pos, lattice = flatten(pos), numpy.empty(0, pos.dtype) if lattice is None else flatten(lattice)
+    pos, lattice = flatten(pos), _flat_lattice(lattice, pos)
     cuts = share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
         dtypes = flats[0].dtype, pos.dtype, lattice.dtype, slope.dtype

@@ -1,7 +1,9 @@
 """Transforms as chains of local Fourier transforms and exchanges between ranks."""
 
+import math
 import os
 
+import mpi4py
 import numpy
 from ducc0 import fft
 from mpi4py import MPI
@@ -145,6 +147,12 @@ class Unpack:
         return "unpack"
 
 
+#: The largest count that a call of MPI takes.
+LARGEST = 2**62 if MPI.Get_version() >= (4, 0) and int(mpi4py.__version__.split(".")[0]) >= 4 else 2**31 - 1
+
+#: Functions to be called, before each exchange, with the messages and the bytes that this rank sends to others.
+listeners = []
+
 MPI_TYPES = {"f4": MPI.FLOAT, "f8": MPI.DOUBLE, "c8": MPI.C_FLOAT_COMPLEX, "c16": MPI.C_DOUBLE_COMPLEX}
 
 
@@ -153,20 +161,41 @@ class Alltoall:
 
     in_place = False
 
-    def __init__(self, comm, send, receive):
-        self.comm, self.nbytes, dtype = comm, receive.nbytes, send.layout.dtype
+    def __init__(self, comm, send, receive, largest):
+        self.comm, self.nbytes, self.dtype = comm, receive.nbytes, send.layout.dtype
+        self.type, self.largest = MPI_TYPES[f"{self.dtype.kind}{self.dtype.itemsize}"], largest
         self.sides = [
-            [
-                numpy.diff(pieces.edges).tolist(),
-                pieces.edges[:-1].tolist(),
-                MPI_TYPES[f"{dtype.kind}{dtype.itemsize}"],
-            ]
+            [numpy.diff(pieces.edges).tolist(), pieces.edges[:-1].tolist(), self.type]
             for pieces in (send, receive)
         ]
+        others = [count for rank, count in enumerate(self.sides[0][0]) if count and rank != comm.rank]
+        self.sent = len(others), sum(others) * self.dtype.itemsize
 
     def __call__(self, source, target):
         """Send the row in the bytes `source`, receive the row in the bytes `target`."""
-        self.comm.Alltoallv([source, *self.sides[0]], [target, *self.sides[1]])
+        for listener in tuple(listeners):
+            listener(*self.sent)
+        if self.largest <= LARGEST:
+            self.comm.Alltoallv([source, *self.sides[0]], [target, *self.sides[1]])
+        else:
+            self.send_pieces(source, target)
+
+    def send_pieces(self, source, target):
+        """The same by messages between two ranks, each of at most `LARGEST` numbers."""
+        requests, size = [], self.dtype.itemsize
+        for (counts, places, _), memory, start in zip(
+            self.sides[::-1], (target, source), (self.comm.Irecv, self.comm.Isend)
+        ):
+            for rank, (count, place) in enumerate(zip(counts, places)):
+                for begin in range(place, place + count, LARGEST) if rank != self.comm.rank else ():
+                    n = min(LARGEST, place + count - begin)
+                    requests.append(start([memory[begin * size : (begin + n) * size], n, self.type], rank))
+        there, here = (
+            slice(places[self.comm.rank] * size, (places[self.comm.rank] + counts[self.comm.rank]) * size)
+            for counts, places, _ in self.sides
+        )
+        target[here] = source[there]
+        MPI.Request.Waitall(requests)
 
     def __repr__(self):
         return f"alltoall({self.comm.size})"
@@ -177,11 +206,12 @@ def exchange(comm, source, target, ranks):
 
     `ranks` are, for each rank of `comm`, its number in the communicator of the layouts' process meshes.
     """
-    send = Pieces(source, [target.box(target.mesh.coords(rank)) for rank in ranks])
-    receive = Pieces(target, [source.box(source.mesh.coords(rank)) for rank in ranks])
+    before, after = ([side.box(side.mesh.coords(rank)) for rank in ranks] for side in (source, target))
+    send, receive = Pieces(source, after), Pieces(target, before)
+    largest = max(math.prod((high - low).tolist()) for low, high in before + after)
     return (
         ([] if send.in_a_row() else [Pack(send)])
-        + [Alltoall(comm, send, receive)]
+        + [Alltoall(comm, send, receive, largest)]
         + ([] if receive.in_a_row() else [Unpack(receive)])
     )
 

@@ -11,6 +11,7 @@ import numpy
 from ..graph import Symbols
 from ..operator import Operator, ZeroGradient, operator
 from ..symbol import BaseSymbol, Literal, Value
+from ..traffic import count_object
 from ..valuetypes import PLAIN, VALUE_TYPES, apart, by_parts, parts_of
 
 Array = numpy.ndarray[Any, Any]
@@ -259,7 +260,9 @@ def unbroadcast_parts(g: Value, shape: Shape, is_complex: bool) -> Value:
     """Make of a value with parts the cotangent of an operand: the value, an array, or a sum for a number."""
     if shape == () and type(shape) is not ShapeOf:
         total, comm = weighted_sum(g), VALUE_TYPES[type(g)].comm(g)
-        total = total if comm is None or shape is OWN else comm.allreduce(total)
+        if comm is not None and shape is not OWN:
+            count_object(comm, total)
+            total = comm.allreduce(total)
         return total if is_complex else total.real
     like = ShapeOf(g)
     if shape != like:
