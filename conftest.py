@@ -56,6 +56,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     os.environ["MPLBACKEND"] = "Agg"
+    os.environ.setdefault("VMAD_LIT_CHECK", "1")  # ranks look after each other
     config.addinivalue_line(
         "markers", "collective: uses a communicator; run under mpirun too, as no other test is"
     )

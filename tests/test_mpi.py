@@ -120,11 +120,6 @@ def test_allreduce_of_other_types():
 @pytest.mark.parametrize(
     "message, build",
     [
-        ("same 'root', but rank 0 has 0 and rank 1 has 1", lambda x: mpi.bcast(x, COMM, min(RANK, 1))),
-        ("same 'root'", lambda x: mpi.gather(x, COMM, min(RANK, 1))),
-        ("same 'root'", lambda x: mpi.scatter(x, COMM, root=min(RANK, 1))),
-        ("same 'width'", lambda x: mpi.halo(x, COMM, 1 + min(RANK, 1))),
-        ("same 'periodic'", lambda x: mpi.halo(x, COMM, 1, RANK == 0)),
         ("number of a rank, from 0 to", lambda x: mpi.bcast(x, COMM, SIZE)),
         ("number of a rank", lambda x: mpi.gather(x, COMM, "first")),
         ("number of rows", lambda x: mpi.halo(x, COMM, -1)),
@@ -140,10 +135,34 @@ def test_allreduce_of_other_types():
         ("sends to 99", lambda x: mpi.sendrecv(x, COMM, 99 if RANK else 0, 0 if not RANK else 99)),
     ],
 )
-def test_settings_that_differ_fail_everywhere(message, build):
+def test_settings_that_are_wrong_fail_everywhere(message, build):
     with Builder() as m:
         m.output(y=build(m.input("x")))
     with pytest.raises(ValueError, match=message):
+        m.compute("y", dict(x=np.arange(4.0)))
+
+
+@pytest.mark.skipif(SIZE == 1, reason="needs ranks that differ")
+@pytest.mark.parametrize(
+    "message, build, setting",
+    [
+        ("same 'root', but rank 0 has 0 and rank 1 has 1", mpi.bcast, min(RANK, 1)),
+        ("same 'root'", mpi.gather, min(RANK, 1)),
+        ("same 'root'", lambda x, comm, root: mpi.scatter(x, comm, root=root), min(RANK, 1)),
+        ("same 'width'", mpi.halo, 1 + min(RANK, 1)),
+        ("same 'periodic'", lambda x, comm, periodic: mpi.halo(x, comm, 1, periodic), RANK == 0),
+    ],
+    ids=["bcast", "gather", "scatter", "width", "periodic"],
+)
+def test_settings_that_differ_fail_everywhere(message, build, setting):
+    """By the operator, if they are known when the model runs; else before it runs."""
+    with Builder() as m:
+        m.output(y=build(m.input("x"), COMM, m.input("setting")))
+    with pytest.raises(ValueError, match=message):
+        m.compute("y", dict(x=np.arange(4.0), setting=setting))
+    with Builder() as m:
+        m.output(y=build(m.input("x"), COMM, setting))
+    with pytest.raises(ValueError, match="different models.* built at .*test_mpi.py:"):
         m.compute("y", dict(x=np.arange(4.0)))
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from vmad_lit.core.arguments import real_array
 from vmad_lit.core.error import needed_for
+from vmad_lit.core.meeting import Watch, watched
 from vmad_lit.lib.files import replacing, try_out
 from vmad_lit.lib.signals import heed_signals
 
@@ -217,20 +218,20 @@ VECTORS = 32  # fields that a minimisation holds: ten pairs of steps, the point,
 def observe(args: argparse.Namespace, comm: Any) -> Any:
     """The data in the user's file, as `Data` in units of the mean density."""
     from vmad_lit.contrib import cosmo4d
-    from vmad_lit.lib.mpi import on_root
+    from vmad_lit.lib.mpi import on_root, run_together
 
     kind, shape, boxsize = on_root(comm, lambda: examine(args.source, args.boxsize))
     nmesh = shape if kind == "density" else [args.nmesh] * 3
     pm = make_mesh(args, nmesh, boxsize, comm)
-    array, _ = open_array(args.source)
     if kind == "density":
-        d = pm.create(type="real")
-        d[...] = array[d.slices]
+        mine = pm.create(type="real").slices
     else:
-        # Paint this rank's part of the particles
-        begin, end = (comm.rank * shape[0] // comm.size, (comm.rank + 1) * shape[0] // comm.size)
-        positions = numpy.array(array[begin:end], dtype="f8")
-        d = pm.paint(positions, layout=pm.decompose(positions))
+        mine = slice(comm.rank * shape[0] // comm.size, (comm.rank + 1) * shape[0] // comm.size)
+    array = run_together(comm, lambda: numpy.array(open_array(args.source)[0][mine], dtype="f8"))
+    if kind == "density":
+        d = pm.create(type="real", value=array)
+    else:
+        d = pm.paint(array, layout=pm.decompose(array))
     d = d * (1.0 / (d.csum() / pm.Nmesh.prod()))
     sigma = args.noise or (0.5 if kind == "density" else (pm.Nmesh.prod() / shape[0]) ** 0.5)
     return cosmo4d.Data(d, float(sigma))
@@ -438,4 +439,5 @@ def draw(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with watched(timeout=Watch.timeout):
+        sys.exit(main())

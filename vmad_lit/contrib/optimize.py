@@ -23,9 +23,10 @@ from vmad_lit import __version__
 from vmad_lit.contrib.vectorspace import Vector, VectorSpace
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.together import together
 from vmad_lit.lib.files import Path
 from vmad_lit.lib.fingerprint import differences, fingerprint
-from vmad_lit.lib.shards import Parts, on_first, save_parts, together
+from vmad_lit.lib.shards import Parts, on_first, save_parts
 from vmad_lit.lib.shards import StateError as StateError  # which users catch
 from vmad_lit.lib.signals import Interrupt, current_interrupt
 

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from vmad_lit.core.arguments import plain_array
 from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.core.together import raise_together
 from vmad_lit.core.traffic import count_object
 from vmad_lit.core.valuetypes import value_type
 
@@ -58,6 +59,7 @@ class Communicator(Protocol):
     def rank(self) -> int: ...
     def allgather(self, value: Any, /) -> list[Any]: ...
     def allreduce(self, value: Any, /) -> Any: ...
+    def Allreduce(self, send: Any, receive: Any, /) -> Any: ...
     def bcast(self, value: Any, /) -> Any: ...
     def Barrier(self) -> None: ...
 
@@ -182,16 +184,7 @@ class VectorSpace:
 
     def agree_on(self, error: Exception | None) -> None:
         """Raise an error of any rank on all of them, by the name of the rank; None is no error."""
-        if self.comm is None or self.comm.size == 1:
-            if error is not None:
-                raise error
-            return
-        mine = error and (type(error), str(error))
-        count_object(self.comm, mine)
-        for rank, told in enumerate(self.comm.allgather(mine)):
-            if told is not None:
-                kind, text = told
-                raise kind(f"on rank {rank}: {text}") from error
+        raise_together(self.comm, error)
 
     def any(self, flag: Any) -> bool:
         """Whether `flag` is true on any rank."""

@@ -12,3 +12,7 @@ from .draw import to_dot
 from .watching import watch_shapes
 
 from .placement import Placement
+
+from .agreement import describe_model
+from .failing import abort_on_failure
+from .meeting import watched

@@ -16,7 +16,7 @@ from numpy import float64, ndarray
 from .error import BadArgument, BrokenPrimitive, ExecutionError, did_you_mean
 
 FUNCTIONS = "apl", "vjp", "jvp", "hvp", "rcd"
-ATTRIBUTES = "ain", "aout", "collective", "transparent", "fresh", "alias", "inplace", "placements", "trusted"
+ATTRIBUTES = "ain aout collective transparent fresh alias inplace placements own trusted".split()
 FIRST_CALLS = 3  # in which changes of arguments are looked for
 Signature = list[str]  # the names of the parameters of a function, the node first
 

@@ -104,3 +104,11 @@ def needed_for(purpose: str, extra: str) -> Iterator[None]:
         if extra == "mesh":
             message += " (with pfft-python, which pip finds only in this project: README.md, Installing)"
         raise MissingExtra(message, name=error.name) from None
+
+
+class Disagreement(ModelError, ValueError):
+    """Ranks that should do the same are at different places of the program, or have built different models."""
+
+
+class LeftAlone(ModelError):
+    """A rank has waited in vain for others."""

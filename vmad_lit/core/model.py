@@ -53,9 +53,12 @@ class Model(Graph):
         return ()
 
     def at_the_door(
-        self, init: Values, check: Callable[[dict[str, Value]], dict[str, Value]]
+        self,
+        init: Values,
+        check: Callable[[dict[str, Value]], dict[str, Value]],
+        wanted: Iterable[str] = (),
     ) -> dict[str, Value]:
-        """What a check makes of given values, or its error."""
+        """What a check makes of given values, or its error, before the outputs `wanted` are computed."""
         return check(dict(init))
 
     def _plan(
@@ -115,7 +118,7 @@ class Model(Graph):
 
     def _record(self, vout: list[str], init: Values, monitor: Monitor | None) -> Tape:
         """The tape of a run that computes some outputs, from what a caller gives."""
-        tape: Tape = self._run(vout, self.at_the_door(init, self._admitted), True, monitor)[1]
+        tape: Tape = self._run(vout, self.at_the_door(init, self._admitted, vout), True, monitor)[1]
         return tape
 
     def derive(self, plan: Plan, kind: str) -> Self:
@@ -173,7 +176,7 @@ class Model(Graph):
         """
         names = names_of(vout)
         every = tuple(dict.fromkeys([*self._outputs, *names])) if return_tape else names
-        given = self.at_the_door(init, lambda init: self._conforming(self._admitted(init)))
+        given = self.at_the_door(init, lambda init: self._conforming(self._admitted(init)), every)
         if return_tape:
             given = {name: duplicate(value) for name, value in given.items()}
         out, tape = self._run(every, given, return_tape, monitor)

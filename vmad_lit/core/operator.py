@@ -260,6 +260,8 @@ class Operator:
     placements : str, callable or None
         On many ranks, where arguments have to live and where the results do, as in 'partitioned -> partial';
         by default element by element. See `core.placement`.
+    own : collection of str
+        Hyper-parameters that may be others on each rank, see `core.agreement`.
     special : callable or None
         Given the symbols of a call by name, an operator to be used in the place of this one, or None.
     grow : callable or None
@@ -273,6 +275,7 @@ class Operator:
     inplace: Collection[str] = ()
     trusted = False
     placements: str | Callable[..., Any] | None = None
+    own: Collection[str] = ()
     special: Callable[[Symbols], Operator | None] | None = None
     grow: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
     apl: Primitive
@@ -288,7 +291,7 @@ class Operator:
                     setattr(self, name, getattr(prototype, name))
         self.prototype = prototype
         self.trusted = self.trusted or prototype.__module__.partition(".")[0] == PACKAGE
-        for name in "collective", "transparent", "fresh", "alias", "inplace", "placements", "trusted":
+        for name in "collective", "transparent", "fresh", "alias", "inplace", "placements", "own", "trusted":
             setattr(self, name, getattr(prototype, name, getattr(self, name)))
         self.__name__ = prototype.__name__
         self.__qualname__ = prototype.__qualname__

@@ -518,7 +518,13 @@ def many_ranks() -> bool:
 
 @cache
 def world_size(mpi: Any) -> int:
-    return int(mpi.Comm.Get_size(mpi.COMM_WORLD)) if mpi.Is_initialized() and not mpi.Is_finalized() else 1
+    size = int(mpi.Comm.Get_size(mpi.COMM_WORLD)) if mpi.Is_initialized() and not mpi.Is_finalized() else 1
+    for begin in WHEN_MANY if size > 1 else ():
+        begin()
+    return size
+
+
+WHEN_MANY: list[Callable[[], None]] = []  # what is done when this process is found to be one of several
 
 
 def find_places(graph: Graph, nodes: Iterable[Node], arrivals: Arrivals, vout: Iterable[str]) -> Places:
@@ -551,34 +557,6 @@ Model.find_arrivals = find_arrivals  # type: ignore[method-assign]
 
 # What one rank refuses, all refuse
 DOORS: WeakKeyDictionary[Graph, Any] = WeakKeyDictionary()  # the communicators on which models ran last
-
-
-def at_the_door(self: Model, init: Any, check: Callable[[dict[str, Value]], dict[str, Value]]) -> Any:
-    init = dict(init)
-    comm = find_door(self, init) if many_ranks() else None
-    if comm is None:
-        return check(init)
-    result: Any = None
-    error: Exception | None = None
-    try:
-        result = check(init)
-    except Exception as exception:
-        error = exception
-    refused = numpy.array([error is not None], "i4")
-    count_to_all(comm, refused.nbytes)
-    comm.Allreduce(refused.copy(), refused)
-    if not refused[0]:
-        return result
-    # Tell all ranks what is wrong on some
-    note = None if error is None else (type(error), str(error))
-    count_object(comm, note)
-    notes = comm.allgather(note)
-    kinds = [note[0] for note in notes if note is not None]
-    texts = [f"rank {rank}: {note[1]}" for rank, note in enumerate(notes) if note is not None]
-    raise kinds[0](texts[0] if len(set(notes)) > 1 else notes[0][1]) from error
-
-
-Model.at_the_door = at_the_door  # type: ignore[method-assign]
 
 
 def find_door(model: Model, init: Mapping[str, Value]) -> Any:

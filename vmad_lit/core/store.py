@@ -7,13 +7,11 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterable
 from copy import copy
-from typing import Any, TypeVar
+from typing import Any
 
 from .execution import describe
-from .traffic import count_object
+from .together import together
 from .valuetypes import VALUE_TYPES
-
-T = TypeVar("T")
 
 
 class InMemory:
@@ -39,7 +37,7 @@ class Disk:
         self._end = 0
 
     def keep(self, state: Any) -> OnDisk:
-        return fail_together(self.comm, lambda: OnDisk(self, state))
+        return together(self.comm, lambda: OnDisk(self, state))
 
     def write(self, chunks: list[memoryview]) -> tuple[int, int]:
         """Write chunks of bytes in a row; returns the room that they have, an offset and a size."""
@@ -114,7 +112,7 @@ class OnDisk:
         self._disk, self._room = disk, disk.write(chunks)
 
     def get(self) -> Any:
-        return fail_together(self._disk.comm, self._read)
+        return together(self._disk.comm, self._read)
 
     def _read(self) -> Any:
         header, *buffers = self._disk.read(self._room, self._sizes)
@@ -186,22 +184,6 @@ def find_culprit(state: Any) -> Any:
         except Exception:
             return find_culprit(value)
     return state
-
-
-def fail_together(comm: Any, action: Callable[[], T]) -> T:
-    """What `action` returns, if it succeeds on all ranks; else an error on all of them."""
-    if comm is None or comm.size == 1:
-        return action()
-    try:
-        result = action()
-    except Exception as error:
-        comm.allgather(f"on rank {comm.rank}: {error}")
-        raise
-    count_object(comm, None)
-    failures = [failure for failure in comm.allgather(None) if failure is not None]
-    if failures:
-        raise OSError(failures[0])
-    return result
 
 
 def find_comm(arguments: Iterable[Any]) -> Any:

@@ -6,7 +6,6 @@ its conjugate is not stored.
 
 from __future__ import annotations
 
-import builtins
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from vmad_lit.core.placement import find_comm, same_ranks
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.core.store import Disk
 from vmad_lit.core.symbol import Value
+from vmad_lit.core.together import any_rank, raise_first
 from vmad_lit.core.traffic import count_object, count_to_all, sources, tell
 from vmad_lit.core.valuetypes import Apart, ValueType, register, rng_of_rank, value_type
 from vmad_lit.lib import memory
@@ -217,20 +217,12 @@ def _common(letters: Array) -> numpy.dtype[Any]:
 
 def _disagree(comm: MPI.Comm, error: Exception | None, kinds: Sequence[Any]) -> NoReturn:
     """Raise an error on all ranks that tells which of them have one, or what they disagree about."""
-    name = next((e.__name__ for e in (TypeError, ValueError) if isinstance(error, e)), "RuntimeError")
-    text = str(error) if name != "RuntimeError" else f"{type(error).__name__}: {error}"
-    told = None if error is None else (name, text), kinds
-    count_object(comm, told)
-    everybody = comm.allgather(told)
-    failed = [(rank, note) for rank, (note, _) in enumerate(everybody) if note]
-    if failed:
-        texts = [f"rank {rank}: {text}" for rank, (_, text) in failed]
-        if len(failed) == comm.size and len({note for _, note in failed}) == 1:
-            texts = [failed[0][1][1]]
-        more = [f"and {len(texts) - 3} more ranks"] if len(texts) > 3 else []
-        raise getattr(builtins, failed[0][1][0])("; ".join(texts[:3] + more)) from error
-    other = next(rank for rank, (_, theirs) in enumerate(everybody) if theirs != everybody[0][1])
-    pairs = zip_longest(everybody[0][1], everybody[other][1])
+    if any_rank(comm, error is not None):
+        raise_first(comm, error)
+    count_object(comm, kinds)
+    everybody = comm.allgather(kinds)
+    other = next(rank for rank, theirs in enumerate(everybody) if theirs != everybody[0])
+    pairs = zip_longest(everybody[0], everybody[other])
     here, there = next((a, b) for a, b in pairs if a != b)
     raise ValueError(
         f"the arguments differ between ranks: rank 0 has {_tell(here)}, rank {other} {_tell(there)}"

@@ -12,7 +12,6 @@ ranks of the communicator have to run the same model.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import index
@@ -26,6 +25,7 @@ from ..core.operator import ZeroGradient, operator
 from ..core.placement import Placement, Site, declare, same_ranks
 from ..core.stdlib.operators import Array, Shape
 from ..core.symbol import Symbol, Value
+from ..core.together import raise_together, together
 from ..core.traffic import count_object, count_to_all, count_to_each, count_to_one
 
 T = TypeVar("T")
@@ -91,10 +91,7 @@ def gather_kinds(comm: MPI.Comm, x: Value, **settings: Any) -> tuple[list[Any], 
 
 def fail_together(comm: MPI.Comm, message: str | None) -> None:
     """Raise ValueError on all ranks if any of them has a message."""
-    count_object(comm, message)
-    messages = [f"rank {rank}: {text}" for rank, text in enumerate(comm.allgather(message)) if text]
-    if messages:
-        raise ValueError("; ".join(messages))
+    raise_together(comm, ValueError(message) if message else None)
 
 
 def check_rank(name: str, rank: Any, comm: MPI.Comm) -> None:
@@ -104,23 +101,13 @@ def check_rank(name: str, rank: Any, comm: MPI.Comm) -> None:
 
 
 def run_together(comm: MPI.Comm, function: Callable[[], T]) -> T:
-    """Call a function on all ranks; if any of them has an exception, all raise one."""
-    result: Any = None
-    error: Exception | None = None
-    try:
-        result = function()
-    except Exception as exception:
-        error = exception
-    count_object(comm, _portable(error))
-    errors = [e for e in comm.allgather(_portable(error)) if e is not None]
-    if errors:
-        raise error or errors[0]
-    return result
+    """Call a function on all ranks; if any of them has an exception, all raise it: see `core.together`."""
+    return together(comm, function)
 
 
 def on_root(comm: MPI.Comm, function: Callable[[], T]) -> T:
     """Call a function on rank 0 and return its result, or raise its exception, on all ranks."""
-    return send_to_all(run_together(comm, function if comm.rank == 0 else lambda: None), comm)
+    return send_to_all(together(comm, function if comm.rank == 0 else lambda: None), comm)
 
 
 def send_to_all(x: Any, comm: MPI.Comm, root: int = 0) -> Any:
@@ -128,15 +115,6 @@ def send_to_all(x: Any, comm: MPI.Comm, root: int = 0) -> Any:
     if comm.rank == root:
         count_object(comm, x)
     return comm.bcast(x, root)
-
-
-def _portable(error: Exception | None) -> Exception | None:
-    """An exception that can be sent to other ranks."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def total(x: Value, comm: MPI.Comm) -> Value:
@@ -617,6 +595,7 @@ class scatter:
     aout = "y"
     collective = True
     placements = "root-only -> partitioned"
+    own = ("counts",)
     hvp = ZeroGradient
 
     def apl(node, x, comm, counts=None, root=0):
@@ -709,6 +688,7 @@ class alltoall:
     aout = "y"
     collective = True
     placements = "partitioned -> partitioned"
+    own = ("counts",)
     hvp = ZeroGradient
 
     def apl(node, x, comm, counts=None):
@@ -800,6 +780,7 @@ class sendrecv:
     aout = "y"
     collective = True
     placements = "partitioned -> partitioned"
+    own = "dest", "source"
     hvp = ZeroGradient
 
     def apl(node, x, comm, dest, source):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy
 
 from ..core.stdlib.operators import Array, Shape
+from ..core.together import together
 from .files import Path, draft, replacing, settle
 
 T = TypeVar("T")
@@ -32,15 +33,6 @@ class StateError(ValueError):
 def shard_name(path: str, rank: int, generation: str) -> str:
     """The name of the file beside `path` with the part of a rank above 0."""
     return f"{path}.rank{rank}.{generation}.npz"
-
-
-def together(comm: Any, action: Callable[[], T]) -> T:
-    """What `action` returns, if it succeeds on all ranks; else an error on all of them. Collective."""
-    if comm is None or comm.size == 1:
-        return action()
-    from .mpi import run_together
-
-    return run_together(comm, action)
 
 
 def on_first(comm: Any, action: Callable[[], T]) -> T:
