@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -168,6 +169,26 @@ class Job:
             text = self.process.communicate()[0] + "\n(hung)"
         return self.process.returncode, text
 
+    def kill(self):
+        """End what is left, whatever happened to the test."""
+        for pid in [*processes_below(self.process.pid), self.process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+@pytest.fixture
+def start(tmp_path):
+    jobs = []
+
+    def begin(*arguments):
+        jobs.append(Job(tmp_path, *arguments))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill()
+
 
 CASES = [
     (1, TERM, "one"),
@@ -190,8 +211,8 @@ MORE = [
 @pytest.mark.parametrize(
     "ranks, signum, whom", CASES + [case for case in MORE if case not in CASES] * soaking()
 )
-def test_a_job_that_gets_a_signal(tmp_path, ranks, signum, whom):
-    job = Job(tmp_path, ranks, 30, "")
+def test_a_job_that_gets_a_signal(start, tmp_path, ranks, signum, whom):
+    job = start(ranks, 30, "")
     job.send(signum, whom)
     status, text = job.finish(30)
     assert status == 128 + signum and f"stopped by {signal.Signals(signum).name} after" in text, (
@@ -206,16 +227,16 @@ def test_a_job_that_gets_a_signal(tmp_path, ranks, signum, whom):
 @pytest.mark.serial
 @pytest.mark.skipif(not HAS_MPIRUN or not os.path.isdir("/proc/self"), reason="needs mpirun and /proc")
 @pytest.mark.parametrize("how", ["out of time", "twice"])
-def test_a_job_that_hangs_ends_nevertheless(tmp_path, how):
+def test_a_job_that_hangs_ends_nevertheless(start, how):
     """All ranks wait, one of them in MPI; after the time of grace, or by a second signal, the job is gone."""
-    job = Job(tmp_path, 2, 1.0 if how == "out of time" else 60, "stuck")
+    job = start(2, 1.0 if how == "out of time" else 60, "stuck")
     job.send(TERM, "one" if how == "out of time" else "all")
     if how == "twice":
         time.sleep(1.2)
         job.send(TERM, "one")
-    start = time.monotonic()
+    told = time.monotonic()
     status, text = job.finish(20)
-    assert status == 143 and time.monotonic() - start < 10, (status, text)
+    assert status == 143 and time.monotonic() - told < 10, (status, text)
     assert ("has not ended within 1 s" if how == "out of time" else "told to end a second time") in text
 
 
