@@ -173,8 +173,8 @@ def mean_excess(a: float, sigma: float) -> float:
 
 
 REACH = 2  # planes on either side that a difference needs
-#: Calls by which all ranks tell all others, and their bytes: for a force, and for its reverse sweep.
-AGREEMENTS = {"forward": Sent(3, 104), "gradient": Sent(1, 2)}
+#: Calls by which all ranks agree, and their bytes: for a force, and for its reverse sweep.
+AGREEMENTS = {"forward": Sent(3, 136), "gradient": Sent(1, 4)}
 
 
 class Machine(NamedTuple):
@@ -202,9 +202,9 @@ class Machine(NamedTuple):
         return sent.messages * self.latency + sent.nbytes * self.ranks / self.network
 
     def seconds_to_all(self, calls: Sent, ranks: int) -> float:
-        """For calls in which each of so many ranks tells all others the same bytes, which spread by a tree."""
+        """For calls in which so many ranks find the sum or the largest of what all have, by a tree."""
         levels = math.ceil(math.log2(ranks)) if ranks > 1 else 0
-        return calls.messages * levels * self.latency + calls.nbytes * ranks * self.ranks / self.network
+        return levels * (calls.messages * self.latency + calls.nbytes * self.ranks / self.network)
 
     def force(self, division: Division, margin: int, gradient: bool = False) -> dict[str, float]:
         """Seconds for a force, or for its reverse sweep, by kind, with a particle in each cell."""
