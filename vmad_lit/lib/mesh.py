@@ -371,10 +371,20 @@ def check_geometry(Nmesh: ArrayLike, BoxSize: ArrayLike) -> tuple[Array, Array, 
     return points, sides, f"Nmesh {points.tolist()} and BoxSize {sides.tolist()}"
 
 
+THICK = 8  # planes of a slab
+
+
+def divide(Nmesh: Sequence[int], ranks: int) -> list[int] | None:
+    """The ranks along the first two axes of a mesh of three, if all can have thick slabs; else None."""
+    slabs = len(Nmesh) == 3 and ranks > 1 and Nmesh[0] >= THICK * ranks
+    return [ranks, 1] if slabs else None
+
+
 class ParticleMesh(pmesh.ParticleMesh):
     """A mesh of pmesh, whose fields have sums and wavenumbers that are right on every mesh.
 
-    See :class:`pmesh.pm.ParticleMesh` for all that it does.
+    See :class:`pmesh.pm.ParticleMesh` for all that it does. Without `np`, the numbers of ranks along the first axes, it is
+    divided into slabs if these are thick enough, see `divide`.
     """
 
     def __init__(
@@ -387,6 +397,8 @@ class ParticleMesh(pmesh.ParticleMesh):
     ) -> None:
         comm = MPI.COMM_WORLD if comm is None else comm
         points, sides, _ = agree(comm, lambda: check_geometry(Nmesh, BoxSize))
+        if not others and options.get("np") is None:
+            options["np"] = divide(points.tolist(), comm.size)
         super().__init__(points.tolist(), sides, comm, *others, **options)
 
     def create(
