@@ -42,6 +42,11 @@ static long long size_of(MPI_Datatype type) {
         add(REDUCED, 1, n * size_of(s));                                                                             \
         return PMPI_Allreduce##name(a, b, n, s, op, comm);                                                           \
     }                                                                                                                \
+    int MPI_Iallreduce##name(const void *a, void *b, integer n, MPI_Datatype s, MPI_Op op, MPI_Comm comm,            \
+                             MPI_Request *request) {                                                                 \
+        add(REDUCED, 1, n * size_of(s));                                                                             \
+        return PMPI_Iallreduce##name(a, b, n, s, op, comm, request);                                                 \
+    }                                                                                                                \
     int MPI_Allgather##name(const void *a, integer n, MPI_Datatype s, void *b, integer m, MPI_Datatype r,            \
                             MPI_Comm comm) {                                                                         \
         add(GATHERED, 1, n * size_of(s));                                                                            \

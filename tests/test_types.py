@@ -124,11 +124,11 @@ def without_types(tree):
             given = function.args
             parameters = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
             parameters = [p for p in parameters if p is not None]
-            decorators = {ast.unparse(decorator) for decorator in function.decorator_list}
+            decorators = {ast.unparse(decorator).partition("(")[0] for decorator in function.decorator_list}
             names = [p.arg for p in parameters]
             if of_class and names[:1] == ["node"] and function.name.lstrip("_").startswith(FORMULAS):
                 continue
-            if decorators & {"compiled", "inlined"}:
+            if decorators & {"compiled", "inlined", "intrinsic"}:
                 continue
             bound = of_class and "staticmethod" not in decorators
             bare = [p for p in parameters[bound:] if p.annotation is None]

@@ -416,12 +416,12 @@ def test_results_fill_what_is_given():
         assert function(what, pos, out=out) is out
         assert_allclose(out, function(what, pos))
         for bad in (
-            numpy.empty(shape, "f4"),
+            numpy.empty(shape, "i4"),
             numpy.empty((41,) + shape[1:]),
             numpy.empty(shape).tolist(),
             numpy.empty((80,) + shape[1:])[::2],
         ):
-            with pytest.raises(ValueError, match=r"C-ordered float64 array of shape \(40"):
+            with pytest.raises(ValueError, match=r"of float32 or float64 of shape \(40"):
                 function(what, pos, out=bad)
     assert not window.gradient(numpy.empty((0, 4)), pos, out=numpy.ones((40, 2))).any()
 
@@ -580,7 +580,7 @@ def test_threads_share_blocks_with_positions_that_are_not_numbers(bad, at):
         window.set_threads(n)
         found.append(window.paint(numpy.zeros((32, 32, 32)), lattice))
     box = window._box(found[0], None)
-    edges, mask = window._owners(2, box, lattice.reshape(-1), 3)
+    edges, mask = window._owners(2, box, lattice.reshape(-1), 3, lattice[:0, 0])
     window.set_threads(None)
     assert_allclose(found[1], found[0], rtol=1e-13)
     assert mask[at // window.BLOCK] == 3 and {1, 2} < set(mask)
