@@ -118,14 +118,13 @@ def _scatter_loop(
     ndim: int,
     support: int,
     n: int,
-    asked: int,
     moving: bool,
     spreading: bool = False,
 ) -> Any:
     """The compiled loop that adds particles to `n` meshes, for these types of arrays.
 
-    Along the first `asked` axes cells may be elsewhere. `moving`: the tangent of painting one mesh; or
-    (`spreading`) of adding to several meshes, each its own masses.
+    Along the first `asked` axes cells may be elsewhere: that is an argument of the loop. `moving`: the tangent of painting
+    one mesh; or (`spreading`) of adding to several meshes, each its own masses.
     """
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
@@ -137,6 +136,7 @@ def _scatter_loop(
         mesh2,
         mesh3,
         box,
+        asked,
         low,
         high,
         owner,
@@ -257,6 +257,7 @@ def _scatter_loop(
         int64,
         int64,
         int64,
+        int64,
         uint64[::1],
         int64,
         position,
@@ -270,12 +271,10 @@ def _scatter_loop(
 
 
 @lru_cache(maxsize=None)
-def _gather_loop(
-    dtypes: DTypes, ndim: int, support: int, n: int, asked: int, moving: bool, slopes: bool
-) -> Any:
+def _gather_loop(dtypes: DTypes, ndim: int, support: int, n: int, moving: bool, slopes: bool) -> Any:
     """The compiled loop that reads `n` meshes, their change (`moving`) or their gradients (`weighted_gradient`).
 
-    Along the first `asked` axes cells may be elsewhere.
+    Along the first `asked` axes, an argument of the loop, cells may be elsewhere.
     """
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
@@ -287,6 +286,7 @@ def _gather_loop(
         mesh2,
         mesh3,
         box,
+        asked,
         start,
         end,
         pos,
@@ -448,6 +448,7 @@ def _gather_loop(
         gather,
         *4 * [mesh],
         BOX,
+        int64,
         int64,
         int64,
         position,
@@ -709,8 +710,7 @@ def _scatter(
         )
         return
     for first, n, flats in _groups(views):
-        find_loop = partial(
-            _scatter_loop,
+        scatter = _scatter_loop(
             (flats[0].dtype, pos.dtype, lattice.dtype, mass.dtype),
             ndim,
             cells,
@@ -729,11 +729,12 @@ def _scatter(
             float(rate),
         )
         run_on_threads(
-            _scatter_in_turns,
+            partial(_scatter_in_turns, scatter),
             [
                 (
-                    _turns(find_loop, _asked(box), mask, t, len(edges) == 2),
-                    (*flats, box, edges[t], edges[t + 1], t),
+                    _turns(_asked(box), mask, t, len(edges) == 2),
+                    (*flats, box),
+                    (edges[t], edges[t + 1], t),
                     rest,
                 )
                 for t in range(len(edges) - 1)
@@ -741,21 +742,23 @@ def _scatter(
         )
 
 
-def _turns(
-    find_loop: Callable[[int], Any], asked: int, mask: Array, owner: int, alone: bool
-) -> list[tuple[Any, Array]]:
-    """The loops to call for an owner, and the mask for each."""
+def _turns(asked: int, mask: Array, owner: int, alone: bool) -> list[tuple[int, Array]]:
+    """Along how many axes to ask where cells are, for an owner, and the mask of the blocks for which it is so."""
     if asked > 0 or alone:
-        return [(find_loop(asked), mask)]
+        return [(asked, mask)]
     mine = mask == numpy.uint64(1) << numpy.uint64(owner)
-    return [(find_loop(0), numpy.where(mine, mask, 0)), (find_loop(1), numpy.where(mine, 0, mask))]
+    return [(0, numpy.where(mine, mask, 0)), (1, numpy.where(mine, 0, mask))]
 
 
 def _scatter_in_turns(
-    turns: Sequence[tuple[Any, Array]], place: tuple[Any, ...], rest: tuple[Any, ...]
+    scatter: Callable[..., object],
+    turns: Sequence[tuple[int, Array]],
+    meshes: tuple[Any, ...],
+    place: tuple[Any, ...],
+    rest: tuple[Any, ...],
 ) -> None:
-    for scatter, mask in turns:
-        scatter(*place, mask, *rest)
+    for asked, mask in turns:
+        scatter(*meshes, asked, *place, mask, *rest)
 
 
 def _owners(cells: int, box: Box, pos: Array, step: int, lattice: Array) -> tuple[list[int], Array]:
@@ -862,7 +865,6 @@ def _gather(
             ndim,
             cells,
             n,
-            _asked(box),
             speed is not None,
             slopes,
         )
@@ -873,6 +875,7 @@ def _gather(
                 (
                     *flats,
                     box,
+                    _asked(box),
                     cuts[t],
                     cuts[t + 1],
                     pos,
@@ -1245,7 +1248,7 @@ def _spline_curvatures(support, x):
 
 
 @lru_cache(maxsize=None)
-def _hessian_product_loop(dtypes: DTypes, ndim: int, support: int, n: int, asked: int) -> Any:
+def _hessian_product_loop(dtypes: DTypes, ndim: int, support: int, n: int) -> Any:
     """The compiled loop that adds the Hessians of `n` meshes, with coefficients, times a velocity to `slope`."""
     support1 = support if ndim > 1 else 1
     support2 = support if ndim > 2 else 1
@@ -1253,7 +1256,22 @@ def _hessian_product_loop(dtypes: DTypes, ndim: int, support: int, n: int, asked
 
     # The loop that multiplies by Hessians
     def hessian_product(
-        mesh0, mesh1, mesh2, mesh3, box, start, end, pos, step, lattice, speed, slope, coef, coef_step, given
+        mesh0,
+        mesh1,
+        mesh2,
+        mesh3,
+        box,
+        asked,
+        start,
+        end,
+        pos,
+        step,
+        lattice,
+        speed,
+        slope,
+        coef,
+        coef_step,
+        given,
     ):
         shape, stride, scale, translate, origin, period = box
         low, high, displaced = 0, shape[0], len(lattice) > 0
@@ -1357,6 +1375,7 @@ def _hessian_product_loop(dtypes: DTypes, ndim: int, support: int, n: int, asked
         BOX,
         int64,
         int64,
+        int64,
         position,
         int64,
         lattice,
@@ -1397,13 +1416,14 @@ def _hessian_product(
     cuts = share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
         dtypes = flats[0].dtype, pos.dtype, lattice.dtype, slope.dtype
-        hessian_product = _hessian_product_loop(dtypes, ndim, cells, n, _asked(box))
+        hessian_product = _hessian_product_loop(dtypes, ndim, cells, n)
         run_on_threads(
             hessian_product,
             [
                 (
                     *flats,
                     box,
+                    _asked(box),
                     cuts[t],
                     cuts[t + 1],
                     pos,
