@@ -109,15 +109,17 @@ def heed_signals(
     comm: Any = None,
     grace: float = 20.0,
     leave: bool = True,
-    signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT),
+    signals: Sequence[int] | None = None,
 ) -> Iterator[Interrupt]:
     """In this block a signal asks the program to end at the next good moment, on all ranks of `comm`.
+
+    The signals are SIGTERM and SIGINT, unless others are given.
 
     Optimisers end with the iteration, and `autosave` saves then; other programs ask ``interrupt.agree(comm)``.
     After the block the process leaves, by `SystemExit` with the status 128 + signal, unless `leave` is false. A second
     signal, or `grace` seconds, end the process wherever it is. On other threads than the main one signals stay as they are.
     """
-    interrupt = Interrupt(comm, grace, signals)
+    interrupt = Interrupt(comm, grace, (signal.SIGTERM, signal.SIGINT) if signals is None else signals)
     with _handlers_of(interrupt):
         _active.append(interrupt)
         try:
