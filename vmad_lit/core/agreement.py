@@ -113,7 +113,7 @@ def describe_value(value: Value, exact: bool = True, whole: bool = True, depth: 
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {inner(item)}" for key, item in value.items()) + "}"
     if isinstance(value, numpy.ndarray):
-        return f"array of shape {('any', *value.shape[1:])}"
+        return f"array with {value.ndim} axes"  # a part of a field may differ in any of them
     if isinstance(value, (type, Operator)):
         return str(getattr(value, "__qualname__", value))
     if callable(value):
