@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 
 from helpers import deal, join, prove
 from vmad_lit import Builder
-from vmad_lit.lib import exchange, fastpm, halo, painting
+from vmad_lit.lib import exchange, fastpm, mpi, painting
 from vmad_lit.lib.exchange import GhostLayout, HaloLayout
 from vmad_lit.lib.fastpm import ParticleMesh
 from vmad_lit.lib.halo import find_halo
@@ -84,7 +84,7 @@ class TestFetchAndFold:
     def test_long_messages_go_in_pieces(self, pm, low, high, monkeypatch):
         around, field = find_halo(pm, [low] * 3, [high] * 3), noise(pm)
         expected = around.fetch(field)
-        monkeypatch.setattr(halo, "LARGEST", 100)
+        monkeypatch.setattr(mpi, "LARGEST", 100)
         assert numpy.array_equal(around.fetch(field), expected)
 
 

@@ -237,16 +237,17 @@ class force:
 
     @staticmethod
     def meshes(w: Window, pot: Field, order: Order, beside: RealField | None = None) -> list[Any]:
-        """The components of the force on the mesh; with another field at the end of the list, if it is given."""
+        """The components of the force on the meshes of a window; at the end another field, if it is given."""
         pm = pot.pm
         if isinstance(pot, RealField):
             return _neg_gradient(w, pot, beside)
-        return [
+        components = [
             multiply_field(
                 pot, evaluate_transfer(pot, fourier_space_neg_gradient(d, pm, order), "wavenumber")
             ).c2r()
             for d in range(pm.ndim)
-        ] + ([] if beside is None else [beside])
+        ]
+        return [w.fetch(mesh) for mesh in (*components, beside) if mesh is not None]
 
     @staticmethod
     def pull_meshes(w: Window, local_x: Positions, _f: Array, order: Order, x_: Array | None = None) -> Any:

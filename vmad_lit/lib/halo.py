@@ -12,6 +12,7 @@ from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.traffic import count_to_one
 from vmad_lit.lib import memory
 from vmad_lit.lib.mesh import ParticleMesh, once_per_mesh
+from vmad_lit.lib.mpi import pieces_of
 
 with needed_for("halos of a mesh", extra="mesh"):
     from mpi4py import MPI
@@ -153,12 +154,10 @@ def swap(comm: MPI.Comm, sent: Sequence[tuple[int, Array]], received: Sequence[t
     MPI.Request.Waitall(requests)
 
 
-def _pieces(array: Array) -> Iterator[list[Any]]:
-    """The memory of an array in messages whose length every MPI library can count."""
+def _pieces(array: Array) -> list[list[Any]]:
+    """The memory of an array in messages whose length the MPI library can count."""
     flat = array.reshape(-1).view("u1")
-    for begin in range(0, len(flat), LARGEST):
-        yield [flat[begin : begin + LARGEST], MPI.BYTE]
+    return [[flat[piece], MPI.BYTE] for piece in pieces_of(len(flat))]
 
 
-#: The tag of messages between neighbours, and the most bytes in one.
-TAG, LARGEST = 27182, 1 << 30
+TAG = 27182  # of messages between neighbours

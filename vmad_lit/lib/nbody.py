@@ -125,11 +125,9 @@ class ForceAt:
             x, layout = lay_out(dx, pm, new=False, lattice=q)
         else:
             x = Displaced(dx, q)
-        self.x, self.pm, self.pot, self._window = x, pm, pot, window_for_force(pm, layout)
-        self._count, self.field_like = len(x), numpy.empty(0, x.dtype)
-        self.layout = layout
+        self.x, self.layout, self.pm, self.pot = x, layout, pm, pot
         self.factor = force.find_factor(x, pm) if factor is None else factor
-        self._stays = self._window.stays
+        self._window = window_for_force(pm, layout)
         self._local_x = self._window.bring(x)
 
     def kick(self, p: Array, c: float, out: Array) -> None:
@@ -179,7 +177,9 @@ class ForceAt:
     # Add what is found for particles
     def _add(self, find: Callable[..., Array], base: Array, c: float, out: Array) -> None:
         """base + c * what `find` finds for rows of particles, into `out`; for some at a time, if need be."""
-        direct = self._stays and self._window.compiled and alike(base, out) and out.dtype == self.x.dtype
+        direct = (
+            self._window.stays and self._window.compiled and alike(base, out) and out.dtype == self.x.dtype
+        )
         for rows in [slice(None)] if direct else self._blocks():
             if direct:
                 find(rows, out=out[rows], base=base[rows], factor=c)
@@ -188,14 +188,14 @@ class ForceAt:
 
     def _blocks(self) -> Iterator[slice]:
         """The rows of some particles after others; all at once, if they travel between ranks."""
-        if not self._stays:
+        if not self._window.stays:
             yield slice(None)
             return
-        for start in range(0, self._count, self.BLOCK):
+        for start in range(0, len(self.x), self.BLOCK):
             yield slice(start, start + self.BLOCK)
 
     def _bring_back(self, values: Array) -> Array:
-        return in_dtype_of(self._window.bring_back(values), self.field_like)
+        return in_dtype_of(self._window.bring_back(values), self.x)
 
     def _find_potential(self) -> None:
         self.pot = force.find_potential(self.pot, self._window, self._local_x, self.factor, 1)
