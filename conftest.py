@@ -1,6 +1,6 @@
 """How pytest reads this project: the chapters of the book are tests, and every test may run on several ranks.
 
-*Chapters.*  Each chapter is collected as two items: ``examples``, all its ``pycon`` fences in one name space, and
+*Chapters.*  Each page of the book is collected as two items: ``examples``, all its ``pycon`` fences in one name space, and
 ``cells``, its executed cells in another.  A failure names ``chapter.md:line``.  A package that is older than its
 chapters is told before anything else.
 
@@ -240,7 +240,7 @@ def pytest_runtest_call(item):
 
 
 def pytest_collect_file(file_path, parent):
-    if file_path.suffix == ".md" and file_path.parent.name == "chapters":
+    if file_path.suffix == ".md" and parent.config.rootpath / "book" in file_path.parents:
         return Chapter.from_parent(parent, path=file_path)
     if file_path == parent.config.rootpath / "README.md":
         return Page.from_parent(parent, path=file_path)

@@ -684,7 +684,7 @@ class Map:
     def files(self) -> list[str]:
         found = [
             *sorted(self.tree.path.glob("tests/**/test_*.py")),
-            *sorted(self.tree.path.glob("book/chapters/*.md")),
+            *sorted(self.tree.path.glob("book/**/*.md")),
             self.tree.path / "README.md",
         ]
         names = [path.relative_to(self.tree.path).as_posix() for path in found if path.exists()]

@@ -33,7 +33,11 @@ class Order:
         self.tables: dict[str, dict[str, Origin]] = {}
 
     def problems(self) -> Iterator[Problem]:
-        listed = [(name, line) for name, line in self.book.listed if name in self.rank]
+        listed = [
+            (name, line)
+            for name, line in self.book.listed
+            if name in self.rank and chapter_number(name) is not None
+        ]
         for (before, _), (name, line) in itertools.pairwise(listed):
             if self.book.chapters.index(name) < self.book.chapters.index(before):
                 yield Problem(
