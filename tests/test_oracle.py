@@ -87,6 +87,7 @@ INSTRUCTIONS = {
     "mul": (2, lambda f, a, b: 0.5 * (a * b)),
     "twice": (1, lambda f, a: a + a),
     "square": (1, lambda f, a: 0.3 * a * a),
+    "minus": (1, lambda f, a: -a),
     "constants": (1, lambda f, a: 1.5 - a * 0.5),
     "array": (1, lambda f, a: ROW * a),
     "column": (1, lambda f, a: a - COLUMN),
@@ -224,6 +225,14 @@ def test_what_nothing_depends_on_has_zeros_for_derivatives():
     assert _number == 0.0 and type(_number) is float
     np.testing.assert_array_equal(_used, 2 * np.ones(2))
     np.testing.assert_array_equal(m.compute_with_jvp("y", init, dict(row_=1.0))[1], np.zeros(2))
+
+
+def test_a_number_for_a_tangent_moves_all_elements_alike():
+    with tiny.Builder() as m:
+        x = m.input("x")
+        m.output(y=TINY["total"](x))
+    y, y_ = m.compute_with_jvp("y", dict(x=np.ones(3)), dict(x_=0.5))
+    assert (y, y_) == (3.0, 1.5)
 
 
 def test_a_cotangent_of_the_caller_is_not_changed():
