@@ -45,7 +45,7 @@ def cases(n, dtype):
     three, four = (list(np.moveaxis(rng.normal(size=(n, n, n, k)).astype(dtype), -1, 0)) for k in (3, 4))
     f, p = rng.normal(size=(2, *x.shape)).astype(dtype)
     where = dict(transform=pm.affine)
-    halos, factors = [None, None], [1.0, 1.0, 1.0]
+    factors = [1.0, 1.0, 1.0]
     return {
         "paint": lambda: window.paint(mesh, x, 1.0, **where),
         "spread three": lambda: window.readout_vjp(None, x, f, out=three, need_pos=False, **where),
@@ -54,8 +54,8 @@ def cases(n, dtype):
             four, x, f, out=p, base=p, factor=1e-3, **where
         ),
         "slopes of one": lambda: window.gradient(mesh, x, out=p, **where),
-        "differences, three": lambda: loops.gradient(three, mesh, factors, halos),
-        "divergence": lambda: loops.divergence(mesh, three, factors, halos),
+        "differences, three": lambda: loops.gradient(three, mesh, factors),
+        "divergence": lambda: loops.divergence(mesh, three, factors),
         "transfer function": lambda: loops.multiply(modes.value, modes.value, factor),
         "r2c": lambda: real.r2c(out=modes),
         "c2r": lambda: modes.c2r(out=real),

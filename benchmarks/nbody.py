@@ -68,8 +68,8 @@ def build(system, pm, stages=STAGES, **options):
             wn = m.input("wn")
             dx, p, f = simulation.run(fastpm.induce_correlation(fastpm.r2c(wn), power, pm))
             if system == "vmad_lit":
-                layout = fastpm.decompose(dx, pm, lattice=q)
-                rho = fastpm.paint(dx, 1.0, layout, pm, lattice=q)
+                layout = fastpm.decompose(dx, pm, lattice=simulation.q)
+                rho = fastpm.paint(dx, 1.0, layout, pm, lattice=simulation.q)
             else:
                 x = dx + simulation.q
                 rho = fastpm.paint(x, 1.0, fastpm.decompose(x, pm), pm)
@@ -249,10 +249,10 @@ def assemble(field):
 
 
 def breakdown(task):
-    """Seconds that a run of a task spends in each kind of kernel on this rank, and in all."""
+    """Seconds that a run of a task spends in each kind of kernel on this rank, without others inside it, and in all."""
     from pmesh.pm import BaseComplexField, RealField
 
-    from vmad_lit.lib import axpy, exchange, force, loops, painting, transfer
+    from vmad_lit.lib import axpy, exchange, force, halo, loops, painting, transfer
 
     windows = (
         "paint",
@@ -271,26 +271,30 @@ def breakdown(task):
         "paint and read out": [(painting.Window, name) for name in windows],
         "FFT": [(RealField, "r2c"), (BaseComplexField, "c2r"), (force, "_transform")],
         "transfer functions": [(transfer, "multiply_field")],
-        "differences": [*((loops, name) for name in differences), (force, "_halo")],
+        "differences": [(loops, name) for name in differences],
         "drifts and sums": [*((loops, name) for name in updates), (axpy, "multiple")],
         "decompose and exchange": [
             (exchange, "make_layout"),
+            (exchange, "choose_halo"),
             (exchange, "exchange_rows"),
             (exchange, "gather_rows"),
+            (halo.Halo, "fetch"),
+            (halo.Halo, "fold"),
         ],
     }
-    spent, running, before = dict.fromkeys(kinds, 0.0), [], []
+    spent, inside, before = dict.fromkeys(kinds, 0.0), [], []
 
     def timed(kind, function):
         def call(*args, **kwargs):
-            running.append(kind)
+            inside.append(0.0)
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                running.pop()
-                if not running:
-                    spent[kind] += time.perf_counter() - start
+                whole = time.perf_counter() - start
+                spent[kind] += whole - inside.pop()
+                if inside:
+                    inside[-1] += whole
 
         return call
 

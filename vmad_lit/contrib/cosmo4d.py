@@ -374,9 +374,8 @@ def reconstruct(
         With the white noise in `x`, chi-square in `y`, and the table of iterations in `history`.
     """
     problem, d = reconstruction_problem(forward, data, smoothing), data.d
-    if start is not None:
-        agree(d.pm.comm, lambda: (check_field(start, RealField, d.pm),))
-    elif state is None:
+    agree(d.pm.comm, lambda: ("no start" if start is None else check_field(start, RealField, d.pm),))
+    if start is None and state is None:
         start = d.pm.create(type="real", value=0)
     options: dict[str, Any] = dict(monitor=monitor, progress=progress, accept=accept, interrupt=interrupt)
     return optimizer.minimize(problem, start, state=state, **options)

@@ -353,7 +353,7 @@ def as_positions(x: ArrayLike, pm: ParticleMesh, new: bool = True) -> Array:
         )
     if x.dtype.kind not in "fiub":
         raise TypeError(f"positions must be real numbers, but their type is {x.dtype}")
-    x = x if x.dtype in ("f4", "f8") and x.dtype.isnative else x.astype("f8")
+    x = numpy.ascontiguousarray(x, x.dtype if x.dtype in ("f4", "f8") and x.dtype.isnative else "f8")
     flat = x.reshape(-1)
     if new and not numpy.isfinite(numpy.dot(flat, flat)) and not numpy.isfinite(x).all():
         bad = numpy.flatnonzero(~numpy.isfinite(x).all(axis=1))

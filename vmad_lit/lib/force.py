@@ -13,7 +13,7 @@ from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.lib import memory
 from vmad_lit.lib.exchange import AnyLayout, Positions, displaced
-from vmad_lit.lib.halo import find_halo
+from vmad_lit.lib.halo import Halo, find_halo
 from vmad_lit.lib.mesh import ParticleMesh, agree, as_real_field, as_rows, common_dtypes, once_per_mesh
 from vmad_lit.lib.mpi import add_up
 from vmad_lit.lib.painting import (
@@ -44,19 +44,6 @@ except ImportError:  # no numba: the transforms serve
 Order = Literal[0, 1]  # of `fourier_space_neg_gradient`
 
 
-def _halo(pm: ParticleMesh, value: Array, axis: int) -> Array | None:
-    """Four planes of a mesh along an axis: two before this rank's first, two behind its last; or None."""
-    if pm.domain.shape[axis] == 1 or not value.size:
-        return None
-    width = [RIM if d == axis else 0 for d in range(pm.ndim)]
-    halo = find_halo(pm, width, width)
-    begin, end = halo.inside[axis].start, halo.inside[axis].stop
-    return halo.fetch(value).take([begin - 2, begin - 1, end, end + 1], axis, mode="wrap")
-
-
-RIM = 2  # planes to either side that a difference needs
-
-
 def differences_serve(pm: ParticleMesh, order: Order) -> bool:
     """Whether the gradient is a difference of neighbours that our loops can take."""
     return (
@@ -72,9 +59,24 @@ def _difference_factors(pm: ParticleMesh, sign: float) -> list[float]:
     return [float(sign * n / (12 * length)) for n, length in zip(pm.Nmesh, pm.BoxSize)]
 
 
+RIM = 2  # planes to either side that a difference needs
+
+
+def _rim(pm: ParticleMesh, *axes: int) -> Halo | None:
+    """The halo in which differences along these axes, or all, can be taken; None if this rank has them whole."""
+    planes = [RIM if d in (axes or range(pm.ndim)) and n > 1 else 0 for d, n in enumerate(pm.domain.shape)]
+    return find_halo(pm, planes, planes) if any(planes) else None
+
+
 def difference(pm: ParticleMesh, value: Array, axis: int, sign: float, out: Array, add: bool = False) -> None:
-    """`sign` times the derivative of this rank's part of a mesh along an axis, into `out` or added to it."""
-    loops.difference(out, value, axis, _difference_factors(pm, sign)[axis], _halo(pm, value, axis), add)
+    """`sign` times the derivative of this rank's part of a mesh along an axis, into `out` or added to it. Collective."""
+    factor, rim = _difference_factors(pm, sign)[axis], _rim(pm, axis)
+    if rim is None:
+        return loops.difference(out, value, axis, factor, add)
+    source = rim.fetch(value)
+    wide = memory.empty_like(source)
+    loops.difference(wide, source, axis, factor)
+    numpy.add(out if add else 0, wide[rim.inside], out=out)
 
 
 def window_for_force(
@@ -84,37 +86,43 @@ def window_for_force(
     return Window(pm, resampler, layout, RIM)
 
 
+def _room_for_differences(w: Window) -> tuple[Halo | None, Any]:
+    """The halo in which differences are taken for a window, or None; and which part of it the window sees."""
+    rim = _rim(w.pm) if w.halo is None else None
+    return (w.halo, Ellipsis) if rim is None else (rim, rim.inside)
+
+
 def _neg_gradient(w: Window, mesh: RealField, beside: RealField | None = None) -> list[Array]:
     """Minus the derivatives of a real field along all axes: arrays, interleaved in memory, for the window `w`.
 
     With another field, `beside`, the list ends with that.
     """
-    pm, components = w.pm, _interleaved(w, w.pm.ndim + (beside is not None))
-    halos = [_halo(pm, mesh.value, axis) if w.halo is None else None for axis in range(pm.ndim - 1)]
-    source, other = _values(w.fetch(mesh)), None if beside is None else _values(w.fetch(beside))
-    loops.gradient(components, source, _difference_factors(pm, -1.0), halos, other)
-    return components
+    halo, seen = _room_for_differences(w)
+    sources = [
+        each.value if halo is None else halo.fetch(each) for each in (mesh, beside) if each is not None
+    ]
+    components = _interleaved(w.pm, halo, w.pm.ndim + len(sources) - 1)
+    loops.gradient(components, sources[0], _difference_factors(w.pm, -1.0), *sources[1:])
+    return [component[seen] for component in components]
 
 
 def _pull_differences(w: Window, x: Positions, _value: Array, x_: Array | None = None) -> RealField:
     """The cotangent of a real field from that of its `_neg_gradient` at particles; or its change along `x_`."""
-    pm, meshes = w.pm, w.spread(x, _value, _interleaved(w, w.pm.ndim, memory.zeros), x_)
-    total: Any = pm.create(type=RealField) if w.halo is None else memory.empty(w.halo.shape, pm.dtype)
-    halos = [_halo(pm, mesh, axis) if w.halo is None else None for axis, mesh in enumerate(meshes[:-1])]
-    loops.divergence(_values(total), meshes, _difference_factors(pm, 1.0), halos)
-    return w.fold(total)
+    (halo, seen), pm = _room_for_differences(w), w.pm
+    meshes = _interleaved(pm, halo, pm.ndim, memory.zeros)
+    w.spread(x, _value, [mesh[seen] for mesh in meshes], x_)
+    total: Any = pm.create(type=RealField) if halo is None else memory.empty(halo.shape, pm.dtype)
+    loops.divergence(total if halo is not None else total.value, meshes, _difference_factors(pm, 1.0))
+    return total if halo is None else halo.fold(total)
 
 
-def _values(mesh: Any) -> Array:
-    """The numbers of a field; an array, as it is."""
-    return getattr(mesh, "value", mesh)
-
-
-def _interleaved(w: Window, count: int, make: Callable[..., Array] = memory.empty) -> list[Array]:
-    """Arrays for the meshes of a window, with the numbers of all of them for a point side by side."""
-    shape = once_per_mesh(w.pm, "local shape", lambda: w.pm.create(type=RealField).shape)
-    shape = shape if w.halo is None else w.halo.shape
-    return list(numpy.moveaxis(make(shape + (count,), w.pm.dtype), -1, 0))
+def _interleaved(
+    pm: ParticleMesh, halo: Halo | None, count: int, make: Callable[..., Array] = memory.empty
+) -> list[Array]:
+    """Arrays for meshes, perhaps with a halo, with the numbers of all of them for a point side by side."""
+    shape = once_per_mesh(pm, "local shape", lambda: pm.create(type=RealField).shape)
+    shape = shape if halo is None else halo.shape
+    return list(numpy.moveaxis(make(shape + (count,), pm.dtype), -1, 0))
 
 
 @operator

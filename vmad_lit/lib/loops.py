@@ -22,8 +22,6 @@ from vmad_lit.lib.vectors import load, pointer, store
 with needed_for("compiled loops", extra="fast"):
     from numba import uintp
 
-Halos = Sequence[Array | None]
-
 
 def _number(value: float, like: Array) -> Any:
     """A number in the precision of an array, so that a loop computes in that."""
@@ -274,10 +272,9 @@ def _put_difference(out, first, step, source, rows, stride, n, factors, add):
 
 
 @inner
-def _put_derivative(out, first, step, mesh, strides, halo, whole, shape, axis, i, j, aside, factors, add):
-    """The difference along an axis for the row at i, j of a mesh, by way of `aside` where it is needed."""
+def _put_derivative(out, first, step, mesh, strides, shape, axis, i, j, aside, factors, add):
+    """The difference along an axis for the row at i, j of a mesh, by way of `aside` for the last axis."""
     n, own = shape[2], i * strides[0] + j * strides[1]
-    place, count, stride = (i, shape[0], strides[0]) if axis == 0 else (j, shape[1], strides[1])
     source, between = aside, 1
     if axis == 2:
         # Copy the row with its ends
@@ -287,7 +284,8 @@ def _put_derivative(out, first, step, mesh, strides, halo, whole, shape, axis, i
             store(aside, uintp(k), load(aside, uintp(2 + (k - 2) % n), 1), 1)
             store(aside, uintp(n + 2 + k), load(aside, uintp(2 + k % n), 1), 1)
         rows = uintp(0), uintp(1), uintp(3), uintp(4)
-    elif whole or 2 <= place < count - 2:
+    else:
+        place, count, stride = (i, shape[0], strides[0]) if axis == 0 else (j, shape[1], strides[1])
         source, between = mesh, strides[2]
         start = own - place * stride
         rows = (
@@ -296,20 +294,6 @@ def _put_derivative(out, first, step, mesh, strides, halo, whole, shape, axis, i
             uintp(start + (place + 1) % count * stride),
             uintp(start + (place + 2) % count * stride),
         )
-    else:
-        # Copy the four rows
-        for m in range(4):
-            plane = place + (m - 2 if m < 2 else m - 1)
-            if 0 <= plane < count:
-                start = own + (plane - place) * stride
-                for k in range(n):
-                    store(aside, uintp(m * n + k), load(mesh, uintp(start + k * strides[2]), 1), 1)
-            else:
-                plane = plane + 2 if plane < 0 else plane - count + 2
-                start = (plane * shape[1] + j if axis == 0 else i * 4 + plane) * n
-                for k in range(n):
-                    store(aside, uintp(m * n + k), load(halo, uintp(start + k), 1), 1)
-        rows = uintp(0), uintp(n), uintp(2 * n), uintp(3 * n)
     if step == 1 and between == 1:
         _put_difference(out, first, 1, source, rows, 1, n, factors, add)
     elif step == 1 and between == 3:
@@ -319,12 +303,10 @@ def _put_derivative(out, first, step, mesh, strides, halo, whole, shape, axis, i
 
 
 @compiled
-def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, close, start, end):
+def _gradient(outs, step, mesh, strides, shape, axes, factors, beside, close, start, end):
     n = shape[2]
-    aside, rows = numpy.empty(4 * n + 4, mesh.dtype), numpy.empty(3 * n, mesh.dtype)
-    beyond = len(halos[0]) == 0, len(halos[1]) == 0, True
+    aside, rows = numpy.empty(n + 4, mesh.dtype), numpy.empty(3 * n, mesh.dtype)
     to = pointer(outs[0]), pointer(outs[1]), pointer(outs[2])
-    halo = pointer(halos[0]), pointer(halos[1]), pointer(halos[2])
     A, other, aid, row = pointer(mesh), pointer(beside), pointer(aside), pointer(rows)
     for i in range(start, end):
         for j in range(shape[1]):
@@ -336,8 +318,6 @@ def _gradient(outs, step, mesh, strides, halos, shape, axes, factors, beside, cl
                     1 if close else step[2],
                     A,
                     strides,
-                    halo[axis],
-                    beyond[axis],
                     shape,
                     axis,
                     i,
@@ -369,11 +349,9 @@ def _interleave(out, first, rows, beside, own, n, count):
 
 
 @compiled
-def _divergence(out, step, meshes, strides, halos, shape, axes, factors, start, end):
-    aside = numpy.empty(4 * shape[2] + 4, out.dtype)
-    beyond = len(halos[0]) == 0, len(halos[1]) == 0, True
+def _divergence(out, step, meshes, strides, shape, axes, factors, start, end):
+    aside = numpy.empty(shape[2] + 4, out.dtype)
     source = pointer(meshes[0]), pointer(meshes[1]), pointer(meshes[2])
-    halo = pointer(halos[0]), pointer(halos[1]), pointer(halos[2])
     to, aid = pointer(out), pointer(aside)
     for i in range(start, end):
         for j in range(shape[1]):
@@ -386,8 +364,6 @@ def _divergence(out, step, meshes, strides, halos, shape, axes, factors, start, 
                     1,
                     source[axis],
                     strides,
-                    halo[axis],
-                    beyond[axis],
                     shape,
                     axis,
                     i,
@@ -399,7 +375,7 @@ def _divergence(out, step, meshes, strides, halos, shape, axes, factors, start, 
 
 
 def gradient(
-    outs: Sequence[Array], mesh: Array, factors: Sequence[float], halos: Halos, beside: Array | None = None
+    outs: Sequence[Array], mesh: Array, factors: Sequence[float], beside: Array | None = None
 ) -> None:
     """The four-point differences of a periodic mesh along all of its axes.
 
@@ -408,11 +384,9 @@ def gradient(
     outs : an array for each axis, all like `mesh`, with common strides; and one more for a copy of `beside`
     mesh : array with up to three axes
     factors : a number for each axis; 1 / (12 h) makes the derivative, with a spacing of h
-    halos : for each axis but the last, which is whole, an array like `mesh` in C order with 4 planes along
-        the axis: two before the first, two behind the last. None for an axis that is whole
     beside : None, or another mesh that lies in memory as `mesh` does
     """
-    count = _check_mesh(mesh, factors, halos) + (beside is not None)
+    count = _check_mesh(mesh, factors) + (beside is not None)
     if len(outs) != count:
         raise ValueError(f"{count} arrays are needed for the differences, not {len(outs)}")
     sources = [mesh] if beside is None else [mesh, beside]
@@ -422,7 +396,7 @@ def gradient(
     other = source[:0] if beside is None else _as_flat_3d(beside)[0]
     flats = [flat for flat, _ in targets] + ([source[:0]] if beside is None else [])
     close = _close(targets) if mesh.ndim == 3 and strides[2] == 1 else 0
-    _over_planes(_gradient, flats, targets[0][1], source, strides, mesh, factors, halos, other, close)
+    _over_planes(_gradient, flats, targets[0][1], source, strides, mesh, factors, other, close)
 
 
 def _close(targets: Sequence[tuple[Array, Shape]]) -> int:
@@ -433,12 +407,12 @@ def _close(targets: Sequence[tuple[Array, Shape]]) -> int:
     return n if n in (3, 4) and step[2] == n and alike else 0
 
 
-def divergence(out: Array, meshes: Sequence[Array], factors: Sequence[float], halos: Halos) -> None:
+def divergence(out: Array, meshes: Sequence[Array], factors: Sequence[float]) -> None:
     """The sum of the differences of periodic meshes, each along its own axis: see `gradient`.
 
     The `meshes` have common strides; rows of the last axis of `out` are contiguous.
     """
-    if len(meshes) != _check_mesh(out, factors, halos):
+    if len(meshes) != _check_mesh(out, factors):
         raise ValueError(f"a mesh is needed for each of {out.ndim} axes, not {len(meshes)}")
     _check_alike("a mesh", meshes, out)
     _check_alike("the array for the divergence", [out], out, meshes)
@@ -447,26 +421,17 @@ def divergence(out: Array, meshes: Sequence[Array], factors: Sequence[float], ha
             f"rows of the array for the divergence must be contiguous, but its strides are {out.strides}"
         )
     (target, step), *sources = map(_as_flat_3d, (out, *meshes))
-    _over_planes(_divergence, target, step, [flat for flat, _ in sources], sources[0][1], out, factors, halos)
+    _over_planes(_divergence, target, step, [flat for flat, _ in sources], sources[0][1], out, factors)
 
 
-def _check_mesh(mesh: Array, factors: Sequence[float], halos: Halos) -> int:
-    """The number of axes of a mesh, once it is known to have factors and halos for them."""
+def _check_mesh(mesh: Array, factors: Sequence[float]) -> int:
+    """The number of axes of a mesh, once it is known to have a factor for each."""
     check_array("the mesh", mesh, ordered=False)
     if not 1 <= mesh.ndim <= 3:
         raise ValueError(f"a mesh has one to three axes, not {mesh.ndim}")
-    if len(factors) != mesh.ndim or len(halos) != mesh.ndim - 1:
-        raise ValueError(
-            f"{mesh.ndim} axes have as many factors and one halo less, not {len(factors)} and {len(halos)}"
-        )
-    for axis, halo in enumerate(halos):
-        _check_halo(halo, mesh, axis)
+    if len(factors) != mesh.ndim:
+        raise ValueError(f"{mesh.ndim} axes have as many factors, not {len(factors)}")
     return mesh.ndim
-
-
-def _check_halo(halo: Array | None, mesh: Array, axis: int) -> None:
-    if halo is not None:
-        check_array("a halo", halo, mesh, (*mesh.shape[:axis], 4, *mesh.shape[axis + 1 :]))
 
 
 def _check_alike(
@@ -496,18 +461,15 @@ def _over_planes(
     strides: Shape,
     like: Array,
     factors: Sequence[float],
-    halos: Halos,
     *more_arguments: Any,
 ) -> None:
     if not like.size:
         return
-    more, none = 3 - like.ndim, numpy.empty(0, like.dtype)
+    more = 3 - like.ndim
     shape = (1,) * more + like.shape
     out, mesh = (tuple(x[:1] * more + x) if isinstance(x, list) else x for x in (out, mesh))
-    halos = [none] * more + [none if halo is None else halo.reshape(-1) for halo in halos] + [none]
     weights = tuple(_weights(factor, like) for factor in (1.0,) * more + tuple(factors))
-    rest = tuple(halos), shape, like.ndim, weights
-    share_planes(partial(loop, out, step, mesh, strides, *rest, *more_arguments), shape)
+    share_planes(partial(loop, out, step, mesh, strides, shape, like.ndim, weights, *more_arguments), shape)
 
 
 def _weights(factor: float, like: Array) -> tuple[Any, Any]:
@@ -527,21 +489,16 @@ def _as_flat_3d(mesh: Array) -> tuple[Array, Shape]:
 
 
 @compiled
-def _difference(out, step, mesh, strides, halo, shape, axis, factors, add, start, end):
-    aside = numpy.empty(4 * shape[2] + 4, mesh.dtype)
-    to, A, beside, aid = pointer(out), pointer(mesh), pointer(halo), pointer(aside)
-    whole = len(halo) == 0
+def _difference(out, step, mesh, strides, shape, axis, factors, add, start, end):
+    aside = numpy.empty(shape[2] + 4, mesh.dtype)
+    to, A, aid = pointer(out), pointer(mesh), pointer(aside)
     for i in range(start, end):
         for j in range(shape[1]):
             first = i * step[0] + j * step[1]
-            _put_derivative(
-                to, first, step[2], A, strides, beside, whole, shape, axis, i, j, aid, factors, add
-            )
+            _put_derivative(to, first, step[2], A, strides, shape, axis, i, j, aid, factors, add)
 
 
-def difference(
-    out: Array, mesh: Array, axis: int, factor: float, halo: Array | None, add: bool = False
-) -> None:
+def difference(out: Array, mesh: Array, axis: int, factor: float, add: bool = False) -> None:
     """The four-point difference of a periodic mesh along one axis into `out`, or added to it; see `gradient`."""
     check_array("the mesh", mesh, ordered=False)
     if not 1 <= mesh.ndim <= 3 or not 0 <= axis < mesh.ndim:
@@ -549,13 +506,11 @@ def difference(
             f"a mesh of one to three axes is needed, and one of its axes, not {mesh.ndim} and {axis}"
         )
     _check_alike("the array for the difference", [out], mesh, [mesh])
-    _check_halo(halo, mesh, axis)
     if not mesh.size:
         return
     (source, strides), (target, step) = _as_flat_3d(mesh), _as_flat_3d(out)
     shape = (1,) * (3 - mesh.ndim) + mesh.shape
-    halo = numpy.empty(0, mesh.dtype) if halo is None else halo.reshape(-1)
-    rest = halo, shape, axis + 3 - mesh.ndim, _weights(factor, mesh), bool(add)
+    rest = shape, axis + 3 - mesh.ndim, _weights(factor, mesh), bool(add)
     share_planes(partial(_difference, target, step, source, strides, *rest), shape)
 
 

@@ -414,6 +414,18 @@ class ParticleMesh(pmesh.ParticleMesh):
             return labels
         return centre(labels, super().create_coords(field_type, True), self)
 
+    def generate_uniform_particle_grid(
+        self, shift: ArrayLike = 0.5, dtype: DTypeLike | None = None, return_id: bool = False
+    ) -> Any:
+        """A particle (N, ndim) for each point of this rank's part, `shift` cells from it, in `dtype` or float64; read-only.
+
+        With `return_id` also the number (N,) of each among all.
+        """
+        made = super().generate_uniform_particle_grid(shift, None, return_id)
+        grid = numpy.ascontiguousarray(made[0] if return_id else made, dtype or "f8")
+        grid.flags.writeable = False
+        return (grid, made[1]) if return_id else grid
+
     def generate_whitenoise(
         self,
         seed: int,
