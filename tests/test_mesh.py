@@ -53,6 +53,18 @@ def per_particle(seed, *shape, n=40):
     return deal(numpy.random.default_rng(seed).normal(size=(n,) + shape))
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8", None])
+@pytest.mark.parametrize("nmesh", meshes(), ids=str)
+def test_a_lattice_lies_in_memory_particle_by_particle(nmesh, dtype):
+    pm, shift = make_mesh(nmesh), [0.5, 0.0, 0.25][: len(nmesh)]
+    theirs, numbers = pmesh.pm.ParticleMesh.generate_uniform_particle_grid(pm, shift, return_id=True)
+    ours, ids = pm.generate_uniform_particle_grid(shift, dtype, return_id=True)
+    assert ours.flags.c_contiguous and not ours.flags.writeable and ours.dtype == numpy.dtype(dtype or "f8")
+    numpy.testing.assert_array_equal(ours, theirs.astype(ours.dtype))
+    numpy.testing.assert_array_equal(ids, numbers)
+    numpy.testing.assert_array_equal(pm.generate_uniform_particle_grid(shift, dtype), ours)
+
+
 @pytest.mark.parametrize("nmesh", meshes(), ids=str)
 class TestFields:
     def test_to_scalar(self, nmesh):

@@ -363,12 +363,9 @@ def test_what_one_rank_refuses_all_refuse(bad):
 
 
 def test_a_value_that_is_not_what_it_is_taken_for():
-    def build(m):
-        a = m.input("a", placement="replicated")
-        m.output(y=mpi.allreduce(a * 2.0, comm))
-
     with Builder() as m:
-        build(m)
+        a = mpi.place(m.input("a"), "replicated", comm)
+        m.output(y=mpi.allreduce(a * 2.0, comm))
     assert m.compute("y", dict(a=3.0)) == 6.0
     if not alone:
         with pytest.raises(ValueError, match="taken for replicated"):

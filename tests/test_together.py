@@ -189,3 +189,50 @@ def test_values_in_words():
     assert describe_value(2.0, exact=False) == describe_value(3, exact=False) == "a number"
     assert describe_value([1.0, {"a": 2}]) == "[1.0, {'a': 2}]"
     assert COMM.size == len(COMM.allgather(0))
+
+
+def scaled_sum():
+    """The sum over all ranks of their parts `x`, times that of `a`, which is the same on all."""
+    with Builder() as m:
+        a, x = m.input("a", placement="replicated"), m.input("x", placement="partitioned")
+        m.output(y=mpi.allreduce(linalg.sum(x), COMM) * linalg.sum(a * 1.0))
+    return m
+
+
+@several
+@pytest.mark.parametrize(
+    "good, bad",
+    [
+        (2.0, 3.0),
+        (2, 1),
+        (np.float32(1), np.float32(1.01)),
+        (1 + 2j, 1 + 1j),
+        (np.arange(3.0), np.arange(3.0)[::-1].copy()),
+        (np.arange(3.0), np.arange(4.0)),
+        (np.arange(3.0), np.array([0, 1, np.nan])),
+        (np.arange(12), np.arange(12) + (np.arange(12) == 5)),
+    ],
+    ids=str,
+)
+def test_an_input_declared_replicated_is_the_same_on_all_ranks(good, bad):
+    m, x, gradient = scaled_sum(), np.ones(COMM.rank), dict(_y=1.0)
+    m.compute_with_vjp(dict(a=good, x=x), gradient)
+    with pytest.raises(Disagreement, match=rf"input 'a'.*is another.*rank {LAST}: "):
+        m.compute_with_vjp(dict(a=bad if BAD else good, x=x), gradient)
+    if np.asarray(good).dtype.kind in "fc":
+        rounded = good * (1 + 1e-12 * COMM.rank)
+        m.compute_with_vjp(dict(a=rounded, x=x), gradient)
+    m.compute_with_vjp(dict(a=good, x=x), gradient)  # they still meet
+
+
+@several
+def test_of_a_long_input_a_sample_is_looked_at_or_all():
+    m, x, good = scaled_sum(), np.ones(COMM.rank), np.zeros(20_000)
+    odd, all_over = good.copy(), good + BAD
+    odd[1] = BAD
+    with watched(False, 30):
+        m.compute("y", dict(a=odd, x=x))
+        with pytest.raises(Disagreement, match="input 'a'"):
+            m.compute("y", dict(a=all_over, x=x))
+    with watched(True, 30), pytest.raises(Disagreement, match="input 'a'"):
+        m.compute("y", dict(a=odd, x=x))

@@ -367,14 +367,6 @@ def has_another_constant(rank: Rank) -> Any:
 
 
 @program()
-def has_another_factor_of_parts(rank: Rank) -> Any:
-    with Builder() as m:
-        x = m.input("x", placement="partitioned")
-        m.output(y=mpi.allreduce(linalg.sum(x * rank.either(2.0, 3.0)), COMM))
-    return float(m.compute("y", dict(x=numpy.ones(3))))
-
-
-@program()
 def has_another_replicated_input(rank: Rank) -> Any:
     with Builder() as m:
         a = m.input("a", placement="replicated")

@@ -229,7 +229,15 @@ def door_of(model: Model, init: Mapping[str, Value], wanted: tuple[str, ...]) ->
         return [*head, *describe(model, init, wanted)]
 
     digest = crc32(repr(head).encode(), digest_of(model, init, wanted))
-    return Place(digest, f"at the start of {model!r}", details)
+    same = [name for name, place in model.placed.items() if place.kind == "replicated" and name in init]
+    values = {f"the input {name!r}": init[name] for name in same if is_plain(init[name])}
+    return Place(digest, f"at the start of {model!r}", details, values)
+
+
+def is_plain(value: Value) -> bool:
+    """Whether a value is a number or an array of numbers."""
+    plain = isinstance(value, (int, float, complex, numpy.number, numpy.ndarray))
+    return plain and numpy.asarray(value).dtype.kind in "biufc"
 
 
 def describe(model: Model, init: Mapping[str, Value], wanted: tuple[str, ...]) -> list[Detail]:

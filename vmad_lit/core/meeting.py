@@ -12,8 +12,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NoReturn
 from zlib import crc32
 
@@ -67,17 +68,52 @@ class Place:
         The place in words, or a function that finds them when they are needed.
     details : callable, optional
         What the rank does there, piece by piece, to be compared if the keys differ.
+    values : mapping
+        Numbers and arrays by name that are meant to be the same on all ranks, to rounding.
     """
 
     def __init__(
-        self, key: int, what: str | Callable[[], str], details: Callable[[], list[Detail]] | None = None
+        self,
+        key: int,
+        what: str | Callable[[], str],
+        details: Callable[[], list[Detail]] | None = None,
+        values: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self.key, self.what, self.details = key, what, details
+        self.key, self.what, self.details, self.values = key, what, details, values
 
     def __str__(self) -> str:
         what = self.what if isinstance(self.what, str) else self.what()
         function, line = find_caller()
         return f"{what} ({function}, called at {line})" if line else what
+
+
+def take_samples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is looked at of values that are meant to be the same: a thousand numbers of a long array, or with
+    `Watch.check` all."""
+    arrays = {name: numpy.asarray(value) for name, value in values.items()}
+    few = {name: 1 if Watch.check else 1 + array.size // SAMPLE for name, array in arrays.items()}
+    return {name: array.reshape(-1)[:: few[name]] for name, array in arrays.items()}
+
+
+SAMPLE = 1000
+
+
+def digest_samples(samples: Mapping[str, Any]) -> int:
+    """A number that changes with the samples."""
+    digest = 0
+    for name, sample in samples.items():
+        digest = crc32(sample.tobytes(), crc32(f"{name} {sample.dtype} {sample.shape}".encode(), digest))
+    return digest
+
+
+def same_to_rounding(a: Any, b: Any) -> bool:
+    """Whether two flat arrays are the same, but for what another order of sums does to them."""
+    if a.shape != b.shape:
+        return False
+    kinds = [array.dtype for array in (a, b) if array.dtype.kind in "fc"]
+    eps = max((float(numpy.finfo(dtype).eps) for dtype in kinds), default=0.0)
+    largest = numpy.abs(a[numpy.isfinite(a)]).max(initial=0)
+    return bool(numpy.allclose(a, b, rtol=0, atol=eps**0.5 * largest, equal_nan=True))
 
 
 def find_caller() -> tuple[str, str]:
@@ -104,7 +140,7 @@ class Channel:
         self.private, self.making = comm.Idup()
         self.made, self.count, self.last = False, 0, ""
         self.broken: LeftAlone | None = None
-        self.mine, self.largest = numpy.zeros(3, "i8"), numpy.zeros(3, "i8")
+        self.mine, self.largest = numpy.zeros(5, "i8"), numpy.zeros(5, "i8")
         self.heard: dict[int, tuple[int, str]] = {}
         self.sent: list[Any] = []
 
@@ -117,7 +153,7 @@ class Channel:
         Raises
         ------
         Disagreement
-            On all ranks: they are at different places.
+            On all ranks: they are at different places, or have other values where they should have the same.
         LeftAlone
             Others did not come in time.
         """
@@ -128,7 +164,9 @@ class Channel:
             if not self.made:
                 self.wait(self.making, place, meanwhile)
                 self.made = True
-            self.mine[:] = flag, place.key, -place.key
+            samples = take_samples(place.values) if place.values else {}
+            digest = digest_samples(samples)
+            self.mine[:] = flag, place.key, -place.key, digest, -digest
             count_to_all(self.private, self.mine.nbytes)
             request = self.private.Iallreduce(self.mine, self.largest, op=self.mpi.MAX)
             self.wait(request, place, meanwhile)
@@ -137,6 +175,8 @@ class Channel:
             raise
         if self.largest[1] != -self.largest[2]:
             self.differ(place)
+        if self.largest[3] != -self.largest[4] and not self.largest[0]:
+            self.compare(place, samples)
         self.last = place.what if isinstance(place.what, str) else ""
         return bool(self.largest[0])
 
@@ -198,6 +238,17 @@ class Channel:
             missing = f"{name_ranks(away)} did not come" + (f", last seen {self.last}" if self.last else "")
         return f"rank {self.rank} has waited for {waited:.3g} s {place}; {missing}"
 
+    def compare(self, place: Place, samples: Mapping[str, Any]) -> None:
+        """Raise an error on all ranks if values differ that are meant to be the same. Collective."""
+        count_object(self.private, samples)
+        everybody = self.private.allgather(samples)
+        for name, sample in everybody[0].items():
+            found = [theirs[name] for theirs in everybody]
+            if not all(same_to_rounding(sample, other) for other in found):
+                raise Disagreement(
+                    f"{name} is declared to be the same on all ranks, but is another: {tell_apart(found)}; {place}"
+                )
+
     def differ(self, place: Place) -> NoReturn:
         """Raise an error on all ranks that tells where they are, or what they disagree about. Collective."""
         details = [] if place.details is None else place.details()
@@ -216,6 +267,15 @@ class Channel:
             kinds = in_words(f"{text} ({label})" if label != told[0][0] else text for label, text in told)
             raise Disagreement(f"ranks have built or run different models; {told[0][0]}: {kinds}; {place}")
         raise Disagreement(f"ranks are at different places: {in_words(where for where, _ in everybody)}")
+
+
+def tell_apart(arrays: list[Any]) -> str:
+    """What ranks have in the first place where they differ."""
+    if len({array.shape for array in arrays}) > 1:
+        return in_words(f"{array.size} numbers" for array in arrays)
+    apart: Any = [array != arrays[0] for array in arrays]
+    first = numpy.flatnonzero(numpy.any(apart, axis=0))[0]
+    return in_words(str(array[first]) for array in arrays)
 
 
 def in_words(texts: Any) -> str:
