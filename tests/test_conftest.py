@@ -25,7 +25,7 @@ def make_project(root):
     (root / "pytest.ini").write_text(
         dedent("""\
         [pytest]
-        testpaths = tests book/chapters
+        testpaths = tests book
         addopts = -p no:cacheprovider --import-mode=importlib
         pythonpath = .
         doctest_optionflags = ELLIPSIS NORMALIZE_WHITESPACE FLOAT_CMP
@@ -164,7 +164,13 @@ def chapters(tmp_path_factory):
             """,
             f"06-mpirun-{wrong}.md",
         )
+    (project.root / "book" / "how-to").mkdir()
+    (project.root / "book" / "how-to" / "page.md").write_text("# A page\n\n```pycon\n>>> 1 + 1\n2\n```\n")
     return project.run("-v")
+
+
+def test_pages_of_other_folders_are_tested(chapters):
+    assert "book/how-to/page.md::examples PASSED" in chapters.text
 
 
 def test_examples_and_cells_of_a_chapter_are_run(chapters):
