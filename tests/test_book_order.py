@@ -205,7 +205,11 @@ def test_the_table_of_contents_is_the_order(tmp_path):
     assert [str(problem) for problem in made.check_order()] == [
         "book/index.md:8: book/01-first.md follows book/03-third.md here, but precedes it by its name"
     ]
-    put(tmp_path, index=INDEX.replace("    03-third\n", "    how-to\n    03-third\n"), **{"how-to": b"# A page\n"})
+    put(
+        tmp_path,
+        index=INDEX.replace("    03-third\n", "    how-to\n    03-third\n"),
+        **{"how-to": b"# A page\n"},
+    )
     assert len(Book.load(tmp_path).check_order()) == 1  # a page whose name has no number may stand anywhere
     (tmp_path / "book/index.md").unlink()  # then by their names
     assert len(Book.load(tmp_path).check_order()) == 1
