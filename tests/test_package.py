@@ -26,7 +26,7 @@ DISTRIBUTION = {"pfft": "pmesh", "llvmlite": "numba"}
 # Packages that no extra brings: mypy imports its plugin itself, and CAMB is one of several sources of a table.
 ELSEWHERE = {"mypy", "camb"}
 # What must work with NumPy alone, beside the engine.
-BARE = "vmad_lit testing demo lib.unary lib.binary lib.linalg lib.cosmology lib.memory contrib.vectorspace contrib.optimize".split()
+BARE = "vmad_lit tiny testing demo lib.unary lib.binary lib.linalg lib.cosmology lib.memory contrib.vectorspace contrib.optimize".split()
 
 
 def names(requirements):

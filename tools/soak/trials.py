@@ -209,7 +209,9 @@ def judge_end(ended: Ended, number: int, ranks: int, outcome: str, least: int) -
     begun = "going on" in ended.text or iterations(ended.text) > 0
     if "going on" in ended.text and went_on_from(ended.text) < least:
         return LOST
-    if asked and ranks == 1 and begun and ended.status not in (0, 128 + number, -number):  # -: at the very end
+    if (
+        asked and ranks == 1 and begun and ended.status not in (0, 128 + number, -number)
+    ):  # -: at the very end
         return UNCLEAR
     return outcome
 
