@@ -29,11 +29,14 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 SHELL := /bin/bash
 
-.PHONY: book test serial ranks soak trials mutate bench tangle check dist clean
+.PHONY: book check-book test serial ranks soak trials mutate bench tangle check dist clean
 
 book: $(VENV)/ready                     ## the rendered book, in _build/html
 	python tools/tangle.py
 	$(SPHINX) -b html . _build/html
+
+check-book: $(VENV)/ready               ## every page of _build/html in headless Chromium, as seen by a wide window and a phone
+	python tools/check_book.py _build/html
 
 test: serial ranks                      ## everything on one rank, and what communicates on several
 
