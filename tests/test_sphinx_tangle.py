@@ -79,6 +79,7 @@ SECOND = """\
     # Second
 
     We call {py:func}`scale` again, and {py:class}`small.Scaler` or {py:class}`small.scale.Scaler`.
+    What we call {py:meth}`small.scale.Again.again` is inherited.
 
     ```python {#scale}
     class Scaler:
@@ -95,6 +96,10 @@ SECOND = """\
         def factor(self):
             '''By what.'''
             return 2
+
+
+    class Again(Scaler):
+        '''Inherits.'''
     ```
 
     ```python {#package file="small/__init__.py"}
@@ -231,6 +236,7 @@ def test_a_name_is_documented_once_where_programs_look_for_it(built):
     second = links(built.page("02-second"))
     assert ("small.Scaler", "../api/small.html#small.Scaler") in second
     assert ("small.scale.Scaler", "../api/small.html#small.Scaler") in second
+    assert ("small.scale.Again.again()", "../api/small.html#small.Scaler.again") in second
 
 
 def test_names_that_do_not_exist_fail_the_build_and_pages_of_old_modules_go(site):

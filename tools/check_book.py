@@ -171,7 +171,7 @@ const name = e => {
     return e.tagName.toLowerCase() + (e.id ? '#' + e.id : classes) + (words ? ` (“${words}”)` : '');
 };
 const shown = e => e.checkVisibility({visibilityProperty: true}) && e.getClientRects().length > 0;
-const article = document.querySelector('article') || document.body;
+const article = document.querySelector('article') || document.querySelector('main') || document.body;
 """
 
 READY = (

@@ -92,11 +92,29 @@ def paths() -> dict[tuple[str, str], list[tuple[str, str]]]:
     return found
 
 
+def every_path(member: Member) -> list[tuple[str, str]]:
+    return [(member.module, member.name), *paths().get((member.module, member.name), [])]
+
+
 def shown_at(listed: tuple[str, ...], module: str, name: str) -> tuple[str, str]:
     """The module whose page documents what ``module`` defines, and the name there."""
     here = [(module, name), *paths().get((module, name), [])]
     ranks = {found: number for number, found in enumerate(listed)}
     return min(here, key=lambda found: (ranks.get(found[0], len(ranks)), found != (module, name)))
+
+
+@lru_cache(maxsize=1)
+def heirs() -> dict[type, list[Member]]:
+    """The public classes of the package that inherit from each of its public classes."""
+    classes = [
+        member for module in files() for member in members(module) if member.kind in ("class", "exception")
+    ]
+    known = {member.value for member in classes}
+    found: dict[type, list[Member]] = {}
+    for member in classes:
+        for base in set(member.value.__mro__[1:]) & known:
+            found.setdefault(base, []).append(member)
+    return found
 
 
 def find(fullname: str) -> tuple[Member, str] | None:
@@ -270,7 +288,12 @@ class ApiNames(ApiDirective):
     def words(member: Member, inner: str) -> str:
         if not inner:
             return reference.docstring(member)
-        return next((method.doc for method in reference.methods(member) if method.name == inner), "")
+        for kind in member.value.__mro__:  # the method may be inherited
+            there = find(f"{kind.__module__}.{kind.__qualname__}")
+            for method in reference.methods(there[0]) if there else ():
+                if method.name == inner:
+                    return method.doc
+        return ""
 
     @staticmethod
     def module(name: str) -> str:
@@ -364,11 +387,19 @@ class ApiModule(ApiDirective):
         return here, elsewhere
 
     def note_other_paths(self, here: list[tuple[Member, str]], module: str) -> None:
-        """Let the other paths to what this page documents lead here."""
+        """Let the other paths to what this page documents lead here, also those by classes that inherit a method."""
         domain = self.env.get_domain("py")
         for member, name in here:
             shown = f"{module}.{name}"
-            others = [(member.module, member.name), *paths().get((member.module, member.name), [])]
+            others = every_path(member)
+            for heir in heirs().get(member.value, []) if member.kind == "class" else []:
+                for method in reference.methods(member):
+                    origin = next(kind for kind in heir.value.__mro__ if method.name in vars(kind))
+                    if origin is member.value:
+                        entry = domain.objects[f"{shown}.{method.name}"]
+                        for other in every_path(heir):
+                            alias = ".".join([*other, method.name])
+                            domain.note_object(alias, entry.objtype, entry.node_id, aliased=True)
             for full, known in list(domain.objects.items()):
                 if known.docname == self.env.docname and (full + ".").startswith(shown + "."):
                     for other in {".".join(other) for other in others} - {shown}:
