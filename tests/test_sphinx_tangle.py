@@ -239,6 +239,19 @@ def test_a_name_is_documented_once_where_programs_look_for_it(built):
     assert ("small.scale.Again.again()", "../api/small.html#small.Scaler.again") in second
 
 
+def test_a_class_tells_what_it_inherits(built):
+    page = built.page("small.scale", "api")
+    assert ("Scaler", "small.html#small.Scaler") in links(page)
+    assert ("again", "small.html#small.Scaler.again") in links(page)
+
+
+def test_lists_of_terms_in_docstrings_keep_their_names():
+    from tools import sphinx_api
+
+    rows = sphinx_api.markdown("It has\n\nvjp(node, _y) : one\n    product;\njvp : another.")
+    assert rows == ["It has", "", "", "- `vjp(node, _y)`: one", "    product;", "", "- `jvp`: another."]
+
+
 def test_names_that_do_not_exist_fail_the_build_and_pages_of_old_modules_go(site):
     site.chapter(
         "chapters/91-api", API.replace("small.Scaler\n", "small.Skaler\n").replace("small\n", "smaller\n")

@@ -36,7 +36,8 @@ def source(module: str) -> Source:
     tree = ast.parse(text)
     package = module.split(".") if file.endswith("__init__.py") else module.split(".")[:-1]
     imports = {}
-    for node in tree.body:
+    inner = [part for node in tree.body if isinstance(node, (ast.If, ast.With, ast.Try)) for part in node.body]
+    for node in [*tree.body, *inner]:
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
@@ -350,14 +351,12 @@ def methods(member: Member) -> Iterator[Method]:
     return iter(found.values())
 
 
-def bases(member: Member) -> list[tuple[str, str]]:
-    """The public bases of a class in its own package, as modules and names."""
+def bases(member: Member) -> list[Member]:
+    """The public classes of its own package that a class inherits from, the nearest first."""
     found = []
-    for base in getattr(member.value, "__bases__", ()):
-        place = base.__module__, base.__qualname__
-        if place[0].split(".")[0] == member.module.split(".")[0] and not place[1].startswith("_"):
-            if any(other.name == place[1] for other in members(place[0])):
-                found.append(place)
+    for base in getattr(member.value, "__mro__", ())[1:]:
+        if base.__module__.split(".")[0] == member.module.split(".")[0]:
+            found += [other for other in members(base.__module__) if other.name == base.__qualname__]
     return found
 
 

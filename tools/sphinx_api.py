@@ -152,15 +152,28 @@ def entry(member: Member, name: str) -> list[str]:
         )
     if member.kind == "function":
         return fence("py:function", name + reference.signature(member), doc)
-    based = reference.bases(member)
-    if based:
-        links = ", ".join(f"{{py:class}}`{other} <{module}.{other}>`" for module, other in based)
-        doc = [f"Based on {links}.", "", *doc]
+    doc = [*inherited(member), *doc]
     for method in reference.methods(member):
         signature = "" if method.kind == "property" else method.signature
         doc += ["", *fence(f"py:{method.kind}", method.name + signature, markdown(method.doc))]
     enumeration = hasattr(member.value, "__members__")
     return fence(f"py:{member.kind}", name + ("" if enumeration else reference.signature(member)), doc)
+
+
+def inherited(member: Member) -> list[str]:
+    """The bases of a class, and what it has from each."""
+    rows = []
+    for base in reference.bases(member):
+        names = [method.name for method in reference.methods(base) if comes_from(base, method.name, member)]
+        full = f"{base.module}.{base.name}"
+        links = ", ".join(f"{{py:obj}}`{name} <{full}.{name}>`" for name in names)
+        rows += [f"Based on {{py:class}}`{base.name} <{full}>`{': ' + links if links else ''}.", ""]
+    return rows
+
+
+def comes_from(base: Member, name: str, heir: Member) -> bool:
+    """Whether a class has a method from a certain base, and not from another one or its own."""
+    return next(kind for kind in heir.value.__mro__ if name in vars(kind)) is base.value
 
 
 def sentence(words: str) -> str:
@@ -187,6 +200,7 @@ def fence(kind: str, argument: str, body: list[str]) -> list[str]:
 
 
 ROLE = re.compile(r":(?:\w+:)?\w+:`[~!]?([^`]+)`")  # :func:`paint`
+TERM = re.compile(r"(\w+(?:, \w+)*(?:\([^)]*\))?) : (.*)")  # outside of a list of parameters
 UNDERLINE = re.compile(r"^[-=~^]{3,}\s*$")
 
 
@@ -210,6 +224,8 @@ def markdown(doc: str | None) -> list[str]:
             rows.append("```")
         if example:
             rows.append(line.strip() if line.lstrip().startswith((">>>", "...")) else line)
+        elif not section and (found := TERM.match(line)):
+            rows += ["", f"- `{found[1]}`: {found[2]}"]
         elif section and line[:1].strip():  # name : type
             name, colon, kind = line.partition(" : ")
             rows += ["", f"`{name}`{colon and ' : '}{kind}" if colon or " " not in name else line]
@@ -253,7 +269,7 @@ class ApiDirective(SphinxDirective):
             "|" + "---|" * len(heads),
             *("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows),
         ]
-        return self.parsed(text, nodes.container(classes=["api-table"])).children if rows else []
+        return [self.parsed(text, nodes.container(classes=["api-table"]))] if rows else []
 
     def complain(self, words: str) -> nodes.Node:
         return self.state_machine.reporter.error(words, line=self.lineno)
@@ -348,9 +364,10 @@ class ApiModule(ApiDirective):
         rows += [*markdown(importlib.import_module(module).__doc__), ""]
         rows += ["From " + ", ".join(f"[](/{chapter})" for chapter in chapters) + ".", ""]
         here, elsewhere = self.members(module)
-        wanted = {name for name in map(find, api_page(self.config.api_page)[1]) if name is not None}
-        heads = {member.name for member, _ in wanted if (member, member.name) and member in dict(here)}
-        first = [(member, name) for member, name in here if member.name in heads and member.kind != "type"]
+        wanted = filter(None, map(find, api_page(self.config.api_page)[1]))
+        heads = [member.name for member, _ in wanted if member in dict(here)]
+        first = [one for one in here if one[0].name in heads and one[0].kind != "type"]
+        first.sort(key=lambda one: heads.index(one[0].name))
         types = [(member, name) for member, name in here if member.kind == "type"]
         rest = [one for one in here if one not in first and one not in types]
         groups = [("", first or rest), ("Further names", rest if first else []), ("Types", types)]
@@ -394,8 +411,7 @@ class ApiModule(ApiDirective):
             others = every_path(member)
             for heir in heirs().get(member.value, []) if member.kind == "class" else []:
                 for method in reference.methods(member):
-                    origin = next(kind for kind in heir.value.__mro__ if method.name in vars(kind))
-                    if origin is member.value:
+                    if comes_from(member, method.name, heir):
                         entry = domain.objects[f"{shown}.{method.name}"]
                         for other in every_path(heir):
                             alias = ".".join([*other, method.name])
