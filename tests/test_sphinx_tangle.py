@@ -102,6 +102,11 @@ SECOND = """\
         '''Inherits.'''
     ```
 
+    ```python {#other file="small/other.py"}
+    '''Has a type of the same name.'''
+    Factors = list[int]  # others
+    ```
+
     ```python {#package file="small/__init__.py"}
     '''Small.'''
     from .scale import Scaler
