@@ -13,6 +13,8 @@ SOAK_MINUTES ?= 60
 SOAK_MPIS ?= mpich openmpi
 TRIALS ?= 300
 RESULTS ?= _build/soak.json
+# --alt demands alternative texts of pictures, --only 'book/chapters/17*' looks at some pages.
+CHECK ?=
 # A test that hangs is ended by pytest, and pytest itself by this.
 LIMIT ?= timeout -k 10 2400
 PYTEST ?= python -m pytest
@@ -36,7 +38,7 @@ book: $(VENV)/ready                     ## the rendered book, in _build/html
 	$(SPHINX) -b html . _build/html
 
 check-book: $(VENV)/ready               ## every page of _build/html in headless Chromium, as seen by a wide window and a phone
-	python tools/check_book.py _build/html
+	python tools/check_book.py _build/html $(CHECK)
 
 test: serial ranks                      ## everything on one rank, and what communicates on several
 

@@ -63,7 +63,7 @@ def site(tmp_path_factory):
 
 @needs_browser
 def test_every_fault_is_told_once_and_nothing_else(site):
-    found = list(check_book.faults(site))
+    found = list(check_book.faults(site, "[bg]*d.html"))
     assert {page for page, _ in found} == {"bad.html"}
     words = [words for _, words in found]
     expected = [
@@ -90,6 +90,14 @@ def test_every_fault_is_told_once_and_nothing_else(site):
     others = [fault for fault in words if fault not in expected]
     assert len(others) == 2 and others[0].startswith("at 400 px: the page is 7")
     assert others[1].startswith("at 400 px: div (“a board that sticks out”) ends 3")
+
+
+@needs_browser
+def test_names_of_files_are_no_alternative_text_if_one_asks_for_it(site):
+    (site / "alt.html").write_text(HEAD.format("Alt", '<img src="dot.png" alt="_images/dot.png">'))
+    assert list(check_book.faults(site, "alt*")) == []
+    expected = [("alt.html", "the picture dot.png has no alternative text")]
+    assert list(check_book.faults(site, "alt*", alt=True)) == expected
 
 
 @needs_browser

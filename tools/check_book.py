@@ -186,7 +186,8 @@ READY = (
         try { await late(picture.decode(), 10000); } catch { }
         if (!picture.naturalWidth)
             faults.push(`the picture ${picture.getAttribute('src').slice(0, 80)} is missing or broken`);
-        if (!picture.hasAttribute('alt'))
+        const words = picture.getAttribute('alt');  // Sphinx writes the name of the file where nobody wrote anything
+        if (words === null || (ALT && /(^\s*$)|_images\/|\.(png|svg|jpe?g)$/.test(words)))
             faults.push(`the picture ${picture.getAttribute('src').slice(0, 80)} has no alternative text`);
     }
     for (const formula of article.querySelectorAll('.math'))
@@ -242,11 +243,11 @@ FITS = (
 )
 
 
-def look(browser: Browser, address: str, home: str) -> Iterator[str]:
+def look(browser: Browser, address: str, home: str, alt: bool = False) -> Iterator[str]:
     """The faults of one page that only a browser sees."""
     browser.resize(WIDTHS[0])
     browser.open(address)
-    yield from browser.evaluate(READY)
+    yield from browser.evaluate(READY.replace("ALT", json.dumps(alt)))
     for width in WIDTHS:
         browser.resize(width)
         for fault in browser.evaluate(FITS):
@@ -314,8 +315,11 @@ def dead_links(root: Path, pages: list[Path]) -> Iterator[tuple[Path, str]]:
 # -- The whole ----------------------------------------------------------------------------------------------
 
 
-def faults(root: Path, only: str = "*", program: str | None = None) -> Iterator[tuple[str, str]]:
-    """All faults of the pages whose path fits a pattern, as pairs of page and words."""
+def faults(root: Path, only: str = "*", alt: bool = False) -> Iterator[tuple[str, str]]:
+    """All faults of the pages whose path fits a pattern, as pairs of page and words.
+
+    With ``alt`` also pictures that have no alternative text but the name of a file.
+    """
     root = root.resolve()
     pages = [path for path in sorted(root.rglob("*.html")) if "_static" not in path.parts]
     pages = [path for path in pages if fnmatch.fnmatch(path.relative_to(root).as_posix(), only)]
@@ -328,10 +332,10 @@ def faults(root: Path, only: str = "*", program: str | None = None) -> Iterator[
     threading.Thread(target=server.serve_forever, daemon=True).start()
     home = f"http://127.0.0.1:{server.server_port}/"
     try:
-        with Browser(program) as browser:
+        with Browser() as browser:
             for page in pages:
                 path = page.relative_to(root).as_posix()
-                yield from ((path, words) for words in dict.fromkeys(look(browser, home + path, home)))
+                yield from ((path, words) for words in dict.fromkeys(look(browser, home + path, home, alt)))
     finally:
         server.shutdown()
 
@@ -340,10 +344,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("root", nargs="?", default="_build/html", type=Path)
     parser.add_argument("--only", default="*", metavar="PATTERN", help="pages, such as 'book/chapters/17*'")
+    parser.add_argument(
+        "--alt", action="store_true", help="pictures must have an alternative text, not a file's name"
+    )
     options = parser.parse_args(arguments)
     count = 0
     try:
-        for page, words in faults(options.root, options.only):
+        for page, words in faults(options.root, options.only, options.alt):
             print(f"{page}: {words}", flush=True)
             count += 1
     except NoBrowser as error:

@@ -36,7 +36,9 @@ def source(module: str) -> Source:
     tree = ast.parse(text)
     package = module.split(".") if file.endswith("__init__.py") else module.split(".")[:-1]
     imports = {}
-    inner = [part for node in tree.body if isinstance(node, (ast.If, ast.With, ast.Try)) for part in node.body]
+    inner = [
+        part for node in tree.body if isinstance(node, (ast.If, ast.With, ast.Try)) for part in node.body
+    ]
     for node in [*tree.body, *inner]:
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
