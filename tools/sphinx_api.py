@@ -152,7 +152,7 @@ def entry(member: Member, name: str) -> list[str]:
         )
     if member.kind == "function":
         return fence("py:function", name + reference.signature(member), doc)
-    doc = [*inherited(member), *doc]
+    doc += ["", *inherited(member)]
     for method in reference.methods(member):
         signature = "" if method.kind == "property" else method.signature
         doc += ["", *fence(f"py:{method.kind}", method.name + signature, markdown(method.doc))]
@@ -162,13 +162,15 @@ def entry(member: Member, name: str) -> list[str]:
 
 def inherited(member: Member) -> list[str]:
     """The bases of a class, and what it has from each."""
-    rows = []
+    bases, rows = [], []
     for base in reference.bases(member):
         names = [method.name for method in reference.methods(base) if comes_from(base, method.name, member)]
         full = f"{base.module}.{base.name}"
-        links = ", ".join(f"{{py:obj}}`{name} <{full}.{name}>`" for name in names)
-        rows += [f"Based on {{py:class}}`{base.name} <{full}>`{': ' + links if links else ''}.", ""]
-    return rows
+        bases.append(f"{{py:class}}`{base.name} <{full}>`")
+        if names:
+            links = ", ".join(f"{{py:obj}}`{name} <{full}.{name}>`" for name in names)
+            rows += [f"*Inherited* from {bases[-1]}: {links}.", ""]
+    return rows or ([f"Based on {', '.join(bases)}.", ""] if bases else [])
 
 
 def comes_from(base: Member, name: str, heir: Member) -> bool:
@@ -227,8 +229,9 @@ def markdown(doc: str | None) -> list[str]:
         elif not section and (found := TERM.match(line)):
             rows += ["", f"- `{found[1]}`: {found[2]}"]
         elif section and line[:1].strip():  # name : type
-            name, colon, kind = line.partition(" : ")
-            rows += ["", f"`{name}`{colon and ' : '}{kind}" if colon or " " not in name else line]
+            name, colon, kind = line.removesuffix(" :").partition(" : ")
+            coded = colon or re.fullmatch(r"\*{0,2}\w+(, \*{0,2}\w+)*", name) or " " not in name
+            rows += ["", f"`{name}`{colon and ' : '}{kind}" if coded else line]
             described = False
         elif section and line.strip() and rows[-1].strip():
             rows.append(("  " if described else ": ") + line.strip())
