@@ -13,6 +13,8 @@ SOAK_MINUTES ?= 60
 SOAK_MPIS ?= mpich openmpi
 TRIALS ?= 300
 RESULTS ?= _build/soak.json
+# --alt demands alternative texts of pictures, --only 'book/chapters/17*' looks at some pages.
+CHECK ?=
 # A test that hangs is ended by pytest, and pytest itself by this.
 LIMIT ?= timeout -k 10 2400
 PYTEST ?= python -m pytest
@@ -29,11 +31,14 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 SHELL := /bin/bash
 
-.PHONY: book test serial ranks soak trials mutate bench tangle check dist clean
+.PHONY: book check-book test serial ranks soak trials mutate bench tangle check dist clean
 
 book: $(VENV)/ready                     ## the rendered book, in _build/html
 	python tools/tangle.py
 	$(SPHINX) -b html . _build/html
+
+check-book: $(VENV)/ready               ## every page of _build/html in headless Chromium, as seen by a wide window and a phone
+	python tools/check_book.py _build/html $(CHECK)
 
 test: serial ranks                      ## everything on one rank, and what communicates on several
 

@@ -1,8 +1,8 @@
 """Sphinx settings of the book.
 
 ``conf.py`` lies at the root of the project because the book includes the project: the directives of
-``tools/sphinx_tangle.py`` render the canonical blocks of the chapters and the reference of the package that
-is tangled from them.  ``include_patterns`` keeps Sphinx from reading its own output as source.
+``tools/sphinx_tangle.py`` render the canonical blocks of the chapters, and those of ``tools/sphinx_api.py`` the
+reference of the package that is tangled from them.  ``include_patterns`` keeps Sphinx from reading its own output as source.
 """
 
 import atexit
@@ -26,7 +26,8 @@ project = "vmad_lit"
 author = "the vmad_lit authors"
 copyright = "the vmad_lit authors"
 
-from tools.sphinx_tangle import book, linkcode_resolve  # noqa: E402, F401  ([source] leads to the chapter)
+from tools.sphinx_api import linkcode_resolve  # noqa: E402, F401  ([source] leads to the chapter)
+from tools.sphinx_tangle import book  # noqa: E402
 from vmad_lit import __version__ as version  # noqa: E402
 
 release = version
@@ -39,10 +40,13 @@ extensions = [
     "sphinx.ext.linkcode",
     "sphinx.ext.mathjax",
     "tools.sphinx_tangle",
+    "tools.sphinx_api",
 ]
 
 root_doc = "book/index"
 include_patterns = ["book/**"]
+api_page = "book/chapters/91-api"  # lists what the reference shows first
+toc_object_entries_show_parents = "hide"
 nitpicky = True
 suppress_warnings = ["toc.not_readable"]  # while chapters are being written
 
@@ -72,7 +76,8 @@ math_eqref_format = "({number})"
 def package_digest() -> str:
     """A name for the state of everything that a cell may import."""
     digest = hashlib.sha256()
-    tools = [path for path in sorted((ROOT / "tools").rglob("*.py")) if path.name != "sphinx_tangle.py"]
+    pages = "sphinx_tangle.py", "sphinx_api.py", "reference.py", "check_book.py"  # no cell imports them
+    tools = [path for path in sorted((ROOT / "tools").rglob("*.py")) if path.name not in pages]
     package = sorted(ROOT / file for file in book().files.values())
     benchmarks = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("results/*.json")]
     for path in [*package, *tools, *sorted(benchmarks)]:
@@ -125,6 +130,7 @@ html_copy_source = True
 html_show_copyright = False
 html_theme_options = {
     "show_navbar_depth": 1,
+    "collapse_navbar": True,  # the modules of the reference are listed on the pages of the reference alone
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,

@@ -1,4 +1,4 @@
-"""The rendered book: captions and links of canonical blocks, the reference, and a build that cannot be fooled."""
+"""The rendered book: captions and links of canonical blocks, the reference of the package, and a build that cannot be fooled."""
 
 import os
 import re
@@ -47,10 +47,11 @@ FIRST = """\
     ```python {#scale file="small/scale.py"}
     '''Scaling.'''
 
-    Factors = list[float]
+    Factors = list[float]  # by what
+    Scales = dict
 
 
-    def scale(x_):
+    def scale(x_: Factors) -> float | None:
         '''The scaled ``x_``.
 
         >>> scale(1)
@@ -77,27 +78,57 @@ FIRST = """\
 SECOND = """\
     # Second
 
-    We call {py:func}`scale` again.
+    We call {py:func}`scale` again, and {py:class}`small.Scaler` or {py:class}`small.scale.Scaler`.
+    What we call {py:meth}`small.scale.Again.again` is inherited.
 
     ```python {#scale}
     class Scaler:
-        '''Scales again and again.'''
+        '''Scales again and again. But not too often.'''
+
+        def __init__(self, factors: "Factors", times: int = 2) -> None:
+            pass
+
+        def again(self, *, than: "Scaler") -> "Scaler":
+            '''Scale.'''
+            return than
 
         @property
         def factor(self):
             '''By what.'''
             return 2
+
+
+    class Again(Scaler):
+        '''Inherits.'''
+    ```
+
+    ```python {#other file="small/other.py"}
+    '''Has a type of the same name.'''
+    Factors = list[int]  # others
     ```
 
     ```python {#package file="small/__init__.py"}
     '''Small.'''
+    from .scale import Scaler
+
+    __all__ = ["Scaler"]
     ```
     """
 
 API = """\
     # Reference
 
-    :::{api-package} small
+    :::{api-names}
+    small.Scaler
+    small.scale.scale small.Scaler.again -- what scales
+    :::
+
+    :::{api-modules}
+    small
+    :::
+
+    :::{api-modules}
+    :rest:
     :::
     """
 
@@ -150,8 +181,8 @@ class Site:
         done.text = done.stdout + done.stderr
         return done
 
-    def page(self, name):
-        return (self.root / "_build" / "html" / "book" / "chapters" / f"{name}.html").read_text()
+    def page(self, name, folder="chapters"):
+        return (self.root / "_build" / "html" / "book" / folder / f"{name}.html").read_text()
 
 
 def links(html):
@@ -173,13 +204,86 @@ def test_blocks_have_captions_and_are_linked_both_ways(built):
     assert "In this chapter" in first and "In this chapter From" not in first
 
 
-def test_the_reference_leads_to_the_blocks(built):
+def test_the_first_page_of_the_reference_is_a_table(built):
     api = built.page("91-api")
-    assert ("[source]", "../../book/chapters/01-first.html#block-scale") in links(api)
-    assert ("[source]", "../../book/chapters/02-second.html#block-scale-2") in links(api)
-    assert "By what." in api and '<span class="pre">x_</span>' in api
-    assert "Factors" not in api  # the name of a type
-    assert ("scale()", "91-api.html#small.scale.scale") in links(built.page("02-second"))
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", api))
+    assert "Scaler Scales again and again. small" in words  # the first sentence
+    assert "scale Scaler.again What scales. small.scale small" in words
+    assert ("Scaler", "../api/small.html#small.Scaler") in links(api)
+    assert ("scale", "../api/small.scale.html#small.scale.scale") in links(api)
+    assert ("small.scale", "../api/small.scale.html#module-small.scale") in links(api)  # which nobody listed
+
+
+def test_the_page_of_a_module_leads_to_the_blocks(built):
+    page = built.page("small.scale", "api")
+    assert ("[source]", "../../book/chapters/01-first.html#block-scale") in links(page)
+    assert ("First", "../chapters/01-first.html") in links(page)
+    assert "By what." in page and '<span class="pre">x_</span>' in page
+    assert ("scale()", "../api/small.scale.html#small.scale.scale") in links(built.page("02-second"))
+
+
+def test_signatures_have_types_that_lead_to_what_they_mean(built):
+    page, other = built.page("small.scale", "api"), built.page("small", "api")
+    assert "list[float]" in re.sub(r"<[^>]+>", "", page) and "mutable sequence" not in page
+    assert "new empty dictionary" not in page
+    assert ("Factors", "#small.scale.Factors") in links(page)
+    assert ("Factors", "small.scale.html#small.scale.Factors") in links(other)  # where the class was written
+    assert ("Scaler", "#small.Scaler") in links(other)
+
+
+def test_a_name_is_documented_once_where_programs_look_for_it(built):
+    assert 'id="small.Scaler"' in built.page("small", "api")
+    assert 'id="small.scale.Scaler"' not in built.page("small.scale", "api")
+    assert ("Scaler", "small.html#small.Scaler") in links(built.page("small.scale", "api"))
+    assert ("[source]", "../../book/chapters/02-second.html#block-scale-2") in links(
+        built.page("small", "api")
+    )
+    second = links(built.page("02-second"))
+    assert ("small.Scaler", "../api/small.html#small.Scaler") in second
+    assert ("small.scale.Scaler", "../api/small.html#small.Scaler") in second
+    assert ("small.scale.Again.again()", "../api/small.html#small.Scaler.again") in second
+
+
+def test_a_class_tells_what_it_inherits(built):
+    page = built.page("small.scale", "api")
+    assert ("Scaler", "small.html#small.Scaler") in links(page)
+    assert ("again", "small.html#small.Scaler.again") in links(page)
+
+
+def test_lists_of_terms_in_docstrings_keep_their_names():
+    from tools import sphinx_api
+
+    rows = sphinx_api.markdown("It has\n\nvjp(node, _y) : one\n    product;\njvp : another.")
+    assert rows == ["It has", "", "", "- `vjp(node, _y)`: one", "    product;", "", "- `jvp`: another."]
+
+
+def test_names_that_do_not_exist_fail_the_build_and_pages_of_old_modules_go(site):
+    site.chapter(
+        "chapters/91-api", API.replace("small.Scaler\n", "small.Skaler\n").replace("small\n", "smaller\n")
+    )
+    old = site.root / "book" / "api" / "old.md"
+    old.write_text("# Old")
+    done = site.build()
+    assert done.returncode != 0 and not old.exists()
+    assert "nothing that is called small.Skaler" in done.text and "no module smaller" in done.text
+
+
+def test_the_reference_of_the_package_is_whole():
+    from tools import reference, sphinx_api
+
+    modules, names = sphinx_api.api_page("book/chapters/91-api")
+    assert [name for name in names if sphinx_api.find(name) is None] == []
+    assert set(modules) <= set(sphinx_api.files())
+    for path in "vmad_lit.Builder", "vmad_lit.lib.fastpm.ParticleMesh":
+        member, _ = sphinx_api.find(path)
+        assert ".".join(sphinx_api.shown_at(modules, member.module, member.name)) == path
+    for module in "vmad_lit", "vmad_lit.core.stdlib", "vmad_lit.core.checkpoint":
+        for name in reference.exported(module):
+            assert sphinx_api.find(f"{module}.{name}") is not None or name == "stdlib", f"{module}.{name}"
+    borrowed = {kind.__doc__ for kind in (dict, list, tuple, set, str, int, float)}
+    for module in sphinx_api.files():
+        for member in reference.members(module):
+            assert reference.docstring(member) not in borrowed, (module, member.name)
 
 
 def test_cells_are_executed(built):

@@ -666,6 +666,7 @@ class Map:
         for name in (
             "tangle",
             "sphinx_tangle",
+            "check_book",
             "stitch",
             "conftest",
             "mutate",

@@ -1,0 +1,364 @@
+"""Look at every page of the rendered book, as a reader with a wide window and one with a telephone see it.
+
+    python tools/check_book.py [_build/html] [--only PATTERN]
+
+opens each page in headless Chromium, at 1400 and at 400 pixels, and prints a line for each fault: what sticks out of the
+page or is cut off, pictures that are missing, formulas that were not typeset, links that lead nowhere, what would be
+fetched from elsewhere.  It exits with 1 if there are faults, and with 2 if it could not look.
+
+The browser is driven by the DevTools protocol through a pair of pipes (``--remote-debugging-pipe``): JSON texts with
+zero bytes between them.  That is little enough to need no library.  No name but the book's own server is resolved, so
+that the result is the same with and without a network; links to other sites are not followed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import fnmatch
+import functools
+import http.server
+import json
+import os
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urldefrag, urlsplit
+
+WIDTHS = 1400, 400
+HEIGHT = 1000
+PATIENCE = 120.0  # seconds for a page
+BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
+
+
+class NoBrowser(Exception):
+    """There is no browser to look with, or it does not answer."""
+
+
+# -- A browser ----------------------------------------------------------------------------------------------
+
+
+class Browser:
+    """One page of a headless Chromium."""
+
+    def __init__(self, program: str | None = None) -> None:
+        program = program or next(filter(None, map(shutil.which, BROWSERS)), None)
+        if program is None:
+            raise NoBrowser("found no Chromium; Debian has it as `apt install chromium`")
+        self.folder = tempfile.mkdtemp(prefix="check-book-")
+        self.incoming, self.count, self.events = b"", 0, []
+        theirs_in, self.output = os.pipe()
+        self.input, theirs_out = os.pipe()
+        # Above 9, so that 3 and 4, where Chromium looks for the pipes, are free to be given
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (theirs_in, theirs_out)]
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--hide-scrollbars",
+            "--remote-debugging-pipe",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            f"--user-data-dir={self.folder}",
+        ]
+        nothing = os.open(os.devnull, os.O_RDWR)
+        moves = [
+            (os.POSIX_SPAWN_DUP2, end, number) for end, number in zip([*ends, nothing, nothing], (3, 4, 1, 2))
+        ]
+        self.process = os.posix_spawn(
+            program, [program, *options], os.environ, file_actions=moves, setpgroup=0
+        )
+        for end in (theirs_in, theirs_out, nothing, *ends):
+            os.close(end)
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in "Page", "Runtime", "Network":
+            self.ask(f"{domain}.enable")
+
+    session: str | None = None
+
+    def ask(self, method: str, **parameters: Any) -> Any:
+        """Send a command, and wait for its result."""
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.output, json.dumps(message).encode() + b"\0")
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            answer = self.receive(deadline, method)
+            if answer.get("id") == self.count:
+                if "error" in answer:
+                    raise NoBrowser(f"{method}: {answer['error']['message']}")
+                return answer["result"]
+            self.events.append(answer)
+
+    def wait(self, event: str) -> None:
+        """Wait for an event that comes after what was said last."""
+        deadline = time.monotonic() + PATIENCE
+        while not any(found.get("method") == event for found in self.events):
+            self.events.append(self.receive(deadline, event))
+
+    def receive(self, deadline: float, what: str) -> Any:
+        while b"\0" not in self.incoming:
+            ready, _, _ = select.select([self.input], [], [], max(deadline - time.monotonic(), 0))
+            part = os.read(self.input, 1 << 16) if ready else b""
+            if not part:
+                raise NoBrowser(f"the browser {'ended' if ready else 'gave no answer'} at {what}")
+            self.incoming += part
+        message, _, self.incoming = self.incoming.partition(b"\0")
+        return json.loads(message)
+
+    def evaluate(self, script: str) -> Any:
+        """The value of an expression in the page; a promise is awaited."""
+        done = self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in done:
+            raise NoBrowser(f"the script of this check failed: {done['exceptionDetails']}")
+        return done["result"].get("value")
+
+    def resize(self, width: int) -> None:
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=HEIGHT,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+
+    def open(self, address: str) -> None:
+        self.events.clear()
+        self.ask("Page.navigate", url=address)
+        self.wait("Page.loadEventFired")
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self.output)
+        os.close(self.input)
+        try:
+            os.killpg(self.process, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        os.waitpid(self.process, 0)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """A server that keeps to itself what it does."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *words: Any) -> None:
+        pass
+
+
+# -- What a page looks like ---------------------------------------------------------------------------------
+
+COMMON = r"""
+const name = e => {
+    const classes = [...e.classList].slice(0, 3).map(c => '.' + c).join('');
+    const words = e.textContent.trim().replace(/\s+/g, ' ').slice(0, 40);
+    return e.tagName.toLowerCase() + (e.id ? '#' + e.id : classes) + (words ? ` (“${words}”)` : '');
+};
+const shown = e => e.checkVisibility({visibilityProperty: true}) && e.getClientRects().length > 0;
+const article = document.querySelector('article') || document.querySelector('main') || document.body;
+"""
+
+READY = (
+    "(async () => {"
+    + COMMON
+    + r"""
+    const faults = [];
+    const late = (promise, ms) => Promise.race([promise, new Promise(done => setTimeout(done, ms))]);
+    if (window.MathJax && MathJax.startup && MathJax.startup.promise) await late(MathJax.startup.promise, 60000);
+    for (const picture of document.querySelectorAll('img')) {
+        picture.loading = 'eager';
+        try { await late(picture.decode(), 10000); } catch { }
+        if (!picture.naturalWidth)
+            faults.push(`the picture ${picture.getAttribute('src').slice(0, 80)} is missing or broken`);
+        const words = picture.getAttribute('alt');  // Sphinx writes the name of the file where nobody wrote anything
+        if (words === null || (ALT && /(^\s*$)|_images\/|\.(png|svg|jpe?g)$/.test(words)))
+            faults.push(`the picture ${picture.getAttribute('src').slice(0, 80)} has no alternative text`);
+    }
+    for (const formula of article.querySelectorAll('.math'))
+        if (!formula.querySelector('mjx-container'))
+            faults.push(`a formula was not typeset: ${formula.textContent.trim().slice(0, 60)}`);
+    for (const error of document.querySelectorAll('mjx-merror, [data-mjx-error]'))
+        faults.push(`MathJax says: ${error.getAttribute('data-mjx-error') || error.textContent.trim()}`);
+    for (const word of document.querySelectorAll('mjx-mtext[style*="red"]'))
+        faults.push(`MathJax does not know a command in: ${name(word.closest('.math') || word)}`);
+    const texts = document.createTreeWalker(article, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const text = texts.currentNode, parent = text.parentElement;
+        if (parent.closest('pre, code, script, style, noscript, mjx-container, .math, textarea')) continue;
+        const raw = text.data.match(/\\[()\[\]][^\n]*|\$\$[^\n]*|\\begin\{[^\n]*|(?<![\w$])\$[^$\s][^$]*\$(?!\w)/);
+        if (raw) faults.push(`raw TeX in the text: ${raw[0].slice(0, 60)}`);
+    }
+    if (!document.documentElement.lang) faults.push('the page does not say its language');
+    if (!document.title.trim()) faults.push('the page has no title');
+    return faults;
+})()"""
+)
+
+FITS = (
+    "(async () => {"
+    + COMMON
+    + r"""
+    await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+    const faults = [], width = innerWidth;
+    const page = document.scrollingElement;
+    if (page.scrollWidth > width + 1) faults.push(`the page is ${page.scrollWidth} px wide`);
+    const cut = [];  // what has been told already, with all that is inside
+    const tell = (element, words) => { cut.push(element); faults.push(`${name(element)} ${words}`); };
+    for (const element of article.querySelectorAll('*')) {
+        if (element.closest('mjx-container, svg, .visually-hidden, .sr-only') || !shown(element)) continue;
+        if (cut.some(other => other.contains(element))) continue;
+        const style = getComputedStyle(element), box = element.getBoundingClientRect();
+        const clips = /hidden|clip/.test(style.overflowX);
+        // Of a formula only what is drawn counts, and not the text for screen readers beside it.
+        const drawn = element.matches('.math') && element.querySelector('mjx-math, svg');
+        const more = drawn ? Math.round(drawn.getBoundingClientRect().right - box.right)
+                           : element.scrollWidth - element.clientWidth;
+        if (clips && element.clientWidth > 1 && more > 1 && style.textOverflow !== 'ellipsis')
+            tell(element, `hides ${more} px of what it holds`);
+        else if (box.right > width + 1 || box.left < -1) {
+            let around = element.parentElement;
+            while (around && !/auto|scroll/.test(getComputedStyle(around).overflowX)) around = around.parentElement;
+            if (!around || around === page || around === document.body || around.getBoundingClientRect().right > width + 1)
+                tell(element, `ends ${Math.round(Math.max(box.right - width, -box.left))} px beyond the window`);
+        }
+    }
+    return faults;
+})()"""
+)
+
+
+def look(browser: Browser, address: str, home: str, alt: bool = False) -> Iterator[str]:
+    """The faults of one page that only a browser sees."""
+    browser.resize(WIDTHS[0])
+    browser.open(address)
+    yield from browser.evaluate(READY.replace("ALT", json.dumps(alt)))
+    for width in WIDTHS:
+        browser.resize(width)
+        for fault in browser.evaluate(FITS):
+            yield f"at {width} px: {fault}"
+    wanted = {}
+    for event in browser.events:
+        given = event.get("params", {})
+        match event.get("method"):
+            case "Network.requestWillBeSent":
+                wanted[given["requestId"]] = url = given["request"]["url"]
+                if not url.startswith((home, "data:", "blob:", "about:")):
+                    yield f"it would fetch {url} from elsewhere"
+            case "Network.responseReceived" if given["response"]["status"] >= 400:
+                url = given["response"]["url"].removeprefix(home)
+                if not url.endswith("favicon.ico"):
+                    yield f"{url} is missing"
+            case "Runtime.exceptionThrown":
+                details = given["exceptionDetails"]
+                words = details.get("exception", {}).get("description", details["text"]).splitlines()[0]
+                yield f"a script failed: {words}"
+
+
+# -- Links --------------------------------------------------------------------------------------------------
+
+
+class Links(HTMLParser):
+    """The anchors of a page, and the links out of it with their lines."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: dict[str, int] = {}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        for key, value in attributes:
+            if value and (key == "id" or (key == "name" and tag == "a")):
+                self.anchors.add(value)
+            elif value and key in ("href", "src") and tag in ("a", "area", "link", "script", "img", "source"):
+                self.links.setdefault(value, self.getpos()[0])
+
+
+def dead_links(root: Path, pages: list[Path]) -> Iterator[tuple[Path, str]]:
+    """Links and anchors inside of the book that lead nowhere."""
+
+    @functools.cache
+    def read(path: Path) -> Links:
+        return Links(path.read_text(encoding="utf-8"))
+
+    for page in pages:
+        for link in read(page).links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            anchor = unquote(urldefrag(link).fragment)
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            if target.is_dir():
+                target /= "index.html"
+            if not target.is_file() or not target.is_relative_to(root):
+                yield page, f"the link {link} leads to no file"
+            elif anchor and target.suffix == ".html" and anchor not in read(target).anchors:
+                yield page, f"the link {link} leads to no anchor"
+
+
+# -- The whole ----------------------------------------------------------------------------------------------
+
+
+def faults(root: Path, only: str = "*", alt: bool = False) -> Iterator[tuple[str, str]]:
+    """All faults of the pages whose path fits a pattern, as pairs of page and words.
+
+    With ``alt`` also pictures that have no alternative text but the name of a file.
+    """
+    root = root.resolve()
+    pages = [path for path in sorted(root.rglob("*.html")) if "_static" not in path.parts]
+    pages = [path for path in pages if fnmatch.fnmatch(path.relative_to(root).as_posix(), only)]
+    if not pages:
+        raise NoBrowser(f"there are no such pages in {root}; `make book` makes them")
+    for page, words in dead_links(root, pages):
+        yield page.relative_to(root).as_posix(), words
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=root))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = f"http://127.0.0.1:{server.server_port}/"
+    try:
+        with Browser() as browser:
+            for page in pages:
+                path = page.relative_to(root).as_posix()
+                yield from ((path, words) for words in dict.fromkeys(look(browser, home + path, home, alt)))
+    finally:
+        server.shutdown()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("root", nargs="?", default="_build/html", type=Path)
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="pages, such as 'book/chapters/17*'")
+    parser.add_argument(
+        "--alt", action="store_true", help="pictures must have an alternative text, not a file's name"
+    )
+    options = parser.parse_args(arguments)
+    count = 0
+    try:
+        for page, words in faults(options.root, options.only, options.alt):
+            print(f"{page}: {words}", flush=True)
+            count += 1
+    except NoBrowser as error:
+        print(f"check_book: {error}", file=sys.stderr)
+        return 2
+    print(f"{count or 'no'} fault{'' if count == 1 else 's'}", file=sys.stderr)
+    return 1 if count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
