@@ -3,8 +3,6 @@
 The package is tangled from the chapters of a book, which explains it: see the folder book/.
 """
 
-from .core import stdlib  # symbols gain their arithmetic
-from .core.autooperator import autooperator
 from .core.model import Builder
 from .core.operator import operator
 from .core.symbol import ListPlaceholder
@@ -12,7 +10,15 @@ from .core.valuetypes import VALUE_TYPES
 
 VALUE_TYPES.elsewhere["pmesh.pm"] = "vmad_lit.lib.mesh"
 
-__all__ = ["Builder", "ListPlaceholder", "autooperator", "operator", "stdlib"]
+__all__ = ["Builder", "ListPlaceholder", "operator"]
 __version__ = "0.1.0"
 
-from .lib import linalg, numpy_names  # noqa: E402, F401  (symbols gain indexing, the matrix product, and NumPy's functions)
+from .core import stdlib  # symbols gain their arithmetic
+
+__all__ += ["stdlib"]
+
+from .core.autooperator import autooperator
+
+__all__ += ["autooperator"]
+
+from .lib import linalg, numpy_names  # noqa: F401  (symbols gain indexing, the matrix product, and NumPy's functions)

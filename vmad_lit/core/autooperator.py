@@ -324,7 +324,7 @@ def differentiate(node: Any, **arguments: Any) -> Any:
     tape = find_tape(node, arguments)
     if not node.operator._keeps_tape:
         tape.consume()
-    derived = dict(vjp=tape.get_vjp, jvp=tape.get_jvp, hvp=tape.get_hvp)[node.primitive.kind]()
+    derived = getattr(tape, f"get_{node.primitive.kind}")()
     given = {name: arguments[name] for name in node.primitive.ain if name in derived._inputs}
     return derived._run(node.used, derived._conforming(given), donated=node.donated)[0]
 

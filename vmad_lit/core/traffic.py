@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Self
 
+from .stdlib.operators import before_sums
+
 Listener = Callable[[str, int, int], None]  # of the way, "each", "one" or "all"; messages; and their bytes
 
 listeners: list[Listener] = []
@@ -51,6 +53,8 @@ def count_object(comm: Any, x: Any, to: int | None = None) -> None:
         else:
             count_to_one(comm, to, nbytes)
 
+
+before_sums.append(count_object)
 
 #: Make contexts in which other packages tell us what they send.
 sources: list[Callable[[], AbstractContextManager[Any]]] = []

@@ -373,6 +373,16 @@ def wholes_differ(a: Form, b: Form) -> bool:
     return a.whole != b.whole and None not in (a.whole, b.whole)
 
 
+def rng_of_rank(rng: numpy.random.Generator, comm: Any) -> numpy.random.Generator:
+    """A generator of random numbers that is this rank's own, if there is a communicator.
+
+    It is another one at each call, as long as all ranks call with the same `rng`.
+    """
+    if comm is None:
+        return rng
+    return numpy.random.default_rng([*rng.integers(1 << 32, size=4), 1 + comm.rank])
+
+
 def nbytes_of(value: Value, seen: MutableMapping[int, Any]) -> int:
     """The bytes of the arrays that a value holds on this rank, without those that were `seen` before.
 
@@ -385,13 +395,3 @@ def nbytes_of(value: Value, seen: MutableMapping[int, Any]) -> int:
 
 def is_array(value: Value) -> bool:
     return isinstance(getattr(value, "nbytes", None), int) and hasattr(value, "shape")
-
-
-def rng_of_rank(rng: numpy.random.Generator, comm: Any) -> numpy.random.Generator:
-    """A generator of random numbers that is this rank's own, if there is a communicator.
-
-    It is another one at each call, as long as all ranks call with the same `rng`.
-    """
-    if comm is None:
-        return rng
-    return numpy.random.default_rng([*rng.integers(1 << 32, size=4), 1 + comm.rank])

@@ -3,20 +3,6 @@
 The operators live in `mesh`, `transfer`, `exchange`, `painting`, `force`, `lpt`, `axpy` and `nbody`.
 """
 
-from vmad_lit.lib.axpy import axpy
-from vmad_lit.lib.exchange import GhostLayout, IdentityLayout, decompose, exchange, gather
-from vmad_lit.lib.force import force, readout_neg_gradient
-from vmad_lit.lib.lpt import (
-    color_modes,
-    find_wavenumbers,
-    fourier_space_second_derivative,
-    in_precision,
-    induce_correlation,
-    lpt,
-    lpt1,
-    lpt2src,
-    second_order_source,
-)
 from vmad_lit.lib.mesh import (
     BaseComplexField,
     ComplexField,
@@ -31,7 +17,80 @@ from vmad_lit.lib.mesh import (
     r2c,
     to_scalar,
 )
+from vmad_lit.lib.transfer import (
+    apply_digitized,
+    apply_transfer,
+    fixed_transfer,
+    fourier_space_laplace,
+    fourier_space_neg_gradient,
+)
 
+__all__ = [
+    "apply_digitized",
+    "apply_transfer",
+    "as_complex_field",
+    "BaseComplexField",
+    "c2r",
+    "cdot",
+    "ComplexField",
+    "fixed_transfer",
+    "fourier_space_laplace",
+    "fourier_space_neg_gradient",
+    "mode_weights",
+    "ParticleMesh",
+    "r2c",
+    "RealField",
+    "to_scalar",
+    "TransposedComplexField",
+    "UntransposedComplexField",
+]
+
+from vmad_lit.lib.exchange import GhostLayout, IdentityLayout, decompose, exchange, gather
+from vmad_lit.lib.painting import paint, readout, readout_all
+
+__all__ += [
+    "decompose",
+    "exchange",
+    "gather",
+    "GhostLayout",
+    "IdentityLayout",
+    "paint",
+    "readout",
+    "readout_all",
+]
+
+from vmad_lit.lib.force import force, readout_neg_gradient
+
+__all__ += [
+    "force",
+    "readout_neg_gradient",
+]
+
+from vmad_lit.lib.lpt import (
+    color_modes,
+    find_wavenumbers,
+    fourier_space_second_derivative,
+    in_precision,
+    induce_correlation,
+    lpt,
+    lpt1,
+    lpt2src,
+    second_order_source,
+)
+
+__all__ += [
+    "color_modes",
+    "find_wavenumbers",
+    "fourier_space_second_derivative",
+    "in_precision",
+    "induce_correlation",
+    "lpt",
+    "lpt1",
+    "lpt2src",
+    "second_order_source",
+]
+
+from vmad_lit.lib.axpy import axpy
 from vmad_lit.lib.nbody import (
     DriftFactor,
     FastPMSimulation,
@@ -52,69 +111,25 @@ from vmad_lit.lib.nbody import (
     scale,
     superpose,
 )
-from vmad_lit.lib.painting import paint, readout, readout_all
-from vmad_lit.lib.transfer import (
-    apply_digitized,
-    apply_transfer,
-    fixed_transfer,
-    fourier_space_laplace,
-    fourier_space_neg_gradient,
-)
 
-__all__ = [
-    "apply_digitized",
-    "apply_transfer",
-    "as_complex_field",
+__all__ += [
     "axpy",
-    "BaseComplexField",
-    "c2r",
-    "cdot",
-    "color_modes",
-    "ComplexField",
-    "decompose",
     "DriftFactor",
-    "exchange",
     "factors_of_start",
     "factors_of_step",
     "FastPMSimulation",
     "find_background",
-    "find_wavenumbers",
     "firststep",
-    "fixed_transfer",
-    "force",
-    "fourier_space_laplace",
-    "fourier_space_neg_gradient",
-    "fourier_space_second_derivative",
-    "gather",
-    "GhostLayout",
     "gravity",
-    "IdentityLayout",
-    "in_precision",
-    "induce_correlation",
     "join_kicks",
     "kick_drift",
     "KickFactor",
     "leapfrog",
     "leapfrog_step",
-    "lpt",
-    "lpt1",
-    "lpt2src",
-    "mode_weights",
     "nbody",
-    "paint",
-    "ParticleMesh",
     "pick",
-    "r2c",
-    "readout",
-    "readout_all",
-    "readout_neg_gradient",
-    "RealField",
     "reversible_leapfrog",
     "scale",
-    "second_order_source",
     "StepFactors",
     "superpose",
-    "to_scalar",
-    "TransposedComplexField",
-    "UntransposedComplexField",
 ]

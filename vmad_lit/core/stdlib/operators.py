@@ -11,7 +11,6 @@ import numpy
 from ..graph import Symbols
 from ..operator import Operator, ZeroGradient, operator
 from ..symbol import BaseSymbol, Literal, Value
-from ..traffic import count_object
 from ..valuetypes import PLAIN, VALUE_TYPES, apart, by_parts, parts_of
 
 Array = numpy.ndarray[Any, Any]
@@ -256,13 +255,23 @@ def fill(shape: Shape, value: Value) -> Value:
     return shape.make(value) if isinstance(shape, ShapeOf) else numpy.broadcast_to(value, shape)
 
 
+#: Called with a communicator and a value before that is summed over the ranks.
+before_sums: list[Callable[[Any, Value], None]] = []
+
+
+def sum_over_ranks(comm: Any, x: Value) -> Value:
+    """The sum over the ranks of a communicator, on all of them. Collective."""
+    for tell in before_sums:
+        tell(comm, x)
+    return comm.allreduce(x)
+
+
 def unbroadcast_parts(g: Value, shape: Shape, is_complex: bool) -> Value:
     """Make of a value with parts the cotangent of an operand: the value, an array, or a sum for a number."""
     if shape == () and type(shape) is not ShapeOf:
         total, comm = weighted_sum(g), VALUE_TYPES[type(g)].comm(g)
         if comm is not None and shape is not OWN:
-            count_object(comm, total)
-            total = comm.allreduce(total)
+            total = sum_over_ranks(comm, total)
         return total if is_complex else total.real
     like = ShapeOf(g)
     if shape != like:
