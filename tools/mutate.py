@@ -657,6 +657,12 @@ def serve(jobs: int, answers: int, arguments: list[str]) -> None:
 # Who notices
 
 
+def runs(page: Path) -> bool:
+    """Whether a page of the book has anything that is run."""
+    text = page.read_text(encoding="utf-8-sig")
+    return "```pycon" in text or "```{code-cell}" in text
+
+
 class Map:
     """Which tests run which functions, and how long they take; one file of JSON for each file of tests."""
 
@@ -685,7 +691,7 @@ class Map:
     def files(self) -> list[str]:
         found = [
             *sorted(self.tree.path.glob("tests/**/test_*.py")),
-            *sorted(self.tree.path.glob("book/**/*.md")),
+            *(page for page in sorted(self.tree.path.glob("book/**/*.md")) if runs(page)),
             self.tree.path / "README.md",
         ]
         names = [path.relative_to(self.tree.path).as_posix() for path in found if path.exists()]
