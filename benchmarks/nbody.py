@@ -218,8 +218,11 @@ def measure(system, n, repeat, folder, dtype):
     if system in JAX:
         return measure_jax(system, n, repeat, folder, dtype)
     from mpi4py import MPI
-    from pmesh.pm import ParticleMesh
 
+    if system == "vmad_lit":
+        from vmad_lit.lib.mesh import ParticleMesh  # which divides into slabs
+    else:
+        from pmesh.pm import ParticleMesh
     comm = MPI.COMM_WORLD
     pm = ParticleMesh([n] * 3, BoxSize=4.0 * n, comm=comm, dtype=dtype)
     density, objective = build(system, pm)
@@ -317,7 +320,7 @@ def breakdown(task):
 def measure_policy(policy, n, steps):
     """Time and peak memory of the gradient over a number of steps, with one of the policies; to be printed."""
     from mpi4py import MPI
-    from pmesh.pm import ParticleMesh
+    from vmad_lit.lib.mesh import ParticleMesh
 
     pm = ParticleMesh([n] * 3, BoxSize=4.0 * n, comm=MPI.COMM_WORLD)
     _, objective = build("vmad_lit", pm, np.linspace(0.1, 1.0, steps + 1), **POLICIES[policy])

@@ -52,10 +52,15 @@ def run_on(folder, chapter, *options):
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapter_runs_on_what_is_written_by_then(chapter, tmp_path, request):
-    every = request.config.getoption("--soak")
+    """Up to the arrays and ranks, always; later the package grows by whole modules only: it is imported, and with
+    `--soak` run as well, with the cells."""
+    later = chapter.name > "22"
+    options = (
+        [] if request.config.getoption("--soak") else ["--collect-only"] if later else ["-k", "examples"]
+    )
     Book.load(ROOT, upto=int(chapter.name[:2])).export(tmp_path)
-    ended = run_on(tmp_path, chapter, *([] if every else ["-k", "examples"]))
-    assert ended.returncode == 0 and "passed" in ended.stdout, ended.stdout
+    ended = run_on(tmp_path, chapter, *options)
+    assert ended.returncode == 0, ended.stdout
 
 
 def test_what_a_chapter_lacks_is_noticed(tmp_path):
