@@ -8,6 +8,7 @@ PYTHON ?= python3
 MPI ?= mpich
 VENV ?= .venv
 RANKS ?= 2 3
+TESTS ?=
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 SOAK_MINUTES ?= 60
 SOAK_MPIS ?= mpich openmpi
@@ -47,7 +48,7 @@ serial: $(VENV)/ready                   # one process for each core
 	OMP_NUM_THREADS=1 $(LIMIT) $(PYTEST) -n $(JOBS) --dist worksteal $(SOAK)
 
 ranks: $(VENV)/ready
-	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 $(LIMIT) mpirun -n $$n $(PYTEST) -p no:cacheprovider $(SOAK) || exit 1; done
+	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 $(LIMIT) mpirun -n $$n $(PYTEST) -p no:cacheprovider $(SOAK) $(TESTS) || exit 1; done
 
 soak: $(VENV)/ready                     ## for SOAK_MINUTES, and with each MPI: jobs that are killed, disks that fill up, ranks that err; random examples
 	end=$$((SECONDS + 60 * $(SOAK_MINUTES))); \
