@@ -226,6 +226,13 @@ def test_an_input_declared_replicated_is_the_same_on_all_ranks(good, bad):
 
 
 @several
+def test_the_place_is_told_where_more_than_rounding_differs():
+    a = np.array([1 + 1e-12 * COMM.rank, np.nan, 7.0 + BAD])
+    with pytest.raises(Disagreement, match=rf": 7\.0; rank {LAST}: 8\.0; "):
+        scaled_sum().compute("y", dict(a=a, x=np.ones(COMM.rank)))
+
+
+@several
 def test_of_a_long_input_a_sample_is_looked_at_or_all():
     m, x, good = scaled_sum(), np.ones(COMM.rank), np.zeros(20_000)
     odd, all_over = good.copy(), good + BAD

@@ -8,6 +8,7 @@ can do.
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
 import inspect
 import re
@@ -198,10 +199,11 @@ def docstring(member: Member) -> str:
     own = getattr(member.value, "__doc__", None)
     inherited = not isinstance(member.value, type) and own == type(member.value).__doc__
     generated = isinstance(member.value, type) and doc.startswith(f"{member.name}(")  # of a namedtuple
-    borrowed = doc in {
-        kind.__doc__ for kind in vars(__import__("builtins")).values() if isinstance(kind, type)
-    }
-    return "" if inherited or generated or borrowed else doc
+    return "" if inherited or generated or doc in OF_BUILTINS else doc
+
+
+#: What the types of Python say of themselves.
+OF_BUILTINS = {kind.__doc__ for kind in vars(builtins).values() if isinstance(kind, type)}
 
 
 def summary(doc: str) -> str:

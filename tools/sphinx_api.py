@@ -514,11 +514,8 @@ def write_pages(app: Sphinx) -> None:
     """Write the page of each module, and remove those of modules that are gone; touch only what changes."""
     folder = Path(app.srcdir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {
-        f"{module}.md": f"# `{module}`\n\n:::{{api-module}} {module}\n:::\n"
-        for module in files()
-        if (ROOT / f"{app.config.api_page}.md").exists()
-    }
+    modules = files() if (ROOT / f"{app.config.api_page}.md").exists() else ()
+    wanted = {f"{module}.md": f"# `{module}`\n\n:::{{api-module}} {module}\n:::\n" for module in modules}
     for path in folder.glob("*.md"):
         if path.name not in wanted:
             path.unlink()

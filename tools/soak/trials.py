@@ -209,9 +209,8 @@ def judge_end(ended: Ended, number: int, ranks: int, outcome: str, least: int) -
     begun = "going on" in ended.text or iterations(ended.text) > 0
     if "going on" in ended.text and went_on_from(ended.text) < least:
         return LOST
-    if (
-        asked and ranks == 1 and begun and ended.status not in (0, 128 + number, -number)
-    ):  # -: at the very end
+    told = 0, 128 + number, -number  # the last, if it came when all was done and the process about to end
+    if asked and ranks == 1 and begun and ended.status not in told:
         return UNCLEAR
     return outcome
 

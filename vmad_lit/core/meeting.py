@@ -106,14 +106,12 @@ def digest_samples(samples: Mapping[str, Any]) -> int:
     return digest
 
 
-def same_to_rounding(a: Any, b: Any) -> bool:
-    """Whether two flat arrays are the same, but for what another order of sums does to them."""
-    if a.shape != b.shape:
-        return False
+def differ_by_more_than_rounding(a: Any, b: Any) -> Any:
+    """Where two flat arrays of one length differ by more than another order of sums explains."""
     kinds = [array.dtype for array in (a, b) if array.dtype.kind in "fc"]
     eps = max((float(numpy.finfo(dtype).eps) for dtype in kinds), default=0.0)
     largest = numpy.abs(a[numpy.isfinite(a)]).max(initial=0)
-    return bool(numpy.allclose(a, b, rtol=0, atol=eps**0.5 * largest, equal_nan=True))
+    return ~numpy.isclose(a, b, rtol=0, atol=eps**0.5 * largest, equal_nan=True)
 
 
 def find_caller() -> tuple[str, str]:
@@ -242,11 +240,11 @@ class Channel:
         """Raise an error on all ranks if values differ that are meant to be the same. Collective."""
         count_object(self.private, samples)
         everybody = self.private.allgather(samples)
-        for name, sample in everybody[0].items():
-            found = [theirs[name] for theirs in everybody]
-            if not all(same_to_rounding(sample, other) for other in found):
+        for name in samples:
+            told = tell_apart([theirs[name] for theirs in everybody])
+            if told:
                 raise Disagreement(
-                    f"{name} is declared to be the same on all ranks, but is another: {tell_apart(found)}; {place}"
+                    f"{name} is declared to be the same on all ranks, but is another: {told}; {place}"
                 )
 
     def differ(self, place: Place) -> NoReturn:
@@ -270,12 +268,12 @@ class Channel:
 
 
 def tell_apart(arrays: list[Any]) -> str:
-    """What ranks have in the first place where they differ."""
+    """What ranks have in the first place where they differ by more than rounding; nothing if there is none."""
     if len({array.shape for array in arrays}) > 1:
         return in_words(f"{array.size} numbers" for array in arrays)
-    apart: Any = [array != arrays[0] for array in arrays]
-    first = numpy.flatnonzero(numpy.any(apart, axis=0))[0]
-    return in_words(str(array[first]) for array in arrays)
+    apart: Any = [differ_by_more_than_rounding(arrays[0], array) for array in arrays]
+    places = numpy.flatnonzero(numpy.any(apart, axis=0))
+    return in_words(str(array[places[0]]) for array in arrays) if len(places) else ""
 
 
 def in_words(texts: Any) -> str:
