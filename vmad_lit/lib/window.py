@@ -667,6 +667,7 @@ def paint_jvp(
     (value,) = _targets([mesh])
     dtype = _dtype_of_masses([value], mass, *(v for v in (pos_, mass_) if v is not None))
     change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), "tangent of mass", dtype)
+    # Take the momenta, or velocities and a rate
     speed, rate = None, 1.0
     if pos_ is not None:
         speed = _velocities(pos_, len(pos), value.ndim, dtype)
