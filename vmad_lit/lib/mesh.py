@@ -416,83 +416,83 @@ class ParticleMesh(pmesh.ParticleMesh):
         grid.flags.writeable = False
         return (grid, made[1]) if return_id else grid
 
-        # White noise on a mesh
-        def generate_whitenoise(
-            self,
-            seed: int,
-            unitary: bool = False,
-            mean: float | None = 0,
-            type: Kind = ComplexField,
-            mode: Kind | None = None,
-            base: Any = None,
-            invertphase: bool = False,
-            generator: Generator | None = None,
-            purpose: str = "field",
-        ) -> Any:
-            """White noise, the same on any number of ranks: independent modes of unit variance. Collective.
+    # White noise on a mesh
+    def generate_whitenoise(
+        self,
+        seed: int,
+        unitary: bool = False,
+        mean: float | None = 0,
+        type: Kind = ComplexField,
+        mode: Kind | None = None,
+        base: Any = None,
+        invertphase: bool = False,
+        generator: Generator | None = None,
+        purpose: str = "field",
+    ) -> Any:
+        """White noise, the same on any number of ranks: independent modes of unit variance. Collective.
 
-            Parameters
-            ----------
-            seed : a whole number of at least 0
-            unitary : give all modes the amplitude 1, and only random phases
-            mean : of the field; None for a random one, like all other modes (not by pmesh)
-            type : 'real', 'complex' or 'untransposedcomplex', or a class; `mode` is its old name
-            base : memory for the field, see pmesh
-            invertphase : the field with the opposite sign, but the same mean
-            generator : 'pmesh', pmesh's own field, or 'philox', that of `vmad_lit.lib.noise`. By default pmesh's
-                where it is sound, see `pmesh_is_sound`, and otherwise the other one
-            purpose : of the numbers; one seed gives independent fields for different ones (not by pmesh)
-            """
-            # Agree on the noise that is wanted
-            kind = ours(type if mode is None else mode)
-            options = run_together(
-                self.comm, lambda: self._noise_options(seed, unitary, mean, invertphase, generator, purpose)
-            )
-            count_object(self.comm, (kind, options))
-            given = self.comm.allgather((kind, options))
-            if any(each != given[0] for each in given):
-                raise ValueError(f"all ranks must ask for the same white noise; ranks 0, 1, .. ask for {given}")
-            # Leave it to pmesh if that is its own
-            if options.pop("generator") == "pmesh":
-                del options["purpose"]
-                return super().generate_whitenoise(**options, type=getattr(pmesh, kind.__name__), base=base)
-            # Fill the modes, with the opposite sign throughout if that is wanted
-            flip = options.pop("invertphase")
-            if flip and mean is not None:
-                options["mean"] *= -1
-            modes = self.create(type=ComplexField if kind is RealField else kind, base=base)
-            fill_white(modes.value, modes.i, tuple(self.Nmesh), **options)
-            if flip:
-                modes.value[...] *= -1
-            return modes.c2r(out=Ellipsis) if kind is RealField else modes
+        Parameters
+        ----------
+        seed : a whole number of at least 0
+        unitary : give all modes the amplitude 1, and only random phases
+        mean : of the field; None for a random one, like all other modes (not by pmesh)
+        type : 'real', 'complex' or 'untransposedcomplex', or a class; `mode` is its old name
+        base : memory for the field, see pmesh
+        invertphase : the field with the opposite sign, but the same mean
+        generator : 'pmesh', pmesh's own field, or 'philox', that of `vmad_lit.lib.noise`. By default pmesh's
+            where it is sound, see `pmesh_is_sound`, and otherwise the other one
+        purpose : of the numbers; one seed gives independent fields for different ones (not by pmesh)
+        """
+        # Agree on the noise that is wanted
+        kind = ours(type if mode is None else mode)
+        options = run_together(
+            self.comm, lambda: self._noise_options(seed, unitary, mean, invertphase, generator, purpose)
+        )
+        count_object(self.comm, (kind, options))
+        given = self.comm.allgather((kind, options))
+        if any(each != given[0] for each in given):
+            raise ValueError(f"all ranks must ask for the same white noise; ranks 0, 1, .. ask for {given}")
+        # Leave it to pmesh if that is its own
+        if options.pop("generator") == "pmesh":
+            del options["purpose"]
+            return super().generate_whitenoise(**options, type=getattr(pmesh, kind.__name__), base=base)
+        # Fill the modes, with the opposite sign throughout if that is wanted
+        flip = options.pop("invertphase")
+        if flip and mean is not None:
+            options["mean"] *= -1
+        modes = self.create(type=ComplexField if kind is RealField else kind, base=base)
+        fill_white(modes.value, modes.i, tuple(self.Nmesh), **options)
+        if flip:
+            modes.value[...] *= -1
+        return modes.c2r(out=Ellipsis) if kind is RealField else modes
 
-        def _noise_options(
-            self,
-            seed: int,
-            unitary: bool,
-            mean: float | None,
-            invertphase: bool,
-            generator: Generator | None,
-            purpose: str,
-        ) -> dict[str, Any]:
-            """The options of white noise, checked, with the choice of a generator."""
-            # Choose a generator
-            seed = whole_number("seed", seed, least=0)
-            one_of("generator", generator, (None, "pmesh", "philox"))
-            mean = mean if mean is None else real_number("mean", mean)
-            plain = purpose == "field" and mean is not None
-            if generator == "pmesh" and not plain:
-                raise ValueError("pmesh's white noise has one purpose, 'field', and its mean is not random")
-            if generator is None:
-                generator = "pmesh" if plain and pmesh_is_sound(self.Nmesh, seed) else "philox"
-            return dict(
-                seed=seed,
-                unitary=bool(unitary),
-                mean=mean,
-                invertphase=bool(invertphase),
-                generator=generator,
-                purpose=purpose,
-            )
+    def _noise_options(
+        self,
+        seed: int,
+        unitary: bool,
+        mean: float | None,
+        invertphase: bool,
+        generator: Generator | None,
+        purpose: str,
+    ) -> dict[str, Any]:
+        """The options of white noise, checked, with the choice of a generator."""
+        # Choose a generator
+        seed = whole_number("seed", seed, least=0)
+        one_of("generator", generator, (None, "pmesh", "philox"))
+        mean = mean if mean is None else real_number("mean", mean)
+        plain = purpose == "field" and mean is not None
+        if generator == "pmesh" and not plain:
+            raise ValueError("pmesh's white noise has one purpose, 'field', and its mean is not random")
+        if generator is None:
+            generator = "pmesh" if plain and pmesh_is_sound(self.Nmesh, seed) else "philox"
+        return dict(
+            seed=seed,
+            unitary=bool(unitary),
+            mean=mean,
+            invertphase=bool(invertphase),
+            generator=generator,
+            purpose=purpose,
+        )
 
     def reshape(self, Nmesh: ArrayLike | None = None, BoxSize: ArrayLike | None = None) -> Self:
         """A mesh with another number of points, or another box."""
