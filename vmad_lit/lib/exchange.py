@@ -325,7 +325,7 @@ def gather_rows(layout: AnyLayout | None, data: Value) -> Any:
 
 
 class Displaced:
-    """Positions (N, ndim) that are displacements from a lattice; whoever needs a cell adds the two in double precision."""
+    """Positions (N, ndim) that are displacements from a lattice; loops that need a cell add the two in double precision."""
 
     def __init__(self, displacement: Array, lattice: Array) -> None:
         self.displacement, self.lattice = displacement, lattice

@@ -347,7 +347,7 @@ def ours(kind: Any) -> Any:
 
 
 def check_geometry(Nmesh: ArrayLike, BoxSize: ArrayLike) -> tuple[Array, Array, str]:
-    """The points and the sides of a mesh along each axis, and both in a text; or an error that says what is wrong."""
+    """The points and the sides of a mesh along each axis, and both in words; or an error that says what is wrong."""
     points, sides = numpy.asarray(Nmesh), numpy.asarray(BoxSize)
     if points.ndim != 1 or points.dtype.kind not in "iuf" or not len(points):
         raise ValueError(f"Nmesh must be a sequence of whole numbers, one for each axis, not {Nmesh!r}")
