@@ -43,8 +43,8 @@ class Placement:
     comm : MPI communicator
         Its ranks have the value together.
     field : bool or None
-        Whether a partitioned value knows its communicator itself, as the fields of a mesh do, and so is
-        summed over all ranks by whoever sums it up; None if that is not known.
+        Whether a partitioned value knows its communicator itself, as the fields of a mesh do, so that its sum
+        is the sum over all ranks; None if that is not known.
     """
 
     __slots__ = "kind", "comm", "field"

@@ -42,7 +42,7 @@ OPTIONS: dict[str, Any] = dict(nogil=True, error_model="numpy", fastmath={"contr
 
 
 def ingredients(value: Any, names: Sequence[str] = (), seen: tuple[Any, ...] = ()) -> Any:
-    """What of a value becomes machine code, as a text or nested tuples of texts, the same in every process.
+    """What of a value becomes machine code, as a string or nested tuples of strings, the same in every process.
 
     Of compiled functions that is all they are made of; of a module what is asked of it under one of `names`.
     Other functions numba replaces with its own: their names are enough. `seen`: those we are in the midst of.
