@@ -52,7 +52,7 @@ def test_a_notebook_has_the_programs_of_its_page_and_no_directives(path):
 
 def test_plain_words():
     text = "(a-label)=\n# A {term}`Taylor test`\n\n```{index} a, b\n```\n\nSee {ref}`gallery`, {ref}`here <gallery>`, {term}`them <rank>` {cite}`Hairer1993`.\n"
-    assert gallery.plain(text) == "# A Taylor test\n\nSee *Gallery*, *here*, them [Hairer 1993]."
+    assert gallery.plain(text) == "# A Taylor test\n\nSee *Complete programs*, *here*, them [Hairer 1993]."
     with pytest.raises(ValueError, match=r"no words for the role \{doc\}"):
         gallery.plain("{doc}`there`")
     with pytest.raises(ValueError, match="cannot show the directive ```{table}"):
