@@ -62,7 +62,7 @@ def test_plain_words():
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="there is no mpirun")
 def test_a_cell_on_many_ranks_runs_from_a_notebook(tmp_path):
     """It becomes a file and a command; the command is run as IPython would."""
-    source = "%%mpirun -n 2 --root\nfrom mpi4py import MPI\nprint('sum', MPI.COMM_WORLD.allreduce(1))\n"
+    source = "%%mpirun -n 2 --root\nfrom mpi4py import MPI\ncomm = MPI.COMM_WORLD\nprint(*comm.gather(comm.size) or [])\n"
     write, run = gallery.code_cells(source, "ranks_1")
     first, _, program = write.partition("\n")
     assert first == "%%writefile ranks_1.py"
@@ -73,7 +73,7 @@ def test_a_cell_on_many_ranks_runs_from_a_notebook(tmp_path):
     done = subprocess.run(
         command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100
     )
-    assert done.stdout.splitlines() == ["sum 2"] * 2, done.stderr
+    assert done.stdout.split() == ["2", "2"], done.stderr
 
 
 @pytest.mark.soak
