@@ -56,8 +56,9 @@ class assert_isinstance(looking):
     ain = "obj"
 
     def apl(node, obj, class_or_tuple):
-        if not isinstance(obj, class_or_tuple):
-            raise TypeError(f"expected an instance of {class_or_tuple}, got {type(obj)}")
+        classes = tuple(class_or_tuple) if isinstance(class_or_tuple, list) else class_or_tuple
+        if not isinstance(obj, classes):
+            raise TypeError(f"expected an instance of {classes}, got {type(obj)}")
 
 
 @operator
