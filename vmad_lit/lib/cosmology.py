@@ -265,12 +265,12 @@ class MatterDominated:
         return self.Omega0_m / _expansion(_scale_factor(a), *self._densities)
 
     def D1(self, a: ArrayLike, order: int = 0) -> Numbers:
-        """First-order growth factor, or its derivative of order 1 or 2 by ln a."""
+        """First-order growth factor, or its derivative of order 1 or 2 with respect to ln a."""
         _check_order(order)
         return linear_growth(_scale_factor(a), *self._densities)[order] / self._D1_norm
 
     def D2(self, a: ArrayLike, order: int = 0) -> Numbers:
-        """Second-order growth factor, or its derivative of order 1 or 2 by ln a."""
+        """Second-order growth factor, or its derivative of order 1 or 2 with respect to ln a."""
         _check_order(order)
         return second_order_growth(_scale_factor(a), *self._densities)[order] / self._D2_norm
 
@@ -523,7 +523,7 @@ def step_factors(Om0: Number, stages: ArrayLike, Ok0: Number = 0.0) -> Array:
 
 @analytic("Om0 -> factors")
 def start_factors(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> Array:
-    """D1, D2, and a^2 E times their derivatives by ln a, at one scale factor, as functions of Om0.
+    """D1, D2, and a^2 E times their derivatives with respect to ln a, at one scale factor, as functions of Om0.
 
     These (4,) numbers multiply the displacements of first and second order in the displacements and
     momenta at `a`.

@@ -306,7 +306,7 @@ class second_order_source:
 
 
 def fourier_space_second_derivative(i: int, j: int, pm: ParticleMesh) -> Transfer:
-    """The transfer function of the second derivative by axes i and j, the four-point difference twice."""
+    """The transfer function of the second derivative along axes i and j, the four-point difference twice."""
     first, second = (fourier_space_neg_gradient(d, pm, order=1) for d in (i, j))
 
     def make() -> Transfer:
