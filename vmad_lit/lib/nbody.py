@@ -879,6 +879,7 @@ def nbody(
     -------
     dx, p, f : (N, ndim) displacements, momenta, and force times 1.5 * Om0, at stages[-1]
     """
+
     stages, q = check_stages(stages), agree_on_lattice(q, pm)
     pt = find_background(cosmology, stages)
     dx, p = firststep(rhok, q, stages[0], pt, pm)
