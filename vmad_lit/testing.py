@@ -452,7 +452,7 @@ def sensitivity(space: Trial, x: Values, v: Values, Jv: Values) -> float:
 
 
 def check_steps(steps: Any) -> None:
-    """Refuse steps from which no slope can be told: it takes two slopes, and smaller and smaller steps."""
+    """Refuse steps from which no slope can be read: it takes two slopes, and smaller and smaller steps."""
     h = numpy.asarray(steps)
     if h.ndim != 1 or h.dtype.kind not in "iuf" or len(h) < 3:
         raise BadArgument(f"steps are at least three numbers, so that there are two slopes; got {steps!r}")
