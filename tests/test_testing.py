@@ -282,6 +282,24 @@ def test_an_operator_that_keeps_a_value_outside_of_the_tape(place):
             check(operator(keeps), X)
 
 
+def test_an_operator_that_keeps_the_first_value_for_ever():
+    """Two tapes agree with what each gives alone, since all of them are wrong alike; jvp and vjp do not."""
+    kept = {}
+
+    class first(Square):
+        def apl(node, x):
+            kept.setdefault("x", x.copy())
+            return dict(y=x**2)
+
+        def vjp(node, _y):
+            return dict(_x=2 * kept["x"] * _y)
+
+        hvp = None
+
+    with pytest.raises(AssertionError, match="is kept from the first"):
+        check(operator(first), X)
+
+
 # -- Branches --------------------------------------------------------------------------------------------------------------
 
 

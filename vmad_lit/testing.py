@@ -242,8 +242,11 @@ class Trial:
 
     def jvp(self, tangents: Values) -> Values:
         """Tangents of the results, from tangents of some of the inputs."""
+        return self._push(self.tape, tangents)
+
+    def _push(self, tape: Tape, tangents: Values) -> Values:
         init = {name + "_": tangents.get(name, ZeroGradient) for name in self.model._inputs}
-        out = self.tape.get_jvp().compute([name + "_" for name in self.results], init, return_dict=True)
+        out = tape.get_jvp().compute([name + "_" for name in self.results], init, return_dict=True)
         return {name: out[name + "_"] for name in self.results}
 
     def vjp(self, cotangents: Values) -> Values:
@@ -929,15 +932,9 @@ def tell_branches(trial: Trial, branches: Branches) -> None:
 
 def prove_tapes(trial: Trial, v: Values, w: Values) -> None:
     """Assert that a sweep needs nothing but its tape: two tapes give what each gives alone."""
-    points = [trial.init, trial.init | {name: step(trial.init[name], 1e-3, x) for name, x in v.items()}]
-    names = list(trial.model._outputs)
-
-    def run(init: Values) -> Tape:
-        tape: Tape = trial.model.compute(names, init, return_tape=True)[1]
-        return tape
-
-    alone = [trial._pull(run(init), w) for init in points]
-    for tape, expected in zip([run(init) for init in points], alone):
+    points = [trial.init, nearby(trial, v)]
+    alone = [trial._pull(tape_of(trial, init), w) for init in points]
+    for tape, expected in zip([tape_of(trial, init) for init in points], alone):
         # Compare the cotangents of this tape with those expected
         got, scale = trial._pull(tape, w), trial.norm(expected)
         rest = trial.norm({name: step(got[name], -1.0, x) for name, x in expected.items()})
@@ -946,6 +943,31 @@ def prove_tapes(trial: Trial, v: Values, w: Values) -> None:
                 f"{trial.name}: the vjp of one run is another one after a second run; something that the derivative "
                 "needs is kept outside of the tape"
             )
+
+
+def nearby(trial: Trial, v: Values) -> Values:
+    """Values of the inputs that are a little away from those of the trial."""
+    return trial.init | {name: step(trial.init[name], 1e-3, x) for name, x in v.items()}
+
+
+def tape_of(trial: Trial, init: Values) -> Tape:
+    """The tape of a run of its own."""
+    tape: Tape = trial.model.compute(list(trial.model._outputs), init, return_tape=True)[1]
+    return tape
+
+
+def prove_second_run(trial: Trial, v: Values, w: Values, rtol: float | None) -> None:
+    """Assert that jvp and vjp agree after a second run as well, elsewhere, where no value of the first helps."""
+    tape = tape_of(trial, nearby(trial, v))
+    Jv, JTw = trial._push(tape, v), trial._pull(tape, w)
+    left = sum(trial.inner(y, w[y], Jv[y]) for y in trial.results)
+    right = sum(trial.inner(x, JTw[x], v[x]) for x in trial.varied)
+    scale = max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
+    if not abs(left - right) <= (trial.eps**0.6 if rtol is None else rtol) * scale:
+        raise AssertionError(
+            f"{trial.name}: jvp and vjp agree in the first run and not in a second one, at other values; "
+            "something that a derivative needs is kept from the first"
+        )
 
 
 @contextmanager
@@ -1124,6 +1146,7 @@ def prove(trial: Trial, rtol: float | None, steps: Any, allow_zero: bool) -> tup
     prove_tapes(trial, v, w)
     rates = taylor_rates(trial, steps, allow_zero=allow_zero)
     products = dot_products(trial, rtol, allow_zero)
+    prove_second_run(trial, v, w, rtol)
     second = offered_second_order_rates(trial, steps, rtol)
     prove_ownership(trial)
     return rates, products, second
