@@ -4,8 +4,9 @@ from .model import Builder, Model
 
 from .watching import watch_shapes
 
-from .ownership import find_owners
 from .specialise import fastest_step
+
+from .ownership import find_owners
 
 from .copies import copy_graph
 
