@@ -371,10 +371,10 @@ def reconstruct(
 
     Returns
     -------
-
     State
         With the white noise in `x`, chi-square in `y`, and the table of iterations in `history`.
     """
+
     problem, d = reconstruction_problem(forward, data, smoothing), data.d
     agree(d.pm.comm, lambda: ("no start" if start is None else check_field(start, RealField, d.pm),))
     if start is None and state is None:
