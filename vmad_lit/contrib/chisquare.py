@@ -251,7 +251,7 @@ class EpochScheduler(dict[int, dict[str, Any]]):
 
 
 class Epoch:
-    """Which epoch of how many: what a monitor of epochs is told."""
+    """Which epoch of how many: what a monitor of epochs is given."""
 
     def __init__(self, epoch: int, nepochs: int) -> None:
         self.epoch, self.nepochs = epoch, nepochs

@@ -127,7 +127,7 @@ class Problem:
         return self.objective(x), self.gradient(x)
 
     def _checked_value(self, value: Any) -> float:
-        """What the objective has returned, as a float; its type tells how it was rounded."""
+        """What the objective has returned, as a float; its type says how it was rounded."""
         kind = getattr(value, "dtype", np.dtype(float))
         self.eps = float(np.finfo(kind).eps) if kind.kind == "f" else EPS
         return self.vs.replicate(value)
@@ -157,7 +157,7 @@ class Problem:
     f, g, Hvp = objective, gradient, hessian_vector_product
 
     def ingredients(self) -> dict[str, Any]:
-        """What tells this problem from others, by name."""
+        """What distinguishes this problem from others, by name."""
         kinds = dict(problem=type(self).__qualname__, vectorspace=type(self.vs).__qualname__)
         return {**kinds, "preconditioner": self.preconditioner, **self.identity}
 
@@ -433,7 +433,7 @@ class State:
     fingerprint : dict or None
         of the problem, the optimiser and the versions, if the state is that of a minimisation.
     origin : str or None
-        the file that the state comes from, until it is gone on from.
+        the file that the state comes from, until it is continued.
     """
 
     x: Vector
@@ -715,7 +715,7 @@ class Optimizer:
 
     @classmethod
     def unknown(cls, name: str) -> str:
-        """What to say of an option that there is not."""
+        """The message about an option that does not exist."""
         close = difflib.get_close_matches(name, cls.options(), n=1)
         hint = REPLACED.get(name, f"did you mean {close[0]!r}?" if close else "")
         told = f"{cls.__name__} has no option {name!r}"
@@ -772,7 +772,7 @@ class Optimizer:
             a function of the state, or a list of them, called at the start and after each iteration; when
             one returns True (on any rank) the minimisation ends.
         state : State
-            a state to go on from, as returned by this method or by :meth:`State.load`.
+            a state to continue, as returned by this method or by :meth:`State.load`.
         progress : bool
             show a progress bar (on rank 0; needs tqdm).
         accept :
@@ -1452,7 +1452,7 @@ def is_accepted(name: str, accept: Accepted) -> bool:
 def refuse_differences(
     old: Mapping[str, Any] | None, new: Mapping[str, Any], accept: Accepted, path: str = "the state"
 ) -> bool:
-    """Raise StateError for what differs between two fingerprints and is not accepted; tells if the problem does."""
+    """Raise StateError for what differs between two fingerprints and is not accepted; returns whether the problem does."""
     if old is None:
         return False
     found = {name: told for key in new for name, told in differences(old.get(key), new[key], key).items()}
