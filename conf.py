@@ -41,6 +41,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "tools.sphinx_tangle",
     "tools.sphinx_api",
+    "tools.gallery",
 ]
 
 root_doc = "book/index"
@@ -76,7 +77,8 @@ math_eqref_format = "({number})"
 def package_digest() -> str:
     """A name for the state of everything that a cell may import."""
     digest = hashlib.sha256()
-    pages = "sphinx_tangle.py", "sphinx_api.py", "reference.py", "check_book.py"  # no cell imports them
+    # What no cell imports
+    pages = "sphinx_tangle.py", "sphinx_api.py", "reference.py", "check_book.py", "gallery.py"
     tools = [path for path in sorted((ROOT / "tools").rglob("*.py")) if path.name not in pages]
     package = sorted(ROOT / file for file in book().files.values())
     benchmarks = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("results/*.json")]
