@@ -116,12 +116,12 @@ class Chain(Operator):
         self.apl = Primitive(self, "apl", run_chain, self.argnames, run_chain_and_record)
         self.apl.defaults = {name: value for name, value in self.step._defaults.items() if name != "i"}
         cotangents, tangents = ["_" + name for name in self.aout], [name + "_" for name in self.ain]
+        self.rcd = None
+        self.inplace = {*self.state_names, *cotangents}
         # Make the derivatives of a chain
         self.vjp = Primitive(self, "vjp", pull_back_chain, [HISTORY, *cotangents])
         self.jvp = Primitive(self, "jvp", push_forward_chain, [HISTORY, *tangents])
         self.hvp = Primitive(self, "hvp", differentiate_vjp_of_chain, [HISTORY, *cotangents, *tangents])
-        self.rcd = None
-        self.inplace = {*self.state_names, *cotangents}
         self._find_recorded()
 
     def _build(self, hyperargs: dict[str, Any]) -> Models:
