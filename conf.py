@@ -41,6 +41,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "tools.sphinx_tangle",
     "tools.sphinx_cells",
+    "tools.sphinx_pictures",
     "tools.sphinx_api",
 ]
 
@@ -50,6 +51,8 @@ api_page = "book/chapters/91-api"  # lists what the reference shows first
 toc_object_entries_show_parents = "hide"
 nitpicky = True
 suppress_warnings = ["toc.not_readable"]  # while chapters are being written
+# Whether a picture without alternative text or caption fails the build.
+pictures_need_words = False
 
 # -- Markdown ---------------------------------------------------------------------------------------------
 

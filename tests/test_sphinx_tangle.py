@@ -172,8 +172,9 @@ class Site:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dedent(text))
 
-    def build(self):
-        return self.call("-m", "sphinx", "-n", "-W", "--keep-going", "-b", "html", ".", "_build/html")
+    def build(self, *options):
+        command = "-m", "sphinx", "-n", "-W", "--keep-going", "-b", "html", *options, ".", "_build/html"
+        return self.call(*command)
 
     def call(self, *arguments):
         env = os.environ | {"PYTHONPATH": str(self.root), "NO_COLOR": "1"}

@@ -243,7 +243,7 @@ FITS = (
 )
 
 
-def look(browser: Browser, address: str, home: str, alt: bool = False) -> Iterator[str]:
+def look(browser: Browser, address: str, home: str, alt: bool = True) -> Iterator[str]:
     """The faults of one page that only a browser sees."""
     browser.resize(WIDTHS[0])
     browser.open(address)
@@ -315,10 +315,10 @@ def dead_links(root: Path, pages: list[Path]) -> Iterator[tuple[Path, str]]:
 # -- The whole ----------------------------------------------------------------------------------------------
 
 
-def faults(root: Path, only: str = "*", alt: bool = False) -> Iterator[tuple[str, str]]:
+def faults(root: Path, only: str = "*", alt: bool = True) -> Iterator[tuple[str, str]]:
     """All faults of the pages whose path fits a pattern, as pairs of page and words.
 
-    With ``alt`` also pictures that have no alternative text but the name of a file.
+    Among them pictures that have no alternative text but the name of a file, unless ``alt`` is false.
     """
     root = root.resolve()
     pages = [path for path in sorted(root.rglob("*.html")) if "_static" not in path.parts]
@@ -345,7 +345,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("root", nargs="?", default="_build/html", type=Path)
     parser.add_argument("--only", default="*", metavar="PATTERN", help="pages, such as 'book/chapters/17*'")
     parser.add_argument(
-        "--alt", action="store_true", help="pictures must have an alternative text, not a file's name"
+        "--alt",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="pictures must have an alternative text, not a file's name",
     )
     options = parser.parse_args(arguments)
     count = 0
