@@ -42,6 +42,7 @@ extensions = [
     "tools.sphinx_tangle",
     "tools.sphinx_cells",
     "tools.sphinx_pictures",
+    "tools.sphinx_subjects",
     "tools.sphinx_api",
 ]
 
