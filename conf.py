@@ -84,7 +84,7 @@ def package_digest() -> str:
     tools = [  # that a cell may import
         path
         for path in sorted((ROOT / "tools").rglob("*.py"))
-        if not path.name.startswith(("sphinx_", "reference", "check_book"))
+        if not path.name.startswith(("sphinx_", "reference", "check_book", "browser", "print_book"))
     ]
     package = sorted(ROOT / file for file in book().files.values())
     benchmarks = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("results/*.json")]
