@@ -32,11 +32,18 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 SHELL := /bin/bash
 
-.PHONY: book check-book test serial ranks soak trials mutate bench tangle check dist clean
+.PHONY: book epub pdf check-book test serial ranks soak trials mutate bench tangle check dist clean
 
 book: $(VENV)/ready                     ## the rendered book, in _build/html
 	python tools/tangle.py
 	$(SPHINX) -b html . _build/html
+
+epub: $(VENV)/ready                     ## the book for readers of devices, _build/epub/vmad_lit.epub; needs Chromium, for the formulas
+	python tools/tangle.py
+	$(SPHINX) -b epub -t epub -d _build/doctrees-epub . _build/epub
+
+pdf: book                               ## the book on paper, _build/vmad_lit.pdf, printed by Chromium from _build/html
+	python tools/print_book.py _build/html _build/vmad_lit.pdf
 
 check-book: $(VENV)/ready               ## every page of _build/html in headless Chromium, as seen by a wide window and a phone
 	python tools/check_book.py _build/html $(CHECK)
