@@ -45,6 +45,7 @@ extensions = [
     "tools.sphinx_subjects",
     "tools.sphinx_epub",
     "tools.sphinx_api",
+    "tools.gallery",
 ]
 
 root_doc = "book/index"
@@ -85,7 +86,9 @@ def package_digest() -> str:
     tools = [  # that a cell may import
         path
         for path in sorted((ROOT / "tools").rglob("*.py"))
-        if not path.name.startswith(("sphinx_", "reference", "check_book", "browser", "print_book"))
+        if not path.name.startswith(
+            ("sphinx_", "reference", "check_book", "browser", "print_book", "gallery")
+        )
     ]
     package = sorted(ROOT / file for file in book().files.values())
     benchmarks = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("results/*.json")]

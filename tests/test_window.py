@@ -580,7 +580,7 @@ def test_threads_share_blocks_with_positions_that_are_not_numbers(bad, at):
         window.set_threads(n)
         found.append(window.paint(numpy.zeros((32, 32, 32)), lattice))
     box = window._box(found[0], None)
-    edges, mask = window._owners(2, box, lattice.reshape(-1), 3, lattice[:0, 0])
+    edges, mask = window.owners_of_blocks(2, box, lattice.reshape(-1), 3, lattice[:0, 0])
     window.set_threads(None)
     assert_allclose(found[1], found[0], rtol=1e-13)
     assert mask[at // window.BLOCK] == 3 and {1, 2} < set(mask)

@@ -4,8 +4,9 @@ from .model import Builder, Model
 
 from .watching import watch_shapes
 
-from .ownership import find_owners
 from .specialise import fastest_step
+
+from .ownership import find_owners
 
 from .copies import copy_graph
 
@@ -13,6 +14,7 @@ from .draw import to_dot
 
 from .placement import Placement
 
-from .agreement import describe_model
 from .failing import abort_on_failure
 from .meeting import watched
+
+from .agreement import describe_model

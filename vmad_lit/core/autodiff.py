@@ -87,6 +87,7 @@ class ForwardSweep(Sweep):
         operator = node.operator
         if not self.arrives(node.varin) or self.plan.active.isdisjoint(flatten(node.varout)):
             return
+        # Pass a tangent on
         if operator.transparent:
             self.derivative[only(node.varout.values())] = self.get(node.varin[only(operator.ain)])
             return
@@ -131,6 +132,7 @@ class ReverseSweep(Sweep):
         operator = node.primitive.operator
         if not self.arrives(node.varout):
             return
+        # Pass a cotangent on
         if operator.transparent:
             self.add(node.varin[only(operator.ain)], self.get(only(node.varout.values())), node)
             return
@@ -178,6 +180,7 @@ class ReverseSweep(Sweep):
         elif partial is not Ignored:
             so_far = self.derivative.get(symbol)
             if so_far is not None:
+                # Write a sum
                 total = self.new_symbol(self.form, symbol)
                 origin = None if node else caller()
                 self.model.append(
@@ -202,6 +205,24 @@ class accumulate:
         return add_cotangents(a, b, own)
 
 
+@operator
+class items:
+    """The items of a list, each as a value of its own."""
+
+    ain = "x"
+    aout = "y"
+
+    def apl(node: Any, x: Value) -> dict[str, Value]:
+        return dict(y=x)
+
+
+def only(items: Iterable[Any]) -> Any:
+    """The only one of some items."""
+    (item,) = items
+    return item
+
+
+# Add two cotangents
 def add_cotangents(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
     """The sum of a total `a` and a partial cotangent `b`, and what of it is our own.
 
@@ -215,6 +236,7 @@ def add_cotangents(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
     cls = type(a)
     if cls is float:
         return a + b, None
+    # Add lists item by item
     if cls is list:
         pairs = [add_cotangents(*items) for items in zip(a, b, own or [None] * len(a), strict=True)]
         return [total for total, _ in pairs], [mine for _, mine in pairs]
@@ -222,23 +244,6 @@ def add_cotangents(a: Value, b: Value, own: Any) -> tuple[Value, Any]:
         return a, own
     total = a + b if cls in PLAIN or cls is not type(b) else VALUE_TYPES[cls].add(a, b)
     return total, total if type(total) is type(b) is cls else None
-
-
-def only(items: Iterable[Any]) -> Any:
-    """The only one of some items."""
-    (item,) = items
-    return item
-
-
-@operator
-class items:
-    """The items of a list, each as a value of its own."""
-
-    ain = "x"
-    aout = "y"
-
-    def apl(node: Any, x: Value) -> dict[str, Value]:
-        return dict(y=x)
 
 
 SWEEPS: dict[str, Any] = dict(vjp=ReverseSweep, jvp=ForwardSweep)
@@ -270,6 +275,7 @@ class SecondOrderSweep(ReverseSweep):
         self.tangents.push_all()
         self.cotangents.seed()
         self.seed()
+        # Pull cotangents and their changes back, node by node
         for node in reversed(self.plan.nodes):
             self.cotangents.pull_back(node)
             self.pull_back(node)
@@ -287,6 +293,7 @@ class SecondOrderSweep(ReverseSweep):
             return
         if not isinstance(operator.hvp, Primitive):
             raise no_second_derivative(operator, node)
+        # Append the curvature
         derivatives = {"_" + name: self.cotangents.get(symbol) for name, symbol in node.varout.items()}
         derivatives.update((name + "_", self.tangents.get(node.varin[name])) for name in operator.ain)
         self.hand_out(operator.hvp, node, derivatives, partials)

@@ -49,6 +49,7 @@ def check_class(prototype: Any, functions: Sequence[str] = FUNCTIONS) -> None:
         meant = misspelt(name, missing) if name not in known and name[:2] != "__" else None
         if meant:
             raise BrokenPrimitive(f"{named(prototype)}: '{name}' means nothing here; did you mean '{meant}'?")
+    # Complain about what is missing
     for name, what in ("ain", "of the arguments that have derivatives"), ("aout", "of the results"):
         if name in missing:
             raise BrokenPrimitive(f"{named(prototype)}: '{name}' is missing, the names {what}")
@@ -84,6 +85,7 @@ def check_functions(prototype: Any, ain: Mapping[str, Any], aout: Mapping[str, A
     found = {kind: getattr(prototype, kind) for kind in FUNCTIONS if hasattr(prototype, kind)}
     functions = {kind: f for kind, f in found.items() if callable(f) or kind != "hvp"}
     parameters = {kind: read_parameters(prototype, kind, f) for kind, f in functions.items()}
+    # Say which names there are, and which are needed
     arguments, takes_any = parameters["apl"]
     cotangents, tangents = ["_" + name for name in aout], [name + "_" for name in ain]
     known = {*arguments[1:], *ain, *aout, *cotangents, *tangents}

@@ -25,11 +25,13 @@ def admit(name: str, value: Any) -> Any:
         return kind([admit(f"{name}[{i}]", item) for i, item in enumerate(value)])
     if isinstance(value, BaseSymbol):
         return value
+    # Refuse what would lose its meaning
     reason = find_loss(value)
     if reason is None and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "VOUSMm":
         reason = f"an array of {value.dtype}, and derivatives are of numbers; give an array of floats"
     if reason is not None:
         raise WrongKind(f"'{name}' is {reason}")
+    # Convert what has one meaning
     if isinstance(value, Fraction):
         return float(value)
     if isinstance(value, numpy.ma.MaskedArray):
@@ -45,6 +47,7 @@ def admit(name: str, value: Any) -> Any:
 def find_loss(value: Any) -> str | None:
     """What a value would lose on its way into a plain array, and what to do about it; None if that is nothing."""
     kind = type(value)
+    # See whether anything is masked
     is_array = isinstance(value, (numpy.ndarray, numpy.generic))
     if isinstance(value, numpy.ma.MaskedArray):
         masked = numpy.ma.is_masked(value)

@@ -33,6 +33,7 @@ def find_needed(graph: Graph, vout: Iterable[str], results: bool = True) -> tupl
         if not varout or not used.isdisjoint(varout.values()) or not used.isdisjoint(flatten(varout)):
             needed.append(node)
             note_use(last_use, node)
+    # Let outputs die if nobody waits for them
     if not results:
         last_use = {}
         for node in needed:
@@ -57,6 +58,7 @@ def flatten(symbols: Symbols) -> list[BaseSymbol]:
     return flat
 
 
+# What is recorded
 def find_active(graph: Graph, nodes: Iterable[Node]) -> tuple[set[BaseSymbol], list[Node]]:
     """The symbols whose values depend differentiably on the inputs of the graph, and the nodes that
     compute them."""
@@ -106,10 +108,10 @@ class Layout:
     ----------
     slots : dict
         From symbols to the numbers of their slots. Several symbols have a slot in turn.
-    steps, template, records, stand_ins, last_reads
+    steps, template, records
         See `Plan`.
     make_step : callable
-        Makes the step of a node that has no lists, from what `general_step` takes.
+        Makes the step of a node, from what `general_step` takes.
     """
 
     make_step: ClassVar[Callable[..., Step]]
@@ -129,14 +131,17 @@ class Layout:
         self.slots: dict[Any, int] = {}
         self.steps: list[Step] = []
         self.records: dict[Node, Any] = {}
-        self.stand_ins: dict[Node, Node] = {}
-        self.last_reads: dict[int, int] = {}
-        self._saw_list = False
         # Prepare the slots
         self.offset = base.size if base else 0
         self.template: Slots = []
         self._constants: dict[BaseSymbol, int] = {}
         self._free: list[int] = []
+        # Prepare for what dies
+        self._saw_list = False
+
+        self.last_reads: dict[int, int] = {}
+
+        self.stand_ins: dict[Node, Node] = {}
 
     def new_slot(self, value: Value = None) -> int:
         self.template.append(value)
@@ -156,6 +161,7 @@ class Layout:
                 slot = self._constants.get(symbol)
                 if slot is None:
                     slot = self._constants[symbol] = self.new_slot(symbol._value)
+            # Look into a list, or at an attribute
             elif isinstance(symbol, List):
                 slot = [self.target(item) for item in symbol]
             elif isinstance(symbol, AttrSymbol):
@@ -166,10 +172,13 @@ class Layout:
                 )
         return slot
 
+    # Small steps of a layout
     def add_step(self, function: Callable[..., None], *operands: Any) -> int:
         """Append a small step, whose result goes into a new slot."""
         slot = self.new_slot()
-        self.note_reads(operands)
+        # Note what a small step reads of a tape
+        if self.base is not None:
+            self.note_reads(operands)
         self.steps.append((function, None, slot, *operands))
         return slot
 
@@ -177,29 +186,25 @@ class Layout:
         """One slot for the value of an argument, also for a list of slots."""
         return target if type(target) is int else self.add_step(pack, target)
 
-    def find_on_tape(self, node: Node, name: str) -> int:
-        """A slot for an argument of a derived node that comes from the record of the original node."""
-        record = record_of(node, self.base)
-        if type(record) is int:
-            return self.add_step(get_recorded, record, name, node.forward)
-        if name in record:
-            return self.packed(record[name])
-        return self.new_slot(node.primitive.defaults[name])
-
     def note_reads(self, operands: Iterable[Any]) -> None:
         """Note that the next step reads what of these are slots on the tape, or lists of slots."""
-        if self.base is not None:
-            for operand in operands:
-                if type(operand) in (int, list):
-                    self.last_reads.update(
-                        (slot, len(self.steps)) for slot in numbers_in(operand) if slot < self.offset
-                    )
+        for operand in operands:
+            if type(operand) in (int, list):
+                self.last_reads.update(
+                    (slot, len(self.steps)) for slot in numbers_in(operand) if slot < self.offset
+                )
 
     def add_node(self, node: Node) -> None:
         """Append the step of a node, and the small ones before it that it needs."""
         primitive, slots, last_use, varin = node.primitive, self.slots, self.last_use, node.varin
-        # Find the slots of the arguments, and those that die here
-        names, record = primitive.argnames, None
+        # Expect nothing special
+        names = primitive.argnames
+        record: Any = None
+        linear: list[int] | None = None
+        extras: Sequence[tuple[str, int]] = ()
+        kept: int | None = None
+        # Find the slots of the arguments
+        # Leave to the step what lies in a record in a row
         if primitive.from_record and type(kept_record := record_of(node, self.base)) is int:
             names, record = tuple(primitive.ain), (taker(primitive.from_record), kept_record)
         ins: list[int] = []
@@ -210,39 +215,51 @@ class Layout:
             slot = slots.get(symbol)
             if slot is None:
                 slot = self.find_argument(node, name, dead, clear)
+            # Note that a value dies
             elif last_use[symbol] is node and slot not in dead:
                 dead.append(slot)
             ins.append(slot)
         outs = self.place_results(node, dead, clear)
-        extras, kept = self.arrange_record(node, names, ins) if node in self.recorded else ((), None)
-        linear = None
+        # Arrange for what is recorded
+        if node in self.recorded:
+            extras, kept = self.arrange_record(node, names, ins)
+        # See whether a derivative can be zero
         if primitive.kind != "apl" and not primitive.operator.collective:
             linear = self.find_linear(node, names, ins)
+        # Note what the step reads of a tape
         if self.base is not None:
             self.note_reads(ins if record is None else [*ins, record[1]])
-        function = primitive.recording_call if self.record else primitive.call
+        # Tell the node what it can leave out
         if len(outs) < len(node.varout) or node in self.placed:
             node = self.tell(node, outs)
-        make, self._saw_list = general_step if self._saw_list else self.make_step, False
+        function = primitive.recording_call if self.record else primitive.call
+        make = self.make_step
+        # Take the general step for lists
+        if self._saw_list or any(type(target) is list for _, target in outs):
+            make, self._saw_list = general_step, False
         self.steps.append(make(node, function, ins, record, linear, outs, extras, kept, clear))
 
     def find_argument(self, node: Node, name: str, dead: list[int], clear: list[int]) -> int:
         """The slot of an argument that is not a result; adds to the slots that die at the node, or are to be cleared."""
         symbol: Any = node.varin.get(name)
+        # Find on the tape what is no argument of a derivative
         if symbol is None:
             return self.find_on_tape(node, name)
         slot: int = self.packed(self.target(symbol))
-        if not isinstance(symbol, List):
-            return slot
-        dying = [leaf for leaf in leaves(symbol) if self.last_use.get(leaf) is node and leaf in self.slots]
-        dead += sorted({self.slots[leaf] for leaf in dying}.difference(dead))
-        if name not in self.recorded.get(node, ()):
-            clear.append(slot)
-        self._saw_list = True
+        # Let the items of a list die with it
+        if isinstance(symbol, List):
+            dying = [
+                leaf for leaf in leaves(symbol) if self.last_use.get(leaf) is node and leaf in self.slots
+            ]
+            dead += sorted({self.slots[leaf] for leaf in dying}.difference(dead))
+            if name not in self.recorded.get(node, ()):
+                clear.append(slot)
+            self._saw_list = True
         return slot
 
     def place_results(self, node: Node, dead: list[int], clear: list[int]) -> list[tuple[str, Target]]:
         """Slots for the results that are used, by name; what dies and gets no result is to be cleared."""
+        # Let results take the place of what dies
         others = len(self._free)
         self._free += dead if self.reuse else ()
         outs = []
@@ -251,16 +268,18 @@ class Layout:
                 outs.append((name, self.place(symbol)))
             elif isinstance(symbol, List):
                 outs.append((name, self.place_items(symbol)))
-                self._saw_list = True
+        # Clear what dies and gets no result
         clear += self._free[others:] if self.reuse else dead
         return outs
 
+    # Places for the items of a list
     def place_items(self, symbol: BaseSymbol) -> Target:
         """Slots for a result that is used, or for the items of a List; None if it is not used."""
         if isinstance(symbol, List):
             return [self.place_items(item) for item in symbol]
         return self.place(symbol) if symbol in self.last_use else None
 
+    # What derivatives need of a layout
     def arrange_record(
         self, node: Node, names: Sequence[str], ins: Sequence[int]
     ) -> tuple[Sequence[tuple[str, int]], int | None]:
@@ -271,6 +290,7 @@ class Layout:
             return (), kept
         extras = [(name, self.new_slot()) for name in operator.extras]
         if operator.recorded:
+            # Note the slots of what is recorded
             places = dict(zip(names, ins))
             self.records[node] = {
                 name: places[name] if name in places else self.target(symbol)
@@ -279,9 +299,19 @@ class Layout:
             self.records[node].update(extras)
         return extras, None
 
+    def find_on_tape(self, node: Node, name: str) -> int:
+        """A slot for an argument of a derived node that comes from the record of the original node."""
+        record = record_of(node, self.base)
+        if type(record) is int:
+            return self.add_step(get_recorded, record, name, node.forward)
+        if name in record:
+            return self.packed(record[name])
+        return self.new_slot(node.primitive.defaults[name])
+
     def find_linear(self, node: Node, names: Sequence[str], ins: Sequence[int]) -> list[int]:
         """The slots of the tangents or cotangents of a derivative, which is zero if all of these are."""
         primitive, varin = node.primitive, node.varin
+        # Look at both factors of a second derivative
         if primitive.kind == "hvp":
             of_names = dict(zip(names, ins))
             factors = ([of_names[name] for name in factor] for factor in primitive.factors)
@@ -293,6 +323,7 @@ class Layout:
             and not (type(symbol := varin[name]) is Literal and symbol._value is ZeroGradient)
         ]
 
+    # What a node can leave out
     def tell(self, node: Node, outs: Iterable[tuple[str, Target]]) -> Node:
         """The node to be called if only some of the results of a node are used, or if it is known where
         arguments live."""
@@ -304,19 +335,9 @@ class Layout:
 
 
 # Small steps
-def record_of(node: Node, base: Plan | None) -> Any:
-    """What the original of a derived node recorded in the plan `base`: the slot of a dict, or a dict of slots."""
-    return base.records.get(node.forward, {}) if base and node.forward else {}
-
-
 def get_attribute(s: Slots, step: Step) -> None:
     _, _, slot, parent, name = step
     s[slot] = getattr(s[parent], name)
-
-
-def get_recorded(s: Slots, step: Step) -> None:
-    _, _, slot, record, name, node = step
-    s[slot] = find_extra(node, name, s[record])
 
 
 def pack(s: Slots, step: Step) -> None:
@@ -362,10 +383,14 @@ def items_for(target: Sequence[Target], value: Value) -> Any:
     return value
 
 
-def product(s: Slots, step: Step) -> None:
-    """ZeroGradient if the values of all slots of any of some groups are, else None."""
-    _, _, slot, *factors = step
-    s[slot] = ZeroGradient if any(all(is_zero(s[i]) for i in factor) for factor in factors) else None
+def record_of(node: Node, base: Plan | None) -> Any:
+    """What the original of a derived node recorded in the plan `base`: the slot of a dict, or a dict of slots."""
+    return base.records.get(node.forward, {}) if base and node.forward else {}
+
+
+def get_recorded(s: Slots, step: Step) -> None:
+    _, _, slot, record, name, node = step
+    s[slot] = find_extra(node, name, s[record])
 
 
 def is_zero(value: Value) -> bool:
@@ -373,18 +398,24 @@ def is_zero(value: Value) -> bool:
     return all(map(is_zero, value)) if type(value) is list else value is ZeroGradient
 
 
+def product(s: Slots, step: Step) -> None:
+    """ZeroGradient if the values of all slots of any of some groups are, else None."""
+    _, _, slot, *factors = step
+    s[slot] = ZeroGradient if any(all(is_zero(s[i]) for i in factor) for factor in factors) else None
+
+
 # The step of a node
 def execute(s: Slots, step: Step) -> None:
     """Call the function of a node."""
     _, node, function, gather, record, linear, outs, extras, kept, clear = step
-    args = gather(s)
-    if linear is not None and all(is_zero(s[slot]) for slot in linear):
-        r: Any = ZeroGradient
-    elif record is None:
-        r = function(node, *args)
-    else:
-        r = function(node, *args, *take_recorded(s, record, node))
-    r = as_dict(r, node)
+    args, zero = gather(s), False
+    # Prepare the call of a derivative
+    if linear is not None:
+        zero = all(is_zero(s[slot]) for slot in linear)
+    if record is not None and not zero:
+        args = *args, *take_recorded(s, record, node)
+    r: Any = as_dict(ZeroGradient if zero else function(node, *args), node)
+    # Record what was computed
     if kept is not None:
         operator = node.primitive.operator
         s[kept] = operator.rcd(node, **{**r, **dict(zip(operator.apl.argnames, args))})
@@ -394,26 +425,12 @@ def execute(s: Slots, step: Step) -> None:
         if linear is not None and value.__class__ is int and value == 0:
             value = ZeroGradient
         scatter(s, target, value)
+    # Store what only derivatives read
     for name, slot in extras:
         s[slot] = find_extra(node, name, r, NotRecorded(r))
     del args
     for slot in clear:
         s[slot] = None
-
-
-@lru_cache(None)
-def taker(names: tuple[str, ...]) -> Callable[[dict[str, Value]], Any]:
-    """A function that takes values by name, in a row, from a dict."""
-    return itemgetter(*names) if len(names) > 1 else lambda record: (record[names[0]],)
-
-
-def take_recorded(s: Slots, record: tuple[Callable[..., Any], int], node: Any) -> Any:
-    """What a derivative takes, in a row, from what the original of its node recorded."""
-    take, kept = record
-    try:
-        return take(s[kept])
-    except KeyError:
-        return [find_extra(node.forward, name, s[kept]) for name in node.primitive.from_record]
 
 
 def gatherer(slots: Sequence[int]) -> Callable[[Slots], Any]:
@@ -461,6 +478,22 @@ def broken(node: Node, r: Any) -> ExecutionError:
     )
 
 
+# What derivatives take from a record
+@lru_cache(None)
+def taker(names: tuple[str, ...]) -> Callable[[dict[str, Value]], Any]:
+    """A function that takes values by name, in a row, from a dict."""
+    return itemgetter(*names) if len(names) > 1 else lambda record: (record[names[0]],)
+
+
+def take_recorded(s: Slots, record: tuple[Callable[..., Any], int], node: Any) -> Any:
+    """What a derivative takes, in a row, from what the original of its node recorded."""
+    take, kept = record
+    try:
+        return take(s[kept])
+    except KeyError:
+        return [find_extra(node.forward, name, s[kept]) for name in node.primitive.from_record]
+
+
 def find_extra(node: Node, key: str, r: dict[str, Value], otherwise: Value = None) -> Value:
     """What `apl` or `rcd` returned under a name that a derivative takes, or its default value."""
     if key in r:
@@ -470,12 +503,14 @@ def find_extra(node: Node, key: str, r: dict[str, Value], otherwise: Value = Non
             return primitive.defaults[key]
     if otherwise is not None:
         return otherwise
+    # Complain that nobody recorded it
     raise BrokenPrimitive(
         f"a derivative of operator {node.operator.__name__} takes '{key}', which has not been "
         f"recorded; recorded are {list(r)}"
     )
 
 
+# Where values live
 class Places:
     """Where the values of a run live. One process has nothing to tell of it, and so this is empty.
 
@@ -483,10 +518,8 @@ class Places:
     ----------
     arrivals : tuple of (name, placement)
         What is known of inputs.
-    of : dict
-        What is known of symbols.
-    seen : dict
-        What is known of arguments, by their names, for each node of which anything is.
+    of, seen : dict
+        What is known of symbols; for each node of which anything is, of its arguments, by name.
     spread : dict
         For nodes that take values apart over ranks, the names of these arguments.
     complaint : Exception or None
@@ -536,37 +569,28 @@ class Plan:
         The slots of the inputs that are needed, by name.
     outputs : list
         The slots of the outputs, or (nested) lists of slots.
-    active : set of Symbol
-        If recording: the values that have derivatives.
-    records : dict
-        If recording: for each node where to find what it recorded. Either the slot of the dict that
-        its `rcd` returned, or a dict from names to slots.
-    unrecorded : list of int
-        The slots of outputs that no node recorded.
-    stand_ins : dict
-        From nodes to those that are called in their place.
-    last_reads : dict
-        For each slot of the tape that is read, the step that reads it last.
-    fresh_outputs : tuple of str
-        The outputs that are new arrays, which nobody else holds.
-    forms : dict
-        If recording: for some nodes the slot with the looks of their values, see `core.watching`.
-    derived : dict
-        The models derived from this plan, so that they are made only once.
-    made_for : tuple
-        What a model was asked for when it made the plan.
-    consuming : list of tuple, or None
-        The steps for a tape that is used for the last time, once they have been made.
     places : Places
         Where values live, found by `find_places`.
+    made_for : tuple
+        What a model was asked for when it made the plan.
     """
 
-    forms: dict[Node, int]
     find_places: ClassVar[Callable[..., Places]] = Places
-
-    fresh_outputs: tuple[str, ...] = ()
     made_for: tuple[Any, ...] = ()
-    consuming: list[Step] | None = None
+    # What others want to know of a plan
+    active: set[BaseSymbol]  # if recording, the values that have derivatives
+    records: dict[
+        Node, Any
+    ]  # where the record of a node is: the slot of what `rcd` returned, or slots by name
+    unrecorded: list[int]  # the slots of outputs that no node recorded
+    derived: dict[str, Any]  # the models derived from this plan, so that they are made only once
+    forms: dict[Node, int]  # for some nodes the slot with the looks of their values, see `core.watching`
+    last_reads: dict[int, int]  # for each slot of the tape that is read, the step that reads it last
+
+    stand_ins: dict[Node, Node]  # from nodes to those that are called in their place
+    fresh_outputs: tuple[str, ...] = ()  # the outputs that are new arrays, which nobody else holds
+
+    consuming: list[Step] | None = None  # the steps for a tape that is used for the last time
 
     def __init__(
         self,
@@ -581,14 +605,14 @@ class Plan:
     ) -> None:
         self.vout, self.donated = tuple(vout), tuple(donated)
         self.record, self.base = record, base
-        self.active: set[BaseSymbol] = set()
-        self.derived: dict[str, Any] = {}
-        self.forms = {}
         self.size: int
         with undisturbed():
             # Find out what is needed and what is recorded
             self.nodes, last_use = find_needed(graph, self.vout, results)
             recorded: dict[Node, Symbols] = {}
+            # Find out what is recorded
+            self.active: set[BaseSymbol] = set()
+            self.derived: dict[str, Any] = {}
             if record:
                 self.active, active_nodes = find_active(graph, self.nodes)
                 recorded = find_recorded(active_nodes, last_use)
@@ -599,11 +623,16 @@ class Plan:
             for node in self.nodes:
                 layout.add_node(node)
             self.outputs = [layout.target(graph._outputs[name]) for name in self.vout] if results else []
-            self.steps, self.template, self.records = layout.steps, layout.template, layout.records
-            self.stand_ins, self.last_reads = layout.stand_ins, layout.last_reads
-            self._slots = layout.slots
+            self.steps, self.template, self._slots = layout.steps, layout.template, layout.slots
+            # Keep what the layout found out
+            self.records = layout.records
             kept = {slot for record in self.records.values() for slot in numbers_in(record)}
             self.unrecorded = [slot for slot in numbers_in(self.outputs) if slot not in kept]
+            self.forms = {}
+
+            self.last_reads = layout.last_reads
+
+            self.stand_ins = layout.stand_ins
             # Improve the plan
             for improve in PASSES:
                 improve(self, layout)
@@ -647,6 +676,7 @@ class Plan:
         """Go through steps, with given slots; the rest is as for `run`."""
         for name, slot in self.inputs.items():
             if name not in init:
+                # Complain about a missing input
                 raise ResolveError(
                     f"the input '{name}' is needed and was not given" + did_you_mean(name, list(init))
                 )
@@ -658,6 +688,7 @@ class Plan:
                 for step in steps:
                     step[0](slots, step)
             else:
+                # Let the monitor look on
                 context = Context(self, slots)
                 for step in steps:
                     function, node, *_ = step

@@ -92,6 +92,14 @@ class Node:
         return self.primitive.operator
 
     @property
+    def prototype(self) -> Any:
+        return self.primitive.operator.prototype
+
+    @property
+    def name(self) -> str:
+        return f"{self.primitive.name}-{self.number}"
+
+    @property
     def graph(self) -> Graph | None:
         """The graph that the node belongs to, or None for a node without results."""
         for symbol in self.varout.values():
@@ -100,14 +108,6 @@ class Node:
                     graph: Graph | None = leaf._model
                     return graph
         return None
-
-    @property
-    def prototype(self) -> Any:
-        return self.primitive.operator.prototype
-
-    @property
-    def name(self) -> str:
-        return f"{self.primitive.name}-{self.number}"
 
     def needs(self, name: str) -> bool:
         """Whether the run needs a result: `name` is that of a result in `apl`; in a jvp that of the result whose
@@ -119,22 +119,6 @@ class Node:
         """Whether the function may overwrite the value of an argument, since nobody else holds it any more. Only
         an argument that the operator declares in `inplace` is ever given away like that."""
         return name in self.donated
-
-    @property
-    def rng(self) -> numpy.random.Generator:
-        """Random numbers for the function that is running: the same on all ranks, and the same again whenever this
-        run is repeated, and in the derivatives of the node."""
-        return current_run().generator(self)
-
-    def rng_of(self, comm: Any) -> numpy.random.Generator:
-        """As `rng`, with other numbers on each rank of a communicator."""
-        return current_run().generator(self, comm.rank)
-
-    def placement(self, name: str) -> str | None:
-        """Where the value of an argument lives: 'replicated', 'partitioned', 'partial' or 'root-only'; None if
-        that is not known, or if there is only one rank."""
-        placed = self.placed.get(name)
-        return None if placed is None else placed.kind
 
     @property
     def used(self) -> list[str]:
@@ -151,6 +135,22 @@ class Node:
         node = Node(self.primitive, self.varin, varout, self._origin, self.forward or self, placed)
         node.number, node.donated = self.number, tuple(donated)
         return node
+
+    @property
+    def rng(self) -> numpy.random.Generator:
+        """Random numbers for the function that is running: the same on all ranks, and the same again whenever this
+        run is repeated, and in the derivatives of the node."""
+        return current_run().generator(self)
+
+    def rng_of(self, comm: Any) -> numpy.random.Generator:
+        """As `rng`, with other numbers on each rank of a communicator."""
+        return current_run().generator(self, comm.rank)
+
+    def placement(self, name: str) -> str | None:
+        """Where the value of an argument lives: 'replicated', 'partitioned', 'partial' or 'root-only'; None if
+        that is not known, or if there is only one rank."""
+        placed = self.placed.get(name)
+        return None if placed is None else placed.kind
 
     @property
     def place(self) -> tuple[str, int]:
@@ -329,6 +329,7 @@ def find_graph(arguments: Iterable[BaseSymbol]) -> Graph:
     """
     refs: list[Callable[[], Graph | None]] = []
     for argument in arguments:
+        # Note the graphs of an argument
         if type(argument) is Literal:
             continue
         if isinstance(argument, Symbol):

@@ -52,30 +52,13 @@ def is_alone(holder: Any, key: Any) -> bool:
     """Whether nobody but the holder refers to an item, or to the memory that it is made of."""
     if isinstance(holder[key], numpy.ndarray):
         return getrefcount(holder[key]) == ALONE and is_sole_owner(holder[key])
+    # See whether a value with parts is alone
     kind = type(holder[key])
     if VALUE_TYPES[kind].take_apart(holder[key]) is None:
         return True  # of a type that we know nothing about
     if kind not in PRISTINE:
         PRISTINE[kind] = references([value_type(holder[key]).copy(holder[key])], 0)
     return references(holder, key) == PRISTINE[kind]
-
-
-def references(holder: Any, key: Any) -> list[int]:
-    """How often an item, its parts, and all that owns their memory are referred to."""
-    if isinstance(holder[key], IMMUTABLE):
-        return []
-    counts = [getrefcount(holder[key])]
-    if isinstance(holder[key], numpy.ndarray):
-        array = holder[key]
-        while getattr(array, "base", None) is not None:
-            counts.append(getrefcount(array.base))
-            array = array.base
-    else:
-        apart = value_type(holder[key]).take_apart(holder[key])
-        parts = apart[1] if apart else []
-        del apart
-        counts += [n for i in range(len(parts)) for n in references(parts, i)]
-    return counts
 
 
 def is_sole_owner(array: Any) -> bool:
@@ -89,7 +72,27 @@ def is_sole_owner(array: Any) -> bool:
 
 #: What Python counts for an object that one container holds.
 ALONE: int = (lambda holder, key: getrefcount(holder[key]))([object()], 0)
+
 PRISTINE: dict[type, list[int]] = {}  # the references of a copy that nobody else has, by its type
+
+
+def references(holder: Any, key: Any) -> list[int]:
+    """How often an item, its parts, and all that owns their memory are referred to."""
+    if isinstance(holder[key], IMMUTABLE):
+        return []
+    counts = [getrefcount(holder[key])]
+    if isinstance(holder[key], numpy.ndarray):
+        array = holder[key]
+        while getattr(array, "base", None) is not None:
+            counts.append(getrefcount(array.base))
+            array = array.base
+    else:
+        # Count the references to parts
+        apart = value_type(holder[key]).take_apart(holder[key])
+        parts = apart[1] if apart else []
+        del apart
+        counts += [n for i in range(len(parts)) for n in references(parts, i)]
+    return counts
 
 
 def duplicate(value: Value) -> Value:

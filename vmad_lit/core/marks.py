@@ -22,6 +22,16 @@ STEADY: set[type] = set()
 LARGE = 2**20  # bytes; of what a model was built from, larger arrays are not looked at as a whole
 
 
+def digest(array: Any, most: float) -> int:
+    """A number that changes with the elements of an array; objects are not looked at."""
+    if array.dtype.hasobject or not array.size:
+        return 0
+    if array.nbytes > most:
+        array = array.reshape(-1)[:: array.nbytes // SMALL]
+    flat: Any = numpy.ascontiguousarray(array).reshape(-1)
+    return crc32(flat.view("u1"))
+
+
 def mark(value: Value, most: float = inf, deep: bool = True) -> Mark:
     """What tells a value from others, and from itself after it was changed in place: a number, or the identity
     of an object, and what is in it: digests of arrays, items, and, if it is to be `deep`, public attributes. Of
@@ -40,21 +50,12 @@ def mark(value: Value, most: float = inf, deep: bool = True) -> Mark:
     apart = VALUE_TYPES[kind].take_apart(value)
     if apart is not None:
         return kind, id(value), *[mark(part, most, deep) for part in apart[1]]
+    # Mark an object by its public attributes
     attributes = getattr(value, "__dict__", None) if deep else None
     if type(attributes) is not dict:
         return kind, id(value)
     public = [(name, mark(item, SMALL, False)) for name, item in attributes.items() if name[:1] != "_"]
     return kind, id(value), frozenset(public)
-
-
-def digest(array: Any, most: float) -> int:
-    """A number that changes with the elements of an array; objects are not looked at."""
-    if array.dtype.hasobject or not array.size:
-        return 0
-    if array.nbytes > most:
-        array = array.reshape(-1)[:: array.nbytes // SMALL]
-    flat: Any = numpy.ascontiguousarray(array).reshape(-1)
-    return crc32(flat.view("u1"))
 
 
 def matches(kept: Any, now: Any) -> bool:

@@ -48,6 +48,7 @@ class Model(Graph):
         model: Graph | None = symbol._model
         return model
 
+    # What is different on many ranks
     def find_arrivals(self, init: Mapping[str, Value], placed: Mapping[str, Any] | None) -> Arrivals:
         """Where the values of inputs live, as far as it is known. On one rank there is nothing to know."""
         return ()
@@ -73,6 +74,7 @@ class Model(Graph):
         key = vout, record, reuse, donated, results, arrivals, len(self), len(self._outputs)
         plan = self._plans.get(key)
         if plan is None:
+            # Complain about outputs that the model does not have
             for name in vout:
                 if name not in self._outputs:
                     raise UnexpectedOutput(
@@ -96,17 +98,20 @@ class Model(Graph):
         """Compute some outputs; returns a dict of them, and the tape or None. The values of the inputs
         `donated` may be overwritten. Without `results` only the tape is wanted. A model that runs inside
         another is told where the values of its inputs live (`placed`), and which `run` of the other this is."""
+        # Find the plan
         arrivals = self.find_arrivals(init, placed) if self._base is None else ()
         plan = self._plan(tuple(vout), record, monitor is None, donated, results, arrivals)
         if placed is None and plan.places.complaint is not None:
             raise plan.places.complaint
         slots = None
         if self._tape is not None:
+            # Begin where the tape ends
             if self._tape.marks:
                 self._tape.verify()
             slots = self._tape.slots
             init = self._optional | {name: as_zero(value) for name, value in init.items()}
             run = self._tape.run.again()
+        # Run the plan in its place
         run = run or begin_run(self.seed)
         token = CURRENT.set(run)
         try:
@@ -115,11 +120,6 @@ class Model(Graph):
             CURRENT.reset(token)
         out = dict(zip(plan.vout, values))
         return out, (Tape(self, plan, slots, init, out, run) if record else None)
-
-    def _record(self, vout: list[str], init: Values, monitor: Monitor | None) -> Tape:
-        """The tape of a run that computes some outputs, from what a caller gives."""
-        tape: Tape = self._run(vout, self.at_the_door(init, self._admitted, vout), True, monitor)[1]
-        return tape
 
     def derive(self, plan: Plan, kind: str) -> Self:
         """The model of a derivative, 'vjp', 'jvp' or 'hvp', for all runs of a recording plan of this model."""
@@ -139,6 +139,11 @@ class Model(Graph):
             setattr(joined, name, getattr(self, name))
         joined._tape = tape
         return joined
+
+    def _record(self, vout: list[str], init: Values, monitor: Monitor | None) -> Tape:
+        """The tape of a run that computes some outputs, from what a caller gives."""
+        tape: Tape = self._run(vout, self.at_the_door(init, self._admitted, vout), True, monitor)[1]
+        return tape
 
     def compute(
         self,
@@ -174,6 +179,7 @@ class Model(Graph):
         ResolveError
             The value of an input that is needed was not given.
         """
+        # Compute, and hand over
         names = names_of(vout)
         every = tuple(dict.fromkeys([*self._outputs, *names])) if return_tape else names
         given = self.at_the_door(init, lambda init: self._conforming(self._admitted(init)), every)
@@ -242,6 +248,7 @@ class Model(Graph):
             The outputs and their tangents, each a value if `vout` is a str, else a list. Dicts if
             `return_dict`.
         """
+        # Run, push tangents forward, and hand over
         names = names_of(vout)
         tape = self._record(names, init, monitor)
         tangents = self._tangents(dict(v))
@@ -269,6 +276,7 @@ class Model(Graph):
         Parameters are those of `compute_with_jvp`. The second result is in the order of `init`, as in
         `compute_with_vjp`.
         """
+        # Run, push forward, pull back, and hand over
         names = names_of(vout)
         tape = self._record(names, init, monitor)
         tangents = self._tangents(dict(v))
@@ -321,6 +329,7 @@ class Model(Graph):
         names, v = names_of(vout), dict(v)
         tape = self._record(names, init, monitor)
         out = tape.let_go()
+        # Find the cotangents of all outputs
         cotangents: dict[str, Value] = {}
         for name in names:
             cotangents["_" + name] = cotangent = v.pop("_" + name, None)
@@ -332,6 +341,7 @@ class Model(Graph):
                         f"'_{name}', and the Hessian is that of the sum of their products"
                     )
                 cotangents["_" + name] = 1.0
+        # Sweep for the gradient and its change
         tape.consume()
         hvp, gradient, product = tape.get_hvp(), tape.get_vjp_vout(), tape.get_hvp_vout()
         given = {**cotangents, **self._tangents(v)}
@@ -379,6 +389,7 @@ class Model(Graph):
         if self._kind in ("jvp", "hvp"):
             forms.update((name + "_", form) for name, form in self._tape.forms.items())
         forms.update((name, forms[name[:-1]]) for name in self._optional)
+        # Complain about inputs that a derived model does not have
         for name in init if self._optional else ():
             if name not in self._inputs:
                 raise BadArgument(
@@ -400,12 +411,6 @@ class Builder(Model):
 
 
 # Tools of models
-def is_differentiated(symbol: Symbol, graph: Graph) -> bool:
-    """Whether a symbol is an output, or a differentiable argument of a node."""
-    used = [graph._outputs.values(), *([node.varin[name] for name in node.primitive.ain] for node in graph)]
-    return any(leaf is symbol for symbols in used for s in symbols for leaf in leaves(s))
-
-
 def as_zero(value: Value) -> Value:
     """A tangent or cotangent, with ZeroGradient for the numbers 0 in it."""
     if type(value) is list:
@@ -422,6 +427,12 @@ def select(values: list[Value], vout: Names, return_dict: bool = False) -> Any:
     if return_dict:
         return dict(zip(names_of(vout), values))
     return values[0] if isinstance(vout, str) else values
+
+
+def is_differentiated(symbol: Symbol, graph: Graph) -> bool:
+    """Whether a symbol is an output, or a differentiable argument of a node."""
+    used = [graph._outputs.values(), *([node.varin[name] for name in node.primitive.ain] for node in graph)]
+    return any(leaf is symbol for symbols in used for s in symbols for leaf in leaves(s))
 
 
 def without(name: str, prefix: str | None, suffix: str | None) -> str:

@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from .declaration import check_class, check_functions, watched
-from .doors import admit
 from .error import BadArgument, MissingArgument, OverwritePrecaution, did_you_mean
 from .graph import NAME_OF_RESULT, Graph, Node, Symbols, caller, find_graph
 from .symbol import BaseSymbol, ListPlaceholder, Symbol, Value, assymbol, leaves
@@ -63,6 +61,7 @@ class ZeroGradientType(int):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if method == "__call__" and not kwargs:
+            # Answer to a linear operation
             if ufunc.__name__ in ("negative", "positive", "conjugate", "multiply", "matmul"):
                 return self
             if ufunc.__name__ == "add":
@@ -140,6 +139,7 @@ class Primitive:
             self.ain, self.aout = ain, aout
         self.factors: tuple[Patterns, ...] = (cotangents, tangents) if kind == "hvp" else (self.ain,)
         # Prepare to be called
+        # Watch a function that nobody vouches for
         if not operator.trusted:
             self.impl = impl = watched(self, impl)
         self.call, self.recording_call = impl, recording_impl or impl
@@ -172,9 +172,13 @@ class Primitive:
             The symbols of the results, by name.
         """
         varin = {name: given[name] for name in self.argnames if name in given}
+        # Make symbols of the arguments
         for name, value in varin.items():
             if not isinstance(value, BaseSymbol):
-                varin[name] = assymbol(admit(name, value) if name in self.ain else value)
+                # Ask a constant for its meaning
+                if name in self.ain:
+                    value = admit(name, value)
+                varin[name] = assymbol(value)
         graph = find_graph(varin.values())
         varout: Symbols = {}
         for name in self.outnames:
@@ -303,6 +307,7 @@ class Operator:
 
     def _make_primitives(self) -> None:
         prototype = self.prototype
+        # Check the functions of the declaration
         check_functions(prototype, self.ain, self.aout)
         self.apl = Primitive(self, "apl", prototype.apl)
         self.vjp = None
@@ -321,6 +326,7 @@ class Operator:
         self.hvp = getattr(prototype, "hvp", None if hasattr(prototype, "jvp") else ZeroGradient)
         if callable(self.hvp):
             self.hvp = Primitive(self, "hvp", self.hvp)
+        # Take the function that records
         self.rcd = getattr(prototype, "rcd", None)
         if self.rcd is not None:
             names = list(inspect.signature(self.rcd).parameters)[1:]
@@ -334,6 +340,13 @@ class Operator:
         self.recorded = tuple(taken)
         self.extras = tuple(name for name in taken if name not in available)
 
+    def _apply_to_tangents(self, node: Node, **kwargs: Any) -> Any:
+        given = {name: kwargs[name + "_" if name in self.ain else name] for name in self.apl.argnames}
+        result = self.apl.impl(node, **given)
+        if not isinstance(result, dict):
+            return result
+        return {name + "_" if name in self.aout else name: value for name, value in result.items()}
+
     def fresh_results(self, node: Node, plan: Any) -> Collection[str]:
         """The names of the results of a node in a plan that are fresh: what the operator declares, unless its
         class knows better."""
@@ -342,13 +355,6 @@ class Operator:
     def model_of(self, node: Node) -> Graph | None:
         """The model inside a node of this operator, if there is one and it is known before the run."""
         return None
-
-    def _apply_to_tangents(self, node: Node, **kwargs: Any) -> Any:
-        given = {name: kwargs[name + "_" if name in self.ain else name] for name in self.apl.argnames}
-        result = self.apl.impl(node, **given)
-        if not isinstance(result, dict):
-            return result
-        return {name + "_" if name in self.aout else name: value for name, value in result.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         apl = self.apl
@@ -366,6 +372,7 @@ class Operator:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         apl = self.apl
         if len(args) > len(apl.argnames):
+            # Complain about too many arguments
             raise BadArgument(
                 f"{self.__name__} takes {len(apl.argnames)} arguments {apl.argnames}, got {len(args)}; "
                 "the first parameter of its functions is the node, which is not given"
@@ -441,5 +448,11 @@ def operator(prototype: Any) -> Operator:
     rcd(node, ...) : what to record. Takes all arguments and results of `apl` by name, returns a dict.
         Optional: by default those names are recorded that the derivatives take.
     """
+    # Check the class of the declaration
     check_class(prototype)
     return Operator(prototype)
+
+
+from .declaration import check_class, check_functions, watched
+
+from .doors import admit

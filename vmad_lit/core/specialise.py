@@ -36,8 +36,9 @@ def fastest_step(
     """The step of a node without lists, which does what the general one would."""
     single = len(outs) == len(node.varout) == 1 and not extras
     if linear is not None:
+        # Choose the step of a derivative
         if len(linear) == 1 and not clear and kept is None and not extras:
-            # Choose the step of a derivative
+            # Choose the step of a derivative of one argument
             if single and ins[0] == linear[0] and (record is None or len(ins) == 1):
                 return differentiate_one, node, function, ins[0], gatherer(ins[1:]), record, *outs[0]
             return differentiate, node, function, gatherer(ins), record, linear[0], outs
@@ -49,6 +50,7 @@ def fastest_step(
     elif single and record is None and kept is not None:
         return call_and_record, node, function, gatherer(ins), *outs[0], kept, clear
     elif single and record is None and len(clear) < 2:
+        # Choose the step of a plain call
         ((name, out),) = outs
         spent = clear[0] if clear else out
         if len(ins) == 2:
@@ -135,6 +137,7 @@ def differentiate_several(s: Slots, step: Step) -> None:
         s[dead] = None
         s[out] = ZeroGradient
         return
+    # Call it, with or without a record
     if record is None:
         r = function(node, *gather(s))
     else:

@@ -125,28 +125,6 @@ class Tape(Sequence[Record]):
         self.mark()
         return dict(self.out)
 
-    def literals(self) -> Iterator[tuple[Node, str, Value]]:
-        """The constants of the nodes that ran, also in inner models, as `marks.literals` has them."""
-        yield from literals(self.plan.nodes)
-        for node, record in self.plan.records.items():
-            for name in node.operator.extras if type(record) is dict else ():
-                yield from getattr(self.slots[record[name]], "literals", tuple)()
-
-    def mark(self) -> None:
-        """Take marks of all constants, if somebody outside of the engine has the tape."""
-        found = self.literals() if self.shared else ()
-        self.marks = [(*literal, mark(literal[-1])) for literal in found]
-
-    def verify(self) -> None:
-        """Complain if a constant was changed in place after the run."""
-        for node, name, value, before in self.marks:
-            if not matches(before, mark(value)):
-                filename, line = node.place
-                raise BadArgument(
-                    f"the value of '{name}' in {node.name} at {filename}:{line}, {describe(value)}, was changed "
-                    "in place after the run of this tape; run the model again, or let it have a copy"
-                )
-
     def consume(self) -> None:
         """Let the next sweep, which is the last, use up the tape; unless somebody outside of the engine has it."""
         if not self.shared:
@@ -183,6 +161,29 @@ class Tape(Sequence[Record]):
         """
         tangents = self.get_jvp().compute([name + "_" for name in aout], init)
         return self.get_vjp().compute(vout, {"_" + name: tangent for name, tangent in zip(aout, tangents)})
+
+    # Constants that must not change
+    def literals(self) -> Iterator[tuple[Node, str, Value]]:
+        """The constants of the nodes that ran, also in inner models, as `marks.literals` has them."""
+        yield from literals(self.plan.nodes)
+        for node, record in self.plan.records.items():
+            for name in node.operator.extras if type(record) is dict else ():
+                yield from getattr(self.slots[record[name]], "literals", tuple)()
+
+    def mark(self) -> None:
+        """Take marks of all constants, if somebody outside of the engine has the tape."""
+        found = self.literals() if self.shared else ()
+        self.marks = [(*literal, mark(literal[-1])) for literal in found]
+
+    def verify(self) -> None:
+        """Complain if a constant was changed in place after the run."""
+        for node, name, value, before in self.marks:
+            if not matches(before, mark(value)):
+                filename, line = node.place
+                raise BadArgument(
+                    f"the value of '{name}' in {node.name} at {filename}:{line}, {describe(value)}, was changed "
+                    "in place after the run of this tape; run the model again, or let it have a copy"
+                )
 
     def get_hvp(self) -> Any:
         """The second-order sweep as a `Model`.

@@ -316,6 +316,7 @@ def conform(name: str, derivative: Value, form: Any) -> Value:
         return derivative  # of a type that we know nothing about
     taken = convert(derivative, form)
     if taken is None:
+        # Complain that a derivative does not fit
         given = form_of(derivative)
         looks = given if type(given) is Form and given.shape else describe(derivative)
         raise BadArgument(f"'{name}' is {looks}, and belongs to a value that is {form}")

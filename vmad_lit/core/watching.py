@@ -119,6 +119,7 @@ def fit_target(s: Slots, target: Target, looks: Any, spread: bool, name: str, no
         g = s[target]
         s[target] = fitted = fit(g, looks, spread)
         if fitted is None:
+            # Complain that a derivative does not fit its value
             value = name.strip("_")
             shape = f"an array of shape {list(looks)}" if type(looks) is tuple else f"a value that is {looks}"
             shape = f"a list of {len(looks)}" if type(looks) is list else "a number" if looks == () else shape
@@ -140,6 +141,7 @@ def fit(g: Value, looks: Any, spread: bool) -> Value | None:
     if type(looks) is list:
         return fit_items(g, looks, spread)
     is_complex = False
+    # Fit a value that has a form
     if type(looks) is Form:
         if looks.shape != () or looks.make is not None:
             return g if type(g) is not looks.kind or Form(g).shape == looks.shape else None
@@ -195,12 +197,21 @@ def watch_arguments(plan: Plan, layout: Layout) -> None:
                 given = arguments_of(node, plan, layout)
                 plan.steps[i] = mind_arguments, step[1], step, given, callers
                 primitives.add(node.primitive)
+    # Note which arrays are the caller's
     if callers is not None:
         slots = [slot for name, slot in plan.inputs.items() if name not in plan.donated]
         plan.steps[0] = note_inputs, plan.steps[0][1], plan.steps[0], slots, callers, primitives
 
 
 PASSES.append(watch_arguments)
+
+
+def note_inputs(s: Slots, step: Step) -> None:
+    """Run the first step, and note which arrays belong to the caller, as long as somebody will ask."""
+    _, node, inner, slots, callers, primitives = step
+    if any(primitive.calls < declaration.FIRST_CALLS for primitive in primitives):
+        s[callers] = {id(array) for slot in slots for array in arrays_in(s[slot])}
+    go(s, inner, node)
 
 
 def arguments_of(node: Node, plan: Plan, layout: Layout) -> list[tuple[str, Target, Value, bool]]:
@@ -220,14 +231,6 @@ def arguments_of(node: Node, plan: Plan, layout: Layout) -> list[tuple[str, Targ
     return found
 
 
-def note_inputs(s: Slots, step: Step) -> None:
-    """Run the first step, and note which arrays belong to the caller, as long as somebody will ask."""
-    _, node, inner, slots, callers, primitives = step
-    if any(primitive.calls < declaration.FIRST_CALLS for primitive in primitives):
-        s[callers] = {id(array) for slot in slots for array in arrays_in(s[slot])}
-    go(s, inner, node)
-
-
 def mind_arguments(s: Slots, step: Step) -> None:
     """Run the step of a node; in the first calls complain about arguments that it changes and others need."""
     _, node, inner, given, callers = step
@@ -243,6 +246,7 @@ def mind_arguments(s: Slots, step: Step) -> None:
         for array in arrays_in(constant if target is None else look_up(s, target))
     ]
     go(s, inner, node)
+    # Complain about an argument that was changed
     for name, array, checksum, rest in before:
         if digest(array, inf) != checksum and (id(array) in s[callers] or is_needed(array, rest)):
             raise misbehaves(

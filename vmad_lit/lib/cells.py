@@ -24,30 +24,15 @@ from vmad_lit.lib.vectors import (
     convert,
     floors,
     fold,
-    follow,
-    join,
-    load,
-    load_some,
-    multiply,
-    multiply_add,
-    pack,
-    part,
-    pointer,
-    room,
-    store,
-    subtract,
-    sums,
-    times_stride,
-    where_within,
 )
+from vmad_lit.lib.vectors import follow, join, load, load_some, multiply, multiply_add, pack, part, pointer
+from vmad_lit.lib.vectors import room, store, subtract, sums, times_stride, where_within
+from vmad_lit.lib.window_loops import BOX, array_of, fold_cell
 
 with needed_for("compiled loops", extra="fast"):
-    from numba import float64, from_dtype, int64, types, uint64, uintp
+    from numba import float64, int64, uint64, uintp
 
 Kind = Literal["values", "changes", "slopes"]
-
-#: The type of a geometry: shape, stride, scale, translate, origin and period, each for three axes.
-BOX = types.Tuple([types.UniTuple(kind, 3) for kind in (int64, int64, float64, float64, int64, int64)])
 
 #: Particles that are located together; and how many numbers that makes, in three and five columns.
 GROUP, THREE, FIVE = 8, 24, 40
@@ -80,6 +65,7 @@ def _locate(cells, parts, pos, lattice, displaced, first, count, box, low, high,
     shape, stride, scale, translate, origin, period = box
     done = False
     if count == GROUP:
+        # Locate eight particles
         # Take the positions of eight particles, in cells
         i, j, k = uintp(3 * first), uintp(3 * first + GROUP), uintp(3 * first + 2 * GROUP)
         x, y, z = columns(load(pos, i, GROUP), load(pos, j, GROUP), load(pos, k, GROUP))
@@ -103,6 +89,7 @@ def _locate(cells, parts, pos, lattice, displaced, first, count, box, low, high,
             jx, jy, jz = follow(ix, period[0]), follow(iy, period[1]), follow(iz, period[2])
             begin, end = float64(low), float64(high)
             store(cells, uintp(0), where_within(ix, begin, end, times_stride(ix, stride[0])), GROUP)
+            # Keep the offsets of eight particles
             store(cells, uintp(GROUP), where_within(jx, begin, end, times_stride(jx, stride[0])), GROUP)
             inside = times_stride(iz, n)
             store(cells, uintp(2 * GROUP), add_integers(times_stride(iy, stride[1]), inside), GROUP)
@@ -111,12 +98,6 @@ def _locate(cells, parts, pos, lattice, displaced, first, count, box, low, high,
     if not done:
         for k in range(count):
             _locate_one(cells, parts, k, pos, lattice, displaced, first + k, box, low, high, n)
-
-
-@inlined
-def fold_cell(i, period):
-    """The cell `i` of a mesh of this period."""
-    return i if uintp(i) < uintp(period) else i % period
 
 
 @inner
@@ -139,16 +120,12 @@ def _locate_one(cells, parts, k, pos, lattice, displaced, p, box, low, high, n):
     jx = ix + 1 if ix + 1 < period[0] else 0
     jy = iy + 1 if iy + 1 < period[1] else 0
     jz = iz + 1 if iz + 1 < period[2] else 0
+    # Keep the offsets of one particle
     store(cells, uintp(k), int64(ix * stride[0] if low <= ix < high else -1), 1)
     store(cells, uintp(GROUP + k), int64(jx * stride[0] if low <= jx < high else -1), 1)
     store(cells, uintp(2 * GROUP + k), int64(iy * stride[1] + iz * n), 1)
     store(cells, uintp(3 * GROUP + k), int64(jy * stride[1] + iz * n), 1)
     store(cells, uintp(4 * GROUP + k), int64((jz - iz) * n), 1)
-
-
-def array_of(dtype: numpy.dtype[Any]) -> Any:
-    """The type of a flat array, for a signature."""
-    return types.Array(from_dtype(dtype), 1, "C")
 
 
 @lru_cache(maxsize=None)
@@ -170,15 +147,13 @@ def gather_loop(dtypes: tuple[Any, ...], n: int, kind: Kind) -> Any:
             _locate(cells, parts, at, q, displaced, first, count, box, 0, shape[0], n)
             for k in range(count):
                 p = first + k
+                # Gather one particle
                 # Look up the cells of the particle
                 x0, x1 = load(cells, uintp(k), 1), load(cells, uintp(GROUP + k), 1)
                 y0, y1 = load(cells, uintp(2 * GROUP + k), 1), load(cells, uintp(3 * GROUP + k), 1)
                 dz = load(cells, uintp(4 * GROUP + k), 1)
-                ux, uy, uz = (
-                    load(parts, uintp(k), 1),
-                    load(parts, uintp(GROUP + k), 1),
-                    load(parts, uintp(2 * GROUP + k), 1),
-                )
+                ux, uy = load(parts, uintp(k), 1), load(parts, uintp(GROUP + k), 1)
+                uz = load(parts, uintp(2 * GROUP + k), 1)
                 # Load four pairs of cells
                 here, there = x0 >= 0, x1 >= 0
                 whole = here and there
@@ -218,6 +193,7 @@ def gather_loop(dtypes: tuple[Any, ...], n: int, kind: Kind) -> Any:
                         # Sum the slopes of the meshes
                         i = uintp(3 * p)
                         if n == 1:
+                            # Take the slopes of a single mesh
                             c = load(coefs, uintp(p * coef_step), 1) if given > 0 else 1.0
                             total = pack(
                                 (
@@ -278,6 +254,7 @@ def scatter_loop(dtypes: tuple[Any, ...], n: int, moving: bool) -> Any:
         add_to_cell(A, uintp(i), lower)
         add_to_cell(A, uintp(i + dz), upper)
 
+    # Add to a plane
     @inlined
     def add_to_plane(A, i, y0, y1, dz, value, vy, vz, uy, uz):
         upper = multiply(value, uy)
@@ -291,13 +268,8 @@ def scatter_loop(dtypes: tuple[Any, ...], n: int, moving: bool) -> Any:
     def scatter(mesh, box, low, high, owner, mask, block, pos, lattice, mass, mass_step, speed, rate):
         shape, stride, scale, translate, origin, period = box
         cells, parts, displaced = room(int64, FIVE), room(mesh, THREE), len(lattice) > 0
-        at, q, A, masses, speeds = (
-            pointer(pos),
-            pointer(lattice),
-            pointer(mesh),
-            pointer(mass),
-            pointer(speed),
-        )
+        at, q, A = pointer(pos), pointer(lattice), pointer(mesh)
+        masses, speeds = pointer(mass), pointer(speed)
         npart = len(pos) // 3
         for b in range(len(mask)):
             if not (mask[b] >> owner) & uint64(1):
@@ -308,15 +280,13 @@ def scatter_loop(dtypes: tuple[Any, ...], n: int, moving: bool) -> Any:
                 _locate(cells, parts, at, q, displaced, first, count, box, low, high, n)
                 for k in range(count):
                     p = first + k
+                    # Scatter one particle to its planes
                     # Look up the cells of the particle
                     x0, x1 = load(cells, uintp(k), 1), load(cells, uintp(GROUP + k), 1)
                     y0, y1 = load(cells, uintp(2 * GROUP + k), 1), load(cells, uintp(3 * GROUP + k), 1)
                     dz = load(cells, uintp(4 * GROUP + k), 1)
-                    ux, uy, uz = (
-                        load(parts, uintp(k), 1),
-                        load(parts, uintp(GROUP + k), 1),
-                        load(parts, uintp(2 * GROUP + k), 1),
-                    )
+                    ux, uy = load(parts, uintp(k), 1), load(parts, uintp(GROUP + k), 1)
+                    uz = load(parts, uintp(2 * GROUP + k), 1)
                     # Share the mass between two planes
                     m = convert(load(masses, uintp(p * mass_step), n), mesh)
                     m1 = multiply(m, ux)

@@ -271,6 +271,40 @@ class HaloLayout:
         return self.ghosts.indices
 
 
+#: What a cell of a halo, a particle, and a ghost cost, in one unit.
+COST_OF_CELL, COST_OF_ROW, COST_OF_GHOST = 10, 25, 150
+
+
+def choose_halo(x: Positions, pm: ParticleMesh, support: int) -> Halo | None:
+    """The halo in which the windows of all particles lie; None if it is less work to send particles. Collective."""
+    divided = [axis for axis in range(pm.ndim) if pm.domain.shape[axis] > 1]
+    widths = [numpy.diff(pm.domain.edges[axis]) for axis in range(pm.ndim)]
+    if loops is None or not divided or min(int(width.min()) for width in widths) < support:
+        return None
+    # Measure how far the particles reach
+    note = numpy.zeros((pm.ndim + 1, 2), "i8")
+    note[-1, 1], (at, lattice) = len(x), take_apart(x)
+    for axis in divided:
+        start, period = -int(pm.affine.translate[axis]), int(pm.Nmesh[axis])
+        own = int(widths[axis][numpy.searchsorted(pm.domain.edges[axis], start)])
+        *note[axis], out = loops.find_span(
+            at, axis, float(pm.affine.scale[axis]), start, own, period, support, lattice
+        )
+        note[-1, 0] += out
+    # Agree on the widest, with a plane more for what is rounded otherwise in the loops
+    count_to_all(pm.comm, note.nbytes)
+    pm.comm.Allreduce(MPI.IN_PLACE, note, MPI.MAX)
+    low, high = (-(-(note[:-1] + 1) // 2) * 2 * (numpy.array(pm.domain.shape) > 1)[:, None]).T.tolist()
+    # Compare the work
+    largest = [int(width.max()) for width in widths]
+    wide = [min(n + low[d] + high[d], int(pm.Nmesh[d])) for d, n in enumerate(largest)]
+    out, count = note[-1].tolist()
+    cells = prod(wide) - prod(largest)
+    if COST_OF_CELL * cells > COST_OF_ROW * count + COST_OF_GHOST * out:
+        return None
+    return find_halo(pm, low, high)
+
+
 AnyLayout: TypeAlias = Layout | IdentityLayout | HaloLayout
 
 
@@ -291,7 +325,7 @@ def gather_rows(layout: AnyLayout | None, data: Value) -> Any:
 
 
 class Displaced:
-    """Positions (N, ndim) that are displacements from a lattice; whoever needs a cell adds the two in double precision."""
+    """Positions (N, ndim) that are displacements from a lattice; loops that need a cell add the two in double precision."""
 
     def __init__(self, displacement: Array, lattice: Array) -> None:
         self.displacement, self.lattice = displacement, lattice
@@ -391,39 +425,6 @@ def check_layout(layout: Value, pm: ParticleMesh, resampler: Any) -> None:
         )
 
 
-def choose_halo(x: Positions, pm: ParticleMesh, support: int) -> Halo | None:
-    """The halo in which the windows of all particles lie; None if it is less work to send particles. Collective."""
-    divided = [axis for axis in range(pm.ndim) if pm.domain.shape[axis] > 1]
-    widths = [numpy.diff(pm.domain.edges[axis]) for axis in range(pm.ndim)]
-    if loops is None or not divided or min(int(width.min()) for width in widths) < support:
-        return None
-    note = numpy.zeros((pm.ndim + 1, 2), "i8")
-    note[-1, 1], (at, lattice) = len(x), take_apart(x)
-    for axis in divided:
-        start, period = -int(pm.affine.translate[axis]), int(pm.Nmesh[axis])
-        own = int(widths[axis][numpy.searchsorted(pm.domain.edges[axis], start)])
-        *note[axis], out = loops.find_span(
-            at, axis, float(pm.affine.scale[axis]), start, own, period, support, lattice
-        )
-        note[-1, 0] += out
-    # Agree on the widest, with a plane more for what is rounded otherwise in the loops
-    count_to_all(pm.comm, note.nbytes)
-    pm.comm.Allreduce(MPI.IN_PLACE, note, MPI.MAX)
-    low, high = (-(-(note[:-1] + 1) // 2) * 2 * (numpy.array(pm.domain.shape) > 1)[:, None]).T.tolist()
-    # Compare the work
-    largest = [int(width.max()) for width in widths]
-    wide = [min(n + low[d] + high[d], int(pm.Nmesh[d])) for d, n in enumerate(largest)]
-    out, count = note[-1].tolist()
-    cells = prod(wide) - prod(largest)
-    if COST_OF_CELL * cells > COST_OF_ROW * count + COST_OF_GHOST * out:
-        return None
-    return find_halo(pm, low, high)
-
-
-#: What a cell of a halo, a particle, and a ghost cost, in one unit.
-COST_OF_CELL, COST_OF_ROW, COST_OF_GHOST = 10, 25, 150
-
-
 def find_reach(pm: ParticleMesh, smoothing: Any) -> tuple[Any, float]:
     """The window that `smoothing` tells, or None; and how many cells it reaches, to either side."""
     if isinstance(smoothing, numbers.Real) and not isinstance(smoothing, bool):
@@ -445,6 +446,7 @@ def lay_out(
     """The positions that `make()` returns, in a dtype that all ranks agree on, and their layout; see `as_positions`.
     With a lattice they are displacements from it. Collective."""
 
+    # Agree on positions and window
     def prepare() -> tuple[Any, ...]:
         resampler, reach = find_reach(pm, smoothing)
         return *check_positions(make(), lattice, pm, new), pm, reach, resampler

@@ -17,6 +17,7 @@ from vmad_lit.lib.mesh import (
     r2c,
     to_scalar,
 )
+
 from vmad_lit.lib.transfer import (
     apply_digitized,
     apply_transfer,
@@ -46,7 +47,6 @@ __all__ = [
 ]
 
 from vmad_lit.lib.exchange import GhostLayout, IdentityLayout, decompose, exchange, gather
-from vmad_lit.lib.painting import paint, readout, readout_all
 
 __all__ += [
     "decompose",
@@ -54,6 +54,11 @@ __all__ += [
     "gather",
     "GhostLayout",
     "IdentityLayout",
+]
+
+from vmad_lit.lib.painting import paint, readout, readout_all
+
+__all__ += [
     "paint",
     "readout",
     "readout_all",

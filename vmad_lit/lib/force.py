@@ -15,6 +15,7 @@ from vmad_lit.lib import memory
 from vmad_lit.lib.exchange import AnyLayout, Positions, displaced
 from vmad_lit.lib.halo import Halo, find_halo
 from vmad_lit.lib.mesh import ParticleMesh, agree, as_real_field, as_rows, common_dtypes, once_per_mesh
+
 from vmad_lit.lib.mpi import add_up
 from vmad_lit.lib.painting import (
     Resampler,
@@ -185,6 +186,13 @@ class readout_neg_gradient:
         return dict(_mesh_=ZeroGradient if _mesh_ is None else _mesh_, _x_=_x_, _layout_=ZeroGradient)
 
 
+def _transform(x: RealField) -> BaseComplexField:
+    """The modes of a real field times the number of points: N times r2c."""
+    modes = x.pm.create("transposedcomplex")
+    x.pm.plans["forwardT"].execute(x._base, modes._base)
+    return modes
+
+
 @operator
 class force:
     """Gravity of equal particles at themselves: the force, minus the gradient of the potential.
@@ -210,7 +218,6 @@ class force:
     collective = True
     placements = "partitioned, any -> partitioned, field"
 
-    # The steps of the force
     @staticmethod
     def potential(rho: RealField) -> BaseComplexField:
         """The modes of the potential of a density, which is overwritten."""
@@ -291,7 +298,6 @@ class force:
         """Cotangent of the mass of particles on the mesh from that of the modes of the potential, which is overwritten."""
         return force.solve(_potk, factor / float(_potk.pm.Nmesh.prod())).c2r(out=Ellipsis)
 
-    # The force and its derivatives
     def apl(node, x, layout, pm, order=1, keep_potential=True, lattice=None):
         at, lattice, *_ = agree(pm.comm, lambda: check_particles(x, layout, pm, None, lattice))
         at = displaced(at, lattice)
@@ -351,10 +357,3 @@ class force:
             pot_ = force.kept(force.potential(w.paint_jvp(local_x, factor, x_)), order)
             _x_ = w.weighted_gradient_jvp(meshes, local_x, _f, x_, force.meshes(w, pot_, order, _rho_))
         return dict(_x_=in_dtype_of(w.bring_back(_x_), x), _layout_=ZeroGradient)
-
-
-def _transform(x: RealField) -> BaseComplexField:
-    """The modes of a real field times the number of points: N times r2c."""
-    modes = x.pm.create("transposedcomplex")
-    x.pm.plans["forwardT"].execute(x._base, modes._base)
-    return modes

@@ -53,7 +53,6 @@ class Halo:
         low, high = ([n + planes if self._divided(d) else 0 for d, n in enumerate(x)] for x in self.given)
         return find_halo(self.pm, low, high)
 
-    # Surround a domain with planes
     def _divided(self, axis: int) -> bool:
         return self.pm.domain.shape[axis] > 1
 
@@ -67,7 +66,6 @@ class Halo:
             return start, end - start, n - end
         return low, end - start, high
 
-    # Find out whose planes they are
     def _borrowed(self, axis: int) -> Iterator[Run]:
         """Runs of planes along an axis: whose they are, who wants them, the first, the end, and where they go."""
         edges = [int(edge) for edge in self.pm.domain.edges[axis]]
@@ -98,7 +96,11 @@ class Halo:
                 given.append((ranks[asker], begin, begin + last - first))
         return axis, taken, given
 
-    # Fetch and fold
+    def _planes(self, array: Array, axis: int, part: Part) -> Array:
+        """Planes along an axis: with the halo along the axes before it, and without it along those behind."""
+        _, begin, end = part
+        return array[(slice(None),) * axis + (slice(begin, end),) + self.inside[axis + 1 :]]
+
     def fetch(self, field: Any) -> Array:
         """The values of a real field, or an array of them, on this rank's part and on its halo. Collective."""
         value = getattr(field, "value", field)
@@ -129,11 +131,6 @@ class Halo:
         field = self.pm.create(type=RealField)
         field.value[...] = array[self.inside]
         return field
-
-    def _planes(self, array: Array, axis: int, part: Part) -> Array:
-        """Planes along an axis: with the halo along the axes before it, and without it along those behind."""
-        _, begin, end = part
-        return array[(slice(None),) * axis + (slice(begin, end),) + self.inside[axis + 1 :]]
 
 
 def find_halo(pm: ParticleMesh, low: Sequence[int], high: Sequence[int]) -> Halo:

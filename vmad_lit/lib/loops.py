@@ -56,6 +56,79 @@ def multiply(out: Array, x: Array, factor: Value, scale: float = 1.0) -> bool:
 
 
 @compiled
+def _find_span(span, pos, lattice, step, axis, scale, start, width, period, support, first, end):
+    low = high = out = 0
+    for p in range(first, end):
+        x = float(pos[uintp(p * step + axis)])
+        if len(lattice):
+            x += lattice[uintp(p * step + axis)]
+        x = x * scale + 0.5 * (support % 2)
+        if not abs(x) < 1e15:
+            low = high = period
+            continue
+        # See how far its window reaches
+        plane = int(floor(x)) - (support - 1) // 2 - start
+        if not 0 <= plane < period:
+            plane %= period
+        over = plane + support - width
+        if over > 0:
+            out += 1
+            if over <= period - plane:
+                high = max(high, over)
+            else:
+                low = max(low, period - plane)
+    span[0], span[1], span[2] = low, high, out
+
+
+def find_span(
+    pos: Array,
+    axis: int,
+    scale: float,
+    start: int,
+    width: int,
+    period: int,
+    support: int,
+    lattice: Array | None = None,
+) -> tuple[int, int, int]:
+    """How far the windows of particles reach beyond a part of a periodic mesh along an axis.
+
+    Parameters
+    ----------
+    pos : (N, ndim) positions
+    axis : the axis
+    scale : cells in a unit of length
+    start, width, period : the first plane of the part, how many planes it has, and how many the mesh has
+    support : of the window, in cells
+    lattice : what the positions are displacements from, or None
+
+    Returns
+    -------
+    low, high, out : planes before the part and behind it, and how many particles reach there. Both are the period
+        if a position is not a number, or farther away than cells can be counted
+    """
+    # Look at positions and lattice
+    pos = numpy.ascontiguousarray(pos)
+    check_array("positions", pos)
+    lattice = pos[:0] if lattice is None else numpy.ascontiguousarray(lattice)
+    check_array("the lattice", lattice)
+    if len(lattice) and lattice.shape != pos.shape:
+        raise ValueError(
+            f"the lattice must have the shape of the positions, {pos.shape}, not {lattice.shape}"
+        )
+    if pos.ndim != 2 or not 0 <= axis < pos.shape[1] or support < 1 or period < 1:
+        raise ValueError(
+            f"positions (N, ndim) and one of their axes are needed, with a window and planes, "
+            f"not {pos.shape}, {axis}, {support} and {period}"
+        )
+    edges = share_out(len(pos), 1 << 16)
+    spans = [numpy.zeros(3, "i8") for _ in edges[1:]]
+    rest = flatten(pos), flatten(lattice), pos.shape[1], axis, float(scale), start, width, period, support
+    run_on_threads(_find_span, [(span, *rest, *ends) for span, *ends in zip(spans, edges, edges[1:])])
+    low, high, out = numpy.transpose(spans)
+    return int(low.max()), int(high.max()), int(out.sum())
+
+
+@compiled
 def _find_ranks(places, rows, fill, pos, step, axes, scales, owners, assign, support, seen):
     domains, count = numpy.zeros((3, support), "i8"), numpy.ones(3, "i8")
     for p in range(len(pos) // step):
@@ -118,10 +191,12 @@ def find_ranks(
     -------
     counts, rows : how many particles there are for each rank, and their numbers, rank by rank
     """
+    # Look at the numbers that will be addresses
     pos = numpy.ascontiguousarray(pos)
     check_array("positions", pos)
     assign = numpy.ascontiguousarray(assign, "i8")
     _check_domains(pos, axes, scales, owners, assign, support, nrank)
+    # Count the particles, and then list them
     owners = tuple(numpy.ascontiguousarray(owner, "i8") for owner in owners)
     flat, counts = flatten(pos), numpy.zeros(nrank, "i8")
     rest = flat, pos.shape[1], axes, scales, owners, assign, support
@@ -149,6 +224,7 @@ def _check_domains(
         raise ValueError(
             f"axes {axes} must be those of positions {pos.shape}, and the support {support} positive"
         )
+    # Look at the planes and their ranks
     if not all(owner.ndim == 1 and len(owner) and owner.min() >= 0 for owner in owners):
         raise ValueError("each axis has planes, and each plane has a domain")
     if assign.ndim != 1 or sum(int(owner.max()) for owner in owners) >= len(assign):
@@ -177,6 +253,7 @@ def add_rows(total: Array, indices: Array, rows: Array) -> bool:
         return False
     if overlap(total, rows, indices):
         return False
+    # Refuse rows that are not there
     rows, indices = numpy.ascontiguousarray(rows), numpy.ascontiguousarray(indices, "i8")
     if len(indices):
         low, high, count = int(indices.min()), int(indices.max()), len(total)
@@ -187,77 +264,6 @@ def add_rows(total: Array, indices: Array, rows: Array) -> bool:
     flat = [flatten(x.view(x.real.dtype)) for x in (total, rows)]
     _add_rows(flat[0], flatten(indices), flat[1], flat[0].size // max(1, len(total)))
     return True
-
-
-@compiled
-def _find_span(span, pos, lattice, step, axis, scale, start, width, period, support, first, end):
-    low = high = out = 0
-    for p in range(first, end):
-        x = float(pos[uintp(p * step + axis)])
-        if len(lattice):
-            x += lattice[uintp(p * step + axis)]
-        x = x * scale + 0.5 * (support % 2)
-        if not abs(x) < 1e15:
-            low = high = period
-            continue
-        plane = int(floor(x)) - (support - 1) // 2 - start
-        if not 0 <= plane < period:
-            plane %= period
-        over = plane + support - width
-        if over > 0:
-            out += 1
-            if over <= period - plane:
-                high = max(high, over)
-            else:
-                low = max(low, period - plane)
-    span[0], span[1], span[2] = low, high, out
-
-
-def find_span(
-    pos: Array,
-    axis: int,
-    scale: float,
-    start: int,
-    width: int,
-    period: int,
-    support: int,
-    lattice: Array | None = None,
-) -> tuple[int, int, int]:
-    """How far the windows of particles reach beyond a part of a periodic mesh along an axis.
-
-    Parameters
-    ----------
-    pos : (N, ndim) positions
-    axis : the axis
-    scale : cells in a unit of length
-    start, width, period : the first plane of the part, how many planes it has, and how many the mesh has
-    support : of the window, in cells
-    lattice : what the positions are displacements from, or None
-
-    Returns
-    -------
-    low, high, out : planes before the part and behind it, and how many particles reach there. Both are the period
-        if a position is not a number, or farther away than cells can be counted
-    """
-    pos = numpy.ascontiguousarray(pos)
-    check_array("positions", pos)
-    lattice = pos[:0] if lattice is None else numpy.ascontiguousarray(lattice)
-    check_array("the lattice", lattice)
-    if len(lattice) and lattice.shape != pos.shape:
-        raise ValueError(
-            f"the lattice must have the shape of the positions, {pos.shape}, not {lattice.shape}"
-        )
-    if pos.ndim != 2 or not 0 <= axis < pos.shape[1] or support < 1 or period < 1:
-        raise ValueError(
-            f"positions (N, ndim) and one of their axes are needed, with a window and planes, "
-            f"not {pos.shape}, {axis}, {support} and {period}"
-        )
-    edges = share_out(len(pos), 1 << 16)
-    spans = [numpy.zeros(3, "i8") for _ in edges[1:]]
-    rest = flatten(pos), flatten(lattice), pos.shape[1], axis, float(scale), start, width, period, support
-    run_on_threads(_find_span, [(span, *rest, *ends) for span, *ends in zip(spans, edges, edges[1:])])
-    low, high, out = numpy.transpose(spans)
-    return int(low.max()), int(high.max()), int(out.sum())
 
 
 @inlined
@@ -276,6 +282,7 @@ def _put_derivative(out, first, step, mesh, strides, shape, axis, i, j, aside, f
     """The difference along an axis for the row at i, j of a mesh, by way of `aside` for the last axis."""
     n, own = shape[2], i * strides[0] + j * strides[1]
     source, between = aside, 1
+    # Find the rows of the neighbours
     if axis == 2:
         # Copy the row with its ends
         for k in range(n):
@@ -311,6 +318,7 @@ def _gradient(outs, step, mesh, strides, shape, axes, factors, beside, close, st
     for i in range(start, end):
         for j in range(shape[1]):
             first, own = i * step[0] + j * step[1], i * strides[0] + j * strides[1]
+            # Take the differences of a row
             for axis in range(3 - axes, 3):
                 _put_derivative(
                     row if close else to[axis],
@@ -356,6 +364,7 @@ def _divergence(out, step, meshes, strides, shape, axes, factors, start, end):
     for i in range(start, end):
         for j in range(shape[1]):
             first = i * step[0] + j * step[1]
+            # Add the differences of each component
             for more in range(axes):
                 axis = 2 - more
                 _put_derivative(
@@ -386,6 +395,7 @@ def gradient(
     factors : a number for each axis; 1 / (12 h) makes the derivative, with a spacing of h
     beside : None, or another mesh that lies in memory as `mesh` does
     """
+    # Look whether the arrays fit
     count = _check_mesh(mesh, factors) + (beside is not None)
     if len(outs) != count:
         raise ValueError(f"{count} arrays are needed for the differences, not {len(outs)}")

@@ -337,16 +337,6 @@ class UntransposedComplexField(_Modes, pmesh.UntransposedComplexField):
 
 ComplexField = TransposedComplexField
 
-
-def pmesh_is_sound(Nmesh: Sequence[int], seed: int) -> bool:
-    """Whether pmesh makes white noise on a mesh such that no other seed has, and no modes share their numbers."""
-    if len(Nmesh) == 2:
-        return seed < 2**32
-    sides = {int(n) for n in Nmesh}
-    even = all(n % 2 == 0 and n >= 4 for n in sides)
-    return len(Nmesh) == 3 and even and Nmesh[0] == Nmesh[1] and 0 < seed < 2**31
-
-
 FIELDS = {kind.__name__: kind for kind in (RealField, TransposedComplexField, UntransposedComplexField)}
 
 
@@ -357,7 +347,7 @@ def ours(kind: Any) -> Any:
 
 
 def check_geometry(Nmesh: ArrayLike, BoxSize: ArrayLike) -> tuple[Array, Array, str]:
-    """The points and the sides of a mesh along each axis, and both in a text; or an error that says what is wrong."""
+    """The points and the sides of a mesh along each axis, and both in words; or an error that says what is wrong."""
     points, sides = numpy.asarray(Nmesh), numpy.asarray(BoxSize)
     if points.ndim != 1 or points.dtype.kind not in "iuf" or not len(points):
         raise ValueError(f"Nmesh must be a sequence of whole numbers, one for each axis, not {Nmesh!r}")
@@ -426,6 +416,7 @@ class ParticleMesh(pmesh.ParticleMesh):
         grid.flags.writeable = False
         return (grid, made[1]) if return_id else grid
 
+    # White noise on a mesh
     def generate_whitenoise(
         self,
         seed: int,
@@ -452,6 +443,7 @@ class ParticleMesh(pmesh.ParticleMesh):
             where it is sound, see `pmesh_is_sound`, and otherwise the other one
         purpose : of the numbers; one seed gives independent fields for different ones (not by pmesh)
         """
+        # Agree on the noise that is wanted
         kind = ours(type if mode is None else mode)
         options = run_together(
             self.comm, lambda: self._noise_options(seed, unitary, mean, invertphase, generator, purpose)
@@ -460,6 +452,7 @@ class ParticleMesh(pmesh.ParticleMesh):
         given = self.comm.allgather((kind, options))
         if any(each != given[0] for each in given):
             raise ValueError(f"all ranks must ask for the same white noise; ranks 0, 1, .. ask for {given}")
+        # Leave it to pmesh if that is its own
         if options.pop("generator") == "pmesh":
             del options["purpose"]
             return super().generate_whitenoise(**options, type=getattr(pmesh, kind.__name__), base=base)
@@ -483,6 +476,7 @@ class ParticleMesh(pmesh.ParticleMesh):
         purpose: str,
     ) -> dict[str, Any]:
         """The options of white noise, checked, with the choice of a generator."""
+        # Choose a generator
         seed = whole_number("seed", seed, least=0)
         one_of("generator", generator, (None, "pmesh", "philox"))
         mean = mean if mean is None else real_number("mean", mean)
@@ -514,6 +508,15 @@ class ParticleMesh(pmesh.ParticleMesh):
 
 
 STEADY.update((ParticleMesh, pmesh.ParticleMesh))
+
+
+def pmesh_is_sound(Nmesh: Sequence[int], seed: int) -> bool:
+    """Whether pmesh makes white noise on a mesh such that no other seed has, and no modes share their numbers."""
+    if len(Nmesh) == 2:
+        return seed < 2**32
+    sides = {int(n) for n in Nmesh}
+    even = all(n % 2 == 0 and n >= 4 for n in sides)
+    return len(Nmesh) == 3 and even and Nmesh[0] == Nmesh[1] and 0 < seed < 2**31
 
 
 @register(pmesh.RealField, BaseComplexField)
@@ -568,6 +571,7 @@ def weighed_once(operator: Operator, vjp: Callable[..., Any]) -> Callable[..., A
         return vjp
     (x,), (y,) = ("_" + name for name in operator.ain), ("_" + name for name in operator.aout)
 
+    # Wrap the vjp
     @wraps(vjp)
     def run(*args: Any, **kwargs: Any) -> Any:
         result = vjp(*args, **kwargs)

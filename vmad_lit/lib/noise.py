@@ -37,6 +37,11 @@ def stream(seed: int, purpose: str = "field") -> numpy.random.SeedSequence:
     return numpy.random.SeedSequence(seed, spawn_key=(zlib.crc32(purpose.encode()),))
 
 
+def words_of_key(seed: int, purpose: str) -> list[int]:
+    """The three words that a seed and a purpose give to the generator."""
+    return [int(word) for word in stream(seed, purpose).generate_state(3)]
+
+
 def uniform(high: Array, low: Array) -> Array:
     """Numbers in [0, 1) from two words each."""
     return ((high << HALF | low) >> numpy.uint64(11)) * 2.0**-53
@@ -65,32 +70,13 @@ def white_modes(
     side: Array = numpy.zeros((), "i8")
     for own, other in zip(wavenumbers[::-1], mirrored[::-1]):
         side = numpy.where(side == 0, own - other, side)
-    # The counter is the wavenumber of the leading one of each pair
+    # Number the modes, and roll
     counter = [numpy.where(side < 0, other, own) for own, other in zip(wavenumbers, mirrored)]
     counter += [numpy.zeros_like(side)] * (3 - len(counter)) + [numpy.full_like(side, key[2])]
     modes = normal(philox([word.astype("u8") & LOW for word in counter], key[:2]), unitary)
     alone = modes.real * numpy.sqrt(2)
     alone = numpy.copysign(1.0, alone) if unitary else alone
     return numpy.where(side == 0, alone, numpy.where(side < 0, modes.conj(), modes))
-
-
-def words_of_key(seed: int, purpose: str) -> list[int]:
-    """The three words that a seed and a purpose give to the generator."""
-    return [int(word) for word in stream(seed, purpose).generate_state(3)]
-
-
-def uniform_numbers(ids: ArrayLike, seed: int, purpose: str) -> Array:
-    """Random numbers in [0, 1) for whole numbers of at least 0, each a function of its number alone."""
-    key, ids = words_of_key(seed, purpose), plain_array("ids", ids)
-    if ids.size and (ids.dtype.kind not in "iu" or (ids < 0).any()):
-        raise ValueError(f"ids must be whole numbers of at least 0, not {show(ids)}")
-    flat, result = ids.ravel().astype("u8", copy=False), numpy.empty(ids.size)
-    for begin in range(0, ids.size, BLOCK):
-        block = slice(begin, begin + BLOCK)
-        high, low = flat[block] >> HALF, flat[block] & LOW
-        rest = numpy.full_like(low, key[2])
-        result[block] = uniform(*philox([low, high, numpy.zeros_like(low), rest], key[:2])[:2])
-    return result.reshape(ids.shape)
 
 
 def fill_white(
@@ -114,3 +100,17 @@ def fill_white(
         for i in (first, *others):
             zero = zero & (i == 0)
         modes[zero] = mean
+
+
+def uniform_numbers(ids: ArrayLike, seed: int, purpose: str) -> Array:
+    """Random numbers in [0, 1) for whole numbers of at least 0, each a function of its number alone."""
+    key, ids = words_of_key(seed, purpose), plain_array("ids", ids)
+    if ids.size and (ids.dtype.kind not in "iu" or (ids < 0).any()):
+        raise ValueError(f"ids must be whole numbers of at least 0, not {show(ids)}")
+    flat, result = ids.ravel().astype("u8", copy=False), numpy.empty(ids.size)
+    for begin in range(0, ids.size, BLOCK):
+        block = slice(begin, begin + BLOCK)
+        high, low = flat[block] >> HALF, flat[block] & LOW
+        rest = numpy.full_like(low, key[2])
+        result[block] = uniform(*philox([low, high, numpy.zeros_like(low), rest], key[:2])[:2])
+    return result.reshape(ids.shape)

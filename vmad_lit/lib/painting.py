@@ -16,6 +16,7 @@ from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Value
 from vmad_lit.lib import memory
+
 from vmad_lit.lib.exchange import (
     AnyLayout,
     HaloLayout,
@@ -29,6 +30,7 @@ from vmad_lit.lib.exchange import (
     in_the_box,
     take_apart,
 )
+
 from vmad_lit.lib.mesh import (
     ParticleMesh,
     agree,
@@ -82,7 +84,6 @@ class Window:
             window=self.resampler, transform=pm.affine if self.halo is None else self.halo.transform
         )
 
-    # Bring particles and meshes together
     def bring(self, rows: Value) -> Any:
         """Rows for the particles that this rank has to do with, from those for its own. Collective."""
         return exchange_rows(self.layout, rows)
@@ -104,7 +105,6 @@ class Window:
         """pmesh's resampler for derivatives; those of its tuned pcs are in cells, of its cubic in lengths."""
         return FindResampler("cubic") if self.resampler.kind == "tunedpcs" else self.resampler
 
-    # Paint and read out
     def empty(self) -> Mesh:
         """A mesh of zeros to add to."""
         if self.halo is not None:
@@ -154,7 +154,6 @@ class Window:
         """The fields to which the columns of `value` are spread, see `spread`. Collective."""
         return [self.fold(mesh) for mesh in self.spread(x, value, [self.empty() for _ in value.T], x_)]
 
-    # Derivatives of painting and reading out
     def gradient(self, mesh: Mesh, x: Positions) -> Array:
         """The derivatives (N, ndim) of the value of a mesh by the position."""
         if self.compiled:
@@ -233,7 +232,6 @@ class Window:
             value_ = numpy.stack([(self.gradient(mesh, x) * x_).sum(axis=-1) for mesh in meshes], axis=-1)
         return value_ if meshes_ is None else value_ + self.readout(meshes_, x)
 
-    # Second derivatives of painting and reading out
     def weighted_gradient_jvp(
         self,
         meshes: Sequence[Mesh],
@@ -244,6 +242,7 @@ class Window:
         factors_: Array | None = None,
     ) -> Array:
         """Tangent of `weighted_gradient`; None is zero."""
+        # Refuse a window without second derivatives
         if not self.compiled:
             raise BrokenPrimitive(
                 f"the window {self.resampler.kind} of pmesh has no hvp: it has first derivatives only. An exact second "
@@ -541,6 +540,7 @@ def read_hvp(
     """The changes of what `read_vjp` returns, along tangents of positions and meshes; None is zero. Collective."""
     if _value is None or x_ is None and meshes_ is None:
         return ZeroGradient, None
+    # Change the cotangents of positions and meshes
     _x_, x_here, _value = ZeroGradient, w.bring(x), w.bring(_value)
     x_ = None if x_ is None else w.bring(x_)
     if node.needs("x"):

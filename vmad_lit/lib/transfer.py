@@ -75,6 +75,7 @@ def evaluate_transfer(x: BaseComplexField, f: Transfer, kind: Labels) -> Any:
         # Evaluate, and arrange the result in memory like the field
         labels = coordinates(x, kind)
         if getattr(f, "pointwise", False):
+            # Go through the mesh in slabs
             result, n = None, len(labels[0])
             for rows in (slice(begin, begin + 8) for begin in range(0, max(n, 1), 8)):
                 slab = xslab([labels[0][rows], *labels[1:]])
@@ -148,6 +149,7 @@ def fourier_space_neg_gradient(dir: int, pm: ParticleMesh, order: Literal[0, 1] 
     `order` 0 is exact, without the Nyquist mode; 1 is the four-point central difference
     of FastPM (Feng et al. 2016). Each function is made once for a mesh.
     """
+    # Look whether there is such a derivative
     if order not in (0, 1):
         raise ValueError(f"order must be 0 (exact) or 1 (four-point difference), not {order}")
     if not 0 <= dir < pm.ndim:
@@ -218,7 +220,6 @@ class apply_digitized:
 
         return digitizer
 
-    # The table applied, and its derivatives
     @staticmethod
     def factors(tf: ArrayLike, mode: Literal["amplitude", "phase"]) -> tuple[Array, Array]:
         """The factors of the bins, and their derivatives by the numbers of the table."""

@@ -1,10 +1,5 @@
 """Compiled window functions: particles to meshes and back, with all first and second derivatives.
 
-Two loops do the work, ``scatter`` and ``gather``, and a third, ``hessian_product``, the second derivatives; they are
-compiled by numba for each window and dimension when first used, and kept on disk. Everything else is a thin
-layer that names the cases: :func:`paint`, :func:`readout`, :func:`gradient` and the products with their
-Jacobians.
-
 A mesh is the part of a periodic mesh that this process holds, as pmesh lays it out: ``transform``
 (a :class:`pmesh.window.Affine`, or anything with ``scale``, ``translate`` and ``period``) maps a
 position to the mesh by ``pos * scale + translate``, indices are folded with ``period`` (0 for an
@@ -28,20 +23,20 @@ from numpy.typing import ArrayLike
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
 from vmad_lit.lib import memory
-from vmad_lit.lib.cells import BOX, array_of, fold_cell, gather_loop, is_straight, scatter_loop
+from vmad_lit.lib.cells import gather_loop, is_straight, scatter_loop
 from vmad_lit.lib.compiled import compiled, inlined
 from vmad_lit.lib.memory import as_flat, flatten, overlap
 from vmad_lit.lib.threads import get_threads, run_on_threads, set_threads, share_out
+from vmad_lit.lib.window_loops import BOX, DType, DTypes, array_of, fold_cell, offsets, spline
+from vmad_lit.lib.window_loops import general_gather_loop, general_scatter_loop
 
 with needed_for("compiled loops", extra="fast"):
     from numba import float64, int64, uint64, uintp
 
 Mesh = Any  # an array, or a field that has one as its `value`
 WindowLike = Any  # the name of a window, or pmesh's object
-DType = numpy.dtype[Any]
 Box = tuple[tuple[Any, ...], ...]  # see `_box`
 View = tuple[Array, Shape]  # flat memory, and strides in elements
-DTypes = tuple[DType, DType, DType, DType]  # of meshes, positions, the lattice, and what particles have
 
 
 class Transform(Protocol):
@@ -61,409 +56,8 @@ NEVER = 1 << 62
 #: Meshes that go through a loop together.
 TOGETHER = 4
 
-
-@inlined
-def _spline(support, x):
-    """First cell, weights and derivatives of the B-spline of this support at `x`.
-
-    Hockney & Eastwood (1988), section 5-3; the cubic spline after eq. 18 of arXiv:1512.07295.
-    """
-    below = numpy.floor(x + 0.5 * (support % 2))
-    u = x - below
-    i = int(below) - (support - 1) // 2
-    if support == 1:
-        return i, (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
-    if support == 2:
-        return i, (1.0 - u, u, 0.0, 0.0), (-1.0, 1.0, 0.0, 0.0)
-    if support == 3:
-        v, w = 0.5 - u, 0.5 + u
-        return i, (0.5 * v * v, 0.75 - u * u, 0.5 * w * w, 0.0), (-v, -2.0 * u, w, 0.0)
-    v = 1.0 - u
-    return (
-        i,
-        (
-            v * v * v / 6,
-            (4 - 6 * u * u + 3 * u * u * u) / 6,
-            (4 - 6 * v * v + 3 * v * v * v) / 6,
-            u * u * u / 6,
-        ),
-        (-0.5 * v * v, (1.5 * u - 2.0) * u, (2.0 - 1.5 * v) * v, 0.5 * u * u),
-    )
-
-
-@inlined
-def _offset(cell, low, high, stride, whole):
-    """Offset of a folded cell in memory, or -1 if it is not among the local cells `low` to `high`."""
-    return cell * stride if whole or low <= cell < high else -1
-
-
-@inlined
-def _offsets(first, period, low, high, stride, whole):
-    """Offsets of the cells from `first` on, as many as the widest window has; `whole`: all are local."""
-    a = fold_cell(first, period)
-    b = a + 1 if a + 1 < period else 0
-    c = b + 1 if b + 1 < period else 0
-    d = c + 1 if c + 1 < period else 0
-    return (
-        _offset(a, low, high, stride, whole),
-        _offset(b, low, high, stride, whole),
-        _offset(c, low, high, stride, whole),
-        _offset(d, low, high, stride, whole),
-    )
-
-
-@lru_cache(maxsize=None)
-def _scatter_loop(
-    dtypes: DTypes,
-    ndim: int,
-    support: int,
-    n: int,
-    moving: bool,
-    spreading: bool = False,
-) -> Any:
-    """The compiled loop that adds particles to `n` meshes, for these types of arrays.
-
-    Along the first `asked` axes cells may be elsewhere: that is an argument of the loop. `moving`: the tangent of painting
-    one mesh; or (`spreading`) of adding to several meshes, each its own masses.
-    """
-    support1 = support if ndim > 1 else 1
-    support2 = support if ndim > 2 else 1
-
-    # The loop that scatters
-    def scatter(
-        mesh0,
-        mesh1,
-        mesh2,
-        mesh3,
-        box,
-        asked,
-        low,
-        high,
-        owner,
-        mask,
-        block,
-        pos,
-        step,
-        lattice,
-        mass,
-        mass_step,
-        speed,
-        rate,
-    ):
-        shape, stride, scale, translate, origin, period = box
-        npart, displaced = len(pos) // step, len(lattice) > 0
-        listed = numpy.empty(block if asked > 0 else 0, dtype="i8")
-        for b in range(len(mask)):
-            if not (mask[b] >> owner) & uint64(1):
-                continue
-            start = b * block
-            count = min(npart, start + block) - start
-            shared = asked > 0 and mask[b] != uint64(1) << owner
-            if shared:
-                # List the particles of the block that are near
-                near = 0
-                reach = support + 1
-                for k in range(count):
-                    x = float64(pos[uintp((start + k) * step)])
-                    if displaced:
-                        x += lattice[uintp((start + k) * step)]
-                    x = x * scale[0] + translate[0]
-                    i = floor(x + 0.5 * (support % 2)) - (support - 1) // 2 - 1 + origin[0]
-                    i = fold_cell(i, period[0])
-                    listed[uintp(near)] = start + k
-                    near += ((i < high) & (i + reach >= low)) | (i + reach - period[0] >= low)
-                count = near
-            for k in range(count):
-                p = listed[uintp(k)] if shared else start + k
-                # Locate the particle on each axis
-                x = float64(pos[uintp(p * step)])
-                if displaced:
-                    x += lattice[uintp(p * step)]
-                x = x * scale[0] + translate[0]
-                i, wx, dx = _spline(support, x)
-                cx = _offsets(i + origin[0], period[0], low, high, stride[0], asked < 1)
-                if ndim > 1:
-                    y = float64(pos[uintp(p * step + 1)])
-                    if displaced:
-                        y += lattice[uintp(p * step + 1)]
-                    y = y * scale[1] + translate[1]
-                    i, wy, dy = _spline(support1, y)
-                    cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], asked < 2)
-                else:
-                    cy, wy, dy = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
-                if ndim > 2:
-                    z = float64(pos[uintp(p * step + 2)])
-                    if displaced:
-                        z += lattice[uintp(p * step + 2)]
-                    z = z * scale[2] + translate[2]
-                    i, wz, dz = _spline(support2, z)
-                    cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], asked < 3)
-                else:
-                    cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
-                # Take the masses of the particle
-                m0 = mass[uintp(p * mass_step)]
-                m1 = mass[uintp(p * mass_step + 1)] if n > 1 else 0.0
-                m2 = mass[uintp(p * mass_step + 2)] if n > 2 else 0.0
-                m3 = mass[uintp(p * mass_step + 3)] if n > 3 else 0.0
-                unit = 0.0 if spreading else m0 if n == 1 else 1.0
-                # Take the velocity of the particle
-                vx = vy = vz = 0.0
-                if moving:
-                    vx = speed[uintp(p * ndim)] * scale[0]
-                    vy = speed[uintp(p * ndim + 1)] * scale[1] if ndim > 1 else 0.0
-                    vz = speed[uintp(p * ndim + 2)] * scale[2] if ndim > 2 else 0.0
-                factor = m0 if spreading and n == 1 else rate
-                vx, vy, vz = factor * vx, factor * vy, factor * vz
-                # Add to the cells
-                for ia in range(support):
-                    if asked > 0 and cx[ia] < 0:
-                        continue
-                    # Weight of a plane of cells
-                    a = unit * wx[ia]
-                    if moving:
-                        a += vx * dx[ia]
-                    for ib in range(support1):
-                        if asked > 1 and cy[ib] < 0:
-                            continue
-                        # Weight of a row of cells
-                        first = cx[ia] + cy[ib]
-                        w = a * wy[ib]
-                        if moving:
-                            w += vy * wx[ia] * dy[ib]
-                            d = vz * wx[ia] * wy[ib]
-                        for ic in range(support2):
-                            if asked > 2 and cz[ic] < 0:
-                                continue
-                            i = uintp(first + cz[ic])
-                            # Weight of a cell
-                            weight = w * wz[ic]
-                            if moving:
-                                weight += d * dz[ic]
-                            if n == 1:
-                                mesh0[i] += weight
-                            else:
-                                mesh0[i] += weight * m0
-                                mesh1[i] += weight * m1
-                            if n > 2:
-                                mesh2[i] += weight * m2
-                            if n > 3:
-                                mesh3[i] += weight * m3
-
-    mesh, position, lattice, reals = map(array_of, dtypes)
-    return compiled(
-        scatter,
-        *4 * [mesh],
-        BOX,
-        int64,
-        int64,
-        int64,
-        int64,
-        uint64[::1],
-        int64,
-        position,
-        int64,
-        lattice,
-        reals,
-        int64,
-        reals,
-        float64,
-    )
-
-
-@lru_cache(maxsize=None)
-def _gather_loop(dtypes: DTypes, ndim: int, support: int, n: int, moving: bool, slopes: bool) -> Any:
-    """The compiled loop that reads `n` meshes, their change (`moving`) or their gradients (`weighted_gradient`).
-
-    Along the first `asked` axes, an argument of the loop, cells may be elsewhere.
-    """
-    support1 = support if ndim > 1 else 1
-    support2 = support if ndim > 2 else 1
-
-    # The loop that gathers
-    def gather(
-        mesh0,
-        mesh1,
-        mesh2,
-        mesh3,
-        box,
-        asked,
-        start,
-        end,
-        pos,
-        step,
-        lattice,
-        out,
-        out_step,
-        speed,
-        slope,
-        coef,
-        coef_step,
-        given,
-        base,
-        factor,
-    ):
-        shape, stride, scale, translate, origin, period = box
-        low, high, displaced = 0, shape[0], len(lattice) > 0
-        for p in range(start, end):
-            # Locate the particle on each axis
-            x = float64(pos[uintp(p * step)])
-            if displaced:
-                x += lattice[uintp(p * step)]
-            x = x * scale[0] + translate[0]
-            i, wx, dx = _spline(support, x)
-            cx = _offsets(i + origin[0], period[0], low, high, stride[0], asked < 1)
-            if ndim > 1:
-                y = float64(pos[uintp(p * step + 1)])
-                if displaced:
-                    y += lattice[uintp(p * step + 1)]
-                y = y * scale[1] + translate[1]
-                i, wy, dy = _spline(support1, y)
-                cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], asked < 2)
-            else:
-                cy, wy, dy = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
-            if ndim > 2:
-                z = float64(pos[uintp(p * step + 2)])
-                if displaced:
-                    z += lattice[uintp(p * step + 2)]
-                z = z * scale[2] + translate[2]
-                i, wz, dz = _spline(support2, z)
-                cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], asked < 3)
-            else:
-                cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
-            if slopes:
-                # Sum the gradients of the meshes
-                # Take the coefficients of the meshes
-                first = p * coef_step
-                k0 = coef[uintp(first)] if given > 0 else 1.0
-                k1 = (coef[uintp(first + 1)] if given > 1 else 1.0) if n > 1 else 0.0
-                k2 = (coef[uintp(first + 2)] if given > 2 else 1.0) if n > 2 else 0.0
-                k3 = (coef[uintp(first + 3)] if given > 3 else 1.0) if n > 3 else 0.0
-                s = tx = ty = tz = 0.0
-                for ia in range(support):
-                    if asked > 0 and cx[ia] < 0:
-                        continue
-                    r = ry = rz = 0.0
-                    for ib in range(support1):
-                        if asked > 1 and cy[ib] < 0:
-                            continue
-                        first = cx[ia] + cy[ib]
-                        q = qz = 0.0
-                        for ic in range(support2):
-                            if asked > 2 and cz[ic] < 0:
-                                continue
-                            i = uintp(first + cz[ic])
-                            # Value of the cell, summed over the meshes
-                            v = float(mesh0[i])
-                            if n > 1:
-                                v = k0 * v + k1 * mesh1[i]
-                            if n > 2:
-                                v += k2 * mesh2[i]
-                            if n > 3:
-                                v += k3 * mesh3[i]
-                            q += v * wz[ic]
-                            qz += v * dz[ic]
-                        # Add a row of cells
-                        r += q * wy[ib]
-                        ry += q * dy[ib]
-                        rz += qz * wy[ib]
-                    # Add a plane of cells
-                    s += r * wx[ia]
-                    tx += r * dx[ia]
-                    ty += ry * wx[ia]
-                    tz += rz * wx[ia]
-                # Hand out the slopes
-                if n == 1:
-                    tx, ty, tz = k0 * tx, k0 * ty, k0 * tz
-                    if out_step > 0:
-                        out[uintp(p * out_step)] = s
-                first = p * ndim
-                tx, ty, tz = tx * scale[0], ty * scale[1], tz * scale[2]
-                if len(base):
-                    tx = base[uintp(first)] + factor * tx
-                    ty = base[uintp(first + 1)] + factor * ty if ndim > 1 else 0.0
-                    tz = base[uintp(first + 2)] + factor * tz if ndim > 2 else 0.0
-                slope[uintp(first)] = tx
-                if ndim > 1:
-                    slope[uintp(first + 1)] = ty
-                if ndim > 2:
-                    slope[uintp(first + 2)] = tz
-            else:
-                # Sum the values of the meshes
-                unit = 0.0 if moving else 1.0
-                # Take the velocity of the particle
-                vx = vy = vz = 0.0
-                if moving:
-                    vx = speed[uintp(p * ndim)] * scale[0]
-                    vy = speed[uintp(p * ndim + 1)] * scale[1] if ndim > 1 else 0.0
-                    vz = speed[uintp(p * ndim + 2)] * scale[2] if ndim > 2 else 0.0
-                s0 = s1 = s2 = s3 = 0.0
-                for ia in range(support):
-                    if asked > 0 and cx[ia] < 0:
-                        continue
-                    # Weight of a plane of cells
-                    a = unit * wx[ia]
-                    if moving:
-                        a += vx * dx[ia]
-                    for ib in range(support1):
-                        if asked > 1 and cy[ib] < 0:
-                            continue
-                        # Weight of a row of cells
-                        first = cx[ia] + cy[ib]
-                        w = a * wy[ib]
-                        if moving:
-                            w += vy * wx[ia] * dy[ib]
-                            d = vz * wx[ia] * wy[ib]
-                        for ic in range(support2):
-                            if asked > 2 and cz[ic] < 0:
-                                continue
-                            i = uintp(first + cz[ic])
-                            # Weight of a cell
-                            weight = w * wz[ic]
-                            if moving:
-                                weight += d * dz[ic]
-                            s0 += weight * mesh0[i]
-                            if n > 1:
-                                s1 += weight * mesh1[i]
-                            if n > 2:
-                                s2 += weight * mesh2[i]
-                            if n > 3:
-                                s3 += weight * mesh3[i]
-                # Hand out the values
-                first = p * out_step
-                if len(base):
-                    s0 = base[uintp(first)] + factor * s0
-                    s1 = base[uintp(first + 1)] + factor * s1 if n > 1 else 0.0
-                    s2 = base[uintp(first + 2)] + factor * s2 if n > 2 else 0.0
-                    s3 = base[uintp(first + 3)] + factor * s3 if n > 3 else 0.0
-                out[uintp(first)] = s0
-                if n > 1:
-                    out[uintp(first + 1)] = s1
-                if n > 2:
-                    out[uintp(first + 2)] = s2
-                if n > 3:
-                    out[uintp(first + 3)] = s3
-
-    mesh, position, lattice, reals = map(array_of, dtypes)
-    return compiled(
-        gather,
-        *4 * [mesh],
-        BOX,
-        int64,
-        int64,
-        int64,
-        position,
-        int64,
-        lattice,
-        reals,
-        int64,
-        reals,
-        reals,
-        reals,
-        int64,
-        int64,
-        reals,
-        float64,
-    )
+#: Particles in a block of the census.
+BLOCK = 1024
 
 
 @lru_cache(maxsize=None)
@@ -480,6 +74,7 @@ def _census_loop(position: DType, lattice: DType) -> Any:
         for bit in owners:
             everyone |= bit
         for b in range(start, end):
+            # Find the range of the block along the slow axis
             low, high, odd = numpy.inf, -numpy.inf, 0.0
             for p in range(b * block, min(npart, (b + 1) * block)):
                 x = float64(pos[uintp(p * step)])
@@ -502,23 +97,28 @@ def _census_loop(position: DType, lattice: DType) -> Any:
             mask[b] = bits
 
     axis = float64, float64, int64, int64
-    return compiled(
-        census,
-        int64,
-        *axis,
-        uint64[::1],
-        int64,
-        int64,
-        uint64[::1],
-        int64,
-        array_of(position),
-        int64,
-        array_of(lattice),
+    places = uint64[::1], int64, int64, uint64[::1], int64
+    return compiled(census, int64, *axis, *places, array_of(position), int64, array_of(lattice))
+
+
+def owners_of_blocks(cells: int, box: Box, pos: Array, step: int, lattice: Array) -> tuple[list[int], Array]:
+    """Edges of the planes owned by each thread, and for each block of particles the owners it touches."""
+    nplane = box[0][0]
+    nblock = -(-(len(pos) // step) // BLOCK)
+    edges = share_out(nplane, cells + 2)
+    if len(edges) == 2 or nblock < 2 * (len(edges) - 1):
+        return [0, nplane], numpy.ones(nblock, dtype="u8")
+    # Take the census of the blocks
+    mask = numpy.zeros(nblock, dtype="u8")
+    bits = numpy.uint64(1) << numpy.arange(len(edges) - 1, dtype="u8")
+    owners = numpy.repeat(bits, numpy.diff(edges))
+    cuts = share_out(nblock, 1)
+    axis = tuple(values[0] for values in box[2:])
+    census, tail = _census_loop(pos.dtype, lattice.dtype), (mask, BLOCK, pos, step, lattice)
+    run_on_threads(
+        census, [(cells, *axis, owners, cuts[t], cuts[t + 1], *tail) for t in range(len(cuts) - 1)]
     )
-
-
-#: Particles in a block of the census.
-BLOCK = 1024
+    return edges, mask
 
 
 def check_positions(pos: ArrayLike, ndim: int) -> Array:
@@ -615,6 +215,7 @@ def _box(mesh: Array, transform: Transform | None) -> Box:
         scale, translate, period = (1.0,) * ndim, (0.0,) * ndim, shape
     else:
         scale, translate, period = transform.scale, transform.translate, transform.period
+    # Refuse a geometry that makes no sense
     if (
         not len(scale) == len(translate) == len(period) == ndim
         or not numpy.isfinite([*scale, *translate]).all()
@@ -626,6 +227,7 @@ def _box(mesh: Array, transform: Transform | None) -> Box:
         raise ValueError(
             f"periods must be whole numbers of cells, or 0 for an axis without, not {list(period)}"
         )
+    # Split whole cells off the translation
     origin = [floor(t) for t in translate]
     more = 3 - ndim
     return (
@@ -642,261 +244,6 @@ def _asked(box: Box) -> int:
     """Along how many axes, the first ones, cells of the periodic mesh may be elsewhere: none, one, or all."""
     shape, period = box[0], box[-1]
     return 0 if shape == period else 1 if shape[1:] == period[1:] else 3
-
-
-def _groups(views: Sequence[View]) -> Iterator[tuple[int, int, list[Array]]]:
-    """Where each group of meshes begins, how many they are, and their flat arrays, always four."""
-    for first in range(0, len(views), TOGETHER):
-        flats = [flat for flat, _ in views[first : first + TOGETHER]]
-        yield first, len(flats), flats + flats[:1] * (TOGETHER - len(flats))
-
-
-def _scatter(
-    meshes: Sequence[Array],
-    pos: Array,
-    mass: Array,
-    mass_step: int,
-    window: WindowLike,
-    transform: Transform | None,
-    speed: Array | None = None,
-    rate: float = 1.0,
-    spreading: bool = False,
-    lattice: ArrayLike | None = None,
-) -> None:
-    """Add to each of `meshes` the window of each particle times its column of `mass`, and its change along
-    `rate` times `speed`; or (`spreading`) the column times the change of the window along `speed`."""
-    cells = _find_support(window)
-    ndim = meshes[0].ndim
-    pos = check_positions(pos, ndim)
-    pos, lattice, mass, speed = (_apart(a, *meshes) for a in (pos, check_lattice(lattice, pos), mass, speed))
-    _check_sizes(len(pos), masses=(mass, mass_step, len(meshes)), velocities=(speed, ndim, ndim))
-    box = _box(meshes[0], transform)
-    if not len(pos) or not meshes[0].size:
-        return
-    step = pos.shape[1]
-    pos, lattice = flatten(pos), _flat_lattice(lattice, pos)
-    views = [as_flat(mesh) for mesh in meshes]
-    # Paint aside what cannot be painted in place
-    if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
-        for c, mesh in enumerate(meshes):
-            if mesh.dtype.kind != "f":
-                raise TypeError(f"a mesh to paint must be of floating point numbers, not {mesh.dtype}")
-            aside = numpy.zeros(mesh.shape, dtype="f8")
-            column = numpy.ascontiguousarray(mass[c::mass_step]) if mass_step else mass[c : c + 1]
-            _scatter(
-                [aside],
-                pos.reshape(-1, step),
-                column,
-                min(mass_step, 1),
-                window,
-                transform,
-                speed,
-                rate,
-                spreading,
-                lattice.reshape(-1, step) if len(lattice) else None,
-            )
-            mesh += aside
-        return
-    edges, mask = _owners(cells, box, pos, step, lattice)
-    none = mass[:0]
-    if not spreading and is_straight(views, box, cells, ndim, step) and (speed is None or len(meshes) == 1):
-        # Scatter straight
-        scatter = scatter_loop(
-            (views[0][0].dtype, pos.dtype, lattice.dtype, mass.dtype), len(views), speed is not None
-        )
-        args = mask, BLOCK, pos, lattice, mass, mass_step, none if speed is None else speed, float(rate)
-        run_on_threads(
-            scatter, [(views[0][0], box, edges[t], edges[t + 1], t, *args) for t in range(len(edges) - 1)]
-        )
-        return
-    for first, n, flats in _groups(views):
-        scatter = _scatter_loop(
-            (flats[0].dtype, pos.dtype, lattice.dtype, mass.dtype),
-            ndim,
-            cells,
-            n,
-            moving=speed is not None,
-            spreading=spreading,
-        )
-        rest = (
-            BLOCK,
-            pos,
-            step,
-            lattice,
-            mass[first:],
-            mass_step,
-            none if speed is None else speed,
-            float(rate),
-        )
-        run_on_threads(
-            partial(_scatter_in_turns, scatter),
-            [
-                (
-                    _turns(_asked(box), mask, t, len(edges) == 2),
-                    (*flats, box),
-                    (edges[t], edges[t + 1], t),
-                    rest,
-                )
-                for t in range(len(edges) - 1)
-            ],
-        )
-
-
-def _turns(asked: int, mask: Array, owner: int, alone: bool) -> list[tuple[int, Array]]:
-    """Along how many axes to ask where cells are, for an owner, and the mask of the blocks for which it is so."""
-    if asked > 0 or alone:
-        return [(asked, mask)]
-    mine = mask == numpy.uint64(1) << numpy.uint64(owner)
-    return [(0, numpy.where(mine, mask, 0)), (1, numpy.where(mine, 0, mask))]
-
-
-def _scatter_in_turns(
-    scatter: Callable[..., object],
-    turns: Sequence[tuple[int, Array]],
-    meshes: tuple[Any, ...],
-    place: tuple[Any, ...],
-    rest: tuple[Any, ...],
-) -> None:
-    for asked, mask in turns:
-        scatter(*meshes, asked, *place, mask, *rest)
-
-
-def _owners(cells: int, box: Box, pos: Array, step: int, lattice: Array) -> tuple[list[int], Array]:
-    """Edges of the planes owned by each thread, and for each block of particles the owners it touches."""
-    nplane = box[0][0]
-    nblock = -(-(len(pos) // step) // BLOCK)
-    edges = share_out(nplane, cells + 2)
-    if len(edges) == 2 or nblock < 2 * (len(edges) - 1):
-        return [0, nplane], numpy.ones(nblock, dtype="u8")
-    mask = numpy.zeros(nblock, dtype="u8")
-    bits = numpy.uint64(1) << numpy.arange(len(edges) - 1, dtype="u8")
-    owners = numpy.repeat(bits, numpy.diff(edges))
-    cuts = share_out(nblock, 1)
-    axis = tuple(values[0] for values in box[2:])
-    run_on_threads(
-        _census_loop(pos.dtype, lattice.dtype),
-        [
-            (cells, *axis, owners, cuts[t], cuts[t + 1], mask, BLOCK, pos, step, lattice)
-            for t in range(len(cuts) - 1)
-        ],
-    )
-    return edges, mask
-
-
-def _readable(meshes: Sequence[Array]) -> tuple[Array, list[View]]:
-    """The first of meshes that lie in memory alike, and the views of all: those given, or else copies."""
-    views = [as_flat(mesh) for mesh in meshes]
-    if any(view is None or view[1] != views[0][1] or view[0].dtype != views[0][0].dtype for view in views):
-        meshes = [numpy.require(mesh, "f8", ["C", "A"]) for mesh in meshes]
-        views = [as_flat(mesh) for mesh in meshes]
-    return meshes[0], views
-
-
-def _gather(
-    meshes: Sequence[Array],
-    pos: Array,
-    window: WindowLike,
-    transform: Transform | None,
-    out: Array | None = None,
-    speed: Array | None = None,
-    coef: Array | None = None,
-    coef_step: int = 0,
-    slope: Array | None = None,
-    given: int | None = None,
-    base: Array | None = None,
-    factor: float = 1.0,
-    lattice: ArrayLike | None = None,
-) -> Array:
-    """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is there.
-
-    Both in one go only for a single mesh. The slopes fill `slope` (N, ndim), or a new array. There are
-    coefficients for the first `given` meshes, by default for all; the others have one. With `base`, what comes
-    out is that plus `factor` times the values, or else the slopes.
-    """
-    cells = _find_support(window)
-    ndim = meshes[0].ndim
-    written = [array for array in (out, slope) if array is not None]
-    pos = check_positions(pos, ndim)
-    pos, lattice, coef, speed, *meshes = (
-        _apart(a, *written) for a in (pos, check_lattice(lattice, pos), coef, speed, *meshes)
-    )
-    npart, step = pos.shape
-    slopes, given = coef is not None, len(meshes) if given is None else given
-    _check_sizes(
-        npart,
-        results=(out, len(meshes), len(meshes)),
-        velocities=(speed, ndim, ndim),
-        slopes=(slope, ndim, ndim),
-        factors=(coef, coef_step, given),
-        base=(base, ndim if slopes else len(meshes), ndim if slopes else len(meshes)),
-    )
-    if slope is None:
-        like: Any = out if coef is None else coef
-        slope = memory.empty((npart if slopes else 0, ndim), like.dtype)
-    mesh, views = _readable(meshes)
-    box = _box(mesh, transform)
-    if not npart or not mesh.size:
-        for result in (out, slope):
-            if result is not None and len(result):
-                result[...] = 0.0 if base is None else base
-        return slope
-    pos, lattice = flatten(pos), _flat_lattice(lattice, pos)
-    none = numpy.empty(0, slope.dtype if out is None else out.dtype)
-    width = 0 if out is None else len(meshes)
-    base = none if base is None else base.reshape(-1)
-    cuts = share_out(npart, 4 * BLOCK)
-    if is_straight(views, box, cells, ndim, step):
-        # Gather straight
-        kind = "slopes" if slopes else "values" if speed is None else "changes"
-        gather = gather_loop((views[0][0].dtype, pos.dtype, lattice.dtype, none.dtype), len(views), kind)
-        results = (none if out is None else out.reshape(-1), slope.reshape(-1))
-        args = none if speed is None else speed, none if coef is None else coef, coef_step, given
-        run_on_threads(
-            gather,
-            [
-                (views[0][0], box, cuts[t], cuts[t + 1], pos, lattice, *results, *args, base, float(factor))
-                for t in range(len(cuts) - 1)
-            ],
-        )
-        return slope
-    for first, n, flats in _groups(views):
-        gather = _gather_loop(
-            (flats[0].dtype, pos.dtype, lattice.dtype, none.dtype),
-            ndim,
-            cells,
-            n,
-            speed is not None,
-            slopes,
-        )
-        part = memory.empty_like(slope) if first else slope
-        run_on_threads(
-            gather,
-            [
-                (
-                    *flats,
-                    box,
-                    _asked(box),
-                    cuts[t],
-                    cuts[t + 1],
-                    pos,
-                    step,
-                    lattice,
-                    none if out is None else out.reshape(-1)[first:],
-                    width,
-                    none if speed is None else speed,
-                    part.reshape(-1),
-                    none if coef is None else coef[first:],
-                    coef_step,
-                    max(0, given - first),
-                    base[first:] if not slopes else base if not first else none,
-                    float(factor),
-                )
-                for t in range(len(cuts) - 1)
-            ],
-        )
-        if first and slopes:
-            slope += part * factor if len(base) else part
-    return slope
 
 
 def _mesh(mesh: Mesh) -> Array:
@@ -924,6 +271,38 @@ def _targets(meshes: Any) -> list[Array]:
     return _meshes(meshes)
 
 
+def _meshes(meshes: Sequence[Mesh]) -> list[Array]:
+    values = [_mesh(mesh) for mesh in meshes]
+    if not values:
+        raise ValueError("at least one mesh is needed")
+    if any(value.shape != values[0].shape for value in values):
+        raise ValueError(f"the meshes must have one shape, not {[value.shape for value in values]}")
+    return values
+
+
+def _views(meshes: Sequence[Array]) -> list[View] | None:
+    """Meshes as flat memory with strides, if all lie in memory in the same way; or None."""
+    views = [as_flat(mesh) for mesh in meshes]
+    alike = all(v and v[1] == views[0][1] and v[0].dtype == views[0][0].dtype for v in views)
+    return views if alike else None
+
+
+def _readable(meshes: Sequence[Array]) -> tuple[Array, list[View]]:
+    """The first of meshes that lie in memory alike, and the views of all: those given, or else copies."""
+    views = _views(meshes)
+    if views is None:
+        meshes = [numpy.require(mesh, "f8", ["C", "A"]) for mesh in meshes]
+        views = [as_flat(mesh) for mesh in meshes]
+    return meshes[0], views
+
+
+def _groups(views: Sequence[View]) -> Iterator[tuple[int, int, list[Array]]]:
+    """Where each group of meshes begins, how many they are, and their flat arrays, always four."""
+    for first in range(0, len(views), TOGETHER):
+        flats = [flat for flat, _ in views[first : first + TOGETHER]]
+        yield first, len(flats), flats + flats[:1] * (TOGETHER - len(flats))
+
+
 def _check_sizes(npart: int, **arrays: tuple[Array | None, int, int]) -> None:
     """Raise ValueError unless flat arrays are as long as a loop over particles takes for granted.
 
@@ -941,13 +320,163 @@ def _apart(array: Any, *written: Array) -> Any:
     return array.copy() if isinstance(array, numpy.ndarray) and overlap(array, *written) else array
 
 
-def _meshes(meshes: Sequence[Mesh]) -> list[Array]:
-    values = [_mesh(mesh) for mesh in meshes]
-    if not values:
-        raise ValueError("at least one mesh is needed")
-    if any(value.shape != values[0].shape for value in values):
-        raise ValueError(f"the meshes must have one shape, not {[value.shape for value in values]}")
-    return values
+def _scatter(
+    meshes: Sequence[Array],
+    pos: Array,
+    mass: Array,
+    mass_step: int,
+    window: WindowLike,
+    transform: Transform | None,
+    speed: Array | None = None,
+    rate: float = 1.0,
+    spreading: bool = False,
+    lattice: ArrayLike | None = None,
+) -> None:
+    """Add to each of `meshes` the window of each particle times its column of `mass`, and its change along
+    `rate` times `speed`; or (`spreading`) the column times the change of the window along `speed`."""
+    cells = _find_support(window)
+    ndim = meshes[0].ndim
+    pos = check_positions(pos, ndim)
+    pos, lattice, mass, speed = (_apart(a, *meshes) for a in (pos, check_lattice(lattice, pos), mass, speed))
+    _check_sizes(len(pos), masses=(mass, mass_step, len(meshes)), velocities=(speed, ndim, ndim))
+    box = _box(meshes[0], transform)
+    if not len(pos) or not meshes[0].size:
+        return
+    views = _views(meshes)
+    if views is None:
+        # Paint aside what cannot be painted in place
+        for c, mesh in enumerate(meshes):
+            if mesh.dtype.kind != "f":
+                raise TypeError(f"a mesh to paint must be of floating point numbers, not {mesh.dtype}")
+            aside = numpy.zeros(mesh.shape, dtype="f8")
+            column = numpy.ascontiguousarray(mass[c::mass_step]) if mass_step else mass[c : c + 1]
+            where = window, transform, speed, rate, spreading, lattice
+            _scatter([aside], pos, column, min(mass_step, 1), *where)
+            mesh += aside
+        return
+    # Flatten what belongs to particles, and find the owners of planes
+    step, moving = pos.shape[1], speed is not None
+    pos, lattice = flatten(pos), _flat_lattice(lattice, pos)
+    edges, mask = owners_of_blocks(cells, box, pos, step, lattice)
+    speed, threads = mass[:0] if speed is None else speed, range(len(edges) - 1)
+    if not spreading and is_straight(views, box, cells, ndim, step) and (not moving or len(meshes) == 1):
+        # Scatter with the straight loop
+        scatter = scatter_loop((views[0][0].dtype, pos.dtype, lattice.dtype, mass.dtype), len(views), moving)
+        args = mask, BLOCK, pos, lattice, mass, mass_step, speed, float(rate)
+        run_on_threads(scatter, [(views[0][0], box, edges[t], edges[t + 1], t, *args) for t in threads])
+        return
+    # Scatter with the general loop
+    for first, n, flats in _groups(views):
+        dtypes = flats[0].dtype, pos.dtype, lattice.dtype, mass.dtype
+        scatter = general_scatter_loop(dtypes, ndim, cells, n, moving, spreading)
+        rest = BLOCK, pos, step, lattice, mass[first:], mass_step, speed, float(rate)
+        turns = [_turns(_asked(box), mask, t, len(threads) == 1) for t in threads]
+        places = [(edges[t], edges[t + 1], t) for t in threads]
+        run_on_threads(
+            partial(_scatter_in_turns, scatter), [(turns[t], (*flats, box), places[t], rest) for t in threads]
+        )
+
+
+def _turns(asked: int, mask: Array, owner: int, alone: bool) -> list[tuple[int, Array]]:
+    """Along how many axes to ask where cells are, for an owner, and the mask of the blocks for which it is so."""
+    if asked > 0 or alone:
+        return [(asked, mask)]
+    mine = mask == numpy.uint64(1) << numpy.uint64(owner)
+    return [(0, numpy.where(mine, mask, 0)), (1, numpy.where(mine, 0, mask))]
+
+
+def _scatter_in_turns(
+    scatter: Callable[..., object],
+    turns: Sequence[tuple[int, Array]],
+    meshes: tuple[Any, ...],
+    place: tuple[Any, ...],
+    rest: tuple[Any, ...],
+) -> None:
+    for asked, mask in turns:
+        scatter(*meshes, asked, *place, mask, *rest)
+
+
+def _gather(
+    meshes: Sequence[Array],
+    pos: Array,
+    window: WindowLike,
+    transform: Transform | None,
+    out: Array | None = None,
+    speed: Array | None = None,
+    coef: Array | None = None,
+    coef_step: int = 0,
+    slope: Array | None = None,
+    given: int | None = None,
+    base: Array | None = None,
+    factor: float = 1.0,
+    lattice: ArrayLike | None = None,
+) -> Array:
+    """Fill `out` (N, n) with values, or changes along `speed`; return the slopes if `coef` is there.
+
+    Both in one go only for a single mesh. The slopes fill `slope` (N, ndim), or a new array. There are
+    coefficients for the first `given` meshes, by default for all; the others have one. With `base`, what comes
+    out is that plus `factor` times the values, or else the slopes.
+    """
+    cells = _find_support(window)
+    ndim = meshes[0].ndim
+    written = [array for array in (out, slope) if array is not None]
+    # Look at what is to be read and written
+    pos = check_positions(pos, ndim)
+    pos, lattice, coef, speed, *meshes = (
+        _apart(a, *written) for a in (pos, check_lattice(lattice, pos), coef, speed, *meshes)
+    )
+    npart, step = pos.shape
+    slopes, given = coef is not None, len(meshes) if given is None else given
+    # Check the sizes of what is read and written
+    width = ndim if slopes else len(meshes)
+    _check_sizes(
+        npart,
+        results=(out, len(meshes), len(meshes)),
+        velocities=(speed, ndim, ndim),
+        slopes=(slope, ndim, ndim),
+        factors=(coef, coef_step, given),
+        base=(base, width, width),
+    )
+    if slope is None:
+        like: Any = out if coef is None else coef
+        slope = memory.empty((npart if slopes else 0, ndim), like.dtype)
+    # Answer for no particles or no cells
+    mesh, views = _readable(meshes)
+    box = _box(mesh, transform)
+    if not npart or not mesh.size:
+        for result in (out, slope):
+            if result is not None and len(result):
+                result[...] = 0.0 if base is None else base
+        return slope
+    # Flatten what is read, and share out the particles
+    pos, lattice = flatten(pos), _flat_lattice(lattice, pos)
+    none = numpy.empty(0, slope.dtype if out is None else out.dtype)
+    base = none if base is None else base.reshape(-1)
+    cuts = share_out(npart, 4 * BLOCK)
+    flat_out, flat_slope = (none if a is None else a.reshape(-1) for a in (out, slope))
+    moving, speed = speed is not None, none if speed is None else speed
+    coef = none if coef is None else coef
+    if is_straight(views, box, cells, ndim, step):
+        # Gather with the straight loop
+        kind: Any = "slopes" if slopes else "changes" if moving else "values"
+        gather = gather_loop((views[0][0].dtype, pos.dtype, lattice.dtype, none.dtype), len(views), kind)
+        args = pos, lattice, flat_out, flat_slope, speed, coef, coef_step, given, base, float(factor)
+        run_on_threads(gather, [(views[0][0], box, a, b, *args) for a, b in zip(cuts, cuts[1:])])
+    else:
+        # Gather with the general loop
+        width = 0 if out is None else len(meshes)
+        for first, n, flats in _groups(views):
+            dtypes = flats[0].dtype, pos.dtype, lattice.dtype, none.dtype
+            gather = general_gather_loop(dtypes, ndim, cells, n, moving, slopes)
+            part = memory.empty_like(slope) if first else slope
+            below = base[first:] if not slopes else none if first else base
+            results = flat_out[first:], width, speed, part.reshape(-1)
+            weights = coef[first:], coef_step, max(0, given - first), below, float(factor)
+            rest = pos, step, lattice, *results, *weights
+            run_on_threads(gather, [(*flats, box, _asked(box), a, b, *rest) for a, b in zip(cuts, cuts[1:])])
+            if first and slopes:
+                slope += part * factor if len(base) else part
+    return slope
 
 
 def paint(
@@ -1007,34 +536,9 @@ def readout(
     several = isinstance(meshes, (list, tuple))
     values = _meshes(meshes if several else [meshes])
     out = _result(out, (len(pos), len(values)) if several else (len(pos),), _dtype_of(pos))
-    _gather(
-        values,
-        pos,
-        window,
-        transform,
-        out=out.reshape(len(pos), len(values)),
-        base=_base(base, out),
-        factor=factor,
-        lattice=lattice,
-    )
+    rows, base = out.reshape(len(pos), len(values)), _base(base, out)
+    _gather(values, pos, window, transform, out=rows, base=base, factor=factor, lattice=lattice)
     return out
-
-
-def gradient(
-    mesh: Mesh,
-    pos: Array,
-    window: WindowLike = "cic",
-    transform: Transform | None = None,
-    out: Array | None = None,
-    lattice: ArrayLike | None = None,
-) -> Array:
-    """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), in units of the mesh by length.
-
-    Their dtype is that of the positions, or of `out` if it is given; `lattice` as in `paint`.
-    """
-    values = _meshes([mesh])
-    out = _result(out, (len(pos), values[0].ndim), _dtype_of(pos))
-    return _gather(values, pos, window, transform, coef=numpy.ones(1, out.dtype), slope=out, lattice=lattice)
 
 
 def _result(out: Array | None, shape: tuple[int, ...], dtype: DType) -> Array:
@@ -1064,6 +568,59 @@ def _base(base: ArrayLike | None, out: Array) -> Array | None:
     return flatten(base if base.ctypes.data == out.ctypes.data else _apart(base, out)).reshape(out.shape)
 
 
+def gradient(
+    mesh: Mesh,
+    pos: Array,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+    out: Array | None = None,
+    lattice: ArrayLike | None = None,
+) -> Array:
+    """Derivatives of the value of a mesh at positions, along all axes: (N, ndim), in units of the mesh by length.
+
+    Their dtype is that of the positions, or of `out` if it is given; `lattice` as in `paint`.
+    """
+    values = _meshes([mesh])
+    out = _result(out, (len(pos), values[0].ndim), _dtype_of(pos))
+    one = numpy.ones(1, out.dtype)
+    return _gather(values, pos, window, transform, coef=one, slope=out, lattice=lattice)
+
+
+def weighted_gradient(
+    meshes: Sequence[Mesh],
+    pos: Array,
+    factors: ArrayLike | None = None,
+    window: WindowLike = "cic",
+    transform: Transform | None = None,
+    out: Array | None = None,
+    base: ArrayLike | None = None,
+    factor: float = 1.0,
+    lattice: ArrayLike | None = None,
+) -> Array:
+    """The sum of the gradients of meshes at positions, each times its column of factors: (N, ndim).
+
+    Its dtype is that of the positions, or of `out` if it is given. `factors` has a row for each particle and a
+    column for each of the first meshes, or is one number for all of them; meshes beyond, or all if it is None,
+    have the factor one. `out`, `base` and `factor` as in `readout`, `lattice` as in `paint`.
+    """
+    values = _meshes(list(meshes))
+    out = _result(out, (len(pos), values[0].ndim), _dtype_of(pos))
+    coef, step, given = _coefficients(factors, len(pos), len(values), out.dtype)
+    weights: Any = dict(coef=coef, coef_step=step, given=given, base=_base(base, out), factor=factor)
+    return _gather(values, pos, window, transform, slope=out, lattice=lattice, **weights)
+
+
+def _coefficients(factors: Any, npart: int, count: int, dtype: DType) -> tuple[Array, int, int]:
+    """The factors of `count` meshes as flat memory, their step, and for how many of the meshes they are."""
+    given = 0 if factors is None else numpy.shape(factors)[-1] if numpy.ndim(factors) else count
+    if given > count:
+        raise ValueError(f"there are {given} columns of factors for {count} meshes")
+    return (
+        *(_per_particle(factors, npart, "factors", dtype, given) if given else (numpy.empty(0, dtype), 0)),
+        given,
+    )
+
+
 def paint_vjp(
     mesh: Mesh,
     pos: Array,
@@ -1081,18 +638,10 @@ def paint_vjp(
     """
     dtype = _dtype_of(pos)
     mass, step = _per_particle(mass, len(pos), "mass", dtype)
-    out: Any = memory.empty((len(pos), 1), dtype) if need_mass else None
-    slope = _gather(
-        _meshes([mesh]),
-        pos,
-        window,
-        transform,
-        out=out,
-        coef=mass if need_pos else None,
-        coef_step=step,
-        lattice=lattice,
-    )
-    return (slope if need_pos else None), (out[:, 0] if need_mass else None)
+    _mass: Any = memory.empty((len(pos), 1), dtype) if need_mass else None
+    coef = mass if need_pos else None
+    _pos = _gather(_meshes([mesh]), pos, window, transform, _mass, coef=coef, coef_step=step, lattice=lattice)
+    return (_pos if need_pos else None), (_mass[:, 0] if need_mass else None)
 
 
 def _velocities(pos_: ArrayLike, npart: int, ndim: int, dtype: DType) -> Array:
@@ -1118,6 +667,7 @@ def paint_jvp(
     (value,) = _targets([mesh])
     dtype = _dtype_of_masses([value], mass, *(v for v in (pos_, mass_) if v is not None))
     change, step = _per_particle(0.0 if mass_ is None else mass_, len(pos), "tangent of mass", dtype)
+    # Take the momenta, or velocities and a rate
     speed, rate = None, 1.0
     if pos_ is not None:
         speed = _velocities(pos_, len(pos), value.ndim, dtype)
@@ -1129,52 +679,6 @@ def paint_jvp(
     if pos_ is not None or mass_ is not None:
         _scatter([value], pos, change, step, window, transform, speed, rate, lattice=lattice)
     return mesh
-
-
-def weighted_gradient(
-    meshes: Sequence[Mesh],
-    pos: Array,
-    factors: ArrayLike | None = None,
-    window: WindowLike = "cic",
-    transform: Transform | None = None,
-    out: Array | None = None,
-    base: ArrayLike | None = None,
-    factor: float = 1.0,
-    lattice: ArrayLike | None = None,
-) -> Array:
-    """The sum of the gradients of meshes at positions, each times its column of factors: (N, ndim).
-
-    Its dtype is that of the positions, or of `out` if it is given. `factors` has a row for each particle and a column for each of the first meshes, or is one number for all
-    of them; meshes beyond, or all if it is None, have the factor one. `out`, `base` and `factor`
-    as in `readout`, `lattice` as in `paint`.
-    """
-    values = _meshes(list(meshes))
-    out = _result(out, (len(pos), values[0].ndim), _dtype_of(pos))
-    coef, step, given = _coefficients(factors, len(pos), len(values), out.dtype)
-    return _gather(
-        values,
-        pos,
-        window,
-        transform,
-        coef=coef,
-        coef_step=step,
-        slope=out,
-        given=given,
-        base=_base(base, out),
-        factor=factor,
-        lattice=lattice,
-    )
-
-
-def _coefficients(factors: Any, npart: int, count: int, dtype: DType) -> tuple[Array, int, int]:
-    """The factors of `count` meshes as flat memory, their step, and for how many of the meshes they are."""
-    given = 0 if factors is None else numpy.shape(factors)[-1] if numpy.ndim(factors) else count
-    if given > count:
-        raise ValueError(f"there are {given} columns of factors for {count} meshes")
-    return (
-        *(_per_particle(factors, npart, "factors", dtype, given) if given else (numpy.empty(0, dtype), 0)),
-        given,
-    )
 
 
 def readout_vjp(
@@ -1219,12 +723,14 @@ def readout_jvp(
 
     The result has the dtype of the positions; the lattice, as in `paint`, stays where it is.
     """
+    # Count the meshes of a readout
     several = isinstance(meshes if meshes is not None else meshes_, (list, tuple))
     width = len(meshes if meshes is not None else meshes_) if several else 1
     if meshes is not None and meshes_ is not None and (len(meshes_) if several else 1) != width:
         raise ValueError(f"there are {width} meshes, and {len(meshes_)} tangents of meshes")
     dtype = _dtype_of(pos)
     out = memory.empty((len(pos), width), dtype)
+    # Gather the two terms of the tangent
     gather = partial(_gather, pos=pos, window=window, transform=transform, out=out, lattice=lattice)
     if pos_ is not None:
         values = _meshes(meshes if several else [meshes])
@@ -1237,7 +743,7 @@ def readout_jvp(
 
 
 @inlined
-def _spline_curvatures(support, x):
+def spline_curvatures(support, x):
     """The second derivatives of the B-spline of this support at `x`, in the cells of `_spline`."""
     if support == 3:
         return 1.0, -2.0, 1.0, 0.0
@@ -1276,38 +782,41 @@ def _hessian_product_loop(dtypes: DTypes, ndim: int, support: int, n: int) -> An
         shape, stride, scale, translate, origin, period = box
         low, high, displaced = 0, shape[0], len(lattice) > 0
         for p in range(start, end):
+            # Multiply the velocity of one particle by the Hessian
             # Locate the particle on each axis
             x = float64(pos[uintp(p * step)])
             if displaced:
                 x += lattice[uintp(p * step)]
             x = x * scale[0] + translate[0]
-            i, wx, dx = _spline(support, x)
-            cx = _offsets(i + origin[0], period[0], low, high, stride[0], asked < 1)
+            i, wx, dx = spline(support, x)
+            cx = offsets(i + origin[0], period[0], low, high, stride[0], asked < 1)
+            # Locate the particle on the second axis
             if ndim > 1:
                 y = float64(pos[uintp(p * step + 1)])
                 if displaced:
                     y += lattice[uintp(p * step + 1)]
                 y = y * scale[1] + translate[1]
-                i, wy, dy = _spline(support1, y)
-                cy = _offsets(i + origin[1], period[1], 0, shape[1], stride[1], asked < 2)
+                i, wy, dy = spline(support1, y)
+                cy = offsets(i + origin[1], period[1], 0, shape[1], stride[1], asked < 2)
             else:
                 cy, wy, dy = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
+            # Locate the particle on the third axis
             if ndim > 2:
                 z = float64(pos[uintp(p * step + 2)])
                 if displaced:
                     z += lattice[uintp(p * step + 2)]
                 z = z * scale[2] + translate[2]
-                i, wz, dz = _spline(support2, z)
-                cz = _offsets(i + origin[2], period[2], 0, shape[2], stride[2], asked < 3)
+                i, wz, dz = spline(support2, z)
+                cz = offsets(i + origin[2], period[2], 0, shape[2], stride[2], asked < 3)
             else:
                 cz, wz, dz = (0, 0, 0, 0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
             # Take the second derivatives of the weights
-            bx = _spline_curvatures(support, x)
+            bx = spline_curvatures(support, x)
             by = bz = (0.0, 0.0, 0.0, 0.0)
             if ndim > 1:
-                by = _spline_curvatures(support1, y)
+                by = spline_curvatures(support1, y)
             if ndim > 2:
-                bz = _spline_curvatures(support2, z)
+                bz = spline_curvatures(support2, z)
             # Take the velocity of the particle
             vx = vy = vz = 0.0
             if moving:
@@ -1324,6 +833,7 @@ def _hessian_product_loop(dtypes: DTypes, ndim: int, support: int, n: int) -> An
             for ia in range(support):
                 if asked > 0 and cx[ia] < 0:
                     continue
+                # Reduce a plane of cells to six numbers
                 r = ry = rz = ryy = ryz = rzz = 0.0
                 for ib in range(support1):
                     if asked > 1 and cy[ib] < 0:
@@ -1369,22 +879,8 @@ def _hessian_product_loop(dtypes: DTypes, ndim: int, support: int, n: int) -> An
                 slope[uintp(p * ndim + 2)] += (xz * vx + yz * vy + zz * vz) * scale[2]
 
     mesh, position, lattice, reals = map(array_of, dtypes)
-    return compiled(
-        hessian_product,
-        *4 * [mesh],
-        BOX,
-        int64,
-        int64,
-        int64,
-        position,
-        int64,
-        lattice,
-        reals,
-        reals,
-        reals,
-        int64,
-        int64,
-    )
+    particles = position, int64, lattice, reals, reals, reals, int64, int64
+    return compiled(hessian_product, *4 * [mesh], BOX, int64, int64, int64, *particles)
 
 
 def _hessian_product(
@@ -1405,39 +901,20 @@ def _hessian_product(
     pos = check_positions(pos, ndim)
     lattice = check_lattice(lattice, pos)
     npart, step = pos.shape
-    _check_sizes(
-        npart, factors=(coef, coef_step, given), velocities=(speed, ndim, ndim), slopes=(slope, ndim, ndim)
-    )
+    sizes = dict(factors=(coef, coef_step, given), velocities=(speed, ndim, ndim), slopes=(slope, ndim, ndim))
+    _check_sizes(npart, **sizes)
     mesh, views = _readable(meshes)
     box = _box(mesh, transform)
     if not npart or not mesh.size:
         return
     pos, lattice = flatten(pos), _flat_lattice(lattice, pos)
+    # Add the products of each group of meshes
     cuts = share_out(npart, 4 * BLOCK)
     for first, n, flats in _groups(views):
-        dtypes = flats[0].dtype, pos.dtype, lattice.dtype, slope.dtype
-        hessian_product = _hessian_product_loop(dtypes, ndim, cells, n)
-        run_on_threads(
-            hessian_product,
-            [
-                (
-                    *flats,
-                    box,
-                    _asked(box),
-                    cuts[t],
-                    cuts[t + 1],
-                    pos,
-                    step,
-                    lattice,
-                    speed,
-                    slope.reshape(-1),
-                    coef[first:],
-                    coef_step,
-                    max(0, given - first),
-                )
-                for t in range(len(cuts) - 1)
-            ],
-        )
+        loop = _hessian_product_loop((flats[0].dtype, pos.dtype, lattice.dtype, slope.dtype), ndim, cells, n)
+        weights = coef[first:], coef_step, max(0, given - first)
+        args = pos, step, lattice, speed, slope.reshape(-1), *weights
+        run_on_threads(loop, [(*flats, box, _asked(box), a, b, *args) for a, b in zip(cuts, cuts[1:])])
 
 
 def weighted_gradient_jvp(
@@ -1457,13 +934,16 @@ def weighted_gradient_jvp(
     result (N, ndim) has the dtype of the positions; `lattice` as in `paint`.
     """
     dtype, where = _dtype_of(pos), dict(window=window, transform=transform, lattice=lattice)
+    # Take the slopes of the changed meshes
     if meshes_ is None:
         slope = memory.zeros((len(pos), _meshes(list(meshes))[0].ndim), dtype)
     else:
         slope = weighted_gradient(meshes_, pos, factors, **where)
+    # Take the slopes with the changed factors
     if factors_ is not None:
         count = numpy.shape(factors_)[-1] if numpy.ndim(factors_) else len(meshes)
         slope += weighted_gradient(list(meshes)[:count], pos, factors_, **where)
+    # Take the curvature along the positions
     if pos_ is not None:
         values = _meshes(list(meshes))
         speed = _velocities(pos_, len(pos), values[0].ndim, dtype)

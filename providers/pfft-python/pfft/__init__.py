@@ -5,19 +5,10 @@ normalised. ``OMP_NUM_THREADS`` or :func:`set_num_threads` sets the number of th
 """
 
 from .partition import Direction, Flags, LocalBuffer, Partition, ProcMesh, Type, split_size_2d
-from .plan import Plan, get_num_threads, listeners, set_num_threads
 
 __version__ = "0.1.24+ducc0"
-__all__ = [
-    "Direction",
-    "Flags",
-    "LocalBuffer",
-    "Partition",
-    "Plan",
-    "ProcMesh",
-    "Type",
-    "split_size_2d",
-    "get_num_threads",
-    "listeners",
-    "set_num_threads",
-]
+__all__ = ["Direction", "Flags", "LocalBuffer", "Partition", "ProcMesh", "Type", "split_size_2d"]
+
+from .plan import Plan, get_num_threads, listeners, set_num_threads
+
+__all__ += ["Plan", "get_num_threads", "listeners", "set_num_threads"]

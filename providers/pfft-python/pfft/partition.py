@@ -17,6 +17,7 @@ class Flags(enum.IntFlag):
     change nothing: there is one way to compute, and an out-of-place transform always preserves its input.
     """
 
+    # Name the options
     PFFT_TRANSPOSED_NONE = TRANSPOSED_NONE = 0
     PFFT_SHIFTED_NONE = SHIFTED_NONE = 0
     PFFT_MEASURE = MEASURE = 0
@@ -332,6 +333,7 @@ class Partition:
         self.n = numpy.array(n, dtype="intp").reshape(-1)
         self.ndim = len(self.n)
         shape = tuple(self.n.tolist())
+        # Spread out the layouts of both sides
         for side, layout in zip("io", end_layouts(self.type, shape, procmesh, self.flags)):
             low, high = layout.start.tolist(), (layout.start + layout.local).tolist()
             setattr(self, f"n{side}", numpy.array(layout.shape, dtype="intp"))

@@ -190,6 +190,7 @@ class Alltoall:
                 for begin in range(place, place + count, LARGEST) if rank != self.comm.rank else ():
                     n = min(LARGEST, place + count - begin)
                     requests.append(start([memory[begin * size : (begin + n) * size], n, self.type], rank))
+        # Copy the piece that stays here
         there, here = (
             slice(places[self.comm.rank] * size, (places[self.comm.rank] + counts[self.comm.rank]) * size)
             for counts, places, _ in self.sides
@@ -231,10 +232,12 @@ def itinerary(kind, ndim, np, start, stop):
     list of ``('transform', axes)`` and ``('exchange', direction, level)``; an exchange along a direction of
     the process mesh makes the axis `level` whole
     """
+    # Order the visits of the levels
     m = len(np)
     visits = [(m, range(m, ndim))] + [(level, [level]) for level in reversed(range(m))]
     if kind == "c2r" or (kind == "c2c" and start == 0):
         visits.reverse()
+    # Walk from visit to visit
     steps, level = [], start
     for goal, axes in visits + [(stop, ())]:
         while level != goal:
@@ -297,6 +300,13 @@ def compile_steps(kind, direction, n, procmesh, flags, inplace):
     return chain
 
 
+def turn_round(flags):
+    """The flags of the way back: what was the layout of the output is that of the input."""
+    turned = flags & ~(Flags.TRANSPOSED_IN | Flags.TRANSPOSED_OUT)
+    turned |= Flags.TRANSPOSED_OUT if flags & Flags.TRANSPOSED_IN else 0
+    return turned | (Flags.TRANSPOSED_IN if flags & Flags.TRANSPOSED_OUT else 0)
+
+
 class Plan:
     """A transform that is ready to run.
 
@@ -321,6 +331,7 @@ class Plan:
 
     def __init__(self, partition, direction, i, o=None, type=None, flags=None):
         self.partition, self.direction = partition, Direction(direction)
+        # Settle the type and the flags
         backward = self.direction == Direction.BACKWARD
         if type is None:
             type = partition.type.inverse if backward else partition.type
@@ -336,13 +347,10 @@ class Plan:
         o = i if o is None else o
         self._check(i, o)
         self.inplace = i.address == o.address
+        # Compile the steps
+        n = tuple(partition.n.tolist())
         self._steps = compile_steps(
-            self.type,
-            self.direction,
-            tuple(partition.n.tolist()),
-            partition.procmesh,
-            self.flags,
-            self.inplace,
+            self.type, self.direction, n, partition.procmesh, self.flags, self.inplace
         )
         self._scratch = max([step.nbytes for step in self._steps[:-1]], default=0)
 
@@ -382,10 +390,3 @@ class Plan:
             f"Plan(type={self.type.name}, direction={self.direction.name}, flags={self.flags!r}, "
             f"inplace={self.inplace}, steps={self._steps!r})"
         )
-
-
-def turn_round(flags):
-    """The flags of the way back: what was the layout of the output is that of the input."""
-    turned = flags & ~(Flags.TRANSPOSED_IN | Flags.TRANSPOSED_OUT)
-    turned |= Flags.TRANSPOSED_OUT if flags & Flags.TRANSPOSED_IN else 0
-    return turned | (Flags.TRANSPOSED_IN if flags & Flags.TRANSPOSED_OUT else 0)

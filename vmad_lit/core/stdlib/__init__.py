@@ -1,32 +1,12 @@
 """Standard operators. With this module symbols gain their arithmetic."""
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy
-
-from ..error import BadArgument
 from ..symbol import BaseSymbol
-from .numpy_calls import answers, by_method, refuse_strangers
-from .operators import abs, add, div, mod, mul, neg, pos, pow, sub
-from .utils import assert_isinstance, assert_true, eval, terminal, watchpoint
+from .operators import add, div, mul, neg, pos, sub
 
-__all__ = [
-    "pos",
-    "neg",
-    "abs",
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "mod",
-    "pow",
-    "eval",
-    "watchpoint",
-    "assert_isinstance",
-    "assert_true",
-    "terminal",
-]
+__all__ = ["pos", "neg", "add", "sub", "mul", "div"]
 
 
 def _unary(operator: Any) -> Callable[..., Any]:
@@ -35,6 +15,7 @@ def _unary(operator: Any) -> Callable[..., Any]:
 
 def _binary(operator: Any) -> Callable[..., Any]:
     def method(self: BaseSymbol, other: Any) -> Any:
+        # Refuse an operand of another arithmetic
         refuse_strangers(other)
         return operator(self, other)
 
@@ -43,23 +24,37 @@ def _binary(operator: Any) -> Callable[..., Any]:
 
 def _reflected(operator: Any) -> Callable[..., Any]:
     def method(self: BaseSymbol, other: Any) -> Any:
+        # Refuse an operand of another arithmetic
         refuse_strangers(other)
         return operator(other, self)
 
     return method
 
 
+def _learn(name: str, operator: Any) -> None:
+    """Teach symbols an operation of two operands, from either side."""
+    setattr(BaseSymbol, f"__{name}__", _binary(operator))
+    setattr(BaseSymbol, f"__r{name}__", _reflected(operator))
+
+
 _operator: Any
-for _name, _operator in [("pos", pos), ("neg", neg), ("abs", abs)]:
+for _name, _operator in [("pos", pos), ("neg", neg)]:
     setattr(BaseSymbol, f"__{_name}__", _unary(_operator))
-for _name, _operator in [("add", add), ("sub", sub), ("mul", mul), ("truediv", div), ("mod", mod)]:
-    setattr(BaseSymbol, f"__{_name}__", _binary(_operator))
-    setattr(BaseSymbol, f"__r{_name}__", _reflected(_operator))
+for _name, _operator in [("add", add), ("sub", sub), ("mul", mul), ("truediv", div)]:
+    _learn(_name, _operator)
+
+from typing import NoReturn
+
+from ..error import BadArgument
+from .operators import abs, mod, pow
+
+__all__ += ["abs", "mod", "pow"]
 
 
 def _power(self: BaseSymbol, other: Any, modulo: Any = None) -> Any:
     if modulo is not None:
         raise BadArgument("pow with a modulo is not differentiable")
+    # Refuse an operand of another arithmetic
     refuse_strangers(other)
     return pow(self, other)
 
@@ -70,14 +65,19 @@ def _no_floor_division(self: BaseSymbol, other: Any) -> NoReturn:
     )
 
 
+_learn("mod", mod)
 for _name, _method in dict(
+    __abs__=_unary(abs),
     __pow__=_power,
     __rpow__=_reflected(pow),
-    eval=_binary(eval),
     __floordiv__=_no_floor_division,
     __rfloordiv__=_no_floor_division,
 ).items():
     setattr(BaseSymbol, _name, _method)
+
+import numpy
+
+from .numpy_calls import answers, by_method, refuse_strangers
 
 for _call, _name in {
     numpy.add: "add",
@@ -91,3 +91,9 @@ for _call, _name in {
     numpy.absolute: "abs",
 }.items():
     answers(_call)(by_method(_name))
+
+from .utils import assert_isinstance, assert_true, eval, terminal, watchpoint
+
+__all__ += ["eval", "watchpoint", "assert_isinstance", "assert_true", "terminal"]
+
+BaseSymbol.eval = _binary(eval)  # type: ignore[method-assign]

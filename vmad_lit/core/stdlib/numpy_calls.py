@@ -45,6 +45,7 @@ def call_function(function: Any, args: Any, kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
         raise NoValueYet(f"{name_of(function)} of a symbol: {error}") from None
+    # Refuse an argument that is not supported
     for name, value in given.items():
         parameter = signature.parameters[name]
         if parameter.annotation == "Unsupported" and value is not parameter.default:
@@ -68,6 +69,29 @@ def call_ufunc(ufunc: Any, method: str, args: tuple[Any, ...], kwargs: dict[str,
             )
         raise NoValueYet(f"{name_of(ufunc)} of a symbol takes no argument '{name}'")
     return BUILDERS[ufunc](*map(operand, args))
+
+
+def no_operator(call: Call) -> NoValueYet:
+    """The error for a call of NumPy that has no operator."""
+    name = name_of(call)
+    default = (
+        f"x.eval({name}) computes it when the model runs, without a derivative; for one declare an @operator"
+    )
+    if "." in name.removeprefix("np.").removeprefix("linalg.").removeprefix("fft."):
+        default = "use x.eval(function), which has no derivative, or declare an @operator"
+    return NoValueYet(
+        f"{name} cannot be taken of a symbol, which has no value while the model is built, and the library has no "
+        f"operator for it; {INSTEAD.get(call, default)}"
+    )
+
+
+def name_of(call: Call) -> str:
+    """The name under which programs call a function."""
+    if isinstance(call, tuple):
+        return f"{name_of(call[0])}.{call[1]}"
+    name = getattr(call, "__name__", repr(call))
+    module = getattr(call, "__module__", None) or ("numpy" if getattr(numpy, name, None) is call else "")
+    return ".".join([*filter(None, [module.replace("numpy", "np", 1)]), name])
 
 
 def operand(x: Value) -> Value:
@@ -103,6 +127,7 @@ def refuse_strangers(x: Value) -> None:
         raise NoValueYet(f"a {cls.__name__} of pandas aligns its rows by label; give its array, x.to_numpy()")
     if not isinstance(x, numpy.ndarray):
         return
+    # Refuse an array that is more than its numbers
     for name, advice in STRANGE.items():
         if hasattr(x, name):
             raise NoValueYet(f"symbols do not go together with a {cls.__name__}: {advice}")
@@ -118,29 +143,6 @@ STRANGE = dict(
     mask="a derivative knows nothing of its mask; fill it, x.filled(0.0), and use linalg.where or a sum with where=~x.mask",
     unit="a derivative knows nothing of its unit; give a plain array, x.to_value(unit)",
 )
-
-
-def no_operator(call: Call) -> NoValueYet:
-    """The error for a call of NumPy that has no operator."""
-    name = name_of(call)
-    default = (
-        f"x.eval({name}) computes it when the model runs, without a derivative; for one declare an @operator"
-    )
-    if "." in name.removeprefix("np.").removeprefix("linalg.").removeprefix("fft."):
-        default = "use x.eval(function), which has no derivative, or declare an @operator"
-    return NoValueYet(
-        f"{name} cannot be taken of a symbol, which has no value while the model is built, and the library has no "
-        f"operator for it; {INSTEAD.get(call, default)}"
-    )
-
-
-def name_of(call: Call) -> str:
-    """The name under which programs call a function."""
-    if isinstance(call, tuple):
-        return f"{name_of(call[0])}.{call[1]}"
-    name = getattr(call, "__name__", repr(call))
-    module = getattr(call, "__module__", None) or ("numpy" if getattr(numpy, name, None) is call else "")
-    return ".".join([*filter(None, [module.replace("numpy", "np", 1)]), name])
 
 
 # Where NumPy and Python ask
@@ -176,6 +178,7 @@ def refuse(wanted: str, instead: str) -> Callable[..., NoReturn]:
 
 
 AT_RUN_TIME = "decide at run time inside an operator, or with x.eval(function), which has no derivative"
+
 METHODS: dict[str, Any] = {
     "__array_ufunc__": array_ufunc,
     "__array_function__": array_function,
@@ -194,5 +197,6 @@ METHODS: dict[str, Any] = {
         refuse("has no integer quotient", "x % n is differentiable, and x // n is not"),
     ),
 }
+
 for _name, _method in METHODS.items():
     setattr(BaseSymbol, _name, _method)
