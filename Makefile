@@ -40,6 +40,7 @@ book: $(VENV)/ready                     ## the rendered book, in _build/html
 
 epub: $(VENV)/ready                     ## the book for readers of devices, _build/epub/vmad_lit.epub; needs Chromium, for the formulas
 	python tools/tangle.py
+	rm -rf _build/epub                  # whatever lies there is packed
 	$(SPHINX) -b epub -t epub -d _build/doctrees-epub . _build/epub
 
 pdf: book                               ## the book on paper, _build/vmad_lit.pdf, printed by Chromium from _build/html
