@@ -112,11 +112,11 @@ INKED = """
     [("black", "dark"), ("white", "light"), ("gray", ""), ("%233b6ea5", ""), ("%23222222", "dark")],
 )
 def test_ink_that_cannot_be_seen_in_a_theme_is_a_fault(site, colour, where):
-    # a square on the page, and in a box of a middle colour one of each
+    # a frame on the page, and two boxes with a white and a black edge
     svg = (
         "<svg xmlns='http://www.w3.org/2000/svg' width='300' height='100'><path d='M10 10h60v60h-60z' fill='none' "
-        f"stroke='{colour}' stroke-width='6'/><rect x='100' y='10' width='80' height='80' fill='gray'/>"
-        "<rect x='120' y='30' width='10' height='10'/><rect x='150' y='30' width='10' height='10' fill='white'/></svg>"
+        f"stroke='{colour}' stroke-width='6'/><rect x='100' y='10' width='80' height='80' fill='gray' stroke='white' stroke-width='2'/>"
+        "<rect x='200' y='10' width='80' height='80' fill='gray' stroke='black' stroke-width='2'/></svg>"
     )
     (site / "ink.html").write_text(HEAD.format("Ink", INKED.format(svg.replace("#", "%23"))))
     words = [words for _, words in check_book.faults(site, "ink*")]

@@ -80,7 +80,8 @@ READY = (
 })()"""
 )
 
-# Pictures that are drawn for both themes are transparent.  What of them borders on the page must differ from it in either.
+# Pictures that are drawn for both themes are transparent.  Their lines and letters, with the page on
+# both sides, must differ from it in either; the borders of maps and bars need not.
 INK = r"""
 (async () => {
     const faults = [], root = document.documentElement, theme = root.dataset.theme;
@@ -110,10 +111,11 @@ INK = r"""
         const pixels = pen.getImageData(0, 0, width, height).data, at = (x, y) => 4 * (y * width + x);
         let border = 0;
         const unseen = {light: 0, dark: 0};
-        for (let y = 2; y < height - 2; y++) for (let x = 2; x < width - 2; x++) {
+        const clear = (x, y) => pixels[at(x, y) + 3] < 30;
+        for (let y = 5; y < height - 5; y++) for (let x = 5; x < width - 5; x++) {
             const i = at(x, y);
             if (pixels[i + 3] < 200) continue;
-            if (![at(x - 2, y), at(x + 2, y), at(x, y - 2), at(x, y + 2)].some(j => pixels[j + 3] < 30)) continue;
+            if (!(clear(x - 5, y) && clear(x + 5, y)) && !(clear(x, y - 5) && clear(x, y + 5))) continue;
             border++;
             const ink = light(pixels.subarray(i, i + 3));
             for (const name in grounds) if (contrast(ink, grounds[name]) < 1.5) unseen[name]++;
