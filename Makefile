@@ -9,6 +9,8 @@ MPI ?= mpich
 VENV ?= .venv
 RANKS ?= 2 3
 TESTS ?=
+# Of pytest; --no-cells leaves out what the book runs when it is built.
+OPTIONS ?=
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 SOAK_MINUTES ?= 60
 SOAK_MPIS ?= mpich openmpi
@@ -53,10 +55,10 @@ test: serial ranks                      ## everything on one rank, and what comm
 
 serial: $(VENV)/ready                   # one process for each core
 	python tools/tangle.py --check
-	OMP_NUM_THREADS=1 $(LIMIT) $(PYTEST) -n $(JOBS) --dist worksteal $(SOAK)
+	OMP_NUM_THREADS=1 $(LIMIT) $(PYTEST) -n $(JOBS) --dist worksteal $(SOAK) $(OPTIONS)
 
 ranks: $(VENV)/ready
-	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 $(LIMIT) mpirun -n $$n $(PYTEST) -p no:cacheprovider $(SOAK) $(TESTS) || exit 1; done
+	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 $(LIMIT) mpirun -n $$n $(PYTEST) -p no:cacheprovider $(SOAK) $(OPTIONS) $(TESTS) || exit 1; done
 
 soak: $(VENV)/ready                     ## for SOAK_MINUTES, and with each MPI: jobs that are killed, disks that fill up, ranks that err; random examples
 	end=$$((SECONDS + 60 * $(SOAK_MINUTES))); \
