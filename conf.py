@@ -40,6 +40,10 @@ extensions = [
     "sphinx.ext.linkcode",
     "sphinx.ext.mathjax",
     "tools.sphinx_tangle",
+    "tools.sphinx_cells",
+    "tools.sphinx_pictures",
+    "tools.sphinx_subjects",
+    "tools.sphinx_epub",
     "tools.sphinx_api",
     "tools.gallery",
 ]
@@ -50,6 +54,8 @@ api_page = "book/chapters/91-api"  # lists what the reference shows first
 toc_object_entries_show_parents = "hide"
 nitpicky = True
 suppress_warnings = ["toc.not_readable"]  # while chapters are being written
+# Whether a picture without alternative text or caption fails the build.
+pictures_need_words = False
 
 # -- Markdown ---------------------------------------------------------------------------------------------
 
@@ -77,9 +83,13 @@ math_eqref_format = "({number})"
 def package_digest() -> str:
     """A name for the state of everything that a cell may import."""
     digest = hashlib.sha256()
-    # What no cell imports
-    pages = "sphinx_tangle.py", "sphinx_api.py", "reference.py", "check_book.py", "gallery.py"
-    tools = [path for path in sorted((ROOT / "tools").rglob("*.py")) if path.name not in pages]
+    tools = [  # that a cell may import
+        path
+        for path in sorted((ROOT / "tools").rglob("*.py"))
+        if not path.name.startswith(
+            ("sphinx_", "reference", "check_book", "browser", "print_book", "gallery")
+        )
+    ]
     package = sorted(ROOT / file for file in book().files.values())
     benchmarks = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("results/*.json")]
     for path in [*package, *tools, *sorted(benchmarks)]:
@@ -107,13 +117,19 @@ atexit.register(shutil.rmtree, _sockets, ignore_errors=True)
 
 
 class SocketKernelManager(jupyter_client.AsyncKernelManager):
-    """A kernel manager that hands out sockets, where there are any and their path is not too long."""
+    """A kernel manager that hands out sockets, where there are any and their path is not too long.
+
+    Its kernels know on which lines of a chapter their cells stand.
+    """
 
     def __init__(self, **settings):
         super().__init__(**settings)
         if os.name == "posix" and len(_sockets) < 60:
             self.transport = "ipc"
             self.ip = f"{_sockets}/{uuid.uuid4().hex}"
+
+    def format_kernel_cmd(self, extra_arguments=None):
+        return super().format_kernel_cmd([*(extra_arguments or []), "--ext=tools.cells"])
 
 
 jupyter_client.AsyncKernelManager = SocketKernelManager  # where nbclient looks for it
@@ -147,6 +163,7 @@ copybutton_prompt_is_regexp = True
 
 # Mathematics is typeset by MathJax from the book's own folder, so that it also reads without a network.
 # The package sphinx-mathjax-offline carries the library; one script and one set of fonts of it are enough.
+html_math_renderer = "mathjax"
 _mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
 if _mathjax and _mathjax.submodule_search_locations:
     html_static_path.append(str(Path(next(iter(_mathjax.submodule_search_locations))) / "static"))
@@ -170,3 +187,19 @@ exclude_patterns = [
     "mathjax/tex-svg*",
     "mathjax/node-main*",
 ]
+
+# -- The EPUB (sphinx-build -b epub -t epub) ----------------------------------------------------------------
+
+epub_title = "vmad_lit: from a symbol to a reconstructed universe"
+epub_basename = "vmad_lit"
+epub_description = "A book that is a program: automatic differentiation of scientific models, on many ranks"
+epub_show_urls = "no"
+epub_tocdepth = 2
+epub_tocscope = "includehidden"  # as the tables of contents on the first page are
+epub_css_files = ["epub.css"]
+epub_exclude_files = ["search.html", "_static/opensearch.xml", ".nojekyll"]
+if tags.has("epub"):  # noqa: F821  (of Sphinx)
+    html_math_renderer = "mathml"
+    html_static_path = ["book/_static"]
+    html_css_files = []
+    html_copy_source = False

@@ -53,6 +53,12 @@ def pytest_addoption(parser):
         help="ten times as many random examples and the tests marked `soak`, and no others",
     )
 
+    parser.addoption(
+        "--no-cells",
+        action="store_true",
+        help="leave out the cells of the book's pages, for when the book is built as well, which runs them",
+    )
+
 
 def pytest_configure(config):
     os.environ["MPLBACKEND"] = "Agg"
@@ -295,7 +301,7 @@ class Chapter(Page):
         examples = [range(block.body_line, block.end_line) for block in blocks if block.language == "pycon"]
         items = list(self.examples(blank(text, examples)))
         cells = [Cell(block) for block in blocks if block.directive == "code-cell"]
-        if cells:
+        if cells and not self.config.getoption("--no-cells"):
             items.append(Cells.from_parent(self, name="cells"))
             items[-1].cells = cells
         mark, only = re.match(MARK, text).groups() if re.match(MARK, text) else (None, None)
@@ -339,9 +345,12 @@ class Cell:
         if "skip-execution" in self.tags or (self.ranks is not None and LAUNCHED):
             return
         if self.ranks is not None:
+            from tools.cells import Place
             from tools.mpirun import mpirun
 
-            done = mpirun(self.source, self.ranks, check=False)
+            leading = len(self.source) - len(self.source.lstrip("\n"))
+            place = Place(path.name, self.line + leading)
+            done = mpirun(self.source, self.ranks, check=False, place=place)
             if done.returncode:
                 raise CellFailed(
                     f"{path}:{self.line}: under mpirun {' '.join(self.ranks)}\n{done.stdout}{done.stderr}"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tools import check_book
+from tools import browser, check_book
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_browser = pytest.mark.skipif(
-    not any(map(shutil.which, check_book.BROWSERS)), reason="there is no Chromium to look with"
+    not any(map(shutil.which, browser.BROWSERS)), reason="there is no Chromium to look with"
 )
 pytestmark = [pytest.mark.serial, pytest.mark.timeout(300)]
 
@@ -93,11 +93,34 @@ def test_every_fault_is_told_once_and_nothing_else(site):
 
 
 @needs_browser
-def test_names_of_files_are_no_alternative_text_if_one_asks_for_it(site):
+def test_names_of_files_are_no_alternative_text(site):
     (site / "alt.html").write_text(HEAD.format("Alt", '<img src="dot.png" alt="_images/dot.png">'))
-    assert list(check_book.faults(site, "alt*")) == []
     expected = [("alt.html", "the picture dot.png has no alternative text")]
-    assert list(check_book.faults(site, "alt*", alt=True)) == expected
+    assert list(check_book.faults(site, "alt*")) == expected
+    assert list(check_book.faults(site, "alt*", alt=False)) == []
+
+
+INKED = """
+<style>html[data-theme=dark] body {{ background: #14181e; }} body {{ background: white; }}</style>
+<img class="dark-light" alt="squares" src="data:image/svg+xml,{}">
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    "colour, where",
+    [("black", "dark"), ("white", "light"), ("gray", ""), ("%233b6ea5", ""), ("%23222222", "dark")],
+)
+def test_ink_that_cannot_be_seen_in_a_theme_is_a_fault(site, colour, where):
+    # a frame on the page, and two boxes with a white and a black edge
+    svg = (
+        "<svg xmlns='http://www.w3.org/2000/svg' width='300' height='100'><path d='M10 10h60v60h-60z' fill='none' "
+        f"stroke='{colour}' stroke-width='6'/><rect x='100' y='10' width='80' height='80' fill='gray' stroke='white' stroke-width='2'/>"
+        "<rect x='200' y='10' width='80' height='80' fill='gray' stroke='black' stroke-width='2'/></svg>"
+    )
+    (site / "ink.html").write_text(HEAD.format("Ink", INKED.format(svg.replace("#", "%23"))))
+    words = [words for _, words in check_book.faults(site, "ink*")]
+    assert len(words) == bool(where) and all(f"cannot be seen in the {where} theme" in one for one in words)
 
 
 @needs_browser
@@ -115,7 +138,7 @@ def test_the_command_prints_a_line_for_each_fault(site):
 
 
 def test_without_a_browser_it_says_what_to_install(site, monkeypatch, capsys):
-    monkeypatch.setattr(check_book, "BROWSERS", ())
+    monkeypatch.setattr(browser, "BROWSERS", ())
     assert check_book.main([str(site), "--only", "good*"]) == 2
     assert "apt install chromium" in capsys.readouterr().err
 

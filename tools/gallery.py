@@ -64,8 +64,8 @@ def role(match: re.Match[str]) -> str:
     if name in ("cite", "cite:p", "cite:t"):
         works = [re.fullmatch(r"(\D+)(\d{4}\w?)", key.strip()) for key in text.split(",")]
         return "[" + ", ".join(f"{work[1]} {work[2]}" for work in works if work) + "]"
-    if name == "term":
-        return shown[1] if shown else text
+    if name in ("term", "index"):
+        return (shown[1] if shown else text).removeprefix("!")
     raise ValueError(f"a notebook has no words for the role {{{name}}}`{text}`")
 
 
