@@ -40,6 +40,9 @@ extensions = [
     "sphinx.ext.linkcode",
     "sphinx.ext.mathjax",
     "tools.sphinx_tangle",
+    "tools.sphinx_cells",
+    "tools.sphinx_pictures",
+    "tools.sphinx_subjects",
     "tools.sphinx_api",
 ]
 
@@ -49,6 +52,8 @@ api_page = "book/chapters/91-api"  # lists what the reference shows first
 toc_object_entries_show_parents = "hide"
 nitpicky = True
 suppress_warnings = ["toc.not_readable"]  # while chapters are being written
+# Whether a picture without alternative text or caption fails the build.
+pictures_need_words = False
 
 # -- Markdown ---------------------------------------------------------------------------------------------
 
@@ -76,8 +81,11 @@ math_eqref_format = "({number})"
 def package_digest() -> str:
     """A name for the state of everything that a cell may import."""
     digest = hashlib.sha256()
-    pages = "sphinx_tangle.py", "sphinx_api.py", "reference.py", "check_book.py"  # no cell imports them
-    tools = [path for path in sorted((ROOT / "tools").rglob("*.py")) if path.name not in pages]
+    tools = [  # that a cell may import
+        path
+        for path in sorted((ROOT / "tools").rglob("*.py"))
+        if not path.name.startswith(("sphinx_", "reference", "check_book", "browser", "print_book"))
+    ]
     package = sorted(ROOT / file for file in book().files.values())
     benchmarks = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("results/*.json")]
     for path in [*package, *tools, *sorted(benchmarks)]:
@@ -105,13 +113,19 @@ atexit.register(shutil.rmtree, _sockets, ignore_errors=True)
 
 
 class SocketKernelManager(jupyter_client.AsyncKernelManager):
-    """A kernel manager that hands out sockets, where there are any and their path is not too long."""
+    """A kernel manager that hands out sockets, where there are any and their path is not too long.
+
+    Its kernels know on which lines of a chapter their cells stand.
+    """
 
     def __init__(self, **settings):
         super().__init__(**settings)
         if os.name == "posix" and len(_sockets) < 60:
             self.transport = "ipc"
             self.ip = f"{_sockets}/{uuid.uuid4().hex}"
+
+    def format_kernel_cmd(self, extra_arguments=None):
+        return super().format_kernel_cmd([*(extra_arguments or []), "--ext=tools.cells"])
 
 
 jupyter_client.AsyncKernelManager = SocketKernelManager  # where nbclient looks for it

@@ -339,9 +339,12 @@ class Cell:
         if "skip-execution" in self.tags or (self.ranks is not None and LAUNCHED):
             return
         if self.ranks is not None:
+            from tools.cells import Place
             from tools.mpirun import mpirun
 
-            done = mpirun(self.source, self.ranks, check=False)
+            leading = len(self.source) - len(self.source.lstrip("\n"))
+            place = Place(path.name, self.line + leading)
+            done = mpirun(self.source, self.ranks, check=False, place=place)
             if done.returncode:
                 raise CellFailed(
                     f"{path}:{self.line}: under mpirun {' '.join(self.ranks)}\n{done.stdout}{done.stderr}"

@@ -65,7 +65,7 @@ FIRST = """\
     y = 2 * x_
     ```
 
-    ```python
+    ```python {.illustration}
     an = "illustration"
     ```
 
@@ -154,6 +154,8 @@ class Site:
         self.root = root
         shutil.copy(ROOT / "conf.py", root)
         shutil.copytree(ROOT / "tools", root / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+        switch = root / "tools" / "tangle.py"
+        switch.write_text(switch.read_text().replace("MARKS_IN_CHECK = False", "MARKS_IN_CHECK = True"))
         shutil.copytree(ROOT / "book" / "_static", root / "book" / "_static")
         (root / "book" / "references.bib").write_text("")
         self.write()
@@ -170,8 +172,9 @@ class Site:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dedent(text))
 
-    def build(self):
-        return self.call("-m", "sphinx", "-n", "-W", "--keep-going", "-b", "html", ".", "_build/html")
+    def build(self, *options):
+        command = "-m", "sphinx", "-n", "-W", "--keep-going", "-b", "html", *options, ".", "_build/html"
+        return self.call(*command)
 
     def call(self, *arguments):
         env = os.environ | {"PYTHONPATH": str(self.root), "NO_COLOR": "1"}
@@ -196,7 +199,8 @@ def links(html):
 def test_blocks_have_captions_and_are_linked_both_ways(built):
     first, second = built.page("01-first"), built.page("02-second")
     assert 'id="block-scale"' in first and 'id="block-scale-2"' in second
-    assert first.count('class="tangle-caption"') == 2  # not the illustration
+    assert first.count('class="tangle-caption"') == 3
+    assert re.search(r'class="tangle illustration[^>]*>\s*<p class="tangle-caption">illustration</p>', first)
     assert ("in “Second”", "02-second.html#block-scale-2") in links(first)
     assert ("in “First”", "01-first.html#block-scale") in links(second)
     assert ("small/scale.py", "#block-scale") in links(first)  # used in
@@ -310,6 +314,14 @@ def test_a_package_edited_by_hand_stops_the_build(site):
     path = site.root / "small" / "scale.py"
     path.write_text(path.read_text().replace("2 *", "4 *"))
     assert site.build().returncode != 0
+
+
+def test_code_that_does_not_say_what_it_is_stops_the_build(site):
+    site.chapter("chapters/01-first", FIRST.replace(" {.illustration}", ""))
+    done = site.build()
+    assert done.returncode != 0
+    line = FIRST[: FIRST.index("```python {.illustration}")].count("\n") + 1
+    assert f"book/chapters/01-first.md:{line}: a fence that is neither tangled nor run" in done.text
 
 
 def test_a_failing_cell_fails_the_build_every_time(site):

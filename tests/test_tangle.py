@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.books import NEW, NEWER, ONE_TANGLED, TWO, files, git, no_debris, put, texts
+from tools import tangle
 from tools.literate import writing
 from tools.tangle import Book, Problem, TangleError, Tracer, WriteError, main, slug, watch
 
@@ -522,6 +523,94 @@ def pages(draw):
         data = (text.replace("\n", "\r\n") if draw(st.booleans()) else text).encode()
         chapters[f"book/c{n}.md"] = (b"\xef\xbb\xbf" if draw(st.booleans()) else b"") + data
     return pieces, chapters
+
+
+MARKS = """\
+# Marks
+
+```python {#a file="p/a.py"}
+x = 1
+```
+
+```python
+not_marked = 1
+```
+
+```python {.illustration}
+marked = 1
+```
+
+```Python3 {.wide}
+neither = 1
+```
+
+```pycon
+>>> 1
+1
+```
+
+```sh
+make
+```
+
+```
+who knows
+```
+
+{fine}text
+
+    by indentation
+
+````{note}
+```python
+within = 1
+```
+````
+
+```{code-block} python
+not_run = 1
+```
+
+```{code-block} toml
+fine = 1
+```
+
+```{code-cell} python
+run = 1
+```
+"""
+
+
+def test_code_must_say_what_it_is(tmp_path, capsys, monkeypatch):
+    (tmp_path / "book").mkdir()
+    page = tmp_path / "book" / "marks.md"
+    page.write_text(MARKS)
+    book = Book.load(tmp_path)
+    book.write()
+    found = [(problem.line, problem.message[:19]) for problem in book.check_marks()]
+    lines = MARKS.splitlines()
+    wanted = {
+        "not_marked = 1": "a fence that is nei",
+        "neither = 1": "a fence that is nei",
+        "who knows": "a fence without a l",
+        "within = 1": "a fence that is nei",
+        "not_run = 1": "{code-block} is nei",
+    }
+    expected = [(lines.index(line), message) for line, message in wanted.items()]
+    assert found == sorted([*expected, (lines.index("    by indentation") + 1, "code by indentation")])
+    assert main(["--root", str(tmp_path), "--check-marks"]) == 2
+    assert f"book/marks.md:{lines.index('not_marked = 1')}: a fence" in capsys.readouterr().err
+    for switch, status in [(False, 0), (True, 2)]:
+        monkeypatch.setattr(tangle, "MARKS_IN_CHECK", switch)
+        assert main(["--root", str(tmp_path), "--check"]) == status
+    page.write_text(MARKS.replace("{#a file", "{#a .illustration file"))
+    assert "is part of the program" in str(Book.load(tmp_path).problems[0])
+
+
+@pytest.mark.skipif(not tangle.MARKS_IN_CHECK, reason="the chapters have not all their marks yet")
+def test_code_of_this_book_says_what_it_is():
+    problems = Book.load(Path(tangle.__file__).parent.parent).check_marks()
+    assert not problems, "\n".join(map(str, problems))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -6,160 +6,30 @@ opens each page in headless Chromium, at 1400 and at 400 pixels, and prints a li
 page or is cut off, pictures that are missing, formulas that were not typeset, links that lead nowhere, what would be
 fetched from elsewhere.  It exits with 1 if there are faults, and with 2 if it could not look.
 
-The browser is driven by the DevTools protocol through a pair of pipes (``--remote-debugging-pipe``): JSON texts with
-zero bytes between them.  That is little enough to need no library.  No name but the book's own server is resolved, so
-that the result is the same with and without a network; links to other sites are not followed.
+No name but the book's own server is resolved, so that the result is the same with and without a network; links to other
+sites are not followed.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import fnmatch
 import functools
-import http.server
 import json
-import os
-import select
-import shutil
-import signal
 import sys
-import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urldefrag, urlsplit
 
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # run as a program: its parts are found from here
+# ruff: noqa: E402
+
+from tools.browser import Browser, NoBrowser, served
+
 WIDTHS = 1400, 400
-HEIGHT = 1000
-PATIENCE = 120.0  # seconds for a page
-BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
-
-
-class NoBrowser(Exception):
-    """There is no browser to look with, or it does not answer."""
-
-
-# -- A browser ----------------------------------------------------------------------------------------------
-
-
-class Browser:
-    """One page of a headless Chromium."""
-
-    def __init__(self, program: str | None = None) -> None:
-        program = program or next(filter(None, map(shutil.which, BROWSERS)), None)
-        if program is None:
-            raise NoBrowser("found no Chromium; Debian has it as `apt install chromium`")
-        self.folder = tempfile.mkdtemp(prefix="check-book-")
-        self.incoming, self.count, self.events = b"", 0, []
-        theirs_in, self.output = os.pipe()
-        self.input, theirs_out = os.pipe()
-        # Above 9, so that 3 and 4, where Chromium looks for the pipes, are free to be given
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (theirs_in, theirs_out)]
-        options = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--no-first-run",
-            "--hide-scrollbars",
-            "--remote-debugging-pipe",
-            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-            f"--user-data-dir={self.folder}",
-        ]
-        nothing = os.open(os.devnull, os.O_RDWR)
-        moves = [
-            (os.POSIX_SPAWN_DUP2, end, number) for end, number in zip([*ends, nothing, nothing], (3, 4, 1, 2))
-        ]
-        self.process = os.posix_spawn(
-            program, [program, *options], os.environ, file_actions=moves, setpgroup=0
-        )
-        for end in (theirs_in, theirs_out, nothing, *ends):
-            os.close(end)
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in "Page", "Runtime", "Network":
-            self.ask(f"{domain}.enable")
-
-    session: str | None = None
-
-    def ask(self, method: str, **parameters: Any) -> Any:
-        """Send a command, and wait for its result."""
-        self.count += 1
-        message = {"id": self.count, "method": method, "params": parameters}
-        if self.session:
-            message["sessionId"] = self.session
-        os.write(self.output, json.dumps(message).encode() + b"\0")
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            answer = self.receive(deadline, method)
-            if answer.get("id") == self.count:
-                if "error" in answer:
-                    raise NoBrowser(f"{method}: {answer['error']['message']}")
-                return answer["result"]
-            self.events.append(answer)
-
-    def wait(self, event: str) -> None:
-        """Wait for an event that comes after what was said last."""
-        deadline = time.monotonic() + PATIENCE
-        while not any(found.get("method") == event for found in self.events):
-            self.events.append(self.receive(deadline, event))
-
-    def receive(self, deadline: float, what: str) -> Any:
-        while b"\0" not in self.incoming:
-            ready, _, _ = select.select([self.input], [], [], max(deadline - time.monotonic(), 0))
-            part = os.read(self.input, 1 << 16) if ready else b""
-            if not part:
-                raise NoBrowser(f"the browser {'ended' if ready else 'gave no answer'} at {what}")
-            self.incoming += part
-        message, _, self.incoming = self.incoming.partition(b"\0")
-        return json.loads(message)
-
-    def evaluate(self, script: str) -> Any:
-        """The value of an expression in the page; a promise is awaited."""
-        done = self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        if "exceptionDetails" in done:
-            raise NoBrowser(f"the script of this check failed: {done['exceptionDetails']}")
-        return done["result"].get("value")
-
-    def resize(self, width: int) -> None:
-        self.ask(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=HEIGHT,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-
-    def open(self, address: str) -> None:
-        self.events.clear()
-        self.ask("Page.navigate", url=address)
-        self.wait("Page.loadEventFired")
-
-    def __enter__(self) -> Browser:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self.output)
-        os.close(self.input)
-        try:
-            os.killpg(self.process, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        os.waitpid(self.process, 0)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """A server that keeps to itself what it does."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *words: Any) -> None:
-        pass
 
 
 # -- What a page looks like ---------------------------------------------------------------------------------
@@ -243,7 +113,7 @@ FITS = (
 )
 
 
-def look(browser: Browser, address: str, home: str, alt: bool = False) -> Iterator[str]:
+def look(browser: Browser, address: str, home: str, alt: bool = True) -> Iterator[str]:
     """The faults of one page that only a browser sees."""
     browser.resize(WIDTHS[0])
     browser.open(address)
@@ -315,10 +185,10 @@ def dead_links(root: Path, pages: list[Path]) -> Iterator[tuple[Path, str]]:
 # -- The whole ----------------------------------------------------------------------------------------------
 
 
-def faults(root: Path, only: str = "*", alt: bool = False) -> Iterator[tuple[str, str]]:
+def faults(root: Path, only: str = "*", alt: bool = True) -> Iterator[tuple[str, str]]:
     """All faults of the pages whose path fits a pattern, as pairs of page and words.
 
-    With ``alt`` also pictures that have no alternative text but the name of a file.
+    Among them pictures that have no alternative text but the name of a file, unless ``alt`` is false.
     """
     root = root.resolve()
     pages = [path for path in sorted(root.rglob("*.html")) if "_static" not in path.parts]
@@ -327,17 +197,10 @@ def faults(root: Path, only: str = "*", alt: bool = False) -> Iterator[tuple[str
         raise NoBrowser(f"there are no such pages in {root}; `make book` makes them")
     for page, words in dead_links(root, pages):
         yield page.relative_to(root).as_posix(), words
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=root))
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    home = f"http://127.0.0.1:{server.server_port}/"
-    try:
-        with Browser() as browser:
-            for page in pages:
-                path = page.relative_to(root).as_posix()
-                yield from ((path, words) for words in dict.fromkeys(look(browser, home + path, home, alt)))
-    finally:
-        server.shutdown()
+    with served(root) as home, Browser() as browser:
+        for page in pages:
+            path = page.relative_to(root).as_posix()
+            yield from ((path, words) for words in dict.fromkeys(look(browser, home + path, home, alt)))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -345,7 +208,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("root", nargs="?", default="_build/html", type=Path)
     parser.add_argument("--only", default="*", metavar="PATTERN", help="pages, such as 'book/chapters/17*'")
     parser.add_argument(
-        "--alt", action="store_true", help="pictures must have an alternative text, not a file's name"
+        "--alt",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="pictures must have an alternative text, not a file's name",
     )
     options = parser.parse_args(arguments)
     count = 0

@@ -27,6 +27,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tools.cells import Place, compiled, place_of
+
 ROOT = Path(__file__).resolve().parent.parent
 
 #: What the launchers tell their processes; a launcher inside must not inherit it.
@@ -61,14 +63,18 @@ def environment() -> dict[str, str]:
     return clean
 
 
-def run_cell(cell: str) -> None:
-    """What each rank does: run the file ``cell``, print into a file of its own, and end the job on an exception."""
+def run_cell(cell: str, chapter: str, line: str) -> None:
+    """What each rank does: run the file ``cell``, print into a file of its own, and end the job on an exception.
+
+    The code is named after its place, a line of a chapter.
+    """
     from mpi4py import MPI
 
     rank = MPI.COMM_WORLD.rank
     os.dup2(os.open(f"{cell}.{rank}", os.O_WRONLY | os.O_CREAT), 1)
     try:
-        exec(compile(Path(cell).read_text(encoding="utf-8"), "cell", "exec"), {"__name__": "__main__"})
+        source = Path(cell).read_text(encoding="utf-8")
+        exec(compiled(source, Place(chapter, int(line))), {"__name__": "__main__"})
     except Exception:
         import traceback
 
@@ -78,8 +84,10 @@ def run_cell(cell: str) -> None:
         MPI.COMM_WORLD.Abort(1)
 
 
-def mpirun(source: str, arguments: str | list[str] = "", check: bool = True) -> subprocess.CompletedProcess:
-    """Run ``source`` under mpirun.
+def mpirun(
+    source: str, arguments: str | list[str] = "", check: bool = True, place: Place | None = None
+) -> subprocess.CompletedProcess:
+    """Run ``source`` under mpirun; ``place`` says where its first line stands in a chapter.
 
     An exception on one rank ends all of them; ranks that hang are ended after the time-out (status 124).  With
     ``check``, a status other than 0 is a ``RuntimeError`` that tells what was printed.
@@ -94,8 +102,9 @@ def mpirun(source: str, arguments: str | list[str] = "", check: bool = True) -> 
             str(given.n),
             sys.executable,
             "-c",
-            "import sys, tools.mpirun; tools.mpirun.run_cell(sys.argv[1])",
+            "import sys, tools.mpirun; tools.mpirun.run_cell(*sys.argv[1:])",
             str(cell),
+            *map(str, place or Place("cell", 1)),
         ]
         process = subprocess.Popen(
             command,
@@ -129,6 +138,9 @@ def mpirun(source: str, arguments: str | list[str] = "", check: bool = True) -> 
 
 def load_ipython_extension(shell) -> None:
     def show(line: str, cell: str) -> None:
-        print(mpirun(cell, line).stdout, end="")
+        here = place_of(shell)
+        if here is not None:  # the body begins below the line of the magic
+            here = Place(here.chapter, here.line + 1 + len(cell) - len(cell.lstrip("\n")))
+        print(mpirun(cell, line, place=here).stdout, end="")
 
     shell.register_magic_function(show, magic_kind="cell", magic_name="mpirun")

@@ -66,15 +66,22 @@ def home(module: str, name: str) -> tuple[str, str] | None:
 @cache
 def definition(module: str, fullname: str) -> Any:
     """The statement in the source of a module that defines a name such as ``Model.compute``, or None."""
-    node: Any = source(module).tree
-    for part in fullname.split("."):
-        for child in ast.walk(node) if isinstance(node, ast.Module) else getattr(node, "body", []):
-            if part in names_bound(child):
-                node = child
-                break
-        else:
-            return None
+    first, *parts = fullname.split(".")
+    node: Any = bindings(module).get(first)
+    for part in parts:
+        body = getattr(node, "body", [])
+        node = next((child for child in body if part in names_bound(child)), None)
     return node
+
+
+@cache
+def bindings(module: str) -> dict[str, Any]:
+    """The statement of a module that binds each name, the outermost and first one that does."""
+    found: dict[str, Any] = {}
+    for node in ast.walk(source(module).tree):
+        for name in names_bound(node):
+            found.setdefault(name, node)
+    return found
 
 
 def names_bound(node: ast.AST) -> list[str]:
@@ -299,8 +306,9 @@ def without_addresses(text: str) -> str:
     return re.sub(r"<([^<>]*?) at 0x[0-9a-f]+>", r"\1", text)
 
 
-def facts(value: Any) -> str:
+def facts(member: Member) -> str:
     """What an operator is differentiable in, what it gives, and which derivatives it has."""
+    value = member.value
     ain, aout = (
         ", ".join(
             f"`{name}`" + ("" if pattern == "*" else f" (`{name_of(pattern)}`)")
@@ -320,7 +328,34 @@ def facts(value: Any) -> str:
             parts.append(
                 "exact second derivatives" if isinstance(getattr(hvp, "argnames", None), tuple) else "linear"
             )
-    return f"*Operator*: {'; '.join(parts)}."
+    return f"*Operator*: {'; '.join([*parts, *slopes(definition(member.module, member.name))])}."
+
+
+#: How element-wise operators declare their derivatives, and in words.
+SLOPES = {
+    "fprime": "derivative",
+    "fsecond": "second derivative",
+    "fprime1": "derivative by `x1`",
+    "fprime2": "derivative by `x2`",
+}
+
+
+def slopes(node: Any) -> Iterator[str]:
+    """The derivatives of an element-wise operator, as the source declares them, if NumPy and the arguments are all that
+    they speak of."""
+    known = {"x", "x1", "x2", "numpy", "math"}
+    for statement in getattr(node, "body", []):
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(args=[formula])) if name in SLOPES:
+                match formula:
+                    case ast.Lambda():
+                        words = ast.unparse(formula.body)
+                    case ast.Attribute():
+                        words = f"{ast.unparse(formula)}(x)"
+                    case _:
+                        continue
+                if {part.id for part in ast.walk(formula) if isinstance(part, ast.Name)} <= known:
+                    yield f"{SLOPES[name]} `{re.sub(r'(numpy|math)[.]', '', words)}`"
 
 
 def name_of(pattern: Any) -> str:

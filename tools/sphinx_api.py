@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from sphinx.util.nodes import make_refnode
 
 from tools import reference
 from tools.reference import Member, members
+from tools.reference_examples import Example, Examples, Meaning
 from tools.sphinx_tangle import ROOT, address_of, book
 from tools.tangle import module_of, slug
 
@@ -132,12 +133,77 @@ def find(fullname: str) -> tuple[Member, str] | None:
     return None
 
 
+# -- Examples -----------------------------------------------------------------------------------------------
+
+#: The class of what a decorator makes of a function or class.
+MADE_BY = {
+    "autooperator": "vmad_lit.core.autooperator.AutoOperator",
+    "operator": "vmad_lit.core.operator.Operator",
+}
+
+
+def defined(member: Member, inner: str) -> Meaning:
+    """What defines a name: of a method the class that has it, which may be a base of the member."""
+    for kind in getattr(member.value, "__mro__", ()) if inner else ():
+        if inner in vars(kind):
+            return kind.__module__, kind.__qualname__, inner
+    return member.module, member.name, inner
+
+
+def meaning(fullname: str) -> Meaning | None:
+    known = find(fullname)
+    return None if known is None else defined(*known)
+
+
+@lru_cache(maxsize=1)
+def listed_meanings(docname: str) -> dict[Meaning, str]:
+    """What the names mean that the first page of the reference lists, and the names."""
+    found = {meaning(name): name for name in api_page(docname)[1]}
+    return {one: name for one, name in found.items() if one is not None}
+
+
+class Finder:
+    """What the expressions of an example mean, for those names that the first page of the reference lists."""
+
+    def __init__(self, docname: str) -> None:
+        self.listed = listed_meanings(docname)
+        self.methods = {one[2]: one for one in self.listed if one[2]}
+
+    @cache  # noqa: B019  (there is one, as long as the build)
+    def __call__(self, path: str) -> Meaning | None:
+        found = meaning(path)
+        return found if found in self.listed else None
+
+    def method(self, kind: str, name: str) -> Meaning | None:
+        """The method of an object of a class, or if nobody knows of which class, the one that has this name."""
+        if not kind:
+            return self.methods.get(name)
+        known = find(MADE_BY.get(kind.rpartition(".")[2], kind))
+        found = defined(known[0], name) if known and isinstance(known[0].value, type) else None
+        return found if found in self.listed else None
+
+
+@lru_cache(maxsize=1)
+def examples(docname: str) -> Examples:
+    finder = Finder(docname)
+    return Examples(book(), finder, finder.method)
+
+
+@cache
+def example_of(docname: str, wanted: Meaning) -> Example | None:
+    """The best example in the book of a listed name, or of a method of a listed class."""
+    module, name, inner = wanted
+    node = reference.definition(module, ".".join(filter(None, [name, inner])))
+    chapter = book().where(files()[module], node.lineno)[0] if node is not None else ""
+    return examples(docname).best(wanted, chapter)
+
+
 # -- Entries ------------------------------------------------------------------------------------------------
 
 
-def entry(member: Member, name: str) -> list[str]:
-    """The Markdown of one entry of the reference."""
-    doc = markdown(reference.docstring(member))
+def entry(member: Member, name: str, docname: str = "") -> list[str]:
+    """The Markdown of one entry of the reference; with an example of each name that the first page lists."""
+    doc = [*markdown(reference.docstring(member)), *shown_example(docname, member, "")]
     if member.kind == "alias":
         kind = "class" if isinstance(member.value, type) else "function"
         other = f"{member.module}.{member.words}"
@@ -147,17 +213,33 @@ def entry(member: Member, name: str) -> list[str]:
     if member.kind == "data":
         return fence("py:data", name, [*value_of(member), *doc])
     if member.kind == "operator":
-        return fence(
-            "py:function", name + reference.signature(member), [reference.facts(member.value), "", *doc]
-        )
+        return fence("py:function", name + reference.signature(member), [reference.facts(member), "", *doc])
     if member.kind == "function":
         return fence("py:function", name + reference.signature(member), doc)
     doc += ["", *inherited(member)]
     for method in reference.methods(member):
         signature = "" if method.kind == "property" else method.signature
-        doc += ["", *fence(f"py:{method.kind}", method.name + signature, markdown(method.doc))]
+        body = [*markdown(method.doc), *shown_example(docname, member, method.name)]
+        doc += ["", *fence(f"py:{method.kind}", method.name + signature, body)]
     enumeration = hasattr(member.value, "__members__")
     return fence(f"py:{member.kind}", name + ("" if enumeration else reference.signature(member)), doc)
+
+
+def shown_example(docname: str, member: Member, inner: str) -> list[str]:
+    """The example of a name with a link to its page; nothing for names that the first page does not list."""
+    wanted = defined(member, inner)
+    example = example_of(docname, wanted) if docname and wanted in listed_meanings(docname) else None
+    if example is None:
+        return []
+    ticks = "`" * (2 + max([2, *map(len, re.findall("`+", example.text))]) - 1)
+    return [
+        "",
+        f"*Example*, from [](/{example.chapter}):",
+        "",
+        ticks + "pycon",
+        *example.text.splitlines(),
+        ticks,
+    ]
 
 
 def inherited(member: Member) -> list[str]:
@@ -359,7 +441,8 @@ class ApiModule(ApiDirective):
             return [self.complain(f"cannot import {module}: {error}")]
 
     def page(self, module: str) -> list[nodes.Node]:
-        self.env.note_dependency(str(ROOT / f"{self.config.api_page}.md"))
+        docname = self.config.api_page
+        self.env.note_dependency(str(ROOT / f"{docname}.md"))
         self.depend_on(module)
         chapters = dict.fromkeys(block.chapter for block in book().chunks[book().roots[files()[module]]])
         top = nodes.container()
@@ -367,7 +450,8 @@ class ApiModule(ApiDirective):
         rows += [*markdown(importlib.import_module(module).__doc__), ""]
         rows += ["From " + ", ".join(f"[](/{chapter})" for chapter in chapters) + ".", ""]
         here, elsewhere = self.members(module)
-        wanted = filter(None, map(find, api_page(self.config.api_page)[1]))
+        wanted = filter(None, map(find, api_page(docname)[1]))
+        self.depend_on_examples(docname, [member for member, _ in here])
         heads = [member.name for member, _ in wanted if member in dict(here)]
         first = [one for one in here if one[0].name in heads and one[0].kind != "type"]
         first.sort(key=lambda one: heads.index(one[0].name))
@@ -376,7 +460,7 @@ class ApiModule(ApiDirective):
         groups = [("", first or rest), ("Further names", rest if first else []), ("Types", types)]
         sections: list[nodes.Node] = []
         for title, group in groups:
-            lines = [line for member, name in group for line in [*entry(member, name), ""]]
+            lines = [line for member, name in group for line in [*entry(member, name, docname), ""]]
             if not title:
                 self.parsed(rows + lines, top)
             elif lines:
@@ -386,6 +470,13 @@ class ApiModule(ApiDirective):
             sections[-1] += self.table(["name", "what it is"], elsewhere)
         self.note_other_paths(here, module)
         return [*top.children, *sections]
+
+    def depend_on_examples(self, docname: str, here: list[Member]) -> None:
+        for wanted in listed_meanings(docname):
+            if any(wanted[:2] == (member.module, member.name) for member in here):
+                example = example_of(docname, wanted)
+                if example is not None:
+                    self.env.note_dependency(str(ROOT / example.chapter))
 
     def members(self, module: str) -> tuple[list[tuple[Member, str]], list[list[str]]]:
         """What is documented on this page, with the names here; and rows of a table for what is documented on others."""

@@ -26,6 +26,8 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
+from tools import tangle
+from tools.literate.chapters import ILLUSTRATION
 from tools.tangle import Block, Book, TangleError, slug
 
 logger = logging.getLogger(__name__)
@@ -97,13 +99,18 @@ class CanonicalBlock(SphinxDirective):
         code = nodes.literal_block(text, text, language=self.name)
         self.set_source_info(code)
         if block is None or not block.canonical:
-            return [code]
+            return [self.illustration(code)] if block and ILLUSTRATION in block.classes else [code]
         footer = self.footer(block)
         return [
             nodes.container(
                 "", self.caption(block), code, *footer, classes=["tangle"], ids=[anchors()[block]]
             )
         ]
+
+    def illustration(self, code: nodes.literal_block) -> nodes.Node:
+        """Code that is neither tangled nor run, and says so."""
+        words = nodes.paragraph("", "illustration", classes=["tangle-caption"])
+        return nodes.container("", words, code, classes=["tangle", ILLUSTRATION])
 
     def caption(self, block: Block) -> nodes.Node:
         """The file or the chunk, and the part before."""
@@ -226,6 +233,7 @@ def check_tangled(app: Sphinx) -> None:
     """The page must show the program that is run: stop if the package is not what the chapters say."""
     try:
         drift = book().check()
+        unmarked = book().check_marks() if tangle.MARKS_IN_CHECK else []
     except TangleError as error:
         raise ExtensionError(f"the chapters do not make a package:\n{error}") from None
     if drift:
@@ -233,6 +241,8 @@ def check_tangled(app: Sphinx) -> None:
             "the package is not what the chapters say; `make tangle` writes it anew:\n"
             + "\n".join(f"  {found.path}" for found in drift)
         )
+    if unmarked:
+        raise ExtensionError("code that does not say what it is:\n" + "\n".join(map(str, unmarked)))
 
 
 def canonical_languages() -> list[str]:

@@ -13,6 +13,7 @@ Commands (from the root of the repository)::
 
     python tools/tangle.py                    write the files that changed, and say which
     python tools/tangle.py --check            write nothing; diff and exit status 1 if package and book differ
+    python tools/tangle.py --check-marks      is code that is neither tangled nor run marked as illustration?
     python tools/tangle.py --check-order      does a module use only what earlier chapters have built?
     python tools/tangle.py --force            write also over files that were edited by hand
     python tools/tangle.py --watch            write again whenever a chapter changes, until Ctrl-C
@@ -77,6 +78,9 @@ PARTS = "_build/upto"
 #: Whether ``--check`` asks for the order of dependence, too.
 ORDER_IN_CHECK = True
 
+#: Whether ``--check``, and so the build, asks that code which is neither tangled nor run be marked as illustration.
+MARKS_IN_CHECK = False
+
 
 class Book(literate.Book):
     """All chapters of a book, read and cross-checked, with all that can be done with them."""
@@ -132,6 +136,16 @@ class Book(literate.Book):
         self.tangle()
         return sorted(set(Order(self).problems()))
 
+    # -- what is only to be looked at ------------------------------------------------------------------------
+
+    def check_marks(self) -> list[Problem]:
+        """Code of which a reader cannot tell what it is: Python that is neither tangled nor run, and no marked illustration.
+
+        An illustration is a fence ```` ```python {.illustration} ````. Fences of other languages need no mark;
+        those without a language, and code that is set off by its indentation alone, are reported as well.
+        """
+        return sorted(set(self.unmarked))
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -148,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; diff and status 1 on drift")
     parser.add_argument("--check-order", action="store_true", help="report what is used before it is built")
+    parser.add_argument("--check-marks", action="store_true", help="report illustrations that are not marked")
     parser.add_argument("--force", action="store_true", help="overwrite files that were edited by hand")
     parser.add_argument("--watch", action="store_true", help="write again whenever a chapter changes")
     parser.add_argument("--upto", type=int, metavar="NN", help="write the files as of chapter NN elsewhere")
@@ -195,7 +210,7 @@ def _list(book: Book) -> Iterator[str]:
         yield f"{path}  ({len(tangled.lines)} lines)  " + ", ".join(chapters)
 
 
-def _check(book: Book, drift: bool, order: bool) -> int:
+def _check(book: Book, drift: bool, order: bool, marks: bool) -> int:
     drifts = book.check() if drift else []
     for found in drifts:
         sys.stdout.write(found.diff)
@@ -208,7 +223,7 @@ def _check(book: Book, drift: bool, order: bool) -> int:
             "'python tools/tangle.py stitch' takes an edit by hand into the chapters.",
             file=sys.stderr,
         )
-    problems = book.check_order() if order else []
+    problems = [*(book.check_order() if order else []), *(book.check_marks() if marks else [])]
     for problem in problems:
         print(problem, file=sys.stderr)
     return 2 if problems else 1 if drifts else 0
@@ -289,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    checks = options.check or options.check_order
+    checks = options.check or options.check_order or options.check_marks
     if options.command and (checks or options.force or options.watch or options.upto is not None):
         parser.error(f"{options.command} goes with no option but --root")
     if checks + options.watch + (options.upto is not None) > 1:
@@ -314,7 +329,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "stitch":
             return _stitch(book, options.file, options.dry_run)
         if checks:
-            return _check(book, options.check, options.check_order or ORDER_IN_CHECK)
+            order = options.check_order or (options.check and ORDER_IN_CHECK)
+            marks = options.check_marks or (options.check and MARKS_IN_CHECK)
+            return _check(book, options.check, order, marks)
         folder = None
         if options.upto is not None:
             folder = options.output or book.root / PARTS / f"{options.upto:02}"

@@ -51,6 +51,7 @@ class Book:
     problems: list[Problem] = field(default_factory=list)
     sources: dict[str, bytes] = field(default_factory=dict)
     whole: Book | None = None  # of which this is the first part
+    unmarked: list[Problem] = field(default_factory=list)  # see check_marks
 
     @classmethod
     def load(cls, root: str | os.PathLike[str], upto: int | None = None) -> Book:
@@ -80,6 +81,7 @@ class Book:
             chapter = Chapter(name, data, md)
             book.blocks += chapter.blocks
             book.problems += chapter.problems
+            book.unmarked += chapter.unmarked
         book._cross_check()
         book.problems.sort()
         return book
@@ -99,6 +101,7 @@ class Book:
             [problem for problem in self.problems if problem.chapter not in dropped],
             self.sources,
             self,
+            [problem for problem in self.unmarked if problem.chapter not in dropped],
         )
         if not part.problems:
             part.problems = sorted(part._unfinished(number))

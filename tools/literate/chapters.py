@@ -33,6 +33,9 @@ CODE_DIRECTIVES = frozenset(["code", "code-block", "code-cell", "sourcecode"])
 #: Languages of the book's own code: behind them stand attributes or nothing, lest a misspelt id be no id.
 STRICT = frozenset(["py", "python", "python3", "pycon"])
 
+#: The class that marks a fence of such a language as nothing but an illustration.
+ILLUSTRATION = "illustration"
+
 #: What looks like a part of an attribute block, in or out of braces.
 _LIKE_ATTRIBUTES = re.compile(r"(?<![^\s({\[<])#[\w-]|\b(?:file|id)\s*[=:]|\bfile\s+\S*[./]\S|<<")
 
@@ -41,6 +44,8 @@ _LIKE_OPENING = re.compile(r"[\s>*+-]*(?:\d+[.)]\s+)?(?:[`~\u00b4'] ?){2,}(?P<in
 
 #: A name of a language with something stuck to it: ``python#id`` is no language.
 _STUCK = re.compile(r"(?:py|python3?|pycon)[^\w{]\S*", re.IGNORECASE)
+
+HOW_TO_MARK = "write ```python {.illustration}, or make it a pycon example or a {code-cell}"
 
 #: A chapter may not write here.
 FORBIDDEN = frozenset([".git", ".tangle", "book"])
@@ -275,6 +280,7 @@ class Chapter:
         self.md = md
         self.blocks: list[Block] = []
         self.problems: list[Problem] = []
+        self.unmarked: list[Problem] = []  # code that does not say what it is
         self._opened: set[int] = set()  # the lines that open a fence
         self._shown: set[int] = set()  # the lines that are shown as they are, or commented out
         try:
@@ -304,6 +310,16 @@ class Chapter:
     def _problem(self, line: int, message: str) -> None:
         self.problems.append(Problem(self.name, line, message))
 
+    def _unmarked(self, line: int, message: str) -> None:
+        self.unmarked.append(Problem(self.name, line, message))
+
+    def _check_mark(self, line: int, language: str, classes: Iterable[str] = ()) -> None:
+        """Note code of which nobody can tell whether it should be a part of the program, or run."""
+        if not language:
+            self._unmarked(line, "a fence without a language: name it, such as ```text or ```sh")
+        elif language.lower() in STRICT and language != "pycon" and ILLUSTRATION not in classes:
+            self._unmarked(line, f"a fence that is neither tangled nor run: {HOW_TO_MARK}")
+
     def _check_inside(self, line: int, markup: str, body: str) -> None:
         """Report a fence that was opened before this one was closed, and so is only text."""
         inner = re.compile(rf" {{0,3}}{re.escape(markup)}{re.escape(markup[0])}*[ \t]*[^\s{markup[0]}]")
@@ -322,6 +338,11 @@ class Chapter:
         for token in self.md.parse(text):
             if token.type == "html_block" and token.content.lstrip().startswith("<!--"):
                 self._comment(token, first_line)
+            if token.type == "code_block":
+                self._unmarked(
+                    first_line + token.map[0],
+                    "code by indentation alone: put it between fences, with the name of its language",
+                )
             if token.type not in ("fence", "colon_fence"):
                 continue
             line = first_line + token.map[0]
@@ -350,6 +371,10 @@ class Chapter:
             elif directive is not None and directive not in VERBATIM:
                 self._search(token.content, line + 1, depth + 1)
             elif directive is not None:
+                if directive in CODE_DIRECTIVES - {"code-cell"} and (
+                    not arguments or arguments.split()[0].lower() in STRICT
+                ):
+                    self._unmarked(line, f"{{{directive}}} is neither tangled nor run: {HOW_TO_MARK}")
                 language = arguments.split()[0] if directive in CODE_DIRECTIVES and arguments else ""
                 self.blocks.append(
                     Block(
@@ -394,6 +419,7 @@ class Chapter:
                 self._problem(
                     line, f'cannot make sense of {rest!r}: attributes stand in braces, {{#name file="..."}}'
                 )
+            self._check_mark(line, language)
             self.blocks.append(
                 Block(self.name, line, body, language, depth=depth, arguments=" ".join(words[1:]))
             )
@@ -423,6 +449,10 @@ class Chapter:
             error = path_error(file)
             if error:
                 self._problem(line, error)
+        if id is None:
+            self._check_mark(line, language, attributes.classes)
+        elif ILLUSTRATION in attributes.classes:
+            self._problem(line, f"the block #{id} is part of the program, and so is no illustration")
         references = tuple(self._references(line, body)) if id is not None else ()
         self.blocks.append(
             Block(

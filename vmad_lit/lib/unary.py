@@ -50,6 +50,7 @@ class unary_ufunc:
         return scaled(x_, slope(node.prototype.fprime, x))
 
     def __init_subclass__(cls) -> None:
+        name_after_numpy(cls)
         offer_curvature(cls, cls._differentiate_vjp, ["fprime"], ["fsecond"])
 
     def _differentiate_vjp(node, _y, x_, x):
@@ -64,6 +65,14 @@ def offer_curvature(cls: Any, hvp: Callable[..., Value], first: Iterable[str], s
         cls.hvp = hvp
     elif "hvp" not in declared and any(name in declared for name in first):
         cls.hvp = None
+
+
+def name_after_numpy(cls: Any) -> None:
+    """Give a class that stands for a function of NumPy a docstring, if it has none: the first sentence of NumPy's."""
+    function = getattr(vars(cls).get("f"), "__func__", None)
+    if cls.__doc__ is None and isinstance(function, numpy.ufunc):
+        sentence = " ".join(function.__doc__.split("\n\n")[1].split())
+        cls.__doc__ = f"{sentence}\n\nThat is `numpy.{function.__name__}`; the result has the shape of `x`."
 
 
 class result_ufunc(unary_ufunc):
@@ -81,6 +90,7 @@ class result_ufunc(unary_ufunc):
         return scaled(x_, slope(node.prototype.slope, y))
 
     def __init_subclass__(cls) -> None:
+        name_after_numpy(cls)
         offer_curvature(cls, cls._differentiate_vjp, ["fprime", "slope"], ["curvature"])
 
     def _differentiate_vjp(node, _y, x_, y):
