@@ -9,6 +9,8 @@ MPI ?= mpich
 VENV ?= .venv
 RANKS ?= 2 3
 TESTS ?=
+# Of pytest; --no-cells leaves out what the book runs when it is built.
+OPTIONS ?=
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 SOAK_MINUTES ?= 60
 SOAK_MPIS ?= mpich openmpi
@@ -32,11 +34,19 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 SHELL := /bin/bash
 
-.PHONY: book check-book test serial ranks soak trials mutate bench tangle check dist clean
+.PHONY: book epub pdf check-book test serial ranks soak trials mutate bench tangle check dist clean
 
 book: $(VENV)/ready                     ## the rendered book, in _build/html
 	python tools/tangle.py
 	$(SPHINX) -b html . _build/html
+
+epub: $(VENV)/ready                     ## the book for readers of devices, _build/epub/vmad_lit.epub; needs Chromium, for the formulas
+	python tools/tangle.py
+	rm -rf _build/epub                  # whatever lies there is packed
+	$(SPHINX) -b epub -t epub -d _build/doctrees-epub . _build/epub
+
+pdf: book                               ## the book on paper, _build/vmad_lit.pdf, printed by Chromium from _build/html
+	python tools/print_book.py _build/html _build/vmad_lit.pdf
 
 check-book: $(VENV)/ready               ## every page of _build/html in headless Chromium, as seen by a wide window and a phone
 	python tools/check_book.py _build/html $(CHECK)
@@ -45,10 +55,10 @@ test: serial ranks                      ## everything on one rank, and what comm
 
 serial: $(VENV)/ready                   # one process for each core
 	python tools/tangle.py --check
-	OMP_NUM_THREADS=1 $(LIMIT) $(PYTEST) -n $(JOBS) --dist worksteal $(SOAK)
+	OMP_NUM_THREADS=1 $(LIMIT) $(PYTEST) -n $(JOBS) --dist worksteal $(SOAK) $(OPTIONS)
 
 ranks: $(VENV)/ready
-	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 $(LIMIT) mpirun -n $$n $(PYTEST) -p no:cacheprovider $(SOAK) $(TESTS) || exit 1; done
+	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 $(LIMIT) mpirun -n $$n $(PYTEST) -p no:cacheprovider $(SOAK) $(OPTIONS) $(TESTS) || exit 1; done
 
 soak: $(VENV)/ready                     ## for SOAK_MINUTES, and with each MPI: jobs that are killed, disks that fill up, ranks that err; random examples
 	end=$$((SECONDS + 60 * $(SOAK_MINUTES))); \

@@ -43,7 +43,9 @@ extensions = [
     "tools.sphinx_cells",
     "tools.sphinx_pictures",
     "tools.sphinx_subjects",
+    "tools.sphinx_epub",
     "tools.sphinx_api",
+    "tools.gallery",
 ]
 
 root_doc = "book/index"
@@ -84,7 +86,9 @@ def package_digest() -> str:
     tools = [  # that a cell may import
         path
         for path in sorted((ROOT / "tools").rglob("*.py"))
-        if not path.name.startswith(("sphinx_", "reference", "check_book", "browser", "print_book"))
+        if not path.name.startswith(
+            ("sphinx_", "reference", "check_book", "browser", "print_book", "gallery")
+        )
     ]
     package = sorted(ROOT / file for file in book().files.values())
     benchmarks = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("results/*.json")]
@@ -159,6 +163,7 @@ copybutton_prompt_is_regexp = True
 
 # Mathematics is typeset by MathJax from the book's own folder, so that it also reads without a network.
 # The package sphinx-mathjax-offline carries the library; one script and one set of fonts of it are enough.
+html_math_renderer = "mathjax"
 _mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
 if _mathjax and _mathjax.submodule_search_locations:
     html_static_path.append(str(Path(next(iter(_mathjax.submodule_search_locations))) / "static"))
@@ -182,3 +187,19 @@ exclude_patterns = [
     "mathjax/tex-svg*",
     "mathjax/node-main*",
 ]
+
+# -- The EPUB (sphinx-build -b epub -t epub) ----------------------------------------------------------------
+
+epub_title = "vmad_lit: from a symbol to a reconstructed universe"
+epub_basename = "vmad_lit"
+epub_description = "A book that is a program: automatic differentiation of scientific models, on many ranks"
+epub_show_urls = "no"
+epub_tocdepth = 2
+epub_tocscope = "includehidden"  # as the tables of contents on the first page are
+epub_css_files = ["epub.css"]
+epub_exclude_files = ["search.html", "_static/opensearch.xml", ".nojekyll"]
+if tags.has("epub"):  # noqa: F821  (of Sphinx)
+    html_math_renderer = "mathml"
+    html_static_path = ["book/_static"]
+    html_css_files = []
+    html_copy_source = False

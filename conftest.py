@@ -53,6 +53,12 @@ def pytest_addoption(parser):
         help="ten times as many random examples and the tests marked `soak`, and no others",
     )
 
+    parser.addoption(
+        "--no-cells",
+        action="store_true",
+        help="leave out the cells of the book's pages, for when the book is built as well, which runs them",
+    )
+
 
 def pytest_configure(config):
     os.environ["MPLBACKEND"] = "Agg"
@@ -295,7 +301,7 @@ class Chapter(Page):
         examples = [range(block.body_line, block.end_line) for block in blocks if block.language == "pycon"]
         items = list(self.examples(blank(text, examples)))
         cells = [Cell(block) for block in blocks if block.directive == "code-cell"]
-        if cells:
+        if cells and not self.config.getoption("--no-cells"):
             items.append(Cells.from_parent(self, name="cells"))
             items[-1].cells = cells
         mark, only = re.match(MARK, text).groups() if re.match(MARK, text) else (None, None)

@@ -100,6 +100,29 @@ def test_names_of_files_are_no_alternative_text(site):
     assert list(check_book.faults(site, "alt*", alt=False)) == []
 
 
+INKED = """
+<style>html[data-theme=dark] body {{ background: #14181e; }} body {{ background: white; }}</style>
+<img class="dark-light" alt="squares" src="data:image/svg+xml,{}">
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    "colour, where",
+    [("black", "dark"), ("white", "light"), ("gray", ""), ("%233b6ea5", ""), ("%23222222", "dark")],
+)
+def test_ink_that_cannot_be_seen_in_a_theme_is_a_fault(site, colour, where):
+    # a frame on the page, and two boxes with a white and a black edge
+    svg = (
+        "<svg xmlns='http://www.w3.org/2000/svg' width='300' height='100'><path d='M10 10h60v60h-60z' fill='none' "
+        f"stroke='{colour}' stroke-width='6'/><rect x='100' y='10' width='80' height='80' fill='gray' stroke='white' stroke-width='2'/>"
+        "<rect x='200' y='10' width='80' height='80' fill='gray' stroke='black' stroke-width='2'/></svg>"
+    )
+    (site / "ink.html").write_text(HEAD.format("Ink", INKED.format(svg.replace("#", "%23"))))
+    words = [words for _, words in check_book.faults(site, "ink*")]
+    assert len(words) == bool(where) and all(f"cannot be seen in the {where} theme" in one for one in words)
+
+
 @needs_browser
 def test_the_command_prints_a_line_for_each_fault(site):
     def run(*arguments):

@@ -1,5 +1,6 @@
 """Every prefix of the book is a program: the package as of chapter NN imports, and the examples of that chapter run on it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,65 +8,89 @@ from pathlib import Path
 
 import pytest
 
-from tools.tangle import Book
-
 pytestmark = pytest.mark.serial  # the tangler knows nothing of ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = [path for path in sorted((ROOT / "book/chapters").glob("*.md")) if "01" <= path.name < "90"]
+TENS = sorted({path.name[0] for path in CHAPTERS})
+BESIDE = "book", "tests", "tools", "benchmarks", "conftest.py", "pyproject.toml", "conf.py", "README.md"
 
-# Imports all modules, and runs pytest; nothing of the installed package is in reach.
+# Writes the package as of one chapter after the other into the current folder, where it grows, and runs pytest on it, each
+# time in a fork of a process that has imported what takes long. In each, all modules in the folder are imported, and
+# nothing of the installed package is in reach.
 RUN = """
-import importlib, pathlib, sys
+import importlib, json, os, pathlib, sys, traceback
+import _hypothesis_pytestplugin, ducc0, hypothesis, markdown_it, matplotlib.pyplot, mdit_py_plugins, numba, numpy, pytest
+import pytest_doctestplus.plugin, pytest_timeout, scipy.optimize, scipy.special, xdist.plugin
+from tools.tangle import Book
 
 sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
 sys.path[:0] = [".", "providers/pfft-python"]
-for path in sorted(pathlib.Path("vmad_lit").rglob("*.py")):
-    module = importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
-    assert pathlib.Path(module.__file__).resolve() == path.resolve(), module.__file__
-import pytest
 
-sys.exit(pytest.main(sys.argv[1:]))
+
+def work(arguments):
+    for path in sorted(pathlib.Path("vmad_lit").rglob("*.py")):
+        if path.name != "mypy_plugin.py":
+            module = importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+            assert pathlib.Path(module.__file__).resolve() == path.resolve(), module.__file__
+    return pytest.main(arguments)
+
+
+book = Book.load(os.environ["BOOK"])
+for upto, arguments in json.loads(sys.argv[1]):
+    for name, (text, _) in book.upto(upto).tangle().items():
+        path = pathlib.Path(name)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            code = work(arguments)
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(f"chapter {upto}: {code}", flush=True)
 """
 
 
-def run_on(folder, chapter, *options):
-    """Run the examples of a chapter on the package in a folder."""
-    for name in (
-        "book",
-        "tests",
-        "tools",
-        "benchmarks",
-        "conftest.py",
-        "pyproject.toml",
-        "conf.py",
-        "README.md",
-    ):
+def run(folder, chapters, *options):
+    """What pytest says of some chapters, each on the package as of a number that is given with it, and the ends, in order."""
+    for name in BESIDE:
         (folder / name).symlink_to(ROOT / name)
-    command = [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", "--tb=short", *options]
-    command.append(f"book/chapters/{chapter.name}")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
+    settings = ["-q", "-p", "no:cacheprovider", "-p", "no:warnings", "--tb=short", *options]
+    jobs = [(upto, [*settings, f"book/chapters/{path.name}"]) for upto, path in chapters]
+    environment = dict(
+        os.environ, PYTHONPATH=str(ROOT), BOOK=str(ROOT), OMP_NUM_THREADS="1", MPLBACKEND="Agg"
+    )
+    command = [sys.executable, "-c", RUN, json.dumps(jobs)]
+    ended = subprocess.run(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+    codes = [line.split(": ")[1] for line in ended.stdout.splitlines() if line.startswith("chapter ")]
+    assert ended.returncode == 0 and len(codes) == len(chapters), ended.stdout
+    return ended.stdout, list(map(int, codes))
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_a_chapter_runs_on_what_is_written_by_then(chapter, tmp_path, request):
-    """Up to the arrays and ranks, always; later the package grows by whole modules only: it is imported, and with
-    `--soak` run as well, with the cells."""
-    later = chapter.name > "22"
-    options = (
-        [] if request.config.getoption("--soak") else ["--collect-only"] if later else ["-k", "examples"]
-    )
-    Book.load(ROOT, upto=int(chapter.name[:2])).export(tmp_path)
-    ended = run_on(tmp_path, chapter, *options)
-    assert ended.returncode == 0, ended.stdout
+@pytest.mark.parametrize("ten", TENS, ids=lambda ten: f"{ten}x")
+@pytest.mark.timeout(900)
+def test_chapters_run_on_what_is_written_by_then(ten, tmp_path, request):
+    """Each chapter whose number begins like that; with `--soak` its cells run as well."""
+    options = [] if request.config.getoption("--soak") else ["-k", "examples"]
+    chapters = [(int(path.name[:2]), path) for path in CHAPTERS if path.name[0] == ten]
+    output, codes = run(tmp_path, chapters, *options)
+    for (_, path), code in zip(chapters, codes):
+        bare = ">>> " not in path.read_text(encoding="utf-8")
+        assert code == 0 or bare and code == pytest.ExitCode.NO_TESTS_COLLECTED, output
 
 
 def test_what_a_chapter_lacks_is_noticed(tmp_path):
     """A chapter on the package as of the one before."""
-    [this] = [path for path in CHAPTERS if path.name.startswith("08")]
-    Book.load(ROOT, upto=7).export(tmp_path)
-    ended = run_on(tmp_path, this, "-k", "examples")
-    assert ended.returncode != 0 and "book/chapters/08-arithmetic.md" in ended.stdout
+    [this] = [path for path in CHAPTERS if path.name.endswith("-arithmetic.md")]
+    output, [code] = run(tmp_path, [(int(this.name[:2]) - 1, this)], "-k", "examples")
+    assert code != 0 and f"book/chapters/{this.name}" in output

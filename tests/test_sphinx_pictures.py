@@ -64,6 +64,13 @@ PAGE = '''\
     Both.
     :::
 
+    :::{card} A card
+    :img-top: dot.svg
+    :img-alt: A dot.
+
+    With words of its own.
+    :::
+
     ![](dot.svg)
 
     ![dot.svg](dot.svg)

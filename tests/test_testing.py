@@ -1,5 +1,6 @@
 """What the tests of derivatives refuse, and what they tell about operators besides a wrong derivative."""
 
+import inspect
 import warnings
 
 import numpy as np
@@ -9,7 +10,15 @@ from vmad_lit import Builder, autooperator, operator
 from vmad_lit.core.branches import UntakenBranch
 from vmad_lit.core.error import BadArgument
 from vmad_lit.lib import unary
-from vmad_lit.testing import check, check_dot_product, check_ownership, check_second_order, check_taylor
+from vmad_lit.testing import (
+    OPTIONS,
+    check,
+    check_dot_product,
+    check_gradient,
+    check_ownership,
+    check_second_order,
+    check_taylor,
+)
 
 
 class Square:
@@ -107,6 +116,87 @@ def test_tolerances_with_which_everything_or_nothing_passes(rtol):
             test(square, X, rtol=rtol)
 
 
+def test_the_options_that_messages_list_are_those_of_check():
+    parameters = inspect.signature(check).parameters.values()
+    assert OPTIONS == tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+# -- Subjects with nothing to vary -----------------------------------------------------------------------------------------
+
+
+class Swarm:
+    """Positions and momenta, of a type that nobody has registered."""
+
+    def __init__(self, x, p):
+        self.x, self.p = x, p
+
+
+class Kick:
+    ain, aout = ("s", "scale"), "t"
+
+    def apl(node, s, scale, name):
+        return dict(t=Swarm(s.x, s.p - s.x))
+
+    def vjp(node, _t):
+        return dict(_s=Swarm(_t.x - _t.p, _t.p), _scale=0.0)
+
+
+UNKNOWN = (
+    r"has no input that could be varied; expected was a number, .*, and given was .*"
+    r"'s': Swarm, a type whose parts are not known; .* take_apart.* vmad_lit\.core\.valuetypes\.register\(Swarm\)"
+)
+
+
+@pytest.mark.parametrize(
+    "test", [check, check_taylor, check_dot_product, check_second_order, check_ownership]
+)
+def test_a_type_that_is_not_registered(test):
+    """The message names the argument and its type, and says how to make it known."""
+    swarm, kick = Swarm(X, X), operator(Kick)
+    with pytest.raises(BadArgument, match=UNKNOWN) as caught:
+        test(kick, swarm, 2.0, name="all", constant="scale")
+    assert "'scale': 2.0 (held constant), 'name': 'all'" in str(caught.value)
+    with pytest.raises(BadArgument, match=UNKNOWN):
+        test(lambda s: kick(s, 2.0, "all"), swarm)
+    with Builder() as m:
+        m.output(t=kick(m.input("s"), 2.0, "all"))
+    with pytest.raises(BadArgument, match=UNKNOWN):
+        test(m, dict(s=swarm))
+
+
+def test_nothing_to_vary_in_a_plain_function():
+    with pytest.raises(BadArgument, match="'x0': Swarm, a type whose parts are not known"):
+        check_gradient(lambda s: 1.0, Swarm(X, X), gradient=lambda s: s)
+    with pytest.raises(BadArgument, match="and given was nothing"):
+        check_gradient(lambda: 1.0, gradient=lambda: [])
+    with pytest.raises(BadArgument, match=r"given was 'x': .* \(held constant\)$"):
+        check(square, X, constant="x")
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e6, 1e12, 1e15])
+def test_a_wrong_derivative_is_found_whatever_the_size_of_the_input(size):
+    """Or the test says that it has no power, since all steps are lost in rounding."""
+
+    class wrong(Square):
+        def jvp(node, x_, x):
+            return dict(y_=5 * x * x_)
+
+        def vjp(node, _y, x):
+            return dict(_x=5 * x * _y)
+
+    message = "slopes 1.0" if size < 1e10 else "this test proves nothing; larger ones can be given as steps="
+    with pytest.raises(AssertionError, match=message):
+        check_taylor(operator(wrong), X * size)
+    with pytest.raises(AssertionError, match=message):
+        check_gradient(lambda x: np.sum(x**2), X * size, gradient=lambda x: 5 * x)
+    with pytest.raises(AssertionError, match="slopes 1.0"):
+        check_taylor(operator(wrong), X * size, steps=[max(size, 1.0) * h for h in (0.01, 0.003, 0.001)])
+
+
+def test_a_derivative_that_is_mere_rounding_is_no_lack_of_power():
+    check_taylor(lambda x: x * (1.0 / 3.0) + x * (-1.0 / 3.0) + 1e6, X, allow_zero=True)
+
+
 # -- What operators do besides ---------------------------------------------------------------------------------------------
 
 
@@ -190,6 +280,24 @@ def test_an_operator_that_keeps_a_value_outside_of_the_tape(place):
             AssertionError, match="something that the derivative needs is kept outside of the tape"
         ):
             check(operator(keeps), X)
+
+
+def test_an_operator_that_keeps_the_first_value_for_ever():
+    """Two tapes agree with what each gives alone, since all of them are wrong alike; jvp and vjp do not."""
+    kept = {}
+
+    class first(Square):
+        def apl(node, x):
+            kept.setdefault("x", x.copy())
+            return dict(y=x**2)
+
+        def vjp(node, _y):
+            return dict(_x=2 * kept["x"] * _y)
+
+        hvp = None
+
+    with pytest.raises(AssertionError, match="is kept from the first"):
+        check(operator(first), X)
 
 
 # -- Branches --------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     python tools/check_book.py [_build/html] [--only PATTERN]
 
 opens each page in headless Chromium, at 1400 and at 400 pixels, and prints a line for each fault: what sticks out of the
-page or is cut off, pictures that are missing, formulas that were not typeset, links that lead nowhere, what would be
+page or is cut off, pictures that are missing or cannot be seen in one of the themes, formulas that were not typeset, links that lead nowhere, what would be
 fetched from elsewhere.  It exits with 1 if there are faults, and with 2 if it could not look.
 
 No name but the book's own server is resolved, so that the result is the same with and without a network; links to other
@@ -80,6 +80,54 @@ READY = (
 })()"""
 )
 
+# Pictures that are drawn for both themes are transparent.  Their lines and letters, with the page on
+# both sides, must differ from it in either; the borders of maps and bars need not.
+INK = r"""
+(async () => {
+    const faults = [], root = document.documentElement, theme = root.dataset.theme;
+    const light = ([r, g, b]) => {
+        const line = [r, g, b].map(c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * line[0] + 0.7152 * line[1] + 0.0722 * line[2];
+    };
+    const contrast = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const pictures = [...document.querySelectorAll('img.dark-light')].filter(p => p.naturalWidth);
+    const grounds = {};
+    for (const name of ['light', 'dark']) {
+        root.dataset.theme = name;
+        let around = document.querySelector('article') || document.body, colour = null;
+        for (; around && !colour; around = around.parentElement) {
+            const parts = getComputedStyle(around).backgroundColor.match(/[\d.]+/g).map(Number);
+            if (parts.length < 4 || parts[3] > 0) colour = parts;
+        }
+        grounds[name] = light(colour || [255, 255, 255]);
+    }
+    root.dataset.theme = theme || '';
+    for (const picture of pictures) {
+        const canvas = document.createElement('canvas');
+        const width = canvas.width = Math.min(picture.naturalWidth, 900);
+        const height = canvas.height = Math.round(picture.naturalHeight * width / picture.naturalWidth);
+        const pen = canvas.getContext('2d', {willReadFrequently: true});
+        pen.drawImage(picture, 0, 0, width, height);
+        const pixels = pen.getImageData(0, 0, width, height).data, at = (x, y) => 4 * (y * width + x);
+        let border = 0;
+        const unseen = {light: 0, dark: 0};
+        const clear = (x, y) => pixels[at(x, y) + 3] < 30;
+        for (let y = 5; y < height - 5; y++) for (let x = 5; x < width - 5; x++) {
+            const i = at(x, y);
+            if (pixels[i + 3] < 200) continue;
+            if (!(clear(x - 5, y) && clear(x + 5, y)) && !(clear(x, y - 5) && clear(x, y + 5))) continue;
+            border++;
+            const ink = light(pixels.subarray(i, i + 3));
+            for (const name in grounds) if (contrast(ink, grounds[name]) < 1.5) unseen[name]++;
+        }
+        for (const name in grounds)
+            if (unseen[name] > 0.1 * border)
+                faults.push(`of the picture ${picture.getAttribute('src').slice(0, 80)} ${Math.round(100 * unseen[name] / border)} % cannot be seen in the ${name} theme`);
+    }
+    return faults;
+})()
+"""
+
 FITS = (
     "(async () => {"
     + COMMON
@@ -118,6 +166,7 @@ def look(browser: Browser, address: str, home: str, alt: bool = True) -> Iterato
     browser.resize(WIDTHS[0])
     browser.open(address)
     yield from browser.evaluate(READY.replace("ALT", json.dumps(alt)))
+    yield from browser.evaluate(INK)
     for width in WIDTHS:
         browser.resize(width)
         for fault in browser.evaluate(FITS):

@@ -223,7 +223,19 @@ def address_of(file: str, line: int) -> str | None:
         block = book().block_at(*book().where(file, line))
     except LookupError:
         return None
-    return None if block is None else f"{docname(block)}.html#{anchors()[block]}"
+    return None if block is None else f"{docname(block)}{Suffix.of_pages}#{anchors()[block]}"
+
+
+class Suffix:
+    """What the names of pages end with, as the builder says."""
+
+    of_pages = ".html"
+
+    @classmethod
+    def note(cls, app: Sphinx) -> None:
+        cls.of_pages = getattr(app.builder, "link_suffix", None) or getattr(
+            app.builder, "out_suffix", ".html"
+        )
 
 
 # -- Building -----------------------------------------------------------------------------------------------
@@ -289,6 +301,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("note", TitledNote, override=True)
     app.connect("config-inited", set_fences, priority=100)
     app.connect("builder-inited", check_tangled)
+    app.connect("builder-inited", Suffix.note)
     app.connect("missing-reference", resolve_link)
     app.connect("doctree-read", depend_on_sources)
     app.connect("html-page-context", link_included_chunks)

@@ -26,72 +26,32 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "result. Runs on one core, or under mpirun on many.",
     )
     add = parser.add_argument
+    # Options of the universe
     add("--nmesh", type=int, default=64, metavar="N", help="mesh cells and particles per side (default 64)")
-    add(
-        "--boxsize",
-        type=float,
-        default=None,
-        metavar="L",
-        help="side of the box in Mpc/h (default 4 per cell)",
-    )
-    add(
-        "--steps",
-        type=int,
-        default=4,
-        help="N-body steps from a = 0.1 to 1; 0: LPT; -1: linear theory (default 4)",
-    )
-    add(
-        "--noise",
-        type=float,
-        default=None,
-        metavar="SIGMA",
-        help="standard deviation of the noise of 1 + delta in a cell "
-        "(default 0.5; from counts if particles are given)",
-    )
+    add("--boxsize", type=float, metavar="L", help="side of the box in Mpc/h (default 4 per cell)")
+    steps = "N-body steps from a = 0.1 to 1; 0: LPT; -1: linear theory (default 4)"
+    add("--steps", type=int, default=4, help=steps)
+    noise = "standard deviation of the noise of 1 + delta in a cell (default 0.5; from counts if particles are given)"
+    add("--noise", type=float, metavar="SIGMA", help=noise)
+    # Options of the reconstruction
     add("--maxiter", type=int, default=100, help="iterations of L-BFGS (default 100)")
-    add(
-        "--smoothing",
-        type=float,
-        default=0.0,
-        metavar="R",
-        help="compare densities smoothed at R Mpc/h (default 0: not smoothed)",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=42,
-        help="seed of the true field and of the noise, which are independent (default 42)",
-    )
-    add(
-        "--from",
-        dest="source",
-        metavar="FILE",
-        help="use a density (N, N, N) or particle positions (n, 3) from a .npy or .npz file instead",
-    )
-    add(
-        "--output",
-        default="reconstruction.png",
-        metavar="PNG",
-        help="the picture (default reconstruction.png)",
-    )
+    smoothing = "compare densities smoothed at R Mpc/h (default 0: not smoothed)"
+    add("--smoothing", type=float, default=0.0, metavar="R", help=smoothing)
+    seed = "seed of the true field and of the noise, which are independent (default 42)"
+    add("--seed", type=int, default=42, help=seed)
+    # Options of what is read and written
+    source = "use a density (N, N, N) or particle positions (n, 3) from a .npy or .npz file instead"
+    add("--from", dest="source", metavar="FILE", help=source)
+    output = "the picture (default reconstruction.png)"
+    add("--output", default="reconstruction.png", metavar="PNG", help=output)
     add("--save", metavar="FOLDER", help="write data and reconstructed fields to .npy files")
-    add(
-        "--state",
-        metavar="NPZ",
-        help="keep the state of the minimisation here, and go on from it if it exists",
-    )
-    add(
-        "--accept-changes",
-        action="store_true",
-        help="go on from a state of other data, options or versions, whose last point is where to start then",
-    )
-    add(
-        "--grace",
-        type=float,
-        default=20.0,
-        metavar="SECONDS",
-        help="how long to go on, to save and to draw, after a signal to end (default 20)",
-    )
+    state = "keep the state of the minimisation here, and go on from it if it exists"
+    add("--state", metavar="NPZ", help=state)
+    accept = "go on from a state of other data, options or versions, whose last point is where to start then"
+    add("--accept-changes", action="store_true", help=accept)
+    # Options of the run
+    grace = "how long to go on, to save and to draw, after a signal to end (default 20)"
+    add("--grace", type=float, default=20.0, metavar="SECONDS", help=grace)
     add("--quiet", action="store_true", help="no progress bar")
     add("--no-memory-check", action="store_true", help="run even if it seems not to fit into memory")
     args = parser.parse_args(argv)
@@ -102,6 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in "noise", "boxsize", "grace":
         if getattr(args, name) is not None and not 0 < getattr(args, name) < numpy.inf:
             parser.error(f"--{name} must be positive, got {getattr(args, name)}")
+    # Check that there are folders to write to
     for name in "output", "state", "save":
         folder = os.path.dirname(os.path.abspath(getattr(args, name) or ""))
         while name == "save" and not os.path.lexists(folder):
@@ -159,6 +120,7 @@ def examine(path: str, boxsize: float | None) -> tuple[str, tuple[int, ...], NDA
             f"{path}: the size of the box is not known; "
             "give --boxsize in Mpc/h, or an array 'BoxSize' in a .npz file"
         )
+
     if kind == "positions":
         box = sides[0] if (sides == sides[0]).all() else sides.tolist()
         outside = numpy.flatnonzero((array < 0).any(axis=1) | (array > sides).any(axis=1))
@@ -188,6 +150,7 @@ def open_array(path: str, boxsize: float | None = None) -> tuple[NDArray[Any], N
     if isinstance(file, numpy.ndarray):
         return file, sides
     names = [name for name in ("density", "positions") if name in file.files]
+
     if len(names) != 1:
         raise ValueError(f"{path}: expected one array named 'density' or 'positions', found {file.files}")
     if sides is None and "BoxSize" in file.files:
@@ -228,6 +191,7 @@ def observe(args: argparse.Namespace, comm: Any) -> Any:
     else:
         mine = slice(comm.rank * shape[0] // comm.size, (comm.rank + 1) * shape[0] // comm.size)
     array = run_together(comm, lambda: numpy.array(open_array(args.source)[0][mine], dtype="f8"))
+
     if kind == "density":
         d = pm.create(type="real", value=array)
     else:
@@ -284,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (MemoryError, OSError, TypeError, ValueError) as error:
             say(f"error: {error}")
             return 2
+
         forward = model(pm)
         if data is not None:
             say(
@@ -300,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         optimizer = LBFGS(maxiter=args.maxiter)
         problem = cosmo4d.reconstruction_problem(forward, data, args.smoothing, describe(args, data))
         monitor = autosave(args.state) if args.state else None
+
         try:
             state = load_state(args.state, pm, problem, args.accept_changes) if args.state else None
             if state is not None:
@@ -317,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"error: the state cannot be used: {error}")
             say("(--accept-changes goes on from a state of another minimisation)" * ("before," in str(error)))
             return 2
+
         if args.state:
             state.save(args.state)
         say(state.history)
@@ -330,10 +297,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             curves["final density, against the truth"] = shells.compare(final, data.clean)
         else:
             curves["final density, against the data"] = shells.compare(final, data.d)
+
         for title, (r, t) in curves.items():
             say(f"\n{title}\n{'k [h/Mpc]':>10} {'r(k)':>8} {'t(k)':>8}")
             for i in spread(len(shells.k), 12):
                 say(f"{shells.k[i]:10.4f} {r[i]:8.4f} {t[i]:8.4f}")
+
         if args.save:
             data.save(args.save)
             cosmo4d.save_field(os.path.join(args.save, "white_noise.npy"), state.x)
@@ -363,14 +332,7 @@ def spread(n: int, most: int) -> list[int]:
 
 
 def draw(
-    path: str,
-    pm: Any,
-    data: Any,
-    x: Any,
-    final: Any,
-    shells: Any,
-    curves: dict[str, Any],
-    say: Callable[..., None],
+    path: str, pm: Any, data: Any, x: Any, final: Any, shells: Any, curves: Any, say: Callable[..., None]
 ) -> None:
     """Make the picture. Collective; rank 0 writes."""
     from vmad_lit.contrib import cosmo4d
@@ -411,22 +373,15 @@ def draw(
             reference: Any = images["reconstruction" if centre else "linear modes: reconstruction"]
             width = 2.5 * max(numpy.std(reference), 1e-12)
             extent = [0, pm.BoxSize[1], 0, pm.BoxSize[0]]
-            ax.imshow(
-                image,
-                origin="lower",
-                extent=extent,
-                vmin=centre - width,
-                vmax=centre + width,
-                cmap="magma" if centre else "RdBu_r",
-            )
+            colours = dict(vmin=centre - width, vmax=centre + width, cmap="magma" if centre else "RdBu_r")
+            ax.imshow(image, origin="lower", extent=extent, **colours)
             ax.set(title=title, xticks=[], yticks=[])
+
         ax = axes.flat[-1]
         for (title, (r, t)), colour in zip(curves.items(), ("C0", "C1")):
             ax.plot(shells.k, r, colour, label=f"r(k), {title.partition(',')[0]}")
             ax.plot(shells.k, t, colour, linestyle="--", label=f"t(k), {title.partition(',')[0]}")
-        ax.set(
-            xlabel="k [h/Mpc]", xlim=(0, None), ylim=(0, 1.1), title="cross-correlation, transfer function"
-        )
+        ax.set(xlabel="k [h/Mpc]", xlim=(0, None), ylim=(0, 1.1), title="correlation, transfer function")
         ax.legend(fontsize="small")
         for ax in axes.flat[len(images) : -1]:
             ax.axis("off")

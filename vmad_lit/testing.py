@@ -1,7 +1,7 @@
 """Tests of derivatives, in one line each: the dot-product test, the Taylor test, and a test of
 independence of the number of ranks.
 
-`check` proves an operator (or a model, or a function that builds one) at given inputs.
+`check` verifies an operator (or a model, or a function that builds one) at given inputs.
 `BaseScalarTest` and `BaseVectorTest` are bases for test classes, which compare with finite
 differences.
 """
@@ -19,19 +19,21 @@ from typing import Any
 import numpy
 from numpy.typing import ArrayLike, NDArray
 
-from .core import declaration
-from .core.branches import Branches, UntakenBranch, codes_of, describe_branch
 from .core.error import BadArgument, BrokenPrimitive, ExecutionError, did_you_mean, needed_for
 from .core.execution import Plan, Slots, Step, collect, describe
-from .core.model import Builder, Model
 from .core.graph import Graph, Node
-from .core.handover import duplicate
+from .core.model import Builder, Model
 from .core.operator import InstanceOperator, Operator, Primitive, ZeroGradient, operator
-from .core.ownership import with_steps
-from .core.runs import Run, current_run
 from .core.symbol import BaseSymbol, List, Value, leaves
 from .core.tape import Tape
-from .core.valuetypes import value_type
+from .core.valuetypes import ValueType, value_type
+
+# Import what the other tests look into
+from .core import declaration
+from .core.branches import Branches, UntakenBranch, codes_of, describe_branch
+from .core.handover import duplicate
+from .core.ownership import with_steps
+from .core.runs import Run, current_run
 
 Array = NDArray[Any]
 Values = dict[str, Value]  # by the names of variables
@@ -55,6 +57,7 @@ def inner(a: Value, b: Value, comm: Comm = None) -> float:
     if isinstance(a, (list, tuple)) or isinstance(b, (list, tuple)):
         return sum((inner(p, q, comm) for p, q in zip(a, b, strict=True)), 0.0)
     values = value_type(a)
+    # Sum the inner product over the ranks that share the value
     total, own = values.inner(a, b), values.comm(a)
     if own is not None:
         return own.allreduce(total)
@@ -112,12 +115,15 @@ class Trial:
     model : Model
     init : dict
         The values of the inputs.
+    given : dict
+        The arguments of the subject.
     varied : list of str
         The names of the inputs with respect to which derivatives are tested.
     """
 
     model: Any
     init: Values
+    given: Values
     varied: list[str]
 
     def __init__(
@@ -131,24 +137,20 @@ class Trial:
         seed: int = 20,
     ) -> None:
         self.name = getattr(subject, "__name__", None) or repr(subject)
-        self.comm = comm
-        self.replicated = {replicated} if isinstance(replicated, str) else set(replicated)
-        self.seed = seed
-        constant = {constant} if isinstance(constant, str) else set(constant)
-        self.arguments: list[str] = []
+        self.comm, self.seed = comm, seed
+        self.replicated, constant = set_of(replicated), set_of(constant)
+        # Put the subject into a model
         if isinstance(subject, Graph):
             self.model, self.init = subject, dict(*args, **kwargs)
-            self.arguments = list(subject._inputs)
-            check_known(self.name, "input", self.init, self.arguments)
+            check_known(self.name, "input", self.init, subject._inputs)
+            self.given = {name: self.init.get(name) for name in subject._inputs}
         else:
-            self.init = {}
+            self.init, self.given = {}, {}
             self.model = self._build(subject, args, kwargs, constant)
-        names = dict.fromkeys([*self.arguments, *self.init])
+        names = dict.fromkeys([*self.given, *self.init])
         check_known(self.name, "argument", constant, names)
         check_known(self.name, "argument or result", self.replicated, [*names, *self.model._outputs])
-        self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
-        if not self.varied:
-            raise BadArgument(f"{self.name} has no input that could be varied; given were {list(self.init)}")
+        self.varied = self._varied(constant)
         # Run the model with a tape
         vout = list(self.model._outputs)
         self.out, self.tape = self.model.compute(vout, self.init, return_tape=True, return_dict=True)
@@ -156,7 +158,7 @@ class Trial:
         known = precisions(
             [self.init[name] for name in self.varied], [self.out[name] for name in self.results]
         )
-        self.eps = max(known, default=float(numpy.finfo("f8").eps))
+        self.eps = max(known, default=EPS)
         self.uniform = len(known) == 1
 
     def _build(
@@ -168,15 +170,15 @@ class Trial:
                 if isinstance(subject, InstanceOperator):
                     args = (subject.instance, *args)
                     subject = subject.base
-                given, places = subject._bind(args, kwargs)
-                self.arguments = list(given)
+                arguments, places = subject._bind(args, kwargs)
+                self.given = dict(arguments)
                 for name in subject.ain:
-                    if is_differentiable(given[name]) and name not in constant:
-                        given[name] = self._symbols(m, name, given[name])
-                result = subject(**given, **places)
+                    if is_differentiable(arguments[name]) and name not in constant:
+                        arguments[name] = self._symbols(m, name, arguments[name])
+                result = subject(**arguments, **places)
             else:
                 bound = bind(self.name, subject, args, kwargs)
-                self.arguments = [*bound.arguments, *bound.kwargs]
+                self.given = {**bound.arguments, **bound.kwargs}
                 for name, x in bound.arguments.items():
                     if is_differentiable(x) and name not in constant:
                         bound.arguments[name] = self._symbols(m, name, x)
@@ -196,6 +198,17 @@ class Trial:
             return List([self._symbols(m, f"{name}[{i}]", item) for i, item in enumerate(x)])
         self.init[name] = x
         return m.input(name)
+
+    def _varied(self, constant: set[str]) -> list[str]:
+        """The names of the inputs that vary; BadArgument, if there are none."""
+        varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
+        if not varied:
+            given = ", ".join(describe_fixed(name, x, name in constant) for name, x in self.given.items())
+            raise BadArgument(
+                f"{self.name} has no input that could be varied; expected was a number, an array of numbers, a list "
+                f"of these, or a value that consists of such parts, and given was {given or 'nothing'}"
+            )
+        return varied
 
     def _direction(self, name: str, x: Value) -> Value:
         partitioned = self.comm is not None and name.strip("_").split("[")[0] not in self.replicated
@@ -229,23 +242,26 @@ class Trial:
 
     def jvp(self, tangents: Values) -> Values:
         """Tangents of the results, from tangents of some of the inputs."""
+        return self._push(self.tape, tangents)
+
+    def _push(self, tape: Tape, tangents: Values) -> Values:
         init = {name + "_": tangents.get(name, ZeroGradient) for name in self.model._inputs}
-        out = self.tape.get_jvp().compute([name + "_" for name in self.results], init, return_dict=True)
+        out = tape.get_jvp().compute([name + "_" for name in self.results], init, return_dict=True)
         return {name: out[name + "_"] for name in self.results}
 
     def vjp(self, cotangents: Values) -> Values:
         """Cotangents of the inputs, from cotangents of some of the results."""
         return self._pull(self.tape, cotangents)
 
-    def vjp_at(self, init: Values, cotangents: Values) -> Values:
-        """Cotangents of the inputs in another run of the model."""
-        _, tape = self.model.compute(list(self.model._outputs), init, return_tape=True)
-        return self._pull(tape, cotangents)
-
     def _pull(self, tape: Tape, cotangents: Values) -> Values:
         init = {"_" + name: cotangents.get(name, ZeroGradient) for name in self.model._outputs}
         out = tape.get_vjp().compute(["_" + name for name in self.varied], init, return_dict=True)
         return {name: out["_" + name] for name in self.varied}
+
+    def vjp_at(self, init: Values, cotangents: Values) -> Values:
+        """Cotangents of the inputs in another run of the model."""
+        _, tape = self.model.compute(list(self.model._outputs), init, return_tape=True)
+        return self._pull(tape, cotangents)
 
     def hvp(self, cotangents: Values, tangents: Values) -> Values:
         """The change of the cotangents of the inputs along tangents, at fixed cotangents of the results."""
@@ -253,6 +269,29 @@ class Trial:
         init.update({"_" + name: cotangents.get(name, ZeroGradient) for name in self.model._outputs})
         out = self.tape.get_hvp().compute([f"_{name}_" for name in self.varied], init, return_dict=True)
         return {name: out[f"_{name}_"] for name in self.varied}
+
+
+EPS = float(numpy.finfo("f8").eps)
+
+
+def set_of(names: Names) -> set[str]:
+    return {names} if isinstance(names, str) else set(names)
+
+
+def describe_fixed(name: str, x: Value, constant: bool) -> str:
+    """An argument that does not vary, and why, if it is not plain to see."""
+    kind = type(x)
+    known = kind.__module__ in ("builtins", "numpy") or type(value_type(x)) is not ValueType
+    if constant:
+        why = " (held constant)"
+    elif known:
+        why = ""
+    else:
+        why = (
+            f", a type whose parts are not known; make them known by a ValueType with a method take_apart, "
+            f"which is registered by vmad_lit.core.valuetypes.register({kind.__name__})"
+        )
+    return f"'{name}': {describe(x)}{why}"
 
 
 def check_known(subject: str, what: str, names: Iterable[str], known: Collection[str]) -> None:
@@ -267,10 +306,10 @@ def bind(name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> ins
     try:
         return inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:
-        options = [
-            key for key in inspect.signature(check).parameters if key not in ("subject", "args", "kwargs")
-        ]
-        raise BadArgument(f"{name}: {error}; options of the test are {', '.join(options)}") from None
+        raise BadArgument(f"{name}: {error}; options of the test are {', '.join(OPTIONS)}") from None
+
+
+OPTIONS = "truth", "comm", "replicated", "constant", "seed", "rtol", "steps", "allow_zero"
 
 
 def check_dot_product(
@@ -322,44 +361,39 @@ def dot_products(trial: Trial, rtol: float | None = None, allow_zero: bool = Fal
     check_rtol(rtol)
     v, w = trial.tangents(), trial.cotangents()
     rtol = trial.eps**0.6 if rtol is None else rtol
+    Jv, JTw = trial.jvp(v), trial.vjp(w)
+    scale = max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
+    # Compare the two sides for each input and each result
     pushed = {name: trial.jvp({name: v[name]}) for name in trial.varied}
     pulled = {name: trial.vjp({name: w[name]}) for name in trial.results}
-    Jv, JTw = trial.jvp(v), trial.vjp(w)
-    rounding = trial.eps * max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
     for x in trial.varied:
         for y in trial.results:
-            # Compare the two sides for one input and one result
-            left = trial.inner(y, w[y], pushed[x][y])
-            right = trial.inner(x, pulled[y][x], v[x])
-            scale = max(
+            bound = max(
                 trial.norm({y: w[y]}) * trial.norm({y: pushed[x][y]}),
                 trial.norm({x: pulled[y][x]}) * trial.norm({x: v[x]}),
             )
-            if not abs(left - right) <= rtol * scale + rounding:
-                raise AssertionError(
-                    describe_products(trial.name, x, y, left, right, rtol * scale + rounding)
-                )
+            left = trial.inner(y, w[y], pushed[x][y])
+            right = trial.inner(x, pulled[y][x], v[x])
+            assert_equal_products(trial, x, y, left, right, rtol * bound + trial.eps * scale)
     left = sum(trial.inner(y, w[y], Jv[y]) for y in trial.results)
     right = sum(trial.inner(x, JTw[x], v[x]) for x in trial.varied)
-    scale = max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
-    if not abs(left - right) <= rtol * scale:
-        raise AssertionError(
-            describe_products(trial.name, "all inputs", "all results", left, right, rtol * scale)
-        )
+    assert_equal_products(trial, "all inputs", "all results", left, right, rtol * scale)
     if scale == 0 and not allow_zero:
         raise AssertionError(f"{trial.name}: all derivatives vanish here, so that this test proves nothing")
     return left, right
 
 
-def describe_products(name: str, x: str, y: str, left: float, right: float, allowed: float) -> str:
-    return (
-        f"{name}: jvp and vjp disagree on d({y})/d({x}): "
-        f"<w, J v> = {left:.12g} and <J^T w, v> = {right:.12g}; "
-        f"they differ by {abs(left - right):.3g}, expected at most {allowed:.3g}"
-    )
+def assert_equal_products(trial: Trial, x: str, y: str, left: float, right: float, allowed: float) -> None:
+    if not abs(left - right) <= allowed:
+        raise AssertionError(
+            f"{trial.name}: jvp and vjp disagree on d({y})/d({x}): "
+            f"<w, J v> = {left:.12g} and <J^T w, v> = {right:.12g}; "
+            f"they differ by {abs(left - right):.3g}, expected at most {allowed:.3g}"
+        )
 
 
 Remainders = namedtuple("Remainders", "steps, zeroth, first, floor")
+
 Remainders.__doc__ = """Remainders of Taylor's expansion, |f(x + h v) - f(x)| and
 |f(x + h v) - f(x) - h J v| for steps h, and their rounding errors."""
 
@@ -401,8 +435,8 @@ def expand(
         check_steps(steps)
     else:
         steps = (1e-2 * 0.25 ** numpy.arange(6)) if space.eps < 1e-10 else 0.1 * 0.5 ** numpy.arange(5)
-    relative = space.norm({name: x[name] for name in v}) / (space.norm(v) or 1.0)
-    sensitivity = space.norm(Jv) * max(1.0, relative)
+    # Take smaller and smaller steps
+    stretched = sensitivity(space, x, v, Jv)
     zeroth, first, floor = [], [], []
     for h in map(float, steps):
         shifted = function({**x, **{name: step(x[name], h, direction) for name, direction in v.items()}})
@@ -410,12 +444,18 @@ def expand(
         rest = {name: step(change[name], -h, Jv[name]) for name in Jv}
         zeroth.append(space.norm(change))
         first.append(space.norm(rest))
-        floor.append(32 * space.eps * (space.norm(shifted) + sensitivity))
+        floor.append(32 * space.eps * (space.norm(shifted) + stretched))
     return Remainders(numpy.asarray(steps), numpy.array(zeroth), numpy.array(first), numpy.array(floor))
 
 
+def sensitivity(space: Trial, x: Values, v: Values, Jv: Values) -> float:
+    """The norm of the change of a result for a change of inputs as large as these are (or as v, if that is larger)."""
+    relative = space.norm({name: x[name] for name in v}) / (space.norm(v) or 1.0)
+    return space.norm(Jv) * max(1.0, relative)
+
+
 def check_steps(steps: Any) -> None:
-    """Refuse steps from which no slope can be told: it takes two slopes, and smaller and smaller steps."""
+    """Refuse steps from which no slope can be read: it takes two slopes, and smaller and smaller steps."""
     h = numpy.asarray(steps)
     if h.ndim != 1 or h.dtype.kind not in "iuf" or len(h) < 3:
         raise BadArgument(f"steps are at least three numbers, so that there are two slopes; got {steps!r}")
@@ -429,6 +469,22 @@ def rates_of(r: Remainders, which: str = "first") -> Array:
     with numpy.errstate(divide="ignore", invalid="ignore"):
         rates = numpy.log(R[:-1] / R[1:]) / numpy.log(r.steps[:-1] / r.steps[1:])
     return numpy.where(R[1:] <= r.floor[1:], numpy.inf, rates)
+
+
+def converges(r: Remainders, order: float) -> bool:
+    """Whether the remainder falls at the rate `order`, as far as two rates can be told from rounding."""
+    if not numpy.isfinite(r.first).all():
+        return False
+    above = r.first[1:] > r.floor[1:]
+    ratios = (r.first[:-1] + r.floor[:-1])[above] / (r.first[1:] - r.floor[1:])[above]
+    rates = numpy.log(ratios) / numpy.log(r.steps[:-1] / r.steps[1:])[above]
+    return len(rates) < 2 or bool(rates[-1] > order - 0.25) or bool(numpy.median(rates) > order - 0.1)
+
+
+def describe_slopes(r: Remainders, order: float, remainder: str = "|f(x + h v) - f(x) - h J v|") -> str:
+    rows = ", ".join(f"h={h:.1e}: {R:.3e}" for h, R in zip(r.steps, r.first))
+    slopes = ", ".join(f"{rate:.2f}" for rate in rates_of(r))
+    return f"the remainder {remainder} falls with slopes {slopes}, expected {order} ({rows})"
 
 
 def check_taylor(
@@ -473,30 +529,23 @@ def taylor_rates(
             f"{trial.name}: the jvp is not the derivative with respect to "
             f"{', '.join(wrong or trial.varied)}; " + describe_slopes(r, order)
         )
-    slope = trial.norm(trial.jvp(trial.tangents()))
-    if not allow_zero and slope == 0:
+    # Refuse to pass a test without power
+    v = trial.tangents()
+    Jv = trial.jvp(v)
+    if not allow_zero and trial.norm(Jv) == 0:
         raise AssertionError(f"{trial.name}: all derivatives vanish here, so that this test proves nothing")
-    if slope > 0 and steps is not None and not (r.zeroth > r.floor).any():
-        raise AssertionError(
-            f"{trial.name}: the steps are so small that all changes are lost in rounding, and this test proves nothing"
-        )
+    check_power(trial, r, v, Jv)
     return rates_of(r)
 
 
-def converges(r: Remainders, order: float) -> bool:
-    """Whether the remainder falls at the rate `order`, as far as two rates can be told from rounding."""
-    if not numpy.isfinite(r.first).all():
-        return False
-    above = r.first[1:] > r.floor[1:]
-    ratios = (r.first[:-1] + r.floor[:-1])[above] / (r.first[1:] - r.floor[1:])[above]
-    rates = numpy.log(ratios) / numpy.log(r.steps[:-1] / r.steps[1:])[above]
-    return len(rates) < 2 or bool(rates[-1] > order - 0.25) or bool(numpy.median(rates) > order - 0.1)
-
-
-def describe_slopes(r: Remainders, order: float, remainder: str = "|f(x + h v) - f(x) - h J v|") -> str:
-    rows = ", ".join(f"h={h:.1e}: {R:.3e}" for h, R in zip(r.steps, r.first))
-    slopes = ", ".join(f"{rate:.2f}" for rate in rates_of(r))
-    return f"the remainder {remainder} falls with slopes {slopes}, expected {order} ({rows})"
+def check_power(trial: Trial, r: Remainders, v: Values, Jv: Values) -> None:
+    """Refuse a test in which all changes are lost in rounding, unless the derivative is mere rounding, too."""
+    value = trial.norm({name: trial.out[name] for name in Jv})
+    if sensitivity(trial, trial.init, v, Jv) > 1000 * trial.eps * value and not (r.zeroth > r.floor).any():
+        raise AssertionError(
+            f"{trial.name}: the steps are so small that all changes are lost in rounding, and this test proves "
+            "nothing; larger ones can be given as steps="
+        )
 
 
 def check_gradient(
@@ -525,26 +574,30 @@ def check_gradient(
     array
         The slopes between successive steps; infinite where the remainder is mere rounding.
     """
+    # Find the objective and its gradient
     if gradient is None:
         trial = Trial(objective, args, kwargs, comm, replicated, constant, seed)
         (y,) = trial.results
-        function, values, g = trial.value, trial.out, trial.vjp({y: 1.0})
+        g = trial.vjp({y: 1.0})
     else:
         y = "y"
         trial = Numeric(objective, args, kwargs, comm, replicated, constant, seed)
-        function, values, g = trial.value, trial.out, trial.gradient(gradient)
-    if numpy.ndim(values[y]) != 0 or isinstance(values[y], complex):
+        g = trial.gradient(gradient)
+    # Refuse an objective that is no real number
+    value = trial.out[y]
+    if numpy.ndim(value) != 0 or isinstance(value, complex):
         raise BadArgument(
-            f"the objective is not a real number but {type(values[y]).__name__} "
-            f"of shape {numpy.shape(values[y])}"
+            f"the objective is not a real number but {type(value).__name__} of shape {numpy.shape(value)}"
         )
+    # Expand the objective along a direction
     v = trial.tangents()
     slope = sum(trial.inner(name, g[name], v[name]) for name in v)
-    r = expand(trial, function, values, {y: slope}, trial.init, v, steps)
+    r = expand(trial, trial.value, trial.out, {y: slope}, trial.init, v, steps)
     if not converges(r, order):
         raise AssertionError(
             f"{trial.name}: the gradient is not the derivative of the objective; " + describe_slopes(r, order)
         )
+    check_power(trial, r, v, {y: slope})
     return rates_of(r)
 
 
@@ -556,19 +609,18 @@ class Numeric(Trial):
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        comm: Comm = None,
-        replicated: Names = (),
-        constant: Names = (),
-        seed: int = 20,
+        comm: Comm,
+        replicated: Names,
+        constant: Names,
+        seed: int,
     ) -> None:
         self.name = getattr(function, "__name__", None) or repr(function)
-        self.comm, self.seed = comm, seed
-        self.replicated = {replicated} if isinstance(replicated, str) else set(replicated)
+        self.comm, self.seed, self.replicated = comm, seed, set_of(replicated)
         self.function, self.kwargs = function, kwargs
-        self.init = {f"x{i}": x for i, x in enumerate(args)}
-        self.varied = [name for name, x in self.init.items() if is_differentiable(x) and name not in constant]
+        self.init = self.given = {f"x{i}": x for i, x in enumerate(args)}
+        self.varied = self._varied(set_of(constant))
         self.out, self.results = self.value(self.init), ["y"]
-        self.eps = max(precisions(list(self.init.values())), default=float(numpy.finfo("f8").eps))
+        self.eps = max(precisions(list(self.init.values())), default=EPS)
 
     def value(self, init: Values) -> Values:
         return {"y": self.function(*init.values(), **self.kwargs)}
@@ -799,9 +851,9 @@ def run_and_sweep(trial: Trial, give: bool = False) -> tuple[Values, Values, Val
     init, given = copies(trial.init), copies(trial.init)
     out, _ = trial.model._run(names, init, donated=tuple(init) if give else ())
     recorded, tape = trial.model._run(names, given, record=True, donated=tuple(given) if give else ())
+    # Sweep over a tape that is consumed
     before = copies(recorded)
     tape.consume()
-    # Sweep over a tape that is consumed
     cotangents = copies({name: w.get(name, ZeroGradient) for name in names}, "_")
     pulled, _ = tape.get_vjp()._run(
         ["_" + name for name in trial.varied], cotangents, donated=tuple(cotangents) if give else ()
@@ -857,13 +909,6 @@ def check_ownership(
         prove_ownership(Trial(subject, args, kwargs, comm, replicated, constant, seed))
 
 
-def tell_branches(trial: Trial, branches: Branches) -> None:
-    """Warn about decisions in the functions of operators that went only one way."""
-    for code, line in branches.untaken():
-        message = f"{trial.name}: this test saw only one side of {describe_branch(code, line)}; check the other side, too"
-        warnings.warn(message, UntakenBranch, stacklevel=3)
-
-
 def primitives_of(graph: Graph) -> Iterator[Primitive]:
     """The functions of the operators in a model that nobody vouches for, also of those inside of other operators."""
     for node in graph:
@@ -878,17 +923,19 @@ def primitives_of(graph: Graph) -> Iterator[Primitive]:
             )
 
 
+def tell_branches(trial: Trial, branches: Branches) -> None:
+    """Warn about decisions in the functions of operators that went only one way."""
+    for code, line in branches.untaken():
+        message = f"{trial.name}: this test saw only one side of {describe_branch(code, line)}; check the other side, too"
+        warnings.warn(message, UntakenBranch, stacklevel=3)
+
+
 def prove_tapes(trial: Trial, v: Values, w: Values) -> None:
     """Assert that a sweep needs nothing but its tape: two tapes give what each gives alone."""
-    points = [trial.init, trial.init | {name: step(trial.init[name], 1e-3, x) for name, x in v.items()}]
-    names = list(trial.model._outputs)
-
-    def run(init: Values) -> Tape:
-        tape: Tape = trial.model.compute(names, init, return_tape=True)[1]
-        return tape
-
-    alone = [trial._pull(run(init), w) for init in points]
-    for tape, expected in zip([run(init) for init in points], alone):
+    points = [trial.init, nearby(trial, v)]
+    alone = [trial._pull(tape_of(trial, init), w) for init in points]
+    for tape, expected in zip([tape_of(trial, init) for init in points], alone):
+        # Compare the cotangents of this tape with those expected
         got, scale = trial._pull(tape, w), trial.norm(expected)
         rest = trial.norm({name: step(got[name], -1.0, x) for name, x in expected.items()})
         if not rest <= trial.eps**0.8 * scale:
@@ -896,6 +943,31 @@ def prove_tapes(trial: Trial, v: Values, w: Values) -> None:
                 f"{trial.name}: the vjp of one run is another one after a second run; something that the derivative "
                 "needs is kept outside of the tape"
             )
+
+
+def nearby(trial: Trial, v: Values) -> Values:
+    """Values of the inputs that are a little away from those of the trial."""
+    return trial.init | {name: step(trial.init[name], 1e-3, x) for name, x in v.items()}
+
+
+def tape_of(trial: Trial, init: Values) -> Tape:
+    """The tape of a run of its own."""
+    tape: Tape = trial.model.compute(list(trial.model._outputs), init, return_tape=True)[1]
+    return tape
+
+
+def prove_second_run(trial: Trial, v: Values, w: Values, rtol: float | None) -> None:
+    """Assert that jvp and vjp agree after a second run as well, elsewhere, where no value of the first helps."""
+    tape = tape_of(trial, nearby(trial, v))
+    Jv, JTw = trial._push(tape, v), trial._pull(tape, w)
+    left = sum(trial.inner(y, w[y], Jv[y]) for y in trial.results)
+    right = sum(trial.inner(x, JTw[x], v[x]) for x in trial.varied)
+    scale = max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
+    if not abs(left - right) <= (trial.eps**0.6 if rtol is None else rtol) * scale:
+        raise AssertionError(
+            f"{trial.name}: jvp and vjp agree in the first run and not in a second one, at other values; "
+            "something that a derivative needs is kept from the first"
+        )
 
 
 @contextmanager
@@ -935,6 +1007,7 @@ def check_recomputation(comm: Comm = None, rtol: float | None = None) -> Iterato
     memory = Memory(rtol)
     with other_steps(memory.watch):
         yield
+    # Raise the same error on all ranks
     found = [memory.found] if comm is None else comm.allgather(memory.found)
     for rank, message in enumerate(found):
         if message:
@@ -990,6 +1063,7 @@ def differ_by_rounding(x: Value, y: Value, rtol: float | None) -> bool:
 
 
 Report = namedtuple("Report", "value, rates, products, second")
+
 Report.__doc__ = """What `check` saw: the value, the slopes of the Taylor test, the two sides of the
 dot-product test, and the slopes of the Taylor test of the gradient, or None if an operator offers no
 hvp."""
@@ -1008,14 +1082,14 @@ def check(
     allow_zero: bool = False,
     **kwargs: Any,
 ) -> Report:
-    """Prove an operator, a model, or a function that builds a model, at given inputs.
+    """Verify an operator, a model, or a function that builds a model, at given inputs.
 
     The value is compared with the truth, the jvp with the value by the Taylor test, the vjp with the
     jvp by the dot-product test, and the hvp, where it is offered, with the vjp by `check_second_order`;
     derivatives must fit their values in shape, in being real, and in precision; inputs, tangents and
     cotangents must not be changed; a sweep must need nothing but its tape; and what is declared about arrays
     must be true, see `check_ownership`. A decision in the functions of an operator that went only one way is
-    told by a warning, `UntakenBranch`.
+    reported by a warning, `UntakenBranch`.
 
     Parameters are those of `check_dot_product`, and
 
@@ -1031,6 +1105,7 @@ def check(
     -------
     Report
     """
+    # Remember what was given
     given = [
         x
         for value in (*args, *kwargs.values())
@@ -1058,6 +1133,7 @@ def check(
 def prove(trial: Trial, rtol: float | None, steps: Any, allow_zero: bool) -> tuple[Any, Any, Any]:
     """Assert all that `check` does about a subject, but its value; returns what it saw."""
     v, w = trial.tangents(), trial.cotangents()
+    # Look at what derivatives look like
     left_alone = same_as_before([*v.values(), *w.values()])
     trial.value(trial.init)
     Jv, JTw = trial.jvp(v), trial.vjp(w)
@@ -1070,6 +1146,7 @@ def prove(trial: Trial, rtol: float | None, steps: Any, allow_zero: bool) -> tup
     prove_tapes(trial, v, w)
     rates = taylor_rates(trial, steps, allow_zero=allow_zero)
     products = dot_products(trial, rtol, allow_zero)
+    prove_second_run(trial, v, w, rtol)
     second = offered_second_order_rates(trial, steps, rtol)
     prove_ownership(trial)
     return rates, products, second
@@ -1081,18 +1158,14 @@ def check_value(trial: Trial, name: str, value: Value, expected: Value) -> None:
         for i, (item, y) in enumerate(zip(value, expected, strict=True)):
             check_value(trial, f"{name}[{i}]", item, y)
         return
+    tolerance = dict(rtol=trial.eps**0.8, atol=trial.eps**0.8)
     for item, y in zip(items_of(value), items_of(expected), strict=True):
         if numpy.shape(item) != numpy.shape(y):
             raise AssertionError(
                 f"{trial.name}: '{name}' has shape {numpy.shape(item)}, expected {numpy.shape(y)}"
             )
-        numpy.testing.assert_allclose(
-            item,
-            y,
-            rtol=trial.eps**0.8,
-            atol=trial.eps**0.8,
-            err_msg=f"{trial.name}: the value of '{name}'",
-        )
+        message = f"{trial.name}: the value of '{name}'"
+        numpy.testing.assert_allclose(item, y, **tolerance, err_msg=message)
 
 
 def check_fits(trial: Trial, what: str, derivative: Value, value: Value) -> None:
@@ -1107,8 +1180,7 @@ def check_fits(trial: Trial, what: str, derivative: Value, value: Value) -> None
             )
         for item, x in zip(derivative, value):
             check_fits(trial, what, item, x)
-        return
-    if value_type(value).take_apart(value) is not None:
+    elif value_type(value).take_apart(value) is not None:
         # Compare the parts of a derivative with those of the value
         if value_type(derivative) is not value_type(value):
             raise AssertionError(
@@ -1116,19 +1188,20 @@ def check_fits(trial: Trial, what: str, derivative: Value, value: Value) -> None
             )
         for part, x in zip(items_of(derivative), items_of(value), strict=True):
             check_fits(trial, what, part, x)
-        return
-    if numpy.shape(derivative) != numpy.shape(value):
-        raise AssertionError(
-            f"{trial.name}: the {what} has shape {numpy.shape(derivative)}, expected {numpy.shape(value)}"
-        )
-    if numpy.iscomplexobj(derivative) and not numpy.iscomplexobj(value):
-        raise AssertionError(f"{trial.name}: the {what} is complex, and the value is real")
-    has_dtypes = hasattr(value, "dtype") and hasattr(derivative, "dtype")
-    if trial.uniform and has_dtypes and value.dtype.kind in "fc":
-        if precisions(derivative) != precisions(value):
+    else:
+        # Compare shape, kind and precision
+        if numpy.shape(derivative) != numpy.shape(value):
             raise AssertionError(
-                f"{trial.name}: the {what} has dtype {derivative.dtype}, and the value {value.dtype}"
+                f"{trial.name}: the {what} has shape {numpy.shape(derivative)}, expected {numpy.shape(value)}"
             )
+        if numpy.iscomplexobj(derivative) and not numpy.iscomplexobj(value):
+            raise AssertionError(f"{trial.name}: the {what} is complex, and the value is real")
+        has_dtypes = hasattr(value, "dtype") and hasattr(derivative, "dtype")
+        if trial.uniform and has_dtypes and value.dtype.kind in "fc":
+            if precisions(derivative) != precisions(value):
+                raise AssertionError(
+                    f"{trial.name}: the {what} has dtype {derivative.dtype}, and the value {value.dtype}"
+                )
 
 
 def check_rank_invariance(function: Callable[[Any], Any], comm: Comm = None, rtol: float = 1e-9) -> float:
@@ -1153,14 +1226,14 @@ def check_rank_invariance(function: Callable[[Any], Any], comm: Comm = None, rto
         from mpi4py import MPI
 
     comm = MPI.COMM_WORLD if comm is None else comm
+    # Compute it on all ranks together, and on each alone
     together = collected(function(comm))
     alone = collected(function(MPI.COMM_SELF))
     worst = max(comm.allgather(difference(together, alone)))
     if not worst <= rtol:
         raise AssertionError(
-            f"{getattr(function, '__name__', function)}: the result on {comm.size} ranks differs "
-            f"from that on one, relatively by {worst:.3g}, "
-            f"expected at most {rtol:.3g}"
+            f"{getattr(function, '__name__', function)}: the result on {comm.size} ranks differs from "
+            f"that on one, relatively by {worst:.3g}, expected at most {rtol:.3g}"
         )
     return worst
 

@@ -114,6 +114,7 @@ class MPIChiSquareProblem(Problem):
         preconditioner: Preconditioner | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
+
         if not isinstance(residuals, Iterable):
             raise TypeError(f"residuals must be a list of operators, not {residuals!r}")
         residuals = list(residuals)
@@ -127,6 +128,7 @@ class MPIChiSquareProblem(Problem):
                 raise TypeError(f"{name} must be operators, not {function!r}")
         if not hasattr(comm, "allreduce"):
             raise TypeError(f"comm must be a communicator, such as MPI.COMM_WORLD, not {comm!r}")
+
         self.comm, self.forward_operator, self.residuals = comm, forward_operator, residuals
         # Build the model of the objective
         with Builder() as m:
@@ -249,7 +251,7 @@ class EpochScheduler(dict[int, dict[str, Any]]):
 
 
 class Epoch:
-    """Which epoch of how many: what a monitor of epochs is told."""
+    """Which epoch of how many: what a monitor of epochs is given."""
 
     def __init__(self, epoch: int, nepochs: int) -> None:
         self.epoch, self.nepochs = epoch, nepochs
@@ -330,6 +332,7 @@ class MAPInversion:
         -------
         the most probable signal
         """
+
         epochs = list(range(self.nepochs) if epochs is None else epochs)
         epochs = [whole_number("epochs", epoch, least=0) for epoch in epochs]
         s1, self.states, options = s0, [], dict(vars(self.optimizer))

@@ -14,6 +14,7 @@ from vmad_lit.core.arguments import one_of, positive, real_array, real_number
 from vmad_lit.core.autooperator import AutoOperator
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
+
 from vmad_lit.lib import fastpm, tracers, unary
 from vmad_lit.lib.catalogue import Block, write_together
 from vmad_lit.lib.cosmology import HasMatter
@@ -35,6 +36,13 @@ from vmad_lit.lib.signals import Interrupt
 from vmad_lit.lib.transfer import Transfer
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
 from vmad_lit.contrib.optimize import Accepted, Monitor, Optimizer, Preconditioner, State
+
+
+@autooperator("x -> modes")
+def linear_modes(x: Symbol, power: Callable[[Any], Any], pm: ParticleMesh) -> Symbol:
+    """The linear modes delta_k = sqrt(P(k) / V) w_k of white noise x of unit variance."""
+    unit_modes = fastpm.r2c(on_mesh(x, pm, RealField)) * float(pm.Nmesh.prod()) ** 0.5
+    return fastpm.induce_correlation(unit_modes, power, pm)
 
 
 @autooperator("x -> s, fs")
@@ -87,114 +95,6 @@ def WhiteNoiseOperator(
     modes = linear_modes(x, power, pm)
     _, fs = FastPMOperator(modes, q, stages, cosmology, pm)
     return dict(s=x, fs=fs)
-
-
-@autooperator("x -> modes")
-def linear_modes(x: Symbol, power: Callable[[Any], Any], pm: ParticleMesh) -> Symbol:
-    """The linear modes delta_k = sqrt(P(k) / V) w_k of white noise x of unit variance."""
-    unit_modes = fastpm.r2c(on_mesh(x, pm, RealField)) * float(pm.Nmesh.prod()) ** 0.5
-    return fastpm.induce_correlation(unit_modes, power, pm)
-
-
-@autooperator("s, fs -> y")
-def NLResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value) -> Symbol:
-    """The residual of the density: (fs - d) invN**(1/2), with the inverse variance per cell (a number
-    or a field)."""
-    return (fs - d) * weight(invN)
-
-
-def weight(invN: Value) -> Value:
-    """The square root of an inverse variance: of a number, an array, or a field."""
-    return real_array("invN", getattr(invN, "value", invN), least=0)[()] ** 0.5
-
-
-@autooperator("s, fs -> y")
-def SmoothedNLResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value, scale: float) -> Symbol:
-    """The residual of the density, smoothed with a Gaussian of a given scale (Mpc/h)."""
-    residual = fastpm.apply_transfer(fastpm.r2c(fs - d), gaussian(scale))
-    return fastpm.c2r(residual) * weight(invN)
-
-
-def gaussian(scale: float) -> Transfer:
-    """The transfer function of a Gaussian window."""
-    scale = real_number("scale", scale, least=0)
-
-    def transfer(k: Any) -> Array:
-        return numpy.exp(-0.5 * scale**2 * sum(ki**2 for ki in k))
-
-    return transfer
-
-
-@autooperator("s, fs -> y")
-def LNResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value, floor: float = 0.1) -> Symbol:
-    """The residual of the logarithm of the density, log(floor + fs) - log(floor + d), with negative
-    data taken as 0."""
-    positive("floor", floor)
-    target: Any = numpy.log(floor + numpy.maximum(numpy.asarray(getattr(d, "value", d)), 0.0))
-    target = d.pm.create(type=type(d), value=target) if isinstance(d, Field) else target
-    return (unary.log(fs + floor) - target) * weight(invN)
-
-
-@autooperator("s, fs -> y")
-def WhitePriorOperator(s: Symbol, fs: Symbol) -> Symbol:
-    """The prior of white noise: y = s, so that the sum of squares is |s|^2."""
-    return s * 1.0
-
-
-@autooperator("s, fs -> y")
-def PriorOperator(s: Symbol, fs: Symbol, power: Callable[[Any], Any], pm: ParticleMesh) -> Symbol:
-    """The prior of linear modes with the power spectrum `power`: the sum of squares of y is sum_k V
-    |s_k|^2 / P(k)."""
-    check_power(power, pm)
-    volume, cells = float(pm.BoxSize.prod()), float(pm.Nmesh.prod())
-
-    def transfer(k: Any) -> Array:
-        P = numpy.asarray(power(sum(ki**2 for ki in k) ** 0.5), dtype=float)
-        return numpy.where(P > 0, (volume / cells / numpy.where(P > 0, P, 1.0)) ** 0.5, 0.0)
-
-    return fastpm.c2r(fastpm.apply_transfer(on_mesh(s, pm), transfer))
-
-
-class FastPMVectorSpace(MPIVectorSpace):
-    """Vectors that are pmesh fields, or distributed arrays."""
-
-
-class ChiSquareProblem(MPIChiSquareProblem):
-    """A chi-square problem whose parameters are a field.
-
-    Parameters
-    ----------
-    comm : MPI communicator
-    forward_operator : autooperator
-        From `x` to `s, fs`, with its hyper-parameters bound.
-    residuals : list of autooperators
-        From `s, fs` to `y`, with their hyper-parameters bound.
-    identity : dict, optional
-        What else a saved state is to know the problem by.
-    """
-
-    def __init__(
-        self,
-        comm: MPI.Comm,
-        forward_operator: Callable[..., Any],
-        residuals: Iterable[Callable[..., Any]],
-        identity: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(comm, forward_operator, residuals, FastPMVectorSpace(comm), identity=identity)
-
-    def set_preconditioner(self, kind: Literal["complex", "real"]) -> None:
-        """In which variables to optimise modes: 'complex', the modes themselves, or 'real', the field
-        in configuration space."""
-        one_of("the kind of variables", kind, ("complex", "real"))
-        self.preconditioner = Preconditioner(Pvp=to_real, vPp=to_modes) if kind == "real" else None
-
-
-def to_real(v: BaseComplexField, direction: int = 1) -> RealField:
-    return v.c2r() * float(v.Nmesh.prod()) ** -0.5
-
-
-def to_modes(v: RealField, direction: int = 1) -> BaseComplexField:
-    return v.r2c() * float(v.Nmesh.prod()) ** 0.5
 
 
 class Data:
@@ -324,6 +224,107 @@ def load_field(path: str, pm: ParticleMesh) -> RealField:
     return run_together(pm.comm, read)
 
 
+@autooperator("s, fs -> y")
+def NLResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value) -> Symbol:
+    """The residual of the density: (fs - d) invN**(1/2), with the inverse variance per cell (a number
+    or a field)."""
+    return (fs - d) * weight(invN)
+
+
+def weight(invN: Value) -> Value:
+    """The square root of an inverse variance: of a number, an array, or a field."""
+    return real_array("invN", getattr(invN, "value", invN), least=0)[()] ** 0.5
+
+
+@autooperator("s, fs -> y")
+def SmoothedNLResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value, scale: float) -> Symbol:
+    """The residual of the density, smoothed with a Gaussian of a given scale (Mpc/h)."""
+    residual = fastpm.apply_transfer(fastpm.r2c(fs - d), gaussian(scale))
+    return fastpm.c2r(residual) * weight(invN)
+
+
+def gaussian(scale: float) -> Transfer:
+    """The transfer function of a Gaussian window."""
+    scale = real_number("scale", scale, least=0)
+
+    def transfer(k: Any) -> Array:
+        return numpy.exp(-0.5 * scale**2 * sum(ki**2 for ki in k))
+
+    return transfer
+
+
+@autooperator("s, fs -> y")
+def LNResidualOperator(s: Symbol, fs: Symbol, d: RealField, invN: Value, floor: float = 0.1) -> Symbol:
+    """The residual of the logarithm of the density, log(floor + fs) - log(floor + d), with negative
+    data taken as 0."""
+    positive("floor", floor)
+    target: Any = numpy.log(floor + numpy.maximum(numpy.asarray(getattr(d, "value", d)), 0.0))
+    target = d.pm.create(type=type(d), value=target) if isinstance(d, Field) else target
+    return (unary.log(fs + floor) - target) * weight(invN)
+
+
+@autooperator("s, fs -> y")
+def WhitePriorOperator(s: Symbol, fs: Symbol) -> Symbol:
+    """The prior of white noise: y = s, so that the sum of squares is |s|^2."""
+    return s * 1.0
+
+
+@autooperator("s, fs -> y")
+def PriorOperator(s: Symbol, fs: Symbol, power: Callable[[Any], Any], pm: ParticleMesh) -> Symbol:
+    """The prior of linear modes with the power spectrum `power`: the sum of squares of y is sum_k V
+    |s_k|^2 / P(k)."""
+    check_power(power, pm)
+    volume, cells = float(pm.BoxSize.prod()), float(pm.Nmesh.prod())
+
+    def transfer(k: Any) -> Array:
+        P = numpy.asarray(power(sum(ki**2 for ki in k) ** 0.5), dtype=float)
+        return numpy.where(P > 0, (volume / cells / numpy.where(P > 0, P, 1.0)) ** 0.5, 0.0)
+
+    return fastpm.c2r(fastpm.apply_transfer(on_mesh(s, pm), transfer))
+
+
+class FastPMVectorSpace(MPIVectorSpace):
+    """Vectors that are pmesh fields, or distributed arrays."""
+
+
+class ChiSquareProblem(MPIChiSquareProblem):
+    """A chi-square problem whose parameters are a field.
+
+    Parameters
+    ----------
+    comm : MPI communicator
+    forward_operator : autooperator
+        From `x` to `s, fs`, with its hyper-parameters bound.
+    residuals : list of autooperators
+        From `s, fs` to `y`, with their hyper-parameters bound.
+    identity : dict, optional
+        What else a saved state is to know the problem by.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        forward_operator: Callable[..., Any],
+        residuals: Iterable[Callable[..., Any]],
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(comm, forward_operator, residuals, FastPMVectorSpace(comm), identity=identity)
+
+    def set_preconditioner(self, kind: Literal["complex", "real"]) -> None:
+        """In which variables to optimise modes: 'complex', the modes themselves, or 'real', the field
+        in configuration space."""
+        one_of("the kind of variables", kind, ("complex", "real"))
+        self.preconditioner = Preconditioner(Pvp=to_real, vPp=to_modes) if kind == "real" else None
+
+
+def to_real(v: BaseComplexField, direction: int = 1) -> RealField:
+    return v.c2r() * float(v.Nmesh.prod()) ** -0.5
+
+
+def to_modes(v: RealField, direction: int = 1) -> BaseComplexField:
+    return v.r2c() * float(v.Nmesh.prod()) ** 0.5
+
+
 def reconstruction_problem(
     forward: AutoOperator, data: Data, smoothing: float = 0.0, identity: Mapping[str, Any] | None = None
 ) -> ChiSquareProblem:
@@ -373,6 +374,7 @@ def reconstruct(
     State
         With the white noise in `x`, chi-square in `y`, and the table of iterations in `history`.
     """
+
     problem, d = reconstruction_problem(forward, data, smoothing), data.d
     agree(d.pm.comm, lambda: ("no start" if start is None else check_field(start, RealField, d.pm),))
     if start is None and state is None:

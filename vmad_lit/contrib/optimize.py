@@ -33,105 +33,6 @@ from vmad_lit.lib.signals import Interrupt, current_interrupt
 EPS = float(np.finfo(float).eps)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What an option may be: in words, and as a question."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-    def check(self, name: str, value: Any) -> None:
-        """Raise unless `value` is allowed."""
-        if not self.holds(value):
-            raise ValueError(f"{name} must be {self.words}, got {value!r}")
-
-
-def whole(least: int) -> Rule:
-    """The rule for counts."""
-    return Rule(f"a whole number, {least} or more", lambda v: is_real(v, (int, np.integer)) and v >= least)
-
-
-def is_real(value: Any, kinds: Any = (int, float, np.integer, np.floating)) -> bool:
-    """Whether a value is a number of one of the types, and not a truth value."""
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-SIZE = Rule("a number, 0 or more, and not infinite", lambda v: is_real(v) and 0 <= v < math.inf)
-FRACTION = Rule("a number from 0 to below 1", lambda v: is_real(v) and 0 <= v < 1)
-LENGTH = Rule("a number above 0", lambda v: is_real(v) and v > 0)
-SEARCH = Rule("a line search, such as StrongWolfe()", callable)
-
-
-class Preconditioner:
-    """A change of variables ``z = P x``, in which the optimiser works.
-
-    Parameters
-    ----------
-    Pvp :
-        ``Pvp(v, direction)``: P v for direction 1, the inverse transpose of P times v for direction -1.
-    vPp :
-        ``vPp(v, direction)``: P transposed times v for direction 1, the inverse of P times v for -1.
-    """
-
-    def __init__(self, Pvp: Callable[..., Vector], vPp: Callable[..., Vector]) -> None:
-        self.Pvp = Pvp
-        self.vPp = vPp
-
-    @classmethod
-    def symmetric(cls, apply: Callable[[Vector], Vector], solve: Callable[[Vector], Vector]) -> Self:
-        """The preconditioner of a symmetric P, from functions that apply it and its inverse."""
-
-        def either(v: Vector, direction: int) -> Vector:
-            return apply(v) if direction == 1 else solve(v)
-
-        return cls(either, either)
-
-    @classmethod
-    def diagonal(cls, d: Any) -> Self:
-        """Multiply components by `d`, about the root of the curvature, or one over the expected size."""
-        return cls.symmetric(lambda v: v * d, lambda v: v / d)
-
-    def whiten(self, x: Vector) -> Vector:
-        """``z = P x``."""
-        return self.Pvp(x, direction=1)
-
-    def unwhiten(self, z: Vector) -> Vector:
-        """``x = P^-1 z``."""
-        return self.vPp(z, direction=-1)
-
-    def whiten_gradient(self, g: Vector) -> Vector:
-        """The gradient with respect to z from that with respect to x, ``P^-T g``."""
-        return self.Pvp(g, direction=-1)
-
-    def unwhiten_gradient(self, gz: Vector) -> Vector:
-        """The gradient with respect to x from that with respect to z, ``P^T gz``."""
-        return self.vPp(gz, direction=1)
-
-    def check(self, vs: VectorSpace, x: Vector, g: Vector, rtol: float = 1e-3) -> None:
-        """Raise ValueError unless `Pvp` and `vPp` fit together on the vectors `x` and `g`."""
-        for there, back, v in (
-            (self.whiten, self.unwhiten, x),
-            (self.whiten_gradient, self.unwhiten_gradient, g),
-        ):
-            error = vs.norm(vs.addmul(back(there(v)), v, -1))
-            if not error <= rtol * vs.norm(v):
-                names = f"{there.__name__} and {back.__name__}"
-                raise ValueError(
-                    f"the preconditioner's {names} are not inverses: there and back moves a "
-                    f"vector of length {vs.norm(v):.3g} by {error:.3g}"
-                )
-        length = vs.norm(g)
-        if length == 0:
-            return
-        unit = vs.scale(1 / length, g)
-        after = vs.inner(self.whiten(unit), self.whiten_gradient(unit))
-        if not abs(after - 1) <= rtol:
-            raise ValueError(
-                "the preconditioner's whiten_gradient is not the inverse transpose of its "
-                f"whiten: for a vector u of length 1, <Pu, P^-T u> = {after:.6g}"
-            )
-
-
 class Problem:
     """What is minimised, and in which vector space.
 
@@ -186,10 +87,9 @@ class Problem:
         self.fev = self.gev = self.hev = 0
         self.identity: dict[str, Any] = dict(identity or {})
 
-    def ingredients(self) -> dict[str, Any]:
-        """What tells this problem from others, by name."""
-        kinds = dict(problem=type(self).__qualname__, vectorspace=type(self.vs).__qualname__)
-        return {**kinds, "preconditioner": self.preconditioner, **self.identity}
+    def _visit(self, x: Vector) -> None:
+        if self._point is None or not self.vs.same(x, self._point):
+            self._point, self._value, self._slope = self.vs.copy(x), None, None
 
     def objective(self, x: Vector) -> float:
         """The objective at x, a float that is the same on all ranks."""
@@ -215,9 +115,32 @@ class Problem:
                 raise ValueError("this problem has no gradient; give it a gradient or a value_and_gradient")
         return self._slope
 
+    def _evaluate_both(self, x: Vector) -> float:
+        self.fev += 1
+        self.gev += 1
+        value, slope = self._both(x)
+        self._value, self._slope = self._checked_value(value), self._checked_slope(slope, x)
+        return self._value
+
     def value_and_gradient(self, x: Vector) -> tuple[float, Vector]:
         """The pair (objective, gradient) at x."""
         return self.objective(x), self.gradient(x)
+
+    def _checked_value(self, value: Any) -> float:
+        """What the objective has returned, as a float; its type says how it was rounded."""
+        kind = getattr(value, "dtype", np.dtype(float))
+        self.eps = float(np.finfo(kind).eps) if kind.kind == "f" else EPS
+        return self.vs.replicate(value)
+
+    def _checked_slope(self, slope: Any, x: Vector) -> Vector:
+        """What the gradient has returned, as a vector like x; the caller may write into its own again."""
+        error = None
+        try:
+            slope = self.vs.as_vector(slope, x)
+        except (TypeError, ValueError) as exception:
+            error = type(exception)(f"the gradient must be a vector like x: {exception}")
+        self.vs.agree_on(error)
+        return self.vs.copy(slope)
 
     @property
     def has_hessian(self) -> bool:
@@ -233,32 +156,10 @@ class Problem:
 
     f, g, Hvp = objective, gradient, hessian_vector_product
 
-    def _visit(self, x: Vector) -> None:
-        if self._point is None or not self.vs.same(x, self._point):
-            self._point, self._value, self._slope = self.vs.copy(x), None, None
-
-    def _evaluate_both(self, x: Vector) -> float:
-        self.fev += 1
-        self.gev += 1
-        value, slope = self._both(x)
-        self._value, self._slope = self._checked_value(value), self._checked_slope(slope, x)
-        return self._value
-
-    def _checked_value(self, value: Any) -> float:
-        """What the objective has returned, as a float; its type tells how it was rounded."""
-        kind = getattr(value, "dtype", np.dtype(float))
-        self.eps = float(np.finfo(kind).eps) if kind.kind == "f" else EPS
-        return self.vs.replicate(value)
-
-    def _checked_slope(self, slope: Any, x: Vector) -> Vector:
-        """What the gradient has returned, as a vector like x; the caller may write into its own again."""
-        error = None
-        try:
-            slope = self.vs.as_vector(slope, x)
-        except (TypeError, ValueError) as exception:
-            error = type(exception)(f"the gradient must be a vector like x: {exception}")
-        self.vs.agree_on(error)
-        return self.vs.copy(slope)
+    def ingredients(self) -> dict[str, Any]:
+        """What distinguishes this problem from others, by name."""
+        kinds = dict(problem=type(self).__qualname__, vectorspace=type(self.vs).__qualname__)
+        return {**kinds, "preconditioner": self.preconditioner, **self.identity}
 
 
 class Point:
@@ -362,6 +263,29 @@ class Line:
         """Armijo's condition, forgiving a rise by `grace` times the value; without grace it must fall."""
         allowed = self.reference + c1 * trial.t * self.start.slope + grace * abs(self.reference)
         return trial.finite() and trial.y <= allowed and (grace > 0 or trial.y < self.reference)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What an option may be: in words, and as a question."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise unless `value` is allowed."""
+        if not self.holds(value):
+            raise ValueError(f"{name} must be {self.words}, got {value!r}")
+
+
+def is_real(value: Any, kinds: Any = (int, float, np.integer, np.floating)) -> bool:
+    """Whether a value is a number of one of the types, and not a truth value."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def whole(least: int) -> Rule:
+    """The rule for counts."""
+    return Rule(f"a whole number, {least} or more", lambda v: is_real(v, (int, np.integer)) and v >= least)
 
 
 class Backtracking:
@@ -480,39 +404,6 @@ class StrongWolfe:
         return low if low.t else None
 
 
-class History(list[dict[str, Any]]):
-    """The table of iterations: a list of dictionaries; ``history['y']`` is a column as an array."""
-
-    FORMATS = {
-        "nit": "5d",
-        "y": "14.7e",
-        "gnorm": "10.3e",
-        "step": "10.3e",
-        "fev": "5d",
-        "gev": "5d",
-        "hev": "5d",
-        "seconds": "8.2f",
-    }
-
-    def __getitem__(self, key: Any) -> Any:
-        return np.array([row[key] for row in self]) if isinstance(key, str) else super().__getitem__(key)
-
-    def _cells(self) -> list[list[str]]:
-        return [[format(row[name], spec) for name, spec in self.FORMATS.items()] for row in self]
-
-    def __str__(self) -> str:
-        widths = [len(format(0, spec)) for spec in self.FORMATS.values()]
-        lines = [list(self.FORMATS)] + self._cells()
-        return "\n".join(" ".join(map(str.rjust, line, widths)) for line in lines)
-
-    def _repr_html_(self) -> str:
-        def row(cells: Iterable[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
-
-        body = "".join(row(cells, "td") for cells in self._cells())
-        return f"<table>{row(self.FORMATS, 'th')}{body}</table>"
-
-
 class State:
     """The state of a minimisation.
 
@@ -542,7 +433,7 @@ class State:
     fingerprint : dict or None
         of the problem, the optimiser and the versions, if the state is that of a minimisation.
     origin : str or None
-        the file that the state comes from, until it is gone on from.
+        the file that the state comes from, until it is continued.
     """
 
     x: Vector
@@ -600,6 +491,7 @@ class State:
         tail = f", {self.message}" if self.message else ""
         return f"<State nit={self.nit} y={self.y:.6g} |g|={self.gnorm:.3g}{tail}>"
 
+    # Save and load a state
     def save(self, path: Path) -> None:
         """Save the state to the file `path` (``.npz``), with another file beside it for each rank above 0.
 
@@ -725,110 +617,43 @@ class State:
         return together(vs.comm, lambda: {name: make(name) for name in names})
 
 
-#: What the attributes of a saved state must be.
-COUNT = Rule("a whole number, 0 or more", lambda v: type(v) is int and v >= 0)
-FINITE = Rule("a finite number", lambda v: is_real(v) and math.isfinite(v))
-TEXT = Rule("a text", lambda v: type(v) is str)
-PLAIN: dict[str, Rule] = {
-    **dict.fromkeys(("nit", "fev", "gev", "hev"), COUNT),
-    **dict.fromkeys(("y", "dy"), FINITE),
-    **dict.fromkeys(("gnorm", "Pgnorm", "Pgnorm0", "xnorm", "dxnorm", "step", "seconds"), SIZE),
-    "unit": Rule("a finite number above 0", lambda v: FINITE.holds(v) and v > 0),
-    **dict.fromkeys(("status", "message", "optimizer"), TEXT),
-    "numbers": Rule("a dictionary of numbers", lambda v: type(v) is dict and not has_nan(v)),
-}
+class History(list[dict[str, Any]]):
+    """The table of iterations: a list of dictionaries; ``history['y']`` is a column as an array."""
+
+    FORMATS = {
+        "nit": "5d",
+        "y": "14.7e",
+        "gnorm": "10.3e",
+        "step": "10.3e",
+        "fev": "5d",
+        "gev": "5d",
+        "hev": "5d",
+        "seconds": "8.2f",
+    }
+
+    def __getitem__(self, key: Any) -> Any:
+        return np.array([row[key] for row in self]) if isinstance(key, str) else super().__getitem__(key)
+
+    def _cells(self) -> list[list[str]]:
+        return [[format(row[name], spec) for name, spec in self.FORMATS.items()] for row in self]
+
+    def __str__(self) -> str:
+        widths = [len(format(0, spec)) for spec in self.FORMATS.values()]
+        lines = [list(self.FORMATS)] + self._cells()
+        return "\n".join(" ".join(map(str.rjust, line, widths)) for line in lines)
+
+    def _repr_html_(self) -> str:
+        def row(cells: Iterable[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+        body = "".join(row(cells, "td") for cells in self._cells())
+        return f"<table>{row(self.FORMATS, 'th')}{body}</table>"
 
 
-def has_nan(value: Any) -> bool:
-    """Whether there is a NaN in lists and dictionaries of numbers."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    return isinstance(value, float) and math.isnan(value) or any(map(has_nan, items))
-
-
-def checked_header(path: str, header: dict[str, Any]) -> dict[str, Any]:
-    """The header of a saved state; StateError if what is in it cannot be that of a state."""
-
-    def need(what: str, holds: bool) -> None:
-        if not holds:
-            raise StateError(f"{path} is damaged: {what}")
-
-    for name, kind in dict(plain=dict, history=list, memory=dict, whitened=bool).items():
-        need(f"its header has no {name}", type(header.get(name)) is kind)
-    need("its header has no fingerprint", isinstance(header.get("fingerprint", 0), dict | None))
-    plain, history = header["plain"], header["history"]
-    for name, rule in PLAIN.items():
-        need(f"it has no {name}", name in plain)
-        need(f"{name} must be {rule.words}, got {plain[name]!r}", rule.holds(plain[name]))
-    for name in plain:
-        need(f"{name!r} is no name of an attribute", name.isidentifier() and not hasattr(State, name))
-    for name, count in header["memory"].items():
-        need(f"the memory has {count!r} vectors {name}", COUNT.holds(count))
-    sound = [
-        type(row) is dict and all(FINITE.holds(row.get(key)) for key in History.FORMATS) for row in history
-    ]
-    need("its history has rows that are none", all(sound))
-    ends = not history or history[-1]["nit"] == plain["nit"]
-    need("its history does not end with the last iteration", ends)
-    return header
-
-
-#: Names of differences that are accepted, as they are told; of a name with dots the beginning is enough. True for all.
-Accepted = bool | str | Iterable[str]
-
-
-def versions() -> dict[str, str]:
-    """The versions of what computes."""
-    python = platform.python_version().rpartition(".")[0]
-    return dict(vmad_lit=__version__, numpy=np.__version__, python=python)
-
-
-def is_accepted(name: str, accept: Accepted) -> bool:
-    """Whether a difference of this name is accepted."""
-    if isinstance(accept, bool):
-        return accept
-    known = [accept] if isinstance(accept, str) else accept
-    return any(name == part or name.startswith((f"{part}.", f"{part}[")) for part in known)
-
-
-def refuse_differences(
-    old: Mapping[str, Any] | None, new: Mapping[str, Any], accept: Accepted, path: str = "the state"
-) -> bool:
-    """Raise StateError for what differs between two fingerprints and is not accepted; tells if the problem does."""
-    if old is None:
-        return False
-    found = {name: told for key in new for name, told in differences(old.get(key), new[key], key).items()}
-    refused = [
-        f"\n  {name}: {before} before, {now} now"
-        for name, (before, now) in found.items()
-        if not is_accepted(name, accept)
-    ]
-    if refused:
-        raise StateError(
-            f"{path} belongs to another minimisation:{''.join(refused)}\n"
-            "to go on from it all the same, accept what differs: accept=True, or a list of names"
-        )
-    return any(name.startswith("problem") for name in found)
-
-
-def has_other_value(problem: Problem, state: State) -> bool:
-    """Whether the objective at the point of a state is another than the state says, by more than rounding."""
-    kinds = [np.result_type(array, np.float32) for array in problem.vs.to_arrays(state.x)]
-    y = problem.objective(state.x)
-    eps = max([problem.eps, *(float(np.finfo(kind).eps) for kind in kinds)])
-    highest = max((abs(row["y"]) for row in state.history), default=0.0)
-    near = max(1e-6, 1e4 * eps) * max(abs(y), abs(state.y)) + 100 * eps * highest
-    return not abs(y - state.y) <= near
-
-
-def autosave(path: Path, every: int = 10) -> Callable[[State], None]:
-    """A monitor that saves the state to `path` at every `every`-th iteration, and when a signal ends the run."""
-
-    def monitor(state: State) -> None:
-        if state.nit % every == 0 or state.status == "signal":
-            state.save(path)
-
-    return monitor
-
+SIZE = Rule("a number, 0 or more, and not infinite", lambda v: is_real(v) and 0 <= v < math.inf)
+FRACTION = Rule("a number from 0 to below 1", lambda v: is_real(v) and 0 <= v < 1)
+LENGTH = Rule("a number above 0", lambda v: is_real(v) and v > 0)
+SEARCH = Rule("a line search, such as StrongWolfe()", callable)
 
 #: What takes the place of the options of the reference's optimisers, those of `abopt`.
 REPLACED = {
@@ -839,7 +664,7 @@ REPLACED = {
     "rate": "the first step is found from the objective and its gradient",
     "regulator": "the first step is found from the objective and its gradient",
     "initradius": "its place is taken by the radius of TrustRegionCG",
-    "minradius": "the region may shrink until the objective is lost in rounding, and that is told",
+    "minradius": "the region may shrink until the objective is lost in rounding, and that is reported",
     "eta1": "its place is taken by the eta of TrustRegionCG",
     "eta2": "the region shrinks below a ratio of 0.25",
     "eta3": "the region grows above a ratio of 0.75",
@@ -853,6 +678,8 @@ REPLACED = {
 
 Monitor = Callable[[State], object]  # may return True to stop
 Proposal = tuple[Point | None, float]  # where to go, None for nowhere, and the length of the step
+#: Names of differences that are accepted, as they are reported; of a name with dots the beginning is enough. True for all.
+Accepted = bool | str | Iterable[str]
 
 
 class Optimizer:
@@ -888,7 +715,7 @@ class Optimizer:
 
     @classmethod
     def unknown(cls, name: str) -> str:
-        """What to say of an option that there is not."""
+        """The message about an option that does not exist."""
         close = difflib.get_close_matches(name, cls.options(), n=1)
         hint = REPLACED.get(name, f"did you mean {close[0]!r}?" if close else "")
         told = f"{cls.__name__} has no option {name!r}"
@@ -945,7 +772,7 @@ class Optimizer:
             a function of the state, or a list of them, called at the start and after each iteration; when
             one returns True (on any rank) the minimisation ends.
         state : State
-            a state to go on from, as returned by this method or by :meth:`State.load`.
+            a state to continue, as returned by this method or by :meth:`State.load`.
         progress : bool
             show a progress bar (on rank 0; needs tqdm).
         accept :
@@ -965,6 +792,7 @@ class Optimizer:
         StateError
             if `state` is that of another problem, or another optimiser, and this is not accepted.
         """
+
         self.check_options()
         if isinstance(x0, State):
             x0, state = None, x0
@@ -977,6 +805,7 @@ class Optimizer:
             x0 = self._take_over(problem, state, identity, accept)
         state.status, state.message, state.fingerprint = "", "", identity
         clock = Clock(problem, state)
+
         # Start, unless the state goes on from where it is
         if fresh or x0 is not None:
             self._start(problem, state, x0)
@@ -1001,6 +830,7 @@ class Optimizer:
         own = {"problem": problem.ingredients(), "optimiser": {"name": type(self).__name__, **options}}
         return {**fingerprint(own, problem.vs.comm), "versions": versions()}
 
+    # Go on from a state
     def _take_over(
         self, problem: Problem, state: State, identity: Mapping[str, Any], accept: Accepted
     ) -> Vector:
@@ -1129,6 +959,11 @@ def first_length(problem: Problem, state: State) -> float:
     return max(length, least) if 0 < max(length, least) < math.inf else 1.0
 
 
+def lost_in_rounding(problem: Problem, state: State, fall: float) -> bool:
+    """Whether a fall of the objective, in the optimiser's unit, cannot be told from the rounding of its value."""
+    return abs(fall) <= 100 * max(problem.eps * abs(state.y), math.ulp(0.0)) * state.unit
+
+
 class Clock:
     """Keeps the counts of evaluations and the seconds of a state, and writes the rows of its history."""
 
@@ -1175,6 +1010,61 @@ class ProgressBar:
             self.bar.close()
 
 
+def versions() -> dict[str, str]:
+    """The versions of what computes."""
+    python = platform.python_version().rpartition(".")[0]
+    return dict(vmad_lit=__version__, numpy=np.__version__, python=python)
+
+
+class GradientDescent(Optimizer):
+    """Steps along the negative gradient, of Barzilai and Borwein's length, safeguarded by backtracking.
+
+    Options besides those of :class:`Optimizer`
+    -------------------------------------------
+    barzilai_borwein : bool
+        take the first trial step from the last change of the gradient; else it is twice the last step.
+    window : int
+        a step must fall below the highest of this many last objectives; 1 for monotonic descent.
+    linesearch :
+        a :class:`Backtracking` or :class:`StrongWolfe`.
+    """
+
+    maxiter: int = 10000
+    barzilai_borwein: bool = True
+    window: int = 10
+    linesearch: Backtracking = Backtracking(shrink=0.25)
+
+    rules = {
+        "barzilai_borwein": Rule("True or False", lambda v: isinstance(v, (bool, np.bool_))),
+        "window": whole(1),
+        "linesearch": SEARCH,
+    }
+
+    def iterate(self, problem: Problem, state: State) -> Proposal | None:
+        """One step downhill."""
+        vs, numbers = problem.vs, state.numbers
+        recent = numbers.setdefault("recent", [state.Py])
+        p, slope = vs.scale(-1.0, state.Pg), -(state.Pgnorm**2)
+        line = Line(problem, state.Px, state.Py, p, slope, reference=max(recent), unit=state.unit)
+        rate = numbers.get("rate") or first_length(problem, state) / state.Pgnorm
+        trial = self.linesearch(line, rate)
+        if trial is None and lost_in_rounding(problem, state, numbers.get("rate", 1.0) * slope):
+            return self.give_up_in_rounding(state)
+        if trial is None:
+            message = "the line search failed: is the gradient right, and the objective smooth?"
+            return self.give_up(state, "failed", message)
+
+        recent.append(trial.y)
+        del recent[: -self.window]
+        numbers["rate"] = 2 * trial.t
+        if self.barzilai_borwein:
+            r = vs.addmul(trial.point.Pg, state.Pg, -1)
+            curvature = vs.inner(p, r)
+            if curvature > 0:
+                numbers["rate"] = trial.t * state.Pgnorm**2 / curvature
+        return trial.point, trial.t * state.Pgnorm
+
+
 class LBFGS(Optimizer):
     """The limited-memory BFGS method (NW algorithm 7.5) with a line search for the strong Wolfe conditions.
 
@@ -1207,6 +1097,30 @@ class LBFGS(Optimizer):
             q = vs.accumulate(q, S[i], alpha[i] - beta)
         return q
 
+    def remember(self, vs: VectorSpace, state: State, point: Point) -> None:
+        """Put the step to `point` into the memory if the curvature along it is positive."""
+        s = vs.addmul(point.Px, state.Px, -1)
+        r = vs.addmul(point.Pg, state.Pg, -1)
+        sr, length = vs.inner(s, r), vs.norm(r)
+        if not sr > self.curvature * vs.norm(s) * length:
+            return
+        S, R, rho = state.vectors["S"], state.vectors["R"], state.numbers["rho"]
+        for memory, new in ((S, s), (R, r), (rho, 1 / sr)):
+            memory.append(new)
+            del memory[: -self.m]
+        state.numbers["gamma"] = sr / length / length
+
+    def forget(self, state: State) -> None:
+        """Empty the memory."""
+        state.vectors.update(S=[], R=[])
+        state.numbers.update(rho=[], gamma=1.0, idle=0)
+
+    def first_step(self, problem: Problem, state: State) -> float:
+        """The first step to try: 1 with a memory; without, one of the length of the last."""
+        if state.vectors["S"]:
+            return 1.0
+        return (state.numbers.get("length") or first_length(problem, state)) / state.Pgnorm
+
     def iterate(self, problem: Problem, state: State) -> Proposal | None:
         """Search along the quasi-Newton direction, or along the gradient if that fails."""
         vs = problem.vs
@@ -1225,6 +1139,7 @@ class LBFGS(Optimizer):
                 return self.give_up_in_rounding(state)
             if not state.vectors["S"]:
                 message = "the line search failed along the gradient: is it right, and the objective smooth?"
+
                 return self.give_up(state, "failed", message)
             self.forget(state)
         self.remember(vs, state, trial.point)
@@ -1233,34 +1148,86 @@ class LBFGS(Optimizer):
         state.numbers["length"] = step
         return trial.point, step
 
-    def forget(self, state: State) -> None:
-        """Empty the memory."""
-        state.vectors.update(S=[], R=[])
-        state.numbers.update(rho=[], gamma=1.0, idle=0)
 
-    def first_step(self, problem: Problem, state: State) -> float:
-        """The first step to try: 1 with a memory; without, one of the length of the last."""
-        if state.vectors["S"]:
-            return 1.0
-        return (state.numbers.get("length") or first_length(problem, state)) / state.Pgnorm
+class Preconditioner:
+    """A change of variables ``z = P x``, in which the optimiser works.
 
-    def remember(self, vs: VectorSpace, state: State, point: Point) -> None:
-        """Put the step to `point` into the memory if the curvature along it is positive."""
-        s = vs.addmul(point.Px, state.Px, -1)
-        r = vs.addmul(point.Pg, state.Pg, -1)
-        sr, length = vs.inner(s, r), vs.norm(r)
-        if not sr > self.curvature * vs.norm(s) * length:
+    Parameters
+    ----------
+    Pvp :
+        ``Pvp(v, direction)``: P v for direction 1, the inverse transpose of P times v for direction -1.
+    vPp :
+        ``vPp(v, direction)``: P transposed times v for direction 1, the inverse of P times v for -1.
+    """
+
+    def __init__(self, Pvp: Callable[..., Vector], vPp: Callable[..., Vector]) -> None:
+        self.Pvp = Pvp
+        self.vPp = vPp
+
+    @classmethod
+    def symmetric(cls, apply: Callable[[Vector], Vector], solve: Callable[[Vector], Vector]) -> Self:
+        """The preconditioner of a symmetric P, from functions that apply it and its inverse."""
+
+        def either(v: Vector, direction: int) -> Vector:
+            return apply(v) if direction == 1 else solve(v)
+
+        return cls(either, either)
+
+    @classmethod
+    def diagonal(cls, d: Any) -> Self:
+        """Multiply components by `d`, about the root of the curvature, or one over the expected size."""
+        return cls.symmetric(lambda v: v * d, lambda v: v / d)
+
+    def whiten(self, x: Vector) -> Vector:
+        """``z = P x``."""
+        return self.Pvp(x, direction=1)
+
+    def unwhiten(self, z: Vector) -> Vector:
+        """``x = P^-1 z``."""
+        return self.vPp(z, direction=-1)
+
+    def whiten_gradient(self, g: Vector) -> Vector:
+        """The gradient with respect to z from that with respect to x, ``P^-T g``."""
+        return self.Pvp(g, direction=-1)
+
+    def unwhiten_gradient(self, gz: Vector) -> Vector:
+        """The gradient with respect to x from that with respect to z, ``P^T gz``."""
+        return self.vPp(gz, direction=1)
+
+    def check(self, vs: VectorSpace, x: Vector, g: Vector, rtol: float = 1e-3) -> None:
+        """Raise ValueError unless `Pvp` and `vPp` fit together on the vectors `x` and `g`."""
+        for there, back, v in (
+            (self.whiten, self.unwhiten, x),
+            (self.whiten_gradient, self.unwhiten_gradient, g),
+        ):
+            error = vs.norm(vs.addmul(back(there(v)), v, -1))
+            if not error <= rtol * vs.norm(v):
+                names = f"{there.__name__} and {back.__name__}"
+                raise ValueError(
+                    f"the preconditioner's {names} are not inverses: there and back moves a "
+                    f"vector of length {vs.norm(v):.3g} by {error:.3g}"
+                )
+        length = vs.norm(g)
+        if length == 0:
             return
-        S, R, rho = state.vectors["S"], state.vectors["R"], state.numbers["rho"]
-        for memory, new in ((S, s), (R, r), (rho, 1 / sr)):
-            memory.append(new)
-            del memory[: -self.m]
-        state.numbers["gamma"] = sr / length / length
+        unit = vs.scale(1 / length, g)
+        after = vs.inner(self.whiten(unit), self.whiten_gradient(unit))
+        if not abs(after - 1) <= rtol:
+            raise ValueError(
+                "the preconditioner's whiten_gradient is not the inverse transpose of its "
+                f"whiten: for a vector u of length 1, <Pu, P^-T u> = {after:.6g}"
+            )
 
 
-def lost_in_rounding(problem: Problem, state: State, fall: float) -> bool:
-    """Whether a fall of the objective, in the optimiser's unit, cannot be told from the rounding of its value."""
-    return abs(fall) <= 100 * max(problem.eps * abs(state.y), math.ulp(0.0)) * state.unit
+def to_the_surface(vs: VectorSpace, p: Vector, d: Vector, radius: float) -> float:
+    """The t > 0 for which ``|p + t d| = radius``, where p is inside; infinite for an infinite radius."""
+    if radius == math.inf:
+        return math.inf
+    size = vs.norm(d)
+    along, inside = vs.inner(p, d) / size / radius, vs.norm(p) / radius
+    rest = (1 - inside) * (1 + inside)
+    root = math.sqrt(max(along * along + rest, 0.0))
+    return (rest / (along + root) if along > 0 else root - along) * radius / size
 
 
 class TrustRegionCG(Optimizer):
@@ -1372,65 +1339,6 @@ class TrustRegionCG(Optimizer):
         return min(length if length < math.inf else first_length(problem, state), self.maxradius)
 
 
-def to_the_surface(vs: VectorSpace, p: Vector, d: Vector, radius: float) -> float:
-    """The t > 0 for which ``|p + t d| = radius``, where p is inside; infinite for an infinite radius."""
-    if radius == math.inf:
-        return math.inf
-    size = vs.norm(d)
-    along, inside = vs.inner(p, d) / size / radius, vs.norm(p) / radius
-    rest = (1 - inside) * (1 + inside)
-    root = math.sqrt(max(along * along + rest, 0.0))
-    return (rest / (along + root) if along > 0 else root - along) * radius / size
-
-
-class GradientDescent(Optimizer):
-    """Steps along the negative gradient, of Barzilai and Borwein's length, safeguarded by backtracking.
-
-    Options besides those of :class:`Optimizer`
-    -------------------------------------------
-    barzilai_borwein : bool
-        take the first trial step from the last change of the gradient; else it is twice the last step.
-    window : int
-        a step must fall below the highest of this many last objectives; 1 for monotonic descent.
-    linesearch :
-        a :class:`Backtracking` or :class:`StrongWolfe`.
-    """
-
-    maxiter: int = 10000
-    barzilai_borwein: bool = True
-    window: int = 10
-    linesearch: Backtracking = Backtracking(shrink=0.25)
-
-    rules = {
-        "barzilai_borwein": Rule("True or False", lambda v: isinstance(v, (bool, np.bool_))),
-        "window": whole(1),
-        "linesearch": SEARCH,
-    }
-
-    def iterate(self, problem: Problem, state: State) -> Proposal | None:
-        """One step downhill."""
-        vs, numbers = problem.vs, state.numbers
-        recent = numbers.setdefault("recent", [state.Py])
-        p, slope = vs.scale(-1.0, state.Pg), -(state.Pgnorm**2)
-        line = Line(problem, state.Px, state.Py, p, slope, reference=max(recent), unit=state.unit)
-        rate = numbers.get("rate") or first_length(problem, state) / state.Pgnorm
-        trial = self.linesearch(line, rate)
-        if trial is None and lost_in_rounding(problem, state, numbers.get("rate", 1.0) * slope):
-            return self.give_up_in_rounding(state)
-        if trial is None:
-            message = "the line search failed: is the gradient right, and the objective smooth?"
-            return self.give_up(state, "failed", message)
-        recent.append(trial.y)
-        del recent[: -self.window]
-        numbers["rate"] = 2 * trial.t
-        if self.barzilai_borwein:
-            r = vs.addmul(trial.point.Pg, state.Pg, -1)
-            curvature = vs.inner(p, r)
-            if curvature > 0:
-                numbers["rate"] = trial.t * state.Pgnorm**2 / curvature
-        return trial.point, trial.t * state.Pgnorm
-
-
 def scipy_minimize(problem: Problem, x0: Vector, method: str = "L-BFGS-B", **options: Any) -> Any:
     """Minimise `problem` with ``scipy.optimize.minimize``, which gets `options` (tol, callback, ...).
 
@@ -1482,3 +1390,100 @@ def scipy_minimize(problem: Problem, x0: Vector, method: str = "L-BFGS-B", **opt
     result = scipy.optimize.minimize(value_and_gradient, flatten(like), jac=True, method=method, **options)
     result.x = Point(problem, Px=unflatten(result.x)).x
     return result
+
+
+#: What the attributes of a saved state must be.
+COUNT = Rule("a whole number, 0 or more", lambda v: type(v) is int and v >= 0)
+FINITE = Rule("a finite number", lambda v: is_real(v) and math.isfinite(v))
+TEXT = Rule("a string", lambda v: type(v) is str)
+
+PLAIN: dict[str, Rule] = {
+    **dict.fromkeys(("nit", "fev", "gev", "hev"), COUNT),
+    **dict.fromkeys(("y", "dy"), FINITE),
+    **dict.fromkeys(("gnorm", "Pgnorm", "Pgnorm0", "xnorm", "dxnorm", "step", "seconds"), SIZE),
+    "unit": Rule("a finite number above 0", lambda v: FINITE.holds(v) and v > 0),
+    **dict.fromkeys(("status", "message", "optimizer"), TEXT),
+    "numbers": Rule("a dictionary of numbers", lambda v: type(v) is dict and not has_nan(v)),
+}
+
+
+def has_nan(value: Any) -> bool:
+    """Whether there is a NaN in lists and dictionaries of numbers."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return isinstance(value, float) and math.isnan(value) or any(map(has_nan, items))
+
+
+def checked_header(path: str, header: dict[str, Any]) -> dict[str, Any]:
+    """The header of a saved state; StateError if what is in it cannot be that of a state."""
+
+    def need(what: str, holds: bool) -> None:
+        if not holds:
+            raise StateError(f"{path} is damaged: {what}")
+
+    for name, kind in dict(plain=dict, history=list, memory=dict, whitened=bool).items():
+        need(f"its header has no {name}", type(header.get(name)) is kind)
+    need("its header has no fingerprint", isinstance(header.get("fingerprint", 0), dict | None))
+    plain, history = header["plain"], header["history"]
+    for name, rule in PLAIN.items():
+        need(f"it has no {name}", name in plain)
+        need(f"{name} must be {rule.words}, got {plain[name]!r}", rule.holds(plain[name]))
+
+    for name in plain:
+        need(f"{name!r} is no name of an attribute", name.isidentifier() and not hasattr(State, name))
+    for name, count in header["memory"].items():
+        need(f"the memory has {count!r} vectors {name}", COUNT.holds(count))
+    sound = [
+        type(row) is dict and all(FINITE.holds(row.get(key)) for key in History.FORMATS) for row in history
+    ]
+    need("its history has rows that are none", all(sound))
+    ends = not history or history[-1]["nit"] == plain["nit"]
+    need("its history does not end with the last iteration", ends)
+    return header
+
+
+def is_accepted(name: str, accept: Accepted) -> bool:
+    """Whether a difference of this name is accepted."""
+    if isinstance(accept, bool):
+        return accept
+    known = [accept] if isinstance(accept, str) else accept
+    return any(name == part or name.startswith((f"{part}.", f"{part}[")) for part in known)
+
+
+def refuse_differences(
+    old: Mapping[str, Any] | None, new: Mapping[str, Any], accept: Accepted, path: str = "the state"
+) -> bool:
+    """Raise StateError for what differs between two fingerprints and is not accepted; returns whether the problem does."""
+    if old is None:
+        return False
+    found = {name: told for key in new for name, told in differences(old.get(key), new[key], key).items()}
+    refused = [
+        f"\n  {name}: {before} before, {now} now"
+        for name, (before, now) in found.items()
+        if not is_accepted(name, accept)
+    ]
+    if refused:
+        raise StateError(
+            f"{path} belongs to another minimisation:{''.join(refused)}\n"
+            "to go on from it all the same, accept what differs: accept=True, or a list of names"
+        )
+    return any(name.startswith("problem") for name in found)
+
+
+def has_other_value(problem: Problem, state: State) -> bool:
+    """Whether the objective at the point of a state is another than the state says, by more than rounding."""
+    kinds = [np.result_type(array, np.float32) for array in problem.vs.to_arrays(state.x)]
+    y = problem.objective(state.x)
+    eps = max([problem.eps, *(float(np.finfo(kind).eps) for kind in kinds)])
+    highest = max((abs(row["y"]) for row in state.history), default=0.0)
+    near = max(1e-6, 1e4 * eps) * max(abs(y), abs(state.y)) + 100 * eps * highest
+    return not abs(y - state.y) <= near
+
+
+def autosave(path: Path, every: int = 10) -> Callable[[State], None]:
+    """A monitor that saves the state to `path` at every `every`-th iteration, and when a signal ends the run."""
+
+    def monitor(state: State) -> None:
+        if state.nit % every == 0 or state.status == "signal":
+            state.save(path)
+
+    return monitor

@@ -32,6 +32,13 @@ def slabs(array: Array) -> list[slice]:
     return [slice(i, i + rows) for i in range(0, len(array), rows)]
 
 
+def multiply_add(out: Array, a: Array, b: Array, c: float) -> Array:
+    """``out[...] = a + b * c`` for arrays of one shape; `out` may be `a`. Returns `out`."""
+    for i in slabs(out):
+        np.add(a[i], b[i] * c, out=out[i])
+    return out
+
+
 def real_inner_product(a: ArrayLike, b: ArrayLike) -> float:
     """``Re sum conj(a) b`` of two arrays of equal shape, accumulated in double precision at least."""
     a, b = plain_array("a vector", a), plain_array("a vector", b)
@@ -43,25 +50,27 @@ def real_inner_product(a: ArrayLike, b: ArrayLike) -> float:
     )
 
 
-def multiply_add(out: Array, a: Array, b: Array, c: float) -> Array:
-    """``out[...] = a + b * c`` for arrays of one shape; `out` may be `a`. Returns `out`."""
-    for i in slabs(out):
-        np.add(a[i], b[i] * c, out=out[i])
-    return out
+def scalar(c: Any, p: float = 1) -> Any:
+    """``c ** p``, as a plain Python number if it is a number."""
+    c = c.item() if isinstance(c, np.generic) else c
+    return c if p == 1 else c**p
 
 
-class Communicator(Protocol):
-    """What a space asks of a communicator of MPI."""
+def is_zero(a: Vector) -> bool:
+    """Whether `a` is the plain number 0, which stands for the zero vector."""
+    return isinstance(a, (int, float)) and a == 0
 
-    @property
-    def size(self) -> int: ...
-    @property
-    def rank(self) -> int: ...
-    def allgather(self, value: Any, /) -> list[Any]: ...
-    def allreduce(self, value: Any, /) -> Any: ...
-    def Allreduce(self, send: Any, receive: Any, /) -> Any: ...
-    def bcast(self, value: Any, /) -> Any: ...
-    def Barrier(self) -> None: ...
+
+def alike(a: Vector, b: Vector, c: Any) -> bool:
+    """Whether a and b are arrays of one shape and floating-point type, and c is a number that keeps it."""
+    return (
+        type(a) is type(b) is np.ndarray
+        and a.shape == b.shape
+        and a.dtype == b.dtype
+        and a.ndim > 0
+        and a.dtype.kind in "fc"
+        and isinstance(c, (int, float))
+    )
 
 
 class VectorSpace:
@@ -106,6 +115,7 @@ class VectorSpace:
         """The inner product, a real number that is the same on all ranks."""
         return real_inner_product(a, b)
 
+    # What follows from the two operations
     def accumulate(self, a: Vector, b: Vector, c: Any) -> Vector:
         """``a + b * c`` for an `a` that the caller gives up: its memory may be used for the result."""
         c = scalar(c)
@@ -115,6 +125,23 @@ class VectorSpace:
         super().__init_subclass__(**options)
         if "addmul" in vars(cls) and "accumulate" not in vars(cls):
             cls.accumulate = cls.addmul  # type: ignore[method-assign]
+
+    def axpy(self, c: Any, x: Vector, y: Vector) -> Vector:
+        """``c * x + y``."""
+        return self.addmul(y, x, c)
+
+    def scale(self, c: Any, x: Vector) -> Vector:
+        """``c * x``."""
+        return self.addmul(0, x, c)
+
+    def copy(self, x: Vector) -> Vector:
+        """A vector equal to `x` that shares no memory with it."""
+        return self.addmul(0, x, 1)
+
+    def zeros_like(self, x: Vector) -> Vector:
+        """The zero vector of the kind of `x`, whatever values `x` has."""
+        known = isinstance(x, np.ndarray) or value_type(x).take_apart(x) is not None
+        return value_type(x).zeros_like(x) if known else self.addmul(0, x, 0)
 
     def inner(self, a: Vector, b: Vector) -> float:
         """The result of :meth:`dot` as a plain number, of whatever type it is."""
@@ -134,23 +161,6 @@ class VectorSpace:
             raise ValueError(f"the inner product of a vector with itself is negative: {square:.3g}")
         return math.ldexp(math.sqrt(square), -power)
 
-    def axpy(self, c: Any, x: Vector, y: Vector) -> Vector:
-        """``c * x + y``."""
-        return self.addmul(y, x, c)
-
-    def scale(self, c: Any, x: Vector) -> Vector:
-        """``c * x``."""
-        return self.addmul(0, x, c)
-
-    def copy(self, x: Vector) -> Vector:
-        """A vector equal to `x` that shares no memory with it."""
-        return self.addmul(0, x, 1)
-
-    def zeros_like(self, x: Vector) -> Vector:
-        """The zero vector of the kind of `x`, whatever values `x` has."""
-        known = isinstance(x, np.ndarray) or value_type(x).take_apart(x) is not None
-        return value_type(x).zeros_like(x) if known else self.addmul(0, x, 0)
-
     def same(self, a: Vector, b: Vector) -> bool:
         """Whether `a` and `b` are the same vector, to the last bit; all ranks get the same answer."""
         if isinstance(a, np.ndarray):
@@ -160,6 +170,7 @@ class VectorSpace:
             return False
         return self.norm(self.addmul(a, b, -1)) == 0.0
 
+    # What the ranks agree on
     def replicate(self, value: Any) -> float:
         """`value` as a real number that is the same on every rank.
 
@@ -193,6 +204,7 @@ class VectorSpace:
         count_object(self.comm, int(bool(flag)))
         return self.comm.allreduce(int(bool(flag))) > 0
 
+    # How vectors come in and go out
     def as_vector(self, x: Any, like: Vector = None) -> Vector:
         """`x` as a vector of this space, of the shape of `like` if that is given; an error if it is none.
 
@@ -239,12 +251,6 @@ class VectorSpace:
         return array.item()
 
 
-def scalar(c: Any, p: float = 1) -> Any:
-    """``c ** p``, as a plain Python number if it is a number."""
-    c = c.item() if isinstance(c, np.generic) else c
-    return c if p == 1 else c**p
-
-
 def plain_number(value: Any, what: str) -> float:
     """One real number of whatever type as a float; TypeError if it is none."""
     array = np.asarray(value)
@@ -253,6 +259,20 @@ def plain_number(value: Any, what: str) -> float:
         kind = f"{type(value).__name__} with shape {array.shape} and dtype {array.dtype}"
         raise TypeError(f"{what} one real number, got {kind}")
     return float(array.reshape(()))
+
+
+class Communicator(Protocol):
+    """What a space asks of a communicator of MPI."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+    def allgather(self, value: Any, /) -> list[Any]: ...
+    def allreduce(self, value: Any, /) -> Any: ...
+    def Allreduce(self, send: Any, receive: Any, /) -> Any: ...
+    def bcast(self, value: Any, /) -> Any: ...
+    def Barrier(self) -> None: ...
 
 
 def floating(x: Any) -> Any:
@@ -270,21 +290,9 @@ def floating(x: Any) -> Any:
     return array if array.ndim or isinstance(x, np.ndarray) else array.item()
 
 
-def is_zero(a: Vector) -> bool:
-    """Whether `a` is the plain number 0, which stands for the zero vector."""
-    return isinstance(a, (int, float)) and a == 0
-
-
-def alike(a: Vector, b: Vector, c: Any) -> bool:
-    """Whether a and b are arrays of one shape and floating-point type, and c is a number that keeps it."""
-    return (
-        type(a) is type(b) is np.ndarray
-        and a.shape == b.shape
-        and a.dtype == b.dtype
-        and a.ndim > 0
-        and a.dtype.kind in "fc"
-        and isinstance(c, (int, float))
-    )
+def is_field(x: Any) -> bool:
+    """Whether x is a pmesh field: it knows its mesh."""
+    return hasattr(x, "pm") and hasattr(x, "value")
 
 
 def local_field_product(a: Vector, b: Vector) -> float:
@@ -297,11 +305,6 @@ def local_field_product(a: Vector, b: Vector) -> float:
     i, n = np.ravel(a.i[-1]), a.Nmesh[-1]
     own = (i == 0) | (2 * i == n)
     return 2 * stored - real_inner_product(a.value[..., own], b.value[..., own])
-
-
-def is_field(x: Any) -> bool:
-    """Whether x is a pmesh field: it knows its mesh."""
-    return hasattr(x, "pm") and hasattr(x, "value")
 
 
 class FieldSpace(VectorSpace):

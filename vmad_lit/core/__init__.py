@@ -14,6 +14,7 @@ from .draw import to_dot
 
 from .placement import Placement
 
-from .agreement import describe_model
 from .failing import abort_on_failure
 from .meeting import watched
+
+from .agreement import describe_model

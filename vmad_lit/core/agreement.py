@@ -51,6 +51,7 @@ def describe_model(model: Model, wanted: Iterable[str], arrivals: Any) -> Iterat
         yield node.name_and_place, describe_node(node, numbers, found)
         for symbol in leaves(List(node.varout.values())):
             numbers.setdefault(symbol, f"#{len(numbers)}")
+        # Describe the model inside
         inside = RULES_INSIDE.get(type(node.operator))
         within = None if inside is None else inside(node)
         if within is not None:
@@ -101,11 +102,13 @@ def describe_value(value: Value, exact: bool = True, whole: bool = True, depth: 
     inner = partial(describe_value, exact=exact, whole=whole, depth=depth + 1)
     if isinstance(value, (bool, str, bytes, type(None), type(...), numpy.dtype, numpy.bool_)):
         return repr(value)
+    # Describe a number
     if isinstance(value, (int, float, complex, numpy.number)) or (
         isinstance(value, numpy.ndarray) and value.ndim == 0 and value.dtype.kind in "iufc"
     ):
         number = value.item() if isinstance(value, (numpy.number, numpy.ndarray)) else value
         return repr(number) if exact and (whole or not isinstance(number, int)) else "a number"
+    # Describe what holds other values
     if isinstance(value, slice):
         return f"slice({inner(value.start)}, {inner(value.stop)}, {inner(value.step)})" if whole else "slice"
     if isinstance(value, (list, tuple)):
@@ -134,6 +137,7 @@ def describe_function(function: Any, inner: Callable[[Value], str], whole: bool)
         return f"{inner(function.__func__)} of {inner(function.__self__)}"
     if not isinstance(function, FunctionType):
         return str(getattr(function, "__qualname__", type(function).__qualname__))
+    # Collect what it was made with
     made_with = [cell_value(cell) for cell in function.__closure__ or ()]
     made_with = [value for value in made_with if whole or not isinstance(value, int)]
     scope = (function.__globals__.get(name) for name in sorted(set(names_in(function.__code__))))
@@ -180,6 +184,7 @@ def describe_object(value: Value, inner: Callable[[Value], str]) -> str:
     if values.comm(value) is not None:
         pm = getattr(value, "pm", None)
         return name if pm is None else f"{name} on {inner(pm)}"
+    # Collect its real numbers and words
     numbers = {
         key: item
         for key, item in getattr(value, "__dict__", {}).items()
@@ -199,6 +204,7 @@ def at_the_door(
         return check(init)
     result: Any = None
     error: Exception | None = None
+    # Look at the model and the inputs
     try:
         place = door_of(self, init, tuple(wanted))
         result = check(init)

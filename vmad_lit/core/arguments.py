@@ -1,4 +1,4 @@
-"""Arguments at the door: functions that return an argument as what it stands for, or refuse it by name.
+"""Arguments on entry: functions that return an argument as what it stands for, or refuse it by name.
 
 A refusal is a TypeError if the argument is of a wrong kind, and a ValueError if it is of the right kind and has
 no such value. Symbols are refused, too: whether one may stand here is up to the caller.
@@ -77,6 +77,7 @@ def real_array(
     All must be finite or, if they may be `infinite`, no NaN, and within the bounds `least`, `above`, `most`, `below`.
     """
     array = plain_array(name, x)
+    # Make it an array of floats
     if array.dtype.kind == "O":  # such as fractions
         try:
             array = array.astype("f8")
@@ -87,12 +88,14 @@ def real_array(
     if array.dtype.kind != "f" or array.dtype.itemsize < 4:
         array = array.astype("f8")
     if shape is not None and not fits(array.shape, shape):
+        # Refuse the shape
         wanted = (
             f"of the shape ({', '.join('any' if n is None else str(n) for n in shape)})"
             if shape
             else "one number"
         )
         raise ValueError(f"{name} must be {wanted}, not of the shape {array.shape}")
+    # Refuse values out of bounds
     good = ~numpy.isnan(array) if infinite else numpy.isfinite(array)
     for bound, value in bounds.items():
         if value is not None:

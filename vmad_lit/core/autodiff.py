@@ -275,6 +275,7 @@ class SecondOrderSweep(ReverseSweep):
         self.tangents.push_all()
         self.cotangents.seed()
         self.seed()
+        # Pull cotangents and their changes back, node by node
         for node in reversed(self.plan.nodes):
             self.cotangents.pull_back(node)
             self.pull_back(node)
@@ -292,6 +293,7 @@ class SecondOrderSweep(ReverseSweep):
             return
         if not isinstance(operator.hvp, Primitive):
             raise no_second_derivative(operator, node)
+        # Append the curvature
         derivatives = {"_" + name: self.cotangents.get(symbol) for name, symbol in node.varout.items()}
         derivatives.update((name + "_", self.tangents.get(node.varin[name])) for name in operator.ain)
         self.hand_out(operator.hvp, node, derivatives, partials)

@@ -123,6 +123,7 @@ class AutoOperator(Operator):
             )
         return self._opened[names]
 
+    # Variations
     def _vary(self, **changes: Any) -> AutoOperator:
         variant: AutoOperator = object.__new__(type(self))
         variant.__dict__.update(self.__dict__, _opened={}, made_of=(self, changes), **changes)
@@ -163,6 +164,7 @@ class AutoOperator(Operator):
         variant: AutoOperator = self.forgetful
         return variant
 
+    # What is known of a node before it runs
     def model_of(self, node: Node) -> Model | None:
         model: Model | None = find_known_model(node)
         return model
@@ -176,6 +178,171 @@ class AutoOperator(Operator):
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else InstanceAutoOperator(self, instance)
+
+
+def find_model(node: Any, arguments: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
+    """The model of an autooperator for the hyper-parameters in `arguments`, and its inputs."""
+    operator = node.operator
+    inputs = {name: arguments[name] for name in operator.ain}
+    if operator.__bound_model__ is not None:
+        return operator.__bound_model__, inputs
+    hyperargs = {name: arguments[name] for name in operator.argnames if name not in operator.ain}
+    home = node.forward or node
+    if home.cache is None or not is_known(home.cache[0], home.cache[2], hyperargs):
+        marks = {name: mark(x, LARGE) for name, x in hyperargs.items() if not isinstance(x, IMMUTABLE)}
+        home.cache = hyperargs, share_model(home, hyperargs), marks
+    return home.cache[1], inputs
+
+
+def compute(node: Any, **arguments: Any) -> dict[str, Any]:
+    operator = node.operator
+    if operator.__bound_tape__ is not None:
+        return {name: operator.__bound_tape__.out[name] for name in operator.aout}
+    model, inputs = find_model(node, arguments)
+    return model._run(
+        find_wanted(node), inputs, donated=node.donated, placed=node.placed, run=run_inside(node)
+    )[0]
+
+
+def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
+    tape = find_tape(node, arguments)
+    out = tape.out if node.operator.__bound_tape__ is not None else tape.let_go()
+    return {**{name: out[name] for name in find_wanted(node)}, TAPE: tape}
+
+
+def find_wanted(node: Any) -> list[str]:
+    """The outputs that the application of an autooperator, or a derivative of it, has to do with."""
+    if node.primitive.kind in ("apl", "jvp"):
+        return [name for name in node.operator.aout if node.needs(name)]
+    return [name for name in node.operator.aout if node.varin["_" + name] is not ZERO]
+
+
+def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
+    if TAPE in arguments:
+        return arguments[TAPE]
+    operator = node.operator
+    if operator.__bound_tape__ is not None:
+        return operator.__bound_tape__
+    model, inputs = find_model(node, arguments)
+    return model._run(
+        find_wanted(node), inputs, True, donated=node.donated, placed=node.placed, run=run_inside(node)
+    )[1]
+
+
+def differentiate(node: Any, **arguments: Any) -> Any:
+    tape = find_tape(node, arguments)
+    if not node.operator._keeps_tape:
+        tape.consume()
+    derived = getattr(tape, f"get_{node.primitive.kind}")()
+    given = {name: arguments[name] for name in node.primitive.ain if name in derived._inputs}
+    return derived._run(node.used, derived._conforming(given), donated=node.donated)[0]
+
+
+def share_model(node: Any, hyperargs: Mapping[str, Any]) -> Any:
+    """The model for some hyper-parameters: that of another node of the same graph, or a new one."""
+    operator, graph = node.operator, node.graph
+    if graph is None or not all(node.is_literal(name) for name in hyperargs):
+        return operator._build(hyperargs)
+    key = operator, *[mark(value, LARGE) for value in hyperargs.values()]
+    if key not in graph.shared:
+        graph.shared[key] = operator._build(hyperargs)
+    return graph.shared[key]
+
+
+def is_known(kept: dict[str, Any], marks: dict[str, Mark], hyperargs: Mapping[str, Any]) -> bool:
+    """Whether hyper-parameters are the same as those that were kept, and have not changed since."""
+    for name, value in hyperargs.items():
+        before = kept[name]
+        if isinstance(value, IMMUTABLE):
+            if value is not before and (type(value) is not type(before) or value != before):
+                return False
+        elif name not in marks or not matches(marks[name], mark(value, LARGE)):
+            return False
+    return True
+
+
+@overload
+def autooperator(*spec: str) -> Callable[[Callable[..., Any]], AutoOperator]: ...
+
+
+@overload
+def autooperator(spec: Callable[..., Any], /) -> AutoOperator: ...
+
+
+def autooperator(*spec: Any) -> Any:
+    """Declare an operator by a function that builds its model.
+
+    The forms are
+
+    - `@autooperator('x, y -> z')`, also `@autooperator('x', 'y', '->', 'z')`, for a function of x, y
+      and hyper-parameters;
+    - `@autooperator` for a function with annotations `def f(x: '*', y: '*', n) -> 'z'`;
+    - `@autooperator` for a class with `ain`, `aout` and `main(self, x, y, n)`, where `self` is the model.
+
+    The function returns the output, a tuple of the outputs in order, or a dict of them by name.
+    Parameters that are not inputs are hyper-parameters and may have defaults.
+    """
+    if len(spec) == 1 and inspect.isclass(spec[0]):
+        return from_class(spec[0])
+    if len(spec) == 1 and callable(spec[0]):
+        return from_annotations(spec[0])
+    # Read the specification
+    words = [word.strip() for part in spec for word in part.replace("->", ",->,").split(",")]
+    words = [word for word in words if word]
+    if words.count("->") != 1:
+        raise BadArgument(f"expected a specification of the form 'x, y -> z', got {' '.join(words)!r}")
+    arrow = words.index("->")
+    return lambda function: from_function(function, words[:arrow], words[arrow + 1 :])
+
+
+def from_annotations(function: Callable[..., Any]) -> AutoOperator:
+    ain = {name: unquoted(text) for name, text in getattr(function, "__annotations__", {}).items()}
+    if "return" not in ain:
+        raise BadArgument(
+            f"the outputs of {function.__name__} are not declared; "
+            "write def f(x: '*') -> 'y', or give 'x -> y'"
+        )
+    aout = ain.pop("return")
+    return from_function(function, ain, aout)
+
+
+def unquoted(annotation: Any) -> Any:
+    """An annotation as it was written, in a module that has its annotations kept as source text, too."""
+    quoted = isinstance(annotation, str) and annotation[:1] in ("'", '"')
+    return ast.literal_eval(annotation) if quoted else annotation
+
+
+def from_function(function: Callable[..., Any], ain: Any, aout: Any) -> AutoOperator:
+    names = "__doc__", "__module__", "__qualname__"
+    attributes: dict[str, Any] = {name: getattr(function, name) for name in names}
+    attributes |= dict(ain=ain, aout=aout, main=staticmethod(function))
+    prototype = type(function.__name__, (), attributes)
+    parameters = inspect.signature(function).parameters.values()
+    return make(prototype, parameters, lambda m, arguments: function(**arguments))
+
+
+def from_class(prototype: Any) -> AutoOperator:
+    check_class(prototype, ("main",))
+    parameters = list(inspect.signature(prototype.main).parameters.values())[1:]
+    return make(prototype, parameters, lambda m, arguments: prototype.main(m, **arguments))
+
+
+def make(prototype: Any, parameters: Iterable[inspect.Parameter], call: Callable[..., Any]) -> AutoOperator:
+    ain, aout = declare(prototype.ain), declare(prototype.aout)
+    parameters = list(parameters)
+    argnames = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    missing = [name for name in ain if name not in argnames]
+    if missing and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise BadArgument(f"the function of {prototype.__name__} has no parameter for its inputs {missing}")
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in ain}
+
+    def main(m: Builder, arguments: dict[str, Any]) -> dict[str, Any]:
+        results = call(m, arguments)
+        if isinstance(results, dict):
+            return results
+        return dict(zip(aout, [results] if len(aout) == 1 else results))
+
+    return AutoOperator(prototype, main, missing + argnames, defaults)
 
 
 class InstanceAutoOperator(InstanceOperator):
@@ -238,32 +405,6 @@ def replace_symbols(value: Any, path: str, symbols: Mapping[str, Symbol]) -> Any
     return value
 
 
-def find_model(node: Any, arguments: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
-    """The model of an autooperator for the hyper-parameters in `arguments`, and its inputs."""
-    operator = node.operator
-    inputs = {name: arguments[name] for name in operator.ain}
-    if operator.__bound_model__ is not None:
-        return operator.__bound_model__, inputs
-    hyperargs = {name: arguments[name] for name in operator.argnames if name not in operator.ain}
-    home = node.forward or node
-    if home.cache is None or not is_known(home.cache[0], home.cache[2], hyperargs):
-        marks = {name: mark(x, LARGE) for name, x in hyperargs.items() if not isinstance(x, IMMUTABLE)}
-        home.cache = hyperargs, share_model(home, hyperargs), marks
-    return home.cache[1], inputs
-
-
-def is_known(kept: dict[str, Any], marks: dict[str, Mark], hyperargs: Mapping[str, Any]) -> bool:
-    """Whether hyper-parameters are the same as those that were kept, and have not changed since."""
-    for name, value in hyperargs.items():
-        before = kept[name]
-        if isinstance(value, IMMUTABLE):
-            if value is not before and (type(value) is not type(before) or value != before):
-                return False
-        elif name not in marks or not matches(marks[name], mark(value, LARGE)):
-            return False
-    return True
-
-
 def find_known_model(node: Any) -> Any:
     """The model of an autooperator, if its hyper-parameters are known before the run; or None."""
     operator = node.operator
@@ -272,61 +413,6 @@ def find_known_model(node: Any) -> Any:
         return None
     values = {name: symbol._value for name, symbol in constants.items()}
     return find_model(node, {**node.varin, **values})[0]
-
-
-def share_model(node: Any, hyperargs: Mapping[str, Any]) -> Any:
-    """The model for some hyper-parameters: that of another node of the same graph, or a new one."""
-    operator, graph = node.operator, node.graph
-    if graph is None or not all(node.is_literal(name) for name in hyperargs):
-        return operator._build(hyperargs)
-    key = operator, *[mark(value, LARGE) for value in hyperargs.values()]
-    if key not in graph.shared:
-        graph.shared[key] = operator._build(hyperargs)
-    return graph.shared[key]
-
-
-def compute(node: Any, **arguments: Any) -> dict[str, Any]:
-    operator = node.operator
-    if operator.__bound_tape__ is not None:
-        return {name: operator.__bound_tape__.out[name] for name in operator.aout}
-    model, inputs = find_model(node, arguments)
-    return model._run(
-        find_wanted(node), inputs, donated=node.donated, placed=node.placed, run=run_inside(node)
-    )[0]
-
-
-def compute_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
-    tape = find_tape(node, arguments)
-    out = tape.out if node.operator.__bound_tape__ is not None else tape.let_go()
-    return {**{name: out[name] for name in find_wanted(node)}, TAPE: tape}
-
-
-def find_wanted(node: Any) -> list[str]:
-    """The outputs that the application of an autooperator, or a derivative of it, has to do with."""
-    if node.primitive.kind in ("apl", "jvp"):
-        return [name for name in node.operator.aout if node.needs(name)]
-    return [name for name in node.operator.aout if node.varin["_" + name] is not ZERO]
-
-
-def find_tape(node: Any, arguments: Mapping[str, Any]) -> Any:
-    if TAPE in arguments:
-        return arguments[TAPE]
-    operator = node.operator
-    if operator.__bound_tape__ is not None:
-        return operator.__bound_tape__
-    model, inputs = find_model(node, arguments)
-    return model._run(
-        find_wanted(node), inputs, True, donated=node.donated, placed=node.placed, run=run_inside(node)
-    )[1]
-
-
-def differentiate(node: Any, **arguments: Any) -> Any:
-    tape = find_tape(node, arguments)
-    if not node.operator._keeps_tape:
-        tape.consume()
-    derived = getattr(tape, f"get_{node.primitive.kind}")()
-    given = {name: arguments[name] for name in node.primitive.ain if name in derived._inputs}
-    return derived._run(node.used, derived._conforming(given), donated=node.donated)[0]
 
 
 def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
@@ -351,86 +437,3 @@ def find_plan(node: Any, plan: Plan) -> tuple[Plan, Model] | None:
     of_original, model = inside
     vjp = model.derive(of_original, "vjp")
     return vjp._plan(tuple(node.used), False, True, node.donated), vjp
-
-
-@overload
-def autooperator(*spec: str) -> Callable[[Callable[..., Any]], AutoOperator]: ...
-
-
-@overload
-def autooperator(spec: Callable[..., Any], /) -> AutoOperator: ...
-
-
-def autooperator(*spec: Any) -> Any:
-    """Declare an operator by a function that builds its model.
-
-    The forms are
-
-    - `@autooperator('x, y -> z')`, also `@autooperator('x', 'y', '->', 'z')`, for a function of x, y
-      and hyper-parameters;
-    - `@autooperator` for a function with annotations `def f(x: '*', y: '*', n) -> 'z'`;
-    - `@autooperator` for a class with `ain`, `aout` and `main(self, x, y, n)`, where `self` is the model.
-
-    The function returns the output, a tuple of the outputs in order, or a dict of them by name.
-    Parameters that are not inputs are hyper-parameters and may have defaults.
-    """
-    if len(spec) == 1 and inspect.isclass(spec[0]):
-        return from_class(spec[0])
-    if len(spec) == 1 and callable(spec[0]):
-        return from_annotations(spec[0])
-    words = [word.strip() for part in spec for word in part.replace("->", ",->,").split(",")]
-    words = [word for word in words if word]
-    if words.count("->") != 1:
-        raise BadArgument(f"expected a specification of the form 'x, y -> z', got {' '.join(words)!r}")
-    arrow = words.index("->")
-    return lambda function: from_function(function, words[:arrow], words[arrow + 1 :])
-
-
-def from_annotations(function: Callable[..., Any]) -> AutoOperator:
-    ain = {name: unquoted(text) for name, text in getattr(function, "__annotations__", {}).items()}
-    if "return" not in ain:
-        raise BadArgument(
-            f"the outputs of {function.__name__} are not declared; "
-            "write def f(x: '*') -> 'y', or give 'x -> y'"
-        )
-    aout = ain.pop("return")
-    return from_function(function, ain, aout)
-
-
-def unquoted(annotation: Any) -> Any:
-    """An annotation as it was written, in a module that has its annotations kept as source text, too."""
-    quoted = isinstance(annotation, str) and annotation[:1] in ("'", '"')
-    return ast.literal_eval(annotation) if quoted else annotation
-
-
-def from_function(function: Callable[..., Any], ain: Any, aout: Any) -> AutoOperator:
-    names = "__doc__", "__module__", "__qualname__"
-    attributes: dict[str, Any] = {name: getattr(function, name) for name in names}
-    attributes |= dict(ain=ain, aout=aout, main=staticmethod(function))
-    prototype = type(function.__name__, (), attributes)
-    parameters = inspect.signature(function).parameters.values()
-    return make(prototype, parameters, lambda m, arguments: function(**arguments))
-
-
-def from_class(prototype: Any) -> AutoOperator:
-    check_class(prototype, ("main",))
-    parameters = list(inspect.signature(prototype.main).parameters.values())[1:]
-    return make(prototype, parameters, lambda m, arguments: prototype.main(m, **arguments))
-
-
-def make(prototype: Any, parameters: Iterable[inspect.Parameter], call: Callable[..., Any]) -> AutoOperator:
-    ain, aout = declare(prototype.ain), declare(prototype.aout)
-    parameters = list(parameters)
-    argnames = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    missing = [name for name in ain if name not in argnames]
-    if missing and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise BadArgument(f"the function of {prototype.__name__} has no parameter for its inputs {missing}")
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in ain}
-
-    def main(m: Builder, arguments: dict[str, Any]) -> dict[str, Any]:
-        results = call(m, arguments)
-        if isinstance(results, dict):
-            return results
-        return dict(zip(aout, [results] if len(aout) == 1 else results))
-
-    return AutoOperator(prototype, main, missing + argnames, defaults)

@@ -116,11 +116,12 @@ class Chain(Operator):
         self.apl = Primitive(self, "apl", run_chain, self.argnames, run_chain_and_record)
         self.apl.defaults = {name: value for name, value in self.step._defaults.items() if name != "i"}
         cotangents, tangents = ["_" + name for name in self.aout], [name + "_" for name in self.ain]
+        self.rcd = None
+        self.inplace = {*self.state_names, *cotangents}
+        # Make the derivatives of a chain
         self.vjp = Primitive(self, "vjp", pull_back_chain, [HISTORY, *cotangents])
         self.jvp = Primitive(self, "jvp", push_forward_chain, [HISTORY, *tangents])
         self.hvp = Primitive(self, "hvp", differentiate_vjp_of_chain, [HISTORY, *cotangents, *tangents])
-        self.rcd = None
-        self.inplace = {*self.state_names, *cotangents}
         self._find_recorded()
 
     def _build(self, hyperargs: dict[str, Any]) -> Models:
@@ -190,6 +191,13 @@ class StepRuns:
             model._plan(tuple(vout), False, True, private, arrivals=arrivals)
         )
 
+    def inputs(self, state: tuple[Any, ...]) -> dict[str, Any]:
+        return {**self.parameters, **dict(zip(self.chain.state_names, state))}
+
+    def own(self, plan: Plan) -> Names:
+        """What of the next state nobody else holds, by its names as inputs."""
+        return tuple(name for name, y in zip(self.chain.state_names, plan.vout) if y in plan.fresh_outputs)
+
     def record(
         self, i: int, state: tuple[Any, ...], private: Names = ()
     ) -> tuple[tuple[Any, ...], Names, Any]:
@@ -207,13 +215,6 @@ class StepRuns:
     def make_tape(self, i: int, state: tuple[Any, ...], private: Names, results: bool) -> Any:
         init, run = self.inputs(state), Run(self.outer, i)
         return self.models[i]._run(self.chain.aout, init, True, None, private, results, self.placed, run)[1]
-
-    def inputs(self, state: tuple[Any, ...]) -> dict[str, Any]:
-        return {**self.parameters, **dict(zip(self.chain.state_names, state))}
-
-    def own(self, plan: Plan) -> Names:
-        """What of the next state nobody else holds, by its names as inputs."""
-        return tuple(name for name, y in zip(self.chain.state_names, plan.vout) if y in plan.fresh_outputs)
 
 
 def prepare(node: Any, arguments: dict[str, Any]) -> tuple[StepRuns, tuple[Any, ...]]:
@@ -260,6 +261,7 @@ class Runner:
         if action.write_ics:
             self.keep(place)
         for i in range(action.n0, min(action.n1, self.steps.chain.n)):
+            # Run a step, with its tape or without
             if action.write_adj_deps and place == "DISK":
                 self.keep(place)
             if action.write_adj_deps and place != "DISK":
@@ -271,6 +273,7 @@ class Runner:
                 self.state, self.private = self.steps.run(i, self.state, self.private)
             self.at += 1
 
+    # Keep a state, or bring it back
     def keep(self, place: str) -> None:
         if place == "DISK":
             self.states[place, self.at] = self.disk.keep(self.state)
@@ -300,6 +303,7 @@ class Runner:
         self.copy(action)
         self.states.pop((action.from_storage.name, action.n), None)
 
+    # Sweep back over steps
     def reverse(self, action: Any) -> None:
         for i in action:
             self.cotangents.pull_back(self.take_tape(i))
@@ -331,52 +335,6 @@ def run_chain_and_record(node: Any, **arguments: Any) -> dict[str, Any]:
     disk = Disk(chain.folder, chain.comm or find_comm(arguments.values()))
     runner = go_forward(steps, start, disk, node.donated)
     return {**dict(zip(chain.aout, runner.state)), HISTORY: History(runner, start)}
-
-
-class History:
-    """What a chain records: the start, and what was kept up to the end of the forward run."""
-
-    def __init__(self, runner: Runner, start: Any) -> None:
-        self.steps, self.disk = runner.steps, runner.disk
-        self.start = runner.states.get(("DISK", 0)) or InMemory(start)
-        self._kept: tuple[dict[Any, Any], dict[int, Any]] | None = (runner.states, runner.tapes)
-
-    def __repr__(self) -> str:
-        kept = self._kept
-        what = "used up" if kept is None else f"{len(kept[0])} states, {len(kept[1])} tapes"
-        return f"history of {self.steps.chain.__name__}: {what}"
-
-    def literals(self) -> Iterator[tuple[Node, str, Any]]:
-        """The constants of the steps, see `Tape`."""
-        for model in self.steps.models._models.values():
-            yield from literals(model)
-
-    def held(self) -> list[Any]:
-        """What it keeps in memory."""
-        states, tapes = self._kept or ({}, {})
-        kept = [self.start, *states.values()]
-        return [*tapes.values(), *(state.get() for state in kept if isinstance(state, InMemory))]
-
-    def go_back(self, cotangents: Cotangents) -> None:
-        """Follow the actions back to the start, handing the tapes of the steps to `cotangents`."""
-        chain = self.steps.chain
-        # Complain if there is no way back
-        if chain.actions.reverse is None:
-            raise BrokenPrimitive(
-                f"the schedule of {chain!r} keeps nothing for a reverse sweep; choose another than 'none'"
-            )
-        if self._kept is None:
-            runner = go_forward(self.steps, self.start.get(), self.disk, private_when_back(chain, self.start))
-        else:
-            runner = Runner(self.steps, None, self.disk)
-            runner.at = chain.n
-            runner.states, runner.tapes = self._kept
-        self._kept = (dict(runner.states), dict(runner.tapes)) if chain.actions.repeatable else None
-        runner.cotangents = cotangents
-        runner.follow(chain.actions.reverse)
-        # Complain if steps are missing
-        if cotangents.steps_left:
-            raise BadArgument(f"the schedule leaves {cotangents.steps_left} of {chain.n} steps unswept")
 
 
 class Cotangents:
@@ -425,15 +383,62 @@ class Cotangents:
         return {self.form.format(name): found.get(name, ZeroGradient) for name in self.chain.ain}
 
 
+def wanted_parameters(node: Any) -> list[str]:
+    return [name for name in node.operator.parameter_names if node.needs(name)]
+
+
+class History:
+    """What a chain records: the start, and what was kept up to the end of the forward run."""
+
+    def __init__(self, runner: Runner, start: Any) -> None:
+        self.steps, self.disk = runner.steps, runner.disk
+        self.start = runner.states.get(("DISK", 0)) or InMemory(start)
+        self._kept: tuple[dict[Any, Any], dict[int, Any]] | None = (runner.states, runner.tapes)
+
+    def __repr__(self) -> str:
+        kept = self._kept
+        what = "used up" if kept is None else f"{len(kept[0])} states, {len(kept[1])} tapes"
+        return f"history of {self.steps.chain.__name__}: {what}"
+
+    # Say what a history has
+    def literals(self) -> Iterator[tuple[Node, str, Any]]:
+        """The constants of the steps, see `Tape`."""
+        for model in self.steps.models._models.values():
+            yield from literals(model)
+
+    def held(self) -> list[Any]:
+        """What it keeps in memory."""
+        states, tapes = self._kept or ({}, {})
+        kept = [self.start, *states.values()]
+        return [*tapes.values(), *(state.get() for state in kept if isinstance(state, InMemory))]
+
+    def go_back(self, cotangents: Cotangents) -> None:
+        """Follow the actions back to the start, handing the tapes of the steps to `cotangents`."""
+        chain = self.steps.chain
+        # Complain if there is no way back
+        if chain.actions.reverse is None:
+            raise BrokenPrimitive(
+                f"the schedule of {chain!r} keeps nothing for a reverse sweep; choose another than 'none'"
+            )
+        if self._kept is None:
+            runner = go_forward(self.steps, self.start.get(), self.disk, private_when_back(chain, self.start))
+        else:
+            runner = Runner(self.steps, None, self.disk)
+            runner.at = chain.n
+            runner.states, runner.tapes = self._kept
+        self._kept = (dict(runner.states), dict(runner.tapes)) if chain.actions.repeatable else None
+        runner.cotangents = cotangents
+        runner.follow(chain.actions.reverse)
+        # Complain if steps are missing
+        if cotangents.steps_left:
+            raise BadArgument(f"the schedule leaves {cotangents.steps_left} of {chain.n} steps unswept")
+
+
 def pull_back_chain(node: Any, **arguments: Any) -> dict[str, Any]:
     chain, of_state = node.operator, [arguments["_" + name] for name in node.operator.aout]
     cotangents = Cotangents(chain, of_state, wanted_parameters(node), node.donated)
     arguments[HISTORY].go_back(cotangents)
     return cotangents.result()
-
-
-def wanted_parameters(node: Any) -> list[str]:
-    return [name for name in node.operator.parameter_names if node.needs(name)]
 
 
 class StepRunsWithTangents:

@@ -30,6 +30,13 @@ Reduced = tuple[Any, ...]
 Memo = dict[int, Any]
 
 
+def attach(*classes: type, **methods: Callable[..., Any]) -> None:
+    """Give classes special methods, by their names without underscores."""
+    for cls in classes:
+        for name, method in methods.items():
+            setattr(cls, f"__{name}__", method)
+
+
 # Operators
 def reduce_operator(operator: Any, protocol: Any = None) -> str | Reduced:
     """An operator by the name under which it is found, or else by what it was made of."""
@@ -41,6 +48,7 @@ def reduce_operator(operator: Any, protocol: Any = None) -> str | Reduced:
     if made_of is not None:
         base, changes = made_of
         return vary, (base, changes)
+    # Complain that nobody finds the operator
     raise pickle.PicklingError(
         f"{operator!r} cannot be pickled: nobody finds it as {operator.__module__}.{operator.__qualname__}. "
         "Declare it at the top level of a module, or let the other side build the model"
@@ -63,20 +71,12 @@ def itself(x: Any, memo: Memo | None = None) -> Any:
     return x
 
 
-def attach(*classes: type, **methods: Callable[..., Any]) -> None:
-    """Give classes special methods, by their names without underscores."""
-    for cls in classes:
-        for name, method in methods.items():
-            setattr(cls, f"__{name}__", method)
-
-
 attach(Operator, Primitive, copy=itself, deepcopy=itself)
 attach(Operator, reduce_ex=reduce_operator)
 attach(Primitive, reduce_ex=lambda self, protocol: (getattr, (self.operator, self.kind)))
 attach(InstanceOperator, reduce_ex=lambda self, protocol: (type(self), (self.base, self.instance)))
 attach(Root, reduce_ex=lambda self, protocol: (Root, (self.seed,)))
 attach(Run, reduce_ex=lambda self, protocol: (Run, (self.outer, self.number)))
-
 
 # What is on disk
 attach(Disk, reduce_ex=lambda self, protocol: (Disk, (self.folder, self.comm)))
@@ -150,6 +150,7 @@ def copy_value(value: Value, memo: Memo) -> Value:
         return deepcopy(value, memo)
     else:
         other = copy_object(value, memo)
+    # Remember the copy
     memo[id(value)] = other
     memo.setdefault(id(memo), []).append(value)  # as long as the memo lives, its numbers must hold
     return other
@@ -181,6 +182,7 @@ def check_constants(node: Node) -> None:
     """Complain about a constant that cannot be pickled, and tell where it is."""
     for name, symbol in node.varin.items():
         for leaf in leaves(symbol):
+            # Try to pickle a constant
             value = leaf._value if type(leaf) is Literal else None
             if isinstance(value, (*IMMUTABLE, numpy.ndarray)):
                 continue

@@ -587,9 +587,8 @@ class Plan:
     forms: dict[Node, int]  # for some nodes the slot with the looks of their values, see `core.watching`
     last_reads: dict[int, int]  # for each slot of the tape that is read, the step that reads it last
 
-    fresh_outputs: tuple[str, ...] = ()  # the outputs that are new arrays, which nobody else holds
-
     stand_ins: dict[Node, Node]  # from nodes to those that are called in their place
+    fresh_outputs: tuple[str, ...] = ()  # the outputs that are new arrays, which nobody else holds
 
     consuming: list[Step] | None = None  # the steps for a tape that is used for the last time
 

@@ -138,6 +138,7 @@ def meet_at_the_end() -> None:
     channel = channel_of_all(mpi)
     warned: list[bool] = []
 
+    # Decide how long to wait
     def meanwhile(waited: float) -> None:
         if waited > (GRACE if status else Watch.timeout or numpy.inf):
             raise LeftAlone(channel.report(waited, place))

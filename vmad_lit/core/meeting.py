@@ -159,6 +159,7 @@ class Channel:
             raise LeftAlone(f"a meeting of the ranks has failed before: {self.broken}")
         self.count += 1
         try:
+            # Learn the largest of what the ranks bring
             if not self.made:
                 self.wait(self.making, place, meanwhile)
                 self.made = True

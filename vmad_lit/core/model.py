@@ -329,6 +329,7 @@ class Model(Graph):
         names, v = names_of(vout), dict(v)
         tape = self._record(names, init, monitor)
         out = tape.let_go()
+        # Find the cotangents of all outputs
         cotangents: dict[str, Value] = {}
         for name in names:
             cotangents["_" + name] = cotangent = v.pop("_" + name, None)
@@ -340,6 +341,7 @@ class Model(Graph):
                         f"'_{name}', and the Hessian is that of the sum of their products"
                     )
                 cotangents["_" + name] = 1.0
+        # Sweep for the gradient and its change
         tape.consume()
         hvp, gradient, product = tape.get_hvp(), tape.get_vjp_vout(), tape.get_hvp_vout()
         given = {**cotangents, **self._tangents(v)}

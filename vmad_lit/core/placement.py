@@ -43,8 +43,8 @@ class Placement:
     comm : MPI communicator
         Its ranks have the value together.
     field : bool or None
-        Whether a partitioned value knows its communicator itself, as the fields of a mesh do, and so is
-        summed over all ranks by whoever sums it up; None if that is not known.
+        Whether a partitioned value knows its communicator itself, as the fields of a mesh do, so that its sum
+        is the sum over all ranks; None if that is not known.
     """
 
     __slots__ = "kind", "comm", "field"
@@ -199,6 +199,7 @@ def elementwise(site: Site, of_fields: bool = True) -> Placement | None:
     comm, kinds = site.comm, {place.kind for place in site.placed}
     if not kinds or comm is None:
         return None
+    # Refuse what lives on one rank
     if "root-only" in kinds:
         names = [name for name, p in site.given.items() if isinstance(p, Placement) and p.kind == "root-only"]
         site.refuse(
@@ -206,6 +207,7 @@ def elementwise(site: Site, of_fields: bool = True) -> Placement | None:
             "deal it out by mpi.scatter"
         )
         return None
+    # Refuse a summand beside a part
     if kinds >= {"partial", "partitioned"}:
         site.refuse(
             "a sum of which each rank has only its own summand meets a value of which each rank has a part; "
@@ -369,12 +371,14 @@ class PlacesOnRanks(Places):
         """Find out about the results of a node."""
         operator = node.primitive.operator
         kind, rule = type(operator), operator.placements
+        # Skip a node that nothing is known of
         if kind not in RULES and (rule is None or rule in BY_NAME):
             self.look(node)
             touched = not self.of.keys().isdisjoint([*flatten(node.varin), *node.varout.values()])
             if not touched and not any(is_spread(node.varin[name]) for name in operator.ain):
                 return
         site = Site(node, {name: self.place(x, name in operator.ain) for name, x in node.varin.items()})
+        # Find where the results live
         found = RULES[kind](site) if kind in RULES else by_rule(rule, site)
         results = found if isinstance(found, list) else [found] * len(node.varout)
         for (name, symbol), place in zip(node.varout.items(), results):
@@ -583,6 +587,7 @@ def find_talk(model: Model) -> tuple[bool, Any, set[str]]:
         talks, comm = False, None
         fields: set[str] = set()
         for node in model:
+            # Ask the model inside, or the node itself
             inside = RULES_INSIDE.get(type(node.operator))
             if inside is not None:
                 others = inside(node)
@@ -619,6 +624,40 @@ RULES_INSIDE: dict[type, Callable[[Node], Any]] = {
     Chain: lambda node: (models := find_known_model(node)) and models[0],
 }
 
+# What models look like when they are printed
+ROWS = 40  # nodes at either end of a long model
+
+
+def print_graph(graph: Graph) -> str:
+    """A model in several lines: its inputs, its nodes, and where their results live."""
+    plans, derived = list(getattr(graph, "_plans", {}).values()), getattr(graph, "_base", None) is not None
+    try:
+        arrivals = plans[-1].places.arrivals if plans else ()
+        of, lines = {} if derived else PlacesOnRanks(graph, list(graph), arrivals).of, []
+    except PlacementError as error:
+        of, lines = {}, [f"  ! {error}"]
+
+    def known(symbol: BaseSymbol) -> str:
+        found = [str(of[leaf]) for leaf in leaves(symbol) if leaf in of]
+        return f"{symbol!r}: {', '.join(dict.fromkeys(found))}" if found else repr(symbol)
+
+    # Collect the lines
+    rows = [f"  {node!r}" + told(node.varout.values(), known) for node in graph]
+    if len(rows) > 2 * ROWS:
+        rows[ROWS:-ROWS] = [f"  ({len(rows) - 2 * ROWS} more)"]
+    inputs = [f"  input {known(symbol)}" for symbol in graph._inputs.values()]
+    outputs = [f"  output {name} = {known(symbol)}" for name, symbol in graph._outputs.items()]
+    return "\n".join([repr(graph), *lines, *inputs, *rows, *outputs])
+
+
+def told(symbols: Iterable[BaseSymbol], known: Callable[[BaseSymbol], str]) -> str:
+    """What is known of the results of a node, for the end of its line."""
+    texts = [known(symbol) for symbol in symbols]
+    return "" if all(": " not in text for text in texts) else "  # " + "; ".join(texts)
+
+
+Graph.__str__ = print_graph  # type: ignore[assignment, method-assign]
+
 
 # Sweeps that sum over ranks
 class Shares(ReverseSweep):
@@ -650,6 +689,7 @@ class Shares(ReverseSweep):
             if place is None or place.kind != "replicated":
                 self.add(symbol, partial, node)
                 return
+            # Add to what this rank has
             if symbol in self.shares:
                 total = self.new_symbol(self.form + "@rank", symbol)
                 so_far, _ = self.shares[symbol]
@@ -683,36 +723,3 @@ class SecondOrderShares(Shares, SecondOrderSweep):
 
 
 SWEEPS.update(vjp=Shares, hvp=SecondOrderShares)
-
-# What models look like when they are printed
-ROWS = 40  # nodes at either end of a long model
-
-
-def print_graph(graph: Graph) -> str:
-    """A model in several lines: its inputs, its nodes, and where their results live."""
-    plans, derived = list(getattr(graph, "_plans", {}).values()), getattr(graph, "_base", None) is not None
-    try:
-        arrivals = plans[-1].places.arrivals if plans else ()
-        of, lines = {} if derived else PlacesOnRanks(graph, list(graph), arrivals).of, []
-    except PlacementError as error:
-        of, lines = {}, [f"  ! {error}"]
-
-    def known(symbol: BaseSymbol) -> str:
-        found = [str(of[leaf]) for leaf in leaves(symbol) if leaf in of]
-        return f"{symbol!r}: {', '.join(dict.fromkeys(found))}" if found else repr(symbol)
-
-    rows = [f"  {node!r}" + told(node.varout.values(), known) for node in graph]
-    if len(rows) > 2 * ROWS:
-        rows[ROWS:-ROWS] = [f"  ({len(rows) - 2 * ROWS} more)"]
-    inputs = [f"  input {known(symbol)}" for symbol in graph._inputs.values()]
-    outputs = [f"  output {name} = {known(symbol)}" for name, symbol in graph._outputs.items()]
-    return "\n".join([repr(graph), *lines, *inputs, *rows, *outputs])
-
-
-def told(symbols: Iterable[BaseSymbol], known: Callable[[BaseSymbol], str]) -> str:
-    """What is known of the results of a node, for the end of its line."""
-    texts = [known(symbol) for symbol in symbols]
-    return "" if all(": " not in text for text in texts) else "  # " + "; ".join(texts)
-
-
-Graph.__str__ = print_graph  # type: ignore[assignment, method-assign]

@@ -11,6 +11,47 @@ from typing import Any
 from .error import BadArgument, did_you_mean, needed_for
 
 
+class Actions:
+    """The actions of a schedule.
+
+    Attributes
+    ----------
+    forward : list
+        What to do in the forward run.
+    reverse : list or None
+        What to do in the reverse sweep, if the schedule provides for one.
+    repeatable : bool
+        Whether the reverse sweep leaves behind all that was kept at the end of the forward run.
+    """
+
+    def __init__(self, schedule: Any, n: int) -> None:
+        self.repeatable = schedule.max_n is None
+        self.forward: list[Any] = []
+        self.reverse: list[Any] | None = None
+        actions = self.forward
+        for action in schedule:
+            # Take down an action
+            kind = type(action).__name__
+            if kind == "EndForward":
+                actions = []
+            elif kind == "EndReverse":
+                self.reverse = actions
+                break
+            else:
+                actions.append(action)
+            if schedule.max_n is None and getattr(action, "n1", 0) >= n:
+                schedule.finalize(n)
+
+
+def library() -> Any:
+    with needed_for("checkpoints", extra="checkpoint"):
+        import checkpoint_schedules
+    # Keep the library from compiling what is run in no time
+    multistage = checkpoint_schedules.multistage
+    multistage.n_advance = getattr(multistage.n_advance, "py_func", multistage.n_advance)
+    return checkpoint_schedules
+
+
 def multistage(n: int, ram: int | None = None, disk: int = 0) -> Any:
     ram = n if ram is None else ram
     if ram + disk < 1:
@@ -20,6 +61,13 @@ def multistage(n: int, ram: int | None = None, disk: int = 0) -> Any:
 
 def revolve(n: int, ram: int) -> Any:
     return multistage(n, at_least_one(ram=ram))
+
+
+def at_least_one(**number: int) -> int:
+    ((name, value),) = number.items()
+    if value < 1:
+        raise BadArgument(f"{name} must be at least one for this schedule, got {value}")
+    return value
 
 
 def two_level(n: int, period: int, ram: int | None = None) -> Any:
@@ -110,52 +158,5 @@ def find_schedule(schedule: str | Callable[[int], Any], numbers: dict[str, Any])
     return partial(make, **given)
 
 
-def at_least_one(**number: int) -> int:
-    ((name, value),) = number.items()
-    if value < 1:
-        raise BadArgument(f"{name} must be at least one for this schedule, got {value}")
-    return value
-
-
 def is_whole(number: Any) -> bool:
     return isinstance(number, Integral)
-
-
-def library() -> Any:
-    with needed_for("checkpoints", extra="checkpoint"):
-        import checkpoint_schedules
-    # Keep the library from compiling what is run in no time
-    multistage = checkpoint_schedules.multistage
-    multistage.n_advance = getattr(multistage.n_advance, "py_func", multistage.n_advance)
-    return checkpoint_schedules
-
-
-class Actions:
-    """The actions of a schedule.
-
-    Attributes
-    ----------
-    forward : list
-        What to do in the forward run.
-    reverse : list or None
-        What to do in the reverse sweep, if the schedule provides for one.
-    repeatable : bool
-        Whether the reverse sweep leaves behind all that was kept at the end of the forward run.
-    """
-
-    def __init__(self, schedule: Any, n: int) -> None:
-        self.repeatable = schedule.max_n is None
-        self.forward: list[Any] = []
-        self.reverse: list[Any] | None = None
-        actions = self.forward
-        for action in schedule:
-            kind = type(action).__name__
-            if kind == "EndForward":
-                actions = []
-            elif kind == "EndReverse":
-                self.reverse = actions
-                break
-            else:
-                actions.append(action)
-            if schedule.max_n is None and getattr(action, "n1", 0) >= n:
-                schedule.finalize(n)

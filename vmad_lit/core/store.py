@@ -62,6 +62,13 @@ class Disk:
             ) from error
         return room
 
+    def _transfer(self, function: Callable[[memoryview], int], chunk: memoryview) -> None:
+        while chunk.nbytes:
+            done = function(chunk)  # the system may do less than it was asked to
+            if not done:
+                raise EOFError("the file with the states of a chain is shorter than it was")
+            chunk = chunk[done:]
+
     def read(self, room: tuple[int, int], sizes: list[int]) -> list[Any]:
         """Read chunks of the given sizes from a room."""
         self._file.seek(room[0])
@@ -69,13 +76,6 @@ class Disk:
         for chunk in chunks:
             self._transfer(self._file.readinto, memoryview(chunk))
         return chunks
-
-    def _transfer(self, function: Callable[[memoryview], int], chunk: memoryview) -> None:
-        while chunk.nbytes:
-            done = function(chunk)  # the system may do less than it was asked to
-            if not done:
-                raise EOFError("the file with the states of a chain is shorter than it was")
-            chunk = chunk[done:]
 
     def _find_room(self, size: int) -> tuple[int, int]:
         fitting = [room for room in self._free if room[1] >= size]

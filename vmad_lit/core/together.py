@@ -22,6 +22,7 @@ def together(comm: Any, action: Callable[[], T]) -> T:
     Without a communicator, or on one rank, this is a call like others. `action` must not talk to other ranks, which
     would wait in it for one that has failed.
     """
+
     if comm is None or comm.size == 1:
         return action()
     results, error = [], None
@@ -77,8 +78,10 @@ def raise_first(comm: Any, error: Exception | None) -> NoReturn:
     notes: dict[int, Note] = {rank: note for rank, note in enumerate(everybody) if note is not None}
     first = next(iter(notes.values()))
     alike = [rank for rank, note in notes.items() if note[:2] == first[:2]]
+    # Raise what all have alike as it is
     if error is not None and len(alike) == comm.size:
         raise error
+    # Raise the first error, and name the ranks
     raised = restore(first, f"on rank{'s' * (len(alike) > 1)} {', '.join(map(str, alike[:8]))}")
     for rank in [rank for rank in notes if rank not in alike][:3]:
         raised.add_note(f"and on rank {rank}: {notes[rank][0]}: {notes[rank][1]}")
@@ -99,6 +102,7 @@ def restore(note: Note, who: str) -> Exception:
         error: Exception = pickle.loads(data)
     except Exception:
         error = RuntimeError(f"{kind}: {text}")
+    # Put the ranks into the message
     if isinstance(error, OSError) and error.strerror:
         error.strerror = f"{who}: {error.strerror}"
     elif error.args and type(error.args[0]) is str:

@@ -84,6 +84,20 @@ def multiple(x: Value, c: Value) -> Value:
     return x * c
 
 
+def plus_multiple(x: Value, v: Value, c: Value) -> Value:
+    """x + c * v, where any of them may be zero."""
+    if is_zero(v) or is_zero(c):
+        return x
+    return multiple(v, c) if is_zero(x) else add_multiple(x, v, c)
+
+
+def sum_products(a: Value, b: Value) -> float:
+    """The inner product of two arrays on this rank, added up in double precision."""
+    if is_zero(a) or is_zero(b):
+        return 0.0
+    return float(numpy.einsum("i,i->", numpy.ravel(a), numpy.ravel(b), dtype="f8"))
+
+
 def copy_of(x: Array) -> Array:
     y = memory.empty_like(x)
     y[...] = x
@@ -106,23 +120,9 @@ def room_for(node: Node, name: str, value: Value, like: Array) -> Array:
     return memory.empty_like(like)
 
 
-def plus_multiple(x: Value, v: Value, c: Value) -> Value:
-    """x + c * v, where any of them may be zero."""
-    if is_zero(v) or is_zero(c):
-        return x
-    return multiple(v, c) if is_zero(x) else add_multiple(x, v, c)
-
-
 @register(numpy.ndarray)
 class LargeArrays(Arrays):
     """Arrays whose sums are made in memory that is used again, if they are large."""
 
     def add(self, a: Array, b: Array) -> Array:
         return add_multiple(a, b, 1.0) if a.nbytes >= memory.LEAST and alike(a, b) else a + b
-
-
-def sum_products(a: Value, b: Value) -> float:
-    """The inner product of two arrays on this rank, added up in double precision."""
-    if is_zero(a) or is_zero(b):
-        return 0.0
-    return float(numpy.einsum("i,i->", numpy.ravel(a), numpy.ravel(b), dtype="f8"))

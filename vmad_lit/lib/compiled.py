@@ -42,7 +42,7 @@ OPTIONS: dict[str, Any] = dict(nogil=True, error_model="numpy", fastmath={"contr
 
 
 def ingredients(value: Any, names: Sequence[str] = (), seen: tuple[Any, ...] = ()) -> Any:
-    """What of a value becomes machine code, as a text or nested tuples of texts, the same in every process.
+    """What of a value becomes machine code, as a string or nested tuples of strings, the same in every process.
 
     Of compiled functions that is all they are made of; of a module what is asked of it under one of `names`.
     Other functions numba replaces with its own: their names are enough. `seen`: those we are in the midst of.
@@ -51,6 +51,7 @@ def ingredients(value: Any, names: Sequence[str] = (), seen: tuple[Any, ...] = (
         return _ingredients_of_function(value.py_func, seen), ingredients(value.targetoptions)
     if isinstance(value, Intrinsic):
         return _ingredients_of_function(value._defn, seen), _ingredients_of_module(value._defn.__module__)
+    # Describe a module, or what holds other values
     if isinstance(value, ModuleType):
         asked = [name for name in names if hasattr(value, name) and value not in seen]
         return value.__name__, *(ingredients(getattr(value, name), names, (*seen, value)) for name in asked)
@@ -201,7 +202,6 @@ class Cache:
         made_of = ingredients(self.loop), str(signature), machine, settings, versions
         return os.path.join(folder, f"{self.name}-{_digest(made_of)}.loop")
 
-    # Load and save a case
     def load_overload(self, signature: Any, context: Any) -> Any:
         """What numba made of the function for these types; None if it is not here."""
         path = self.path(signature)
@@ -344,6 +344,7 @@ def compiled(function: Callable[..., Any], *signature: Any, **options: Any) -> A
     loop._cache = cache = Cache(loop)
 
     def compile_in_turn(types: Iterable[Any]) -> Any:
+        # Compile a case in turn
         types = tuple(numba.types.unliteral(kind) for kind in types)
         if types in loop.overloads:
             return compile_case(types)

@@ -222,6 +222,7 @@ class MatterDominated:
         if Omega0_lambda is None:
             Omega0_lambda = 1 - Omega0_k - Omega0_m
         Omega0_lambda = real_number("Omega0_lambda", Omega0_lambda, **LIMITS["Ode0"])
+
         self.Omega0_m = self.Om0 = Omega0_m
         self.Omega0_lambda, self.Omega0_k = Omega0_lambda, Omega0_k
         self.a = None if a is None else np.unique(_scale_factor(a))
@@ -264,12 +265,12 @@ class MatterDominated:
         return self.Omega0_m / _expansion(_scale_factor(a), *self._densities)
 
     def D1(self, a: ArrayLike, order: int = 0) -> Numbers:
-        """First-order growth factor, or its derivative of order 1 or 2 by ln a."""
+        """First-order growth factor, or its derivative of order 1 or 2 with respect to ln a."""
         _check_order(order)
         return linear_growth(_scale_factor(a), *self._densities)[order] / self._D1_norm
 
     def D2(self, a: ArrayLike, order: int = 0) -> Numbers:
-        """Second-order growth factor, or its derivative of order 1 or 2 by ln a."""
+        """Second-order growth factor, or its derivative of order 1 or 2 with respect to ln a."""
         _check_order(order)
         return second_order_growth(_scale_factor(a), *self._densities)[order] / self._D2_norm
 
@@ -320,6 +321,259 @@ class MatterDominated:
 
 def _check_order(order: int) -> None:
     whole_number("order of growth", order, 0, 2)
+
+
+_STEP = 1e-40
+
+
+def _push_forward(
+    function: Callable[..., Any], parameters: Sequence[Number], tangents: Iterable[Number]
+) -> list[Any]:
+    """Tangents of the results of an analytic function, by one complex step."""
+    shifted = [p + 1j * _STEP * float(t) if t else p for p, t in zip(parameters, tangents, strict=True)]
+    return [np.imag(y) / _STEP for y in _as_tuple(function(*shifted))]
+
+
+def _as_tuple(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _pull_back(
+    function: Callable[..., Any],
+    parameters: Sequence[Number],
+    cotangents: Sequence[Value],
+    wanted: Sequence[bool],
+) -> list[Value]:
+    """Cotangents of the parameters of an analytic function from those of its results."""
+    pulled = []
+    for i, want in enumerate(wanted):
+        if not want:
+            pulled.append(ZeroGradient)
+            continue
+        slopes = _push_forward(function, parameters, [j == i for j in range(len(parameters))])
+        pulled.append(
+            sum(
+                float(np.sum(_y * slope))
+                for _y, slope in zip(cotangents, slopes, strict=True)
+                if _y is not ZeroGradient
+            )
+        )
+    return pulled
+
+
+_WEIGHTS = {1: 3 / 4, 2: -3 / 20, 3: 1 / 60}  # of the central difference of sixth order
+
+
+def _differentiate_pull_back(
+    function: Callable[..., Any],
+    parameters: Sequence[Number],
+    tangents: Sequence[Number],
+    cotangents: Sequence[Value],
+    wanted: Sequence[bool],
+) -> list[Value]:
+    """The derivative of `_pull_back` along tangents of the parameters."""
+    step = 1e-4 / max(
+        abs(float(t)) / (abs(float(p)) or 1.0) for p, t in zip(parameters, tangents, strict=True)
+    )
+
+    def at(distance: float) -> list[Value]:
+        moved = [p + distance * float(t) for p, t in zip(parameters, tangents, strict=True)]
+        return _pull_back(function, moved, cotangents, wanted)
+
+    total = [0.0 if want else ZeroGradient for want in wanted]
+    for n, weight in _WEIGHTS.items():
+        pairs = zip(total, at(n * step), at(-n * step), strict=True)
+        total = [sum_ + (up - down) * (weight / step) for sum_, up, down in pairs]
+    return total
+
+
+class AnalyticOperator(Operator):
+    """An operator made of an analytic function, with derivatives by complex steps. Made by `analytic`."""
+
+    def __init__(self, function: Callable[..., Any], ain: str, aout: str) -> None:
+        self.function = function
+        self._parameters = inspect.signature(function).parameters
+        copied = {name: getattr(function, name) for name in ("__doc__", "__module__", "__qualname__")}
+        super().__init__(type(function.__name__, (), dict(copied, ain=ain, aout=aout)))
+
+    def _make_primitives(self) -> None:
+        names = list(self._parameters)
+        of_results, of_numbers = ["_" + name for name in self.aout], [name + "_" for name in self.ain]
+        self.apl = Primitive(self, "apl", self._apply, names)
+        self.apl.defaults = {n: p.default for n, p in self._parameters.items() if p.default is not p.empty}
+        self.vjp = Primitive(self, "vjp", self._vjp, [*of_results, *names])
+        self.jvp = Primitive(self, "jvp", self._jvp, [*of_numbers, *names])
+        self.hvp = Primitive(self, "hvp", self._hvp, [*of_results, *of_numbers, *names])
+        self.rcd = None
+        self._find_recorded()
+
+    # The functions of an analytic operator
+    def _fix(self, arguments: Mapping[str, Any]) -> tuple[Callable[..., Any], list[Number]]:
+        """The function of the numbers alone, and the numbers."""
+        fixed = {name: arguments[name] for name in self._parameters if name not in self.ain}
+        numbers = [arguments[name] for name in self.ain]
+        return (lambda *numbers: self.function(**dict(zip(self.ain, numbers)), **fixed)), numbers
+
+    def _apply(self, node: Node, **arguments: Any) -> dict[str, Any]:
+        for name in self.ain:
+            real_number(name, arguments[name])
+        function, numbers = self._fix(arguments)
+        return dict(zip(self.aout, _as_tuple(function(*numbers))))
+
+    def _jvp(self, node: Node, **arguments: Any) -> dict[str, Any]:
+        tangents = [arguments[name + "_"] for name in self.ain]
+        pushed = _push_forward(*self._fix(arguments), tangents)
+        return {name + "_": tangent for name, tangent in zip(self.aout, pushed)}
+
+    def _vjp(self, node: Node, **arguments: Any) -> dict[str, Any]:
+        cotangents = [arguments["_" + name] for name in self.aout]
+        pulled = _pull_back(*self._fix(arguments), cotangents, [node.needs(name) for name in self.ain])
+        return {"_" + name: cotangent for name, cotangent in zip(self.ain, pulled)}
+
+    def _hvp(self, node: Node, **arguments: Any) -> dict[str, Any]:
+        tangents = [arguments[name + "_"] for name in self.ain]
+        cotangents = [arguments["_" + name] for name in self.aout]
+        wanted = [node.needs(name) for name in self.ain]
+        changes = _differentiate_pull_back(*self._fix(arguments), tangents, cotangents, wanted)
+        return {f"_{name}_": change for name, change in zip(self.ain, changes)}
+
+
+def analytic(spec: str) -> Callable[[Callable[..., Any]], AnalyticOperator]:
+    """Declare an operator by an analytic function of a few numbers.
+
+    Parameters
+    ----------
+    spec : str
+        The names of the numbers and of the results, such as 'Om0 -> D1, f1'. The numbers are real; the
+        function is called with complex ones too, and must be analytic in them. Its other parameters are
+        hyper-parameters and may have defaults. It returns an array or a number, or a tuple of these.
+    """
+    ain, aout = spec.split("->")
+    return lambda function: AnalyticOperator(function, ain, aout)
+
+
+@analytic("Om0 -> D1, f1, D2, f2")
+def growth(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> tuple[Numbers, ...]:
+    """Growth factors D1, D2 (one today) and rates f1, f2 at scale factors a, as functions of Om0.
+
+    growth(Om0, a, Ok0=0) gives the symbols [D1, f1, D2, f2]; each has the shape of `a`.
+    """
+    a = _scale_factor(a)
+    densities = densities_of(Om0, Ok0)
+    today = np.ones(())
+    D1, F1, _ = linear_growth(a, *densities)
+    D2, F2, _ = second_order_growth(a, *densities)
+    return (
+        D1 / linear_growth(today, *densities)[0],
+        F1 / D1,
+        D2 / second_order_growth(today, *densities)[0],
+        F2 / D2,
+    )
+
+
+@analytic("Om0 -> E")
+def expansion_rate(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> Numbers:
+    """E(a) = H(a) / H0 as a function of Om0: expansion_rate(Om0, a, Ok0=0)."""
+    a = _scale_factor(a)
+    return np.sqrt(_expansion(a, *densities_of(Om0, Ok0)) / a**3)
+
+
+def _step_functions(a: ArrayLike, Om0: Number, Ok0: Number) -> tuple[Numbers, Numbers]:
+    """D1 and Gf = a^2 E D1' at scale factors a, with the normalisation of `linear_growth`."""
+    a = _scale_factor(a)
+    densities = densities_of(Om0, Ok0)
+    D, F, _ = linear_growth(a, *densities)
+    return D, F * np.sqrt(a * _expansion(a, *densities))
+
+
+@analytic("Om0 -> K")
+def kick_factor(Om0: Number, ai: ArrayLike, ac: ArrayLike, af: ArrayLike, Ok0: Number = 0.0) -> Numbers:
+    """FastPM's kick from ai to af by the force at ac, as a function of Om0.
+
+    kick_factor(Om0, ai, ac, af, Ok0=0) multiplies the force, minus the gradient of the inverse Laplacian
+    of 1.5 Om0 delta. Scale factors may be arrays, an entry for each step.
+    """
+    (_, start), (D, _), (_, end) = (_step_functions(a, Om0, Ok0) for a in (ai, ac, af))
+    return (end - start) / (1.5 * Om0 * D)
+
+
+@analytic("Om0 -> D")
+def drift_factor(Om0: Number, ai: ArrayLike, ac: ArrayLike, af: ArrayLike, Ok0: Number = 0.0) -> Numbers:
+    """FastPM's drift from ai to af with the momentum at ac, as a function of Om0; as `kick_factor`."""
+    (start, _), (_, Gf), (end, _) = (_step_functions(a, Om0, Ok0) for a in (ai, ac, af))
+    return (end - start) / Gf
+
+
+@analytic("Om0 -> factors")
+def step_factors(Om0: Number, stages: ArrayLike, Ok0: Number = 0.0) -> Array:
+    """The coefficients of FastPM's kick-drift-kick steps between scale factors, as functions of Om0.
+
+    step_factors(Om0, stages, Ok0=0) has the shape (number of steps, 3): a kick by the force of the bare
+    density contrast (so it includes 1.5 Om0), a drift, a kick. Middles of steps are geometric means.
+    """
+    stages = real_array("stages", stages, shape=(None,), above=0).astype("f8")
+    n = len(stages)
+    D, Gf = _step_functions(np.concatenate([stages, np.sqrt(stages[:-1] * stages[1:])]), Om0, Ok0)
+    middle = Gf[n:]
+    return np.stack(
+        [(middle - Gf[: n - 1]) / D[: n - 1], (D[1:n] - D[: n - 1]) / middle, (Gf[1:n] - middle) / D[1:n]],
+        axis=-1,
+    )
+
+
+@analytic("Om0 -> factors")
+def start_factors(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> Array:
+    """D1, D2, and a^2 E times their derivatives with respect to ln a, at one scale factor, as functions of Om0.
+
+    These (4,) numbers multiply the displacements of first and second order in the displacements and
+    momenta at `a`.
+    """
+    a = _scale_factor(a)
+    D1, f1, D2, f2 = growth.function(Om0, a, Ok0)
+    rate = np.sqrt(a * _expansion(a, *densities_of(Om0, Ok0)))
+    return np.stack([D1, D2, rate * f1 * D1, rate * f2 * D2])
+
+
+class SymbolicBackground:
+    """Expansion and growth in a universe whose density of matter is a symbol; see :class:`MatterDominated`.
+
+    Parameters
+    ----------
+    Om0 : symbol, density of matter today; a cosmological constant makes up for its changes.
+    Ok0 : number, curvature today.
+
+    Growth factors are one today. Methods take scale factors, numbers or arrays, and give symbols.
+    """
+
+    __symbols__ = ("Om0",)
+
+    def __init__(self, Om0: Number, Ok0: float = 0.0, a_normalize: float = 1.0) -> None:
+        if positive("a_normalize", a_normalize) != 1.0:
+            raise ValueError(f"the growth of a symbol is normalised to one today, not at a = {a_normalize}")
+        self.Om0, self.Ok0 = Om0, real_number("Ok0", Ok0, **LIMITS["Ok0"])
+
+    def __repr__(self) -> str:
+        return f"SymbolicBackground({self.Om0}, Ok0={self.Ok0:g})"
+
+    def E(self, a: ArrayLike) -> Symbol:
+        """H(a) / H0."""
+        return expansion_rate(self.Om0, a, self.Ok0)
+
+    def D1(self, a: ArrayLike) -> Symbol:
+        """First-order growth factor."""
+        return growth(self.Om0, a, self.Ok0)[0]
+
+    def f1(self, a: ArrayLike) -> Symbol:
+        """Growth rate d ln D1 / d ln a."""
+        return growth(self.Om0, a, self.Ok0)[1]
+
+    def D2(self, a: ArrayLike) -> Symbol:
+        """Second-order growth factor."""
+        return growth(self.Om0, a, self.Ok0)[2]
+
+    def f2(self, a: ArrayLike) -> Symbol:
+        """Growth rate d ln D2 / d ln a."""
+        return growth(self.Om0, a, self.Ok0)[3]
 
 
 @dataclass(frozen=True)
@@ -401,6 +655,13 @@ class Cosmology:
         return self._evaluate(luminosity_distance, z)
 
 
+#: Planck Collaboration XIII (2016), arXiv:1502.01589, table 4, last column: TT,TE,EE+lowP+lensing+ext.
+Planck15 = Cosmology(Om0=0.3089, h=0.6774, Ob0=0.02230 / 0.6774**2, n_s=0.9667, sigma8=0.8159)
+
+#: Planck Collaboration VI (2020), arXiv:1807.06209, table 2, last column: TT,TE,EE+lowE+lensing+BAO.
+Planck18 = Cosmology(Om0=0.3111, h=0.6766, Ob0=0.02242 / 0.6766**2, n_s=0.9665, sigma8=0.8102)
+
+
 def _redshift(z: ArrayLike) -> Array:
     return real_array("redshifts", z, above=-1, infinite=True).astype("f8", copy=False)
 
@@ -420,11 +681,28 @@ def _transverse(chi: Numbers, Ok0: Number) -> Numbers:
     return (np.sinh if Ok0 > 0 else np.sin)(curvature * chi) / curvature
 
 
-#: Planck Collaboration XIII (2016), arXiv:1502.01589, table 4, last column: TT,TE,EE+lowP+lensing+ext.
-Planck15 = Cosmology(Om0=0.3089, h=0.6774, Ob0=0.02230 / 0.6774**2, n_s=0.9667, sigma8=0.8159)
+@analytic("Om0 -> chi")
+def comoving_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
+    """Line-of-sight comoving distance in Mpc/h as a function of Om0: comoving_distance(Om0, z, Ok0=0)."""
+    return _comoving_distance(z, *densities_of(Om0, Ok0))
 
-#: Planck Collaboration VI (2020), arXiv:1807.06209, table 2, last column: TT,TE,EE+lowE+lensing+BAO.
-Planck18 = Cosmology(Om0=0.3111, h=0.6766, Ob0=0.02242 / 0.6766**2, n_s=0.9665, sigma8=0.8102)
+
+@analytic("Om0 -> d")
+def comoving_transverse_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
+    """Comoving distance across the line of sight, per radian, in Mpc/h; as `comoving_distance`."""
+    return _transverse(_comoving_distance(z, *densities_of(Om0, Ok0)), Ok0)
+
+
+@analytic("Om0 -> d")
+def angular_diameter_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
+    """Proper size per radian at redshift z, in Mpc/h; as `comoving_distance`."""
+    return _transverse(_comoving_distance(z, *densities_of(Om0, Ok0)), Ok0) / (1 + _redshift(z))
+
+
+@analytic("Om0 -> d")
+def luminosity_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
+    """sqrt(L / 4 pi F) for a source at redshift z, in Mpc/h; as `comoving_distance`."""
+    return _transverse(_comoving_distance(z, *densities_of(Om0, Ok0)), Ok0) * (1 + _redshift(z))
 
 
 def _acoustic_scales(om: Number, ob: Number, theta: float) -> tuple[Number, ...]:
@@ -438,6 +716,7 @@ def _acoustic_scales(om: Number, ob: Number, theta: float) -> tuple[Number, ...]
     b2 = 0.238 * om**0.223
     z_d = 1291 * om**0.251 / (1 + 0.659 * om**0.828) * (1 + b1 * ob**b2)  # eq. 4
     R_eq, R_d = (31.5 * ob * theta**-4 / (z / 1e3) for z in (z_eq, z_d))  # eq. 5
+
     s = (
         2
         / (3 * k_eq)
@@ -703,241 +982,6 @@ class _TabulatedTransfer:
         return np.exp(self._spline(np.clip(logk, low, high)) + beyond * self._spline(high, 1))
 
 
-_STEP = 1e-40
-
-
-def _push_forward(
-    function: Callable[..., Any], parameters: Sequence[Number], tangents: Iterable[Number]
-) -> list[Any]:
-    """Tangents of the results of an analytic function, by one complex step."""
-    shifted = [p + 1j * _STEP * float(t) if t else p for p, t in zip(parameters, tangents, strict=True)]
-    return [np.imag(y) / _STEP for y in _as_tuple(function(*shifted))]
-
-
-def _as_tuple(results: Any) -> tuple[Any, ...]:
-    return results if isinstance(results, tuple) else (results,)
-
-
-def _pull_back(
-    function: Callable[..., Any],
-    parameters: Sequence[Number],
-    cotangents: Sequence[Value],
-    wanted: Sequence[bool],
-) -> list[Value]:
-    """Cotangents of the parameters of an analytic function from those of its results."""
-    pulled = []
-    for i, want in enumerate(wanted):
-        if not want:
-            pulled.append(ZeroGradient)
-            continue
-        slopes = _push_forward(function, parameters, [j == i for j in range(len(parameters))])
-        pulled.append(
-            sum(
-                float(np.sum(_y * slope))
-                for _y, slope in zip(cotangents, slopes, strict=True)
-                if _y is not ZeroGradient
-            )
-        )
-    return pulled
-
-
-_WEIGHTS = {1: 3 / 4, 2: -3 / 20, 3: 1 / 60}  # of the central difference of sixth order
-
-
-def _differentiate_pull_back(
-    function: Callable[..., Any],
-    parameters: Sequence[Number],
-    tangents: Sequence[Number],
-    cotangents: Sequence[Value],
-    wanted: Sequence[bool],
-) -> list[Value]:
-    """The derivative of `_pull_back` along tangents of the parameters."""
-    step = 1e-4 / max(
-        abs(float(t)) / (abs(float(p)) or 1.0) for p, t in zip(parameters, tangents, strict=True)
-    )
-
-    def at(distance: float) -> list[Value]:
-        moved = [p + distance * float(t) for p, t in zip(parameters, tangents, strict=True)]
-        return _pull_back(function, moved, cotangents, wanted)
-
-    total = [0.0 if want else ZeroGradient for want in wanted]
-    for n, weight in _WEIGHTS.items():
-        pairs = zip(total, at(n * step), at(-n * step), strict=True)
-        total = [sum_ + (up - down) * (weight / step) for sum_, up, down in pairs]
-    return total
-
-
-class AnalyticOperator(Operator):
-    """An operator made of an analytic function, with derivatives by complex steps. Made by `analytic`."""
-
-    def __init__(self, function: Callable[..., Any], ain: str, aout: str) -> None:
-        self.function = function
-        self._parameters = inspect.signature(function).parameters
-        copied = {name: getattr(function, name) for name in ("__doc__", "__module__", "__qualname__")}
-        super().__init__(type(function.__name__, (), dict(copied, ain=ain, aout=aout)))
-
-    def _make_primitives(self) -> None:
-        names = list(self._parameters)
-        of_results, of_numbers = ["_" + name for name in self.aout], [name + "_" for name in self.ain]
-        self.apl = Primitive(self, "apl", self._apply, names)
-        self.apl.defaults = {n: p.default for n, p in self._parameters.items() if p.default is not p.empty}
-        self.vjp = Primitive(self, "vjp", self._vjp, [*of_results, *names])
-        self.jvp = Primitive(self, "jvp", self._jvp, [*of_numbers, *names])
-        self.hvp = Primitive(self, "hvp", self._hvp, [*of_results, *of_numbers, *names])
-        self.rcd = None
-        self._find_recorded()
-
-    # The functions of an analytic operator
-    def _fix(self, arguments: Mapping[str, Any]) -> tuple[Callable[..., Any], list[Number]]:
-        """The function of the numbers alone, and the numbers."""
-        fixed = {name: arguments[name] for name in self._parameters if name not in self.ain}
-        numbers = [arguments[name] for name in self.ain]
-        return (lambda *numbers: self.function(**dict(zip(self.ain, numbers)), **fixed)), numbers
-
-    def _apply(self, node: Node, **arguments: Any) -> dict[str, Any]:
-        for name in self.ain:
-            real_number(name, arguments[name])
-        function, numbers = self._fix(arguments)
-        return dict(zip(self.aout, _as_tuple(function(*numbers))))
-
-    def _jvp(self, node: Node, **arguments: Any) -> dict[str, Any]:
-        tangents = [arguments[name + "_"] for name in self.ain]
-        pushed = _push_forward(*self._fix(arguments), tangents)
-        return {name + "_": tangent for name, tangent in zip(self.aout, pushed)}
-
-    def _vjp(self, node: Node, **arguments: Any) -> dict[str, Any]:
-        cotangents = [arguments["_" + name] for name in self.aout]
-        pulled = _pull_back(*self._fix(arguments), cotangents, [node.needs(name) for name in self.ain])
-        return {"_" + name: cotangent for name, cotangent in zip(self.ain, pulled)}
-
-    def _hvp(self, node: Node, **arguments: Any) -> dict[str, Any]:
-        tangents = [arguments[name + "_"] for name in self.ain]
-        cotangents = [arguments["_" + name] for name in self.aout]
-        wanted = [node.needs(name) for name in self.ain]
-        changes = _differentiate_pull_back(*self._fix(arguments), tangents, cotangents, wanted)
-        return {f"_{name}_": change for name, change in zip(self.ain, changes)}
-
-
-def analytic(spec: str) -> Callable[[Callable[..., Any]], AnalyticOperator]:
-    """Declare an operator by an analytic function of a few numbers.
-
-    Parameters
-    ----------
-    spec : str
-        The names of the numbers and of the results, such as 'Om0 -> D1, f1'. The numbers are real; the
-        function is called with complex ones too, and must be analytic in them. Its other parameters are
-        hyper-parameters and may have defaults. It returns an array or a number, or a tuple of these.
-    """
-    ain, aout = spec.split("->")
-    return lambda function: AnalyticOperator(function, ain, aout)
-
-
-@analytic("Om0 -> D1, f1, D2, f2")
-def growth(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> tuple[Numbers, ...]:
-    """Growth factors D1, D2 (one today) and rates f1, f2 at scale factors a, as functions of Om0.
-
-    growth(Om0, a, Ok0=0) gives the symbols [D1, f1, D2, f2]; each has the shape of `a`.
-    """
-    a = _scale_factor(a)
-    densities = densities_of(Om0, Ok0)
-    today = np.ones(())
-    D1, F1, _ = linear_growth(a, *densities)
-    D2, F2, _ = second_order_growth(a, *densities)
-    return (
-        D1 / linear_growth(today, *densities)[0],
-        F1 / D1,
-        D2 / second_order_growth(today, *densities)[0],
-        F2 / D2,
-    )
-
-
-@analytic("Om0 -> E")
-def expansion_rate(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> Numbers:
-    """E(a) = H(a) / H0 as a function of Om0: expansion_rate(Om0, a, Ok0=0)."""
-    a = _scale_factor(a)
-    return np.sqrt(_expansion(a, *densities_of(Om0, Ok0)) / a**3)
-
-
-@analytic("Om0 -> chi")
-def comoving_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
-    """Line-of-sight comoving distance in Mpc/h as a function of Om0: comoving_distance(Om0, z, Ok0=0)."""
-    return _comoving_distance(z, *densities_of(Om0, Ok0))
-
-
-@analytic("Om0 -> d")
-def comoving_transverse_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
-    """Comoving distance across the line of sight, per radian, in Mpc/h; as `comoving_distance`."""
-    return _transverse(_comoving_distance(z, *densities_of(Om0, Ok0)), Ok0)
-
-
-@analytic("Om0 -> d")
-def angular_diameter_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
-    """Proper size per radian at redshift z, in Mpc/h; as `comoving_distance`."""
-    return _transverse(_comoving_distance(z, *densities_of(Om0, Ok0)), Ok0) / (1 + _redshift(z))
-
-
-@analytic("Om0 -> d")
-def luminosity_distance(Om0: Number, z: ArrayLike, Ok0: Number = 0.0) -> Numbers:
-    """sqrt(L / 4 pi F) for a source at redshift z, in Mpc/h; as `comoving_distance`."""
-    return _transverse(_comoving_distance(z, *densities_of(Om0, Ok0)), Ok0) * (1 + _redshift(z))
-
-
-def _step_functions(a: ArrayLike, Om0: Number, Ok0: Number) -> tuple[Numbers, Numbers]:
-    """D1 and Gf = a^2 E D1' at scale factors a, with the normalisation of `linear_growth`."""
-    a = _scale_factor(a)
-    densities = densities_of(Om0, Ok0)
-    D, F, _ = linear_growth(a, *densities)
-    return D, F * np.sqrt(a * _expansion(a, *densities))
-
-
-@analytic("Om0 -> K")
-def kick_factor(Om0: Number, ai: ArrayLike, ac: ArrayLike, af: ArrayLike, Ok0: Number = 0.0) -> Numbers:
-    """FastPM's kick from ai to af by the force at ac, as a function of Om0.
-
-    kick_factor(Om0, ai, ac, af, Ok0=0) multiplies the force, gradient and inverse Laplacian of
-    1.5 Om0 delta. Scale factors may be arrays, an entry for each step.
-    """
-    (_, start), (D, _), (_, end) = (_step_functions(a, Om0, Ok0) for a in (ai, ac, af))
-    return (end - start) / (1.5 * Om0 * D)
-
-
-@analytic("Om0 -> D")
-def drift_factor(Om0: Number, ai: ArrayLike, ac: ArrayLike, af: ArrayLike, Ok0: Number = 0.0) -> Numbers:
-    """FastPM's drift from ai to af with the momentum at ac, as a function of Om0; as `kick_factor`."""
-    (start, _), (_, Gf), (end, _) = (_step_functions(a, Om0, Ok0) for a in (ai, ac, af))
-    return (end - start) / Gf
-
-
-@analytic("Om0 -> factors")
-def step_factors(Om0: Number, stages: ArrayLike, Ok0: Number = 0.0) -> Array:
-    """The coefficients of FastPM's kick-drift-kick steps between scale factors, as functions of Om0.
-
-    step_factors(Om0, stages, Ok0=0) has the shape (number of steps, 3): a kick by the force of the bare
-    density contrast (so it includes 1.5 Om0), a drift, a kick. Middles of steps are geometric means.
-    """
-    stages = real_array("stages", stages, shape=(None,), above=0).astype("f8")
-    n = len(stages)
-    D, Gf = _step_functions(np.concatenate([stages, np.sqrt(stages[:-1] * stages[1:])]), Om0, Ok0)
-    middle = Gf[n:]
-    return np.stack(
-        [(middle - Gf[: n - 1]) / D[: n - 1], (D[1:n] - D[: n - 1]) / middle, (Gf[1:n] - middle) / D[1:n]],
-        axis=-1,
-    )
-
-
-@analytic("Om0 -> factors")
-def start_factors(Om0: Number, a: ArrayLike, Ok0: Number = 0.0) -> Array:
-    """D1, D2, and a^2 E times their derivatives by ln a, at one scale factor, as functions of Om0.
-
-    These (4,) numbers multiply the displacements of first and second order in the displacements and
-    momenta at `a`.
-    """
-    a = _scale_factor(a)
-    D1, f1, D2, f2 = growth.function(Om0, a, Ok0)
-    rate = np.sqrt(a * _expansion(a, *densities_of(Om0, Ok0)))
-    return np.stack([D1, D2, rate * f1 * D1, rate * f2 * D2])
-
-
 @analytic("Om0, h, n_s, sigma8, Ob0 -> P")
 def linear_power(
     Om0: Number,
@@ -957,49 +1001,8 @@ def linear_power(
     (Mpc/h)^3 and in the shape of `k`, h/Mpc. A transfer function given as a function of k is held fixed in
     derivatives.
     """
+
     check_parameters(Om0=Om0, h=h, Ob0=Ob0, n_s=n_s, sigma8=sigma8, T_cmb=T_cmb, Ok0=Ok0)
     T = _transfer_function(transfer, Om0, h, Ob0, T_cmb)
     amplitude = _amplitude(T, n_s, sigma8) * _relative_growth(z, Om0, Ok0) ** 2
     return _power_law_times(T, k, n_s, amplitude)
-
-
-class SymbolicBackground:
-    """Expansion and growth in a universe whose density of matter is a symbol; see :class:`MatterDominated`.
-
-    Parameters
-    ----------
-    Om0 : symbol, density of matter today; a cosmological constant makes up for its changes.
-    Ok0 : number, curvature today.
-
-    Growth factors are one today. Methods take scale factors, numbers or arrays, and give symbols.
-    """
-
-    __symbols__ = ("Om0",)
-
-    def __init__(self, Om0: Number, Ok0: float = 0.0, a_normalize: float = 1.0) -> None:
-        if positive("a_normalize", a_normalize) != 1.0:
-            raise ValueError(f"the growth of a symbol is normalised to one today, not at a = {a_normalize}")
-        self.Om0, self.Ok0 = Om0, real_number("Ok0", Ok0, **LIMITS["Ok0"])
-
-    def __repr__(self) -> str:
-        return f"SymbolicBackground({self.Om0}, Ok0={self.Ok0:g})"
-
-    def E(self, a: ArrayLike) -> Symbol:
-        """H(a) / H0."""
-        return expansion_rate(self.Om0, a, self.Ok0)
-
-    def D1(self, a: ArrayLike) -> Symbol:
-        """First-order growth factor."""
-        return growth(self.Om0, a, self.Ok0)[0]
-
-    def f1(self, a: ArrayLike) -> Symbol:
-        """Growth rate d ln D1 / d ln a."""
-        return growth(self.Om0, a, self.Ok0)[1]
-
-    def D2(self, a: ArrayLike) -> Symbol:
-        """Second-order growth factor."""
-        return growth(self.Om0, a, self.Ok0)[2]
-
-    def f2(self, a: ArrayLike) -> Symbol:
-        """Growth rate d ln D2 / d ln a."""
-        return growth(self.Om0, a, self.Ok0)[3]

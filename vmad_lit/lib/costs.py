@@ -81,6 +81,8 @@ class Division:
                 if axis not in (d, d + 1):
                     divided = owner < len(self.np)
                     rest *= length(n[axis], self.np[owner], self.place[owner]) if divided else n[axis]
+
+            # Move the hole by an axis
             kept, cut = (d + 1, d) if backward else (d, d + 1)
             own = length(n[kept], parts, self.place[d]) * rest * 2 * self.itemsize
             pieces = [own * length(n[cut], parts, p) for p in range(parts) if p != self.place[d]]
@@ -155,6 +157,7 @@ class Division:
             [(x if isinstance(x, int) else int(x[axis])) + REACH for axis in range(len(self.nmesh))]
             for x in (low, high)
         )
+
         fold, fetch = self.halo(before, behind, fold=True), self.halo(before, behind)
         calls = AGREEMENTS["gradient" if gradient else "forward"] if self.ranks > 1 else Sent()
         return {
@@ -242,6 +245,7 @@ def choose_processes(
     np : [ranks, 1] for slabs, two factors for pencils; [ranks] for a mesh of two axes
         Some ranks have nothing if there is no other way
     """
+
     machine = Machine() if machine is None else machine
     ranks = whole_number("ranks", ranks, 1)
     if len(Nmesh) < 3:
@@ -265,6 +269,7 @@ def limits(division: Division, margin: int = 4, machine: Machine | None = None) 
         -(-n // p) * (p - 1) >= n for n, p in zip(division.nmesh, division.np)
     ):
         found.append("some ranks have nothing")
+
     thin = [str(axis) for axis in division.divided if 2 * (margin + REACH) > division.own[axis]]
     if thin:
         found.append(f"halo wider than domain along {' and '.join(thin)}")
@@ -364,6 +369,7 @@ def plan_memory(
     -------
     plan : MemoryPlan, of which the gradient is right within a tenth
     """
+
     steps, ranks = whole_number("steps", steps, 0), whole_number("ranks", ranks, 1)
     if isinstance(policy, str):
         one_of("policy", policy, tuple(POLICIES))
@@ -386,6 +392,7 @@ def plan_memory(
         return int(itemsize * total) + BESIDE
 
     forward = bytes_of(("forward", 1))
+
     if options["reversible"]:
         peaks = [bytes_of(("undo", 1))]
     elif steps and (options["ram"] is not None or options["disk"] is not None):
@@ -421,6 +428,7 @@ def available_memory(proc: str = "/proc", groups: str = "/sys/fs/cgroup") -> flo
             ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
         )
         folder = path.strip("/") if old or not kinds else None
+
         while folder is not None:
             limit, used = (read(root, folder, name).strip() for name in names)
             cache = [line.split() for line in read(root, folder, "memory.stat").splitlines()]
@@ -454,6 +462,7 @@ def check_memory(
     others : makes what could be done instead: the bytes for each rank, by the name
     switch : what leaves the check out, for the message
     """
+
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     numbers = numpy.array([1.0, memory.idle()])
     count_to_all(node, numbers.nbytes)
@@ -461,6 +470,7 @@ def check_memory(
     node.Free()
     ranks, idle = int(numbers[0]), float(numbers[1])
 
+    # Compare what is needed with what is there
     def check() -> None:
         there = available_memory() + idle
         if needed * ranks <= there:
@@ -473,6 +483,8 @@ def check_memory(
             if ranks > 1
             else ""
         )
+
+        # Say what would fit
         raise MemoryError(
             f"{what} takes about {in_gigabytes(needed)}{on_node}, but {in_gigabytes(there)} are available; "
             + (

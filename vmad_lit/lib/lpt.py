@@ -21,6 +21,7 @@ from vmad_lit.lib.cosmology import LinearPower
 from vmad_lit.lib.exchange import agree_on_lattice, decompose
 from vmad_lit.lib.force import difference, differences_serve, readout_neg_gradient
 from vmad_lit.lib.linalg import concatenate
+
 from vmad_lit.lib.mesh import (
     ParticleMesh,
     agree,
@@ -70,10 +71,12 @@ def induce_correlation(wnk: Symbol, powerspectrum: Callable[[Any], Any], pm: Par
     -------
     c : complex field, `wnk` times sqrt(P(k) / V)
     """
+
     wnk = on_mesh(wnk, pm)
     if isinstance(powerspectrum, LinearPower) and powerspectrum.is_symbolic:
         return color_modes(wnk, powerspectrum(find_wavenumbers(pm)), pm)
     check_power(powerspectrum, pm)
+    # Multiply by a root of the power
     volume = float(numpy.prod(pm.BoxSize))
 
     @partial(fixed_transfer, pointwise=True)
@@ -151,27 +154,6 @@ def _digitize_moduli(pm: ParticleMesh) -> Digitizer:
     return once_per_mesh(pm, "digitize_moduli", lambda: digitizer)
 
 
-@operator
-class in_precision:
-    """An array in the precision of another dtype."""
-
-    ain = {"x": "ndarray"}
-    aout = {"y": "ndarray"}
-    hvp = ZeroGradient
-
-    def apl(node, x, dtype):
-        return dict(y=x.astype(dtype, copy=False))
-
-    def rcd(node, x, dtype, y):
-        return dict(dtype=x.dtype, dtype_y=dtype)
-
-    def vjp(node, _y, dtype):
-        return dict(_x=_y.astype(dtype, copy=False))
-
-    def jvp(node, x_, dtype_y):
-        return dict(y_=x_.astype(dtype_y, copy=False))
-
-
 @autooperator("rhok -> dx1")
 def lpt1(
     rhok: Symbol, q: Array, pm: ParticleMesh, layout: Value = None, dtype: DTypeLike | None = None
@@ -214,6 +196,27 @@ def _displacement(
         dx = readout_all([c2r(component) for component in components], q, layout)
     dtype = numpy.dtype(q.dtype if dtype is None else dtype)
     return in_precision(dx, dtype) if dtype == "f4" else dx
+
+
+@operator
+class in_precision:
+    """An array in the precision of another dtype."""
+
+    ain = {"x": "ndarray"}
+    aout = {"y": "ndarray"}
+    hvp = ZeroGradient
+
+    def apl(node, x, dtype):
+        return dict(y=x.astype(dtype, copy=False))
+
+    def rcd(node, x, dtype, y):
+        return dict(dtype=x.dtype, dtype_y=dtype)
+
+    def vjp(node, _y, dtype):
+        return dict(_x=_y.astype(dtype, copy=False))
+
+    def jvp(node, x_, dtype_y):
+        return dict(y_=x_.astype(dtype_y, copy=False))
 
 
 _SECOND_ORDER = 0.5 * 3.0 / 7  # the factor of the two traces
@@ -303,7 +306,7 @@ class second_order_source:
 
 
 def fourier_space_second_derivative(i: int, j: int, pm: ParticleMesh) -> Transfer:
-    """The transfer function of the second derivative by axes i and j, the four-point difference twice."""
+    """The transfer function of the second derivative along axes i and j, the four-point difference twice."""
     first, second = (fourier_space_neg_gradient(d, pm, order=1) for d in (i, j))
 
     def make() -> Transfer:
@@ -364,6 +367,7 @@ def lpt(rhok: Symbol, q: Array, pm: ParticleMesh, dtype: DTypeLike | None = None
     -------
     dx1, dx2 : (N, ndim)
     """
+
     q = agree_on_lattice(q, pm)
     layout = decompose(q, pm)
     potential = _potential(rhok, pm)

@@ -64,6 +64,7 @@ class _Store:
         with self.lock:
             self.collect()
             fitting = [piece for piece in self.idle if _size(piece) >= nbytes]
+            # Make room for it
             if not fitting:
                 self.give_back()
                 region = reserve(nbytes)
@@ -238,6 +239,7 @@ def check_array(
     shape = like.shape if like is not None and shape is None else shape
     if not isinstance(array, numpy.ndarray) or isinstance(array, numpy.ma.MaskedArray):
         raise TypeError(f"{what} must be an array of floating point numbers, not a {type(array).__name__}")
+    # Complain if it has the wrong type
     if (
         array.dtype.char not in "fd"
         or not array.dtype.isnative

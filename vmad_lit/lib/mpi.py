@@ -465,6 +465,7 @@ def join(x: Value, comm: MPI.Comm, root: int | None = None) -> tuple[Value, list
     y = None
     if root is None or root == comm.rank:
         y = numpy.empty((sum(counts), *x.shape[1:]), dtype)
+    # Join the rows
     check_count(sum(counts))
     with row_type(x) as row:
         if root is None:
@@ -488,6 +489,7 @@ def deal(x: Value, counts: Sequence[int] | None, comm: MPI.Comm, root: int, scal
     if counts is None:
         count_objects(comm, x if comm.rank == root else ())
         return comm.scatter(x, root)
+    # Tell what a row is
     kind = None
     if comm.rank == root:
         x = numpy.asarray(x, order="C")
@@ -547,6 +549,7 @@ def plan_scatter(x: Value, counts: Sequence[int] | None, comm: MPI.Comm, root: i
     check_rank("root", root, comm)
     complaint = None
     if comm.rank == root:
+        # Find the counts, or what is wrong with them
         if not isinstance(x, numpy.ndarray) or x.ndim == 0:
             if not isinstance(x, (list, tuple)) or len(x) != comm.size:
                 complaint = f"expected an array or a list of {comm.size} items, got {type(x).__name__}"
@@ -732,6 +735,7 @@ def pass_on(x: Value, dest: int, source: int, comm: MPI.Comm) -> Value:
     mine = describe(x)
     count_object(comm, (mine, dest, source))
     everybody = comm.allgather((mine, dest, source))
+    # Complain unless each receives from the rank that sends to it
     for rank, (_, to, _) in enumerate(everybody):
         if to != MPI.PROC_NULL and (to not in range(comm.size) or everybody[to][2] != rank):
             raise ValueError(f"rank {rank} sends to {to!r}, which expects nothing from it")
@@ -739,6 +743,7 @@ def pass_on(x: Value, dest: int, source: int, comm: MPI.Comm) -> Value:
         if of != MPI.PROC_NULL and (of not in range(comm.size) or everybody[of][1] != rank):
             raise ValueError(f"rank {rank} expects something from {of!r}, which sends it nothing")
     kind = "NoneType" if source == MPI.PROC_NULL else everybody[source][0]
+    # Begin to send
     if type(mine) is tuple:
         check_count(numpy.size(x))
         flat = numpy.asarray(x, order="C").reshape(-1)
@@ -748,6 +753,7 @@ def pass_on(x: Value, dest: int, source: int, comm: MPI.Comm) -> Value:
     else:
         count_object(comm, x, dest)
         sent = comm.isend(x, dest, 1)
+    # Receive
     if type(kind) is tuple:
         y = numpy.empty(*kind)
         with row_type(y.reshape(-1)) as item:
@@ -816,6 +822,7 @@ def plan_halo(counts: Sequence[int], rank: int, width: int, periodic: bool) -> H
     n, size = edges[-1], len(counts)
     wanted = []
     for r in range(size):
+        # Find the ghosts of a rank, and who has them
         ghosts: Array = numpy.r_[edges[r] - width : edges[r], edges[r + 1] : edges[r + 1] + width]
         place = numpy.r_[0:width, width + counts[r] : 2 * width + counts[r]]
         if not periodic or n == 0:

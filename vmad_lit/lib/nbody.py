@@ -18,6 +18,7 @@ from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import memory
+
 from vmad_lit.lib.axpy import (
     add_multiple,
     alike,
@@ -40,14 +41,16 @@ from vmad_lit.lib.cosmology import (
     start_factors,
     step_factors,
 )
-from vmad_lit.lib.costs import check_simulation
 from vmad_lit.lib.exchange import Displaced, agree_on_lattice, decompose, lay_out
 from vmad_lit.lib.force import force, window_for_force
 from vmad_lit.lib.linalg import einsum, reshape
-from vmad_lit.lib.lpt import lpt
 from vmad_lit.lib.mesh import Field, ParticleMesh, agree, as_rows, common_dtypes, is_zero
 from vmad_lit.lib.mpi import add_up, allbcast
 from vmad_lit.lib.painting import in_dtype_of
+
+# Import what the whole simulation needs
+from vmad_lit.lib.costs import check_simulation
+from vmad_lit.lib.lpt import lpt
 
 try:
     from vmad_lit.lib import loops
@@ -105,6 +108,15 @@ def factors_of_step(pt: Background, ai: float, af: float) -> tuple[float, float,
     )
 
 
+def join_kicks(n: int) -> Array:
+    """The matrix that makes the kicks and drifts in turn from kick, drift and kick of each of n steps."""
+    matrix = numpy.zeros((2 * n + 1, 3 * n))
+    for i in range(n):
+        for j in range(3):
+            matrix[2 * i + j, 3 * i + j] = 1.0
+    return matrix
+
+
 class ForceAt:
     """The force on particles displaced by `dx` from a lattice `q`, and its transpose, which add to what is there.
 
@@ -121,6 +133,7 @@ class ForceAt:
         pot: Field | None = None,
         factor: float | None = None,
     ) -> None:
+
         if callable(dx):
             x, layout = lay_out(dx, pm, new=False, lattice=q)
         else:
@@ -274,6 +287,7 @@ class kick_drift:
             and node.is_literal("drift")
         ):
             return dict(dx=None, p=None, f=None, gravity=gravity)
+
         # The tape keeps the displacements before
         dx, p = memory.empty_like(dx_i), room_for(node, "p_i", p_i, p_i)
         f = None if node.is_literal("kick") else memory.empty_like(p)
@@ -303,12 +317,14 @@ class kick_drift:
         _dx = as_rows(0.0 if is_zero(_dx) else _dx, dx_i.shape, dtype)
         if node.needs("drift"):
             _drift = sum_products(_dx, p)
+
         if is_zero(_p):
             # In memory of its own even if the drift is one, since _dx may be overwritten
             _p_i = numpy.multiply(_dx, float(drift), out=memory.empty_like(_dx))
         else:
             _p = as_rows(_p, dx_i.shape, dtype)
             _p_i = add_multiple(_p, _dx, float(drift), out=room_for(node, "_p", _p, _p))
+
         if node.needs("kick"):
             _kick = sum_products(_p_i, f)
         _dx_i = room_for(node, "_dx", _dx, _dx)
@@ -374,15 +390,6 @@ class StepFactors:
         return pick(self.factors, i) if isinstance(self.factors, Symbol) else float(self.factors[i])
 
 
-def join_kicks(n: int) -> Array:
-    """The matrix that makes the kicks and drifts in turn from kick, drift and kick of each of n steps."""
-    matrix = numpy.zeros((2 * n + 1, 3 * n))
-    for i in range(n):
-        for j in range(3):
-            matrix[2 * i + j, 3 * i + j] = 1.0
-    return matrix
-
-
 @autooperator("dx_i, p_i -> dx, p")
 def leapfrog_step(
     dx_i: Symbol,
@@ -412,6 +419,27 @@ def leapfrog_step(
 
 
 @operator
+class pick:
+    """A number of an array as a float, by its position in the order of rows."""
+
+    ain = {"x": "ndarray"}
+    aout = {"y": "*"}
+
+    def apl(node, x, at):
+        return dict(y=float(numpy.ravel(x)[at]), shape=numpy.shape(x))
+
+    def vjp(node, _y, at, shape):
+        _x = numpy.zeros(shape)
+        _x.flat[at] = _y
+        return dict(_x=_x)
+
+    def jvp(node, x_, at):
+        return dict(y_=float(numpy.ravel(x_)[at]))
+
+    hvp = ZeroGradient
+
+
+@operator
 class scale:
     """c * v, for an array and a number c; as `axpy`."""
 
@@ -432,27 +460,6 @@ class scale:
 
     def hvp(node, _y, v_, c_):
         return dict(_v_=_y * c_, _c_=sum_products(_y, v_) if node.needs("c") else ZeroGradient)
-
-
-@operator
-class pick:
-    """A number of an array as a float, by its position in the order of rows."""
-
-    ain = {"x": "ndarray"}
-    aout = {"y": "*"}
-
-    def apl(node, x, at):
-        return dict(y=float(numpy.ravel(x)[at]), shape=numpy.shape(x))
-
-    def vjp(node, _y, at, shape):
-        _x = numpy.zeros(shape)
-        _x.flat[at] = _y
-        return dict(_x=_x)
-
-    def jvp(node, x_, at):
-        return dict(y_=float(numpy.ravel(x_)[at]))
-
-    hvp = ZeroGradient
 
 
 @autooperator("dx_i, p_i -> dx, p, f")
@@ -489,9 +496,10 @@ def leapfrog(
     dx, p : displacements and momenta at stages[-1]
     f : the force there, times 1.5 * Om0
     """
+
     steps = StepFactors(pt, check_stages(stages, backwards=True), pm)
+    # Evolve by steps that can be undone
     if reversible:
-        # Evolve by steps that can be undone
         if ram is not None or disk is not None:
             raise ValueError("either keep states (ram, disk) or undo the steps (reversible), not both")
         dx, p, f = reversible_leapfrog(dx_i, p_i, steps.factors, q, pm)
@@ -527,7 +535,7 @@ class reversible_leapfrog:
     """Kick-drift-kick steps whose derivatives keep the last state and integrate backwards.
 
     Rounding errors grow on the way back as they do on the way there, so that the derivatives are those of
-    the steps up to these errors; see the chapter on N-body for how large they are.
+    the steps up to these errors; how large they are is measured in the chapter on what a run costs.
 
     Parameters
     ----------
@@ -563,6 +571,7 @@ class reversible_leapfrog:
         Yields (i, gravity, _p . f), while `dx`, `p`, which are overwritten, are the state and `gravity` knows
         the force there. If `kicked` is false the last kick has not been taken, and `gravity` is None.
         """
+
         n = len(factors) // 2
         for i in reversed(range(n + 1)):
             if i < n or kicked:
@@ -595,6 +604,7 @@ class reversible_leapfrog:
             None,
             len(factors) // 2,
         )
+
         for i in range(n):
             gravity = ForceAt(lambda: dx, q, pm)
             _apply_kick_drift(gravity, dx, p, factors[2 * i], factors[2 * i + 1], dx, p)
@@ -657,6 +667,7 @@ class reversible_leapfrog:
                 ForceAt(lambda: dx, q, pm),
                 memory.empty_like(p) if kick_ else ZeroGradient,
             )
+
             _apply_kick_drift(gravity, dx, p, kick, 0.0, dx, p, f if kick_ else None)
             f_ = gravity.push(dx_)
             add_multiple(dx, p, drift, out=dx)
@@ -675,6 +686,7 @@ class reversible_leapfrog:
         factors_ = as_rows(0.0 if is_zero(factors_) else factors_, (len(factors),), "f8")
         _dx_, _p_, _factors_ = ZeroGradient, ZeroGradient, numpy.zeros(len(factors))
         dx, p, last = copy_of(dx), copy_of(p), kicked
+
         for i, gravity, product in reversible_leapfrog.undo(dx, p, factors, q, pm, kicked):
             del gravity
         # Push the tangents forward with the steps
@@ -688,6 +700,7 @@ class reversible_leapfrog:
                 ForceAt(lambda: dx, q, pm),
                 memory.empty_like(p) if kick_ else ZeroGradient,
             )
+
             _apply_kick_drift(gravity, dx, p, kick, 0.0, dx, p, f if kick_ else None)
             f_ = gravity.push(dx_)
             add_multiple(dx, p, drift, out=dx)
@@ -796,6 +809,16 @@ class superpose:
         return changes
 
 
+def factors_of_start(pt: AnyBackground, a: float, pm: ParticleMesh) -> Sequence[Any]:
+    """The coefficients of both displacements at scale factor a: in the displacement, and in the momentum."""
+    if isinstance(pt, SymbolicBackground):
+        table = allbcast(start_factors(pt.Om0, a, pt.Ok0), pm.comm)
+        return [pick(table, i) for i in range(4)]
+    D1, D2 = float(pt.D1(a)), float(pt.D2(a))
+    rate1, rate2 = (float(a**2 * f(a) * pt.E(a)) for f in (pt.f1, pt.f2))
+    return D1, D2, D1 * rate1, D2 * rate2
+
+
 @autooperator("rhok -> dx, p")
 def firststep(
     rhok: Symbol,
@@ -822,16 +845,6 @@ def firststep(
     """
     dx1, dx2 = lpt(rhok, q, pm, dtype)
     return superpose(dx1, dx2, *factors_of_start(pt, a, pm))
-
-
-def factors_of_start(pt: AnyBackground, a: float, pm: ParticleMesh) -> Sequence[Any]:
-    """The coefficients of both displacements at scale factor a: in the displacement, and in the momentum."""
-    if isinstance(pt, SymbolicBackground):
-        table = allbcast(start_factors(pt.Om0, a, pt.Ok0), pm.comm)
-        return [pick(table, i) for i in range(4)]
-    D1, D2 = float(pt.D1(a)), float(pt.D2(a))
-    rate1, rate2 = (float(a**2 * f(a) * pt.E(a)) for f in (pt.f1, pt.f2))
-    return D1, D2, D1 * rate1, D2 * rate2
 
 
 def find_background(cosmology: HasMatter, stages: ArrayLike) -> AnyBackground:
@@ -866,6 +879,7 @@ def nbody(
     -------
     dx, p, f : (N, ndim) displacements, momenta, and force times 1.5 * Om0, at stages[-1]
     """
+
     stages, q = check_stages(stages), agree_on_lattice(q, pm)
     pt = find_background(cosmology, stages)
     dx, p = firststep(rhok, q, stages[0], pt, pm)
@@ -911,6 +925,7 @@ class FastPMSimulation:
         folder: str | None = None,
         check_memory: bool = True,
     ) -> None:
+
         self.stages = numpy.array(check_stages(stages))
         self.pt = find_background(cosmology, stages)
         self.pm, self.reversible, self.keep_potential = pm, reversible, keep_potential
@@ -918,7 +933,7 @@ class FastPMSimulation:
         # Make the mesh of the force
         if not real_number("B", B) > 0 or (numpy.asarray(B) * pm.Nmesh % 1 != 0).any():
             raise ValueError(
-                f"B times the mesh {list(pm.Nmesh)} must be whole numbers of points, but B is {B}"
+                f"B times the mesh {pm.Nmesh.tolist()} must be whole numbers of points, but B is {B}"
             )
         self.fpm, self._B = pm if B == 1 else pm.reshape(Nmesh=(pm.Nmesh * B).astype(int)), float(B)
         q = None if q is None else agree_on_lattice(q, pm)

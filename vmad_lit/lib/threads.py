@@ -51,7 +51,7 @@ def _crew(pid: int, threads: int) -> SimpleQueue[Any]:
 
 
 def _work(tasks: SimpleQueue[Any]) -> None:
-    """Take a function, its arguments, and the queue for its error, or None; for ever."""
+    """Take a function, its arguments, and the queue for its error, or None; forever."""
     while True:
         function, arguments, done = tasks.get()
         error = None
