@@ -43,6 +43,80 @@ def hdf5() -> Any:
     return h5py
 
 
+def lattice_ids(q: ArrayLike, Nmesh: Lattice, BoxSize: ArrayLike) -> Array:
+    """The number of each particle's point on a lattice of Nmesh points, from its position (N, ndim)."""
+    shape = tuple(whole_number("Nmesh", n, least=1) for n in numpy.atleast_1d(plain_array("Nmesh", Nmesh)))
+    q = real_array("q", q, shape=(None, len(shape)))
+    box = real_array("BoxSize", BoxSize, above=0)
+    if box.shape not in ((), (1,), (len(shape),)):
+        raise ValueError(f"BoxSize must be one number or {len(shape)}, not of the shape {box.shape}")
+    cells = numpy.floor(q / (box / shape) + 1e-5).astype("i8")
+    return numpy.ravel_multi_index(tuple(cells.T), shape, mode="wrap").astype("i8")
+
+
+def chosen(ids: ArrayLike, fraction: float, seed: int = 0) -> Array:
+    """Whether each particle belongs to a random subset of the given fraction, decided by its ID alone."""
+    fraction = real_number("fraction", fraction, least=0, most=1)
+    return uniform_numbers(ids, seed, "subset of particles") < fraction
+
+
+def save_snapshot(
+    path: str,
+    sim: FastPMSimulation,
+    dx: Array,
+    p: Array,
+    a: float | None = None,
+    lattice: Lattice | None = None,
+    fraction: float = 1.0,
+    dtype: DTypeLike = "f4",
+    fields: Fields | None = None,
+    **attributes: Any,
+) -> None:
+    """Write the particles of a FastPM simulation to an HDF5 file. Collective.
+
+    Columns are Position (Mpc/h, in the box), Velocity (peculiar, km/s) and ID.
+
+    Parameters
+    ----------
+    sim : FastPMSimulation
+    dx, p : (N, ndim) displacements and momenta
+    a : scale factor, by default that of the last stage
+    lattice : number of points of the lattice of `sim.q` along each axis, by default that of `sim.pm`
+    fraction : how many of the particles to keep
+    dtype : 'f4' or 'f8', the precision in the file
+    fields : dict of RealFields to be written along
+    attributes : more attributes of the file
+    """
+
+    pm, comm = sim.pm, sim.pm.comm
+
+    def check() -> tuple[float, Array, Array, list[Array]]:
+        moment = positive("a", sim.stages[-1] if a is None else a)
+        rows = [real_array(name, v, shape=sim.q.shape) for name, v in dict(dx=dx, p=p).items()]
+        one_of("dtype", numpy.dtype(dtype).str[1:], ("f4", "f8"))
+        ids = lattice_ids(sim.q, pm.Nmesh if lattice is None else lattice, pm.BoxSize)
+        return moment, ids, chosen(ids, fraction), rows
+
+    a, ids, keep, (dx, p) = run_together(comm, check)
+    # Make the columns of a snapshot
+    x = ((sim.q[keep] + dx[keep]) % pm.BoxSize).astype(dtype)
+    x[x >= pm.BoxSize.astype(dtype)] = 0  # the last number below the box may be rounded to it
+    columns = dict(Position=x, Velocity=velocity(p[keep], a), ID=ids[keep])
+    # Describe the snapshot
+    attributes = dict(
+        BoxSize=pm.BoxSize,
+        Nmesh=pm.Nmesh,
+        ScaleFactor=a,
+        Om0=float(sim.pt.Om0),
+        Fraction=fraction,
+        Particles=add_up(comm, len(ids)),
+        UnitLength="Mpc/h",
+        UnitVelocity="km/s",
+        **attributes,
+    )
+    save(path, comm, columns, fields, attributes, dtype)
+
+
 class Block:
     """This rank's part of a distributed array: the whole shape, where the part begins, and its values."""
 
@@ -87,6 +161,7 @@ def write_together(
     know; `write`, on all ranks, gets that and the open file. Raises OSError on all ranks if one of them cannot write.
     """
 
+    # Begin a file on rank 0
     def begin() -> tuple[str, T]:
         beside, descriptor = draft(path)
         os.close(descriptor)
@@ -98,12 +173,14 @@ def write_together(
 
     beside, plan = on_root(comm, begin)
 
+    # Fill in this rank's bytes
     def fill() -> None:
         with open(os.open(beside, os.O_RDWR | getattr(os, "O_BINARY", 0)), "r+b") as file:
             write(file, plan)
             file.flush()
             os.fsync(file.fileno())
 
+    # Move the file to its place when all have written
     try:
         run_together(comm, fill)
         on_root(comm, lambda: settle(beside, path))
@@ -140,6 +217,7 @@ def save(
     ImportError, ValueError, TypeError, OSError
         On all ranks, even if only one of them has a reason.
     """
+
     run_together(comm, hdf5)
     blocks = _blocks(comm, columns or {}, fields or {}, dtype)
 
@@ -170,6 +248,7 @@ def _blocks(
 ) -> dict[str, Block]:
     """The blocks of all columns and fields by their names in the file, checked to fit on all ranks."""
     columns = run_together(comm, lambda: _check_names(columns, fields, dtype))
+    # Find what is wrong on this rank
     complaint = None
     if len({len(values) if values.ndim else -1 for values in columns.values()}) > 1:
         complaint = f"columns must have the same number of rows, not {_shapes(columns)}"
@@ -186,6 +265,7 @@ def _blocks(
                 f"field {name!r} is shared among other ranks than those that write: another communicator"
             )
     fail_together(comm, complaint)
+    # Compare what the ranks have
     mine = [(name, v.dtype.str, v.shape[1:]) for name, v in columns.items()], list(fields)
     count_object(comm, mine)
     kinds = comm.allgather(mine)
@@ -247,6 +327,7 @@ def load_field(path: str, name: str, pm: ParticleMesh) -> RealField:
     def read() -> RealField:
         with hdf5().File(path, "r") as file:
             group = file.get("fields", {})
+            # See that the field is on this mesh
             if name not in group:
                 raise KeyError(f"{path} has no field {name!r}, only {list(group)}")
             if group[name].shape != tuple(pm.Nmesh):
@@ -264,74 +345,3 @@ def load_field(path: str, name: str, pm: ParticleMesh) -> RealField:
             return field
 
     return run_together(pm.comm, read)
-
-
-def lattice_ids(q: ArrayLike, Nmesh: Lattice, BoxSize: ArrayLike) -> Array:
-    """The number of each particle's point on a lattice of Nmesh points, from its position (N, ndim)."""
-    shape = tuple(whole_number("Nmesh", n, least=1) for n in numpy.atleast_1d(plain_array("Nmesh", Nmesh)))
-    q = real_array("q", q, shape=(None, len(shape)))
-    box = real_array("BoxSize", BoxSize, above=0)
-    if box.shape not in ((), (1,), (len(shape),)):
-        raise ValueError(f"BoxSize must be one number or {len(shape)}, not of the shape {box.shape}")
-    cells = numpy.floor(q / (box / shape) + 1e-5).astype("i8")
-    return numpy.ravel_multi_index(tuple(cells.T), shape, mode="wrap").astype("i8")
-
-
-def chosen(ids: ArrayLike, fraction: float, seed: int = 0) -> Array:
-    """Whether each particle belongs to a random subset of the given fraction, decided by its ID alone."""
-    fraction = real_number("fraction", fraction, least=0, most=1)
-    return uniform_numbers(ids, seed, "subset of particles") < fraction
-
-
-def save_snapshot(
-    path: str,
-    sim: FastPMSimulation,
-    dx: Array,
-    p: Array,
-    a: float | None = None,
-    lattice: Lattice | None = None,
-    fraction: float = 1.0,
-    dtype: DTypeLike = "f4",
-    fields: Fields | None = None,
-    **attributes: Any,
-) -> None:
-    """Write the particles of a FastPM simulation to an HDF5 file. Collective.
-
-    Columns are Position (Mpc/h, in the box), Velocity (peculiar, km/s) and ID.
-
-    Parameters
-    ----------
-    sim : FastPMSimulation
-    dx, p : (N, ndim) displacements and momenta
-    a : scale factor, by default that of the last stage
-    lattice : number of points of the lattice of `sim.q` along each axis, by default that of `sim.pm`
-    fraction : how many of the particles to keep
-    dtype : 'f4' or 'f8', the precision in the file
-    fields : dict of RealFields to be written along
-    attributes : more attributes of the file
-    """
-    pm, comm = sim.pm, sim.pm.comm
-
-    def check() -> tuple[float, Array, Array, list[Array]]:
-        moment = positive("a", sim.stages[-1] if a is None else a)
-        rows = [real_array(name, v, shape=sim.q.shape) for name, v in dict(dx=dx, p=p).items()]
-        one_of("dtype", numpy.dtype(dtype).str[1:], ("f4", "f8"))
-        ids = lattice_ids(sim.q, pm.Nmesh if lattice is None else lattice, pm.BoxSize)
-        return moment, ids, chosen(ids, fraction), rows
-
-    a, ids, keep, (dx, p) = run_together(comm, check)
-    x = ((sim.q[keep] + dx[keep]) % pm.BoxSize).astype(dtype)
-    x[x >= pm.BoxSize.astype(dtype)] = 0  # the last number below the box may be rounded to it
-    columns = dict(Position=x, Velocity=velocity(p[keep], a), ID=ids[keep])
-    attributes = dict(
-        BoxSize=pm.BoxSize,
-        Nmesh=pm.Nmesh,
-        ScaleFactor=a,
-        Om0=float(sim.pt.Om0),
-        Fraction=fraction,
-        Particles=add_up(comm, len(ids)),
-        UnitLength="Mpc/h",
-        UnitVelocity="km/s",
-        **attributes,
-    )
-    save(path, comm, columns, fields, attributes, dtype)

@@ -15,10 +15,10 @@ from ..core.autooperator import AutoOperator
 from ..core.operator import Operator
 from ..core.stdlib.operators import Array
 
-Print = Any  # a number, a text, None, or lists and dictionaries of them
+Print = Any  # a number, a string, None, or lists and dictionaries of them
 
 CHUNK = 1 << 15  # numbers that are looked at at a time
-FEW = 12  # numbers that are told one by one
+FEW = 12  # numbers that are shown one by one
 
 
 def weights(places: Array) -> list[Array]:
@@ -44,6 +44,7 @@ def sums_of_array(array: Array, before: int) -> Array:
     if array.dtype.kind == "c":
         array = array.view(array.real.dtype).reshape(*array.shape, 2)
     total, start = numpy.zeros(6), before * (array[:1].size if array.ndim else 1)
+    # Sum powers of the projections of rows
     if array.ndim == 2 and array.size:
         u = weights(numpy.arange(array.shape[1]))
         for i in range(0, len(array), CHUNK):
@@ -74,11 +75,12 @@ def sums_of_field(field: Any) -> Array:
 def fingerprint(value: Any, comm: Any = None) -> Print:
     """What `value` is, the same on any number of ranks. Collective.
 
-    Dictionaries, lists, numbers, texts, arrays, fields, meshes, functions, operators with their hyper-parameters, and
-    objects with attributes of such kinds. Nobody else is asked: of what has none of these, the type is told.
+    Dictionaries, lists, numbers, strings, arrays, fields, meshes, functions, operators with their hyper-parameters,
+    and objects with attributes of such kinds. Anything else counts by its type.
     """
     arrays: list[tuple[dict[str, Any], Any]] = []
     tree = _walk(value, arrays, 0)
+    # Sum the arrays over the ranks
     mine = [_rows(array) for _, array in arrays]
     alone = comm is None or comm.size == 1
     before = [0] * len(mine) if alone else _rows_before(comm, mine)
@@ -157,11 +159,13 @@ def _walk_inside(value: Any, arrays: list[Any], depth: int) -> Print:
         return {str(key): _walk(item, arrays, depth) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_walk(item, arrays, depth) for item in value]
+    # Take a partial function apart
     if isinstance(value, functools.partial):
         return dict(
             function=_walk(value.func, arrays, depth),
             given=_walk([*value.args, value.keywords], arrays, depth),
         )
+    # Find what is inside, and the code
     inside: dict[str, Any] = {}
     code = value
     if isinstance(value, AutoOperator):
@@ -208,6 +212,7 @@ def differences(old: Print, new: Print, name: str = "") -> dict[str, tuple[str, 
     """What differs between two fingerprints: by the name, with the parts of it joined by dots, in words, before and now."""
     if _is_record(old) and _is_record(new):
         return {} if _same_numbers(old, new) else {name: _told_apart(old, new)}
+    # Compare dictionaries key by key
     if isinstance(old, dict) and isinstance(new, dict) and not _is_record(old) and not _is_record(new):
         found: dict[str, tuple[str, str]] = {}
         for key in dict.fromkeys((*old, *new)):
@@ -218,6 +223,7 @@ def differences(old: Print, new: Print, name: str = "") -> dict[str, tuple[str, 
             else:
                 found.update(differences(old[key], new[key], inner))
         return found
+    # Compare lists item by item
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 0:
         if any(isinstance(item, (dict, list)) for item in (*old, *new)):
             return {

@@ -59,6 +59,7 @@ def save_parts(
     save = on_first(comm, lambda: os.urandom(16).hex())
     own: dict[str, Any] = dict(format=FORMAT, save=save, generation=generation, ranks=size, layouts=layouts)
     own["dtypes"] = {name: array.dtype.str for name, array in arrays.items()}
+    # Write this rank's part, and have the first one moved when all are there
     if rank:
         label = json.dumps(dict(save=save, rank=rank))
         together(comm, lambda: _write_npz(shard_name(path, rank, generation), part=label, **arrays))
@@ -126,6 +127,7 @@ def _find_layouts(comm: Any, places: Mapping[str, Place]) -> dict[str, Any]:
         if place not in known:
             known.append(place)
     mine = [_plain(place) for place in known], {name: known.index(place) for name, place in places.items()}
+    # Put the places of all ranks together
     if comm is None or comm.size == 1:
         return dict(places=[[place] for place in mine[0]], of=mine[1])
     everybody = comm.allgather((mine, list(places)))
@@ -170,7 +172,7 @@ def _member(path: str, file: Any, name: str) -> Array:
 
 
 def _text(path: str, name: str) -> Any:
-    """What the text of this name in a file says."""
+    """The JSON string of this name in a file, decoded."""
     file = _open(path)
     if not isinstance(file, numpy.lib.npyio.NpzFile):
         raise StateError(f"{path} holds no state of a minimisation, but one array")
@@ -194,6 +196,7 @@ def _read_header(path: str) -> dict[str, Any]:
         raise StateError(
             f"{path} was written by another version: its format is {header.get('format')!r}, expected {FORMAT}"
         )
+    # See that the header makes sense
     try:
         ranks, layouts = header["ranks"], header["layouts"]
         sound = (
@@ -258,6 +261,7 @@ class Parts:
         if start is not None or any(theirs is not None for _, theirs in saved):
             parts = list(enumerate(saved))
             return (shape, start), parts
+        # Tell rows from copies
         alone = self.comm is None or self.comm.size == 1
         everybody = [shape] if alone else self.comm.allgather(shape)
         rank = 0 if self.comm is None else self.comm.rank

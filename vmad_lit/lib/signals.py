@@ -143,6 +143,7 @@ def _handlers_of(interrupt: Interrupt) -> Iterator[None]:
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     watch = threading.Thread(target=interrupt._watch, daemon=True)
     watch.start()
+
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.core.traffic import count_object, count_to_all
+
 from vmad_lit.lib.mesh import (
     ParticleMesh,
     agree,
@@ -68,6 +69,7 @@ class Shells:
         los: Direction = None,
         window: WindowName | None = None,
     ) -> None:
+        # Look at the mesh and the window
         if not hasattr(pm, "Nmesh"):
             raise TypeError(f"pm must be a ParticleMesh, not {pm!r}")
         self.pm, self.window = pm, window
@@ -111,6 +113,7 @@ class Shells:
         noise = self.average(modes, aliased, self.sort(modes)[1])
         self.noise = noise[0] if self.one else noise
 
+    # See that fields belong to the shells
     def agree(self, *fields: Value) -> None:
         """Raise an error on all ranks unless these are complex fields of one kind on the mesh of the shells."""
 
@@ -158,6 +161,7 @@ class Shells:
         self.pm.comm.Allreduce(MPI.IN_PLACE, sums)
         return sums / self.counts
 
+    # Cross two fields
     def cross(self, *pairs: tuple[BaseComplexField, Value]) -> Array:
         """The sum of the cross spectra of pairs of fields, the second ones possibly zero. Collective."""
         x = pairs[0][0]
@@ -170,6 +174,7 @@ class Shells:
         spectrum = self.volume * self.average(x, product, self.sort(x)[1])
         return spectrum[0] if self.one else spectrum
 
+    # Spread a spectrum over the modes
     def spread(self, x: BaseComplexField, spectrum: ArrayLike) -> BaseComplexField:
         """The transpose of `cross`: a field of the kind of `x`, `x` times the number of each mode's shell."""
         index, factors = self.sort(x)
@@ -208,6 +213,15 @@ class Shells:
             return ab / (aa * bb) ** 0.5, (aa / bb) ** 0.5
 
 
+def wavenumbers(x: BaseComplexField) -> list[Array]:
+    """The components of k for the modes of a field, a list of broadcastable arrays in double precision."""
+    components = []
+    for i, n, length in zip(x.i, x.Nmesh, x.BoxSize):
+        i = numpy.asarray(i, dtype="i8")
+        components.append((i - n * (2 * i >= n)) * (2 * numpy.pi / length))
+    return components
+
+
 def unit_vector(name: str, direction: Direction, ndim: int) -> Array:
     """The unit vector along an axis, or along a direction of `ndim` numbers that are not all 0."""
     if numpy.ndim(direction) == 0:
@@ -218,15 +232,6 @@ def unit_vector(name: str, direction: Direction, ndim: int) -> Array:
         raise ValueError(f"{name} must be an axis or {ndim} numbers, not all 0; got {direction}")
     vector = vector / largest  # so that the squares are in range
     return vector / numpy.linalg.norm(vector)
-
-
-def wavenumbers(x: BaseComplexField) -> list[Array]:
-    """The components of k for the modes of a field, a list of broadcastable arrays in double precision."""
-    components = []
-    for i, n, length in zip(x.i, x.Nmesh, x.BoxSize):
-        i = numpy.asarray(i, dtype="i8")
-        components.append((i - n * (2 * i >= n)) * (2 * numpy.pi / length))
-    return components
 
 
 _ORDERS = dict(nnb=1, nearest=1, cic=2, tsc=3, pcs=4)
@@ -374,6 +379,7 @@ def projection(
     root : int, optional
         The rank that gets the map, the others get None. By default all get it.
     """
+
     agree(comm_of(field), lambda: (check_field(field, RealField),))
     pm, comm = field.pm, field.pm.comm
     if not -pm.ndim <= whole_number("axis", axis) < pm.ndim:
@@ -390,6 +396,7 @@ def projection(
     image = numpy.zeros([int(n) for d, n in enumerate(pm.Nmesh) if d != axis])
     place = tuple(part for d, part in enumerate(field.slices) if d != axis)
     image[place] = numpy.take(field.value, mine, axis=axis).sum(axis=axis, dtype="f8")
+    # Add up the maps of all ranks
     count_to_all(comm, image.nbytes)
     if root is None:
         comm.Allreduce(MPI.IN_PLACE, image)

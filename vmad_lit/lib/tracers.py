@@ -24,24 +24,6 @@ from vmad_lit.lib.transfer import Transfer
 is_zero = type(ZeroGradient).is_zero
 
 
-@operator
-class plain_numbers:
-    """Numbers as they are, after a check that they are finite and have the shape expected, under a name."""
-
-    ain = {"x": "*"}
-    aout = {"y": "*"}
-    hvp = ZeroGradient
-
-    def apl(node, x, name, shape):
-        return dict(y=real_array(name, x, shape=shape).copy()[()])
-
-    def vjp(node, _y):
-        return dict(_x=_y)
-
-    def jvp(node, x_):
-        return dict(y_=x_)
-
-
 @autooperator("x, mass -> rho")
 def density(x: Symbol, mass: Value, q: Array, pm: ParticleMesh) -> Symbol:
     """The density of particles in units of its mean, 1 + delta.
@@ -58,6 +40,24 @@ def density(x: Symbol, mass: Value, q: Array, pm: ParticleMesh) -> Symbol:
         raise ValueError("a density in units of its mean needs particles, but q has none on any rank")
     per_cell = number / float(pm.Nmesh.prod())
     return fastpm.paint(x, mass, fastpm.decompose(x, pm), pm) * (1.0 / per_cell)
+
+
+@operator
+class plain_numbers:
+    """Numbers as they are, after a check that they are finite and have the shape expected, under a name."""
+
+    ain = {"x": "*"}
+    aout = {"y": "*"}
+    hvp = ZeroGradient
+
+    def apl(node, x, name, shape):
+        return dict(y=real_array(name, x, shape=shape).copy()[()])
+
+    def vjp(node, _y):
+        return dict(_x=_y)
+
+    def jvp(node, x_):
+        return dict(y_=x_)
 
 
 def velocity(p: Value, a: float) -> Value:
@@ -97,6 +97,7 @@ class Sight:
         ndim, dtype = x.shape[1], numpy.result_type(x, "f4")
         if observer is None:
             self.n, self.w = unit_vector("los", los, ndim).astype(dtype), 0
+
         else:
             r = x - real_array("observer", observer, shape=(ndim,)).astype(dtype)
             distance = _dot(r, r) ** 0.5
@@ -240,6 +241,7 @@ def lagrangian_fields(rhok: Symbol, q: Array, pm: ParticleMesh, terms: Sequence[
     -------
     fields : (N, nterms); squares have no mean
     """
+
     check_terms(terms)
     rhok, q = on_mesh(rhok, pm), agree_on_lattice(q, pm)
     delta = fastpm.c2r(rhok)
