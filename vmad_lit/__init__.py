@@ -21,4 +21,6 @@ from .core.autooperator import autooperator
 
 __all__ += ["autooperator"]
 
-from .lib import linalg, numpy_names  # noqa: F401  (symbols gain indexing, the matrix product, and NumPy's functions)
+from .lib import linalg  # noqa: F401  (symbols gain indexing, comparisons and the matrix product)
+
+from .lib import numpy_names  # noqa: F401  (NumPy's functions answer to symbols)

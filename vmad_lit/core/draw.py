@@ -1,4 +1,4 @@
-"""What models and tapes look like: tables for notebooks, and pictures by Graphviz.
+"""What models and tapes look like: pictures by Graphviz, and tables for notebooks.
 
 Graphs gain the method `to_dot` here; graphs, tapes and records gain their looks in a notebook.
 """
@@ -16,6 +16,79 @@ from .symbol import BaseSymbol, Literal, leaves
 from .tape import Record, Tape
 from .valuetypes import Form, nbytes_of
 
+
+def to_dot(graph: Graph, depth: int = 0) -> str:
+    """The source text of a Graphviz picture of a model; also a method of models.
+
+    Parameters
+    ----------
+    depth : int
+        How many levels of autooperators are opened; their models are drawn as clusters. One whose model is
+        only known when it runs stays closed.
+    """
+    lines = ["digraph model {", "  rankdir=LR; node [shape=box, fontname=monospace];"]
+    draw(graph, lines, "", depth)
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+Graph.to_dot = to_dot
+
+
+def draw(graph: Graph, lines: list[str], prefix: str, depth: int) -> None:
+    """Append the lines for all nodes of a graph, whose names in the picture begin with a prefix."""
+    made_by: dict[BaseSymbol, str] = {}
+
+    # Draw arrows to what a node is given
+    def arrows(symbol: BaseSymbol, target: str) -> None:
+        for leaf in leaves(symbol):
+            if leaf in made_by:
+                lines.append(f"  {made_by[leaf]} -> {target} [label={quote(repr(leaf))}];")
+            elif isinstance(leaf, Recorded):
+                lines.append(f"  {quote(prefix + repr(leaf))} [label={quote(repr(leaf))}, shape=note];")
+                lines.append(f"  {quote(prefix + repr(leaf))} -> {target};")
+
+    for name, given in graph._inputs.items():
+        made_by[given] = quote(f"{prefix}in: {name}")
+        lines.append(f"  {made_by[given]} [label={quote(name)}, style=rounded];")
+    for node in graph:
+        # Draw a node, or what is inside
+        inner = node.operator.model_of(node) if depth and node.forward is None else None
+        if inner is not None:
+            # Draw a cluster
+            inside = f"{prefix}{node.name}/"
+            lines.append(f"  subgraph {quote(f'cluster {prefix}{node.name}')} {{")
+            lines.append(f"  label={quote(node.name)};")
+            draw(inner, lines, inside, depth - 1)
+            lines.append("  }")
+            for name in inner._inputs:
+                arrows(node.varin[name], quote(f"{inside}in: {name}"))
+            for name, symbol in node.varout.items():
+                made_by.update((leaf, quote(f"{inside}out: {name}")) for leaf in leaves(symbol))
+        else:
+            box = quote(prefix + node.name)
+            lines.append(f"  {box} [label={quote(node.name)}];")
+            for symbol in node.arguments.values():
+                arrows(symbol, box)
+            made_by.update((leaf, box) for symbol in node.varout.values() for leaf in leaves(symbol))
+    for name, symbol in graph._outputs.items():
+        lines.append(f"  {quote(f'{prefix}out: {name}')} [label={quote(name)}, style=rounded];")
+        arrows(symbol, quote(f"{prefix}out: {name}"))
+
+
+def quote(text: str) -> str:
+    """A string of the language of Graphviz."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes in a unit that leaves at most four digits before the point."""
+    for unit in "B", "kB", "MB", "GB":
+        if size < 9999.5:
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
 SHOWN = 50  # rows at either end of a long table
 
 
@@ -30,6 +103,7 @@ def fold(
     left_out = max(n - 2 * SHOWN, 0)
     columns = list(columns)
     rows = []
+    # Write the rows, and how many are left out
     for i in range(n):
         if left_out and i == SHOWN:
             rows.append(f"<tr><td colspan={len(columns)}>({left_out} more rows)</td></tr>")
@@ -83,12 +157,12 @@ def table_of_tape(tape: Tape, budget: list[int] | None = None) -> str:
     seen: dict[int, Any] = {}
     sizes = [nbytes_of(values, seen) for values in tape.held()]
 
+    # Write the row of a node on a tape
     def show(name: str, symbol: BaseSymbol) -> str:
         text = f"{symbol!r}: {looks[symbol]}" if symbol in looks else repr(symbol)
         return f"{html.escape(name)} = <code>{html.escape(clip(text))}</code>"
 
     def cells(i: int) -> list[str]:
-        # Write the row of a node on a tape
         node = tape.plan.nodes[i]
         return [
             html.escape(node.name),
@@ -147,74 +221,3 @@ def look_of(form: Any) -> str:
     if type(form) is list:
         return f"list of {len(form)}"
     return str(form) if type(form) is Form else describe(form)
-
-
-def in_bytes(size: float) -> str:
-    """A number of bytes in a unit that leaves at most four digits before the point."""
-    for unit in "B", "kB", "MB", "GB":
-        if size < 9999.5:
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def to_dot(graph: Graph, depth: int = 0) -> str:
-    """The source text of a Graphviz picture of a model; also a method of models.
-
-    Parameters
-    ----------
-    depth : int
-        How many levels of autooperators are opened; their models are drawn as clusters. One whose model is
-        only known when it runs stays closed.
-    """
-    lines = ["digraph model {", "  rankdir=LR; node [shape=box, fontname=monospace];"]
-    draw(graph, lines, "", depth)
-    return "\n".join([*lines, "}"]) + "\n"
-
-
-Graph.to_dot = to_dot
-
-
-def draw(graph: Graph, lines: list[str], prefix: str, depth: int) -> None:
-    """Append the lines for all nodes of a graph, whose names in the picture begin with a prefix."""
-    made_by: dict[BaseSymbol, str] = {}
-
-    # Draw the inputs, the nodes and the outputs
-    def arrows(symbol: BaseSymbol, target: str) -> None:
-        for leaf in leaves(symbol):
-            if leaf in made_by:
-                lines.append(f"  {made_by[leaf]} -> {target} [label={quote(repr(leaf))}];")
-            elif isinstance(leaf, Recorded):
-                lines.append(f"  {quote(prefix + repr(leaf))} [label={quote(repr(leaf))}, shape=note];")
-                lines.append(f"  {quote(prefix + repr(leaf))} -> {target};")
-
-    for name, given in graph._inputs.items():
-        made_by[given] = quote(f"{prefix}in: {name}")
-        lines.append(f"  {made_by[given]} [label={quote(name)}, style=rounded];")
-    for node in graph:
-        inner = node.operator.model_of(node) if depth and node.forward is None else None
-        if inner is not None:
-            # Draw a cluster
-            inside = f"{prefix}{node.name}/"
-            lines.append(f"  subgraph {quote(f'cluster {prefix}{node.name}')} {{")
-            lines.append(f"  label={quote(node.name)};")
-            draw(inner, lines, inside, depth - 1)
-            lines.append("  }")
-            for name in inner._inputs:
-                arrows(node.varin[name], quote(f"{inside}in: {name}"))
-            for name, symbol in node.varout.items():
-                made_by.update((leaf, quote(f"{inside}out: {name}")) for leaf in leaves(symbol))
-        else:
-            box = quote(prefix + node.name)
-            lines.append(f"  {box} [label={quote(node.name)}];")
-            for symbol in node.arguments.values():
-                arrows(symbol, box)
-            made_by.update((leaf, box) for symbol in node.varout.values() for leaf in leaves(symbol))
-    for name, symbol in graph._outputs.items():
-        lines.append(f"  {quote(f'{prefix}out: {name}')} [label={quote(name)}, style=rounded];")
-        arrows(symbol, quote(f"{prefix}out: {name}"))
-
-
-def quote(text: str) -> str:
-    """A string of the language of Graphviz."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -9,9 +9,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
-from .draw import fold, in_bytes
+from . import draw
 from .error import needed_for
 from .execution import Plan, Slots, Step, collect, flatten
 from .graph import Node
@@ -70,6 +70,8 @@ class Profile:
         Its `total` is the time for which the profile was open, its parts are the nodes of the models.
     """
 
+    _repr_html_: ClassVar[Callable[..., str]]
+
     def __init__(self) -> None:
         self.root = Entry("all")
         self._stack = [self.root]
@@ -126,6 +128,7 @@ class Profile:
         )
         return measure, node, step, self, key_of(node), ins, outs
 
+    # Measure a step
     def _measure(
         self, slots: Slots, node: Node, step: Step, key: Key, ins: list[int], outs: list[int]
     ) -> None:
@@ -136,6 +139,7 @@ class Profile:
         seen: dict[int, Any] = {}
         for slot in ins:
             nbytes_of(slots[slot], seen)
+        # Run the step against the clock
         self._stack.append(entry)
         begin = perf_counter()
         try:
@@ -143,7 +147,6 @@ class Profile:
         finally:
             elapsed = perf_counter() - begin
             self._stack.pop()
-            # Add to the time of the node and take from that of the one around it
             entry.calls += 1
             entry.total += elapsed
             entry.own += elapsed
@@ -171,7 +174,7 @@ class Profile:
         return sorted(sums.values(), key=lambda row: (-row.own, row.name))
 
     def table(self, by: str = "operator") -> str:
-        """The profile as a text, by "operator" or by "node"."""
+        """The profile as a string, by "operator" or by "node"."""
         traffic = self._traffic()
         rows = [columns(traffic), *(row.cells(traffic) for row in self._rows(by))]
         if len(rows) > 101:
@@ -198,15 +201,6 @@ class Profile:
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.table()}"
-
-    def _repr_html_(self) -> str:
-        traffic = self._traffic()
-
-        def cells(row: Row) -> list[str]:
-            return [html.escape(text).replace("  ", "&emsp;") for text in row.cells(traffic)]
-
-        tables = (fold(f"by {by}", columns(traffic), self._rows(by), cells) for by in ("operator", "node"))
-        return f"<p>{html.escape(repr(self))}</p>" + "".join(tables)
 
     def plot(self, limit: int = 12) -> Any:
         """Draw time and bytes by operator, at most `limit` of them; returns the figure of matplotlib."""
@@ -262,10 +256,10 @@ class Row(NamedTuple):
     sent: float = 0
 
     def cells(self, traffic: bool = False) -> list[str]:
-        """The texts in a table, with the `traffic` between ranks or without."""
+        """The strings in a table, with the `traffic` between ranks or without."""
         times = [f"{seconds * 1e3:.3f}" for seconds in (self.own, self.total)]
-        sizes = [in_bytes(size) for size in (self.made, self.recorded)]
-        sizes += [f"{self.messages:g}", in_bytes(self.sent)] if traffic else []
+        sizes = [draw.in_bytes(size) for size in (self.made, self.recorded)]
+        sizes += [f"{self.messages:g}", draw.in_bytes(self.sent)] if traffic else []
         return ["  " * self.depth + self.name, f"{self.calls:g}", *times, *sizes, self.place]
 
 
@@ -341,3 +335,17 @@ def progress(everywhere: bool = False, always: bool = False, **options: Any) -> 
     mpi = sys.modules.get("mpi4py.MPI")
     silent = mpi is not None and mpi.COMM_WORLD.rank > 0 and not everywhere
     return Progress({"disable": True if silent else False if always else None, **options})
+
+
+def tables_of_profile(self: Profile) -> str:
+    """The tables of a profile by operator and by node, which unfold, in HTML."""
+    traffic = self._traffic()
+
+    def cells(row: Row) -> list[str]:
+        return [html.escape(text).replace("  ", "&emsp;") for text in row.cells(traffic)]
+
+    tables = (draw.fold(f"by {by}", columns(traffic), self._rows(by), cells) for by in ("operator", "node"))
+    return f"<p>{html.escape(repr(self))}</p>" + "".join(tables)
+
+
+Profile._repr_html_ = tables_of_profile

@@ -48,7 +48,8 @@ class Symbol(BaseSymbol):
     ----------
     name : str
     model : Graph, optional
-        The model that it belongs to; without one the symbol joins the first model that it meets.
+        The model that it belongs to; without one it belongs nowhere until a model takes it as an input or output,
+        or an operator as the place for a result.
     """
 
     __slots__ = ("_label", "_graph")

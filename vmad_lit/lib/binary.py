@@ -45,8 +45,8 @@ class binary_ufunc:
     def rcd(node, x1, x2, y):
         return dict(x1=as_array(x1), x2=as_array(x2))
 
+    # Share the cotangent out
     def vjp(node, _y, x1, x2):
-        # Pull the cotangent back to each operand that varies
         def pull(name: str, x: Value, fprime: Callable[..., Value]) -> Value:
             if node.is_literal(name):
                 return ZeroGradient
@@ -54,8 +54,8 @@ class binary_ufunc:
 
         return dict(_x1=pull("x1", x1, node.prototype.fprime1), _x2=pull("x2", x2, node.prototype.fprime2))
 
+    # Add the effects of both tangents
     def jvp(node, x1_, x2_, x1, x2):
-        # Push the tangent of each operand that has one
         def push(x_: Value, fprime: Callable[..., Value]) -> Value:
             return x_ if x_ is ZeroGradient else scaled(x_, slope(fprime, x1, x2))
 
@@ -63,6 +63,7 @@ class binary_ufunc:
             push(x1_, node.prototype.fprime1) + push(x2_, node.prototype.fprime2), kind(x1), kind(x2)
         )
 
+    # Let the slopes change
     def __init_subclass__(cls) -> None:
         second = ["fsecond11", "fsecond12", "fsecond22"]
         offer_curvature(cls, cls._differentiate_vjp, ["fprime1", "fprime2"], second)
@@ -308,26 +309,7 @@ class logical_or(comparison):
     f = staticmethod(numpy.logical_or)
 
 
-__all__ = [
-    "binary_ufunc",
-    "equal",
-    "not_equal",
-    "less",
-    "less_equal",
-    "greater",
-    "greater_equal",
-    "logical_and",
-    "logical_or",
-    "maximum",
-    "minimum",
-    "fmax",
-    "fmin",
-    "hypot",
-    "arctan2",
-    "logaddexp",
-    "add",
-    "subtract",
-    "multiply",
-    "divide",
-    "power",
-]
+__all__ = ["binary_ufunc", "maximum", "minimum", "fmax", "fmin", "hypot", "arctan2", "logaddexp"]
+__all__ += ["add", "subtract", "multiply", "divide", "power"]
+__all__ += ["equal", "not_equal", "less", "less_equal", "greater", "greater_equal"]
+__all__ += ["logical_and", "logical_or"]

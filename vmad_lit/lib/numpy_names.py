@@ -12,9 +12,6 @@ from ..core.stdlib.numpy_calls import BUILDERS, INSTEAD, Unsupported, answers, b
 from ..core.symbol import List, Symbol, Value
 from . import binary, linalg, unary
 
-ABSENT: Any = numpy._NoValue  # NumPy's default of arguments that were not given
-
-# Element-wise functions have the names of their operators
 for _module in unary, binary:
     for _name in _module.__all__:
         _ufunc = getattr(numpy, _name, None)
@@ -24,6 +21,8 @@ answers(numpy.conjugate)(linalg.conj)
 answers(numpy.degrees)(unary.rad2deg)
 answers(numpy.radians)(unary.deg2rad)
 answers(numpy.matmul)(by_method("matmul"))
+
+ABSENT: Any = numpy._NoValue  # NumPy's default of arguments that were not given
 
 
 def array(x: Value) -> Any:
@@ -163,7 +162,6 @@ def _(val: Any) -> Symbol:
     return linalg.unpack_complex(array(val))[1]
 
 
-# Shapes and pieces
 @answers(numpy.reshape)
 def _(a: Any, /, shape: Any, order: Any = "C", *, copy: Unsupported = None) -> Symbol:
     return linalg.reshape(array(a), shape, order)
@@ -211,13 +209,14 @@ def each(arrays: Any) -> Sequence[Any]:
     return [array(item) for item in arrays]
 
 
-# What to write in the place of others
 AXES = "write it with linalg.reshape, linalg.transpose or x[index], which need the number of axes"
 SUMS = "write it with linalg.sum, linalg.mean, linalg.dot or linalg.einsum"
 LARGEST = "linalg.maximum and linalg.minimum compare two values; x[x.eval(np.argmax)] takes the largest element of a vector"
 STEP = "its derivative is zero wherever there is one; x.eval(function) computes it without one"
 LOOKS = "the shape and dtype of a value are known when the model runs: x.eval(function)"
+
 for _advice, _names in {
+    # Advice, and the functions that it is for
     AXES: "expand_dims squeeze swapaxes moveaxis rollaxis flip fliplr flipud rot90 roll atleast_1d atleast_2d atleast_3d tile repeat split array_split matrix_transpose linalg.matrix_transpose",
     "join arrays with linalg.concatenate or linalg.stack": "vstack hstack dstack column_stack block append insert",
     SUMS: "var std prod inner vdot tensordot trace linalg.trace average nansum nanmean linalg.tensordot linalg.vecdot linalg.multi_dot",

@@ -49,6 +49,7 @@ class unary_ufunc:
     def jvp(node, x_, x):
         return scaled(x_, slope(node.prototype.fprime, x))
 
+    # Offer a curvature to those who declare one
     def __init_subclass__(cls) -> None:
         name_after_numpy(cls)
         offer_curvature(cls, cls._differentiate_vjp, ["fprime"], ["fsecond"])
@@ -97,6 +98,9 @@ class result_ufunc(unary_ufunc):
         return unbroadcast(bent(_y, conj(scaled(x_, slope(node.prototype.curvature, y)))), kind(y))
 
 
+__all__ = ["unary_ufunc", "result_ufunc", "sin", "cos", "tan"]
+
+
 @operator
 class sin(unary_ufunc):
     f = staticmethod(numpy.sin)
@@ -119,6 +123,9 @@ class tan(result_ufunc):
     curvature = staticmethod(lambda y: 2 * y * (1 + y * y))
 
 
+__all__ += ["arcsin", "arccos", "arctan"]
+
+
 @operator
 class arcsin(unary_ufunc):
     f = staticmethod(numpy.arcsin)
@@ -138,6 +145,9 @@ class arctan(unary_ufunc):
     f = staticmethod(numpy.arctan)
     fprime = staticmethod(lambda x: 1 / (1 + x * x))
     fsecond = staticmethod(lambda x: -2 * x / (1 + x * x) ** 2)
+
+
+__all__ += ["sinh", "cosh", "tanh", "arcsinh", "arccosh", "arctanh"]
 
 
 @operator
@@ -180,6 +190,9 @@ class arctanh(unary_ufunc):
     f = staticmethod(numpy.arctanh)
     fprime = staticmethod(lambda x: 1 / ((1 - x) * (1 + x)))
     fsecond = staticmethod(lambda x: 2 * x / ((1 - x) * (1 + x)) ** 2)
+
+
+__all__ += ["exp", "exp2", "expm1", "log", "log10", "log2", "log1p"]
 
 
 @operator
@@ -237,6 +250,9 @@ class log1p(unary_ufunc):
     fsecond = staticmethod(lambda x: -((1.0 / (1 + x)) ** 2))
 
 
+__all__ += ["sqrt", "cbrt", "square", "reciprocal", "deg2rad", "rad2deg"]
+
+
 @operator
 class sqrt(result_ufunc):
     f = staticmethod(numpy.sqrt)
@@ -268,6 +284,7 @@ class reciprocal(result_ufunc):
     slope = staticmethod(lambda y: -y * y)
     curvature = staticmethod(lambda y: 2 * y * y * y)
 
+    # Take the reciprocal of anything but integers
     @staticmethod
     def f(x: Value, /) -> Value:
         if isinstance(x, int) or getattr(getattr(x, "dtype", None), "kind", "f") in "iub":
@@ -345,35 +362,4 @@ class absolute(stdlib.abs.prototype):
 
 fabs = absolute
 
-__all__ = [
-    "unary_ufunc",
-    "result_ufunc",
-    "sin",
-    "cos",
-    "tan",
-    "arcsin",
-    "arccos",
-    "arctan",
-    "sinc",
-    "sinh",
-    "cosh",
-    "tanh",
-    "arcsinh",
-    "arccosh",
-    "arctanh",
-    "exp",
-    "exp2",
-    "expm1",
-    "log",
-    "log10",
-    "log2",
-    "log1p",
-    "sqrt",
-    "cbrt",
-    "square",
-    "reciprocal",
-    "deg2rad",
-    "rad2deg",
-    "absolute",
-    "fabs",
-]
+__all__ += ["sinc", "absolute", "fabs"]
