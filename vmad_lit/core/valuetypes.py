@@ -64,6 +64,13 @@ class ValueType:
         part = VALUE_TYPES[form.part.kind].accept(form.part, derivative)
         return None if part is None else form.make([part])
 
+    # Copies of values
+    def copy(self, x: Value) -> Value:
+        """A copy of a value that does not change when the value is changed in place."""
+        if self.take_apart(x) is None:
+            return x.copy() if hasattr(x, "copy") else x
+        return by_parts(lambda part: value_type(part).copy(part), x)
+
     # How values are kept on disk, and by whom
     def to_disk(self, x: Value) -> tuple[Callable[[Any], Value], Any] | None:
         """A function that stays in memory and what it makes x of, which is pickled; None for what is pickled itself."""
@@ -137,12 +144,6 @@ class ValueType:
         if self.take_apart(x) is None:
             return numpy.zeros_like(x) if isinstance(x, numpy.ndarray) else type(x)(0)
         return by_parts(lambda part: value_type(part).zeros_like(part), x)
-
-    def copy(self, x: Value) -> Value:
-        """A copy of a value that does not change when the value is changed in place."""
-        if self.take_apart(x) is None:
-            return x.copy() if hasattr(x, "copy") else x
-        return by_parts(lambda part: value_type(part).copy(part), x)
 
     def varies(self, x: Value) -> bool:
         """Whether a value can have a derivative."""
