@@ -55,7 +55,7 @@ toc_object_entries_show_parents = "hide"
 nitpicky = True
 suppress_warnings = ["toc.not_readable"]  # while chapters are being written
 # Whether a picture without alternative text or caption fails the build.
-pictures_need_words = False
+pictures_need_words = True
 
 # -- Markdown ---------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,14 @@ for upto, arguments in json.loads(sys.argv[1]):
 """
 
 
+def finished(path):
+    """The number of the chapter that finishes what the examples of a chapter call: its own, or that of the one which its
+    front matter names after `finished`."""
+    named = re.match(r"---\n(?:(?!---).*\n)*?finished: *(\S+) *\n", path.read_text(encoding="utf-8"))
+    [last] = [other for other in CHAPTERS if named and other.stem[3:] == named[1]] or [path]
+    return int(last.name[:2])
+
+
 def run(folder, chapters, *options):
     """What pytest says of some chapters, each on the package as of a number that is given with it, and the ends, in order."""
     for name in BESIDE:
@@ -82,11 +91,18 @@ def run(folder, chapters, *options):
 def test_chapters_run_on_what_is_written_by_then(ten, tmp_path, request):
     """Each chapter whose number begins like that; with `--soak` its cells run as well."""
     options = [] if request.config.getoption("--soak") else ["-k", "examples"]
-    chapters = [(int(path.name[:2]), path) for path in CHAPTERS if path.name[0] == ten]
+    chapters = sorted((finished(path), path) for path in CHAPTERS if path.name[0] == ten)
     output, codes = run(tmp_path, chapters, *options)
     for (_, path), code in zip(chapters, codes):
         bare = ">>> " not in path.read_text(encoding="utf-8")
         assert code == 0 or bare and code == pytest.ExitCode.NO_TESTS_COLLECTED, output
+
+
+def test_few_examples_call_what_later_chapters_finish():
+    assert [path.stem[3:] for path in CHAPTERS if finished(path) != int(path.name[:2])] == [
+        "windows",
+        "straight",
+    ]
 
 
 def test_what_a_chapter_lacks_is_noticed(tmp_path):

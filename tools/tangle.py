@@ -79,7 +79,7 @@ PARTS = "_build/upto"
 ORDER_IN_CHECK = True
 
 #: Whether ``--check``, and so the build, asks that code which is neither tangled nor run be marked as illustration.
-MARKS_IN_CHECK = False
+MARKS_IN_CHECK = True
 
 
 class Book(literate.Book):

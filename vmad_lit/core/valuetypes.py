@@ -50,6 +50,11 @@ class ValueType:
         """The shape of the whole, for a value that is partitioned over ranks and knows it."""
         return None
 
+    def comm(self, x: Value) -> Any:
+        """The communicator of the ranks that have a value together, each a part of it; None if it knows of none."""
+        comm = getattr(x, "comm", None)
+        return comm if hasattr(comm, "allgather") else None
+
     def full(self, form: Form, number: Value) -> Value | None:
         """A value of a form with one number in all places; None if no number stands for such values."""
         if form.make is None:
@@ -75,11 +80,6 @@ class ValueType:
     def to_disk(self, x: Value) -> tuple[Callable[[Any], Value], Any] | None:
         """A function that stays in memory and what it makes x of, which is pickled; None for what is pickled itself."""
         return None if isinstance(x, (list, tuple)) else self.take_apart(x)
-
-    def comm(self, x: Value) -> Any:
-        """The communicator of the ranks that have a value together, each a part of it; None if it knows of none."""
-        comm = getattr(x, "comm", None)
-        return comm if hasattr(comm, "allgather") else None
 
     # How many bytes values hold
     def nbytes(self, x: Value, seen: MutableMapping[int, Any]) -> int:
