@@ -50,6 +50,13 @@ PAGE = r'''
     :::
 
     ```{code-cell} python
+    ---
+    mystnb:
+      image:
+        alt: Nothing at all.
+      figure:
+        caption: An empty picture.
+    ---
     from IPython.display import HTML, SVG, display
     display(HTML("<details open>one<br>two</details>"))
     SVG("<svg xmlns='http://www.w3.org/2000/svg' width='10' height='10'></svg>")
