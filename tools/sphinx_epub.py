@@ -146,11 +146,18 @@ def close(app: Sphinx, error: Exception | None) -> None:
         app.mathml.close()
 
 
+def write_serially(app: Sphinx) -> None:
+    """Let one process write all pages of an EPUB: it holds the browser that translates formulas."""
+    if app.builder.name == "epub":
+        app.parallel = 1
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_display, None))
     app.connect("config-inited", know_margins)
+    app.connect("builder-inited", write_serially)
     app.connect("builder-inited", complete_manifest)
     app.connect("doctree-resolved", make_well_formed)
     app.connect("html-page-context", leave_out_styles)
     app.connect("build-finished", close)
-    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": False}
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
