@@ -55,10 +55,10 @@ test: serial ranks                      ## everything on one rank, and what comm
 
 serial: $(VENV)/ready                   # one process for each core
 	python tools/tangle.py --check
-	OMP_NUM_THREADS=1 $(LIMIT) $(PYTEST) -n $(JOBS) --dist worksteal $(SOAK) $(OPTIONS)
+	OMP_NUM_THREADS=1 $(LIMIT) $(PYTEST) -n $(JOBS) --dist worksteal $(OPTIONS)
 
 ranks: $(VENV)/ready
-	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 $(LIMIT) mpirun -n $$n $(PYTEST) -p no:cacheprovider $(SOAK) $(OPTIONS) $(TESTS) || exit 1; done
+	for n in $(RANKS); do echo "== $$n ranks"; OMP_NUM_THREADS=1 $(LIMIT) mpirun -n $$n $(PYTEST) -p no:cacheprovider $(OPTIONS) $(TESTS) || exit 1; done
 
 soak: $(VENV)/ready                     ## for SOAK_MINUTES, and with each MPI: jobs that are killed, disks that fill up, ranks that err; random examples
 	end=$$((SECONDS + 60 * $(SOAK_MINUTES))); \
@@ -66,7 +66,7 @@ soak: $(VENV)/ready                     ## for SOAK_MINUTES, and with each MPI: 
 	    test $$mpi = "$(MPI)" && venv=$(VENV) || venv=$(VENV)-$$mpi; \
 	    $(MAKE) MPI=$$mpi VENV=$$venv trials ranks || exit 1; \
 	done; \
-	while ((SECONDS < end)); do $(MAKE) test LIMIT= SOAK="--soak -o timeout=3600" || exit 1; done
+	while ((SECONDS < end)); do $(MAKE) test LIMIT= OPTIONS="--soak -o timeout=3600" || exit 1; done
 
 trials: $(VENV)/ready                   # what goes wrong in a night, TRIALS times; SEED makes the same again
 	mkdir -p $(dir $(RESULTS))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.literate.book import chapter_number
+
 pytestmark = pytest.mark.serial  # the tangler knows nothing of ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +67,7 @@ def finished(path):
     front matter names after `finished`."""
     named = re.match(r"---\n(?:(?!---).*\n)*?finished: *(\S+) *\n", path.read_text(encoding="utf-8"))
     [last] = [other for other in CHAPTERS if named and other.stem[3:] == named[1]] or [path]
-    return int(last.name[:2])
+    return chapter_number(last.name)
 
 
 def run(folder, chapters, *options):
@@ -99,7 +101,7 @@ def test_chapters_run_on_what_is_written_by_then(ten, tmp_path, request):
 
 
 def test_few_examples_call_what_later_chapters_finish():
-    assert [path.stem[3:] for path in CHAPTERS if finished(path) != int(path.name[:2])] == [
+    assert [path.stem[3:] for path in CHAPTERS if finished(path) != chapter_number(path.name)] == [
         "windows",
         "straight",
     ]
@@ -108,5 +110,5 @@ def test_few_examples_call_what_later_chapters_finish():
 def test_what_a_chapter_lacks_is_noticed(tmp_path):
     """A chapter on the package as of the one before."""
     [this] = [path for path in CHAPTERS if path.name.endswith("-arithmetic.md")]
-    output, [code] = run(tmp_path, [(int(this.name[:2]) - 1, this)], "-k", "examples")
+    output, [code] = run(tmp_path, [(chapter_number(this.name) - 1, this)], "-k", "examples")
     assert code != 0 and f"book/chapters/{this.name}" in output

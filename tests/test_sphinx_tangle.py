@@ -154,8 +154,6 @@ class Site:
         self.root = root
         shutil.copy(ROOT / "conf.py", root)
         shutil.copytree(ROOT / "tools", root / "tools", ignore=shutil.ignore_patterns("__pycache__"))
-        switch = root / "tools" / "tangle.py"
-        switch.write_text(switch.read_text().replace("MARKS_IN_CHECK = False", "MARKS_IN_CHECK = True"))
         shutil.copytree(ROOT / "book" / "_static", root / "book" / "_static")
         (root / "book" / "references.bib").write_text("")
         self.write()

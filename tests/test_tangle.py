@@ -607,7 +607,6 @@ def test_code_must_say_what_it_is(tmp_path, capsys, monkeypatch):
     assert "is part of the program" in str(Book.load(tmp_path).problems[0])
 
 
-@pytest.mark.skipif(not tangle.MARKS_IN_CHECK, reason="the chapters have not all their marks yet")
 def test_code_of_this_book_says_what_it_is():
     problems = Book.load(Path(tangle.__file__).parent.parent).check_marks()
     assert not problems, "\n".join(map(str, problems))

@@ -100,7 +100,7 @@ def rename(notebook: Any, chapter: str, before: list[int], now: list[int]) -> No
 
 
 def renamed(value: Any, chapter: str, new: Callable[[int], int]) -> Any:
-    """Some text, or a list of texts, with other numbers of lines of a chapter."""
+    """A string, or a list of strings, with other numbers of lines of a chapter."""
     if isinstance(value, list):
         return [renamed(part, chapter, new) for part in value]
     if not isinstance(value, str) or chapter not in value:

@@ -235,7 +235,7 @@ class Layout:
         function = primitive.recording_call if self.record else primitive.call
         make = self.make_step
         # Take the general step for lists
-        if self._saw_list or any(type(target) is list for _, target in outs):
+        if self._saw_list:
             make, self._saw_list = general_step, False
         self.steps.append(make(node, function, ins, record, linear, outs, extras, kept, clear))
 
@@ -276,6 +276,8 @@ class Layout:
     def place_items(self, symbol: BaseSymbol) -> Target:
         """Slots for a result that is used, or for the items of a List; None if it is not used."""
         if isinstance(symbol, List):
+            # Note that a result is a list
+            self._saw_list = True
             return [self.place_items(item) for item in symbol]
         return self.place(symbol) if symbol in self.last_use else None
 
