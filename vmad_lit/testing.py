@@ -362,7 +362,7 @@ def dot_products(trial: Trial, rtol: float | None = None, allow_zero: bool = Fal
     v, w = trial.tangents(), trial.cotangents()
     rtol = trial.eps**0.6 if rtol is None else rtol
     Jv, JTw = trial.jvp(v), trial.vjp(w)
-    scale = max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
+    left, right, scale = both_sides(trial, v, w, Jv, JTw)
     # Compare the two sides for each input and each result
     pushed = {name: trial.jvp({name: v[name]}) for name in trial.varied}
     pulled = {name: trial.vjp({name: w[name]}) for name in trial.results}
@@ -372,15 +372,20 @@ def dot_products(trial: Trial, rtol: float | None = None, allow_zero: bool = Fal
                 trial.norm({y: w[y]}) * trial.norm({y: pushed[x][y]}),
                 trial.norm({x: pulled[y][x]}) * trial.norm({x: v[x]}),
             )
-            left = trial.inner(y, w[y], pushed[x][y])
-            right = trial.inner(x, pulled[y][x], v[x])
-            assert_equal_products(trial, x, y, left, right, rtol * bound + trial.eps * scale)
-    left = sum(trial.inner(y, w[y], Jv[y]) for y in trial.results)
-    right = sum(trial.inner(x, JTw[x], v[x]) for x in trial.varied)
+            there = trial.inner(y, w[y], pushed[x][y])
+            back = trial.inner(x, pulled[y][x], v[x])
+            assert_equal_products(trial, x, y, there, back, rtol * bound + trial.eps * scale)
     assert_equal_products(trial, "all inputs", "all results", left, right, rtol * scale)
     if scale == 0 and not allow_zero:
         raise AssertionError(f"{trial.name}: all derivatives vanish here, so that this test proves nothing")
     return left, right
+
+
+def both_sides(trial: Trial, v: Values, w: Values, Jv: Values, JTw: Values) -> tuple[float, float, float]:
+    """<w, J v> and <J^T w, v>, and how large they could be."""
+    left = sum(trial.inner(y, w[y], Jv[y]) for y in trial.results)
+    right = sum(trial.inner(x, JTw[x], v[x]) for x in trial.varied)
+    return left, right, max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
 
 
 def assert_equal_products(trial: Trial, x: str, y: str, left: float, right: float, allowed: float) -> None:
@@ -960,9 +965,7 @@ def prove_second_run(trial: Trial, v: Values, w: Values, rtol: float | None) -> 
     """Assert that jvp and vjp agree after a second run as well, elsewhere, where no value of the first helps."""
     tape = tape_of(trial, nearby(trial, v))
     Jv, JTw = trial._push(tape, v), trial._pull(tape, w)
-    left = sum(trial.inner(y, w[y], Jv[y]) for y in trial.results)
-    right = sum(trial.inner(x, JTw[x], v[x]) for x in trial.varied)
-    scale = max(trial.norm(w) * trial.norm(Jv), trial.norm(JTw) * trial.norm(v))
+    left, right, scale = both_sides(trial, v, w, Jv, JTw)
     if not abs(left - right) <= (trial.eps**0.6 if rtol is None else rtol) * scale:
         raise AssertionError(
             f"{trial.name}: jvp and vjp agree in the first run and not in a second one, at other values; "
