@@ -122,7 +122,8 @@ def normal(vs: VectorSpace, like: Vector, seed: int, purpose: Any) -> Vector:
         return parts if isinstance(like, dict) else type(like)(parts.values())
     text = repr(purpose)
     if is_field(like):
-        return like.pm.generate_whitenoise(seed, type=type(like), mean=None, generator="philox", purpose=text)
+        noise = like.pm.generate_whitenoise(seed, type=type(like), mean=None, generator="philox", purpose=text)
+        return noise if np.iscomplexobj(like.value) else noise * float(np.prod(like.Nmesh)) ** -0.5
     values = uniform_numbers(np.arange(2 * np.size(like)), seed, text).reshape(2, -1)
     noise = np.sqrt(-2 * np.log1p(-values[0])) * np.cos(2 * np.pi * values[1])
     return noise.reshape(np.shape(like)) if np.ndim(like) else float(noise[0])
