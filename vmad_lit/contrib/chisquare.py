@@ -117,7 +117,7 @@ class MPIChiSquareProblem(ModelProblem):
             m.output(y=sum(chisquare[1:], start=chisquare[0]), **outputs)
         vs = MPIVectorSpace(comm) if vectorspace is None else vectorspace
         names = [f"r{i}" for i in range(len(residuals))]
-        super().__init__(m, "y", "x", names, vs=vs, preconditioner=preconditioner, identity=identity)
+        super().__init__(m, "y", "x", names, vs, preconditioner, identity)
 
     def ingredients(self) -> dict[str, Any]:
         """The operators with their hyper-parameters, besides what all problems have."""

@@ -132,18 +132,26 @@ class Likelihood:
         values = plain_array("data", numbers_of(data))
         if values.dtype.kind not in "iuf":
             raise TypeError(f"data must be real numbers, not {values.dtype}")
-        self.seen = np.ones(values.shape, "?") if mask is None else self.on_cells("mask", mask, values.shape) != 0
+        self.seen = (
+            np.ones(values.shape, "?") if mask is None else self.on_cells("mask", mask, values.shape) != 0
+        )
         bad = self.seen & ~np.isfinite(values)
         if bad.any():
             raise ValueError(f"data must be finite where the mask is 1, but {bad.sum()} of them are not")
-        self.data = like(data, np.where(self.seen, values, 0)) if is_field(data) else np.where(self.seen, values, 0.0)
+        self.data = (
+            like(data, np.where(self.seen, values, 0)) if is_field(data) else np.where(self.seen, values, 0.0)
+        )
         if mask is not None and not np.isin(numbers_of(mask), (0, 1)).all():
-            raise ValueError("a mask is 1 where there are data, and 0 where there are none; it has other values")
+            raise ValueError(
+                "a mask is 1 where there are data, and 0 where there are none; it has other values"
+            )
 
     def on_cells(self, name: str, x: Any, shape: tuple[int, ...], **bounds: Any) -> Array:
         """A number, field or array for the data as an array, checked."""
         values = numbers_of(x)
-        values = real_array(name, np.asarray(values) * 1 if np.asarray(values).dtype == bool else values, **bounds)
+        values = real_array(
+            name, np.asarray(values) * 1 if np.asarray(values).dtype == bool else values, **bounds
+        )
         if values.ndim and values.shape != shape:
             raise ValueError(f"{name} must be of the shape of the data, {shape}, not {values.shape}")
         return values
@@ -237,7 +245,9 @@ class Gaussian(Likelihood):
         self.sigma = self.on_cells("sigma", sigma, self.seen.shape, infinite=True, above=0)
         if self.power is not None:
             if not is_field(data) or mask is not None or np.ndim(sigma) or sigma != 1:
-                raise ValueError("noise of a given power needs data that are a field, without a mask and a sigma")
+                raise ValueError(
+                    "noise of a given power needs data that are a field, without a mask and a sigma"
+                )
             check_power(self.power, data.pm)
         self.seen = self.seen & np.isfinite(self.sigma)
         weights = np.where(self.seen, 1 / self.sigma, 0.0)

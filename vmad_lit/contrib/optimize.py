@@ -53,6 +53,9 @@ class Problem:
     identity :
         what the problem is, by name: data, noise, parameters of the model. A saved state remembers it, and is
         not taken for that of a problem with another one.
+    temperature :
+        T of the probability density ``exp(-objective(x) / T)`` that the objective stands for: 1 for minus the
+        logarithm of a density, 2 for a chi-square. Minimisers do not ask; samplers do.
 
     Attributes
     ----------
@@ -70,9 +73,12 @@ class Problem:
         value_and_gradient: Callable[[Vector], tuple[Any, Vector]] | None = None,
         precond: Preconditioner | None = None,
         identity: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
     ) -> None:
         if objective is None and value_and_gradient is None:
             raise ValueError("a problem needs an objective (or a value_and_gradient)")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"a temperature is a finite number above 0, not {temperature!r}")
         self.vs = VectorSpace() if vs is None else vs
         if not isinstance(self.vs, VectorSpace):
             raise TypeError(
@@ -87,6 +93,7 @@ class Problem:
         self.eps = EPS  # the rounding of the objective
         self.fev = self.gev = self.hev = 0
         self.identity: dict[str, Any] = dict(identity or {})
+        self.temperature = float(temperature)
 
     def _visit(self, x: Vector) -> None:
         if self._point is None or not self.vs.same(x, self._point):
@@ -1530,6 +1537,7 @@ class ModelProblem(Problem):
         preconditioner: Preconditioner | None = None,
         identity: Mapping[str, Any] | None = None,
         given: Mapping[str, Any] | None = None,
+        temperature: float | None = None,
     ) -> None:
         self.model, self.given = model, dict(given or {})
         free = [name for name in model._inputs if name not in self.given]
@@ -1560,6 +1568,7 @@ class ModelProblem(Problem):
             preconditioner=preconditioner,
             vs=find_space(model, self.names, self.single) if vs is None else vs,
             identity=identity,
+            temperature=(2.0 if self.residual_names else 1.0) if temperature is None else temperature,
         )
 
     def _visit(self, x: Vector) -> None:
@@ -1594,7 +1603,7 @@ class ModelProblem(Problem):
     def _gauss_newton(self, x: Vector, v: Vector) -> Vector:
         tape, names = self._tape_at(x), self.residual_names
         pushed = tape.get_jvp().compute([f"{name}_" for name in names], init=self._tangents(v))
-        return self.vs.scale(self.curvature, self._pull(dict(zip(names, pushed, strict=True))))
+        return self.vs.scale(self.temperature, self._pull(dict(zip(names, pushed, strict=True))))
 
     def _tangents(self, v: Vector) -> dict[str, Any]:
         zeros = dict.fromkeys((f"{name}_" for name in self.given), ZeroGradient)
@@ -1611,8 +1620,6 @@ class ModelProblem(Problem):
             cotangents = [z if c is ZeroGradient else c for c, z in zip(cotangents, zeros, strict=True)]
         by_name = dict(zip(self.names, cotangents, strict=True))
         return by_name[self.names[0]] if self.single else by_name
-
-    curvature = 2.0  # of a square
 
     def gauss_newton_product(self, x: Vector, v: Vector) -> Vector:
         """The product ``2 J^T J v`` at x with the Jacobian of the residuals."""

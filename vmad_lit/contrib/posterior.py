@@ -55,8 +55,6 @@ class Posterior(ModelProblem):
         The parameters.
     """
 
-    curvature = 1.0
-
     def __init__(
         self,
         priors: Mapping[str, Prior],
@@ -82,7 +80,9 @@ class Posterior(ModelProblem):
             roots.update((f"root{len(roots)}", root) for root in found)
         m.output(**{LOSS: sum(losses[1:], start=losses[0])}, **roots)
         vs = ProductSpace({name: prior.space(self.comm) for name, prior in self.priors.items()})
-        super().__init__(m, LOSS, list(self.priors), list(roots), vs, preconditioner, identity)
+        super().__init__(
+            m, LOSS, list(self.priors), list(roots), vs, preconditioner, identity, temperature=1.0
+        )
         self._forecast: Model | None = None
 
     def pairs(self) -> list[tuple[str, Likelihood]]:
@@ -103,10 +103,15 @@ class Posterior(ModelProblem):
                 raise ValueError(f"{name!r} is no name for a parameter: letters, digits and _ between them")
             for other in prior.depends:
                 if other not in self.priors:
-                    raise ValueError(f"{name!r} depends on {other!r}, which has no prior" + did_you_mean(other, list(self.priors)))
+                    raise ValueError(
+                        f"{name!r} depends on {other!r}, which has no prior"
+                        + did_you_mean(other, list(self.priors))
+                    )
         for _, likelihood in self.pairs():
             if not isinstance(likelihood, Likelihood):
-                raise TypeError(f"a likelihood was expected, such as Gaussian(data, sigma), not {likelihood!r}")
+                raise TypeError(
+                    f"a likelihood was expected, such as Gaussian(data, sigma), not {likelihood!r}"
+                )
         if not self.priors or not self.pairs():
             raise ValueError("a posterior needs at least one prior and one likelihood")
         if self.forward is not None and not callable(self.forward):
@@ -118,12 +123,18 @@ class Posterior(ModelProblem):
         latents = {}
         for name, prior in self.priors.items():
             field = is_field(prior.zeros())
-            where = "field" if field else "partitioned" if getattr(prior, "partitioned", False) else "replicated"
+            where = (
+                "field" if field else "partitioned" if getattr(prior, "partitioned", False) else "replicated"
+            )
             latents[name] = m.input(name, placement=where, comm=self.comm)
         while len(values) < len(self.priors):
-            ready = [n for n, p in self.priors.items() if n not in values and all(d in values for d in p.depends)]
+            ready = [
+                n for n, p in self.priors.items() if n not in values and all(d in values for d in p.depends)
+            ]
             if not ready:
-                raise ValueError(f"the priors of {[n for n in self.priors if n not in values]} depend on each other")
+                raise ValueError(
+                    f"the priors of {[n for n in self.priors if n not in values]} depend on each other"
+                )
             for name in ready:
                 values[name] = self.priors[name].express(latents[name], values, self.comm)
         return values, run_forward(self.forward, values, self.only_result)
@@ -143,7 +154,9 @@ class Posterior(ModelProblem):
 
     def _agreed(self, g: Vector) -> Vector:
         """A vector whose replicated parts are the same on all ranks to the last bit, or an error."""
-        names = [n for n in self.names if not is_field(g[n]) and not getattr(self.priors[n], "partitioned", False)]
+        names = [
+            n for n in self.names if not is_field(g[n]) and not getattr(self.priors[n], "partitioned", False)
+        ]
         if self.comm.size == 1 or not names:
             return g
         mine = np.concatenate([np.ravel(g[name]) for name in names])
@@ -258,7 +271,9 @@ class Posterior(ModelProblem):
         if not isinstance(self.likelihoods, Mapping):
             return function(self.only_result, self.likelihoods)
         return {
-            name: [function(name, x) for x in listed] if isinstance(listed, (list, tuple)) else function(name, listed)
+            name: [function(name, x) for x in listed]
+            if isinstance(listed, (list, tuple))
+            else function(name, listed)
             for name, listed in self.likelihoods.items()
         }
 
@@ -273,7 +288,9 @@ class Posterior(ModelProblem):
                 else listed.with_data(data[name])
                 for name, listed in self.likelihoods.items()
             }
-        return type(self)(self.priors, self.forward, likelihoods, self.comm, self.preconditioner, self.identity)
+        return type(self)(
+            self.priors, self.forward, likelihoods, self.comm, self.preconditioner, self.identity
+        )
 
 
 def finder(pool: Mapping[str, Any]) -> Callable[[Any], Any]:
@@ -299,12 +316,16 @@ def run_forward(forward: Forward | None, values: Mapping[str, Symbol], only: str
     if forward is None:
         return {}
     known = forward.ain if isinstance(forward, AutoOperator) else inspect.signature(forward).parameters
-    takes_all = any(getattr(p, "kind", None) is inspect.Parameter.VAR_KEYWORD for p in getattr(known, "values", tuple)())
+    takes_all = any(
+        getattr(p, "kind", None) is inspect.Parameter.VAR_KEYWORD for p in getattr(known, "values", tuple)()
+    )
     for name in known:
         needed = isinstance(forward, AutoOperator) or known[name].default is inspect.Parameter.empty
         variadic = not isinstance(forward, AutoOperator) and known[name].kind in (2, 4)
         if needed and not variadic and name not in values:
-            raise ValueError(f"the forward model needs {name!r}, which has no prior" + did_you_mean(name, list(values)))
+            raise ValueError(
+                f"the forward model needs {name!r}, which has no prior" + did_you_mean(name, list(values))
+            )
     given = {name: value for name, value in values.items() if takes_all or name in known}
     found = forward(**given)
     if isinstance(forward, AutoOperator) and isinstance(found, (list, tuple)):

@@ -14,6 +14,7 @@ from vmad_lit.contrib.vectorspace import MPIVectorSpace, VectorSpace
 from vmad_lit.core.arguments import plain_array, real_array, real_number, whole_number
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.placement import Placement, Site
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol, Value
 from vmad_lit.lib import fastpm, unary
@@ -61,12 +62,17 @@ class Prior:
         return {name: value}
 
 
+def where_it_was(site: Site) -> Placement | None:
+    """The result lives where the argument `z` does."""
+    return site.given["z"]
+
+
 @operator
 class transformed:
     """A function of each number of an array: the `value` of a prior, with its `slope` and `bend`."""
 
     ain, aout = "z", "y"
-    placements = "elementwise"
+    placements = staticmethod(where_it_was)
 
     def apl(node, z, prior):
         return dict(y=prior.value(z))
@@ -153,7 +159,11 @@ class Normal(Numbers):
     """Normal numbers of a mean and a standard deviation, each a number, an array, or the name of a parameter."""
 
     def __init__(
-        self, mean: Any = 0.0, sd: Any = 1.0, shape: Sequence[int] | int | None = None, partitioned: bool = False
+        self,
+        mean: Any = 0.0,
+        sd: Any = 1.0,
+        shape: Sequence[int] | int | None = None,
+        partitioned: bool = False,
     ) -> None:
         self.depends = tuple(dict.fromkeys(x for x in (mean, sd) if isinstance(x, str)))
         self.mean = mean if isinstance(mean, str) else real_array("mean", mean)[()]
@@ -196,7 +206,11 @@ class LogNormal(Numbers):
     """Positive numbers whose logarithm is normal, of a given mean and standard deviation of the logarithm."""
 
     def __init__(
-        self, mean: Any = 0.0, sd: Any = 1.0, shape: Sequence[int] | int | None = None, partitioned: bool = False
+        self,
+        mean: Any = 0.0,
+        sd: Any = 1.0,
+        shape: Sequence[int] | int | None = None,
+        partitioned: bool = False,
     ) -> None:
         self.mean, self.sd = real_array("mean", mean)[()], real_array("sd", sd, above=0)[()]
         super().__init__(shape, partitioned, mean, sd)
@@ -223,7 +237,11 @@ class Uniform(Numbers):
     """Numbers of which each value between two bounds is as probable as another."""
 
     def __init__(
-        self, low: Any = 0.0, high: Any = 1.0, shape: Sequence[int] | int | None = None, partitioned: bool = False
+        self,
+        low: Any = 0.0,
+        high: Any = 1.0,
+        shape: Sequence[int] | int | None = None,
+        partitioned: bool = False,
     ) -> None:
         self.low, self.high = real_array("low", low)[()], real_array("high", high)[()]
         if not np.all(self.low < self.high):
@@ -232,7 +250,9 @@ class Uniform(Numbers):
 
     def value(self, z: Any) -> Any:
         width = self.high - self.low
-        return np.where(np.less(z, 0), self.low + width * ndtr(z), self.high - width * ndtr(-np.asarray(z)))[()]
+        return np.where(np.less(z, 0), self.low + width * ndtr(z), self.high - width * ndtr(-np.asarray(z)))[
+            ()
+        ]
 
     def slope(self, z: Any) -> Any:
         return (self.high - self.low) * np.exp(-0.5 * z**2 - LOG_ROOT)
@@ -321,7 +341,7 @@ class correlated:
     """An array of independent numbers times a matrix."""
 
     ain, aout = "z", "y"
-    placements = "elementwise"
+    placements = staticmethod(where_it_was)
     hvp = ZeroGradient
 
     def apl(node, z, factor):
@@ -347,7 +367,9 @@ class CorrelatedNormal(Prior):
             self._factor = np.linalg.cholesky(self.covariance)
         except np.linalg.LinAlgError:
             low = np.linalg.eigvalsh(self.covariance)[0]
-            raise ValueError(f"a covariance must be positive definite; this one has the eigenvalue {low:.3g}") from None
+            raise ValueError(
+                f"a covariance must be positive definite; this one has the eigenvalue {low:.3g}"
+            ) from None
 
     def zeros(self) -> Any:
         return np.zeros(len(self.mean))
@@ -408,9 +430,13 @@ class GaussianField(WhiteField):
         The names of these parameters.
     """
 
-    def __init__(self, pm: ParticleMesh, power: Callable[..., Any], depends: str | Sequence[str] = ()) -> None:
+    def __init__(
+        self, pm: ParticleMesh, power: Callable[..., Any], depends: str | Sequence[str] = ()
+    ) -> None:
         super().__init__(pm)
-        self.depends = tuple(depends.replace(",", " ").split()) if isinstance(depends, str) else tuple(depends)
+        self.depends = (
+            tuple(depends.replace(",", " ").split()) if isinstance(depends, str) else tuple(depends)
+        )
         self.power = power
         if not self.depends:
             check_power(power, pm)
