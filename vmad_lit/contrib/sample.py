@@ -102,7 +102,7 @@ class Target:
 
     def momentum(self, like: Vector, iteration: int, purpose: str = "momentum") -> Vector:
         """Independent standard normal numbers in a vector like `like`, a function of the seed, the purpose and the iteration."""
-        return normal(self.vs, like, self.seed, (purpose, iteration))
+        return self.vs.normal(like, self.seed, (purpose, iteration))
 
     def uniform(self, iteration: int, purpose: str, which: int = 0) -> float:
         """A random number in [0, 1), a function of the seed, the purpose, the iteration and a number below 2^24."""
@@ -708,3 +708,363 @@ class HMC(Hamiltonian):
         factor = 1 + self.jitter * (2 * target.uniform(chain.nit, "length") - 1)
         mean = self.length / chain.step if self.steps is None else self.steps
         return max(1, min(round(factor * mean), self.maxsteps))
+
+
+def dimension(vs: VectorSpace, like: Vector) -> int:
+    """How many real numbers make up a vector like `like`, over all ranks. Collective."""
+    if isinstance(vs, ProductSpace):
+        return sum(dimension(space, part) for space, _, part in vs._zip(0, like))
+    ones = vs.from_arrays([np.ones_like(array) for array in vs.to_arrays(like)], like)
+    pairs = np.iscomplexobj(ones) and not is_field(ones)
+    return round(vs.inner(ones, ones)) * (2 if pairs else 1)
+
+
+class Direction:
+    """Where a particle of constant speed is heading: ``u = scale * w``, of length 1.
+
+    Parameters
+    ----------
+    vs : VectorSpace
+    w :
+        a vector along u, whose memory is given up.
+    n : int
+        the dimension of the space.
+    scale : float, optional
+        one over the length of `w`, if that is known.
+    """
+
+    def __init__(self, vs: VectorSpace, w: Vector, n: int, scale: float | None = None) -> None:
+        self.vs, self.w, self.n = vs, w, n
+        self.scale = 1 / vs.norm(w) if scale is None else scale
+
+    def drift(self, z: Vector, t: float) -> Vector:
+        """Where the particle is a time t later, a new vector ``z + t u``."""
+        return self.vs.addmul(z, self.w, t * self.scale)
+
+    def kick(self, g: Vector, t: float) -> float:
+        """Turn under the force -g, which stays the same for a time t; by how much the kinetic energy grows."""
+        vs, n = self.vs, self.n
+        with np.errstate(over="ignore", invalid="ignore"):
+            size, along = math.sqrt(vs.inner(g, g)), self.scale * vs.inner(self.w, g)
+        if size == 0 or not math.isfinite(size):
+            return 0.0 if size == 0 else math.inf
+        angle, c = t * size / (n - 1), min(max(-along / size, -1.0), 1.0)
+        # Turn towards the force
+        decay = math.exp(-min(angle, 20.0))
+        growth = max(0.5 * (1 + decay**2 + c * (1 - decay**2)), decay**2)
+        pull = 0.5 * (1 - decay**2 + c * (1 - decay) ** 2)
+        self.w = vs.accumulate(self.w, g, -pull / (decay * self.scale * size))
+        self.scale *= decay / growth
+        self.settle()
+        if angle < 1:
+            return (n - 1) * math.log1p(2 * math.sinh(angle / 2) ** 2 + c * math.sinh(angle))
+        return (n - 1) * (angle + math.log(growth))
+
+    def settle(self) -> None:
+        """Bring the length of w back to 1 before it leaves the range of numbers."""
+        if not 1e-6 < self.scale < 1e6:
+            self.w, self.scale = self.vs.scale(self.scale, self.w), 1.0
+
+    def refresh(self, noise: Vector, amount: float) -> None:
+        """Mix in standard normal `noise`, so much that ``exp(-amount)`` is left of u on average."""
+        share = math.sqrt(math.expm1(2 * min(amount, 20.0)) / self.n)
+        self.w = self.vs.accumulate(self.w, noise, share / self.scale)
+        self.scale = 1 / self.vs.norm(self.w)
+        self.settle()
+
+
+MINIMAL_NORM = 0.1931833275037836  # McLachlan 1995
+SCHEMES = {
+    "verlet": ((0.5, 1.0), (0.5, 0.0)),
+    "minimal norm": ((MINIMAL_NORM, 0.5), (1 - 2 * MINIMAL_NORM, 0.5), (MINIMAL_NORM, 0.0)),
+}
+
+
+def isokinetic(
+    target: Target, place: Place, u: Direction, step: float, scheme: str = "minimal norm"
+) -> tuple[Place, float]:
+    """One step of the integrator `scheme`: the new place, and the error of the energy, infinite if there is none."""
+    start, change = place.U, 0.0
+    for kick, drift in SCHEMES[scheme]:
+        change += u.kick(place.g, kick * step)
+        if drift:
+            place = target(u.drift(place.z, drift * step))
+        if not math.isfinite(place.U + change):
+            return place, math.inf
+    return place, place.U - start + change
+
+
+class Spread:
+    """The mean and the variance of the places that a chain shows it, with weights; it remembers in the chain."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+
+    def restart(self) -> None:
+        """Forget everything."""
+        self.chain.numbers["spread"] = dict(weight=0.0, square=0.0)
+        self.chain.vectors["mean"] = [self.chain.vs.zeros_like(self.chain.place.z)]
+
+    def see(self, weight: float) -> None:
+        """Look at where the chain is."""
+        chain, vs, memory = self.chain, self.chain.vs, self.chain.numbers["spread"]
+        (mean,) = chain.vectors["mean"]
+        memory["weight"] += weight
+        share = weight / memory["weight"]
+        away = vs.addmul(chain.place.z, mean, -1)
+        memory["square"] += weight * (1 - share) * vs.inner(away, away)
+        chain.vectors["mean"] = [vs.accumulate(mean, away, share)]
+
+    @property
+    def variance(self) -> float:
+        """The sum of the variances of all components."""
+        return self.chain.numbers["spread"]["square"] / self.chain.numbers["spread"]["weight"]
+
+
+class Forgetting:
+    """How fast a chain forgets: the distances from a few of its places, the anchors; it remembers in the chain."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+
+    def restart(self, window: int, n: int) -> None:
+        """Look at the next `window` iterations of vectors of dimension `n`."""
+        lags = max(1, window // 2)
+        anchors = min(max(2, 20000 // n), 32, window - lags + 1)
+        gap = max(1, (window - lags) // max(1, anchors - 1))
+        self.chain.numbers["forgetting"] = dict(seen=0, anchors=anchors, gap=gap, squares=[0.0] * lags)
+        self.chain.vectors["anchors"] = []
+
+    def see(self) -> None:
+        """Look at where the chain is."""
+        chain, vs, memory = self.chain, self.chain.vs, self.chain.numbers["forgetting"]
+        anchors, squares, seen = chain.vectors["anchors"], memory["squares"], memory["seen"]
+        if seen % memory["gap"] == 0 and len(anchors) < memory["anchors"]:
+            anchors.append(chain.place.z)
+        for number, anchor in enumerate(anchors):
+            lag = seen - number * memory["gap"]
+            if lag < len(squares):
+                away = vs.addmul(chain.place.z, anchor, -1)
+                squares[lag] += vs.inner(away, away) / memory["anchors"]
+        memory["seen"] += 1
+
+    def time(self, variance: float) -> float:
+        """The integrated autocorrelation time in iterations, for a sum of variances; the anchors are given up."""
+        del self.chain.vectors["anchors"]
+        squares = np.array(self.chain.numbers.pop("forgetting")["squares"])
+        correlation = 1 - squares / (2 * variance)
+        pairs = correlation[: len(squares) // 2 * 2].reshape(-1, 2).sum(axis=1)
+        pairs = np.minimum.accumulate(pairs)
+        return max(1.0, 2 * float(pairs[pairs > 0].sum()) - 1)
+
+
+class Microcanonical(Sampler):
+    """The base of samplers whose particle has constant speed (Robnik et al. 2022, arXiv:2212.08549).
+
+    Options besides those of :class:`Sampler`
+    -----------------------------------------
+    step : float or None
+        the distance that the particle goes in a step of the integrator, or None to find it in the warm-up.
+    length : float or None
+        the distance after which it has forgotten where it was heading, or None to find it in the warm-up.
+    scheme : str
+        the integrator, ``"minimal norm"`` (two gradients for a step) or ``"verlet"`` (one).
+    divergence : float
+        a step is undone, and called divergent, if its error of the energy is above this times the root of the dimension.
+    """
+
+    step: float | None = None
+    length: float | None = None
+    scheme: str = "minimal norm"
+    divergence: float = 10.0
+
+    rules = {
+        "step": Rule("None or a number above 0", lambda v: v is None or LENGTH.holds(v) and v < math.inf),
+        "length": Rule("None or a number above 0", lambda v: v is None or LENGTH.holds(v)),
+        "scheme": Rule("one of " + ", ".join(map(repr, SCHEMES)), lambda v: v in SCHEMES),
+        "divergence": LENGTH,
+    }
+
+    def begin(self, target: Target, chain: Chain) -> None:
+        """Guess a step and a length."""
+        n, size = dimension(target.vs, chain.place.z), target.vs.norm(chain.place.g)
+        if n < 2:
+            raise ValueError("a particle of constant speed needs a space of two dimensions or more, this one has 1")
+        guess = 0.25 * min(math.sqrt(n), n / size if size else math.inf)
+        chain.step = float(self.step or guess)
+        chain.numbers.update(n=n, length=float(self.length or math.sqrt(n)))
+
+    def diverges(self, chain: Chain, error: float) -> bool:
+        """Whether an error of the energy is one that no step of use has."""
+        return not abs(error) <= self.divergence * math.sqrt(chain.numbers["n"])
+
+
+class MCLMC(Microcanonical):
+    """Microcanonical Langevin Monte Carlo, without accept and reject (Robnik & Seljak 2023, arXiv:2303.18221).
+
+    The distribution of the draws differs from that of the problem by what the integrator errs. The step is as long as
+    `energy_variance` allows.
+
+    Options besides those of :class:`Microcanonical`
+    ------------------------------------------------
+    energy_variance : float
+        the mean square of the error of the energy in a step, divided by the dimension, at which the warm-up aims.
+    """
+
+    energy_variance: float = 5e-4
+
+    rules = {"energy_variance": LENGTH}
+
+    def begin(self, target: Target, chain: Chain) -> None:
+        """Choose a direction as well."""
+        super().begin(target, chain)
+        chain.numbers["energy"] = chain.place.U
+        chain.numbers["tuning"] = dict(ratio=0.0, weight=0.0)
+        self.remember(chain, Direction(target.vs, target.momentum(chain.place.z, 0, "direction"), chain.numbers["n"]))
+
+    def remember(self, chain: Chain, u: Direction) -> None:
+        """Keep a direction in the chain."""
+        chain.vectors["direction"], chain.numbers["scale"] = [u.w], u.scale
+
+    def iterate(self, target: Target, chain: Chain) -> dict[str, float]:
+        """One step of the integrator, and a little noise on the direction."""
+        numbers, start = chain.numbers, chain.place
+        u = Direction(target.vs, chain.vectors["direction"][0], numbers["n"], numbers["scale"])
+        place, error = isokinetic(target, start, u, chain.step, self.scheme)
+        error = shared(target.vs, error)
+        noise = target.momentum(start.z, chain.nit)
+        divergent = self.diverges(chain, error)
+        if divergent:
+            u = Direction(target.vs, noise, numbers["n"])
+        else:
+            chain.place = place
+            numbers["energy"] += error
+            u.refresh(noise, chain.step / numbers["length"])
+        self.remember(chain, u)
+        return dict(
+            energy=numbers["energy"],
+            energy_error=error,
+            accept=float(not divergent),
+            length=numbers["length"],
+            divergent=divergent,
+        )
+
+    def adapt(self, target: Target, chain: Chain, row: Mapping[str, float]) -> None:
+        """Tune the step, then the step and the length, then the length."""
+        spread, forgetting, numbers = Spread(chain), Forgetting(chain), chain.numbers
+        second, third = self.warmup // 3, 2 * self.warmup // 3
+        if self.step is None and chain.nit < third:
+            self.tune_step(chain, row)
+        if chain.nit == second:
+            spread.restart()
+        if chain.nit >= second:
+            spread.see(row["step"])
+        if self.length is not None or chain.nit < third:
+            return
+        if chain.nit == third:
+            self.set_length(chain, math.sqrt(spread.variance))
+            forgetting.restart(self.warmup - third, numbers["n"])
+        forgetting.see()
+        if chain.nit == self.warmup - 1 and spread.variance > 0:
+            self.set_length(chain, LENGTH_OF_TIME * chain.step * forgetting.time(spread.variance))
+
+    def set_length(self, chain: Chain, length: float) -> None:
+        chain.numbers["length"] = max(length, 0.1 * chain.step)
+
+    def tune_step(self, chain: Chain, row: Mapping[str, float]) -> None:
+        """Learn from the error of the energy in a step, which grows with the third power of the step."""
+        memory, step = chain.numbers["tuning"], row["step"]
+        error = min(abs(row["energy_error"]), self.divergence * math.sqrt(chain.numbers["n"]))
+        ratio = error**2 / (chain.numbers["n"] * self.energy_variance) + 1e-8
+        weight = math.exp(-0.5 * (math.log(ratio) / 9) ** 2)
+        fade = 1 - 1 / 75
+        memory["ratio"] = fade * memory["ratio"] + weight * ratio / step**6
+        memory["weight"] = fade * memory["weight"] + weight
+        chain.step = (memory["ratio"] / memory["weight"]) ** (-1 / 6)
+
+
+LENGTH_OF_TIME = 0.4
+
+
+class MAMS(Microcanonical):
+    """The Metropolis-adjusted microcanonical sampler: trajectories of random length, accepted or rejected (Robnik et al. 2025, arXiv:2503.01707).
+
+    Here `length` is the mean length of a trajectory.
+
+    Options besides those of :class:`Microcanonical`
+    ------------------------------------------------
+    target : float
+        the mean acceptance that the warm-up aims at.
+    maxsteps : int
+        the largest number of steps of a trajectory.
+    """
+
+    target: float = 0.9
+    maxsteps: int = 1000
+
+    rules = {"target": SHARE, "maxsteps": whole(1)}
+
+    def begin(self, target: Target, chain: Chain) -> None:
+        """Begin to average the step as well."""
+        super().begin(target, chain)
+        self.averaging(chain).restart(chain.step)
+
+    def averaging(self, chain: Chain) -> DualAveraging:
+        """The dual averaging of the chain's step."""
+        return DualAveraging(chain.numbers.setdefault("averaging", {}), self.target)
+
+    def iterate(self, target: Target, chain: Chain) -> dict[str, float]:
+        """Follow one trajectory, and accept or reject its end."""
+        place, n, steps, error = chain.place, chain.numbers["n"], self.steps_of(target, chain), 0.0
+        u = Direction(target.vs, target.momentum(place.z, chain.nit), n)
+        for _ in range(steps):
+            place, change = isokinetic(target, place, u, chain.step, self.scheme)
+            error = shared(target.vs, error + change)
+            if self.diverges(chain, error):
+                break
+        divergent = self.diverges(chain, error)
+        accept = 0.0 if divergent else math.exp(-max(error, 0.0))
+        accepted = target.uniform(chain.nit, "accept") < accept
+        if accepted:
+            chain.place = place
+        return dict(
+            energy=chain.place.U,
+            energy_error=error,
+            accept=accept,
+            accepted=accepted,
+            steps=steps,
+            length=chain.numbers["length"],
+            divergent=divergent,
+        )
+
+    def steps_of(self, target: Target, chain: Chain) -> int:
+        """How many steps the trajectory of this iteration has."""
+        mean = max(1.0, chain.numbers["length"] / chain.step)
+        number = math.ceil(target.uniform(chain.nit, "length") * (2 * mean - 1))
+        return max(1, min(number, self.maxsteps))
+
+    def adapt(self, target: Target, chain: Chain, row: Mapping[str, float]) -> None:
+        """Tune the step at two steps for a trajectory; measure how far the chain goes, and how long it remembers; tune the step again."""
+        spread, forgetting, numbers, n = Spread(chain), Forgetting(chain), chain.numbers, chain.nit
+        second, third, last = self.warmup // 4, self.warmup // 2, 4 * self.warmup // 5
+        learns = n < third or n >= last
+        if self.step is None and learns:
+            averaging = self.averaging(chain)
+            chain.step = averaging.learn(row["accept"])
+            if n in (third - 1, self.warmup - 1):
+                chain.step = averaging.result
+                averaging.restart(chain.step)
+        if n == second: spread.restart()
+        if n >= second: spread.see(1.0)
+        if self.length is not None: return
+        if n < third:
+            numbers["length"] = 2 * chain.step
+        elif n == third:
+            numbers["length"] = self.F * math.sqrt(spread.variance) or numbers["length"]
+            forgetting.restart(last - third, numbers["n"])
+        if third <= n < last:
+            forgetting.see()
+        if n == last - 1:
+            numbers["length"] *= self.G * forgetting.time(spread.variance)
+    F=1.3
+    G=.5
