@@ -113,7 +113,7 @@ class Laplace:
         """Note who has stopped the work."""
         self.status, self.message = status, f"stopped by {who} after {self.products} products"
 
-    # One product
+    # Go on by one product
     def advance(self, problem: Problem) -> None:
         """One product with the Hessian, and what follows from it."""
         last, vs = self.stage == self.options["powers"] + 1, self.vs
@@ -124,6 +124,7 @@ class Laplace:
         else:
             direction = orthogonalise(vs, product, self.found)
             self.found += [] if direction is None else [direction]
+        # Go on to the next vector, or the next stage
         self.products, self.index = self.products + 1, self.index + 1
         count = len(self.basis) if self.stage else self.options["rank"] + self.options["oversampling"]
         if self.index < count:
@@ -144,11 +145,13 @@ class Laplace:
         values, rotation = np.linalg.eigh((matrix + matrix.T) / 2)
         if vs.comm is not None:
             values, rotation = vs.comm.bcast((values, rotation))
+        # Refuse a maximum
         if len(values) and values[0] <= -1:
             raise ValueError(
                 f"the objective has a maximum in some direction at x, with the curvature {1 + values[0]:.3g}: x is no "
                 "most probable point"
             )
+        # Rotate the basis to the eigenvectors
         largest = np.argsort(-abs(values), kind="stable")[: self.options["rank"]]
         order = largest[np.argsort(-values[largest], kind="stable")]
         zero = vs.zeros_like(self.x)
@@ -159,7 +162,7 @@ class Laplace:
         self.status, self.message = "complete", f"complete after {self.products} products"
         self.decrement = math.sqrt(max(0.0, vs.inner(gradient, self.covariance_product(gradient))))
 
-    # What the approximation is for
+    # Draw from it, and ask it for errors
     def _need_complete(self) -> None:
         if self.status != "complete":
             raise ValueError(f"{self!r} is not complete: go on with approximate(problem, state=...)")
@@ -241,6 +244,7 @@ class Laplace:
                 units.append({**zero, name: shaped})
         return self.covariance(*units, exact=exact, rtol=rtol)
 
+    # Reckon with what the low rank leaves out
     def solve(self, v: Vector, rtol: float = 1e-8, maxiter: int = 1000) -> Vector:
         """The true covariance times `v`, also outside the low rank: conjugate gradients, started and preconditioned by it.
 
@@ -251,6 +255,7 @@ class Laplace:
         x = self.covariance_product(v)
         r = vs.addmul(v, self._hessian(problem, x), -1.0)
         goal, p, rz = rtol * vs.norm(v), None, 0.0
+        # Improve it by conjugate gradients
         for _ in range(maxiter):
             if not vs.norm(r) > goal:
                 return x
@@ -260,6 +265,7 @@ class Laplace:
             Hp = self._hessian(problem, p)
             alpha = rz / vs.inner(p, Hp)
             x, r = vs.addmul(x, p, alpha), vs.addmul(r, Hp, -alpha)
+        # Complain of slow convergence
         raise RuntimeError(f"conjugate gradients have not come to rtol={rtol:g} within {maxiter} iterations")
 
     def _need_problem(self) -> Problem:
@@ -282,6 +288,7 @@ class Laplace:
         vs, low = self.vs, self.variance
         whole(2).check("probes", probes)
         first = second = vs.zeros_like(self.x)
+        # Average over random signs
         for i in range(probes):
             noise = vs.normal(self.x, seed, ("laplace probes", i))
             signs = by_components(vs, lambda v: np.where(v < 0, -1.0, 1.0).astype(v.dtype), noise)
@@ -289,6 +296,7 @@ class Laplace:
             each = by_components(vs, np.multiply, signs, missing)
             first = vs.addmul(first, each, 1.0 / probes)
             second = vs.addmul(second, by_components(vs, np.square, each), 1.0 / probes)
+        # Judge the error by the scatter
         spread = by_components(
             vs, lambda a, b: np.sqrt(np.maximum(b - a * a, 0.0) / (probes - 1)), first, second
         )
@@ -341,7 +349,7 @@ class Laplace:
         values, rotation = np.linalg.eigh(matrix)
         return length**2 * float(rotation[0] ** 2 @ np.log1p(np.maximum(values, 1e-15 - 1)))
 
-    # Save and load
+    # Save and load an approximation
     def save(self, path: Path) -> None:
         """Save the approximation, complete or not, to the file `path` (``.npz``), with another beside it for each rank above 0.
 
@@ -392,6 +400,7 @@ class Laplace:
         StateError
             on all ranks, if the file is damaged, is something else, or belongs to another problem.
         """
+        # Make an approximation from the header
         parts, like = Parts(path, vs.comm), vs.as_vector(like)
         header = together(vs.comm, lambda: checked_header(parts))
         self = cls(vs, like, header["plain"]["options"])
@@ -429,6 +438,7 @@ class Laplace:
         exists = on_first(vs.comm, lambda: os.path.lexists(path))
         return cls.load(path, vs, like, problem, accept) if exists else None
 
+    # Take a problem if it is the same
     def belongs_to(self, problem: Problem, accept: Accepted = False, path: str = "the approximation") -> None:
         """Take `problem` for what further products are made with; StateError if it is another one."""
         new = identity(problem)
@@ -444,43 +454,6 @@ class Laplace:
                 "to go on with it all the same, accept what differs: accept=True, or a list of names"
             )
         self.problem, self.fingerprint = problem, new
-
-
-class ProductBar(ProgressBar):
-    """A bar that counts products with the Hessian."""
-
-    def update(self, state: Any) -> None:
-        """Show how many products there have been."""
-        if self.bar is not None:
-            self.bar.update(state.products - self.bar.n)
-
-
-def identity(problem: Problem) -> dict[str, Any]:
-    """The fingerprint of a problem, with the versions of what computes."""
-    return {**fingerprint(dict(problem=problem.ingredients()), problem.vs.comm), "versions": versions()}
-
-
-def checked_header(parts: Parts) -> dict[str, Any]:
-    """The header of a saved approximation; StateError if it is none."""
-    header: Any = parts.header.get("laplace")
-    sound = isinstance(header, dict) and isinstance(header.get("plain"), dict)
-    if not sound:
-        raise StateError(f"{parts.path} holds no Laplace approximation")
-    try:
-        plain, lengths = header["plain"], header["lengths"]
-        options = all(
-            type(plain["options"][name]) is int for name in ("rank", "oversampling", "powers", "seed")
-        )
-        counts = all(
-            type(lengths[name]) is int and lengths[name] >= 0 for name in ("vectors", "basis", "found")
-        )
-        numbers = all(math.isfinite(value) for value in header["eigenvalues"])
-        sound = options and counts and numbers and len(header["eigenvalues"]) == lengths["vectors"]
-    except (KeyError, TypeError) as error:
-        raise StateError(f"{parts.path} is damaged: its header makes no sense ({error!r})") from error
-    if not sound:
-        raise StateError(f"{parts.path} is damaged: its header makes no sense")
-    return header
 
 
 def approximate(
@@ -525,6 +498,7 @@ def approximate(
     StateError
         if the state is that of another problem.
     """
+
     vs = problem.vs
     if state is None:
         options = dict(rank=rank, oversampling=oversampling, powers=powers, seed=seed)
@@ -536,6 +510,7 @@ def approximate(
     state.belongs_to(problem, accept)
     interrupt = current_interrupt() if interrupt is None else interrupt
     state.status = "complete" if state.status == "complete" else ""
+
     with ProductBar(vs, state.total, state.products, progress) as bar:
         while not state.status:
             state.advance(problem)
@@ -546,3 +521,40 @@ def approximate(
             elif stop and not state.status:
                 state.stop("monitor", "the monitor")
     return state
+
+
+class ProductBar(ProgressBar):
+    """A bar that counts products with the Hessian."""
+
+    def update(self, state: Any) -> None:
+        """Show how many products there have been."""
+        if self.bar is not None:
+            self.bar.update(state.products - self.bar.n)
+
+
+def identity(problem: Problem) -> dict[str, Any]:
+    """The fingerprint of a problem, with the versions of what computes."""
+    return {**fingerprint(dict(problem=problem.ingredients()), problem.vs.comm), "versions": versions()}
+
+
+def checked_header(parts: Parts) -> dict[str, Any]:
+    """The header of a saved approximation; StateError if it is none."""
+    header: Any = parts.header.get("laplace")
+    sound = isinstance(header, dict) and isinstance(header.get("plain"), dict)
+    if not sound:
+        raise StateError(f"{parts.path} holds no Laplace approximation")
+    try:
+        plain, lengths = header["plain"], header["lengths"]
+        options = all(
+            type(plain["options"][name]) is int for name in ("rank", "oversampling", "powers", "seed")
+        )
+        counts = all(
+            type(lengths[name]) is int and lengths[name] >= 0 for name in ("vectors", "basis", "found")
+        )
+        numbers = all(math.isfinite(value) for value in header["eigenvalues"])
+        sound = options and counts and numbers and len(header["eigenvalues"]) == lengths["vectors"]
+    except (KeyError, TypeError) as error:
+        raise StateError(f"{parts.path} is damaged: its header makes no sense ({error!r})") from error
+    if not sound:
+        raise StateError(f"{parts.path} is damaged: its header makes no sense")
+    return header
