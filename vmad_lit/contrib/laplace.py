@@ -15,10 +15,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from vmad_lit.contrib.optimize import Accepted, Problem, ProgressBar, is_accepted, versions, whole
-from vmad_lit.contrib.vectorspace import Vector, VectorSpace
+from vmad_lit.contrib.optimize import Accepted, Preconditioner, Problem, ProgressBar, is_accepted, versions, whole
+from vmad_lit.contrib.chisquare import local_product
+from vmad_lit.contrib.vectorspace import FieldSpace, MPIVectorSpace, ProductSpace, Vector, VectorSpace
+from vmad_lit.contrib.vectorspace import is_field
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import together
+from vmad_lit.core.traffic import count_object
 from vmad_lit.lib.files import Path
 from vmad_lit.lib.fingerprint import differences, fingerprint
 from vmad_lit.lib.shards import Parts, StateError, on_first, save_parts
@@ -34,14 +37,32 @@ def curvature(problem: Problem, x: Vector, v: Vector) -> Vector:
     return problem.vs.addmul(problem.vs.scale(1.0 / problem.temperature, product), v, -1.0)
 
 
+def inner_products(vs: VectorSpace, many: Sequence[Vector], y: Vector) -> Array:
+    """The inner products of `y` with each of several vectors, in as few messages as possible. Collective."""
+    if isinstance(vs, ProductSpace):
+        parts = [(vs._space(key), [a[key] for a in many], y[key]) for key in component_keys(y)]
+        return sum((inner_products(*part) for part in parts), start=np.zeros(len(many)))
+    if type(vs).dot not in (MPIVectorSpace.dot, FieldSpace.dot) or "dot" in vars(vs):
+        return np.array([vs.inner(a, y) for a in many])
+    comm: Any = y.pm.comm if is_field(y) else vs.comm
+    local = np.array([local_product(a, y) for a in many])
+    count_object(comm, local)
+    return comm.allreduce(local)
+
+
+def component_keys(vector: Vector) -> Iterable[Any]:
+    """What the components of a vector of a product space are called: its keys, or numbers."""
+    return vector if isinstance(vector, Mapping) else range(len(vector))
+
+
 def orthogonalise(vs: VectorSpace, y: Vector, basis: Sequence[Vector]) -> Vector | None:
     """A unit vector along what `y` has outside the span of an orthonormal `basis`; None if that is rounding only."""
     before, y = vs.norm(y), vs.copy(y)
     if not math.isfinite(before):
         raise ValueError("a product with the Hessian has components that are not finite")
     for _ in range(2):
-        for q in basis:
-            y = vs.accumulate(y, q, -vs.inner(q, y))
+        for q, product in zip(basis, inner_products(vs, basis, y)):
+            y = vs.accumulate(y, q, -float(product))
     after = vs.norm(y)
     return vs.scale(1.0 / after, y) if after > NOTHING_NEW * before else None
 
@@ -120,7 +141,7 @@ class Laplace:
         source = self.basis[self.index] if self.stage else self._random(problem)
         product = curvature(problem, self.x, source)
         if last:
-            self.rows.append([vs.inner(q, product) for q in self.basis])
+            self.rows.append(inner_products(vs, self.basis, product).tolist())
         else:
             direction = orthogonalise(vs, product, self.found)
             self.found += [] if direction is None else [direction]
@@ -170,8 +191,8 @@ class Laplace:
     def _function(self, v: Vector, weights: Array) -> Vector:
         """``v + sum_i v_i weights[i] <v_i, v>``: a function of the Hessian times v."""
         self._need_complete()
-        inner = [self.vs.inner(vector, v) for vector in self.vectors]
-        return combine(self.vs, self.vectors, weights * np.array(inner), v)
+        inner = inner_products(self.vs, self.vectors, v)
+        return combine(self.vs, self.vectors, weights * inner, v)
 
     def covariance_product(self, v: Vector) -> Vector:
         """The covariance of the posterior times `v`."""
@@ -185,6 +206,14 @@ class Laplace:
         """A draw from the normal density; each `number` of a seed gives another one, the same on any number of ranks."""
         noise = self.vs.normal(self.x, seed, ("laplace", number))
         return self.vs.addmul(self.x, self._function(noise, 1 / np.sqrt(1 + self.eigenvalues) - 1), 1.0)
+
+    @property
+    def metric(self) -> Preconditioner:
+        """The change of variables in which the posterior is white as far as the low rank goes, for samplers and optimisers."""
+        root = np.sqrt(1 + self.eigenvalues)
+        return Preconditioner.symmetric(
+            lambda v: self._function(v, root - 1), lambda v: self._function(v, 1 / root - 1)
+        )
 
     def draws(
         self, number: int, seed: int = 0, keep: Callable[[Vector], Mapping[str, Any]] | None = None
@@ -227,7 +256,7 @@ class Laplace:
         With `exact` it is found by :meth:`solve`, and has what the low rank leaves out.
         """
         products = [self.solve(v, rtol) if exact else self.covariance_product(v) for v in vectors]
-        matrix = np.array([[self.vs.inner(u, product) for product in products] for u in vectors])
+        matrix = np.array([inner_products(self.vs, vectors, product) for product in products])
         return (matrix + matrix.T) / 2
 
     def marginal(self, *names: str, exact: bool = False, rtol: float = 1e-8) -> Array:
@@ -337,7 +366,7 @@ class Laplace:
         basis, rows = [vs.scale(1.0 / length, v)], []
         for _ in range(steps):
             product = self._outside(curvature(problem, self.x, basis[-1]))
-            rows.append([vs.inner(q, product) for q in basis])
+            rows.append(inner_products(vs, basis, product).tolist())
             following = orthogonalise(vs, product, basis)
             if following is None:
                 break
