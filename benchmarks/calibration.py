@@ -31,7 +31,7 @@ def build(n):
 
     pm = ParticleMesh([n] * 3, BoxSize=10.0 * n, comm=MPI.COMM_WORLD, dtype="f8")
     priors = dict(delta=LinearField(pm), b1=Normal(1.5, 0.5))
-    likelihood = Gaussian(pm.create(type="real", value=0), 0.5)
+    likelihood = Gaussian(pm.create(type="real", value=0), 2.0)
     posterior = Posterior(priors, Density(pm, stages=[1.0], bias="eulerian"), dict(density=likelihood))
     step = 2 * np.pi / (10.0 * n)
     shells = Shells(pm, edges=step * np.array([0.5, 1.5, 2.5, 4.5, n / 2]))
@@ -64,7 +64,7 @@ def study(n=16, simulations=100, levels=19, warmup=30, draws=57, path=None, host
             state, spent, counts = Calibration(levels, old["ranks"]), old["seconds"], old["counts"]
 
     def sample(conditioned, seed):
-        best = LBFGS(maxiter=40).minimize(conditioned, conditioned.zeros())
+        best = LBFGS(maxiter=60).minimize(conditioned, conditioned.zeros())
         around = approximate(conditioned, best.x, rank=60, oversampling=10, powers=0, seed=seed)
         sampler = HMC(warmup=warmup, draws=draws, seed=seed, metric=around.metric)
         chain = sampler.sample(conditioned, around.sample(seed), keep=keep)

@@ -15,7 +15,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from vmad_lit.contrib.optimize import Accepted, Preconditioner, Problem, ProgressBar, is_accepted, versions, whole
+from vmad_lit.contrib.optimize import Accepted, Preconditioner, Problem, ProgressBar
+from vmad_lit.contrib.optimize import is_accepted, versions, whole
 from vmad_lit.contrib.chisquare import local_product
 from vmad_lit.contrib.vectorspace import FieldSpace, MPIVectorSpace, ProductSpace, Vector, VectorSpace
 from vmad_lit.contrib.vectorspace import is_field
