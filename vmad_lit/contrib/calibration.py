@@ -6,13 +6,12 @@ Reference: S. Talts et al., arXiv:1804.06788.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import math
 from typing import Any, Self
 
 import numpy as np
 
 from vmad_lit.contrib.chains import collect
-from vmad_lit.contrib.optimize import Problem, whole
+from vmad_lit.contrib.optimize import whole
 from vmad_lit.contrib.vectorspace import Vector
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.stdlib.operators import Array
@@ -116,6 +115,7 @@ def calibrate(
     state : Calibration
         one to go on with.
     """
+
     whole(1).check("simulations", simulations)
     found = Calibration(levels) if state is None else state
     chosen = posterior.summary if keep is None else keep
@@ -135,6 +135,7 @@ def plot_ranks(
 
     Returns the Matplotlib axes, which may be given as `ax`.
     """
+
     with needed_for("plots of ranks", extra="output"):
         import matplotlib.pyplot as plt
     counts, expected = calibration.histogram(name, bins)
