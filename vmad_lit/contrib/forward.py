@@ -61,9 +61,15 @@ class Density:
     ) -> None:
         self.pm, self.cosmology, self.modes = pm, cosmology, modes
         self.los, self.observer, self.selection = los, observer, selection
-        self.depends = tuple(depends.replace(",", " ").split()) if isinstance(depends, str) else tuple(depends)
+        self.depends = (
+            tuple(depends.replace(",", " ").split()) if isinstance(depends, str) else tuple(depends)
+        )
         self.bias = one_of("bias", bias, ("none", "eulerian", "lagrangian"))
-        terms = terms if terms is not None else {"none": (), "eulerian": ("b1",), "lagrangian": ("b1", "b2")}[bias]
+        terms = (
+            terms
+            if terms is not None
+            else {"none": (), "eulerian": ("b1",), "lagrangian": ("b1", "b2")}[bias]
+        )
         self.terms = tuple(terms)
         self.stages = tuple(check_stages(stages)) if np.size(stages) else ()
         together(pm.comm, self.check)
@@ -76,7 +82,10 @@ class Density:
         """Raise an error unless the arguments fit together."""
         for name in self.depends:
             if name not in self.cosmology.__symbols__:
-                raise ValueError(f"{name!r} is no parameter of a cosmology" + did_you_mean(name, self.cosmology.__symbols__))
+                raise ValueError(
+                    f"{name!r} is no parameter of a cosmology"
+                    + did_you_mean(name, self.cosmology.__symbols__)
+                )
         if self.bias == "lagrangian":
             tracers.check_terms(self.terms)
             if not self.stages:

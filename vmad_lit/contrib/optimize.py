@@ -170,12 +170,14 @@ class Problem:
         return {**kinds, "preconditioner": self.preconditioner, **self.identity}
 
     @classmethod
-    def from_model(cls, model: Model, objective: str, **options: Any) -> ModelProblem:
+    def from_model(
+        cls, model: Model, objective: str, x: str | Iterable[str] | None = None, **options: Any
+    ) -> ModelProblem:
         """The problem of minimising an output of a model, with derivatives from its tape.
 
-        Parameters and `options` are those of :class:`ModelProblem`.
+        The parameters are those of :class:`ModelProblem`.
         """
-        return ModelProblem(model, objective, **options)
+        return ModelProblem(model, objective, x, **options)
 
 
 class Point:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -14,12 +14,9 @@ from vmad_lit.contrib.priors import LOG_ROOT, Prior
 from vmad_lit.contrib.vectorspace import ProductSpace, Vector, is_field
 from vmad_lit.core.autooperator import AutoOperator
 from vmad_lit.core.error import did_you_mean
-from vmad_lit.core.handover import duplicate
 from vmad_lit.core.model import Model
-from vmad_lit.core.stdlib.operators import Array
-from vmad_lit.core.symbol import BaseSymbol, Symbol
+from vmad_lit.core.symbol import Symbol
 from vmad_lit.core.together import together
-from vmad_lit.core.traffic import count_object
 from vmad_lit.lib import mpi
 from vmad_lit.lib.mpi import MPI
 
@@ -53,6 +50,8 @@ class Posterior(ModelProblem):
     ----------
     names : list of str
         The parameters.
+    size : int
+        The number of latents on all ranks.
     """
 
     def __init__(
@@ -67,11 +66,15 @@ class Posterior(ModelProblem):
         self.priors, self.forward, self.likelihoods = dict(priors), forward, likelihoods
         self.comm = find_comm(self) if comm is None else comm
         together(self.comm, self.check)
+        parts: list[Any] = [*self.priors.values(), *(likelihood for _, likelihood in self.pairs())]
+        for x in (x for part in parts for x in part.replicated()):
+            mpi.agreed(x, self.comm)
         m = Model()
         values, outputs = self.express(m)
         pool = {**values, **outputs}
         # Add up the likelihoods
-        losses, roots = [], {}
+        losses: list[Symbol] = []
+        roots: dict[str, Symbol] = {}
         for name, likelihood in self.pairs():
             if name not in pool:
                 raise ValueError(f"the forward model has no result {name!r}" + did_you_mean(name, list(pool)))
@@ -84,6 +87,16 @@ class Posterior(ModelProblem):
             m, LOSS, list(self.priors), list(roots), vs, preconditioner, identity, temperature=1.0
         )
         self._forecast: Model | None = None
+        ones = {name: prior.zeros() + 1.0 for name, prior in self.priors.items()}
+        self.size = round(vs.dot(ones, ones))
+
+    def __repr__(self) -> str:
+        width = max(map(len, (*self.priors, *(name for name, _ in self.pairs()))))
+        lines = [f"Posterior of {self.size} latents"]
+        lines += [f"  {name:{width}} ~ {prior!r}" for name, prior in self.priors.items()]
+        return "\n".join(
+            [*lines, *(f"  {name:{width}} : {likelihood!r}" for name, likelihood in self.pairs())]
+        )
 
     def pairs(self) -> list[tuple[str, Likelihood]]:
         """Each likelihood, and the name of what it is for."""
@@ -141,42 +154,18 @@ class Posterior(ModelProblem):
 
     # The problem
     def _forward(self, x: Vector) -> Any:
-        return super()._forward(x) + 0.5 * self.vs.dot(self._point, self._point)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            loss = super()._forward(x) + 0.5 * self.vs.dot(self._point, self._point)
+        return np.inf if np.isnan(loss) else loss
 
     def _pull_back(self, x: Vector) -> Vector:
-        return self.vs.addmul(self._agreed(super()._pull_back(x)), x, 1.0)
+        return self.vs.addmul(super()._pull_back(x), x, 1.0)
 
     def _gauss_newton(self, x: Vector, v: Vector) -> Vector:
-        return self.vs.addmul(self._agreed(super()._gauss_newton(x, v)), v, 1.0)
+        return self.vs.addmul(super()._gauss_newton(x, v), v, 1.0)
 
     def _exact(self, x: Vector, v: Vector) -> Vector:
-        return self.vs.addmul(self._agreed(super()._exact(x, v)), v, 1.0)
-
-    def _agreed(self, g: Vector) -> Vector:
-        """A vector whose replicated parts are the same on all ranks to the last bit, or an error."""
-        names = [
-            n for n in self.names if not is_field(g[n]) and not getattr(self.priors[n], "partitioned", False)
-        ]
-        if self.comm.size == 1 or not names:
-            return g
-        mine = np.concatenate([np.ravel(g[name]) for name in names])
-        count_object(self.comm, mine)
-        first = self.comm.bcast(mine)
-        apart = np.abs(mine - first) > 1e-6 * np.max(np.abs(first), initial=0.0)
-
-        def compare() -> None:
-            if apart.any():
-                owner = np.repeat(names, [np.size(g[name]) for name in names])[apart][0]
-                raise ValueError(
-                    f"the gradient with respect to {owner!r} differs between ranks: the forward model brings "
-                    f"it together with an array of which each rank has a part, and does not say so; "
-                    f"mpi.place(array, 'partitioned', comm) does"
-                )
-
-        together(self.comm, compare)
-        parts = np.split(first, np.cumsum([np.size(g[name]) for name in names])[:-1])
-        new = {name: part.reshape(np.shape(g[name]))[()] for name, part in zip(names, parts, strict=True)}
-        return {name: new.get(name, g[name]) for name in g}
+        return self.vs.addmul(super()._exact(x, v), v, 1.0)
 
     def ingredients(self) -> dict[str, Any]:
         """The priors, the forward model and the likelihoods, besides what all problems have."""
@@ -214,13 +203,10 @@ class Posterior(ModelProblem):
     def latents(self, values: Mapping[str, Any]) -> Vector:
         """The latents of values of the parameters."""
 
-        def find() -> Vector:
-            missing = [name for name in self.priors if name not in values]
-            if missing:
-                raise ValueError(f"values are needed of all parameters, also of {', '.join(missing)}")
-            return None
+        missing = [name for name in self.priors if name not in values]
+        if missing:
+            raise ValueError(f"values are needed of all parameters, also of {', '.join(missing)}")
 
-        together(self.comm, find)
         return {name: prior.latent(values[name], values) for name, prior in self.priors.items()}
 
     def summary(self, z: Vector) -> dict[str, Any]:
@@ -232,16 +218,7 @@ class Posterior(ModelProblem):
 
     def log_prior(self, z: Vector) -> float:
         """The logarithm of the density of the latents before there are data."""
-        count = sum(np.size(array) for array in self.vs.to_arrays(z))
-        del count
         return -0.5 * self.vs.dot(z, z) - self.size * LOG_ROOT
-
-    @property
-    def size(self) -> int:
-        """The number of latents on all ranks."""
-        ones = {n: p.zeros() for n, p in self.priors.items()}
-        ones = {n: x + 1.0 for n, x in ones.items()}
-        return round(self.vs.dot(ones, ones))
 
     def log_likelihood(self, z: Vector) -> float:
         """The logarithm of the probability of the data for latents."""
@@ -330,8 +307,8 @@ def run_forward(forward: Forward | None, values: Mapping[str, Symbol], only: str
     found = forward(**given)
     if isinstance(forward, AutoOperator) and isinstance(found, (list, tuple)):
         return dict(zip(forward.aout, found, strict=True))
-    if isinstance(found, BaseSymbol):
+    if isinstance(found, Symbol):
         return {only: found}
-    if not isinstance(found, Mapping) or not all(isinstance(x, BaseSymbol) for x in found.values()):
+    if not isinstance(found, Mapping) or not all(isinstance(x, Symbol) for x in found.values()):
         raise TypeError(f"forward must return a symbol, or a dictionary of symbols by name, not {found!r}")
     return dict(found)

@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike
 
 from vmad_lit import operator
 from vmad_lit.contrib.cosmo4d import linear_modes
-from vmad_lit.contrib.vectorspace import MPIVectorSpace, VectorSpace
-from vmad_lit.core.arguments import real_array, whole_number
+from vmad_lit.contrib.vectorspace import MPIVectorSpace, VectorSpace, is_field
+from vmad_lit.core.arguments import real_array, show, whole_number
 from vmad_lit.core.error import did_you_mean, needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import Placement, Site
@@ -19,11 +19,12 @@ from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Symbol
 from vmad_lit.lib.cosmology import Cosmology, LinearPower, Planck15
 from vmad_lit.lib.lpt import check_power
-from vmad_lit.lib.mesh import BaseComplexField, ParticleMesh, RealField, check_field
+from vmad_lit.lib.mesh import BaseComplexField, ParticleMesh, check_field
 from vmad_lit.lib.mpi import MPI, place
 from vmad_lit.lib.spectra import Shells
 
 with needed_for("priors", extra="mesh"):
+    from pmesh.pm import RealField
     from scipy.special import log_ndtr, ndtr, ndtri_exp
 
 LOG_ROOT = 0.5 * np.log(2 * np.pi)  # of the density of a normal number
@@ -60,6 +61,24 @@ class Prior:
     def summary(self, name: str, value: Any) -> dict[str, Any]:
         """What to record of a value in a chain: numbers and small arrays that all ranks have, by name."""
         return {name: value}
+
+    def replicated(self) -> list[Array]:
+        """The arrays that must be the same on all ranks."""
+        return [x for x in vars(self).values() if isinstance(x, np.ndarray)]
+
+    def __repr__(self) -> str:
+        hidden = "depends", "partitioned", "shape"
+        words = [
+            f"{name}={told(x)}" for name, x in vars(self).items() if name[0] != "_" and name not in hidden
+        ]
+        return f"{type(self).__name__}({', '.join(words)})"
+
+
+def told(x: Any) -> str:
+    """An argument in a few words."""
+    if np.ndim(x):
+        return "field" if is_field(x) else "array"
+    return f"{x:g}" if isinstance(x, (float, np.floating)) else getattr(x, "__name__", None) or show(x)
 
 
 def where_it_was(site: Site) -> Placement | None:
@@ -123,6 +142,9 @@ class Numbers(Prior):
 
     def summary(self, name: str, value: Any) -> dict[str, Any]:
         return {} if self.partitioned else {name: value}
+
+    def replicated(self) -> list[Array]:
+        return [] if self.partitioned else super().replicated()
 
     # What kinds of numbers differ in
     def value(self, z: Any) -> Any:
@@ -409,6 +431,11 @@ class WhiteField(Prior):
     def summary(self, name: str, value: Any) -> dict[str, Any]:
         return {f"{name}_power": self.shells.power(value)}
 
+    def __repr__(self) -> str:
+        cells = "x".join(str(int(n)) for n in self.pm.Nmesh)
+        given = f" given {', '.join(self.depends)}" if self.depends else ""
+        return f"{type(self).__name__} on {cells} cells{given}"
+
     @property
     def shells(self) -> Shells:
         """The shells of the band powers that are recorded."""
@@ -488,9 +515,12 @@ class LinearField(GaussianField):
         for name in names:
             if name not in cosmology.__symbols__:
                 raise ValueError(
-                    f"{name!r} is no parameter of a power spectrum" + did_you_mean(name, cosmology.__symbols__)
+                    f"{name!r} is no parameter of a power spectrum"
+                    + did_you_mean(name, cosmology.__symbols__)
                 )
-        super().__init__(pm, self.of_parameters if names else LinearPower(cosmology, transfer=transfer), names)
+        super().__init__(
+            pm, self.of_parameters if names else LinearPower(cosmology, transfer=transfer), names
+        )
 
     def of_parameters(self, **parameters: Any) -> LinearPower:
         """The power spectrum for values, or symbols, of the free parameters."""
