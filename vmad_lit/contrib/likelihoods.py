@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -14,11 +13,12 @@ from vmad_lit.contrib.cosmo4d import gaussian
 from vmad_lit.contrib.priors import told
 from vmad_lit.contrib.vectorspace import MPIVectorSpace, VectorSpace, is_field
 from vmad_lit.core.arguments import plain_array, positive, real_array, real_number
+
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import Placement, Site, declare
 from vmad_lit.core.stdlib.operators import Array
-from vmad_lit.core.symbol import Symbol, Value
+from vmad_lit.core.symbol import Symbol
 from vmad_lit.core.together import together
 from vmad_lit.lib import fastpm, mpi, unary
 from vmad_lit.lib.lpt import check_power
@@ -246,6 +246,8 @@ class Gaussian(Likelihood):
         **more: Any,
     ) -> None:
         super().__init__(data, mask, comm, sigma=sigma, amplitude=amplitude, power=power, **more)
+        if self.power is not None:
+            self.count = round(sum_modes(self.modes, 1.0 * (self.modes.value.real > 0)))
 
     def take(self, data: Any, mask: Any, **given: Any) -> None:
         sigma, self.amplitude, self.power = given["sigma"], given["amplitude"], given["power"]
@@ -261,6 +263,7 @@ class Gaussian(Likelihood):
                     "noise of a given power needs data that are a field, without a mask and a sigma"
                 )
             check_power(self.power, data.pm)
+
         self.seen = self.seen & np.isfinite(self.sigma)
         simple = mask is None and self.sigma.ndim == 0  # the same on all ranks
         weights = np.where(self.seen, 1 / self.sigma, 0.0).astype(self._precision)
@@ -286,6 +289,12 @@ class Gaussian(Likelihood):
 
         return transfer
 
+    @property
+    def modes(self) -> Any:
+        """The modes of the standard deviation of the noise, a complex field."""
+        modes, transfer = self.data.pm.create(type="complex", value=0), self.whitening(0.5)
+        return modes.apply(lambda k, v: transfer(k) + v)
+
     def express(self, x: Symbol, find: Find, comm: MPI.Comm) -> tuple[Symbol, list[Symbol]]:
         where = self.where(comm)
         r = self.residual(x, where)
@@ -297,12 +306,11 @@ class Gaussian(Likelihood):
 
     def constant(self) -> float:
         if self.power is not None:
-            transfer, modes = self.whitening(0.5), self.data.pm.create(type="complex", value=0)
-            scale = modes.apply(lambda k, v: transfer(k) + v).value.real
-            of_modes = np.log(np.where(scale > 0, scale, 1.0))
-            return float(sum_modes(modes, of_modes) + sum_modes(modes, 1.0 * (scale > 0)) * LOG_ROOT)
-        logs = float(np.log(np.broadcast_to(self.sigma, self.seen.shape)[self.seen]).sum())
-        return self.count * LOG_ROOT + (logs if self.comm is None else mpi.add_up(self.comm, logs))
+            scale = self.modes.value.real
+            logs = np.log(np.where(scale > 0, scale, 1.0))
+            return self.count * LOG_ROOT + float(sum_modes(self.modes, logs))
+        own = float(np.log(np.broadcast_to(self.sigma, self.seen.shape)[self.seen]).sum())
+        return self.count * LOG_ROOT + (own if self.comm is None else mpi.add_up(self.comm, own))
 
     def noise(self, find: Find, seed: int, purpose: str) -> Any:
         """Random noise."""
@@ -410,9 +418,8 @@ class poisson_loss:
         rate, n = numbers_of(rate), numbers_of(data)
         with np.errstate(divide="ignore", invalid="ignore"):
             terms = np.where(n > 0, rate - n * np.log(rate), rate)
-        return dict(
-            y=float(np.where((rate > 0) | (rate == 0) & (n == 0), terms, np.inf)[seen].sum(dtype="f8"))
-        )
+        possible = (rate > 0) | (rate == 0) & (n == 0)
+        return dict(y=float(np.where(possible, terms, np.inf)[seen].sum(dtype="f8")))
 
     def vjp(node, _y, rate, data, seen):
         return dict(_rate=like(rate, float(_y) * poisson_slope(rate, data, seen)))
@@ -458,6 +465,7 @@ class twice_root:
 
 
 def root_slope(rate: Any, seen: Array) -> Array:
+    """The derivative of `twice_root`, 1 / sqrt(rate)."""
     x = numbers_of(rate)
     return np.divide(1.0, np.sqrt(np.maximum(x, 0)), out=np.zeros(np.shape(x)), where=seen & (x > 0))
 
@@ -477,6 +485,7 @@ class Poisson(Likelihood):
     """
 
     is_sum_of_squares = False
+    mean: Any
 
     def __init__(
         self,
@@ -493,7 +502,7 @@ class Poisson(Likelihood):
         values, mean = numbers_of(self.data), given["mean"]
         if (values < 0).any() or (values % 1 != 0).any():
             raise ValueError("counts must be whole numbers that are not negative, where the mask is 1")
-        self.mean: Any = mean if isinstance(mean, str) else self.on_cells("mean", mean, values.shape, least=0)
+        self.mean = mean if isinstance(mean, str) else self.on_cells("mean", mean, values.shape, least=0)
         self.floor = None if given["floor"] is None else positive("floor", given["floor"])
         if not isinstance(mean, str):
             self.seen = self.seen & (self.mean > 0)
@@ -516,8 +525,7 @@ class Poisson(Likelihood):
         rate = np.where(self.seen, numbers_of(x) * numbers_of(find(self.mean)), 0.0)
         if self.floor is not None:
             rate = 0.5 * (rate + np.sqrt(rate**2 + 4 * self.floor**2))
-        if (rate < 0).any():
-            raise ValueError("counts are drawn for rates that are not negative; give a floor")
+        together(self.comm, lambda: real_array("rates of counts", rate, least=0))
         u = self.uniform(seed, purpose)
         n = np.ceil(pdtrik(u, rate))
         less = np.maximum(n - 1, 0)
