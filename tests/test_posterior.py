@@ -14,7 +14,7 @@ from vmad_lit.contrib import priors
 from vmad_lit.contrib.chisquare import MPIVectorSpace, local_squares
 from vmad_lit.contrib.cosmo4d import WhiteNoiseOperator
 from vmad_lit.contrib.forward import Density
-from vmad_lit.contrib.likelihoods import Gaussian, LogDensity, LogNormal, Poisson, Smoothed
+from vmad_lit.contrib.likelihoods import Gaussian, LogDensity, LogNormalNoise, Poisson, Smoothed
 from vmad_lit.contrib.optimize import LBFGS, Problem, State, TrustRegionCG
 from vmad_lit.contrib.posterior import Posterior
 from vmad_lit.contrib.priors import (
@@ -192,7 +192,7 @@ def test_likelihoods_of_arrays_against_scipy(spread):
     infinite = np.where(mask, sigma, np.inf)
     assert_allclose(log_of(Gaussian(part(VALUES), part(infinite), comm=comm), part(AT)), seen)
     logs = scipy_stats.lognorm.logpdf(VALUES, 0.3, scale=AT)
-    assert_allclose(log_of(LogNormal(part(VALUES), 0.3, comm=comm), part(AT)), logs.sum())
+    assert_allclose(log_of(LogNormalNoise(part(VALUES), 0.3, comm=comm), part(AT)), logs.sum())
     counts, mean = np.array([0, 3, 2, 1]), np.array([1.0, 2.0, 1.5, 0.5])
     poisson = scipy_stats.poisson.logpmf(counts, AT * mean)
     assert_allclose(log_of(Poisson(part(counts), part(mean), comm=comm), part(AT)), poisson.sum())
@@ -252,7 +252,7 @@ def everything(comm=COMM, dtype="f8"):
             Gaussian(real(pm, 5), power=lambda k: 30.0 + 0 * k),
         ],
         positive=[
-            LogNormal(counts + 1.0, sigma="n"),
+            LogNormalNoise(counts + 1.0, sigma="n"),
             LogDensity(hidden, 0.3, mask),
             Poisson(counts, mean="n"),
         ],
@@ -355,7 +355,7 @@ def test_what_is_masked_does_not_matter_and_hears_nothing():
         kinds = (
             Gaussian(data, 0.5, mask),
             Poisson(data, 1.0, mask),
-            LogNormal(data, 0.3, mask),
+            LogNormalNoise(data, 0.3, mask),
             LogDensity(data, 0.3, mask),
         )
         posterior = Posterior(dict(x=WhiteField(pm)), lambda x: dict(y=unary.exp(x)), dict(y=list(kinds)))
@@ -390,7 +390,7 @@ def bad_field(pm, value):
         (lambda one, bad: Poisson(bad(0.5)), "whole numbers"),
         (lambda one, bad: Poisson(bad(-1.0)), "whole numbers"),
         (lambda one, bad: Poisson(one, bad(0.0)), "counts where the mean is 0"),
-        (lambda one, bad: LogNormal(bad(0.0)), "must be positive"),
+        (lambda one, bad: LogNormalNoise(bad(0.0)), "must be positive"),
         (lambda one, bad: Smoothed(np.ones(3)), "a field"),
         (lambda one, bad: Gaussian(one * 1j if False else np.array(["a"])), "real numbers"),
     ],

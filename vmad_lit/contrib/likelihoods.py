@@ -372,7 +372,7 @@ class LogDensity(Gaussian):
         return self.finish(np.exp(logs) - self.floor)
 
 
-class LogNormal(Gaussian):
+class LogNormalNoise(Gaussian):
     """Positive data whose logarithm is normal, with that of the prediction for its mean, and `sigma`."""
 
     def take(self, data: Any, mask: Any, **given: Any) -> None:
