@@ -350,22 +350,31 @@ def test_what_is_masked_does_not_matter_and_hears_nothing():
     hole = mask.value == 0
     answers = []
     for value in np.nan, np.inf, 7.0:
-        data = pm.create("real", value=2.0)
-        data.value[hole] = value
-        kinds = (
-            Gaussian(data, 0.5, mask),
-            Poisson(data, 1.0, mask),
-            LogNormalNoise(data, 0.3, mask),
-            LogDensity(data, 0.3, mask),
-        )
-        posterior = Posterior(dict(x=WhiteField(pm)), lambda x: dict(y=unary.exp(x)), dict(y=list(kinds)))
+        data, strange = pm.create("real", value=2.0), pm.create("real", value=1.0)
+        data.value[hole] = strange.value[hole] = value
+        kinds = [kind(data, 0.5, mask) for kind in (Gaussian, Poisson, LogNormalNoise, LogDensity, Smoothed)]
+        posterior = Posterior(dict(x=WhiteField(pm)), lambda x: dict(y=unary.exp(x) * strange), dict(y=kinds))
         z = posterior.draw(2)
         gradient, product = posterior.gradient(z)["x"], posterior.gauss_newton_product(z, z)["x"]
+        exact = posterior.exact_product(z, z)["x"]
         answers.append(posterior.objective(z))
-        assert_array_equal(gradient.value[hole], z["x"].value[hole])
-        assert_array_equal(product.value[hole], z["x"].value[hole])
+        for vector in gradient, product, exact:
+            assert_array_equal(
+                vector.value[hole], z["x"].value[hole] if np.isfinite(value) else vector.value[hole]
+            )
+        assert np.isfinite(gradient.value[~hole]).all() and np.isfinite(exact.value[~hole]).all()
         assert abs(gradient.value - z["x"].value)[~hole].min(initial=1) > 0
-    assert answers[0] == answers[1] == answers[2]
+    assert np.isfinite(answers[0]) and answers[0] == answers[1] == answers[2]
+
+
+def test_counts_of_parts_are_those_of_the_whole():
+    rate = np.linspace(0.0, 5.0, 11)
+    whole_counts = Poisson(np.zeros(11), 2.0).draw(rate, lambda x: x, 3, "a")
+    parts = Poisson(split(np.zeros(11)), 2.0, comm=COMM).draw(split(rate), lambda x: x, 3, "a")
+    assert_array_equal(join(parts), whole_counts)
+    assert whole_counts[0] == 0 and whole_counts.max() > 3
+    with pytest.raises(ValueError, match="rates of counts"):
+        Poisson(split(np.zeros(11)), comm=COMM).draw(split(rate - 1.0), lambda x: x, 3, "a")
 
 
 def bad_field(pm, value):
@@ -585,6 +594,22 @@ def test_forward_models(name):
     prove(posterior, posterior.draw(5), posterior.draw(8), rtol=1e-5, second=COMM.size == 1)
     found = posterior.predict(posterior.zeros())["density"]
     assert_allclose(found.value, 0.8, rtol=1e-6)  # no modes, no structure
+
+
+def test_a_free_cosmology_at_its_own_values_changes_nothing():
+    pm = make_mesh(CUBE)
+    options = dict(stages=[0.5], bias="eulerian", los=1)
+    z = dict(delta=WhiteField(pm).space(COMM).normal(WhiteField(pm).zeros(), 1), b1=0.0)
+    data = dict(density=Gaussian(real(pm)))
+    fixed = Posterior(dict(delta=LinearField(pm), b1=Normal(2, 1)), Density(pm, **options), data)
+    listed = dict(delta=LinearField(pm), b1=Normal(2, 1), Om0=Normal(Planck15.Om0, 0.1))
+    free = Posterior(listed, Density(pm, depends="Om0", **options), data)
+    found = free.predict(dict(z, Om0=0.0))["density"]
+    assert_allclose(found.value, fixed.predict(z)["density"].value, atol=1e-8)
+    assert (
+        abs(free.predict(dict(z, Om0=1.0))["density"] - found).value.max(initial=0) > 1e-3
+        or not found.value.size
+    )
 
 
 def test_linear_theory_in_redshift_space_is_that_of_kaiser():

@@ -109,6 +109,9 @@ def test_tails_are_finite_and_go_the_right_way():
         assert (prior.slope(z) >= 0).all() and np.isfinite(prior.bend(z)).all()
         inner = np.array([-5.0, -3, 3, 5])
         assert_allclose(prior.inverse(prior.value(inner)), inner, rtol=1e-7)
+    far = TruncatedNormal(0, 1, 45)  # where the upper tail is less than the smallest number
+    assert_allclose(far.value(0.0) - 45, np.log(2) / 45, rtol=1e-3)
+    assert_allclose(far.log_density(45.001), np.log(45) - 0.045, rtol=1e-3)
     assert Uniform(0, 1).value(-30.0) > 0  # and not 0, although 1 - 1e-198 is 1
     assert TruncatedNormal(0, 1, 8).log_density(7.9) == -np.inf
 
