@@ -1468,7 +1468,7 @@ class MCLMC(Microcanonical):
 
     def restart_step(self, chain: Chain, step: float) -> None:
         """Begin to tune the step anew."""
-        chain.numbers["tuning"] = dict(ratio=0.0, weight=0.0)
+        chain.numbers["tuning"] = dict(count=0, ratio=0.0, weight=0.0)
         if self.step is None:
             chain.step = step
 
@@ -1477,8 +1477,10 @@ class MCLMC(Microcanonical):
         memory, step = chain.numbers["tuning"], row["step"]
         error = min(abs(row["energy_error"]), self.divergence * math.sqrt(chain.numbers["n"]))
         ratio = error**2 / (chain.numbers["n"] * self.energy_variance) + 1e-8
-        weight = math.exp(-0.5 * (math.log(ratio) / 9) ** 2)
-        fade = 1 - 1 / 75
+        robust = chain.nit < 0.3 * self.warmup
+        weight = math.exp(-0.5 * (math.log(ratio) / 9) ** 2) if robust else 1.0
+        fade = 1 - 1 / (75 + memory["count"] / 2)
+        memory["count"] += 1
         memory["ratio"] = fade * memory["ratio"] + weight * ratio / step**6
         memory["weight"] = fade * memory["weight"] + weight
         chain.step = (memory["ratio"] / memory["weight"]) ** (-1 / 6)
