@@ -315,8 +315,8 @@ def wiener_scale(
     """
 
     def scale(k: Array) -> Array:
-        level = noise(k) if callable(noise) else noise
         inside = np.where(k > 0, k, 1.0)
+        level = noise(inside) if callable(noise) else noise
         return np.where(k > 0, 1 / np.sqrt(1 + np.asarray(power(inside)) / level), 1.0)
 
     return scale
