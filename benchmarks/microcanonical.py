@@ -28,7 +28,7 @@ CASES = dict(
     stretched=dict(condition=100.0, metric=False),
     learnt=dict(condition=100.0, metric=True),
 )
-PEER = '''
+PEER = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np, blackjax
 jax.config.update("jax_enable_x64", True)
@@ -50,7 +50,7 @@ for seed in seeds:
     found.append([float(tuned.step_size), float(tuned.L), float((error**2).mean() / n)])
     samples.append(np.asarray(x[:, :: n // 50]))
 np.savez(path, found=found, samples=samples)
-'''
+"""
 
 
 def effective(x):
@@ -95,7 +95,10 @@ def describe(found, samples):
     rows = dict(zip(("step", "length", "energy variance"), np.mean(found, axis=0).tolist()))
     for name, power in ("x", 1), ("x2", 2):
         each = np.array([effective(x**power) for x in samples]) / (2 * DRAWS)
-        rows[f"ess of {name}"], rows[f"least ess of {name}"] = float(each.mean()), float(each.min(axis=1).mean())
+        rows[f"ess of {name}"], rows[f"least ess of {name}"] = (
+            float(each.mean()),
+            float(each.min(axis=1).mean()),
+        )
     rows["mean of x2"] = float(np.mean(samples**2))
     return rows
 
@@ -129,7 +132,9 @@ def lpt_posterior(n=32, side=128.0, sigma=1.0):
         return dict(density=FastPMOperator(modes, q=q, stages=[1.0], cosmology=Planck15, pm=pm)[1])
 
     def posterior(data):
-        return Posterior(dict(modes=GaussianField(pm, LinearPower(Planck15))), forward, dict(density=Gaussian(data, sigma)))
+        return Posterior(
+            dict(modes=GaussianField(pm, LinearPower(Planck15))), forward, dict(density=Gaussian(data, sigma))
+        )
 
     blank = posterior(pm.create(type="real", value=1.0))
     truth = blank.draw(1)
@@ -137,7 +142,7 @@ def lpt_posterior(n=32, side=128.0, sigma=1.0):
     return posterior(data), truth
 
 
-def agreement(draws, warmup, budget):
+def agreement(draws):
     """Band powers of the white noise by MCLMC and NUTS."""
     from vmad_lit.contrib.sample import MCLMC, NUTS
     from vmad_lit.lib.spectra import Shells
@@ -147,7 +152,8 @@ def agreement(draws, warmup, budget):
     keep = lambda z: dict(power=shells.power(z["modes"]), half=z["modes"].cdot(z["modes"]))  # noqa: E731
     results = {}
     samplers = dict(
-        MCLMC=MCLMC(warmup=1500, draws=budget, seed=1), NUTS=NUTS(warmup=warmup, draws=draws, seed=2)
+        MCLMC=MCLMC(warmup=800, draws=12 * draws, seed=1),
+        NUTS=NUTS(warmup=draws * 4 // 5, draws=draws, seed=2),
     )
     for name, sampler in samplers.items():
         chain = sampler.sample(problem, truth, keep=keep)
@@ -179,15 +185,22 @@ def main(argv=None):
     parser.add_argument("--only", choices=["densities", "posterior"])
     parser.add_argument("--draws", type=int, default=300, help="of NUTS, after half as many of warm-up")
     args = parser.parse_args(argv)
-    results = dict(machine=machine("scipy", "mpi4py"))
+    results = {}
     if args.only != "posterior":
         results["densities"] = densities(args.peer_python)
-        rows = [[case, name, *(f"{v:.4g}" for v in row.values())] for case, both in results["densities"].items() for name, row in both.items()]
-        print(table(["case", "system", *next(iter(both.values()))], rows) if False else rows)
+        header = ["case", "system", *results["densities"]["round"]["vmad_lit"]]
+        table(
+            header,
+            [
+                [case, name, *row.values()]
+                for case, both in results["densities"].items()
+                for name, row in both.items()
+            ],
+        )
     if args.only != "densities":
-        results["posterior"] = agreement(args.draws, args.draws // 2, 12 * args.draws)
+        results["posterior"] = agreement(args.draws)
     if args.json:
-        save(args.json, results)
+        save(args.json, machine("scipy", "mpi4py"), **results)
 
 
 if __name__ == "__main__":

@@ -1232,7 +1232,7 @@ class Direction:
         growth = max(0.5 * (1 + decay**2 + c * (1 - decay**2)), decay**2)
         pull = 0.5 * (1 - decay**2 + c * (1 - decay) ** 2)
         self.w = vs.accumulate(self.w, g, -pull / (decay * self.scale * size))
-        self.scale *= decay / growth
+        self.scale = self.scale * decay / growth if growth > 1e-6 else 1 / vs.norm(self.w)
         self.settle()
         # Say how the kinetic energy grows
         if angle < 1:
