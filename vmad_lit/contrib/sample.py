@@ -110,6 +110,19 @@ class Target:
         """A random number in [0, 1), a function of the seed, the purpose and the iteration."""
         return float(uniform_numbers([0], self.seed, (purpose, iteration))[0])
 
+    def learn_metric(self, place: Place) -> Place:
+        """Have the metric learn from what it has observed, and return the same place in the new variables."""
+        metric = self.metric
+        assert isinstance(metric, Metric)
+        w, g = metric.unwhiten(place.z), metric.unwhiten_gradient(place.g)
+        metric.learn()
+        return Place(place.x, metric.whiten(w), place.U, metric.whiten_gradient(g))
+
+    def observe(self, place: Place) -> None:
+        """Show the metric a place of the chain."""
+        assert isinstance(self.metric, Metric)
+        self.metric.observe(self.metric.unwhiten(place.z))
+
     def uniforms(self, iteration: int, purpose: str, count: int) -> Iterator[float]:
         """So many of them, independent of each other, of those of :meth:`uniform` the first."""
         return iter(uniform_numbers(np.arange(count), self.seed, (purpose, iteration)).tolist())
@@ -118,19 +131,6 @@ class Target:
         """``<p, p> / 2``, the same number on all ranks; not finite if p is not."""
         with np.errstate(over="ignore", invalid="ignore"):
             return shared(self.vs, 0.5 * self.vs.inner(p, p))
-
-    def observe(self, place: Place) -> None:
-        """Show the metric a place of the chain."""
-        assert isinstance(self.metric, Metric)
-        self.metric.observe(self.metric.unwhiten(place.z))
-
-    def learn_metric(self, place: Place) -> Place:
-        """Have the metric learn from what it has observed, and return the same place in the new variables."""
-        metric = self.metric
-        assert isinstance(metric, Metric)
-        w, g = metric.unwhiten(place.z), metric.unwhiten_gradient(place.g)
-        metric.learn()
-        return Place(place.x, metric.whiten(w), place.U, metric.whiten_gradient(g))
 
 
 def leapfrog(target: Target, place: Place, p: Vector, step: float, steps: int = 1) -> tuple[Place, Vector]:
@@ -181,15 +181,6 @@ class Table:
         view.flags.writeable = False
         return view
 
-    def keys(self) -> list[str]:
-        """The names of the columns."""
-        return list(self._columns)
-
-    def part(self, rows: slice) -> dict[str, Array]:
-        """Some rows of all columns."""
-        return {name: self[name][rows] for name in self._columns}
-
-    # Describe a table for a file
     def described(self) -> dict[str, Any]:
         """For each column its type, its shape, and where it has numbers that are not finite, ready for JSON."""
         described = {}
@@ -199,6 +190,14 @@ class Table:
             odd = {text: np.flatnonzero(test).tolist() for text, test in tests.items() if test.any()}
             described[name] = dict(dtype=column.dtype.str, shape=list(column.shape), odd=odd)
         return described
+
+    def keys(self) -> list[str]:
+        """The names of the columns."""
+        return list(self._columns)
+
+    def part(self, rows: slice) -> dict[str, Array]:
+        """Some rows of all columns."""
+        return {name: self[name][rows] for name in self._columns}
 
 
 class Chain:
@@ -418,7 +417,7 @@ class Chain:
         if header["metric"] is not None:
             learnt = [vector for name, vector in found.items() if name.startswith("metric/")]
             chain.metric_memory = learnt, header["metric"]
-        # Compare the lengths of place and slope with those in the header
+        # Compare the lengths of the vectors with those in the header
         lengths = vs.norm(chain.place.x), vs.norm(chain.place.g)
         if not np.allclose(lengths, header["lengths"], rtol=1e-3, atol=sys.float_info.min):
             raise StateError(f"{parts.path} is damaged: its vectors have other lengths than its header says")
@@ -436,6 +435,94 @@ class Chain:
         """The chain saved at `path`, or None if there is none yet: what `sample` takes as `state`."""
         exists = on_first(vs.comm, lambda: os.path.lexists(path))
         return cls.load(path, vs, like, problem, accept) if exists else None
+
+
+PLAIN: dict[str, Rule] = {
+    **dict.fromkeys(("sampler", "status", "message"), TEXT),
+    **dict.fromkeys(("seed", "warmup", "thin", "nit", "gradients"), COUNT),
+    **dict.fromkeys(("step", "seconds"), FINITE),
+}
+
+
+def component(vs: VectorSpace, keys: Sequence[Any]) -> VectorSpace:
+    """The space of a component of a component ... of the vectors of a space."""
+    for key in keys:
+        assert isinstance(vs, ProductSpace)
+        vs = vs._space(key)
+    return vs
+
+
+def component_of(vector: Vector, keys: Sequence[Any]) -> Vector:
+    """A component of a component ... of a vector."""
+    for key in keys:
+        vector = vector[key]
+    return vector
+
+
+def read_vectors(
+    vs: VectorSpace, parts: Parts, likes: Mapping[str, tuple[list[Any], Vector]]
+) -> dict[str, Vector]:
+    """The saved vectors of these names, each like the one that is given for it, in the space of the keys."""
+    wanted: dict[str, Any] = {}
+    kinds: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for name, (keys, like) in likes.items():
+        space = component(vs, keys)
+        arrays, starts = space.to_arrays(like), space.starts(like)
+        counts[name] = len(arrays)
+        for i, (array, start) in enumerate(zip(arrays, starts, strict=True)):
+            wanted[f"{name}:{i}"] = np.shape(array), start
+            kinds[f"{name}:{i}"] = np.asarray(array).dtype.kind
+    found = parts.read(wanted, kinds)
+
+    def make(name: str) -> Vector:
+        keys, like = likes[name]
+        return component(vs, keys).from_arrays([found[f"{name}:{i}"] for i in range(counts[name])], like)
+
+    return together(vs.comm, lambda: {name: make(name) for name in likes})
+
+
+def read_table(parts: Parts, what: str, described: Mapping[str, Any]) -> Table:
+    """A table of a saved chain."""
+    wanted = {f"{what}:{name}": (tuple(d["shape"]), None) for name, d in described.items()}
+    kinds = {f"{what}:{name}": np.dtype(d["dtype"]).kind for name, d in described.items()}
+    found = parts.read(wanted, {name: "c" if kind == "c" else "f" for name, kind in kinds.items()})
+
+    def make() -> Table:
+        columns = {}
+        for name, d in described.items():
+            column = found[f"{what}:{name}"]
+            for text, places in d["odd"].items():
+                column.reshape(-1)[places] = float(text)
+            columns[name] = column.astype(d["dtype"])
+        return Table(columns)
+
+    return together(parts.comm, make)
+
+
+def checked_header(path: str, header: dict[str, Any]) -> dict[str, Any]:
+    """The header of a saved chain; StateError if what is in it cannot be that of a chain."""
+
+    def need(what: str, holds: bool) -> None:
+        if not holds:
+            raise StateError(f"{path} is damaged: {what}")
+
+    if header.get("kind") != "chain":
+        raise StateError(f"{path} holds no chain, but the state of something else")
+    for name in "plain", "numbers", "keys", "tables":
+        need(f"its header has no {name}", type(header.get(name)) is dict)
+    for name, rule in PLAIN.items():
+        need(f"it has no {name}", name in header["plain"])
+        need(f"{name} must be {rule.words}, got {header['plain'][name]!r}", rule.holds(header["plain"][name]))
+    plain, tables = header["plain"], header["tables"]
+    need("its potential energy is no number", FINITE.holds(header.get("U")))
+    need("its numbers are none", not has_nan(header["numbers"]))
+    rows = {d["shape"][0] for d in tables["rows"].values()}
+    need(f"it has {rows} rows for {plain['nit']} iterations", rows <= {plain["nit"]})
+    kept = {d["shape"][0] for d in tables["kept"].values()}
+    draws = max(0, plain["nit"] - plain["warmup"]) // plain["thin"]
+    need(f"it has {kept} draws of {draws}", kept <= {draws})
+    return header
 
 
 Monitor = Callable[[Chain], object]  # may return True to stop
@@ -509,7 +596,6 @@ class Sampler(Options):
     def adapt(self, target: Target, chain: Chain, row: Mapping[str, float]) -> None:
         """Called after each iteration of the warm-up, number ``chain.nit``, with its row: learn from it."""
 
-    # Have the metric learn in windows
     def learn_metric(self, target: Target, chain: Chain) -> bool:
         """Show the metric where the chain is, in the windows of the warm-up, and have it learn at their ends.
 
@@ -575,7 +661,6 @@ class Sampler(Options):
         self.check_options()
         monitors = [] if monitor is None else [monitor] if callable(monitor) else list(monitor)
         interrupt = current_interrupt() if interrupt is None else interrupt
-        # Make a chain for each seed
         several = not is_real(self.seed)
         seeds: list[int] = [int(s) for s in self.seed] if several else [int(self.seed)]  # type: ignore
         states = list(state) if isinstance(state, (list, tuple)) else [state] * len(seeds)
@@ -615,7 +700,6 @@ class Sampler(Options):
         if keep is None:
             keep = default_keep(problem, chain.x)
         chain.status, chain.message, chain.fingerprint, chain.origin = "", "", identity, None
-        # Draw until there are enough draws
         total = chain.warmup + self.draws * chain.thin
         begin = time.perf_counter() - chain.seconds
         with ChainBar(problem.vs, total, chain.nit, progress) as bar:
@@ -678,7 +762,6 @@ class Sampler(Options):
         precond = target.problem.preconditioner
         w = start if precond is None else precond.whiten(start)
         target.metric = chain.metric = self._prepared_metric(vs, w)
-        # See that there is a density at the start, and that it has a slope
         place = target.at(start)
         if not math.isfinite(place.U):
             raise ValueError(
@@ -694,16 +777,6 @@ class Sampler(Options):
         self.begin(target, chain)
         chain.gradients = target.gradients
 
-    # Go on from a chain, and end it
-    def _identity(self, problem: Problem, seed: int) -> dict[str, Any]:
-        """The fingerprint of a chain, without the number of draws, which only says when to stop."""
-        options = {name: getattr(self, name) for name in self.options() if name not in ("draws", "seed")}
-        own = {
-            "problem": problem.ingredients(),
-            "sampler": {"name": type(self).__name__, "seed": seed, **options},
-        }
-        return {**fingerprint(own, problem.vs.comm), "versions": versions()}
-
     def _take_over(self, target: Target, chain: Chain, identity: Mapping[str, Any], accept: Accepted) -> None:
         """See that a chain is that of this sampler and problem, and go on from it."""
         origin, before = chain.origin or "the chain", chain.place.U * target.temperature
@@ -716,7 +789,6 @@ class Sampler(Options):
                     f"{now!r} now; to go on from this point, accept it: accept=['problem']"
                 )
             changed = True
-        # Make the metric again
         if chain.metric is None and self.metric is not None:
             precond = target.problem.preconditioner
             w = chain.x if precond is None else precond.whiten(chain.x)
@@ -727,6 +799,15 @@ class Sampler(Options):
         target.metric, target.gradients = chain.metric, chain.gradients
         if changed:
             chain.place = target.at(chain.x)
+
+    def _identity(self, problem: Problem, seed: int) -> dict[str, Any]:
+        """The fingerprint of a chain, without the number of draws, which only says when to stop."""
+        options = {name: getattr(self, name) for name in self.options() if name not in ("draws", "seed")}
+        own = {
+            "problem": problem.ingredients(),
+            "sampler": {"name": type(self).__name__, "seed": seed, **options},
+        }
+        return {**fingerprint(own, problem.vs.comm), "versions": versions()}
 
     def end(self, chain: Chain, status: str, why: str) -> None:
         """Note why sampling ends."""
@@ -758,6 +839,26 @@ class Sampler(Options):
         return True
 
 
+class ChainBar(ProgressBar):
+    """A tqdm bar for a chain, on rank 0; does nothing elsewhere, or if it is not wanted."""
+
+    def show(self, chain: Chain) -> None:
+        """Show acceptance and energy error of the last iterations, divergences, and the evaluations so far."""
+        if self.bar is None:
+            return
+        last = chain.rows.part(slice(max(0, len(chain.rows) - 50), None))
+        told = [
+            "warm-up" if chain.nit <= chain.warmup else "",
+            f"accept={np.mean(last['accept']):.2f}",
+            f"dE={np.median(np.abs(last['energy_error'])):.2g}",
+            f"step={chain.step:.3g}",
+            f"gradients={chain.gradients}",
+            f"divergent={chain.divergences}" if chain.divergences else "",
+        ]
+        self.bar.set_postfix_str(" ".join(filter(None, told)), refresh=False)
+        self.bar.update(chain.nit - self.bar.n)
+
+
 FEW = 1000  # numbers of a vector that are kept of each draw without being asked for
 
 
@@ -779,6 +880,57 @@ def small_parts(vs: VectorSpace, x: Vector, name: str = "x") -> dict[str, Any]:
     if not replicated or is_field(x) or np.size(x) > FEW:
         return {}
     return {name: np.array(x)}
+
+
+def windows(warmup: int) -> tuple[int, list[int]]:
+    """When the metric learns: the first iteration of the first window, and the ends of all windows, as in Stan.
+
+    The windows double. Before them and after the last one, only the step is adapted.
+    """
+    if warmup < 20:
+        return warmup, []
+    first, last, size = 75, 50, 25
+    if first + last + size > warmup:
+        first, last = int(0.15 * warmup), int(0.1 * warmup)
+        size = warmup - first - last
+    ends: list[int] = []
+    end = first
+    while end < warmup - last:
+        end, size = end + size, 2 * size
+        if end + size > warmup - last:
+            end = warmup - last
+        ends.append(end)
+    return first, ends
+
+
+class DualAveraging:
+    """Nesterov's dual averaging of the logarithm of a step, until what it is shown has the mean `aim` (Hoffman & Gelman 2014).
+
+    The memory is the dictionary `memory`, of plain numbers, which a chain keeps.
+    """
+
+    GAMMA, T0, KAPPA = 0.05, 10.0, 0.75
+
+    def __init__(self, memory: dict[str, float], aim: float) -> None:
+        self.memory, self.aim = memory, aim
+
+    def restart(self, step: float) -> None:
+        """Begin anew at a step."""
+        self.memory.update(centre=math.log(10 * step), count=0, error=0.0, last=math.log(step), mean=0.0)
+
+    def learn(self, accept: float) -> float:
+        """Learn from an acceptance, and return the next step to try."""
+        m = self.memory
+        m["count"] += 1
+        m["error"] += (self.aim - accept - m["error"]) / (m["count"] + self.T0)
+        m["last"] = m["centre"] - math.sqrt(m["count"]) / self.GAMMA * m["error"]
+        m["mean"] += m["count"] ** -self.KAPPA * (m["last"] - m["mean"])
+        return math.exp(m["last"])
+
+    @property
+    def result(self) -> float:
+        """The step that comes out."""
+        return math.exp(self.memory["mean"] if self.memory["count"] else self.memory["last"])
 
 
 class Hamiltonian(Sampler):
@@ -804,7 +956,6 @@ class Hamiltonian(Sampler):
         "divergence": LENGTH,
     }
 
-    # Adapt the step and the metric in the warm-up
     def begin(self, target: Target, chain: Chain) -> None:
         """Find a first step."""
         self.set_step(target, chain)
@@ -830,6 +981,26 @@ class Hamiltonian(Sampler):
             chain.step = averaging.result if last else chain.step
         if self.learn_metric(target, chain) and not last:
             self.set_step(target, chain)
+
+
+def first_step(target: Target, place: Place, step: float, iteration: int) -> float:
+    """A step with an acceptance of about 0.8, by doubling or halving (Hoffman & Gelman 2014, algorithm 4)."""
+    direction = 0
+    for trial in range(100):
+        p = target.momentum(place.z, iteration, f"first step {trial}")
+        new, q = leapfrog(target, place, p, step)
+        error = new.U + target.kinetic(q) - place.U - target.kinetic(p)
+        way = 1 if error < -math.log(0.8) else -1
+        if direction and way != direction:
+            return step
+        direction, step = way, step * 2.0**way
+        if not 1e-12 < step < 1e12:
+            break
+    why = "grows" if direction > 0 else "shrinks"
+    raise ValueError(
+        f"no step of the integrator has an acceptance near 0.8: it {why} to {step:.3g}; is the gradient that of the "
+        "objective, and can the density be normalised?"
+    )
 
 
 class HMC(Hamiltonian):
@@ -888,188 +1059,6 @@ class HMC(Hamiltonian):
         return max(1, min(round(factor * mean), self.maxsteps))
 
 
-def first_step(target: Target, place: Place, step: float, iteration: int) -> float:
-    """A step with an acceptance of about 0.8, by doubling or halving (Hoffman & Gelman 2014, algorithm 4)."""
-    direction = 0
-    for trial in range(100):
-        p = target.momentum(place.z, iteration, f"first step {trial}")
-        new, q = leapfrog(target, place, p, step)
-        error = new.U + target.kinetic(q) - place.U - target.kinetic(p)
-        way = 1 if error < -math.log(0.8) else -1
-        if direction and way != direction:
-            return step
-        direction, step = way, step * 2.0**way
-        if not 1e-12 < step < 1e12:
-            break
-    why = "grows" if direction > 0 else "shrinks"
-    raise ValueError(
-        f"no step of the integrator has an acceptance near 0.8: it {why} to {step:.3g}; is the gradient that of the "
-        "objective, and can the density be normalised?"
-    )
-
-
-class DualAveraging:
-    """Nesterov's dual averaging of the logarithm of a step, until what it is shown has the mean `aim` (Hoffman & Gelman 2014).
-
-    The memory is the dictionary `memory`, of plain numbers, which a chain keeps.
-    """
-
-    GAMMA, T0, KAPPA = 0.05, 10.0, 0.75
-
-    def __init__(self, memory: dict[str, float], aim: float) -> None:
-        self.memory, self.aim = memory, aim
-
-    def restart(self, step: float) -> None:
-        """Begin anew at a step."""
-        self.memory.update(centre=math.log(10 * step), count=0, error=0.0, last=math.log(step), mean=0.0)
-
-    def learn(self, accept: float) -> float:
-        """Learn from an acceptance, and return the next step to try."""
-        m = self.memory
-        m["count"] += 1
-        m["error"] += (self.aim - accept - m["error"]) / (m["count"] + self.T0)
-        m["last"] = m["centre"] - math.sqrt(m["count"]) / self.GAMMA * m["error"]
-        m["mean"] += m["count"] ** -self.KAPPA * (m["last"] - m["mean"])
-        return math.exp(m["last"])
-
-    @property
-    def result(self) -> float:
-        """The step that comes out."""
-        return math.exp(self.memory["mean"] if self.memory["count"] else self.memory["last"])
-
-
-def windows(warmup: int) -> tuple[int, list[int]]:
-    """When the metric learns: the first iteration of the first window, and the ends of all windows, as in Stan.
-
-    The windows double. Before them and after the last one, only the step is adapted.
-    """
-    if warmup < 20:
-        return warmup, []
-    first, last, size = 75, 50, 25
-    if first + last + size > warmup:
-        first, last = int(0.15 * warmup), int(0.1 * warmup)
-        size = warmup - first - last
-    ends: list[int] = []
-    end = first
-    while end < warmup - last:
-        end, size = end + size, 2 * size
-        if end + size > warmup - last:
-            end = warmup - last
-        ends.append(end)
-    return first, ends
-
-
-PLAIN: dict[str, Rule] = {
-    **dict.fromkeys(("sampler", "status", "message"), TEXT),
-    **dict.fromkeys(("seed", "warmup", "thin", "nit", "gradients"), COUNT),
-    **dict.fromkeys(("step", "seconds"), FINITE),
-}
-
-
-def checked_header(path: str, header: dict[str, Any]) -> dict[str, Any]:
-    """The header of a saved chain; StateError if what is in it cannot be that of a chain."""
-
-    def need(what: str, holds: bool) -> None:
-        if not holds:
-            raise StateError(f"{path} is damaged: {what}")
-
-    if header.get("kind") != "chain":
-        raise StateError(f"{path} holds no chain, but the state of something else")
-    for name in "plain", "numbers", "keys", "tables":
-        need(f"its header has no {name}", type(header.get(name)) is dict)
-    for name, rule in PLAIN.items():
-        need(f"it has no {name}", name in header["plain"])
-        need(f"{name} must be {rule.words}, got {header['plain'][name]!r}", rule.holds(header["plain"][name]))
-    plain, tables = header["plain"], header["tables"]
-    need("its potential energy is no number", FINITE.holds(header.get("U")))
-    need("its numbers are none", not has_nan(header["numbers"]))
-    rows = {d["shape"][0] for d in tables["rows"].values()}
-    need(f"it has {rows} rows for {plain['nit']} iterations", rows <= {plain["nit"]})
-    kept = {d["shape"][0] for d in tables["kept"].values()}
-    draws = max(0, plain["nit"] - plain["warmup"]) // plain["thin"]
-    need(f"it has {kept} draws of {draws}", kept <= {draws})
-    return header
-
-
-def component(vs: VectorSpace, keys: Sequence[Any]) -> VectorSpace:
-    """The space of a component of a component ... of the vectors of a space."""
-    for key in keys:
-        assert isinstance(vs, ProductSpace)
-        vs = vs._space(key)
-    return vs
-
-
-def component_of(vector: Vector, keys: Sequence[Any]) -> Vector:
-    """A component of a component ... of a vector."""
-    for key in keys:
-        vector = vector[key]
-    return vector
-
-
-def read_vectors(
-    vs: VectorSpace, parts: Parts, likes: Mapping[str, tuple[list[Any], Vector]]
-) -> dict[str, Vector]:
-    """The saved vectors of these names, each like the one that is given for it, in the space of the keys."""
-    wanted: dict[str, Any] = {}
-    kinds: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    for name, (keys, like) in likes.items():
-        space = component(vs, keys)
-        arrays, starts = space.to_arrays(like), space.starts(like)
-        counts[name] = len(arrays)
-        for i, (array, start) in enumerate(zip(arrays, starts, strict=True)):
-            wanted[f"{name}:{i}"] = np.shape(array), start
-            kinds[f"{name}:{i}"] = np.asarray(array).dtype.kind
-    found = parts.read(wanted, kinds)
-
-    def make(name: str) -> Vector:
-        keys, like = likes[name]
-        return component(vs, keys).from_arrays([found[f"{name}:{i}"] for i in range(counts[name])], like)
-
-    return together(vs.comm, lambda: {name: make(name) for name in likes})
-
-
-def read_table(parts: Parts, what: str, described: Mapping[str, Any]) -> Table:
-    """A table of a saved chain."""
-    wanted = {f"{what}:{name}": (tuple(d["shape"]), None) for name, d in described.items()}
-    kinds = {f"{what}:{name}": np.dtype(d["dtype"]).kind for name, d in described.items()}
-    found = parts.read(wanted, {name: "c" if kind == "c" else "f" for name, kind in kinds.items()})
-
-    def make() -> Table:
-        columns = {}
-        for name, d in described.items():
-            column = found[f"{what}:{name}"]
-            for text, places in d["odd"].items():
-                column.reshape(-1)[places] = float(text)
-            columns[name] = column.astype(d["dtype"])
-        return Table(columns)
-
-    return together(parts.comm, make)
-
-
-class ChainBar(ProgressBar):
-    """A tqdm bar for a chain, on rank 0; does nothing elsewhere, or if it is not wanted."""
-
-    def show(self, chain: Chain) -> None:
-        """Show acceptance and energy error of the last iterations, divergences, and the evaluations so far."""
-        if self.bar is None:
-            return
-        last = chain.rows.part(slice(max(0, len(chain.rows) - 50), None))
-        told = [
-            "warm-up" if chain.nit <= chain.warmup else "",
-            f"accept={np.mean(last['accept']):.2f}",
-            f"dE={np.median(np.abs(last['energy_error'])):.2g}",
-            f"step={chain.step:.3g}",
-            f"gradients={chain.gradients}",
-            f"divergent={chain.divergences}" if chain.divergences else "",
-        ]
-        self.bar.set_postfix_str(" ".join(filter(None, told)), refresh=False)
-        self.bar.update(chain.nit - self.bar.n)
-
-
-End = tuple[Place, Vector]  # of a branch: where, and with what momentum
-
-
 class Branch:
     """A part of a trajectory: its two ends in time, and what a tree must know of what lies between.
 
@@ -1094,6 +1083,9 @@ class Branch:
         """The branch of one point."""
         end = place, p
         return cls(end, end, place, energy, weight, p)
+
+
+End = tuple[Place, Vector]  # of a branch: where, and with what momentum
 
 
 class Growth:
@@ -1173,7 +1165,6 @@ class NUTS(Hamiltonian):
         growth = Growth(target, chain.step, energy, self.divergence)
         tree, depth, goes_on = Branch.leaf(start, p, energy, 0.0), 0, True
         while goes_on and depth < self.maxdepth:
-            # Double the tree
             chances = target.uniforms(n, f"doubling {depth}", 2 + 2**depth)
             way = 1 if next(chances) < 0.5 else -1
             new = growth.grow(tree.front if way > 0 else tree.back, way, depth, chances)
@@ -1193,3 +1184,401 @@ class NUTS(Hamiltonian):
             steps=growth.steps,
             divergent=growth.divergent,
         )
+
+
+def dimension(vs: VectorSpace, like: Vector) -> int:
+    """How many real numbers make up a vector like `like`, over all ranks. Collective."""
+    if isinstance(vs, ProductSpace):
+        return sum(dimension(space, part) for space, _, part in vs._zip(0, like))
+    ones = vs.from_arrays([np.ones_like(array) for array in vs.to_arrays(like)], like)
+    pairs = np.iscomplexobj(ones) and not is_field(ones)
+    return round(vs.inner(ones, ones)) * (2 if pairs else 1)
+
+
+class Direction:
+    """Where a particle of constant speed is heading: ``u = scale * w``, of length 1.
+
+    Parameters
+    ----------
+    vs : VectorSpace
+    w :
+        a vector along u, whose memory is given up.
+    n : int
+        the dimension of the space.
+    scale : float, optional
+        one over the length of `w`, if that is known.
+    """
+
+    def __init__(self, vs: VectorSpace, w: Vector, n: int, scale: float | None = None) -> None:
+        self.vs, self.w, self.n = vs, w, n
+        self.scale = 1 / vs.norm(w) if scale is None else scale
+
+    # Drift
+    def drift(self, z: Vector, t: float) -> Vector:
+        """Where the particle is a time t later, a new vector ``z + t u``."""
+        return self.vs.addmul(z, self.w, t * self.scale)
+
+    # Kick
+    def kick(self, g: Vector, t: float) -> float:
+        """Turn under the force -g, which stays the same for a time t; by how much the kinetic energy grows."""
+        vs, n = self.vs, self.n
+        with np.errstate(over="ignore", invalid="ignore"):
+            size, along = math.sqrt(vs.inner(g, g)), self.scale * vs.inner(self.w, g)
+        if size == 0 or not math.isfinite(size):
+            return 0.0 if size == 0 else math.inf
+        angle, c = t * size / (n - 1), min(max(-along / size, -1.0), 1.0)
+        # Turn towards the force
+        decay = math.exp(-min(angle, 20.0))
+        growth = max(0.5 * (1 + decay**2 + c * (1 - decay**2)), decay**2)
+        pull = 0.5 * (1 - decay**2 + c * (1 - decay) ** 2)
+        self.w = vs.accumulate(self.w, g, -pull / (decay * self.scale * size))
+        self.scale = self.scale * decay / growth if growth > 1e-6 else 1 / vs.norm(self.w)
+        self.settle()
+        # Say how the kinetic energy grows
+        if angle < 1:
+            return (n - 1) * math.log1p(2 * math.sinh(angle / 2) ** 2 + c * math.sinh(angle))
+        return (n - 1) * (angle + math.log(growth))
+
+    def settle(self) -> None:
+        """Bring the length of w back to 1 before it leaves the range of numbers."""
+        if not 1e-6 < self.scale < 1e6:
+            self.w, self.scale = self.vs.scale(self.scale, self.w), 1.0
+
+    # Forget a little
+    def refresh(self, noise: Vector, amount: float) -> None:
+        """Mix in standard normal `noise`, so much that about ``exp(-amount)`` of u is left."""
+        share = math.sqrt(math.expm1(2 * min(amount, 20.0)) / self.n)
+        self.w = self.vs.accumulate(self.w, noise, share / self.scale)
+        self.scale = 1 / self.vs.norm(self.w)
+        self.settle()
+
+
+ROOT = (36 + 2 * math.sqrt(326)) ** (1 / 3)
+MINIMAL_NORM = 0.5 - ROOT / 12 + 1 / (6 * ROOT)  # 0.193 (Omelyan, Mryglod & Folk 2003)
+SCHEMES = {
+    "verlet": ((0.5, 1.0), (0.5, 0.0)),
+    "minimal norm": ((MINIMAL_NORM, 0.5), (1 - 2 * MINIMAL_NORM, 0.5), (MINIMAL_NORM, 0.0)),
+}
+
+
+def isokinetic(
+    target: Target, place: Place, u: Direction, step: float, scheme: str = "minimal norm"
+) -> tuple[Place, float]:
+    """One step of an integrator at constant speed; `u` changes with it.
+
+    Returns the new place, and the error of the energy, which is infinite where the density is no number.
+    """
+    start, change = place.U, 0.0
+    for kick, drift in SCHEMES[scheme]:
+        change += u.kick(place.g, kick * step)
+        if drift:
+            place = target(u.drift(place.z, drift * step))
+        if not math.isfinite(place.U + change):
+            return place, math.inf
+    return place, place.U - start + change
+
+
+class Microcanonical(Sampler):
+    """The base of samplers whose particle has constant speed (Robnik et al. 2023, arXiv:2212.08549).
+
+    Options besides those of :class:`Sampler`
+    -----------------------------------------
+    step : float or None
+        the distance that the particle goes in a step of the integrator, or None to find it in the warm-up.
+    length : float or None
+        the distance after which it has forgotten where it was heading, or None to find it in the warm-up.
+    scheme : str
+        the integrator, ``"minimal norm"`` (two gradients for a step) or ``"verlet"`` (one).
+    divergence : float
+        a step is divergent if its error of the energy is above this times the root of the dimension.
+    """
+
+    step: float | None = None
+    length: float | None = None
+    scheme: str = "minimal norm"
+    divergence: float = 10.0
+
+    # Say what the options may be
+    rules = {
+        "step": Rule("None or a finite number above 0", lambda v: v is None or FINITE.holds(v) and v > 0),
+        "length": Rule("None or a number above 0", lambda v: v is None or LENGTH.holds(v)),
+        "scheme": Rule("one of " + ", ".join(map(repr, SCHEMES)), lambda v: v in SCHEMES),
+        "divergence": LENGTH,
+    }
+
+    # Guess a step and a length
+    def begin(self, target: Target, chain: Chain) -> None:
+        """Guess a step and a length."""
+        n, size = dimension(target.vs, chain.place.z), target.vs.norm(chain.place.g)
+        if n < 2:
+            raise ValueError(
+                f"a particle of constant speed needs a space of two dimensions or more, this one has {n}"
+            )
+        guess = 0.25 * min(math.sqrt(n), n / size if size else math.inf)
+        chain.numbers.update(n=n, length=float(self.length or math.sqrt(n)))
+        self.restart_step(chain, float(self.step or guess))
+
+    def restart_step(self, chain: Chain, step: float) -> None:
+        """Begin to tune the step anew."""
+        chain.step = step
+
+    def diverges(self, chain: Chain, error: float) -> bool:
+        """Whether an error of the energy is one that no step of use has."""
+        return not abs(error) <= self.divergence * math.sqrt(chain.numbers["n"])
+
+    # Make the distribution round
+    def learns(self, chain: Chain) -> bool:
+        """Whether the chain has a metric that learns."""
+        return isinstance(chain.metric, Metric) and chain.metric.adapt
+
+    def round_off(self, target: Target, chain: Chain) -> None:
+        """Have the metric learn, if it does, and set the length to the size of the distribution."""
+        spread, size = Spread(chain), math.sqrt(chain.numbers["n"])
+        if self.learns(chain):
+            chain.place = target.learn_metric(chain.place)
+            spread.restart()
+            self.restart_step(chain, float(self.step or 0.25 * size))
+        elif spread.variance > 0:
+            size = math.sqrt(spread.variance)
+        self.set_length(chain, size)
+
+    def set_length(self, chain: Chain, length: float) -> None:
+        """Set the length, unless it is given."""
+        chain.numbers["length"] = float(self.length or max(length, 0.1 * chain.step))
+
+
+class MCLMC(Microcanonical):
+    """Microcanonical Langevin Monte Carlo, without acceptance (Robnik & Seljak 2023, arXiv:2303.18221).
+
+    An iteration is one step. The draws are not exactly those of the problem: they differ by what the integrator errs, and
+    the step is as long as `energy_variance` allows.
+
+    Options besides those of :class:`Microcanonical`
+    ------------------------------------------------
+    energy_variance : float
+        the mean square of the error of the energy in a step, divided by the dimension, at which the warm-up aims.
+    """
+
+    energy_variance: float = 5e-4
+
+    rules = {"energy_variance": LENGTH}
+
+    # Choose a direction
+    def begin(self, target: Target, chain: Chain) -> None:
+        """Choose a direction as well."""
+        super().begin(target, chain)
+        w = target.momentum(chain.place.z, 0, "direction")
+        chain.numbers["energy"] = chain.place.U
+        self.remember(chain, Direction(target.vs, w, chain.numbers["n"]))
+
+    def remember(self, chain: Chain, u: Direction) -> None:
+        """Keep a direction in the chain."""
+        chain.vectors["direction"], chain.numbers["scale"] = [u.w], u.scale
+
+    # Step and forget a little
+    def iterate(self, target: Target, chain: Chain) -> dict[str, float]:
+        """One step of the integrator, and a little noise on the direction."""
+        numbers, vs, length = chain.numbers, target.vs, chain.numbers["length"]
+        u = Direction(vs, chain.vectors["direction"][0], numbers["n"], numbers["scale"])
+        place, error = isokinetic(target, chain.place, u, chain.step, self.scheme)
+        error, noise = shared(vs, error), target.momentum(place.z, chain.nit)
+        divergent = self.diverges(chain, error)
+        if divergent:
+            u = Direction(vs, noise, numbers["n"])
+        else:
+            chain.place, numbers["energy"] = place, numbers["energy"] + error
+            u.refresh(noise, chain.step / length)
+        self.remember(chain, u)
+        told = dict(energy=numbers["energy"], energy_error=error, accept=float(not divergent))
+        return dict(**told, length=length, divergent=divergent)
+
+    # Tune the step and the length
+    def adapt(self, target: Target, chain: Chain, row: Mapping[str, float]) -> None:
+        """Tune the step; look at the size of the distribution; and at how long it takes to cross it."""
+        n, spread, forgetting = chain.nit, Spread(chain), Forgetting(chain)
+        look, learn, watch = (round(share * chain.warmup) for share in (LOOK, LEARN, WATCH))
+        if self.step is None and n < watch:
+            self.tune_step(chain, row)
+        if n == look:
+            spread.restart()
+        # Look at the place of the chain
+        if n >= look:
+            spread.see(row["step"])
+        if look <= n < learn and self.learns(chain):
+            target.observe(chain.place)
+        if n == learn - 1 and n >= look:
+            self.round_off(target, chain)
+        if n == watch:
+            forgetting.restart(chain.warmup - watch, chain.numbers["n"])
+        if n >= watch:
+            forgetting.see()
+        if n == chain.warmup - 1 and "forgetting" in chain.numbers:
+            self.set_length(chain, 0.4 * chain.step * forgetting.time(spread.variance))
+
+    # Learn from the error of a step
+    def restart_step(self, chain: Chain, step: float) -> None:
+        """Begin to tune the step anew."""
+        chain.step, chain.numbers["tuning"] = step, dict(count=0, ratio=0.0, weight=0.0)
+
+    def tune_step(self, chain: Chain, row: Mapping[str, float]) -> None:
+        """Learn from the error of the energy in a step, which grows with the third power of the step."""
+        memory, step, n = chain.numbers["tuning"], row["step"], chain.numbers["n"]
+        error = min(abs(row["energy_error"]), self.divergence * math.sqrt(n))
+        ratio = error**2 / (n * self.energy_variance) + 1e-8
+        robust = chain.nit < LOOK * chain.warmup
+        weight = math.exp(-0.5 * (math.log(ratio) / 9) ** 2) if robust else 1.0
+        fade = 1 - 1 / (75 + memory["count"] / 2)
+        memory["count"] += 1
+        memory["ratio"] = fade * memory["ratio"] + weight * ratio / step**6
+        memory["weight"] = fade * memory["weight"] + weight
+        chain.step = (memory["ratio"] / memory["weight"]) ** (-1 / 6)
+
+
+class Spread:
+    """The mean and the total variance of the places that a chain shows it, with weights; its memory is the chain's."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+
+    def restart(self) -> None:
+        """Forget everything."""
+        self.chain.numbers["spread"] = dict(weight=0.0, square=0.0)
+        self.chain.vectors["mean"] = [self.chain.vs.zeros_like(self.chain.place.z)]
+
+    # See where the chain is
+    def see(self, weight: float) -> None:
+        """Look at where the chain is."""
+        chain, vs, memory = self.chain, self.chain.vs, self.chain.numbers["spread"]
+        (mean,) = chain.vectors["mean"]
+        memory["weight"] += weight
+        share = weight / memory["weight"]
+        away = vs.addmul(chain.place.z, mean, -1)
+        memory["square"] += weight * (1 - share) * vs.inner(away, away)
+        chain.vectors["mean"] = [vs.accumulate(mean, away, share)]
+
+    @property
+    def variance(self) -> float:
+        """The sum of the variances of all components."""
+        return self.chain.numbers["spread"]["square"] / self.chain.numbers["spread"]["weight"]
+
+
+class Forgetting:
+    """How fast a chain forgets, from the distances to a few of its places, the anchors; its memory is the chain's."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+
+    # Plan where to drop anchors
+    def restart(self, window: int, n: int) -> None:
+        """Look at the next `window` iterations, of vectors of the dimension `n`."""
+        lags = max(1, window // 2)
+        anchors = min(max(2, 20000 // n), 32, window - lags + 1)
+        gap = max(1, (window - lags) // max(1, anchors - 1))
+        self.chain.numbers["forgetting"] = dict(seen=0, anchors=anchors, gap=gap, squares=[0.0] * lags)
+        self.chain.vectors["anchors"] = []
+
+    # See how far the chain is from its anchors
+    def see(self) -> None:
+        """Look at where the chain is."""
+        chain, vs, memory = self.chain, self.chain.vs, self.chain.numbers["forgetting"]
+        anchors, squares, seen = chain.vectors["anchors"], memory["squares"], memory["seen"]
+        if seen % memory["gap"] == 0 and len(anchors) < memory["anchors"]:
+            anchors.append(chain.place.z)
+        for number, anchor in enumerate(anchors):
+            lag = seen - number * memory["gap"]
+            if lag < len(squares):
+                away = vs.addmul(chain.place.z, anchor, -1)
+                squares[lag] += vs.inner(away, away) / memory["anchors"]
+        memory["seen"] += 1
+
+    # Add up the autocorrelation
+    def time(self, variance: float) -> float:
+        """The autocorrelation time in iterations, for a sum of variances; the anchors are given up."""
+        del self.chain.vectors["anchors"]
+        squares = np.array(self.chain.numbers.pop("forgetting")["squares"])
+        correlation = 1 - squares / (2 * variance if variance > 0 else math.inf)
+        pairs = correlation[: len(squares) // 2 * 2].reshape(-1, 2).sum(axis=1)
+        pairs = np.minimum.accumulate(pairs)
+        return max(1.0, 2 * float(pairs[pairs > 0].sum()) - 1)
+
+
+LOOK, LEARN, WATCH = 0.3, 0.6, 0.7  # shares of the warm-up of MCLMC after which its parts begin
+
+
+class MAMS(Microcanonical):
+    """The Metropolis-adjusted microcanonical sampler (Robnik et al. 2025, arXiv:2503.01707).
+
+    An iteration is a trajectory, of a random number of steps from 1 up; `length` is its mean length.
+
+    Options besides those of :class:`Microcanonical`
+    ------------------------------------------------
+    target : float
+        the mean acceptance that the warm-up aims at.
+    maxsteps : int
+        the largest number of steps of a trajectory.
+    """
+
+    target: float = 0.9
+    maxsteps: int = 1000
+
+    rules = {"target": SHARE, "maxsteps": whole(1)}
+
+    # Follow a trajectory at constant speed
+    def iterate(self, target: Target, chain: Chain) -> dict[str, float]:
+        """Follow one trajectory, and accept or reject its end."""
+        place, error, steps = chain.place, 0.0, self.steps_of(target, chain)
+        u = Direction(target.vs, target.momentum(place.z, chain.nit), chain.numbers["n"])
+        for _ in range(steps):
+            place, change = isokinetic(target, place, u, chain.step, self.scheme)
+            error = shared(target.vs, error + change)
+            if self.diverges(chain, error):
+                break
+        divergent = self.diverges(chain, error)
+        accept = 0.0 if divergent else math.exp(-max(error, 0.0))
+        accepted = target.uniform(chain.nit, "accept") < accept
+        chain.place = place if accepted else chain.place
+        told = dict(energy=chain.place.U, energy_error=error, accept=accept, accepted=accepted)
+        return dict(**told, steps=steps, length=chain.numbers["length"], divergent=divergent)
+
+    # Choose the steps of a trajectory
+    def steps_of(self, target: Target, chain: Chain) -> int:
+        """How many steps the trajectory of this iteration has."""
+        mean = max(1.0, chain.numbers["length"] / chain.step)
+        number = math.ceil(target.uniform(chain.nit, "length") * (2 * mean - 1))
+        return max(1, min(number, self.maxsteps))
+
+    # Tune the step to the acceptance
+    def averaging(self, chain: Chain) -> DualAveraging:
+        """The dual averaging of the chain's step."""
+        return DualAveraging(chain.numbers.setdefault("averaging", {}), self.target)
+
+    def restart_step(self, chain: Chain, step: float) -> None:
+        """Begin to tune the step anew."""
+        chain.step = step
+        self.averaging(chain).restart(step)
+
+    # Tune the length of trajectories
+    def adapt(self, target: Target, chain: Chain, row: Mapping[str, float]) -> None:
+        """Tune the step; look at the size of the distribution; at how long it takes to cross it; tune the step again."""
+        n, spread, forgetting = chain.nit, Spread(chain), Forgetting(chain)
+        look, learn, watch, last = (round(share * chain.warmup) for share in (0.2, 0.5, 0.6, 0.8))
+        if self.step is None and not watch <= n < last:
+            averaging = self.averaging(chain)
+            chain.step = averaging.learn(row["accept"])
+            chain.step = averaging.result if n in (watch - 1, chain.warmup - 1) else chain.step
+        if n == look:
+            spread.restart()
+        # Look at the place after a trajectory
+        if n >= look:
+            spread.see(1.0)
+        if look <= n < learn and self.learns(chain):
+            target.observe(chain.place)
+        if n == learn - 1 and n >= look:
+            self.round_off(target, chain)
+        if n == watch < last:
+            forgetting.restart(last - watch, chain.numbers["n"])
+        if watch <= n < last:
+            forgetting.see()
+        if n == last - 1 and n >= watch:
+            self.set_length(chain, 0.5 * chain.numbers["length"] * forgetting.time(spread.variance))
+            self.restart_step(chain, chain.step)
