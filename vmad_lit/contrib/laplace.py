@@ -436,7 +436,7 @@ class Laplace:
         self = cls(vs, like, header["plain"]["options"])
         vars(self).update(header["plain"])
         self.eigenvalues = np.array(header["eigenvalues"])
-        # Read the vectors
+        # Read the vectors of an approximation
         counts = dict(x=1, **header["lengths"])
         places = [(np.shape(a), start) for a, start in zip(vs.to_arrays(like), vs.starts(like), strict=True)]
         kinds = [np.asarray(array).dtype.kind for array in vs.to_arrays(like)]
