@@ -49,7 +49,7 @@ def test_a_file_gives_back_what_was_written(path):
             assert list(getattr(record, kind)) == list(expected)
             for name, array in expected.items():
                 np.testing.assert_array_equal(getattr(record, kind)[name], array)
-        for name in ch.ABOUT:
+        for name in set(ch.ABOUT) - ({"seconds"} if comm.rank else set()):  # each rank has its own clock
             assert getattr(record, name) == getattr(chain, name), name
 
 

@@ -274,8 +274,8 @@ def test_a_nonlinear_model_against_its_dense_matrix():
         product = laplace.curvature(problem, x, unit)
         rows.append(np.concatenate(comm.allgather(product.value.ravel())))
     expected = np.linalg.eigvalsh(np.array(rows))[::-1]
-    found = laplace.approximate(problem, x, rank=8, oversampling=12, powers=1)
-    np.testing.assert_allclose(found.eigenvalues, expected[:8], rtol=1e-3)
+    found = laplace.approximate(problem, x, rank=4, oversampling=8, powers=1)
+    np.testing.assert_allclose(found.eigenvalues, expected[:4], rtol=1e-2)
 
 
 def test_complex_vectors():
