@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import inspect
 import math
 import os
 import platform
@@ -435,7 +436,7 @@ class State:
     status, message : str
         why the minimisation ended: a word, and a sentence. The words are ``converged`` (a criterion holds),
         ``rounding`` (no progress can be told from the rounding of the objective), ``maxiter``, ``monitor``,
-        ``signal``, ``failed`` (no better point was found), or nothing.
+        ``validation`` (it has not become better for too long), ``signal``, ``failed`` (no better point was found), or nothing.
     converged : bool
         whether the status is ``converged``.
     history : History
@@ -845,14 +846,16 @@ class Optimizer:
         if isinstance(x0, State):
             x0, state = None, x0
         monitors = [] if monitor is None else [monitor] if callable(monitor) else list(monitor)
+        judges: list[Monitor] = []
         # Let the judge look first
         if validation is not None or keep_best:
-            monitors.insert(0, Judge(validation, keep_best))
+            judges.append(Judge(validation, keep_best))
+        monitors = [*judges, *monitors]
         interrupt = current_interrupt() if interrupt is None else interrupt
-        fresh, identity = state is None, self._identity(problem)
+        fresh, identity = state is None or state.y is None, self._identity(problem)
         if state is None:
             state = State(problem.vs, type(self).__name__)
-        else:
+        elif not fresh:
             x0 = self._take_over(problem, state, identity, accept)
         state.status, state.message, state.fingerprint = "", "", identity
         clock = Clock(problem, state)
@@ -863,7 +866,7 @@ class Optimizer:
         if fresh:
             clock.record()
         with ProgressBar(problem.vs, self.maxiter, state.nit, progress) as bar:
-            watched = monitors if fresh else []
+            watched = monitors if fresh else judges
             stop = self._watched(state, watched, bar, interrupt)
             while not (stop or self._finished(state)):
                 proposal = self.iterate(problem, state)
@@ -991,7 +994,8 @@ class Optimizer:
             return asked
         if not state.vs.any(any(isinstance(a, (bool, np.bool_)) and a for a in answers)):
             return False
-        self.give_up(state, "monitor", "stopped by the monitor")
+        if not state.status:
+            self.give_up(state, "monitor", "stopped by the monitor")
         return True
 
 
@@ -1659,7 +1663,7 @@ class Box:
 
         return self.apply(allowed, z, d)
 
-    def free(self, z: Vector, g: Vector) -> list[Array]:
+    def free(self, z: Vector, g: Vector) -> list[Any]:
         """For each array of z whether its numbers are free to move, where g is the gradient."""
         parts = zip(*map(self.vs.to_arrays, (z, g)), self.lower, self.upper, self.bounded, strict=True)
         return [
@@ -1850,13 +1854,177 @@ class BoundedLBFGS(LBFGS):
         return anew
 
 
+class Validation:
+    """A second objective, which is watched and not minimised.
+
+    Parameters
+    ----------
+    objective :
+        a function of x that returns a number, the same on all ranks, or a :class:`Problem`.
+    every : int
+        at which iterations it is evaluated: 0, every, 2 every, ...
+    patience : int, optional
+        the minimisation ends, with status ``validation``, when so many values in a row have not been below the least before
+        them.
+    """
+
+    def __init__(
+        self, objective: Problem | Callable[[Vector], Any], every: int = 1, patience: int | None = None
+    ) -> None:
+        whole(1).check("Validation's every", every)
+        if patience is not None:
+            whole(1).check("Validation's patience", patience)
+        self.objective = objective.objective if isinstance(objective, Problem) else objective
+        if not callable(self.objective):
+            raise TypeError(f"a validation is a function of x, or a Problem, not {objective!r}")
+        self.every, self.patience = int(every), patience
+
+
+@dataclasses.dataclass
 class Best:
-    pass
+    """The best point of a minimisation so far: by the validation, or, without one, by the objective."""
+
+    x: Vector
+    y: float
+    nit: int
+    validation: float | None = None
+    epoch: int | None = None
+
+    def numbers(self) -> dict[str, Any]:
+        """All but the vector."""
+        return {name: value for name, value in vars(self).items() if name != "x"}
+
+    @staticmethod
+    def holds(numbers: Any) -> bool:
+        """Whether these can be the numbers of a best point."""
+        if type(numbers) is not dict or set(numbers) != {"y", "nit", "validation", "epoch"}:
+            return False
+        optional = numbers["validation"] is None or FINITE.holds(numbers["validation"])
+        counts = COUNT.holds(numbers["nit"]) and (numbers["epoch"] is None or COUNT.holds(numbers["epoch"]))
+        return FINITE.holds(numbers["y"]) and optional and counts
 
 
 class Judge:
-    pass
+    """A monitor that asks the validation, keeps the best point, and loses patience."""
+
+    def __init__(
+        self, validation: Validation | Problem | Callable[[Vector], Any] | None, keep_best: bool
+    ) -> None:
+        if validation is not None and not isinstance(validation, Validation):
+            validation = Validation(validation)
+        self.validation: Validation | None = validation
+        self.keep_best = keep_best
+
+    def __call__(self, state: State) -> bool:
+        """Judge a state; whether to stop here."""
+        state.validation, row = None, state.history[-1]
+        if self.validation is not None and state.nit % self.validation.every == 0:
+            if "validation" not in row:
+                row["validation"] = state.vs.replicate(self.validation.objective(state.x))
+            state.validation = row["validation"]
+        # Keep the best point
+        measure = "y" if self.validation is None else "validation"
+        value, best = getattr(state, measure), state.best
+        if best is not None and (best.validation is None) != (self.validation is None):
+            best = None
+        better = (
+            value is not None and math.isfinite(value) and (best is None or value < getattr(best, measure))
+        )
+        if self.keep_best and better:
+            x = state.vs.copy(state.x)
+            state.best = Best(x, state.y, state.nit, state.validation, state.epoch)
+        # Lose patience
+        if self.validation is not None and self.validation.patience is not None and not state.status:
+            rows = [row for row in state.history if row.get("epoch") == state.epoch]
+            values = np.array([row["validation"] for row in rows if "validation" in row])
+            values = np.where(np.isnan(values), math.inf, values)
+            waited = len(values) - 1 - int(np.argmin(values)) if len(values) else 0
+            if waited >= self.validation.patience:
+                least, nit = values.min(), rows[-1]["nit"]
+                state.status = "validation"
+                state.message = f"stopped in iteration {nit}: the validation has not been below {least:.6g} for {waited} values"
+                return True
+        return False
 
 
-class Validation:
-    pass
+Plan = tuple[Optimizer, dict[str, Any]]
+
+
+def plan_epoch(
+    optimizer: Optimizer, make_problem: Callable[..., Problem], number: int, values: Mapping[str, Any]
+) -> Plan:
+    """The optimiser of an epoch, and the arguments that make its problem; TypeError for a name of neither."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"epoch {number} must be a dictionary of values by name, got {values!r}")
+    options, own = optimizer.options(), copy.copy(optimizer)
+    vars(own).update({name: value for name, value in values.items() if name in options})
+    own.check_options()
+    arguments = {name: value for name, value in values.items() if name not in options}
+    # See whether the problem can be made of these arguments
+    signature = inspect.signature(make_problem)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+        names = [name for name, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD]
+        unknown = next((name for name in arguments if name not in names), None)
+        close = difflib.get_close_matches(str(unknown), [*names, *options], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close and unknown else ""
+        told = f"{error}{hint}; options of {type(own).__name__} and arguments of the problem, {names}, can be set"
+        raise TypeError(f"epoch {number}: {told}") from None
+    return own, arguments
+
+
+def minimize_in_epochs(
+    optimizer: Optimizer,
+    make_problem: Callable[..., Problem],
+    epochs: Iterable[Mapping[str, Any]],
+    x0: Vector = None,
+    state: State | None = None,
+    accept: Accepted = False,
+    **options: Any,
+) -> State:
+    """Minimise one problem after the other, each from where the last one ended.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+    make_problem :
+        a function of keyword arguments that returns a :class:`Problem`.
+    epochs :
+        a dictionary for each epoch: options of the optimiser, such as `maxiter` (iterations of this epoch) or `gtol`, and
+        arguments of `make_problem`. What is not given has its default.
+    x0, state, accept, options :
+        as for :meth:`Optimizer.minimize`. A state that was saved in an epoch goes on in that epoch.
+
+    Returns
+    -------
+    State
+        of the last epoch; its `epoch` is the number of it, counted from 0, and its history that of all. A signal, or a
+        monitor that returns True, ends the run in its epoch.
+
+    Raises
+    ------
+    TypeError, ValueError
+        before anything is computed, if an epoch has a name or value that fits nothing.
+    """
+
+    plans = [plan_epoch(optimizer, make_problem, i, values) for i, values in enumerate(epochs)]
+    begin = 0 if state is None or state.epoch is None else state.epoch
+    if not plans:
+        raise ValueError("there must be one epoch at least; [{}] is one without anything special")
+    if begin >= len(plans):
+        raise StateError(f"the state is in epoch {begin}, and there are only {len(plans)}, counted from 0")
+    for number, (worker, arguments) in enumerate(plans[begin:], begin):
+        problem = make_problem(**arguments)
+        if state is None:
+            state = State(problem.vs, type(worker).__name__)
+        state.epoch = number
+        before = [row["nit"] for row in state.history if row.get("epoch") != number]
+        worker.maxiter += max(before, default=0)
+        consent = accept if number == begin else ["problem"]
+        worker.minimize(problem, x0, state=state, accept=consent, **options)
+        if state.status in ("signal", "monitor"):
+            break
+    assert state is not None
+    return state
