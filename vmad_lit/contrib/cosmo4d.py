@@ -36,7 +36,8 @@ from vmad_lit.lib.noise import Purpose
 from vmad_lit.lib.signals import Interrupt
 from vmad_lit.lib.transfer import Transfer
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
-from vmad_lit.contrib.optimize import Accepted, Monitor, Optimizer, Preconditioner, State
+from vmad_lit.contrib.optimize import Accepted, Monitor, Optimizer, Preconditioner, Problem, State
+from vmad_lit.contrib.optimize import Validation, minimize_in_epochs
 
 
 @autooperator("x -> modes")
@@ -353,6 +354,9 @@ def reconstruct(
     progress: bool = False,
     accept: Accepted = False,
     interrupt: Interrupt | None = None,
+    epochs: Iterable[Mapping[str, Any]] | None = None,
+    validation: Validation | Problem | Callable[[RealField], Any] | None = None,
+    keep_best: bool = False,
 ) -> State:
     """Find the white noise that explains a density.
 
@@ -367,7 +371,11 @@ def reconstruct(
         Where to begin; by default at zero, the most probable field before any data were seen.
     smoothing : float
         Compare densities smoothed at this scale, in Mpc/h.
-    monitor, state, progress, accept, interrupt
+    epochs : list of dict, optional
+        Anneal: for each epoch its `smoothing`, if it is another than that above, and options of the optimiser, as in
+        ``[dict(smoothing=8, maxiter=20), dict(smoothing=4, maxiter=20), dict()]``. A state that was saved in an epoch goes
+        on in it; see `minimize_in_epochs`.
+    monitor, state, progress, accept, interrupt, validation, keep_best
         Passed to the optimiser.
 
     Returns
@@ -376,9 +384,15 @@ def reconstruct(
         With the white noise in `x`, chi-square in `y`, and the table of iterations in `history`.
     """
 
-    problem, d = reconstruction_problem(forward, data, smoothing), data.d
+    def make_problem(smoothing: float = smoothing) -> ChiSquareProblem:
+        return reconstruction_problem(forward, data, smoothing)
+
+    d = data.d
     agree(d.pm.comm, lambda: ("no start" if start is None else check_field(start, RealField, d.pm),))
     if start is None and state is None:
         start = d.pm.create(type="real", value=0)
     options: dict[str, Any] = dict(monitor=monitor, progress=progress, accept=accept, interrupt=interrupt)
-    return optimizer.minimize(problem, start, state=state, **options)
+    options.update(state=state, validation=validation, keep_best=keep_best)
+    if epochs is None:
+        return optimizer.minimize(make_problem(), start, **options)
+    return minimize_in_epochs(optimizer, make_problem, epochs, start, **options)
