@@ -69,7 +69,9 @@ def test_quadratics_reach_the_exact_point(n, condition, linesearch):
         if linesearch is None:
             ours, count[0] = count[0], 0
             bounds = list(zip(lower, upper, strict=True))
-            scipy.optimize.minimize(both, start, jac=True, method="L-BFGS-B", bounds=bounds, options=dict(ftol=0, gtol=1e-7))
+            scipy.optimize.minimize(
+                both, start, jac=True, method="L-BFGS-B", bounds=bounds, options=dict(ftol=0, gtol=1e-7)
+            )
             assert ours <= 1.6 * count[0] + 10
 
 
@@ -85,8 +87,12 @@ def test_it_is_as_fast_as_scipy_where_valleys_bend():
         state = BoundedLBFGS(lower=lower, upper=upper, gtol=1e-9, maxiter=1000).minimize(problem, start)
         assert np.all((lower <= state.x) & (state.x <= upper))
         result = scipy.optimize.minimize(
-            scipy.optimize.rosen, start, jac=scipy.optimize.rosen_der, method="L-BFGS-B",
-            bounds=list(zip(lower, upper, strict=True)), options=dict(ftol=0, gtol=1e-7),
+            scipy.optimize.rosen,
+            start,
+            jac=scipy.optimize.rosen_der,
+            method="L-BFGS-B",
+            bounds=list(zip(lower, upper, strict=True)),
+            options=dict(ftol=0, gtol=1e-7),
         )
         assert state.y <= result.fun + 1e-9 * abs(result.fun)
         ours, theirs = ours + state.gev, theirs + result.nfev
@@ -99,7 +105,8 @@ def test_the_end_is_superlinear():
     problem = Problem(lambda x: 0.5 * (x - c) @ H @ (x - c), lambda x: H @ (x - c))
     held = []
     BoundedLBFGS(lower=lower, upper=upper, m=30, gtol=1e-11).minimize(
-        problem, np.clip(np.zeros(12), lower, upper),
+        problem,
+        np.clip(np.zeros(12), lower, upper),
         monitor=lambda state: held.append(((state.x == lower) | (state.x == upper), state.projected)),
     )
     settled = next(i for i, (mask, _) in enumerate(held) if all(np.all(mask == m) for m, _ in held[i:]))
@@ -121,17 +128,32 @@ def parts(comm=COMM):
     """A problem of a field, an array that is spread unevenly, and replicated numbers; with bounds on parts of each."""
     pm = make_mesh((4, 4), comm)
     field, scale = real(pm, 3), np.linspace(0.5, 2.0, 10)
-    mine = slice([0, 7, 7, 10, 10][comm.rank], [10 if comm.size == 1 else 7, 7 if comm.size > 2 else 10, 10, 10][comm.rank])  # uneven, and empty
+    mine = slice(
+        [0, 7, 7, 10, 10][comm.rank],
+        [10 if comm.size == 1 else 7, 7 if comm.size > 2 else 10, 10, 10][comm.rank],
+    )  # uneven, and empty
     h = scale[mine]
     target = np.linspace(-2, 2, 10)[mine]
-    vs = ProductSpace(dict(field=MPIVectorSpace(pm.comm), spread=MPIVectorSpace(pm.comm), b=VectorSpace(comm=pm.comm), free=VectorSpace(comm=pm.comm)))
+    vs = ProductSpace(
+        dict(
+            field=MPIVectorSpace(pm.comm),
+            spread=MPIVectorSpace(pm.comm),
+            b=VectorSpace(comm=pm.comm),
+            free=VectorSpace(comm=pm.comm),
+        )
+    )
 
     def both(v):
         df, ds = v["field"] - field, v["spread"] - target
         mean = v["field"].cmean() - v["b"]
         y = 0.5 * vs.spaces["field"].dot(df, df) + 0.5 * vs.spaces["spread"].dot(ds, h * ds)
         y += 8 * mean**2 + 0.5 * (v["b"] - 1.0) ** 2 + 0.5 * float(np.sum((v["free"] - v["b"]) ** 2))
-        g = dict(field=df + mean, spread=h * ds, b=-16 * mean + (v["b"] - 1.0) - float(np.sum(v["free"] - v["b"])), free=v["free"] - v["b"])
+        g = dict(
+            field=df + mean,
+            spread=h * ds,
+            b=-16 * mean + (v["b"] - 1.0) - float(np.sum(v["free"] - v["b"])),
+            free=v["free"] - v["b"],
+        )
         return y, g
 
     start = dict(field=pm.create(type="real", value=0.25), spread=np.zeros(len(h)), b=0.1, free=np.zeros(2))
@@ -157,7 +179,10 @@ def test_parts_of_a_product_on_any_number_of_ranks(whiten):
 
         def move(A, factor):
             return lambda v, direction: {
-                "field": v["field"] * factor(direction), "spread": v["spread"] * factor(direction), "b": v["b"] / factor(direction), "free": A(direction) @ v["free"],
+                "field": v["field"] * factor(direction),
+                "spread": v["spread"] * factor(direction),
+                "b": v["b"] / factor(direction),
+                "free": A(direction) @ v["free"],
             }
 
         problem.preconditioner = alone.preconditioner = Preconditioner(
@@ -198,7 +223,11 @@ def test_saved_and_resumed_is_the_same_as_uninterrupted(folder):
     # From a method without bounds in the same program
     free = LBFGS(maxiter=0).minimize(problem, start)
     assert free.projected is None
-    assert_allclose(numbers(COMM, BoundedLBFGS(**options).minimize(problem, state=free).x), numbers(COMM, whole.x), atol=1e-6)
+    assert_allclose(
+        numbers(COMM, BoundedLBFGS(**options).minimize(problem, state=free).x),
+        numbers(COMM, whole.x),
+        atol=1e-6,
+    )
 
 
 @pytest.mark.collective
@@ -214,8 +243,16 @@ def test_what_is_wrong_on_one_rank_is_told_on_all():
     bad = np.zeros(n)
     bad[1] = np.nan if last else 0
     refused("lower has 1 NaN", lower=bad)
-    refused("leave nothing to 1 of 3", lower=np.where(np.arange(n) == last + 0, 2.0 if last else 0.0, 0.0), upper=1.0)
-    refused("outside of the bounds in 1 of", start=1.0, upper=np.where(np.arange(n) == 2, 0.5 if last else 2.0, 2.0))
+    refused(
+        "leave nothing to 1 of 3",
+        lower=np.where(np.arange(n) == last + 0, 2.0 if last else 0.0, 0.0),
+        upper=1.0,
+    )
+    refused(
+        "outside of the bounds in 1 of",
+        start=1.0,
+        upper=np.where(np.arange(n) == 2, 0.5 if last else 2.0, 2.0),
+    )
     refused("must have the shape", lower=np.zeros(n + last))
     refused("lower leaves nothing", lower=float("nan"))
     refused("upper leaves nothing", upper=-np.inf)
@@ -227,7 +264,11 @@ def test_bounds_of_what_is_not_there():
     vs = ProductSpace([VectorSpace(), VectorSpace()])
     problem = Problem(lambda v: v[0] ** 2 + abs(v[1]) ** 2, lambda v: [2 * v[0], 2 * v[1]], vs=vs)
     assert BoundedLBFGS(lower=[0.5, None]).minimize(problem, [1.0, 2.0 + 1j]).x[0] == 0.5
-    for lower, words in ([0, 0], "real unknowns"), ({2: 0}, "no such component"), (np.zeros(2), "by component"):
+    for lower, words in (
+        ([0, 0], "real unknowns"),
+        ({2: 0}, "no such component"),
+        (np.zeros(2), "by component"),
+    ):
         with pytest.raises((TypeError, ValueError), match=words):
             BoundedLBFGS(lower=lower).minimize(problem, [1.0, 2.0 + 1j])
 
@@ -255,7 +296,9 @@ def test_the_user_never_sees_a_number_outside():
     problem = Problem(value_and_gradient=both, preconditioner=Preconditioner.diagonal(factor))
     lower, upper = np.array([0.1, 0.3, 1.7]), np.array([1.1, 0.9, 1.8])
     state = BoundedLBFGS(lower=lower, upper=upper).minimize(problem, np.array([0.3, 0.4, 1.75]))
-    assert_array_equal(state.x, [1.1, 0.9, 1.7 if state.x[2] == 1.7 else 1.5 if state.x[2] == 1.5 else state.x[2]])
+    assert_array_equal(
+        state.x, [1.1, 0.9, 1.7 if state.x[2] == 1.7 else 1.5 if state.x[2] == 1.5 else state.x[2]]
+    )
     assert np.all((np.array(seen) >= lower) & (np.array(seen) <= upper))
 
 
