@@ -34,7 +34,7 @@ from vmad_lit.lib.mesh import (
 from vmad_lit.lib.mpi import MPI, on_root, run_together
 from vmad_lit.lib.noise import Purpose
 from vmad_lit.lib.signals import Interrupt
-from vmad_lit.lib.transfer import Transfer
+from vmad_lit.lib.transfer import Transfer, evaluate_transfer, fixed_transfer, multiply_field
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
 from vmad_lit.contrib.optimize import Accepted, Monitor, Optimizer, Preconditioner, Problem, State
 from vmad_lit.contrib.optimize import Validation, minimize_in_epochs
@@ -327,6 +327,32 @@ def to_modes(v: RealField, direction: int = 1) -> BaseComplexField:
     return v.r2c() * float(v.Nmesh.prod()) ** 0.5
 
 
+def linear_preconditioner(power: Callable[[Any], Any], pm: ParticleMesh, sigma: float) -> Preconditioner:
+    """White noise with its modes stretched by the root of the curvature that they have in linear theory.
+
+    Parameters
+    ----------
+    power : function of k in h/Mpc, the linear power spectrum today in (Mpc/h)^3
+    pm : ParticleMesh
+    sigma : the standard deviation of the noise in a cell
+    """
+    noise = positive("sigma", sigma) ** 2 * float(pm.BoxSize.prod() / pm.Nmesh.prod())
+
+    def by(exponent: float) -> Callable[[RealField], RealField]:
+        @fixed_transfer
+        def stretch(k: Any) -> Array:
+            P = numpy.asarray(power(sum(ki**2 for ki in k) ** 0.5), dtype=float)
+            return (1 + numpy.maximum(P, 0) / noise) ** exponent
+
+        def apply(v: RealField) -> RealField:
+            modes = v.r2c()
+            return multiply_field(modes, evaluate_transfer(modes, stretch, "wavenumber")).c2r()
+
+        return apply
+
+    return Preconditioner.symmetric(by(0.5), by(-0.5))
+
+
 def reconstruction_problem(
     forward: AutoOperator, data: Data, smoothing: float = 0.0, identity: Mapping[str, Any] | None = None
 ) -> ChiSquareProblem:
@@ -357,6 +383,7 @@ def reconstruct(
     epochs: Iterable[Mapping[str, Any]] | None = None,
     validation: Validation | Problem | Callable[[RealField], Any] | None = None,
     keep_best: bool = False,
+    preconditioner: Preconditioner | None = None,
 ) -> State:
     """Find the white noise that explains a density.
 
@@ -375,6 +402,8 @@ def reconstruct(
         Anneal: for each epoch its `smoothing`, if it is another than that above, and options of the optimiser, as in
         ``[dict(smoothing=8, maxiter=20), dict(smoothing=4, maxiter=20), dict()]``. A state that was saved in an epoch goes
         on in it; see `minimize_in_epochs`.
+    preconditioner : Preconditioner, optional
+        Such as `linear_preconditioner`; with epochs it saves half of the gradients.
     monitor, state, progress, accept, interrupt, validation, keep_best
         Passed to the optimiser.
 
@@ -385,7 +414,9 @@ def reconstruct(
     """
 
     def make_problem(smoothing: float = smoothing) -> ChiSquareProblem:
-        return reconstruction_problem(forward, data, smoothing)
+        problem = reconstruction_problem(forward, data, smoothing)
+        problem.preconditioner = preconditioner
+        return problem
 
     d = data.d
     agree(d.pm.comm, lambda: ("no start" if start is None else check_field(start, RealField, d.pm),))

@@ -169,6 +169,7 @@ class mode_labels:
 
     def apl(node, x, name, axis=0):
         k = wavenumbers(check_field(x, BaseComplexField))
+        # Choose the label
         if not -len(k) <= axis < len(k):
             raise IndexError(f"a mesh with {len(k)} axes has no component {axis} of the wave vector")
         if name == "component":
