@@ -43,8 +43,12 @@ STRATEGIES = {
     "annealed": annealed(4, 2, 1, last=150),
     "stretched": [dict(stretched=True, maxiter=180)],
     "annealed, stretched": annealed(4, 2, 1, stretched=True),
+    "annealed, stretched, LPT first": [
+        *annealed(4, 2, stretched=True, stages=[1.0])[:2],
+        *annealed(1, stretched=True),
+    ],
 }
-BEST = "annealed, stretched"
+BEST = "annealed, stretched, LPT first"
 
 
 class Mock:
