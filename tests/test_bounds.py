@@ -14,11 +14,14 @@ from vmad_lit.contrib.optimize import (
     LBFGS,
     Backtracking,
     BoundedLBFGS,
+    BoundedLine,
+    Box,
     Preconditioner,
     Problem,
     State,
     StateError,
     StrongWolfe,
+    WeakWolfe,
 )
 from vmad_lit.contrib.vectorspace import FieldSpace, ProductSpace, VectorSpace
 
@@ -318,20 +321,87 @@ def test_preconditioners_that_mix_what_is_bounded_are_refused():
 
 def test_the_user_never_sees_a_number_outside():
     """Not by rounding either: the walls of whitened variables are not quite those of the user's."""
-    factor = np.array([1 / 3, 0.7, 1e-3])
-    seen = []
+    rng, seen = np.random.default_rng(5), []
+    factor, lower = rng.uniform(0.1, 2, 100), rng.uniform(0, 1, 100)
+    assert np.any(lower * factor / factor < lower)
 
     def both(x):
         seen.append(x.copy())
-        return float(np.sum(x + (x - 2) ** 2)), 1.0 + 2 * (x - 2)
+        return float(np.sum((x + 2) ** 2)), 2 * (x + 2)
 
     problem = Problem(value_and_gradient=both, preconditioner=Preconditioner.diagonal(factor))
-    lower, upper = np.array([0.1, 0.3, 1.7]), np.array([1.1, 0.9, 1.8])
-    state = BoundedLBFGS(lower=lower, upper=upper).minimize(problem, np.array([0.3, 0.4, 1.75]))
-    assert_array_equal(
-        state.x, [1.1, 0.9, 1.7 if state.x[2] == 1.7 else 1.5 if state.x[2] == 1.5 else state.x[2]]
+    state = BoundedLBFGS(lower=lower).minimize(problem, lower + 1)
+    assert_allclose(state.x, lower, rtol=1e-14)
+    assert np.all(np.array(seen) >= lower)
+
+
+def path_of(seed, n=6):
+    """A path in a box from a random point, along a direction that begins downhill, and the objective along it."""
+    rng = np.random.default_rng(seed)
+    H, c, _, _ = quadratic(n, 20.0, seed)
+    problem = Problem(lambda x: 0.5 * (x - c) @ H @ (x - c), lambda x: H @ (x - c))
+    state = State(problem.vs, None)
+    state.x = state.Px = rng.uniform(-1, 1, n)
+    state.y, state.Pg = problem.objective(state.x), problem.gradient(state.x)
+    box = Box(problem.vs, -1.0, 1.0, state.x)
+    return BoundedLine(problem, state, -state.Pg * rng.uniform(0.5, 2, n), box, box)
+
+
+def test_the_slope_of_a_path_counts_what_moves():
+    for seed in range(20):
+        path = path_of(seed)
+        kinks = np.sort((np.sign(path.direction) - path.Px) / path.direction)
+        for t in (kinks[1:] + kinks[:-1]) / 2:
+            slope = (path(t + 1e-7).y - path(t - 1e-7).y) / 2e-7
+            assert_allclose(path(t).slope, slope, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("t", [1e-4, 0.1, 1.0, 30.0])
+def test_steps_along_paths_are_neither_too_long_nor_too_short(t):
+    search = WeakWolfe()
+    for seed in range(20):
+        path = path_of(seed)
+        trial = search(path, t)
+        assert trial.y <= path.start.y + 1e-4 * path.gradient @ (trial.point.x - path.Px)
+        assert trial.slope >= 0.9 * path.start.slope
+        assert_allclose(path.length(trial), np.linalg.norm(trial.point.x - path.Px))
+
+
+def test_a_fall_is_compared_with_what_the_way_has_promised():
+    path = path_of(0)
+    far = path(50.0)
+    promised = path.gradient @ (far.point.x - path.Px)
+    for share, enough in (0.5, False), (1.5, True):
+        far.y = path.start.y + share * 0.1 * promised
+        assert path.falls_enough(far, 0.1) == enough
+
+
+def test_a_memory_that_says_nothing_of_the_free_components_is_forgotten():
+    optimizer, vs = BoundedLBFGS(lower=0.0), VectorSpace()
+    state = State(vs, "BoundedLBFGS")
+    optimizer.forget(state)
+    state.Pg = np.array([1.0, -1.0])
+    optimizer.learn(vs, state, np.array([1.0, 0.0]), np.array([2.0, 0.5]))
+    assert (
+        len(optimizer.reduced(vs, state, [np.array([True, False])]).vectors["S"])
+        == 1
+        == len(state.vectors["S"])
     )
-    assert np.all((np.array(seen) >= lower) & (np.array(seen) <= upper))
+    assert not optimizer.reduced(vs, state, [np.array([False, True])]).vectors["S"] and not state.vectors["S"]
+
+
+def test_a_state_knows_finite_bounds_beside_infinite_ones(folder):
+    path, lower = os.path.join(folder, "state.npz"), np.where(np.arange(20) < 10, -np.inf, 0.0)
+    problem = Problem(lambda x: float((x - 1) @ (x - 1)), lambda x: 2 * (x - 1))
+    BoundedLBFGS(lower=lower, maxiter=0).minimize(problem, np.full(20, 5.0)).save(path)
+    other = np.where(np.arange(20) == 15, 0.5, lower)
+    with pytest.raises(StateError, match="optimiser.lower"):
+        BoundedLBFGS(lower=other).minimize(problem, state=State.load(path, VectorSpace(), np.ones(20)))
+    assert (
+        BoundedLBFGS(lower=lower)
+        .minimize(problem, state=State.load(path, VectorSpace(), np.ones(20)))
+        .converged
+    )
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
