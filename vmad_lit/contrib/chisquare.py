@@ -6,24 +6,25 @@ Y. Feng, U. Seljak & M. Zaldarriaga, JCAP 07 (2018) 043.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
 
 from vmad_lit import Builder, autooperator, operator
+<<<<<<< HEAD
 from vmad_lit.contrib.optimize import Accepted, Monitor, Optimizer, Preconditioner, Problem, State
 from vmad_lit.contrib.vectorspace import Communicator, FieldSpace, Vector, VectorSpace
+=======
+from vmad_lit.contrib.optimize import ModelProblem, Monitor, Optimizer, Preconditioner, Problem, State
+from vmad_lit.contrib.vectorspace import Communicator, Vector, VectorSpace
+from vmad_lit.contrib.vectorspace import MPIVectorSpace as MPIVectorSpace  # which users import from here
+>>>>>>> main
 from vmad_lit.contrib.vectorspace import is_field, local_field_product, real_inner_product
 from vmad_lit.core.arguments import whole_number
 from vmad_lit.core.handover import duplicate
-from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.symbol import Symbol
-from vmad_lit.core.tape import Tape
-from vmad_lit.core.traffic import count_object
 from vmad_lit.lib import mpi
-from vmad_lit.lib.noise import Purpose
 
 
 def local_product(a: Vector, b: Vector) -> float:
@@ -62,40 +63,7 @@ class MPIChiSquareOperator:
         return dict(y=mpi.allreduce(local_squares(x), comm))
 
 
-class MPIVectorSpace(FieldSpace):
-    """Arrays of which each rank of `comm` holds a part, and pmesh fields.
-
-    Unknowns that every rank knows in full (replicated ones) are not of this space: their inner product must
-    not be summed over the ranks. Their space is ``VectorSpace(comm=comm)``.
-    """
-
-    comm: Communicator
-
-    def __init__(self, comm: Communicator) -> None:
-        super().__init__(comm=comm)
-
-    def dot(self, a: Vector, b: Vector) -> float:
-        """The inner product, summed over all ranks."""
-        if is_field(a) or is_field(b):
-            return super().dot(a, b)
-        product = real_inner_product(a, b)
-        count_object(self.comm, product)
-        return self.comm.allreduce(product)
-
-    def normal(self, like: Vector, seed: int, purpose: Purpose = "normal") -> Vector:
-        """Independent standard normal numbers: of the whole, this rank's part. Collective."""
-        if is_field(like):
-            return super().normal(like, seed, purpose)
-        rows = len(like) if np.ndim(like) else 1
-        count_object(self.comm, rows)
-        before = sum(self.comm.allgather(rows)[: self.comm.rank])
-        dtype = np.result_type(like, np.float32)
-        first = before * math.prod(np.shape(like)[1:])
-        numbers = self._normal_numbers(np.shape(like), dtype, first, seed, purpose)
-        return numbers if isinstance(like, np.ndarray) else numbers[()].item()
-
-
-class MPIChiSquareProblem(Problem):
+class MPIChiSquareProblem(ModelProblem):
     """The problem of minimising the sum of ``|R_i(F(s))|^2``.
 
     Parameters
@@ -153,70 +121,14 @@ class MPIChiSquareProblem(Problem):
             outputs = {f"r{i}": ri for i, ri in enumerate(r)}
             outputs.update((f"chisquare{i}", ci) for i, ci in enumerate(chisquare))
             m.output(y=sum(chisquare[1:], start=chisquare[0]), **outputs)
-        self.model = m
-        self._tape: Tape | Any = None
-        self.forwards = 0
-        super().__init__(
-            identity=identity,
-            temperature=2.0,
-            objective=self._forward,
-            gradient=self._pull_back,
-            hessian_vector_product=self._gauss_newton,
-            preconditioner=preconditioner,
-            vs=MPIVectorSpace(comm) if vectorspace is None else vectorspace,
-        )
-
-    def _visit(self, x: Vector) -> None:
-        super()._visit(x)
-        if self._tape is not None and self._tape_point is not self._point:
-            self._tape = None
-
-    def _forward(self, x: Vector) -> Any:
-        self._tape_point = self._point
-        y, self._tape = self.model.compute("y", init=dict(x=self._point), return_tape=True)
-        self.forwards += 1
-        return y
-
-    def _tape_at(self, x: Vector) -> Tape:
-        """The tape of the forward run at x, which is run if it has not been."""
-        self._visit(x)
-        if self._tape is None:
-            self.objective(x)
-        return self._tape
-
-    def _pull_back(self, x: Vector) -> Vector:
-        cotangents = {f"_{name}": ZeroGradient for name in self.model_outputs}
-        cotangents["_y"] = 1.0
-        if self._tape is None:
-            self.objective(x)
-        return self._vector(self._tape.get_vjp().compute("_x", init=cotangents))
-
-    def _gauss_newton(self, x: Vector, v: Vector) -> Vector:
-        tape, names = self._tape_at(x), self.residual_names
-        tangents = tape.get_jvp().compute([f"{name}_" for name in names], init=dict(x_=v))
-        cotangents = {f"_{name}": ZeroGradient for name in self.model_outputs}
-        cotangents.update((f"_{name}", tangent) for name, tangent in zip(names, tangents, strict=True))
-        product = self._vector(tape.get_vjp().compute("_x", init=cotangents))
-        return self.vs.scale(2.0, product)
-
-    def _vector(self, cotangent: Any) -> Vector:
-        """A cotangent as a vector: the universal zero becomes the zero vector."""
-        return self.vs.zeros_like(self._point) if cotangent is ZeroGradient else cotangent
-
-    @property
-    def residual_names(self) -> list[str]:
-        """The names of the residuals among the outputs of the model."""
-        return [f"r{i}" for i in range(len(self.residuals))]
-
-    @property
-    def model_outputs(self) -> list[str]:
-        """The names of all outputs of the model."""
-        return ["y", *self.residual_names, *(f"chisquare{i}" for i in range(len(self.residuals)))]
+        vs = MPIVectorSpace(comm) if vectorspace is None else vectorspace
+        names = [f"r{i}" for i in range(len(residuals))]
+        super().__init__(m, "y", "x", names, vs, preconditioner, identity)
 
     def ingredients(self) -> dict[str, Any]:
         """The operators with their hyper-parameters, besides what all problems have."""
         own = dict(forward=self.forward_operator, residuals=self.residuals)
-        return {**super().ingredients(), **own}
+        return {**Problem.ingredients(self), **own}
 
     def chisquares(self, x: Vector) -> list[float]:
         """The sum of squares of each residual at x."""

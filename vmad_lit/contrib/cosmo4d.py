@@ -403,7 +403,7 @@ def reconstruct(
         ``[dict(smoothing=8, maxiter=20), dict(smoothing=4, maxiter=20), dict()]``. A state that was saved in an epoch goes
         on in it; see `minimize_in_epochs`.
     preconditioner : Preconditioner, optional
-        Such as `linear_preconditioner`; with epochs it saves half of the gradients.
+        Such as `linear_preconditioner`, which together with epochs saves gradients (`python -m benchmarks reconstruction --compare`).
     monitor, state, progress, accept, interrupt, validation, keep_best
         Passed to the optimiser.
 

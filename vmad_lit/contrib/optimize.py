@@ -24,6 +24,7 @@ import numpy as np
 from vmad_lit import __version__
 from vmad_lit.contrib.vectorspace import ProductSpace, Vector, VectorSpace
 from vmad_lit.core.error import needed_for
+from vmad_lit.core.model import Model
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import together
 from vmad_lit.lib.files import Path
@@ -169,6 +170,16 @@ class Problem:
         """What distinguishes this problem from others, by name."""
         kinds = dict(problem=type(self).__qualname__, vectorspace=type(self.vs).__qualname__)
         return {**kinds, "preconditioner": self.preconditioner, **self.identity}
+
+    @classmethod
+    def from_model(
+        cls, model: Model, objective: str, x: str | Iterable[str] | None = None, **options: Any
+    ) -> ModelProblem:
+        """The problem of minimising an output of a model, with derivatives from its tape.
+
+        The parameters are those of :class:`ModelProblem`.
+        """
+        return ModelProblem(model, objective, x, **options)
 
 
 class Point:
@@ -2028,3 +2039,194 @@ def minimize_in_epochs(
             break
     assert state is not None
     return state
+
+
+from vmad_lit.contrib.vectorspace import LocalSpace, MPIVectorSpace, ProductSpace
+from vmad_lit.core.error import UnexpectedOutput, did_you_mean
+from vmad_lit.core.operator import ZeroGradient
+from vmad_lit.core.placement import find_talk, many_ranks, world
+from vmad_lit.core.symbol import Literal
+from vmad_lit.core.tape import Tape
+
+
+class ModelProblem(Problem):
+    """The problem of minimising an output of a model; made by :meth:`Problem.from_model`.
+
+    Parameters
+    ----------
+    model : Model
+    objective : str
+        the output to be minimised, a real number that is the same on all ranks.
+    x : str or list of str
+        the inputs to be varied; by default all that are not given. A vector of the problem is the value of
+        the input if there is one, and a dictionary of values by name if there are several.
+
+    residuals : str or list of str
+        outputs whose sum of squares, times temperature / 2, is the objective. Then
+        ``hessian_vector_product`` is the Gauss-Newton product, and the exact one if there are none.
+    vs, preconditioner, identity :
+        as in :class:`Problem`; by default the space follows from the placement of the inputs.
+    given : dict
+        values of the other inputs.
+    temperature : float
+        by default 2 if there are residuals, else 1.
+
+    Attributes
+    ----------
+    names, residual_names : list of str
+        the inputs that are varied, and the outputs that are residuals.
+    forwards : int
+        how often the model was run forward.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objective: str,
+        x: str | Iterable[str] | None = None,
+        residuals: str | Iterable[str] = (),
+        vs: VectorSpace | None = None,
+        preconditioner: Preconditioner | None = None,
+        identity: Mapping[str, Any] | None = None,
+        given: Mapping[str, Any] | None = None,
+        temperature: float | None = None,
+    ) -> None:
+
+        self.model, self.given = model, dict(given or {})
+        free = [name for name in model._inputs if name not in self.given]
+        self.single = isinstance(x, str) or x is None and len(free) == 1
+        self.names = free if x is None else [x] if isinstance(x, str) else list(x)
+        self.residual_names = [residuals] if isinstance(residuals, str) else list(residuals)
+        self._objective_name = objective
+        # Look for mistakes in the names
+        for name in (objective, *self.residual_names):
+            if name not in model._outputs:
+                raise UnexpectedOutput(
+                    f"the model has no output {name!r}" + did_you_mean(name, list(model._outputs))
+                )
+        for name in (*self.names, *self.given):
+            if name not in model._inputs:
+                raise ValueError(f"the model has no input {name!r}" + did_you_mean(name, list(model._inputs)))
+        left = [name for name in model._inputs if name not in {*self.names, *self.given}]
+        if left or not self.names:
+            raise ValueError(
+                f"no value is given for the inputs {', '.join(left)}" if left else "there is no input to vary"
+            )
+        self._tape: Tape | Any = None
+        self.forwards = 0
+        super().__init__(
+            objective=self._forward,
+            gradient=self._pull_back,
+            hessian_vector_product=self._gauss_newton if self.residual_names else self._exact,
+            preconditioner=preconditioner,
+            vs=find_space(model, self.names, self.single) if vs is None else vs,
+            identity=identity,
+            temperature=(2.0 if self.residual_names else 1.0) if temperature is None else temperature,
+        )
+
+    def _visit(self, x: Vector) -> None:
+        super()._visit(x)
+        if self._tape is not None and self._tape_point is not self._point:
+            self._tape = None
+
+    def _forward(self, x: Vector) -> Any:
+        self._tape_point = self._point
+        init = {**self.given, **self._by_name(self._point)}
+        y, self._tape = self.model.compute(self._objective_name, init=init, return_tape=True)
+        self.forwards += 1
+        return y
+
+    def _tape_at(self, x: Vector) -> Tape:
+        """The tape of the forward run at x, which is run if it has not been."""
+        self._visit(x)
+        if self._tape is None:
+            self.objective(x)
+        return self._tape
+
+    def _pull_back(self, x: Vector) -> Vector:
+        if self._tape is None:
+            self.objective(x)
+        return self._pull({self._objective_name: 1.0})
+
+    def _pull(self, cotangents: Mapping[str, Any]) -> Vector:
+        """The vector that a reverse sweep makes of cotangents of outputs; those of others are zero."""
+        init = {f"_{name}": cotangents.get(name, ZeroGradient) for name in self.model_outputs}
+        return self._vector(self._tape.get_vjp().compute([f"_{name}" for name in self.names], init=init))
+
+    def _gauss_newton(self, x: Vector, v: Vector) -> Vector:
+        tape, names = self._tape_at(x), self.residual_names
+        pushed = tape.get_jvp().compute([f"{name}_" for name in names], init=self._tangents(v))
+        return self.vs.scale(self.temperature, self._pull(dict(zip(names, pushed, strict=True))))
+
+    def _tangents(self, v: Vector) -> dict[str, Any]:
+        zeros = dict.fromkeys((f"{name}_" for name in self.given), ZeroGradient)
+        return {**zeros, **{f"{name}_": part for name, part in self._by_name(v).items()}}
+
+    def _by_name(self, x: Vector) -> dict[str, Any]:
+        """The parts of a vector by the names of the inputs."""
+        return {self.names[0]: x} if self.single else {name: x[name] for name in self.names}
+
+    def _vector(self, cotangents: Iterable[Any]) -> Vector:
+        """Cotangents as a vector: the universal zero becomes the zero vector."""
+        if any(cotangent is ZeroGradient for cotangent in cotangents):
+            zeros = self._by_name(self.vs.zeros_like(self._point)).values()
+            cotangents = [z if c is ZeroGradient else c for c, z in zip(cotangents, zeros, strict=True)]
+        by_name = dict(zip(self.names, cotangents, strict=True))
+        return by_name[self.names[0]] if self.single else by_name
+
+    def gauss_newton_product(self, x: Vector, v: Vector) -> Vector:
+        """The product ``2 J^T J v`` at x with the Jacobian of the residuals."""
+        if not self.residual_names:
+            raise ValueError(
+                "a Gauss-Newton product is that of residuals; name the outputs that are: residuals=..."
+            )
+        self.hev += 1
+        return self._gauss_newton(x, v)
+
+    def exact_product(self, x: Vector, v: Vector) -> Vector:
+        """The Hessian at x times the vector v; all operators of the model must offer second derivatives."""
+        self.hev += 1
+        return self._exact(x, v)
+
+    def _exact(self, x: Vector, v: Vector) -> Vector:
+        hvp = self._tape_at(x).get_hvp()
+        cotangents = {f"_{name}": ZeroGradient for name in self.model_outputs}
+        cotangents[f"_{self._objective_name}"] = 1.0
+        return self._vector(
+            hvp.compute([f"_{name}_" for name in self.names], {**cotangents, **self._tangents(v)})
+        )
+
+    @property
+    def model_outputs(self) -> list[str]:
+        """The names of all outputs of the model."""
+        return list(self.model._outputs)
+
+    def ingredients(self) -> dict[str, Any]:
+        """The nodes of the model with their constants, besides what all problems have."""
+        nodes = [
+            [node.name, {name: x._value for name, x in node.varin.items() if isinstance(x, Literal)}]
+            for node in self.model
+        ]
+        return {**super().ingredients(), "model": nodes, "given": self.given}
+
+
+def find_space(model: Model, names: Iterable[str], single: bool) -> VectorSpace:
+    """The space of the values of some inputs, from where the model says that they live."""
+    _, comm, fields = find_talk(model)
+    spaces: dict[str, VectorSpace] = {}
+    for name in names:
+        place = model.placed.get(name)
+        if place is not None and place.kind in ("replicated", "partitioned"):
+            spaces[name] = (
+                VectorSpace(comm=place.comm) if place.kind == "replicated" else MPIVectorSpace(place.comm)
+            )
+        elif name in fields:
+            spaces[name] = MPIVectorSpace(world() if comm is None else comm)
+        elif many_ranks():
+            raise ValueError(
+                f"where the input {name!r} lives on many ranks is not known; say so, m.input({name!r}, "
+                "placement='replicated') or 'partitioned', or give the space, vs=..."
+            )
+        else:
+            spaces[name] = LocalSpace()
+    return spaces[next(iter(spaces))] if single else ProductSpace(spaces)

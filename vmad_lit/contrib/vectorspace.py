@@ -540,3 +540,44 @@ def _like(vector: Vector, parts: list[Any]) -> Vector:
     if isinstance(vector, dict):
         return type(vector)(zip(vector, parts, strict=True))
     return type(vector)._make(parts) if hasattr(vector, "_make") else type(vector)(parts)
+
+
+class MPIVectorSpace(FieldSpace):
+    """Arrays of which each rank of `comm` holds a part, and pmesh fields.
+
+    Unknowns that every rank knows in full (replicated ones) are not of this space: their inner product must
+    not be summed over the ranks. Their space is ``VectorSpace(comm=comm)``.
+    """
+
+    comm: Communicator
+
+    def __init__(self, comm: Communicator) -> None:
+        super().__init__(comm=comm)
+
+    def dot(self, a: Vector, b: Vector) -> float:
+        """The inner product, summed over all ranks."""
+        if is_field(a) or is_field(b):
+            return super().dot(a, b)
+        product = real_inner_product(a, b)
+        count_object(self.comm, product)
+        return self.comm.allreduce(product)
+
+    def normal(self, like: Vector, seed: int, purpose: Purpose = "normal") -> Vector:
+        """Independent standard normal numbers: of the whole, this rank's part. Collective."""
+        if is_field(like):
+            return super().normal(like, seed, purpose)
+        rows = len(like) if np.ndim(like) else 1
+        count_object(self.comm, rows)
+        before = sum(self.comm.allgather(rows)[: self.comm.rank])
+        dtype = np.result_type(like, np.float32)
+        first = before * math.prod(np.shape(like)[1:])
+        numbers = self._normal_numbers(np.shape(like), dtype, first, seed, purpose)
+        return numbers if isinstance(like, np.ndarray) else numbers[()].item()
+
+
+class LocalSpace(FieldSpace):
+    """Numbers, arrays and fields of a program that runs in one process."""
+
+    def dot(self, a: Vector, b: Vector) -> float:
+        """The inner product of fields, or of arrays."""
+        return super().dot(a, b) if is_field(a) else real_inner_product(a, b)
