@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m benchmarks [--json PATH] [engine fft kernels limits memory nbody samplers sampling calibration] [options of the benchmark]`."""
+"""Run the benchmarks: `python -m benchmarks [--json PATH] [engine fft kernels limits memory nbody reconstruction samplers sampling calibration] [options of the benchmark]`."""
 
 import argparse
 import importlib
@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 
-ALL = "engine", "fft", "kernels", "limits", "memory", "nbody", "samplers"
+ALL = "engine", "fft", "kernels", "limits", "memory", "nbody", "reconstruction", "samplers"
 LONG = "sampling", "calibration"  # hours, and a peer; only if they are asked for
 
 
