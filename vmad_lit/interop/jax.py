@@ -1,0 +1,197 @@
+"""JAX: its functions as operators, and our models as its functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vmad_lit.core.error import BadArgument, did_you_mean, needed_for
+from vmad_lit.core.operator import Operator
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.interop.foreign import Arrays, Foreign, MaybeArrays, Others, name_of, operator_of, read_signature
+from vmad_lit.interop.trees import Leaves, Trees
+
+
+def double_precision(arrays: Iterable[Any]) -> AbstractContextManager[Any]:
+    """A context in which JAX computes in double precision if one of the arrays is of it; else it is left as it is set."""
+    import jax
+
+    if not any(array is not None and array.dtype.char in "dD" for array in arrays):
+        return nullcontext()
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64
+
+    return enable_x64(True)
+
+
+def conjugated(arrays: Iterable[Any]) -> list[Any]:
+    """Cotangents in the other convention: JAX's pair with tangents as ``Re sum _x dx``, ours as ``Re sum conj(_x) dx``."""
+    return [None if a is None else a.conj() if a.dtype.kind == "c" else a for a in arrays]
+
+
+class Fixed(NamedTuple):
+    """What a compiled function has been compiled for, besides shapes: hyper-parameters, and whether there are forward derivatives."""
+
+    others: tuple[tuple[str, Any], ...]
+    both_ways: bool
+
+
+class JaxFunction(Foreign):
+    """A function of JAX, with its derivatives, compiled once for each shape."""
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        ain: Sequence[str],
+        aout: Sequence[str],
+        trees: Trees,
+    ) -> None:
+        super().__init__()
+        import jax
+
+        self.f, self.arguments, self.aout, self.trees = f, ain, aout, trees
+        self.ain = trees.inputs(ain)
+        self.replicated = trees.inputs(list(trees))
+        self.name, self.__doc__ = name_of(f), f.__doc__
+        self.both_ways = True  # until a function turns out to have no forward derivatives
+        compiled = [jax.jit(function, static_argnums=0) for function in (self.run, self.run_pull, self.run_push, self.run_bend)]
+        self.compiled = dict(zip(("value", "pull", "push", "bend"), compiled))
+
+    def run(self, fixed: Fixed, arrays: Any, x: Sequence[Any]) -> tuple[Any, ...]:
+        """The results, as JAX traces them."""
+        given = self.trees.arguments(self.arguments, dict(zip(self.ain, x)))
+        y = self.f(**given, **dict(fixed.others), **arrays)
+        if isinstance(y, dict):
+            y = [y.get(name) for name in self.aout]
+        several = tuple(y) if isinstance(y, (tuple, list)) else (y,)
+        if len(several) != len(self.aout) or not all(hasattr(part, "dtype") for part in several):
+            found = ", ".join(type(part).__name__ for part in several)
+            raise TypeError(f"{self.name} has to return arrays for {', '.join(self.aout)}, and returned {found}")
+        return several
+
+    def run_pull(self, fixed: Fixed, arrays: Any, x: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+        """The cotangents of the arguments, in JAX's convention."""
+        import jax
+
+        y, back = jax.vjp(lambda *x: self.run(fixed, arrays, x), *x)
+        return back(tuple(as_derivative(c, part) for c, part in zip(cotangents, y)))
+
+    def run_push(self, fixed: Fixed, arrays: Any, x: Sequence[Any], tangents: Sequence[Any]) -> Any:
+        """The tangents of the results."""
+        import jax
+
+        tangents = tuple(as_derivative(t, part) for t, part in zip(tangents, x))
+        if fixed.both_ways:
+            return jax.jvp(lambda *x: self.run(fixed, arrays, x), tuple(x), tangents)[1]
+        y = jax.eval_shape(lambda *x: self.run(fixed, arrays, x), *x)
+        zeros = [jax.numpy.zeros(part.shape, part.dtype) for part in y]
+        return jax.vjp(lambda *c: self.run_pull(fixed, arrays, x, c), *zeros)[1](tangents)
+
+    def run_bend(self, fixed: Fixed, arrays: Any, x: Sequence[Any], cotangents: Any, tangents: Any) -> Any:
+        """The derivative of `run_pull` along tangents."""
+        import jax
+
+        tangents = tuple(as_derivative(t, part) for t, part in zip(tangents, x))
+        pull = lambda *x: self.run_pull(fixed, arrays, x, cotangents)  # noqa: E731
+        if fixed.both_ways:
+            return jax.jvp(pull, tuple(x), tangents)[1]
+        return jax.vjp(pull, *x)[1](tangents)
+
+    def call(self, kind: str, x: Arrays, others: Others, *derivatives: Sequence[Any]) -> Arrays:
+        """Call a compiled function. What it returns is read-only, and shares its memory with nobody."""
+        arrays = {name: value for name, value in others.items() if hasattr(value, "dtype")}
+        fixed = Fixed(tuple((name, value) for name, value in others.items() if name not in arrays), self.both_ways)
+        try:
+            hash(fixed)
+        except TypeError:
+            raise TypeError(f"a hyper-parameter of {self.name} is neither an array nor hashable: {fixed.others!r}") from None
+        with double_precision(x):
+            results = self.compiled[kind](fixed, arrays, tuple(x), *map(tuple, derivatives))
+            return [np.asarray(array) for array in results]
+
+    def value(self, x: Arrays, others: Others) -> Arrays:
+        """The results."""
+        return self.call("value", x, others)
+
+    def pull(self, x: Arrays, others: Others, cotangents: MaybeArrays) -> Arrays:
+        """The cotangents of the arguments."""
+        return conjugated(self.call("pull", x, others, conjugated(cotangents)))
+
+    def push(self, x: Arrays, others: Others, tangents: MaybeArrays) -> Arrays:
+        """The tangents of the results."""
+        return self.forwards("push", x, others, tangents)
+
+    def bend(self, x: Arrays, others: Others, cotangents: MaybeArrays, tangents: MaybeArrays) -> Arrays:
+        """The derivative of `pull` along tangents."""
+        return conjugated(self.forwards("bend", x, others, conjugated(cotangents), tangents))
+
+    def forwards(self, kind: str, x: Arrays, others: Others, *derivatives: Sequence[Any]) -> Arrays:
+        """Call a function that has forward derivatives, or find another way if it has none."""
+        try:
+            return self.call(kind, x, others, *derivatives)
+        except TypeError as error:
+            if not self.both_ways or "custom_vjp" not in str(error):
+                raise
+        self.both_ways = False
+        return self.call(kind, x, others, *derivatives)
+
+
+def as_derivative(derivative: Any, value: Any) -> Any:
+    """A tangent or cotangent of the type of its value, zeros for None."""
+    import jax.numpy as jnp
+
+    return jnp.zeros_like(value) if derivative is None else derivative.astype(value.dtype)
+
+
+def from_jax(
+    f: Callable[..., Any],
+    signature: str | None = None,
+    like: Mapping[str, Any] | None = None,
+    parameters: str = "flat",
+) -> Operator:
+    """An operator of a function of JAX arrays, with first derivatives in both modes and second ones.
+
+    Parameters
+    ----------
+    f :
+        function that JAX can trace, of arrays and of trees of arrays, that returns an array, or a tuple or
+        dictionary of them.
+    signature : str
+        names of the arguments that have derivatives, and of the results, ``"x, params -> y"``. What is left of the
+        parameters of f are hyper-parameters: arrays, or hashable values. By default all parameters without a
+        default, and ``y``.
+    like : dict
+        for each argument that is a tree (nested dictionaries, lists, tuples of arrays), one that looks like it.
+    parameters : str
+        "flat" if such a tree is one flat array, "named" if each of its arrays is an argument of the operator,
+        named by its path.
+
+    Returns
+    -------
+    Operator
+        Its `flatten(tree)` makes the value of a tree (or dictionary of values), `unflatten` the tree. Values keep
+        their precision. Fields are taken point by point, trees are the same on all ranks.
+    """
+    with needed_for("from_jax", extra="interop"):
+        import jax
+
+    ain, aout, hyper = read_signature(f, signature)
+    trees = Trees()
+    for name, tree in (like or {}).items():
+        if name not in ain:
+            raise BadArgument(f"{name_of(f)} has no argument '{name}'" + did_you_mean(name, ain))
+        pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
+        paths = ["_".join(map(word, path)) for path, _ in pairs]
+        make = partial(jax.tree_util.tree_unflatten, structure)
+        trees[name] = Leaves(name, paths, tree, jax.tree_util.tree_leaves, make, parameters)
+    return operator_of(JaxFunction(f, ain, aout, trees), hyper, helpers=trees.helpers())
+
+
+def word(key: Any) -> str:
+    """One step of the path to an array in a tree of JAX."""
+    return str(next(getattr(key, name) for name in ("key", "idx", "name", "__class__") if hasattr(key, name)))
