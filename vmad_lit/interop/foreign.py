@@ -139,21 +139,14 @@ class Dressed:
                 )
         return {name: like(self.field, array) for name, array in zip(names, arrays)}
 
-    def weights(self) -> Any:
-        """What the inner product gives to the numbers of a field of half-stored modes; None if all count once."""
-        if self.field is None or bare("a field", self.field).dtype.kind != "c":
-            return None
-        ones = like(self.field, np.ones_like(bare("a field", self.field)))
-        return value_type(ones).weighted_parts(ones)[0].real
-
     def weighted(self, cotangents: MaybeArrays) -> MaybeArrays:
         """Cotangents of results, as those of plain arrays would be."""
-        w = self.weights()
+        w = None if self.field is None else weights_of(self.field)
         return cotangents if w is None else [None if a is None else a * w for a in cotangents]
 
     def derivatives(self, arrays: Arrays) -> list[Value]:
         """Cotangents of plain arrays as those of the values, each of the type of its value."""
-        w = self.weights()
+        w = None if self.field is None else weights_of(self.field)
         return [
             like(x, a if w is None else a / w) if spread else a[()] if a.ndim == 0 else a
             for x, spread, a in zip(self.values, self.spread, arrays)
@@ -177,6 +170,15 @@ def like(field: Value, array: Array) -> Value:
     """A field like another one, with these numbers."""
     apart: Any = value_type(field).take_apart(field)
     return apart[0]([array])
+
+
+def weights_of(x: Value) -> Any:
+    """What the inner product gives to the numbers of a field of half-stored modes; None where all count once."""
+    array = bare("a field", x)
+    if array.dtype.kind != "c" or value_type(x).whole(x) is None:
+        return None
+    ones = like(x, np.ones_like(array))
+    return value_type(x).weighted_parts(ones)[0].real
 
 
 def bare_derivatives(dressed: Dressed, values: Iterable[Value]) -> MaybeArrays:

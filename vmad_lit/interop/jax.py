@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from vmad_lit.core.error import BadArgument, did_you_mean, needed_for
 from vmad_lit.core.operator import Operator
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.interop.foreign import Arrays, Foreign, MaybeArrays, Others, name_of, operator_of, read_signature
+from vmad_lit.interop.host import Host, host_of
 from vmad_lit.interop.trees import Leaves, Trees
 
 
@@ -195,3 +197,108 @@ def from_jax(
 def word(key: Any) -> str:
     """One step of the path to an array in a tree of JAX."""
     return str(next(getattr(key, name) for name in ("key", "idx", "name", "__class__") if hasattr(key, name)))
+
+
+def to_jax(
+    subject: Any,
+    like: Any,
+    inputs: Collection[str] | None = None,
+    outputs: Collection[str] | None = None,
+    gather: bool = True,
+) -> Callable[..., Any]:
+    """A function of JAX of a model, an operator, or the objective of a problem of ours.
+
+    It can be compiled, mapped, and differentiated in reverse mode, twice (``jax.jacrev(jax.jacrev(f))``): JAX calls us
+    back for values and derivatives.
+
+    Parameters
+    ----------
+    subject :
+        a problem, a model, or an operator.
+    like :
+        of a problem, the vector to begin with; of others a dictionary with a value of the right shape and type for
+        each input, and values of hyper-parameters. What are fields among them are given by JAX as this rank's array.
+    inputs, outputs :
+        names of the inputs that become arguments (the others stay as in `like`), by default all that can vary, and of the
+        outputs; of a model or an operator.
+    gather :
+        of a problem on many ranks, whether each rank has the whole flat array, see
+        :class:`~vmad_lit.contrib.optimize.FlatProblem`, which is the attribute `flat` of the function.
+
+    Returns
+    -------
+    function
+        of arrays, by position or by name, that returns an array, or a tuple if there are several outputs. In double
+        precision only where JAX is told so (``jax.config.update("jax_enable_x64", True)``); else it warns.
+        On many ranks all have to call it, and one at a time.
+    """
+    with needed_for("to_jax", extra="interop"):
+        import jax
+
+    host = host_of(subject, like, inputs, outputs, gather)
+    doubles = any(array.dtype.char in "dD" for array in (*host.inputs, *host.outputs))
+    if doubles and not jax.config.jax_enable_x64:
+        warnings.warn(
+            'JAX rounds to single precision, and this is a model in double: jax.config.update("jax_enable_x64", True) '
+            "at the start of the program keeps it",
+            stacklevel=2,
+        )
+    return with_derivatives(host)
+
+
+def with_derivatives(host: Host) -> Callable[..., Any]:
+    """A function of JAX that calls a host for its value and its derivatives."""
+    import jax
+
+    def ask(kind: str, looks: Arrays, *lists: Any) -> tuple[Any, ...]:
+        """A node of JAX that calls the host, and what it returns: arrays that look like these."""
+        dtypes = [jax.dtypes.canonicalize_dtype(array.dtype) for array in looks]
+        shapes = tuple(jax.ShapeDtypeStruct(array.shape, dtype) for array, dtype in zip(looks, dtypes))
+
+        def call(*lists: Any) -> tuple[Array, ...]:
+            return tuple(np.asarray(a, dtype) for a, dtype in zip(host.ask(kind, *lists), dtypes))
+
+        return jax.pure_callback(call, shapes, *lists, vmap_method="sequential")
+
+    # <<Declare the function and its derivative>>
+    @jax.custom_vjp
+    def function(x: Any) -> Any:
+        return ask("value", host.outputs, x)
+
+    @jax.custom_vjp
+    def recorded(x: Any) -> Any:
+        return ask("forward", host.outputs, x)
+
+    def forward(x: Any) -> Any:
+        return recorded(x), x
+
+    def backward(x: Any, cotangents: Any) -> Any:
+        return (pull(x, tuple(conjugated(cotangents))),)
+
+    # <<Differentiate the derivative>>
+    @jax.custom_vjp
+    def pull(x: Any, cotangents: Any) -> Any:
+        return tuple(conjugated(ask("pull", host.inputs, x, cotangents)))
+
+    def pull_forward(x: Any, cotangents: Any) -> Any:
+        return pull(x, cotangents), (x, cotangents)
+
+    def pull_backward(kept: Any, tangents: Any) -> Any:
+        x, cotangents = kept
+        bent = ask("bend", host.inputs, x, cotangents, tangents)
+        return tuple(conjugated(bent)), tuple(conjugated(ask("push", host.outputs, x, tangents)))
+
+    function.defvjp(forward, backward)
+    recorded.defvjp(forward, backward)
+    pull.defvjp(pull_forward, pull_backward)
+
+    # <<Take arguments by position and by name>>
+    def call(*args: Any, **kwargs: Any) -> Any:
+        x = [jax.numpy.asarray(a) for a in host.arrange(args, kwargs)]
+        host.check([a.shape for a in x])
+        kinds = [jax.dtypes.canonicalize_dtype(array.dtype) for array in host.inputs]
+        y = function(tuple(a.astype(kind) for a, kind in zip(x, kinds)))
+        return y[0] if len(y) == 1 else y
+
+    call.host, call.flat = host, getattr(host, "flat", None)  # type: ignore[attr-defined]
+    return call
