@@ -14,7 +14,16 @@ from vmad_lit.core.placement import Placement, Site
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import raise_together
 from vmad_lit.core.traffic import count_object
-from vmad_lit.interop.foreign import Arrays, Foreign, MaybeArrays, Others, name_of, operator_of, read_signature
+from vmad_lit.interop.foreign import (
+    Arrays,
+    Foreign,
+    MaybeArrays,
+    Others,
+    by_name,
+    name_of,
+    operator_of,
+    read_signature,
+)
 
 
 class NotSmooth(UserWarning):
@@ -38,6 +47,11 @@ def in_form(flat: Array, forms: Iterable[Array]) -> Arrays:
     return arrays
 
 
+def filled(derivatives: MaybeArrays, like: Arrays) -> Arrays:
+    """Derivatives with zeros in the place of None, of the types of their values."""
+    return [np.zeros_like(a) if d is None else d.astype(a.dtype) for d, a in zip(derivatives, like)]
+
+
 class Differences(Foreign):
     """A function and its Jacobian matrix by finite differences. That of the latest point is kept."""
 
@@ -52,54 +66,64 @@ class Differences(Foreign):
         comm: Any = None,
     ) -> None:
         super().__init__()
-        self.f, self.ain, self.aout = f, ain, aout
+        self.f, self.ain, self.aout = by_name(f), ain, aout
         self.name, self.__doc__ = name_of(f), f.__doc__
         self.order, self.accuracy, self.scale, self.comm = order, accuracy, scale, comm
         self.calls = 0
         self.latest: Any = None
 
-    def value(self, x: Arrays, others: Others) -> Arrays:
-        """The results, as arrays."""
-        self.calls += 1
-        y = self.f(**{name: a.copy()[()] for name, a in zip(self.ain, x)}, **others)
-        arrays = [np.asarray(part) for part in (y if isinstance(y, (tuple, list)) and len(self.aout) > 1 else [y])]
-        kinds = [array.dtype.kind for array in arrays]
-        if len(arrays) != len(self.aout) or not set(kinds) <= set("iufc"):
-            found = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
-            raise TypeError(f"{self.name} has to return numbers for {', '.join(self.aout)}, and returned {found}")
-        return [array if array.dtype.kind in "fc" else array.astype(float) for array in arrays]
+    def pull(self, x: Arrays, others: Others, cotangents: MaybeArrays) -> Arrays:
+        """The Jacobian times cotangents."""
+        y, rows = self.jacobian(x, others)
+        return in_form(rows @ reals(filled(cotangents, y)), x)
+
+    def push(self, x: Arrays, others: Others, tangents: MaybeArrays) -> Arrays:
+        """Tangents times the Jacobian."""
+        y, rows = self.jacobian(x, others)
+        return in_form(reals(filled(tangents, x)) @ rows, y)
 
     def jacobian(self, x: Arrays, others: Others) -> tuple[Arrays, Array]:
         """The results, and the derivatives of all of them with respect to each real number of x, as rows."""
-        key = repr([(a.shape, a.dtype.str, a.tobytes()) for a in x]), repr(others)
+        key = [(a.shape, a.dtype, a.tobytes()) for a in x], repr(others)
         if self.latest is None or self.latest[0] != key:
             self.latest = key, self.measure(x, others)
         return self.latest[1]
 
+    def value(self, x: Arrays, others: Others) -> Arrays:
+        """The results, as arrays."""
+        self.calls += 1
+        y = self.f(**{name: a.copy()[()] for name, a in zip(self.ain, x)}, **others)
+        several = y if isinstance(y, (tuple, list)) and len(self.aout) > 1 else [y]
+        arrays = [np.asarray(part) for part in several]
+        if len(arrays) != len(self.aout) or not {array.dtype.kind for array in arrays} <= set("iufc"):
+            found = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
+            raise TypeError(
+                f"{self.name} has to return numbers for {', '.join(self.aout)}, and returned {found}"
+            )
+        return [array if array.dtype.kind in "fc" else array.astype(float) for array in arrays]
+
     def measure(self, x: Arrays, others: Others) -> tuple[Arrays, Array]:
         """What `jacobian` returns, computed."""
-        y = self.value(x, others)
+        y, again = self.value(x, others), reals(self.value(x, others))
         accuracy = self.accuracy or max(float(np.finfo(a.dtype).eps) for a in (*x, *y))
-        # <<Call again, and compare>>
-        again = reals(self.value(x, others))
-        difference = float(np.max(abs(again - reals(y)), initial=0.0))
-        # <<Measure the rows of this rank>>
+        differ = float(np.max(abs(again - reals(y)), initial=0.0))
         n, comm = reals(x).size, self.comm
         rows, doubts, error = np.zeros((n, again.size)), np.zeros(n), None
+        # Measure the rows of this rank
         try:
-            if difference > 10 * accuracy * np.max(abs(again), initial=0.0):
+            if differ > 10 * accuracy * np.max(abs(again), initial=0.0):
                 raise ValueError(
-                    f"{self.name} returns other results for the same arguments, by {difference:.1e}; if that is all that "
+                    f"{self.name} returns other results for the same arguments, by {differ:.1e}; if that is all that "
                     "can be had, give its relative size as accuracy="
                 )
             for i in range(n) if comm is None else range(comm.rank, n, comm.size):
                 rows[i], doubts[i] = self.slope(x, others, i, accuracy)
         except Exception as e:
             error = e
-        # <<Put them together>>
+        # Put the rows of all ranks together
         raise_together(comm, error)
         if comm is not None and comm.size > 1:
-            count_object(comm, rows)
+            count_object(comm, (rows, doubts))
             rows, doubts = (np.sum(parts, axis=0) for parts in zip(*comm.allgather((rows, doubts))))
         self.tell(doubts)
         return y, rows
@@ -107,10 +131,10 @@ class Differences(Foreign):
     def slope(self, x: Arrays, others: Others, i: int, accuracy: float) -> tuple[Array, float]:
         """The derivatives with respect to number i, and by how much two steps differ about them, relatively."""
         flat = reals(x)
-        size = self.scale or abs(flat[i]) or 1.0
-        h = size * accuracy ** (1 / (self.order + 1))
+        h = (self.scale or abs(flat[i]) or 1.0) * accuracy ** (1 / (self.order + 1))
 
-        def difference(h: float) -> tuple[Array, Array]:
+        # Take a central difference
+        def difference(h: float) -> tuple[Array, Any]:
             ends = []
             for moved in flat[i] + h, flat[i] - h:
                 there = flat.copy()
@@ -134,33 +158,20 @@ class Differences(Foreign):
         if doubts.size and doubts[worst] > 0.01:
             warnings.warn(
                 f"the derivative of {self.name} with respect to number {worst} of its arguments differs by "
-                f"{100 * doubts[worst]:.2g} % between two steps: a kink or a jump is near, or its results are noisy (then give "
-                "accuracy=), or the steps are of a wrong size (then give scale=)",
+                f"{100 * doubts[worst]:.2g} % between two steps: a kink or a jump is near, or its results are noisy "
+                "(then give accuracy=), or the steps are of a wrong size (then give scale=)",
                 NotSmooth,
                 stacklevel=2,
             )
-
-    def pull(self, x: Arrays, others: Others, cotangents: MaybeArrays) -> Arrays:
-        """The Jacobian times cotangents."""
-        y, rows = self.jacobian(x, others)
-        return in_form(rows @ reals(filled(cotangents, y)), x)
-
-    def push(self, x: Arrays, others: Others, tangents: MaybeArrays) -> Arrays:
-        """Tangents times the Jacobian."""
-        y, rows = self.jacobian(x, others)
-        return in_form(reals(filled(tangents, x)) @ rows, y)
 
     def where(self, site: Site) -> Placement | None:
         """On all ranks the same."""
         for name, place in site.given.items():
             if isinstance(place, Placement) and place.kind == "partitioned":
-                site.refuse(f"'{name}' is spread over ranks, and {self.name} is differentiated by one number at a time")
+                site.refuse(
+                    f"'{name}' is spread over ranks, and {self.name} is differentiated number by number"
+                )
         return super().where(site)
-
-
-def filled(derivatives: MaybeArrays, like: Arrays) -> Arrays:
-    """Derivatives with zeros in the place of None, complex where the values are."""
-    return [np.zeros_like(a) if d is None else d.astype(a.dtype) for d, a in zip(derivatives, like)]
 
 
 def black_box(
@@ -176,36 +187,31 @@ def black_box(
 
     Parameters
     ----------
-    f :
-        function of numbers or NumPy arrays that returns one, or a tuple of them. Its results must follow from
-        its arguments, smoothly.
-    signature : str
-        names of the arguments that have derivatives, and of the results, ``"x, y -> z"``; what is left of the
+    f : function of numbers or NumPy arrays that returns one, or a tuple of them, and depends on nothing else.
+    signature : names of the arguments that have derivatives, and of the results, ``"x, y -> z"``. What is left of the
         parameters of f are hyper-parameters. By default all parameters without a default, and ``y``.
-    order :
-        4 for four calls of f for each real number among the arguments (Richardson's extrapolation, which
-        also notices what is not smooth), 2 for two (central differences).
-    accuracy :
-        the relative error of what f returns; by default that of its floating-point type. Steps follow from it.
-    scale :
-        the size of the arguments, of which a step is a fraction; by default that of each number itself.
-    comm :
-        the communicator over whose ranks the calls are dealt out, for a function that does not communicate.
-    collective :
-        whether f itself talks to other ranks, so that all have to call it together.
+    order : 4 for four calls of f for each real number among the arguments (Richardson's extrapolation, which also
+        notices what is not smooth), 2 for two (central differences).
+    accuracy : the relative error of what f returns; by default that of its type. Steps follow from it.
+    scale : the size of the arguments, of which a step is a fraction; by default that of each number itself.
+    comm : communicator over whose ranks the calls are dealt out, for an f that does not communicate.
+    collective : whether f itself talks to other ranks, so that all have to call it together.
 
     Returns
     -------
     Operator
-        The arguments and results are replicated. There are no second derivatives. Derivatives raise ValueError
-        if f returns something else for the same arguments, and warn :class:`NotSmooth`.
+        Arguments and results are replicated. There are no second derivatives. Derivatives raise ValueError if f
+        returns something else for the same arguments, and warn :class:`NotSmooth`.
     """
+    # Check the options of a black box
     one_of("order", order, (2, 4))
     for name, value in ("accuracy", accuracy), ("scale", scale):
         if value is not None:
             real_number(name, value, above=0)
     if comm is not None and collective:
-        raise ValueError("a function that is collective is called by all ranks; its calls cannot be dealt out over comm")
+        raise ValueError(
+            "the calls of a function that is collective cannot be dealt out over the ranks of comm"
+        )
     ain, aout, hyper = read_signature(f, signature)
     differences = Differences(f, ain, aout, order, accuracy, scale, comm)
     return operator_of(differences, hyper, second=False, collective=collective or comm is not None)

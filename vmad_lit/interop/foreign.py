@@ -1,7 +1,7 @@
 """Functions of other libraries as operators: what they have in common.
 
-Arguments and results are given to such a function as lists of plain arrays, and derivatives are asked for in the same way. What
-a value of a model is besides its array, such as a field on a mesh, is taken off before and put on again afterwards.
+Arguments and results are given to such a function as lists of plain arrays, and derivatives are asked for in the same
+way. What a value of a model is besides its array, such as a field on a mesh, is taken off before and put on again afterwards.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class Foreign:
 
     Attributes
     ----------
+    name : str
     ain, aout : list of str
         The names of the arguments that have derivatives, and of the results.
-    replicated : collection of str
+    replicated : list of str
         Arguments that are the same on all ranks wherever the others live: parameters.
     """
 
@@ -45,6 +46,7 @@ class Foreign:
     def __init__(self) -> None:
         self.seen: set[Any] = set()  # shapes of fields at which it was looked at
 
+    # What is asked of a foreign function
     def value(self, x: Arrays, others: Others) -> Arrays:
         """The results."""
         raise NotImplementedError
@@ -61,6 +63,7 @@ class Foreign:
         """The derivative of `pull` along tangents of the arguments."""
         raise NotImplementedError
 
+    # Say where the results live
     def where(self, site: Site) -> Placement | None:
         """Where the results live: where the arguments do. Beside these, parameters are the same on all ranks."""
         spread = [place for place in site.placed if place.kind == "partitioned"]
@@ -71,11 +74,6 @@ class Foreign:
         return elementwise(site)
 
 
-def names_of(spec: str | Iterable[str]) -> list[str]:
-    """Names from a list, or from a string with commas."""
-    return [name.strip() for name in spec.split(",")] if isinstance(spec, str) else list(spec)
-
-
 def read_signature(
     function: Callable[..., Any], signature: str | None
 ) -> tuple[list[str], list[str], dict[str, inspect.Parameter]]:
@@ -84,29 +82,73 @@ def read_signature(
     The `signature` is of the form ``"x, params -> y"``; without it all parameters that have no default are
     arguments, and the result is ``y``.
     """
+    # Ask the function for its parameters
     try:
         parameters = dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        raise BadArgument(f"{function!r} does not tell its parameters; wrap it into a function that does") from None
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        raise BadArgument(
+            f"{function!r} does not tell its parameters; wrap it into a def that names them"
+        ) from None
+    if isinstance(function, np.ufunc):
+        parameters = {name: p for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY}
+    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     fixed = {name: p for name, p in parameters.items() if p.kind not in variable}
     left, arrow, right = ("", "", "y") if signature is None else signature.partition("->")
-    if signature is not None and not (arrow and left.strip() and right.strip()):
+    if signature is not None and not (left.strip() and right.strip()):
         raise BadArgument(f'a signature looks like "x, y -> z", not {signature!r}')
-    given = [name for name, p in fixed.items() if p.default is p.empty]
-    ain = names_of(left) if arrow else given
+    ain = names_of(left) if arrow else [name for name, p in fixed.items() if p.default is p.empty]
     for name in ain:
         if name not in parameters and len(fixed) == len(parameters):
-            raise BadArgument(f"{name_of(function)} has no parameter {name!r}; it has {', '.join(parameters)}")
+            raise BadArgument(
+                f"{name_of(function)} has no parameter {name!r}; it has {', '.join(parameters)}"
+            )
     # One without a default comes first
     hyper = sorted((p for p in fixed.values() if p.name not in ain), key=lambda p: p.default is not p.empty)
     return ain, names_of(right), {p.name: p for p in hyper}
 
 
+def by_name(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which takes all its arguments by name."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return function
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+
+    def call(**given: Any) -> Any:
+        return function(*[given.pop(name) for name in positional if name in given], **given)
+
+    return call if positional else function
+
+
+def names_of(spec: str | Iterable[str]) -> list[str]:
+    """Names from a list, or from a string with commas."""
+    return [name.strip() for name in spec.split(",")] if isinstance(spec, str) else list(spec)
+
+
 def name_of(function: Any) -> str:
     """What a function, or a module, is called."""
-    name = getattr(function, "__name__", type(function).__name__)
+    name = str(getattr(function, "__name__", type(function).__name__))
     return name if name.isidentifier() else "function"
+
+
+def bare(name: str, x: Value) -> Array:
+    """The array of numbers of a value, floating-point or complex."""
+    apart = None if isinstance(x, (list, tuple)) else value_type(x).take_apart(x)
+    if apart is not None and len(apart[1]) == 1:
+        x = apart[1][0]
+    elif apart is not None or not isinstance(x, (int, float, complex, np.ndarray, np.generic)):
+        raise TypeError(f"{name} has to be a number, an array or a field, not a {type(x).__name__}")
+    array = np.asarray(x)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"{name} has to be an array of numbers, not of {array.dtype}")
+    return array if array.dtype.kind in "fc" else array.astype(float)
+
+
+def like(field: Value, array: Array) -> Value:
+    """A field like another one, with these numbers."""
+    apart: Any = value_type(field).take_apart(field)
+    return apart[0]([array])
 
 
 class Dressed:
@@ -115,7 +157,7 @@ class Dressed:
     Attributes
     ----------
     arrays : list of array
-        The numbers of each value, in single precision at least.
+        The numbers of each value.
     field : value or None
         The first value that is partitioned and knows it: results become values like it.
     """
@@ -153,25 +195,6 @@ class Dressed:
         ]
 
 
-def bare(name: str, x: Value) -> Array:
-    """The array of numbers of a value, floating-point or complex."""
-    apart = None if isinstance(x, (list, tuple)) else value_type(x).take_apart(x)
-    if apart is not None and len(apart[1]) == 1:
-        x = apart[1][0]
-    elif apart is not None or not isinstance(x, (int, float, complex, np.ndarray, np.generic)):
-        raise TypeError(f"{name} has to be a number, an array or a field, not a {type(x).__name__}")
-    array = np.asarray(x)
-    if array.dtype.kind not in "biufc":
-        raise TypeError(f"{name} has to be an array of numbers, not of {array.dtype}")
-    return array if array.dtype.kind in "fc" else array.astype(float)
-
-
-def like(field: Value, array: Array) -> Value:
-    """A field like another one, with these numbers."""
-    apart: Any = value_type(field).take_apart(field)
-    return apart[0]([array])
-
-
 def weights_of(x: Value) -> Any:
     """What the inner product gives to the numbers of a field of half-stored modes; None where all count once."""
     array = bare("a field", x)
@@ -181,16 +204,8 @@ def weights_of(x: Value) -> Any:
     return value_type(x).weighted_parts(ones)[0].real
 
 
-def bare_derivatives(dressed: Dressed, values: Iterable[Value]) -> MaybeArrays:
-    """Tangents or cotangents as arrays; None for those that are zero."""
-    return [None if x is ZeroGradient else bare(f"a derivative of {dressed.name}", x) for x in values]
-
-
 def check_points(foreign: Foreign, x: Dressed, others: Others, y: dict[str, Value]) -> None:
-    """Raise ValueError if a function of fields mixes their points: change half of them, and look at the others.
-
-    It is looked at once for each shape.
-    """
+    """Raise ValueError if a function of fields mixes their points. It is looked at once for each shape."""
     key = tuple(array.shape for array in x.arrays)
     if x.field is None or key in foreign.seen:
         return
@@ -204,7 +219,8 @@ def check_points(foreign: Foreign, x: Dressed, others: Others, y: dict[str, Valu
     foreign.seen.add(key)
     for name, again in zip(y, foreign.value(changed, others)):
         before = bare("a field", y[name])
-        tolerance = ENOUGH * np.finfo(before.dtype).eps
+        tolerance = ENOUGH * float(np.finfo(before.dtype).eps)
+        # Complain about mixed points
         if not np.allclose(again[kept], before[kept], tolerance, tolerance, equal_nan=True):
             raise ValueError(
                 f"{foreign.name} is given fields, and its result at a point depends on other points; what mixes points, "
@@ -229,14 +245,13 @@ def operator_of(
     def meet(given: Sequence[Value]) -> tuple[Dressed, Others]:
         return Dressed(foreign.name, ain, given[:n]), dict(zip(hyper, given[n:]))
 
-    # <<Compute the results>>
+    # Compute, and pull, push and bend
     def apl(node: Any, *given: Value) -> dict[str, Value]:
         x, others = meet(given)
         y = x.results(aout, foreign.value(x.arrays, others))
         check_points(foreign, x, others, y)
         return y
 
-    # <<Ask for derivatives>>
     def vjp(node: Any, *given: Value) -> dict[str, Value]:
         x, others = meet(given[m:])
         _y = x.weighted(bare_derivatives(x, given[:m]))
@@ -255,7 +270,7 @@ def operator_of(
         _x_ = x.derivatives(foreign.bend(x.arrays, others, _y, x_))
         return dict(zip((f"_{name}_" for name in ain), _x_))
 
-    # <<Declare the class>>
+    # Declare the class
     cotangents, tangents = ["_" + name for name in aout], [name + "_" for name in ain]
     functions: dict[str, Any] = {}
     for function, names in (apl, []), (vjp, cotangents), (jvp, tangents), (hvp, cotangents + tangents):
@@ -272,4 +287,11 @@ def signature_of(names: Iterable[str], hyper: Mapping[str, inspect.Parameter]) -
     """The signature of a function of an operator: the node, names, and hyper-parameters with their defaults."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in ("node", *names)]
-    return inspect.Signature([*parameters, *(p.replace(kind=kind, annotation=p.empty) for p in hyper.values())])
+    return inspect.Signature(
+        [*parameters, *(p.replace(kind=kind, annotation=p.empty) for p in hyper.values())]
+    )
+
+
+def bare_derivatives(dressed: Dressed, values: Iterable[Value]) -> MaybeArrays:
+    """Tangents or cotangents as arrays; None for those that are zero."""
+    return [None if x is ZeroGradient else bare(f"a derivative of {dressed.name}", x) for x in values]

@@ -69,7 +69,9 @@ class Host:
         """Raise ValueError unless arrays of these shapes can be inputs."""
         for name, shape, x in zip(self.names, shapes, self.inputs):
             if tuple(shape) != x.shape:
-                raise ValueError(f"'{name}' has the shape {x.shape} in the example that was given, and not {tuple(shape)}")
+                raise ValueError(
+                    f"'{name}' has the shape {x.shape} in the example that was given, and not {tuple(shape)}"
+                )
 
     def arrange(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Arguments of a call, by position and by name, in order."""
@@ -94,7 +96,8 @@ class ModelHost(Host):
         outputs: Collection[str] | None = None,
     ) -> None:
         super().__init__()
-        self.model, given = subject if isinstance(subject, Graph) else model_of(subject, examples), dict(examples)
+        given = dict(examples)
+        self.model: Any = subject if isinstance(subject, Graph) else model_of(subject, given)
         known = list(self.model._inputs)
         self.fixed = {name: given[name] for name in known if name in given}
         missing = [name for name in known if name not in given]
@@ -108,7 +111,7 @@ class ModelHost(Host):
                 raise BadArgument(f"the model has no '{name}'" + did_you_mean(name, among))
         self.examples = [given[name] for name in self.names]
         self.inputs = [bare(f"'{name}'", x) for name, x in zip(self.names, self.examples)]
-        self.results: list[Value] = self.model.compute(self.vout, given)
+        self.results = self.model.compute(self.vout, given)
         self.outputs = [bare(f"'{name}'", y) for name, y in zip(self.vout, self.results)]
         self.tape: Any = None
         self.point: Arrays = []
@@ -186,7 +189,11 @@ def dress(example: Value, array: Any) -> Value:
 
 def undress(derivative: Value, example: Value) -> Any:
     """A derivative as an array."""
-    return np.zeros_like(bare("an example", example)) if derivative is ZeroGradient else bare("a derivative", derivative)
+    return (
+        np.zeros_like(bare("an example", example))
+        if derivative is ZeroGradient
+        else bare("a derivative", derivative)
+    )
 
 
 def weigh(x: Value, cotangent: Any) -> Any:
@@ -239,5 +246,21 @@ def host_of(
     if isinstance(subject, Problem):
         return ProblemHost(subject, examples, gather)
     if not isinstance(examples, Mapping):
-        raise TypeError(f"the examples of the inputs must be a dictionary by name, not a {type(examples).__name__}")
+        raise TypeError(
+            f"the examples of the inputs must be a dictionary by name, not a {type(examples).__name__}"
+        )
     return ModelHost(subject, examples, inputs, outputs)
+
+
+def to_scipy(problem: Problem, x0: Any) -> FlatProblem:
+    """A problem as SciPy's optimisers, and other libraries for flat arrays, want it.
+
+    ::
+
+        flat = to_scipy(problem, x0)
+        found = scipy.optimize.minimize(flat.fun, flat.x0, jac=flat.jac, hessp=flat.hessp, method="trust-ncg")
+        x = flat.solution(found.x)
+
+    On many ranks each has the whole flat array, and all have to make the same calls.
+    """
+    return FlatProblem(problem, x0)

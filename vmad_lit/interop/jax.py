@@ -13,9 +13,16 @@ import numpy as np
 from vmad_lit.core.error import BadArgument, did_you_mean, needed_for
 from vmad_lit.core.operator import Operator
 from vmad_lit.core.stdlib.operators import Array
-from vmad_lit.interop.foreign import Arrays, Foreign, MaybeArrays, Others, name_of, operator_of, read_signature
+from vmad_lit.interop.foreign import (
+    Arrays,
+    MaybeArrays,
+    Others,
+    name_of,
+    operator_of,
+    read_signature,
+)
 from vmad_lit.interop.host import Host, host_of
-from vmad_lit.interop.trees import Leaves, Trees
+from vmad_lit.interop.trees import Tree, TreeFunction
 
 
 def double_precision(arrays: Iterable[Any]) -> AbstractContextManager[Any]:
@@ -43,38 +50,21 @@ class Fixed(NamedTuple):
     both_ways: bool
 
 
-class JaxFunction(Foreign):
+class JaxFunction(TreeFunction):
     """A function of JAX, with its derivatives, compiled once for each shape."""
 
     def __init__(
-        self,
-        f: Callable[..., Any],
-        ain: Sequence[str],
-        aout: Sequence[str],
-        trees: Trees,
+        self, f: Callable[..., Any], arguments: Sequence[str], aout: Sequence[str], trees: Mapping[str, Tree]
     ) -> None:
-        super().__init__()
         import jax
 
-        self.f, self.arguments, self.aout, self.trees = f, ain, aout, trees
-        self.ain = trees.inputs(ain)
-        self.replicated = trees.inputs(list(trees))
-        self.name, self.__doc__ = name_of(f), f.__doc__
-        self.both_ways = True  # until a function turns out to have no forward derivatives
-        compiled = [jax.jit(function, static_argnums=0) for function in (self.run, self.run_pull, self.run_push, self.run_bend)]
-        self.compiled = dict(zip(("value", "pull", "push", "bend"), compiled))
+        super().__init__(f, arguments, aout, trees)
+        functions = dict(value=self.run, pull=self.run_pull, push=self.run_push, bend=self.run_bend)
+        self.compiled = {kind: jax.jit(f, static_argnums=0) for kind, f in functions.items()}
 
     def run(self, fixed: Fixed, arrays: Any, x: Sequence[Any]) -> tuple[Any, ...]:
         """The results, as JAX traces them."""
-        given = self.trees.arguments(self.arguments, dict(zip(self.ain, x)))
-        y = self.f(**given, **dict(fixed.others), **arrays)
-        if isinstance(y, dict):
-            y = [y.get(name) for name in self.aout]
-        several = tuple(y) if isinstance(y, (tuple, list)) else (y,)
-        if len(several) != len(self.aout) or not all(hasattr(part, "dtype") for part in several):
-            found = ", ".join(type(part).__name__ for part in several)
-            raise TypeError(f"{self.name} has to return arrays for {', '.join(self.aout)}, and returned {found}")
-        return several
+        return self.call(x, dict(fixed.others) | arrays)
 
     def run_pull(self, fixed: Fixed, arrays: Any, x: Sequence[Any], cotangents: Sequence[Any]) -> Any:
         """The cotangents of the arguments, in JAX's convention."""
@@ -104,25 +94,31 @@ class JaxFunction(Foreign):
             return jax.jvp(pull, tuple(x), tangents)[1]
         return jax.vjp(pull, *x)[1](tangents)
 
-    def call(self, kind: str, x: Arrays, others: Others, *derivatives: Sequence[Any]) -> Arrays:
+    def compute(self, kind: str, x: Arrays, others: Others, *derivatives: Sequence[Any]) -> Arrays:
         """Call a compiled function. What it returns is read-only, and shares its memory with nobody."""
         arrays = {name: value for name, value in others.items() if hasattr(value, "dtype")}
-        fixed = Fixed(tuple((name, value) for name, value in others.items() if name not in arrays), self.both_ways)
+        fixed = Fixed(
+            tuple((name, value) for name, value in others.items() if name not in arrays), self.both_ways
+        )
         try:
             hash(fixed)
         except TypeError:
-            raise TypeError(f"a hyper-parameter of {self.name} is neither an array nor hashable: {fixed.others!r}") from None
+            raise TypeError(
+                f"a hyper-parameter of {self.name} is neither an array nor hashable: {fixed.others!r}"
+            ) from None
         with double_precision(x):
             results = self.compiled[kind](fixed, arrays, tuple(x), *map(tuple, derivatives))
-            return [np.asarray(array) for array in results]
+            results = [np.asarray(array) for array in results]
+        # JAX may hand an argument through as a result
+        return [y.copy() if any(np.may_share_memory(y, a) for a in x) else y for y in results]
 
     def value(self, x: Arrays, others: Others) -> Arrays:
         """The results."""
-        return self.call("value", x, others)
+        return self.compute("value", x, others)
 
     def pull(self, x: Arrays, others: Others, cotangents: MaybeArrays) -> Arrays:
         """The cotangents of the arguments."""
-        return conjugated(self.call("pull", x, others, conjugated(cotangents)))
+        return conjugated(self.compute("pull", x, others, conjugated(cotangents)))
 
     def push(self, x: Arrays, others: Others, tangents: MaybeArrays) -> Arrays:
         """The tangents of the results."""
@@ -135,12 +131,12 @@ class JaxFunction(Foreign):
     def forwards(self, kind: str, x: Arrays, others: Others, *derivatives: Sequence[Any]) -> Arrays:
         """Call a function that has forward derivatives, or find another way if it has none."""
         try:
-            return self.call(kind, x, others, *derivatives)
+            return self.compute(kind, x, others, *derivatives)
         except TypeError as error:
             if not self.both_ways or "custom_vjp" not in str(error):
                 raise
         self.both_ways = False
-        return self.call(kind, x, others, *derivatives)
+        return self.compute(kind, x, others, *derivatives)
 
 
 def as_derivative(derivative: Any, value: Any) -> Any:
@@ -183,15 +179,16 @@ def from_jax(
         import jax
 
     ain, aout, hyper = read_signature(f, signature)
-    trees = Trees()
-    for name, tree in (like or {}).items():
+    trees = {}
+    for name, example in (like or {}).items():
         if name not in ain:
             raise BadArgument(f"{name_of(f)} has no argument '{name}'" + did_you_mean(name, ain))
-        pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
+        pairs, structure = jax.tree_util.tree_flatten_with_path(example)
         paths = ["_".join(map(word, path)) for path, _ in pairs]
         make = partial(jax.tree_util.tree_unflatten, structure)
-        trees[name] = Leaves(name, paths, tree, jax.tree_util.tree_leaves, make, parameters)
-    return operator_of(JaxFunction(f, ain, aout, trees), hyper, helpers=trees.helpers())
+        trees[name] = Tree(name, paths, example, jax.tree_util.tree_leaves, make, parameters)
+    function = JaxFunction(f, ain, aout, trees)
+    return operator_of(function, hyper, helpers=function.helpers())
 
 
 def word(key: Any) -> str:
@@ -260,14 +257,9 @@ def with_derivatives(host: Host) -> Callable[..., Any]:
 
         return jax.pure_callback(call, shapes, *lists, vmap_method="sequential")
 
-    # <<Declare the function and its derivative>>
-    @jax.custom_vjp
-    def function(x: Any) -> Any:
-        return ask("value", host.outputs, x)
-
-    @jax.custom_vjp
-    def recorded(x: Any) -> Any:
-        return ask("forward", host.outputs, x)
+    # <<Differentiate once>>
+    function: Any = jax.custom_vjp(lambda x: ask("value", host.outputs, x))
+    recorded: Any = jax.custom_vjp(lambda x: ask("forward", host.outputs, x))
 
     def forward(x: Any) -> Any:
         return recorded(x), x
@@ -275,21 +267,18 @@ def with_derivatives(host: Host) -> Callable[..., Any]:
     def backward(x: Any, cotangents: Any) -> Any:
         return (pull(x, tuple(conjugated(cotangents))),)
 
-    # <<Differentiate the derivative>>
-    @jax.custom_vjp
-    def pull(x: Any, cotangents: Any) -> Any:
-        return tuple(conjugated(ask("pull", host.inputs, x, cotangents)))
+    function.defvjp(forward, backward)
+    recorded.defvjp(forward, backward)
+    # <<Differentiate twice>>
+    pull: Any = jax.custom_vjp(lambda x, c: tuple(conjugated(ask("pull", host.inputs, x, c))))
 
     def pull_forward(x: Any, cotangents: Any) -> Any:
         return pull(x, cotangents), (x, cotangents)
 
     def pull_backward(kept: Any, tangents: Any) -> Any:
-        x, cotangents = kept
-        bent = ask("bend", host.inputs, x, cotangents, tangents)
-        return tuple(conjugated(bent)), tuple(conjugated(ask("push", host.outputs, x, tangents)))
+        bent, pushed = ask("bend", host.inputs, *kept, tangents), ask("push", host.outputs, kept[0], tangents)
+        return tuple(conjugated(bent)), tuple(conjugated(pushed))
 
-    function.defvjp(forward, backward)
-    recorded.defvjp(forward, backward)
     pull.defvjp(pull_forward, pull_backward)
 
     # <<Take arguments by position and by name>>

@@ -7,12 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from vmad_lit.core.error import needed_for
+from vmad_lit.core.error import BadArgument, did_you_mean, needed_for
 from vmad_lit.core.operator import Operator
 from vmad_lit.core.stdlib.operators import Array
-from vmad_lit.interop.foreign import Arrays, Foreign, MaybeArrays, Others, name_of, operator_of, read_signature
+from vmad_lit.interop.foreign import (
+    Arrays,
+    MaybeArrays,
+    Others,
+    name_of,
+    operator_of,
+    read_signature,
+)
 from vmad_lit.interop.host import host_of
-from vmad_lit.interop.trees import Leaves, Trees
+from vmad_lit.interop.trees import Tree, TreeFunction
 
 
 def to_tensor(array: Array) -> Any:
@@ -29,15 +36,8 @@ def to_array(tensor: Any, given: Sequence[Array] = ()) -> Array:
     return array.copy() if any(np.may_share_memory(array, other) for other in given) else array
 
 
-class TorchFunction(Foreign):
+class TorchFunction(TreeFunction):
     """A function of PyTorch, with its derivatives."""
-
-    def __init__(self, f: Callable[..., Any], ain: Sequence[str], aout: Sequence[str], trees: Trees) -> None:
-        super().__init__()
-        self.f, self.arguments, self.aout, self.trees = f, ain, aout, trees
-        self.ain, self.replicated = trees.inputs(ain), trees.inputs(list(trees))
-        self.name, self.__doc__ = name_of(f), f.__doc__
-        self.both_ways = True  # until a function turns out to have no forward derivatives
 
     def on(self, others: Others) -> Callable[..., tuple[Any, ...]]:
         """The function from tensors to a tuple of tensors. What goes in is brought to the widest precision among it."""
@@ -47,13 +47,7 @@ class TorchFunction(Foreign):
 
         def function(*x: Any) -> tuple[Any, ...]:
             wide = max((t.real.dtype for t in x), key=lambda dtype: torch.finfo(dtype).bits)
-            x = tuple(t.to(torch.promote_types(t.dtype, wide)) for t in x)
-            y = self.f(**self.trees.arguments(self.arguments, dict(zip(self.ain, x))), **constants)
-            several = tuple(y) if isinstance(y, (tuple, list)) else (y,)
-            if len(several) != len(self.aout) or not all(isinstance(part, torch.Tensor) for part in several):
-                found = ", ".join(type(part).__name__ for part in several)
-                raise TypeError(f"{self.name} has to return tensors for {', '.join(self.aout)}, and returned {found}")
-            return several
+            return self.call([t.to(torch.promote_types(t.dtype, wide)) for t in x], constants)
 
         return function
 
@@ -102,7 +96,9 @@ class TorchFunction(Foreign):
         transposed = lambda: torch.func.vjp(back, *map(to_tensor, x))[1](x_)  # noqa: E731
         return [to_array(_x_) for _x_ in self.forwards(back, x, x_, transposed)]
 
-    def forwards(self, function: Callable[..., Any], x: Arrays, x_: Any, transposed: Callable[[], Any]) -> Any:
+    def forwards(
+        self, function: Callable[..., Any], x: Arrays, x_: Any, transposed: Callable[[], Any]
+    ) -> Any:
         """The derivative of a function along tangents; where PyTorch has none, what stands in for it."""
         import torch
 
@@ -159,10 +155,9 @@ def from_torch(
     with needed_for("from_torch", extra="torch"):
         import torch
 
-    trees = Trees()
     if not isinstance(module, torch.nn.Module):
         ain, aout, hyper = read_signature(module, signature)
-        return operator_of(TorchFunction(module, ain, aout, trees), hyper)
+        return operator_of(TorchFunction(module, ain, aout, {}), hyper)
     ain, aout, hyper = read_signature(module.forward, signature)
     own = {name: p.detach() for name, p in module.named_parameters()}
 
@@ -172,14 +167,20 @@ def from_torch(
         cast = {name: p.to(torch.promote_types(p.dtype, first.real.dtype)) for name, p in parameters.items()}
         return torch.func.functional_call(module, cast, (), inputs)
 
+    # <<Take the parameters of a module as a tree>>
+    def take(tree: Any) -> list[Array]:
+        missing = [name for name in own if name not in tree]
+        if missing:
+            raise BadArgument(f"the parameter '{missing[0]}' is missing" + did_you_mean(missing[0], tree))
+        return [to_array(torch.as_tensor(tree[name])).copy() for name in own]
+
     run.__name__, run.__doc__ = name_of(module), type(module).__doc__
+    trees = {}
     if parameters is not None and own:
-        take = lambda tree: [np.array(to_array(tree[name]) if hasattr(tree[name], "detach") else tree[name]) for name in own]  # noqa: E731
         make = lambda arrays: dict(zip(own, arrays))  # noqa: E731
-        trees["parameters"] = Leaves("parameters", list(own), own, take, make, parameters)
-        ain = ["parameters", *ain]
-    helpers = trees.helpers() if trees else {}
-    return operator_of(TorchFunction(run, ain, aout, trees), hyper, helpers=helpers)
+        trees["parameters"] = Tree("parameters", list(own), own, take, make, parameters)
+    function = TorchFunction(run, [*trees, *ain], aout, trees)
+    return operator_of(function, hyper, helpers=function.helpers())
 
 
 def to_torch(
