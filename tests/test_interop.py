@@ -159,7 +159,7 @@ def test_a_black_box_that_communicates():
 
 
 def network(theta, x):
-    return jnp.tanh(x[..., None] * theta["a"] + theta["b"]) @ theta["c"]
+    return jnp.sin(x[..., None] * theta["a"] + theta["b"]) @ theta["c"]
 
 
 def parameters(dtype="f8", n=3):
@@ -168,7 +168,7 @@ def parameters(dtype="f8", n=3):
 
 
 @needs_jax
-@pytest.mark.parametrize("dtype", ["f8", "f4", "c16"])
+@pytest.mark.parametrize("dtype", ["f4", "c16"])
 def test_from_jax(dtype):
     def f(x, y, n=2, w=None):
         return x**n * y.sum(), {"f": jnp.sin, "c": lambda y: y * y.conj()}[y.dtype.kind](y) * (1 + 1j * x) * w
@@ -242,10 +242,9 @@ def mesh(n=6, dtype="f8", comm=COMM):
 
 @needs_jax
 @pytest.mark.collective
-@pytest.mark.parametrize("n", [2, 5])
-def test_a_network_between_fields(n):
-    """On three ranks a mesh of two points leaves one of them empty."""
-    op, pm = from_jax(network, like=dict(theta=parameters())), mesh(n)
+def test_a_network_between_fields():
+    """Slabs are uneven on two ranks, and one of them is empty on three."""
+    op, pm = from_jax(network, like=dict(theta=parameters())), mesh(2 if COMM.size == 3 else 5)
     delta = pm.generate_whitenoise(3, type="real")
     report = check(op, op.flatten(parameters()), delta, comm=COMM, replicated="theta")
     assert report.second is not None and type(report.value) is type(delta)
@@ -295,7 +294,7 @@ def test_a_network_inside_a_simulation_learns():
         pm = fastpm.ParticleMesh([8] * 3, BoxSize=8.0, comm=comm, dtype="f8")
         q = pm.generate_uniform_particle_grid(shift=0.5)
         modes = 0.3 * pm.generate_whitenoise(1, type="complex")
-        op = from_jax(lambda theta, d: jnp.exp(network(theta, d)), like=dict(theta=parameters()))
+        op = from_jax(network, like=dict(theta=parameters()))
         with Builder() as m:
             theta, k = m.input("theta", "k")
             delta = fastpm.readout(fastpm.c2r(k), q, fastpm.decompose(q, pm), "cic")
@@ -308,13 +307,16 @@ def test_a_network_inside_a_simulation_learns():
             [y], [_theta, *_] = m.compute_with_vjp(dict(theta=theta, k=modes, data=truth), dict(_y=1.0))
             return y, _theta
 
-        state = LBFGS(maxiter=6).minimize(
+        state = LBFGS(maxiter=5).minimize(
             Problem(value_and_gradient=both, vs=VectorSpace(comm=comm)), np.full(9, 0.3)
         )
-        assert state.y < 0.2 * state.history[0]["y"]
+        assert state.y < 0.25 * state.history[0]["y"]
         return [state.x, both(np.full(9, 0.3))[1]]
 
-    check_rank_invariance(fit, COMM, rtol=1e-6)
+    if COMM.size > 1:
+        check_rank_invariance(fit, COMM, rtol=1e-6)
+    else:
+        fit(COMM)
 
 
 # Our models, for others
@@ -438,7 +440,7 @@ def test_round_trips(double):
     g = to_jax(from_jax(theirs, "x, y -> a, b"), dict(x=np.ones(3), y=1.0))
     X, Y = jnp.array([0.1, 0.2, 0.3]), jnp.array(0.7)
     loss = lambda f: lambda x: sum(jnp.sum(part**3) for part in f(x, Y))
-    assert_allclose(jax.jit(jax.grad(loss(g)))(X), jax.grad(loss(theirs))(X), rtol=1e-12)
+    assert_allclose(jax.jit(jax.grad(loss(g)))(X), jax.jit(jax.grad(loss(theirs)))(X), rtol=1e-12)
 
 
 @needs_jax
@@ -449,7 +451,7 @@ def test_complex_models(double):
     f, g = to_jax(m, dict(x=np.ones(2, complex))), lambda x: x * x * x.conj() + 2 * x
     x = jnp.array([1 + 2j, 0.3 - 0.1j])
     loss = lambda f: lambda x: jnp.sum(abs(f(x)) ** 2 + (f(x) ** 2).real)
-    assert_allclose(jax.grad(loss(f))(x), jax.grad(loss(g))(x), rtol=1e-12)
+    assert_allclose(jax.jit(jax.grad(loss(f)))(x), jax.jit(jax.grad(loss(g)))(x), rtol=1e-12)
     check(from_jax(f, "x -> y"), np.array(x))
 
 
@@ -460,7 +462,7 @@ def test_a_problem_for_jax(double):
     z = jnp.asarray(f.flat.x0)
     assert_allclose(z, [-1, 2, 8])
     assert_allclose(f(z), problem.objective(np.array([-1.0, 1.0, 2.0])))
-    hessian = jax.jacrev(jax.jacrev(f))(z)
+    hessian = jax.jit(jax.jacrev(jax.jacrev(f)))(z)
     assert_allclose(hessian[0, 0], 2 + 1200 - 400)
     assert_allclose(hessian, hessian.T)
     assert_allclose(f.flat.solution(z), [-1, 1, 2])
@@ -500,10 +502,10 @@ def test_an_optimiser_of_optax_drives_a_problem_on_ranks(double):
     vs = problem.vs
     for gather in True, False:
         f = to_jax(problem, vs.scale(0.5, target), gather=gather)
-        z, rule = jnp.asarray(f.flat.x0), optax.sgd(0.3)
-        state = rule.init(z)
-        for _ in range(20):
-            change, state = rule.update(jax.grad(f)(z), state)
+        z, rule = jnp.asarray(f.flat.x0), optax.sgd(0.45)
+        state, gradient = rule.init(z), jax.jit(jax.grad(f))
+        for _ in range(12):
+            change, state = rule.update(gradient(z), state)
             z = optax.apply_updates(z, change)
         assert vs.norm(vs.addmul(f.flat.solution(z), target, -1)) < 1e-5
 

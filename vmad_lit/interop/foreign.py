@@ -216,7 +216,6 @@ def check_points(foreign: Foreign, x: Dressed, others: Others, y: dict[str, Valu
     ]
     if all(map(np.array_equal, changed, x.arrays)):
         return  # nothing to be seen here
-    foreign.seen.add(key)
     for name, again in zip(y, foreign.value(changed, others)):
         before = bare("a field", y[name])
         tolerance = ENOUGH * float(np.finfo(before.dtype).eps)
@@ -226,6 +225,7 @@ def check_points(foreign: Foreign, x: Dressed, others: Others, y: dict[str, Valu
                 f"{foreign.name} is given fields, and its result at a point depends on other points; what mixes points, "
                 "such as a mean or a convolution, needs those on other ranks too: see vmad_lit.lib.fastpm"
             )
+    foreign.seen.add(key)
 
 
 def operator_of(

@@ -38,6 +38,7 @@ class Host:
     def __init__(self) -> None:
         self.lock = RLock()
 
+    # What is asked of a host
     def value(self, x: Arrays) -> Arrays:
         """The outputs."""
         raise NotImplementedError
@@ -58,6 +59,7 @@ class Host:
         """The derivative of `pull` along tangents of the inputs."""
         raise NotImplementedError
 
+    # Take a call
     def ask(self, kind: str, *arrays: Sequence[Any]) -> Arrays:
         """Call one of these methods, with arrays of any library and precision."""
         with self.lock:
@@ -96,6 +98,7 @@ class ModelHost(Host):
         outputs: Collection[str] | None = None,
     ) -> None:
         super().__init__()
+        # Look at what was given
         given = dict(examples)
         self.model: Any = subject if isinstance(subject, Graph) else model_of(subject, given)
         known = list(self.model._inputs)
@@ -103,12 +106,14 @@ class ModelHost(Host):
         missing = [name for name in known if name not in given]
         if missing:
             raise BadArgument(f"an example is needed for '{missing[0]}'" + did_you_mean(missing[0], given))
+        # Choose inputs and outputs
         varies = [name for name in known if value_type(given[name]).varies(given[name])]
         self.names = varies if inputs is None else names_of(inputs)
         self.vout = list(self.model._outputs) if outputs is None else names_of(outputs)
         for name, among in [(n, known) for n in self.names] + [(n, self.model._outputs) for n in self.vout]:
             if name not in among:
                 raise BadArgument(f"the model has no '{name}'" + did_you_mean(name, among))
+        # Run the example
         self.examples = [given[name] for name in self.names]
         self.inputs = [bare(f"'{name}'", x) for name, x in zip(self.names, self.examples)]
         self.results = self.model.compute(self.vout, given)
@@ -116,6 +121,7 @@ class ModelHost(Host):
         self.tape: Any = None
         self.point: Arrays = []
 
+    # Run, with and without a tape
     def init(self, x: Arrays) -> dict[str, Value]:
         """The inputs of the model."""
         return {**self.fixed, **dict(zip(self.names, map(dress, self.examples, x)))}
@@ -136,6 +142,7 @@ class ModelHost(Host):
             self.forward(x)
         return self.tape
 
+    # Ask the tape
     def cotangents(self, arrays: Arrays) -> dict[str, Value]:
         """Cotangents of the outputs, of plain arrays."""
         pairs = zip(self.vout, self.results, arrays)

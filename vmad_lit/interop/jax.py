@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ import numpy as np
 
 from vmad_lit.core.error import BadArgument, did_you_mean, needed_for
 from vmad_lit.core.operator import Operator
-from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.interop.foreign import (
     Arrays,
     MaybeArrays,
@@ -21,7 +19,6 @@ from vmad_lit.interop.foreign import (
     operator_of,
     read_signature,
 )
-from vmad_lit.interop.host import Host, host_of
 from vmad_lit.interop.trees import Tree, TreeFunction
 
 
@@ -62,6 +59,7 @@ class JaxFunction(TreeFunction):
         functions = dict(value=self.run, pull=self.run_pull, push=self.run_push, bend=self.run_bend)
         self.compiled = {kind: jax.jit(f, static_argnums=0) for kind, f in functions.items()}
 
+    # Write the derivatives for JAX
     def run(self, fixed: Fixed, arrays: Any, x: Sequence[Any]) -> tuple[Any, ...]:
         """The results, as JAX traces them."""
         return self.call(x, dict(fixed.others) | arrays)
@@ -94,12 +92,14 @@ class JaxFunction(TreeFunction):
             return jax.jvp(pull, tuple(x), tangents)[1]
         return jax.vjp(pull, *x)[1](tangents)
 
+    # Answer the engine
     def compute(self, kind: str, x: Arrays, others: Others, *derivatives: Sequence[Any]) -> Arrays:
         """Call a compiled function. What it returns is read-only, and shares its memory with nobody."""
         arrays = {name: value for name, value in others.items() if hasattr(value, "dtype")}
         fixed = Fixed(
             tuple((name, value) for name, value in others.items() if name not in arrays), self.both_ways
         )
+        # Refuse what cannot be a key
         try:
             hash(fixed)
         except TypeError:
@@ -146,6 +146,11 @@ def as_derivative(derivative: Any, value: Any) -> Any:
     return jnp.zeros_like(value) if derivative is None else derivative.astype(value.dtype)
 
 
+def word(key: Any) -> str:
+    """One step of the path to an array in a tree of JAX."""
+    return str(next(getattr(key, name) for name in ("key", "idx", "name", "__class__") if hasattr(key, name)))
+
+
 def from_jax(
     f: Callable[..., Any],
     signature: str | None = None,
@@ -179,6 +184,7 @@ def from_jax(
         import jax
 
     ain, aout, hyper = read_signature(f, signature)
+    # Look at the trees
     trees = {}
     for name, example in (like or {}).items():
         if name not in ain:
@@ -191,9 +197,63 @@ def from_jax(
     return operator_of(function, hyper, helpers=function.helpers())
 
 
-def word(key: Any) -> str:
-    """One step of the path to an array in a tree of JAX."""
-    return str(next(getattr(key, name) for name in ("key", "idx", "name", "__class__") if hasattr(key, name)))
+import warnings
+from collections.abc import Collection
+
+from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.interop.host import Host, host_of
+
+
+def with_derivatives(host: Host) -> Callable[..., Any]:
+    """A function of JAX that calls a host for its value and its derivatives."""
+    import jax
+
+    # Call a host from a program of JAX
+    def ask(kind: str, looks: Arrays, *lists: Any) -> tuple[Any, ...]:
+        """A node of JAX that calls the host, and what it returns: arrays that look like these."""
+        dtypes = [jax.dtypes.canonicalize_dtype(array.dtype) for array in looks]
+        shapes = tuple(jax.ShapeDtypeStruct(array.shape, dtype) for array, dtype in zip(looks, dtypes))
+
+        def call(*lists: Any) -> tuple[Array, ...]:
+            return tuple(np.asarray(a, dtype) for a, dtype in zip(host.ask(kind, *lists), dtypes))
+
+        return jax.pure_callback(call, shapes, *lists, vmap_method="sequential")
+
+    # Differentiate once
+    function: Any = jax.custom_vjp(lambda x: ask("value", host.outputs, x))
+    recorded: Any = jax.custom_vjp(lambda x: ask("forward", host.outputs, x))
+
+    def forward(x: Any) -> Any:
+        return recorded(x), x
+
+    def backward(x: Any, cotangents: Any) -> Any:
+        return (pull(x, tuple(conjugated(cotangents))),)
+
+    function.defvjp(forward, backward)
+    recorded.defvjp(forward, backward)
+
+    # Differentiate twice
+    pull: Any = jax.custom_vjp(lambda x, c: tuple(conjugated(ask("pull", host.inputs, x, c))))
+
+    def pull_forward(x: Any, cotangents: Any) -> Any:
+        return pull(x, cotangents), (x, cotangents)
+
+    def pull_backward(kept: Any, tangents: Any) -> Any:
+        bent, pushed = ask("bend", host.inputs, *kept, tangents), ask("push", host.outputs, kept[0], tangents)
+        return tuple(conjugated(bent)), tuple(conjugated(pushed))
+
+    pull.defvjp(pull_forward, pull_backward)
+
+    # Take arguments by position and by name
+    def call(*args: Any, **kwargs: Any) -> Any:
+        x = [jax.numpy.asarray(a) for a in host.arrange(args, kwargs)]
+        host.check([a.shape for a in x])
+        kinds = [jax.dtypes.canonicalize_dtype(array.dtype) for array in host.inputs]
+        y = function(tuple(a.astype(kind) for a, kind in zip(x, kinds)))
+        return y[0] if len(y) == 1 else y
+
+    call.host, call.flat = host, getattr(host, "flat", None)  # type: ignore[attr-defined]
+    return call
 
 
 def to_jax(
@@ -233,6 +293,7 @@ def to_jax(
         import jax
 
     host = host_of(subject, like, inputs, outputs, gather)
+    # Warn of single precision
     doubles = any(array.dtype.char in "dD" for array in (*host.inputs, *host.outputs))
     if doubles and not jax.config.jax_enable_x64:
         warnings.warn(
@@ -241,53 +302,3 @@ def to_jax(
             stacklevel=2,
         )
     return with_derivatives(host)
-
-
-def with_derivatives(host: Host) -> Callable[..., Any]:
-    """A function of JAX that calls a host for its value and its derivatives."""
-    import jax
-
-    def ask(kind: str, looks: Arrays, *lists: Any) -> tuple[Any, ...]:
-        """A node of JAX that calls the host, and what it returns: arrays that look like these."""
-        dtypes = [jax.dtypes.canonicalize_dtype(array.dtype) for array in looks]
-        shapes = tuple(jax.ShapeDtypeStruct(array.shape, dtype) for array, dtype in zip(looks, dtypes))
-
-        def call(*lists: Any) -> tuple[Array, ...]:
-            return tuple(np.asarray(a, dtype) for a, dtype in zip(host.ask(kind, *lists), dtypes))
-
-        return jax.pure_callback(call, shapes, *lists, vmap_method="sequential")
-
-    # <<Differentiate once>>
-    function: Any = jax.custom_vjp(lambda x: ask("value", host.outputs, x))
-    recorded: Any = jax.custom_vjp(lambda x: ask("forward", host.outputs, x))
-
-    def forward(x: Any) -> Any:
-        return recorded(x), x
-
-    def backward(x: Any, cotangents: Any) -> Any:
-        return (pull(x, tuple(conjugated(cotangents))),)
-
-    function.defvjp(forward, backward)
-    recorded.defvjp(forward, backward)
-    # <<Differentiate twice>>
-    pull: Any = jax.custom_vjp(lambda x, c: tuple(conjugated(ask("pull", host.inputs, x, c))))
-
-    def pull_forward(x: Any, cotangents: Any) -> Any:
-        return pull(x, cotangents), (x, cotangents)
-
-    def pull_backward(kept: Any, tangents: Any) -> Any:
-        bent, pushed = ask("bend", host.inputs, *kept, tangents), ask("push", host.outputs, kept[0], tangents)
-        return tuple(conjugated(bent)), tuple(conjugated(pushed))
-
-    pull.defvjp(pull_forward, pull_backward)
-
-    # <<Take arguments by position and by name>>
-    def call(*args: Any, **kwargs: Any) -> Any:
-        x = [jax.numpy.asarray(a) for a in host.arrange(args, kwargs)]
-        host.check([a.shape for a in x])
-        kinds = [jax.dtypes.canonicalize_dtype(array.dtype) for array in host.inputs]
-        y = function(tuple(a.astype(kind) for a, kind in zip(x, kinds)))
-        return y[0] if len(y) == 1 else y
-
-    call.host, call.flat = host, getattr(host, "flat", None)  # type: ignore[attr-defined]
-    return call

@@ -51,6 +51,7 @@ class TorchFunction(TreeFunction):
 
         return function
 
+    # Ask PyTorch for derivatives
     def value(self, x: Arrays, others: Others) -> Arrays:
         """The results."""
         import torch
@@ -112,13 +113,6 @@ class TorchFunction(TreeFunction):
         return transposed()
 
 
-def filled(derivatives: Sequence[Any], like: Sequence[Any]) -> list[Any]:
-    """Tangents with zeros in the place of None."""
-    import torch
-
-    return [torch.zeros_like(t) if d is None else d for d, t in zip(derivatives, like)]
-
-
 def as_derivative(derivative: Any, value: Any) -> Any:
     """A tangent or cotangent of the type of its value, zeros for None."""
     import torch
@@ -161,13 +155,13 @@ def from_torch(
     ain, aout, hyper = read_signature(module.forward, signature)
     own = {name: p.detach() for name, p in module.named_parameters()}
 
-    # <<Run the module with other parameters>>
+    # Run the module with other parameters
     def run(parameters: Any = own, **inputs: Any) -> Any:
         first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
         cast = {name: p.to(torch.promote_types(p.dtype, first.real.dtype)) for name, p in parameters.items()}
         return torch.func.functional_call(module, cast, (), inputs)
 
-    # <<Take the parameters of a module as a tree>>
+    # Take the parameters of a module as a tree
     def take(tree: Any) -> list[Array]:
         missing = [name for name in own if name not in tree]
         if missing:
@@ -208,11 +202,13 @@ def to_torch(
     host = host_of(subject, like, inputs, outputs, gather)
     n, m = len(host.names), len(host.vout)
 
+    # Call a host with tensors
     def ask(kind: str, *lists: Any) -> tuple[Any, ...]:
         """Tensors that the host returns."""
         arrays = [[to_array(t) for t in part] for part in lists]
         return tuple(torch.from_numpy(np.array(a)) for a in host.ask(kind, *arrays))
 
+    # Keep what was given
     class Asking(torch.autograd.Function):
         """What the functions below have in common: they keep what they were given."""
 
@@ -229,7 +225,7 @@ def to_torch(
                 rows.append(cls.apply(*row))
             return tuple(map(torch.stack, zip(*rows))), (0,) * len(rows[0])
 
-    # <<Ask for the outputs>>
+    # Ask for the outputs
     class Call(Asking):
         """The outputs."""
 
@@ -245,7 +241,7 @@ def to_torch(
         def jvp(ctx: Any, *tangents: Any) -> Any:
             return Push.apply(*ctx.saved_tensors, *filled(tangents, ctx.saved_tensors))
 
-    # <<Ask for tangents>>
+    # Ask for tangents
     class Push(Asking):
         """The tangents of the outputs."""
 
@@ -258,7 +254,7 @@ def to_torch(
             x, tangents = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
             return *Bend.apply(*x, *cotangents, *tangents), *Pull.apply(*x, *cotangents)
 
-    # <<Ask for cotangents>>
+    # Ask for cotangents
     class Pull(Asking):
         """The cotangents of the inputs."""
 
@@ -285,7 +281,7 @@ def to_torch(
         def forward(*given: Any) -> Any:
             return ask("bend", given[:n], given[n : n + m], given[n + m :])
 
-    # <<Take tensors by position and by name>>
+    # Take tensors by position and by name
     def call(*args: Any, **kwargs: Any) -> Any:
         x = [torch.as_tensor(a) for a in host.arrange(args, kwargs)]
         host.check([tuple(t.shape) for t in x])
@@ -295,3 +291,10 @@ def to_torch(
 
     call.host, call.flat = host, getattr(host, "flat", None)  # type: ignore[attr-defined]
     return call
+
+
+def filled(derivatives: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+    """Tangents with zeros in the place of None."""
+    import torch
+
+    return [torch.zeros_like(t) if d is None else d for d, t in zip(derivatives, like)]

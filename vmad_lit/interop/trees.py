@@ -29,6 +29,7 @@ class Tree:
         "flat" or "named".
     """
 
+    # Take note of the arrays
     def __init__(
         self,
         argument: str,
@@ -48,6 +49,7 @@ class Tree:
         self.shapes = [array.shape for array in arrays]
         self.dtype = np.result_type(np.float32, *(array.dtype for array in arrays))
 
+    # Pack and unpack
     @property
     def inputs(self) -> list[str]:
         """The arguments of the operator that hold the arrays."""
@@ -100,6 +102,7 @@ class TreeFunction(Foreign):
         self.replicated = [x for tree in trees.values() for x in tree.inputs]
         self.name, self.__doc__, self.both_ways = name_of(f), f.__doc__, True
 
+    # Call the function
     def call(self, x: Sequence[Any], others: Mapping[str, Any]) -> tuple[Any, ...]:
         """The results of the function, of arrays of its library in the order of `ain`."""
         values, given = dict(zip(self.ain, x)), {}
@@ -108,6 +111,7 @@ class TreeFunction(Foreign):
             held = values[name] if tree is None or tree.flat else values
             given[name] = held if tree is None else tree.unpack(held)
         y = self.f(**given, **others)
+        # Look at what it has returned
         several = [y.get(name) for name in self.aout] if isinstance(y, dict) else y
         several = tuple(several) if isinstance(several, (tuple, list)) else (several,)
         if len(several) != len(self.aout) or not all(hasattr(part, "dtype") for part in several):
@@ -117,6 +121,7 @@ class TreeFunction(Foreign):
             )
         return several
 
+    # Offer to pack and unpack
     def helpers(self) -> dict[str, Callable[..., Any]]:
         """The functions with which the user of an operator packs and unpacks trees."""
 
