@@ -100,7 +100,7 @@ class ModelHost(Host):
         super().__init__()
         # Look at what was given
         given = dict(examples)
-        self.model: Any = subject if isinstance(subject, Graph) else model_of(subject, given)
+        self.model = model_of(subject, given)
         known = list(self.model._inputs)
         self.fixed = {name: given[name] for name in known if name in given}
         missing = [name for name in known if name not in given]
@@ -174,8 +174,10 @@ class ModelHost(Host):
         return [weigh(e, undress(c, e)) for c, e in zip(found, self.examples)]
 
 
-def model_of(subject: Any, given: Mapping[str, Value]) -> Builder:
-    """A model around an operator. What is given beyond its arguments are hyper-parameters."""
+def model_of(subject: Any, given: Mapping[str, Value]) -> Any:
+    """A model, or one around an operator. What is given beyond its arguments are hyper-parameters."""
+    if isinstance(subject, Graph):
+        return subject
     if not isinstance(subject, (Operator, InstanceOperator)):
         raise TypeError(f"expected a model, an operator or a problem, not {subject!r}")
     hyper = {name: value for name, value in given.items() if name not in subject.ain}
