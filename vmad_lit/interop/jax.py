@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,17 +23,21 @@ from vmad_lit.interop.foreign import (
 from vmad_lit.interop.trees import Tree, TreeFunction
 
 
+def library() -> Any:
+    """JAX, or an error that says how to install it."""
+    with needed_for("functions of JAX", extra="interop"):
+        import jax
+    return jax
+
+
 def double_precision(arrays: Iterable[Any]) -> AbstractContextManager[Any]:
     """A context in which JAX computes in double precision if one of the arrays is of it; else it is left as it is set."""
-    import jax
-
+    jax = library()
     if not any(array is not None and array.dtype.char in "dD" for array in arrays):
         return nullcontext()
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
-    from jax.experimental import enable_x64
-
-    return enable_x64(True)
+    return import_module("jax.experimental").enable_x64(True)
 
 
 def conjugated(arrays: Iterable[Any]) -> list[Any]:
@@ -53,8 +58,7 @@ class JaxFunction(TreeFunction):
     def __init__(
         self, f: Callable[..., Any], arguments: Sequence[str], aout: Sequence[str], trees: Mapping[str, Tree]
     ) -> None:
-        import jax
-
+        jax = library()
         super().__init__(f, arguments, aout, trees)
         functions = dict(value=self.run, pull=self.run_pull, push=self.run_push, bend=self.run_bend)
         self.compiled = {kind: jax.jit(f, static_argnums=0) for kind, f in functions.items()}
@@ -66,15 +70,13 @@ class JaxFunction(TreeFunction):
 
     def run_pull(self, fixed: Fixed, arrays: Any, x: Sequence[Any], cotangents: Sequence[Any]) -> Any:
         """The cotangents of the arguments, in JAX's convention."""
-        import jax
-
+        jax = library()
         y, back = jax.vjp(lambda *x: self.run(fixed, arrays, x), *x)
         return back(tuple(as_derivative(c, part) for c, part in zip(cotangents, y)))
 
     def run_push(self, fixed: Fixed, arrays: Any, x: Sequence[Any], tangents: Sequence[Any]) -> Any:
         """The tangents of the results."""
-        import jax
-
+        jax = library()
         tangents = tuple(as_derivative(t, part) for t, part in zip(tangents, x))
         if fixed.both_ways:
             return jax.jvp(lambda *x: self.run(fixed, arrays, x), tuple(x), tangents)[1]
@@ -84,8 +86,7 @@ class JaxFunction(TreeFunction):
 
     def run_bend(self, fixed: Fixed, arrays: Any, x: Sequence[Any], cotangents: Any, tangents: Any) -> Any:
         """The derivative of `run_pull` along tangents."""
-        import jax
-
+        jax = library()
         tangents = tuple(as_derivative(t, part) for t, part in zip(tangents, x))
         pull = lambda *x: self.run_pull(fixed, arrays, x, cotangents)  # noqa: E731
         if fixed.both_ways:
@@ -141,9 +142,7 @@ class JaxFunction(TreeFunction):
 
 def as_derivative(derivative: Any, value: Any) -> Any:
     """A tangent or cotangent of the type of its value, zeros for None."""
-    import jax.numpy as jnp
-
-    return jnp.zeros_like(value) if derivative is None else derivative.astype(value.dtype)
+    return library().numpy.zeros_like(value) if derivative is None else derivative.astype(value.dtype)
 
 
 def word(key: Any) -> str:
@@ -180,9 +179,7 @@ def from_jax(
         Its `flatten(tree)` makes the value of a tree (or dictionary of values), `unflatten` the tree. Values keep
         their precision. Fields are taken point by point, trees are the same on all ranks.
     """
-    with needed_for("from_jax", extra="interop"):
-        import jax
-
+    jax = library()
     ain, aout, hyper = read_signature(f, signature)
     # Look at the trees
     trees = {}
@@ -206,7 +203,7 @@ from vmad_lit.interop.host import Host, host_of
 
 def with_derivatives(host: Host) -> Callable[..., Any]:
     """A function of JAX that calls a host for its value and its derivatives."""
-    import jax
+    jax = library()
 
     # Call a host from a program of JAX
     def ask(kind: str, looks: Arrays, *lists: Any) -> tuple[Any, ...]:
@@ -289,9 +286,7 @@ def to_jax(
         precision only where JAX is told so (``jax.config.update("jax_enable_x64", True)``); else it warns.
         On many ranks all have to call it, and one at a time.
     """
-    with needed_for("to_jax", extra="interop"):
-        import jax
-
+    jax = library()
     host = host_of(subject, like, inputs, outputs, gather)
     # Warn of single precision
     doubles = any(array.dtype.char in "dD" for array in (*host.inputs, *host.outputs))

@@ -22,10 +22,16 @@ from vmad_lit.interop.host import host_of
 from vmad_lit.interop.trees import Tree, TreeFunction
 
 
+def library() -> Any:
+    """PyTorch, or an error that says how to install it."""
+    with needed_for("functions of PyTorch", extra="torch"):
+        import torch
+    return torch
+
+
 def to_tensor(array: Array) -> Any:
     """A tensor in the memory of an array, or of a copy where PyTorch cannot use it."""
-    import torch
-
+    torch = library()
     plain = array.flags.writeable and all(step >= 0 for step in array.strides) and array.dtype.isnative
     return torch.from_numpy(array if plain else np.array(array, dtype=array.dtype.newbyteorder("=")))
 
@@ -41,8 +47,7 @@ class TorchFunction(TreeFunction):
 
     def on(self, others: Others) -> Callable[..., tuple[Any, ...]]:
         """The function from tensors to a tuple of tensors. What goes in is brought to the widest precision among it."""
-        import torch
-
+        torch = library()
         constants = {name: to_tensor(v) if isinstance(v, np.ndarray) else v for name, v in others.items()}
 
         def function(*x: Any) -> tuple[Any, ...]:
@@ -54,8 +59,7 @@ class TorchFunction(TreeFunction):
     # Ask PyTorch for derivatives
     def value(self, x: Arrays, others: Others) -> Arrays:
         """The results."""
-        import torch
-
+        torch = library()
         with torch.no_grad():
             return [to_array(y, x) for y in self.on(others)(*map(to_tensor, x))]
 
@@ -65,7 +69,7 @@ class TorchFunction(TreeFunction):
 
     def back(self, others: Others, cotangents: MaybeArrays) -> Callable[..., tuple[Any, ...]]:
         """The function from arguments to their cotangents."""
-        import torch
+        torch = library()
 
         def function(*x: Any) -> tuple[Any, ...]:
             y, pull = torch.func.vjp(self.on(others), *x)
@@ -75,8 +79,7 @@ class TorchFunction(TreeFunction):
 
     def push(self, x: Arrays, others: Others, tangents: MaybeArrays) -> Arrays:
         """The tangents of the results."""
-        import torch
-
+        torch = library()
         x_ = tuple(map(as_derivative, tangents, map(to_tensor, x)))
 
         def transposed() -> Any:
@@ -90,8 +93,7 @@ class TorchFunction(TreeFunction):
 
     def bend(self, x: Arrays, others: Others, cotangents: MaybeArrays, tangents: MaybeArrays) -> Arrays:
         """The derivative of `pull` along tangents, or its transpose, which is the same."""
-        import torch
-
+        torch = library()
         x_ = tuple(map(as_derivative, tangents, map(to_tensor, x)))
         back = self.back(others, cotangents)
         transposed = lambda: torch.func.vjp(back, *map(to_tensor, x))[1](x_)  # noqa: E731
@@ -101,8 +103,7 @@ class TorchFunction(TreeFunction):
         self, function: Callable[..., Any], x: Arrays, x_: Any, transposed: Callable[[], Any]
     ) -> Any:
         """The derivative of a function along tangents; where PyTorch has none, what stands in for it."""
-        import torch
-
+        torch = library()
         if self.both_ways:
             try:
                 return torch.func.jvp(function, tuple(map(to_tensor, x)), x_)[1]
@@ -115,8 +116,7 @@ class TorchFunction(TreeFunction):
 
 def as_derivative(derivative: Any, value: Any) -> Any:
     """A tangent or cotangent of the type of its value, zeros for None."""
-    import torch
-
+    torch = library()
     return torch.zeros_like(value) if derivative is None else to_tensor(derivative).to(value.dtype)
 
 
@@ -146,9 +146,7 @@ def from_torch(
         dictionary of values), `unflatten` the dictionary of arrays. Values keep their precision. Fields are taken point by
         point; parameters are the same on all ranks.
     """
-    with needed_for("from_torch", extra="torch"):
-        import torch
-
+    torch = library()
     if not isinstance(module, torch.nn.Module):
         ain, aout, hyper = read_signature(module, signature)
         return operator_of(TorchFunction(module, ain, aout, {}), hyper)
@@ -196,9 +194,7 @@ def to_torch(
         precision of the model. Of a problem, its attribute `flat` is the
         :class:`~vmad_lit.contrib.optimize.FlatProblem`. On many ranks all have to call it, and one at a time.
     """
-    with needed_for("to_torch", extra="torch"):
-        import torch
-
+    torch = library()
     host = host_of(subject, like, inputs, outputs, gather)
     n, m = len(host.names), len(host.vout)
 
@@ -209,7 +205,9 @@ def to_torch(
         return tuple(torch.from_numpy(np.array(a)) for a in host.ask(kind, *arrays))
 
     # Keep what was given
-    class Asking(torch.autograd.Function):
+    Function: Any = torch.autograd.Function
+
+    class Asking(Function):
         """What the functions below have in common: they keep what they were given."""
 
         @staticmethod
@@ -295,6 +293,5 @@ def to_torch(
 
 def filled(derivatives: Sequence[Any], like: Sequence[Any]) -> list[Any]:
     """Tangents with zeros in the place of None."""
-    import torch
-
+    torch = library()
     return [torch.zeros_like(t) if d is None else d for d, t in zip(derivatives, like)]
