@@ -603,7 +603,15 @@ def test_torch_on_ranks():
         rule.step()
     distance = problem.vs.addmul(f.flat.solution(z.detach()), target, -1)
     assert problem.vs.norm(distance) < 1e-5
-    op = from_torch(lambda theta, x: torch.tanh(x * theta[0] + theta[1]), "theta, x -> y")
-    check(
-        op, np.array([0.3, 0.1]), mesh(4).generate_whitenoise(3, type="real"), comm=COMM, replicated="theta"
-    )
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = torch.nn.Parameter(torch.tensor([0.3, 0.1]))
+
+        def forward(self, x):
+            return torch.tanh(x * self.slope[0] + self.slope[1])
+
+    op = from_torch(Net())
+    x = mesh(4).generate_whitenoise(3, type="real")
+    check(op, np.array([0.3, 0.1]), x, comm=COMM, replicated="parameters")

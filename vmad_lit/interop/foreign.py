@@ -18,6 +18,7 @@ from vmad_lit.core.operator import Operator, ZeroGradient
 from vmad_lit.core.placement import Placement, Site, elementwise
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.symbol import Value
+from vmad_lit.core.together import any_rank, raise_together
 from vmad_lit.core.valuetypes import value_type
 
 Arrays = list[Array]
@@ -44,7 +45,7 @@ class Foreign:
     replicated: Sequence[str] = ()
 
     def __init__(self) -> None:
-        self.seen: set[Any] = set()  # shapes of fields at which it was looked at
+        self.seen: set[Any] = set()  # shapes of meshes for which it was looked at
 
     # What is asked of a foreign function
     def value(self, x: Arrays, others: Others) -> Arrays:
@@ -205,27 +206,28 @@ def weights_of(x: Value) -> Any:
 
 
 def check_points(foreign: Foreign, x: Dressed, others: Others, y: dict[str, Value]) -> None:
-    """Raise ValueError if a function of fields mixes their points. It is looked at once for each shape."""
-    key = tuple(array.shape for array in x.arrays)
-    if x.field is None or key in foreign.seen:
+    """Raise ValueError on all ranks if a function of fields mixes their points. Looked at once for each mesh. Collective."""
+    if x.field is None or value_type(x.field).whole(x.field) in foreign.seen:
         return
     kept = np.random.default_rng(0).random(bare("a field", x.field).shape) < 0.5
     changed = [
         np.where(kept, array, array.flat[0]) if spread and array.size else array
         for array, spread in zip(x.arrays, x.spread)
     ]
-    if all(map(np.array_equal, changed, x.arrays)):
-        return  # nothing to be seen here
-    for name, again in zip(y, foreign.value(changed, others)):
+    differs, error = not all(map(np.array_equal, changed, x.arrays)), None
+    for name, again in zip(y, foreign.value(changed, others) if differs else []):
         before = bare("a field", y[name])
         tolerance = ENOUGH * float(np.finfo(before.dtype).eps)
         # Complain about mixed points
         if not np.allclose(again[kept], before[kept], tolerance, tolerance, equal_nan=True):
-            raise ValueError(
+            error = ValueError(
                 f"{foreign.name} is given fields, and its result at a point depends on other points; what mixes points, "
                 "such as a mean or a convolution, needs those on other ranks too: see vmad_lit.lib.fastpm"
             )
-    foreign.seen.add(key)
+    comm = value_type(x.field).comm(x.field)
+    raise_together(comm, error)
+    if any_rank(comm, differs):
+        foreign.seen.add(value_type(x.field).whole(x.field))
 
 
 def operator_of(

@@ -168,7 +168,8 @@ def from_jax(
         parameters of f are hyper-parameters: arrays, or hashable values. By default all parameters without a
         default, and ``y``.
     like : dict
-        for each argument that is a tree (nested dictionaries, lists, tuples of arrays), one that looks like it.
+        for each argument that holds parameters, one that looks like it: an array, or a tree (nested dictionaries, lists,
+        tuples of arrays). Only what is named here is known to be the same on all ranks.
     parameters : str
         "flat" if such a tree is one flat array, "named" if each of its arrays is an argument of the operator,
         named by its path.
