@@ -442,7 +442,9 @@ class PlacesOnRanks(Places):
         if type(rule) is str and rule.startswith("replicated"):
             self.suppose(node.varin[next(iter(node.primitive.ain))], "replicated", site.comm)
         for name, kind in site.implied.items():
-            self.suppose(node.varin[name], kind or KIND_OF_LOOKS.get(self.looks_of(node.varin[name])), site.comm)
+            self.suppose(
+                node.varin[name], kind or KIND_OF_LOOKS.get(self.looks_of(node.varin[name])), site.comm
+            )
         if rule not in ("elementwise", "spread"):
             return
         (symbol,) = node.varout.values()
