@@ -27,6 +27,7 @@ from vmad_lit.core.error import needed_for
 from vmad_lit.core.model import Model
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import together
+from vmad_lit.core.traffic import count_object
 from vmad_lit.lib.files import Path
 from vmad_lit.lib.fingerprint import differences, fingerprint
 from vmad_lit.lib.shards import Parts, on_first, save_parts
@@ -1421,56 +1422,130 @@ class TrustRegionCG(Optimizer):
         return min(length if length < math.inf else first_length(problem, state), self.maxradius)
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The numbers of one array of a vector within a flat array: there are `whole`, this rank's begin at `first`."""
+
+    kind: np.dtype[Any]
+    shape: tuple[int, ...]
+    partitioned: bool
+    first: int
+    whole: int
+
+    @property
+    def count(self) -> int:
+        """How many real numbers this rank has; a complex one is two."""
+        return math.prod(self.shape) * (2 if self.kind.kind == "c" else 1)
+
+
+class FlatProblem:
+    """A problem as functions of one flat array of real numbers, as other libraries want it.
+
+    The variables are those of our optimisers, with a preconditioner the whitened ones; :meth:`solution` has the vector
+    that belongs to them. All methods are collective.
+
+    Parameters
+    ----------
+    problem, x0 :
+        the problem, and a vector to begin with.
+    gather :
+        whether each rank has the whole array, or only its own parts of the vectors.
+
+    Attributes
+    ----------
+    x0 : array of float64
+        The vector to begin with. `fun`, `jac` and `hessp` take arrays of its shape, and are named as SciPy does.
+    """
+
+    def __init__(self, problem: Problem, x0: Vector, gather: bool = True) -> None:
+        self.problem, self.vs, self.gather = problem, problem.vs, gather
+        self.like = Point(problem, x=Optimizer._starting_point(problem.vs, x0)).Px
+        # Find out about the pieces
+        arrays = self.vs.to_arrays(self.like)
+        zeros = [np.zeros_like(array, dtype=np.result_type(array, np.float32)) for array in arrays]
+        self.pieces: list[Piece] = []
+        for i, array in enumerate(zeros):
+            ones = self.vs.from_arrays([*zeros[:i], np.ones_like(array), *zeros[i + 1 :]], self.like)
+            square, sizes = self.vs.inner(ones, ones), self._of_all(array.size)
+            partitioned = self.vs.any(square != array.size)
+            # Refuse another inner product
+            if partitioned and not math.isclose(square, sum(sizes), rel_tol=1e-6):
+                raise ValueError(
+                    "a flat array has the plain sum of squares as inner product, and this vector space has another "
+                    "(half-stored complex fields have); use LBFGS"
+                )
+            if not (partitioned and gather):
+                sizes = [array.size]
+            reals = 2 if array.dtype.kind == "c" else 1
+            first = reals * sum(sizes[: self.vs.comm.rank]) if len(sizes) > 1 and self.vs.comm else 0
+            self.pieces.append(Piece(array.dtype, array.shape, partitioned, first, reals * sum(sizes)))
+        self.x0 = self.flatten(self.like)
+
+    def _of_all(self, value: Any) -> list[Any]:
+        """What all ranks have, in order."""
+        if self.vs.comm is None or self.vs.comm.size == 1:
+            return [value]
+        count_object(self.vs.comm, value)
+        return self.vs.comm.allgather(value)
+
+    def flatten(self, vector: Vector) -> Array:
+        """The flat array of a vector, or of a gradient, in the variables of the optimisers."""
+        flat = []
+        for array, piece in zip(self.vs.to_arrays(vector), self.pieces, strict=True):
+            part = np.ravel(np.ascontiguousarray(array, dtype=piece.kind))
+            part = part.view(part.real.dtype).astype(float)
+            if self.gather:
+                parts = self._of_all(part)
+                part = np.concatenate(parts if piece.partitioned else parts[:1])
+            flat.append(part)
+        return np.concatenate(flat)
+
+    def unflatten(self, flat: Array) -> Vector:
+        """The vector of a flat array, in the variables of the optimisers; of a partitioned one, this rank's part."""
+        flat, arrays, begin = np.asarray(flat), [], 0
+        size = sum(piece.whole for piece in self.pieces)
+        if flat.shape != (size,):
+            raise ValueError(f"expected a flat array of {size} numbers, got one of shape {flat.shape}")
+        for piece in self.pieces:
+            mine = flat[begin + piece.first : begin + piece.first + piece.count]
+            arrays.append(mine.astype(piece.kind.type(0).real.dtype).view(piece.kind).reshape(piece.shape))
+            begin += piece.whole
+        return self.vs.from_arrays(arrays, self.like)
+
+    def solution(self, flat: Array) -> Vector:
+        """The vector x of the problem that belongs to a flat array."""
+        return self._point(flat).x
+
+    def _point(self, flat: Array) -> Point:
+        return Point(self.problem, Px=self.unflatten(flat))
+
+    def fun(self, flat: Array) -> float:
+        """The objective."""
+        return self._point(flat).y
+
+    def jac(self, flat: Array) -> Array:
+        """The gradient, a flat array."""
+        return self.flatten(self._point(flat).Pg)
+
+    def hessp(self, flat: Array, v: Array) -> Array:
+        """The Hessian, or Gauss-Newton, matrix times a flat array."""
+        return self.flatten(self._point(flat).hessian_vector_product(self.unflatten(v)))
+
+
 def scipy_minimize(problem: Problem, x0: Vector, method: str = "L-BFGS-B", **options: Any) -> Any:
     """Minimise `problem` with ``scipy.optimize.minimize``, which gets `options` (tol, callback, ...).
 
-    Serial only. The result is SciPy's, with the vector in its `x`. The Hessian-vector product of the
-    problem is passed on to the methods that use one.
+    The result is SciPy's, with the vector in its `x`. The Hessian-vector product of the problem is passed on to the
+    methods that use one. On many ranks all have to call, and each does the same.
     """
     with needed_for("scipy_minimize", extra="interop"):
         import scipy.optimize
 
-    vs = problem.vs
-    start = Point(problem, x=Optimizer._starting_point(vs, x0))
-    if vs.comm is not None and vs.comm.size > 1:
-        raise ValueError(
-            f"scipy_minimize is for one process, and this problem is spread over {vs.comm.size}; use LBFGS"
-        )
-    like = start.Px
-
-    def flatten(vector: Vector) -> Array:
-        arrays = [np.ravel(np.ascontiguousarray(array)) for array in vs.to_arrays(vector)]
-        arrays = [a.view(a.real.dtype) if np.iscomplexobj(a) else a for a in arrays]
-        return np.concatenate(arrays).astype(float)
-
-    def unflatten(flat: Array) -> Vector:
-        arrays = []
-        for array in vs.to_arrays(like):
-            kind = np.result_type(array, np.float32)
-            count = array.size * (2 if kind.kind == "c" else 1)
-            piece, flat = flat[:count].astype(kind.type(0).real.dtype), flat[count:]
-            arrays.append(piece.view(kind).reshape(array.shape))
-        return vs.from_arrays(arrays, like)
-
-    lengths = vs.norm(start.Pg), VectorSpace().norm(flatten(start.Pg))
-    if not math.isclose(*lengths, rel_tol=1e-6):
-        raise ValueError(
-            "SciPy knows only the plain sum of squares as inner product, and this vector "
-            "space has another (half-stored complex fields have); use LBFGS"
-        )
-
-    # Hand the problem to SciPy
-    def value_and_gradient(flat: Array) -> tuple[float, Array]:
-        point = Point(problem, Px=unflatten(flat))
-        return point.y, flatten(point.Pg)
-
-    def hvp(flat: Array, v: Array) -> Array:
-        return flatten(Point(problem, Px=unflatten(flat)).hessian_vector_product(unflatten(v)))
-
+    flat = FlatProblem(problem, x0)
     if problem.has_hessian and method.lower() in ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr"):
-        options.setdefault("hessp", hvp)
-    result = scipy.optimize.minimize(value_and_gradient, flatten(like), jac=True, method=method, **options)
-    result.x = Point(problem, Px=unflatten(result.x)).x
+        options.setdefault("hessp", flat.hessp)
+    result = scipy.optimize.minimize(flat.fun, flat.x0, jac=flat.jac, method=method, **options)
+    result.x = flat.solution(result.x)
     return result
 
 
