@@ -1,0 +1,675 @@
+"""Configurations of a reconstruction, in TOML: what may be said, and where a file says what it must not."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Self
+
+from vmad_lit.contrib.optimize import LBFGS, Optimizer, Rule, TrustRegionCG, is_real
+from vmad_lit.core.error import did_you_mean
+from vmad_lit.lib.cosmology import LIMITS, Planck15
+from vmad_lit.lib.files import try_out
+
+KeyPath = tuple[str | int, ...]
+
+
+def key_lines(text: str) -> dict[KeyPath, int]:
+    """The line of each key of a TOML document, by its path; entries of arrays of tables are numbered from 0.
+
+    A key in an inline table, or in an array, has the line on which the statement begins. Raises
+    `tomllib.TOMLDecodeError` if the document is not TOML.
+    """
+    tomllib.loads(text)
+    found: dict[KeyPath, int] = {}
+    counts: dict[KeyPath, int] = {}
+    table: KeyPath = ()
+    statement, begin = "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        statement += line.removesuffix("\r") + "\n"
+        try:
+            said = tomllib.loads(statement)
+        except tomllib.TOMLDecodeError:
+            continue
+        if statement.lstrip().startswith("["):
+            table = _enter(said, counts)
+            found.setdefault(table, begin)
+        for path in _paths(said) if not statement.lstrip().startswith("[") else ():
+            found.setdefault(table + path, begin)
+        statement, begin = "", number + 1
+    return found
+
+
+def _enter(header: Mapping[str, Any], counts: dict[KeyPath, int]) -> KeyPath:
+    """The path of the table that a header begins, in which an array of tables stands for its last entry."""
+    path: KeyPath = ()
+    inner: Any = header
+    while inner and inner != [{}]:
+        [(key, inner)] = inner.items()
+        path += (key,)
+        if inner == [{}]:
+            counts[path] = counts.get(path, -1) + 1
+            for other in [p for p in counts if p[: len(path)] == path and len(p) > len(path)]:
+                del counts[other]
+        if path in counts:
+            path += (counts[path],)
+    return path
+
+
+def _paths(value: Any) -> Iterator[KeyPath]:
+    """The paths of all keys in a value, those of tables before what is in them."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        if isinstance(value, dict) or isinstance(inner, (dict, list)):
+            yield (key,)
+        for path in _paths(inner):
+            yield (key, *path)
+
+
+def line_of(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
+    """The line of a key; of one that is not there, the line of what it would be in; 1 of an empty file."""
+    for length in range(len(path), 0, -1):
+        inside = [line for other, line in lines.items() if other[:length] == path[:length]]
+        if inside:
+            return min(inside)
+    return 1
+
+
+class Complaint(NamedTuple):
+    """What is wrong with a configuration: the line, the key, and the sentence."""
+
+    line: int
+    key: str
+    sentence: str
+
+
+class ConfigurationError(ValueError):
+    """Everything that is wrong with a configuration, in `complaints`, a list in the order of the lines."""
+
+    def __init__(self, name: str, complaints: Sequence[Complaint]) -> None:
+        self.name, self.complaints = name, sorted(complaints)
+        super().__init__("\n".join(f"{name}:{line}: {key}: {told}" for line, key, told in self.complaints))
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a configuration may say under a key: what it may be, what it means, and what it is if it is not said.
+
+    `shown` is for keys without a default: how the template writes them. A key that is `needed` must be there. One that
+    is `free` may have a prior in the place of a number.
+    """
+
+    rule: Rule
+    help: str
+    default: Any = None
+    shown: Any = None
+    needed: bool = False
+    free: bool = False
+
+
+def number(**bounds: float) -> Rule:
+    """The rule for finite numbers within bounds: `least`, `above`, `most`, `below`."""
+    words = {"least": "{:g} or more", "above": "above {:g}", "most": "at most {:g}", "below": "below {:g}"}
+    told = " and ".join(words[name].format(value) for name, value in bounds.items())
+
+    def holds(v: Any) -> bool:
+        if not (is_real(v, (int, float)) and math.isfinite(v)):
+            return False
+        low = bounds.get("least", -math.inf) <= v and v > bounds.get("above", -math.inf)
+        return low and v <= bounds.get("most", math.inf) and v < bounds.get("below", math.inf)
+
+    return Rule(f"a number {told}".strip(), holds)
+
+
+def whole(least: int) -> Rule:
+    """The rule for whole numbers; a float is none."""
+    return Rule(f"a whole number, {least} or more", lambda v: type(v) is int and v >= least)
+
+
+def choice(*words: str) -> Rule:
+    """The rule for one word of some."""
+    return Rule(" or ".join(map(repr, words)), lambda v: isinstance(v, str) and v in words)
+
+
+def three(rule: Rule, single: bool = True) -> Rule:
+    """The rule for a list of three values that follow another one; or for a single value, too."""
+
+    def holds(v: Any) -> bool:
+        return single and rule.holds(v) or isinstance(v, list) and len(v) == 3 and all(map(rule.holds, v))
+
+    return Rule(
+        f"{rule.words}, or a list of three" if single else f"a list of three, each {rule.words}", holds
+    )
+
+
+TEXT = Rule("a text that is not empty", lambda v: isinstance(v, str) and v.strip() != "")
+WORDS = Rule("a text, which may be empty", lambda v: isinstance(v, str))
+SWITCH = Rule("true or false", lambda v: isinstance(v, bool))
+COLUMNS = Rule(
+    "the name of a column of three numbers, or a list of the names of three columns",
+    lambda v: TEXT.holds(v) or isinstance(v, list) and len(v) == 3 and all(map(TEXT.holds, v)),
+)
+
+SOLVERS: dict[str, type[Optimizer]] = {"LBFGS": LBFGS, "TrustRegionCG": TrustRegionCG}
+FORMATS = {".npy": "npy", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5", ".fits": "fits", ".fit": "fits"}
+UNITS = {"Mpc/h": 1.0, "kpc/h": 1e-3, "Gpc/h": 1e3}  # in Mpc/h
+UNITS_WITHOUT_H = {"Mpc": 1.0, "kpc": 1e-3, "Gpc": 1e3}  # these times h are in Mpc/h
+FORMAT = choice("auto", "npy", "npz", "hdf5", "bigfile", "fits")
+
+
+def file_keys(what: str, shown: str, array: str) -> dict[str, Key]:
+    """The keys that say where an array is."""
+    return {
+        "file": Key(TEXT, f"the file with {what}; relative to this configuration", shown=shown),
+        "format": Key(FORMAT, "of that file; auto: by the end of its name", "auto"),
+        "array": Key(TEXT, "the name of the array, data set, block or extension in it", shown=array),
+    }
+
+
+COSMOLOGY = {
+    "Om0": "all matter",
+    "Ob0": "baryons",
+    "h": "H0 / (100 km/s/Mpc)",
+    "n_s": "slope of the primordial power",
+    "sigma8": "linear amplitude today",
+}
+
+BIAS_KEYS = {"none": (), "eulerian": ("b1",), "lagrangian": ("b1", "b2", "bs2", "bnabla2")}
+#: The keys of priors, by their names; `mean` and `sd` of a lognormal one are those of the logarithm.
+PRIORS = {
+    "normal": ("mean", "sd"),
+    "lognormal": ("mean", "sd"),
+    "uniform": ("low", "high"),
+    "truncated": ("mean", "sd", "low", "high"),
+}
+
+#: What a configuration may say: the keys by their sections.
+SCHEMA: dict[str, dict[str, Key]] = {
+    "mesh": {
+        "cells": Key(three(whole(4)), "cells along each side", shown=64, needed=True),
+        "box": Key(three(number(above=0)), "sides of the box, Mpc/h", shown=256.0, needed=True),
+    },
+    "data": {
+        "kind": Key(
+            choice("mock", "density", "catalogue"),
+            "mock: made up from [model] with a known truth; density: on the mesh; catalogue: positions",
+            shown="mock",
+            needed=True,
+        ),
+        "seed": Key(whole(0), "of a mock: of its initial conditions, and of its noise", 42),
+        **file_keys("the density or the catalogue", "halos.hdf5", "density"),
+        "position": Key(COLUMNS, "of a catalogue: the column or the three columns", shown="Position"),
+        "weight": Key(
+            TEXT, "of a catalogue: the column of weights; without it each counts 1", shown="Weight"
+        ),
+        "units": Key(choice(*UNITS, *UNITS_WITHOUT_H), "of positions and origin", "Mpc/h"),
+        "origin": Key(three(number(), False), "of a catalogue: the corner of the box", [0.0, 0.0, 0.0]),
+        "contrast": Key(SWITCH, "of a density: whether the file has delta instead of 1 + delta", False),
+        "smoothing": Key(number(least=0), "compare densities smoothed with a Gaussian, Mpc/h", 0.0),
+    },
+    "mask": file_keys("the part of each cell that was observed, from 0 to 1", "mask.npy", "mask"),
+    "noise": {
+        "sigma": Key(
+            number(above=0),
+            "standard deviation of 1 + delta in a cell; a catalogue's is that of its counts, if none is given",
+            shown=0.5,
+            free=True,
+        ),
+        **file_keys("a map of that standard deviation on the mesh", "sigma.npy", "sigma"),
+    },
+    "model": {
+        "evolution": Key(
+            choice("linear", "lpt", "nbody"), "from the initial conditions to the density", "nbody"
+        ),
+        "steps": Key(whole(1), "of nbody: how many", 4),
+        "start": Key(number(above=0, below=1), "of nbody: the scale factor at which they begin", 0.1),
+        "scale_factor": Key(number(above=0, most=2), "at which the universe is observed", 1.0),
+        "transfer": Key(choice("EisensteinHu", "NoWiggle"), "the shape of the linear power", "EisensteinHu"),
+        "redshift_space": Key(SWITCH, "whether positions along the line of sight are redshifts", False),
+        "line_of_sight": Key(three(number(), False), "its direction", [0.0, 0.0, 1.0]),
+    },
+    "bias": {
+        "kind": Key(choice("none", "eulerian", "lagrangian"), "what the observed density is of", "none"),
+        "b1": Key(
+            number(),
+            "linear bias; lagrangian: that of Lagrangian space, Eulerian less 1",
+            shown=1.0,
+            free=True,
+        ),
+        "b2": Key(number(), "of lagrangian: of the squared density", 0.0, free=True),
+        "bs2": Key(number(), "of lagrangian: of the squared tidal field", 0.0, free=True),
+        "bnabla2": Key(number(), "of lagrangian: of the Laplacian, (Mpc/h)^2", 0.0, free=True),
+    },
+    "cosmology": {
+        name: Key(
+            number(**LIMITS[name]),
+            f"{words}; by default that of Planck 2015",
+            getattr(Planck15, name),
+            free=True,
+        )
+        for name, words in COSMOLOGY.items()
+    },
+    "solver": {
+        "name": Key(choice(*SOLVERS), "the method", "LBFGS"),
+        "save_every": Key(whole(1), "iterations after which the state is saved", 10),
+    },
+    "epochs": {
+        "smoothing": Key(number(least=0), "as in [data], in this epoch", shown=8.0),
+    },
+    "output": {
+        "folder": Key(TEXT, "where everything goes; relative to this configuration", "reconstruction"),
+        "title": Key(TEXT, "of the report", "Initial conditions"),
+        "report": Key(WORDS, "the report, a web page in one file; empty: none", "report.html"),
+        "fields": Key(WORDS, "the fields, an HDF5 file; empty: none", "fields.hdf5"),
+        "precision": Key(choice("f4", "f8"), "of the fields", "f4"),
+        "state": Key(WORDS, "the state to go on from; empty: none", "state.npz"),
+    },
+    "run": {
+        "grace": Key(number(above=0), "seconds to save and to report in, after a signal to end", 20.0),
+        "memory_check": Key(SWITCH, "refuse what does not fit into memory", True),
+    },
+}
+
+
+def solver_keys(name: str) -> dict[str, Key]:
+    """The options of a solver that a text can say, with the solver's own rules."""
+    solver = SOLVERS[name]
+    rules = {n: rule for kind in reversed(solver.__mro__) for n, rule in vars(kind).get("rules", {}).items()}
+    return {
+        option: Key(rules[option], f"of {name}: {rules[option].words}", default)
+        for option, default in solver.options().items()
+        if default is None or isinstance(default, (bool, int, float, str))
+    }
+
+
+#: Sections that may be repeated, as [[epochs]].
+REPEATED = ("epochs",)
+
+
+class Configuration:
+    """What a reconstruction is to do: a namespace for each section, and lists of them for those that are repeated.
+
+    Attributes
+    ----------
+    name, folder : str
+        what messages call the configuration, and where its relative paths begin.
+    values : dict
+        what was said, as `tomllib` gives it.
+    lines : dict
+        the lines on which it was said, by path; see `key_lines`.
+    """
+
+    mesh: SimpleNamespace
+    data: SimpleNamespace
+    mask: SimpleNamespace
+    noise: SimpleNamespace
+    model: SimpleNamespace
+    bias: SimpleNamespace
+    cosmology: SimpleNamespace
+    solver: SimpleNamespace
+    output: SimpleNamespace
+    run: SimpleNamespace
+    epochs: list[SimpleNamespace]
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        lines: Mapping[KeyPath, int] | None = None,
+        name: str = "configuration",
+        folder: str = "",
+        look: bool = False,
+    ) -> None:
+        self.values, self.lines, self.name, self.folder = dict(values), dict(lines or {}), name, folder
+        complaints = list(self._take_in())
+        wrong = {complaint.key.partition(".")[0] for complaint in complaints}
+        for sections, contradictions in CONTRADICTIONS.items():
+            if not wrong.intersection(sections) and (look or contradictions not in LOOKING):
+                complaints += [self._complain(path, told) for path, told in contradictions(self)]
+        if complaints:
+            raise ConfigurationError(name, complaints)
+
+    @classmethod
+    def from_text(cls, text: str, name: str = "configuration", folder: str = "", look: bool = False) -> Self:
+        """The configuration in a TOML document.
+
+        Raises
+        ------
+        ConfigurationError
+            with all that is wrong; with `look` also with the files that it names.
+        """
+        try:
+            return cls(tomllib.loads(text), key_lines(text), name, folder, look)
+        except tomllib.TOMLDecodeError as error:
+            where = re.search(r"\(at (?:line (\d+), column \d+|end of document)\)", str(error))
+            line = int(where[1]) if where and where[1] else text.count("\n") + 1
+            told = str(error).partition(" (at ")[0]
+            raise ConfigurationError(name, [Complaint(line, "TOML", told[:1].lower() + told[1:])]) from None
+
+    @classmethod
+    def load(cls, path: str) -> Self:
+        """The configuration in a file, with a look at the files that it names. For one rank.
+
+        Raises
+        ------
+        ConfigurationError, OSError
+        """
+        with open(path, "rb") as file:
+            text = file.read()
+        folder = os.path.dirname(path)
+        try:
+            return cls.from_text(text.decode(), path, folder, look=True)
+        except UnicodeDecodeError as error:
+            line = text[: error.start].count(b"\n") + 1
+            raise ConfigurationError(path, [Complaint(line, "TOML", "this is not UTF-8 text")]) from None
+
+    # Take in what is said
+    def _take_in(self) -> Iterator[Complaint]:
+        """Make the namespaces, and tell of unknown and missing keys and values that break a rule."""
+        for section, said in self.values.items():
+            if section not in SCHEMA:
+                yield self._complain((section,), f"there is no such section{did_you_mean(section, SCHEMA)}")
+        for section in SCHEMA:
+            said = self.values.get(section, [] if section in REPEATED else {})
+            if section in REPEATED:
+                entries = said if isinstance(said, list) else [said]
+                taken: list[Any] = []
+                for i, entry in enumerate(entries):
+                    yield from self._section((section, i), entry, taken)
+                setattr(self, section, taken)
+            else:
+                taken = []
+                yield from self._section((section,), said, taken)
+                setattr(self, section, taken[0])
+
+    def _section(self, path: KeyPath, said: Any, taken: list[Any]) -> Iterator[Complaint]:
+        """Take in one section, and add its namespace to a list."""
+        keys = self._keys(path)
+        taken.append(SimpleNamespace(**{name: key.default for name, key in keys.items()}))
+        if not isinstance(said, dict):
+            header = "[[{}]]" if path[0] in REPEATED else "[{}]"
+            yield self._complain(path, f"this is a section, to be begun by {header.format(path[0])}")
+            return
+        for name, value in said.items():
+            if name not in keys:
+                yield self._complain((*path, name), f"there is no such key{did_you_mean(name, keys)}")
+            elif keys[name].free and isinstance(value, dict):
+                yield from self._prior((*path, name), value, keys[name].rule)
+                setattr(taken[-1], name, value)
+            elif not keys[name].rule.holds(value):
+                close = close_word(value, keys[name].rule)
+                told = f"expected {keys[name].rule.words}, got {as_toml(value)}{close}"
+                yield self._complain((*path, name), told)
+            else:
+                setattr(taken[-1], name, value)
+        for name, key in keys.items():
+            if key.needed and name not in said:
+                yield self._complain((*path, name), f"this key is missing; expected {key.rule.words}")
+
+    def _prior(self, path: KeyPath, said: Mapping[str, Any], rule: Rule) -> Iterator[Complaint]:
+        """What is wrong with the prior of a parameter."""
+        kind = said.get("prior")
+        if not isinstance(kind, str) or kind not in PRIORS:
+            known = choice(*PRIORS)
+            told = "is missing" if kind is None else f"is {as_toml(kind)}{close_word(kind, known)}"
+            yield self._complain(path, f"the key prior {told}; expected {known.words}")
+            return
+        for name in ("prior", *said):
+            if name not in ("prior", *PRIORS[kind]):
+                told = f"a {kind} prior has no {name!r}{did_you_mean(name, PRIORS[kind])}"
+                yield self._complain((*path, name), told)
+        for name in PRIORS[kind]:
+            inner = number(above=0) if name == "sd" else number() if kind == "lognormal" else rule
+            if name not in said:
+                yield self._complain((*path, name), f"this key is missing; a {kind} prior needs it")
+            elif not inner.holds(said[name]):
+                told = f"expected {inner.words}, got {as_toml(said[name])}"
+                yield self._complain((*path, name), told)
+        low, high = said.get("low"), said.get("high")
+        if is_real(low) and is_real(high) and not low < high:
+            yield self._complain((*path, "high"), f"expected more than low = {low}, got {high}")
+
+    def _keys(self, path: KeyPath) -> dict[str, Key]:
+        """The keys of a section; those of solvers and epochs depend on the solver."""
+        keys = SCHEMA[str(path[0])]
+        if path[0] not in ("solver", "epochs"):
+            return keys
+        said = self.values.get("solver", {})
+        name = said.get("name", "LBFGS") if isinstance(said, dict) else "LBFGS"
+        return {**keys, **solver_keys(name if name in list(SOLVERS) else "LBFGS")}
+
+    def _complain(self, path: KeyPath, sentence: str) -> Complaint:
+        return Complaint(line_of(self.lines, path), ".".join(map(str, path)), sentence)
+
+    def error(self, *found: tuple[KeyPath, str]) -> ConfigurationError:
+        """The error that says what has been found to be wrong with some keys."""
+        return ConfigurationError(self.name, [self._complain(path, told) for path, told in found])
+
+    def says(self, section: str, *names: str) -> bool:
+        """Whether all of these keys are in the text, with no names the section itself."""
+        said = self.values.get(section)
+        return said is not None and all(name in said for name in names)
+
+    # Find files
+    def path(self, name: str) -> str:
+        """The path of a file that a key names, which begins where the configuration lies."""
+        return os.path.join(self.folder, name)
+
+    def output_path(self, key: str) -> str | None:
+        """The path of a file that is written, or None if it is not wanted."""
+        name = getattr(self.output, key)
+        return os.path.join(self.path(self.output.folder), name) if name else None
+
+    def state_path(self, epoch: int) -> str | None:
+        """Where the state of an epoch is kept; if there are several, their names have its number."""
+        path = self.output_path("state")
+        if path is None or len(self.epochs) < 2:
+            return path
+        root, end = os.path.splitext(path)
+        return f"{root}-{epoch + 1}{end}"
+
+
+def as_toml(value: Any) -> str:
+    """A value as it is written in TOML, cut short if it is long."""
+    if isinstance(value, bool):
+        told = str(value).lower()
+    elif isinstance(value, dict):
+        told = f"a table with the keys {', '.join(value)}"
+    else:
+        told = repr(value)
+    return told if len(told) <= 60 else told[:56] + " ..."
+
+
+def close_word(value: Any, rule: Rule) -> str:
+    """A hint for a word that is nearly one of those that a rule allows."""
+    words = re.findall(r"'([^']*)'", rule.words)
+    close = difflib.get_close_matches(str(value), words, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+Contradiction = tuple[KeyPath, str]
+
+
+def _of_data(c: Configuration) -> Iterator[Contradiction]:
+    kind = c.data.kind
+    of_kinds = {
+        "seed": ("mock",),
+        "file": ("density", "catalogue"),
+        "format": ("density", "catalogue"),
+        "array": ("density",),
+        "contrast": ("density",),
+        "position": ("catalogue",),
+        "weight": ("catalogue",),
+        "units": ("catalogue",),
+        "origin": ("catalogue",),
+    }
+    for name, kinds in of_kinds.items():
+        if c.says("data", name) and kind not in kinds:
+            yield ("data", name), f"this is for data of the kind {' or '.join(kinds)}, not for a {kind}"
+    if kind != "mock" and not c.data.file:
+        yield ("data", "file"), f"this key is missing; a {kind} is read from a file"
+
+
+def _of_noise_and_mask(c: Configuration) -> Iterator[Contradiction]:
+    if c.says("noise", "sigma") and c.says("noise", "file"):
+        yield ("noise", "file"), "the noise is given twice, by sigma and by a map in a file: take one away"
+    if c.data.kind != "catalogue" and c.noise.sigma is None and c.noise.file is None:
+        yield (
+            ("noise", "sigma"),
+            f"this key is missing; the noise of a {c.data.kind} must be given, by sigma or by a file",
+        )
+    if c.data.kind == "mock" and c.noise.file:
+        yield ("noise", "file"), "the noise of a mock is one number: give sigma"
+    for section in "mask", "noise":
+        names = [name for name in ("format", "array") if c.says(section, name)]
+        if names and not c.says(section, "file"):
+            yield (section, names[0]), "there is no file to which this could belong"
+        if c.says(section) and section == "mask" and not c.says(section, "file"):
+            yield (section, "file"), "this key is missing; a mask is read from a file"
+
+
+def _of_model(c: Configuration) -> Iterator[Contradiction]:
+    m = c.model
+    for name in "steps", "start":
+        if c.says("model", name) and m.evolution != "nbody":
+            yield ("model", name), f"this is for the evolution nbody, not for {m.evolution}"
+    if m.evolution == "nbody" and not m.start < m.scale_factor:
+        yield ("model", "scale_factor"), f"expected more than start = {m.start}, got {m.scale_factor}"
+    if m.redshift_space and m.evolution == "linear":
+        yield ("model", "redshift_space"), "linear evolution has no particles to be moved: take lpt or nbody"
+    if c.says("model", "line_of_sight") and not m.redshift_space:
+        yield ("model", "line_of_sight"), "without redshift_space = true there is none"
+    if not any(m.line_of_sight):
+        yield ("model", "line_of_sight"), "expected a direction, got three zeros"
+
+
+def _of_bias(c: Configuration) -> Iterator[Contradiction]:
+    kind = c.bias.kind
+    terms = BIAS_KEYS[kind]
+    for name in BIAS_KEYS["lagrangian"]:
+        if c.says("bias", name) and name not in terms:
+            yield ("bias", name), f"a bias of kind {kind!r} has {' and '.join(terms) or 'no parameters'}"
+    if kind != "none" and c.bias.b1 is None:
+        yield ("bias", "b1"), f"this key is missing; a bias of kind {kind!r} needs it"
+    if kind == "lagrangian" and c.model.evolution == "linear":
+        yield ("bias", "kind"), "a Lagrangian bias is carried by particles: take lpt or nbody, or 'eulerian'"
+
+
+def _of_cosmology(c: Configuration) -> Iterator[Contradiction]:
+    if isinstance(c.cosmology.Ob0, dict) or isinstance(c.cosmology.Om0, dict):
+        return
+    if c.cosmology.Ob0 >= c.cosmology.Om0:
+        yield (
+            ("cosmology", "Ob0"),
+            f"baryons are a part of matter: expected less than Om0 = {c.cosmology.Om0}",
+        )
+
+
+def _of_files(c: Configuration) -> Iterator[Contradiction]:
+    """Of what the names of files tell, without a look at them."""
+    for section in "data", "mask", "noise":
+        space = getattr(c, section)
+        if space.file and space.format == "auto" and file_format(space.file) is None:
+            known = ", ".join(FORMATS)
+            yield (section, "file"), f"what is it? Names that end with {known} tell; else say the format"
+    places = {key: os.path.normpath(path) for key in OUTPUTS if (path := c.output_path(key))}
+    for key, path in places.items():
+        if [other for other in places if places[other] == path and other != key][:1] > [key]:
+            yield ("output", key), f"{getattr(c.output, key)!r} is the name of another output, too"
+
+
+OUTPUTS = ("report", "fields", "state")
+
+
+def file_format(name: str, said: str = "auto") -> str | None:
+    """The format of a file: what is said, or what the end of its name tells, or None."""
+    ends = [end for end in FORMATS if name.lower().removesuffix(".gz").endswith(end)]
+    return said if said != "auto" else FORMATS[ends[0]] if ends else None
+
+
+def _of_files_read(c: Configuration) -> Iterator[Contradiction]:
+    for section in "data", "mask", "noise":
+        name = getattr(c, section).file
+        if name and not os.path.exists(c.path(name)):
+            yield (section, "file"), f"there is no file {c.path(name)}{_near(c.path(name))}"
+        elif name and not os.access(c.path(name), os.R_OK):
+            yield (section, "file"), f"the file {c.path(name)} cannot be read"
+
+
+def _of_files_written(c: Configuration) -> Iterator[Contradiction]:
+    folder = nearest = os.path.abspath(c.path(c.output.folder))
+    while not os.path.lexists(nearest):
+        nearest = os.path.dirname(nearest)
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
+        yield ("output", "folder"), f"cannot make {folder}: {nearest} is no folder that can be written to"
+    for key in OUTPUTS if nearest == folder else ():
+        try:
+            if path := c.output_path(key):
+                try_out(path)
+        except OSError as error:
+            yield ("output", key), f"cannot write to {path}: {error.strerror}"
+
+
+def _near(path: str) -> str:
+    """A hint at a file of a similar name."""
+    folder, name = os.path.split(path)
+    try:
+        close = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
+    except OSError:
+        return f", nor a folder {folder}"
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+LOOKING = _of_files_read, _of_files_written
+#: What does not go together, by the sections that must be right, one key by one, for the question to make sense.
+CONTRADICTIONS: dict[tuple[str, ...], Callable[[Configuration], Iterator[Contradiction]]] = {
+    ("data",): _of_data,
+    ("data", "noise", "mask"): _of_noise_and_mask,
+    ("model",): _of_model,
+    ("model", "bias"): _of_bias,
+    ("cosmology",): _of_cosmology,
+    ("data", "noise", "mask", "output"): _of_files,
+    ("noise", "mask", "data"): _of_files_read,
+    ("output",): _of_files_written,
+}
+
+
+def template() -> str:
+    """A configuration with all keys: those that may be left out are comments, with their defaults."""
+    text = [
+        "# A reconstruction: python -m vmad_lit.reconstruct THIS.toml",
+        "# Keys that are comments may be left out; what they say here is what is meant then, or an example.",
+    ]
+    for section, keys in SCHEMA.items():
+        begun = any(key.needed for key in keys.values()) or section == "noise"
+        header = f"[[{section}]]" if section in REPEATED else f"[{section}]"
+        text += ["", header if begun else f"# {header}"]
+        named = {f"of {name}": solver_keys(name) for name in SOLVERS} if section == "solver" else {}
+        for options in ({"": keys} | named).values():
+            for name, key in options.items():
+                value = key.shown if key.default is None else key.default
+                if value is None or value == math.inf:
+                    continue
+                said = f"{name} = {write_toml(value)}"
+                mark = "" if key.needed or (section, name) == ("noise", "sigma") else "# "
+                text.append(f"{mark}{said:{34 - len(mark)}}  # {key.help}")
+    return "\n".join(text) + "\n"
+
+
+def write_toml(value: Any) -> str:
+    """A value in TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(write_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{name} = {write_toml(inner)}' for name, inner in value.items())} }}"
+    return repr(value)
