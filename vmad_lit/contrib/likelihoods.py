@@ -10,8 +10,8 @@ import numpy as np
 
 from vmad_lit import operator
 from vmad_lit.contrib.chisquare import local_squares
-from vmad_lit.contrib.cosmo4d import gaussian, white_noise
-from vmad_lit.contrib.vectorspace import is_field
+from vmad_lit.contrib.cosmo4d import gaussian
+from vmad_lit.contrib.vectorspace import MPIVectorSpace, VectorSpace, is_field
 from vmad_lit.core.arguments import plain_array, positive, real_array, real_number
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
@@ -28,7 +28,7 @@ from vmad_lit.lib.tracers import plain_numbers
 from vmad_lit.lib.transfer import Transfer, fixed_transfer
 
 with needed_for("likelihoods", extra="mesh"):
-    from scipy.special import gammaln, ndtri, pdtr, pdtrik
+    from scipy.special import gammaln, pdtr, pdtrik
 
 LOG_ROOT = 0.5 * np.log(2 * np.pi)
 Find = Callable[[Any], Any]  # a number, or the symbol or value of what a name stands for
@@ -198,9 +198,9 @@ class Likelihood:
 
     def normal(self, seed: int, purpose: str) -> Any:
         """Normal random numbers, one for each of the data."""
-        if is_field(self.data):
-            return white_noise(self.data.pm, seed, purpose=purpose)
-        return ndtri(self.uniform(seed, purpose))
+        alone = self.comm is None and not is_field(self.data)
+        space = VectorSpace() if alone else MPIVectorSpace(self.comm)
+        return space.normal(like(self.data, self.data * 1.0), seed, purpose)
 
     def finish(self, data: Any) -> Any:
         """Random data where there are data, 0 elsewhere; of the type of the data."""
@@ -250,8 +250,8 @@ class Gaussian(Likelihood):
                 )
             check_power(self.power, data.pm)
         self.seen = self.seen & np.isfinite(self.sigma)
-        weights = np.where(self.seen, 1 / self.sigma, 0.0)
-        self._weights: Any = float(1 / self.sigma) if self.seen.all() and self.sigma.ndim == 0 else weights
+        simple = mask is None and self.sigma.ndim == 0  # the same on all ranks
+        self._weights: Any = 1 / float(self.sigma) if simple else np.where(self.seen, 1 / self.sigma, 0.0)
 
     def residual(self, x: Symbol, where: Placement) -> Symbol:
         """The difference of prediction and data in units of its standard deviation, for an amplitude of one."""
@@ -301,3 +301,189 @@ class Gaussian(Likelihood):
     def draw(self, x: Any, find: Find, seed: int, purpose: str) -> Any:
         noise = self.noise(find, seed, purpose)
         return self.finish(like(x, numbers_of(x) + numbers_of(noise)))
+
+
+class Smoothed(Gaussian):
+    """As `Gaussian`, with a misfit that is smoothed at a scale (Mpc/h) before it is compared with the noise.
+
+    This is no probability of data, but a way to make a search begin with what is large.
+    """
+
+    def __init__(self, data: Any, sigma: Any = 1.0, mask: Any = None, scale: float = 0.0, **more: Any) -> None:
+        super().__init__(data, sigma, mask, scale=scale, **more)
+
+    def take(self, data: Any, mask: Any, **given: Any) -> None:
+        super().take(data, mask, **given)
+        if not is_field(data) or self.power is not None:
+            raise TypeError("what is smoothed is a field, with a sigma")
+        self.scale = real_number("scale", given["scale"], least=0)
+
+    def residual(self, x: Symbol, where: Placement) -> Symbol:
+        difference = misfit(x, self.data, self.seen * 1.0, where)
+        smooth = fastpm.c2r(fastpm.apply_transfer(fastpm.r2c(difference), gaussian(self.scale)))
+        return misfit(smooth, like(self.data, 0), self._weights, where)
+
+
+class LogDensity(Gaussian):
+    """As `Gaussian`, of the logarithms of prediction and data after a `floor` has been added to them.
+
+    Negative data are taken as 0.
+    """
+
+    def __init__(self, data: Any, sigma: Any = 1.0, mask: Any = None, floor: float = 0.1, **more: Any) -> None:
+        super().__init__(data, sigma, mask, floor=floor, **more)
+
+    def take(self, data: Any, mask: Any, **given: Any) -> None:
+        self.floor = positive("floor", given["floor"])
+        super().take(data, mask, **given)
+        self._logs = like(self.data, np.log(np.maximum(numbers_of(self.data), 0) + self.floor))
+
+    def residual(self, x: Symbol, where: Placement) -> Symbol:
+        return misfit(unary.log(x + self.floor), self._logs, self._weights, where)
+
+    def draw(self, x: Any, find: Find, seed: int, purpose: str) -> Any:
+        logs = np.log(numbers_of(x) + self.floor) + numbers_of(self.noise(find, seed, purpose))
+        return self.finish(np.exp(logs) - self.floor)
+
+
+class LogNormal(Gaussian):
+    """Positive data whose logarithm is normal, with that of the prediction for its mean, and `sigma`."""
+
+    def take(self, data: Any, mask: Any, **given: Any) -> None:
+        super().take(data, mask, **given)
+        values = numbers_of(self.data)
+        if self.power is not None:
+            raise ValueError("log-normal data have a sigma, and no power of their noise")
+        if not (values[self.seen] > 0).all():
+            raise ValueError("log-normal data must be positive where the mask is 1")
+        self._logs = like(self.data, np.log(np.where(self.seen, values, 1.0)))
+
+    def residual(self, x: Symbol, where: Placement) -> Symbol:
+        return misfit(unary.log(x), self._logs, self._weights, where)
+
+    def constant(self) -> float:
+        own = float(numbers_of(self._logs)[self.seen].sum())
+        return super().constant() + (own if self.comm is None else mpi.add_up(self.comm, own))
+
+    def draw(self, x: Any, find: Find, seed: int, purpose: str) -> Any:
+        return self.finish(numbers_of(x) * np.exp(numbers_of(self.noise(find, seed, purpose))))
+
+
+@operator
+class poisson_loss:
+    """Minus the logarithm of the probability of counts for a rate, without the factorials: a rank's share."""
+
+    ain, aout = "rate", "y"
+    placements = "elementwise"
+
+    def apl(node, rate, data, seen):
+        rate, n = numbers_of(rate), numbers_of(data)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            terms = np.where(n > 0, rate - n * np.log(rate), rate)
+        return dict(y=float(np.where((rate > 0) | (rate == 0) & (n == 0), terms, np.inf)[seen].sum(dtype="f8")))
+
+    def vjp(node, _y, rate, data, seen):
+        return dict(_rate=like(rate, float(_y) * poisson_slope(rate, data, seen)))
+
+    def jvp(node, rate_, rate, data, seen):
+        return dict(y_=float((poisson_slope(rate, data, seen) * numbers_of(rate_)).sum(dtype="f8")))
+
+    def hvp(node, _y, rate_, rate, data, seen):
+        n, x = numbers_of(data), numbers_of(rate)
+        bend = np.divide(n, x * x, out=np.zeros(np.shape(x)), where=seen & (x > 0))
+        return dict(_rate_=like(rate, float(_y) * bend * numbers_of(rate_)))
+
+
+def poisson_slope(rate: Any, data: Any, seen: Array) -> Array:
+    """The derivative of the loss with respect to each rate, 1 - n / rate."""
+    n, x = numbers_of(data), numbers_of(rate)
+    return seen - np.divide(n, x, out=np.zeros(np.shape(x)), where=seen & (x > 0))
+
+
+@operator
+class twice_root:
+    """Twice the square root of a rate where there are data and the rate is positive, else 0.
+
+    The square of its derivative is the Fisher information of a Poisson variable.
+    """
+
+    ain, aout = "rate", "y"
+
+    def apl(node, rate, seen):
+        return dict(y=like(rate, np.where(seen, 2 * np.sqrt(np.maximum(numbers_of(rate), 0)), 0)))
+
+    def vjp(node, _y, rate, seen):
+        return dict(_rate=like(rate, numbers_of(_y) * root_slope(rate, seen)))
+
+    def jvp(node, rate_, rate, seen):
+        return dict(y_=like(rate, numbers_of(rate_) * root_slope(rate, seen)))
+
+    def hvp(node, _y, rate_, rate, seen):
+        return dict(_rate_=like(rate, -0.5 * root_slope(rate, seen) ** 3 * numbers_of(_y) * numbers_of(rate_)))
+
+
+def root_slope(rate: Any, seen: Array) -> Array:
+    x = numbers_of(rate)
+    return np.divide(1.0, np.sqrt(np.maximum(x, 0)), out=np.zeros(np.shape(x)), where=seen & (x > 0))
+
+
+class Poisson(Likelihood):
+    """Counts with the prediction, times a mean, for their rate.
+
+    Parameters
+    ----------
+    data, mask, comm : see `Likelihood`; whole numbers
+    mean : number, field or array; or str
+        What the prediction is multiplied with: the number that is expected where the prediction is 1. Or the
+        name of a parameter, or of a result of the forward model.
+    floor : float, optional
+        A rate, if predictions may be negative, as those of linear theory are: the rate becomes
+        ``(r + sqrt(r^2 + 4 floor^2)) / 2``, which is positive and smooth.
+    """
+
+    is_sum_of_squares = False
+
+    def __init__(
+        self,
+        data: Any,
+        mean: Any = 1.0,
+        mask: Any = None,
+        floor: float | None = None,
+        comm: MPI.Comm | None = None,
+    ) -> None:
+        super().__init__(data, mask, comm, mean=mean, floor=floor)
+
+    def take(self, data: Any, mask: Any, **given: Any) -> None:
+        super().take(data, mask)
+        values, mean = numbers_of(self.data), given["mean"]
+        if (values < 0).any() or (values % 1 != 0).any():
+            raise ValueError("counts must be whole numbers that are not negative, where the mask is 1")
+        self.mean = mean if isinstance(mean, str) else self.on_cells("mean", mean, values.shape, least=0)
+        self.floor = None if given["floor"] is None else positive("floor", given["floor"])
+        if not isinstance(mean, str):
+            self.seen = self.seen & (self.mean > 0)
+            if (values[~self.seen] > 0).any():
+                raise ValueError("there are counts where the mean is 0")
+
+    def express(self, x: Symbol, find: Find, comm: MPI.Comm) -> tuple[Symbol, list[Symbol]]:
+        where, named = self.where(comm), isinstance(self.mean, str)
+        weights = self.seen * (1.0 if named else self.mean)
+        rate = misfit(x, like(self.data, np.zeros(self.seen.shape)), weights, where)
+        rate = rate * find(self.mean) if named else rate
+        rate = rate if self.floor is None else (rate + unary.sqrt(rate * rate + 4 * self.floor**2)) * 0.5
+        return self.add_up(poisson_loss(rate, self.data, self.seen), where), [twice_root(rate, self.seen)]
+
+    def constant(self) -> float:
+        own = float(gammaln(numbers_of(self.data)[self.seen] + 1.0).sum())
+        return own if self.comm is None else mpi.add_up(self.comm, own)
+
+    def draw(self, x: Any, find: Find, seed: int, purpose: str) -> Any:
+        rate = np.where(self.seen, numbers_of(x) * numbers_of(find(self.mean)), 0.0)
+        if self.floor is not None:
+            rate = 0.5 * (rate + np.sqrt(rate**2 + 4 * self.floor**2))
+        if (rate < 0).any():
+            raise ValueError("counts are drawn for rates that are not negative; give a floor")
+        u = self.uniform(seed, purpose)
+        n = np.ceil(pdtrik(u, rate))
+        less = np.maximum(n - 1, 0)
+        return self.finish(np.where(rate > 0, np.where(pdtr(less, rate) >= u, less, n), 0))

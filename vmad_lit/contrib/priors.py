@@ -9,16 +9,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vmad_lit import operator
-from vmad_lit.contrib.cosmo4d import linear_modes, to_modes
+from vmad_lit.contrib.cosmo4d import linear_modes
 from vmad_lit.contrib.vectorspace import MPIVectorSpace, VectorSpace
-from vmad_lit.core.arguments import plain_array, real_array, real_number, whole_number
-from vmad_lit.core.error import needed_for
+from vmad_lit.core.arguments import real_array, whole_number
+from vmad_lit.core.error import did_you_mean, needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import Placement, Site
 from vmad_lit.core.stdlib.operators import Array
-from vmad_lit.core.symbol import Symbol, Value
-from vmad_lit.lib import fastpm, unary
-from vmad_lit.lib.lpt import check_power, color_modes, find_wavenumbers
+from vmad_lit.core.symbol import Symbol
+from vmad_lit.lib.cosmology import Cosmology, LinearPower, Planck15
+from vmad_lit.lib.lpt import check_power
 from vmad_lit.lib.mesh import BaseComplexField, ParticleMesh, RealField, check_field
 from vmad_lit.lib.mpi import MPI, place
 from vmad_lit.lib.spectra import Shells
@@ -462,3 +462,36 @@ class GaussianField(WhiteField):
                 return np.where((P > 0) & np.isfinite(P), v * (volume / P) ** 0.5, 0.0)
 
         return value.apply(whiten).c2r() * float(self.pm.Nmesh.prod()) ** -0.5
+
+
+class LinearField(GaussianField):
+    """The modes of linear theory today, of a cosmology of which some parameters may be free.
+
+    Parameters
+    ----------
+    pm : ParticleMesh
+    cosmology : Cosmology
+    depends : str or sequence of str
+        The parameters among ``Om0 h Ob0 n_s sigma8`` that have priors of their own.
+    transfer : see `LinearPower`
+    """
+
+    def __init__(
+        self,
+        pm: ParticleMesh,
+        cosmology: Cosmology = Planck15,
+        depends: str | Sequence[str] = (),
+        transfer: Any = "EisensteinHu",
+    ) -> None:
+        self.cosmology, self.transfer = cosmology, transfer
+        names = tuple(depends.replace(",", " ").split()) if isinstance(depends, str) else tuple(depends)
+        for name in names:
+            if name not in cosmology.__symbols__:
+                raise ValueError(
+                    f"{name!r} is no parameter of a power spectrum" + did_you_mean(name, cosmology.__symbols__)
+                )
+        super().__init__(pm, self.of_parameters if names else LinearPower(cosmology, transfer=transfer), names)
+
+    def of_parameters(self, **parameters: Any) -> LinearPower:
+        """The power spectrum for values, or symbols, of the free parameters."""
+        return LinearPower(self.cosmology.replace(**parameters), transfer=self.transfer)
