@@ -140,19 +140,22 @@ class Reconstruction:
         of the parts of the run, by name.
     """
 
-    def __init__(self, c: Configuration, comm: Any, say: Say) -> None:
+    def __init__(
+        self, c: Configuration, comm: Any, say: Say, switch: str = "memory_check = false in [run]"
+    ) -> None:
         from vmad_lit.lib.costs import choose_processes
         from vmad_lit.lib.fastpm import ParticleMesh
 
         self.c, self.comm, self.say = c, comm, say
         self.seconds: dict[str, float] = {}
         self.nmesh = three(c.mesh.cells)
+        self.free = [name for name, value in everything(c) if isinstance(value, dict)]
         self.steps = c.model.steps if c.model.evolution == "nbody" else 0
-        self.check_memory()
+        self.check_memory(switch)
         np = choose_processes(self.nmesh, comm.size)
         self.pm = ParticleMesh(Nmesh=self.nmesh, BoxSize=three(c.mesh.box), comm=comm, dtype="f8", np=np)
 
-    def check_memory(self) -> None:
+    def check_memory(self, switch: str) -> None:
         """Raise ConfigurationError if the gradient and the vectors of the solver will not fit into memory."""
         from vmad_lit.lib.costs import check_simulation
 
@@ -161,7 +164,6 @@ class Reconstruction:
         cells = int(numpy.prod(self.nmesh, dtype=float))
         vectors = VECTORS * 8 * cells // self.comm.size
         try:
-            switch = "memory_check = false in [run]"
             check_simulation(self.comm, self.nmesh, cells, self.steps, extra=vectors, switch=switch)
         except MemoryError as error:
             raise self.c.error((("mesh", "cells"), str(error))) from None
@@ -270,6 +272,11 @@ class Reconstruction:
             self.say(f"the report is {path}")
 
 
+def everything(c: Configuration) -> list[tuple[str, Any]]:
+    """What may be free, by name."""
+    return [*vars(c.cosmology).items(), *vars(c.bias).items(), ("sigma", c.noise.sigma)]
+
+
 def epochs_of(c: Configuration) -> list[tuple[float, dict[str, Any]]]:
     """The smoothing of each epoch, and the options of its solver."""
     known = solver_keys(c.solver.name)
@@ -324,7 +331,7 @@ def plan(run: Reconstruction) -> str:
         f"  mesh           {' x '.join(map(str, nmesh))} cells, box {c.mesh.box} Mpc/h",
         f"  data           {c.data.kind}{f' from {c.path(c.data.file)}' if c.data.file else ''}",
         f"  model          {c.model.evolution}{f', {run.steps} steps' if run.steps else ''}, bias {c.bias.kind}",
-        f"  free           {', '.join(['the initial conditions', *free_parameters(c)])}",
+        f"  free           {', '.join(['the initial conditions', *run.free])}",
         f"  solver         {c.solver.name}, {len(epochs)} epoch{'s' * (len(epochs) > 1)}, at most {iterations} iterations",
         f"  memory         {in_gigabytes(here[1])} on each of {run.comm.size} ranks, {in_gigabytes(available_memory())} are available here",
         f"  gradient       {here[0]:.3g} s on {run.comm.size} ranks, from a small one that was measured here",
@@ -337,18 +344,11 @@ def plan(run: Reconstruction) -> str:
     return "\n".join(lines)
 
 
-def free_parameters(c: Configuration) -> list[str]:
-    """The names of parameters that have priors in the place of numbers."""
-    spaces = {**vars(c.cosmology), **vars(c.bias), "sigma": c.noise.sigma}
-    return [name for name, value in spaces.items() if isinstance(value, dict)]
-
-
 def measure_gradient(c: Configuration, nmesh: Sequence[int]) -> float:
     """Seconds for a gradient of the model of a configuration, for each cell, on a small mesh and on this rank alone."""
-    from mpi4py import MPI
-
     from vmad_lit.contrib.survey import Survey
     from vmad_lit.lib.fastpm import ParticleMesh
+    from vmad_lit.lib.mpi import MPI
 
     small = [min(n, PROBE) for n in nmesh]
     box = [length * m / n for length, m, n in zip(three(c.mesh.box), small, nmesh)]
@@ -475,7 +475,8 @@ class Results:
             self.add_parameters(page)
             page.section("Maps").pictures(*maps)
             page.section("Modes").pictures(*self.pictures_of_modes(powers))
-            page.table(["k [h/Mpc]", "modes", *self.columns(powers)], self.rows(powers), "Shells in k")
+            caption = f"r and t of {' and of '.join(self.curves)}; P of the linear modes in (Mpc/h)^3"
+            page.table(["k [h/Mpc]", "modes", *self.columns(powers)], self.rows(powers), caption)
             page.section("Iterations").pictures(self.picture_of_iterations())
             page.code(str(state.history), "the table")
             page.section("Configuration").code(configuration_text(c))
@@ -506,59 +507,54 @@ class Results:
 
     def add_parameters(self, page: Report) -> None:
         """The free parameters, if there are any."""
-        rows = []
-        for name, value in self.values.items():
-            if name != "modes":
-                said = self.run.c.cosmology if hasattr(self.run.c.cosmology, name) else self.run.c.bias
-                prior = getattr(said, name, None) or self.run.c.noise.sigma
-                rows.append((name, value, write_toml(prior)))
+        priors = dict(everything(self.run.c))
+        rows = [(name, self.values[name], write_toml(priors[name])) for name in self.run.free]
         if rows:
             page.section("Parameters").table(["parameter", "most probable", "prior"], rows)
 
     def maps(self) -> list[tuple[str, str, str]]:
         """Pictures of densities and of initial conditions, projected through an eighth of the box. Collective."""
-        from vmad_lit.contrib.cosmo4d import gaussian
-
         pm = self.run.pm
-        smooth = gaussian(2 * (pm.BoxSize / pm.Nmesh).max())
-        thickness = max(1, int(pm.Nmesh[2]) // 8)
         shown = {"clean": "the true density", "data": "the data", "density": "the reconstructed density"}
         shown |= {"true_linear": "the true linear modes", "linear": "the reconstructed linear modes"}
-        pictures, width = [], {}
-        for reference in "density", "linear":
-            width[reference] = 2.5 * float(numpy.std(self.projected(reference, smooth, thickness)))
+        width = {name: 2.5 * float(numpy.std(self.projected(name))) for name in ("density", "linear")}
+        pictures = []
         for name, title in shown.items():
             if name not in self.fields:
                 continue
-            image = self.projected(name, smooth, thickness)
-            linear = "linear" in name
+            image, linear = self.projected(name), "linear" in name
             scale = max(width["linear" if linear else "density"], 1e-12)
             more = ", smoothed by two cells" if linear else ""
             alt = f"Map of {title}: mean {numpy.mean(image):.2f}, standard deviation {numpy.std(image):.2f}"
-            caption = f"{title[:1].upper()}{title[1:]}{more}; mean over {thickness} planes"
+            caption = f"{title[:1].upper()}{title[1:]}{more}; mean over {self.thickness} planes"
             pictures.append((map_picture(image, pm.BoxSize[:2], 0.0 if linear else 1.0, scale), alt, caption))
         return pictures
 
-    def projected(self, name: str, smooth: Any, thickness: int) -> Any:
-        """The map of a field; linear modes are smoothed."""
+    @property
+    def thickness(self) -> int:
+        """How many planes a map shows, an eighth of the box."""
+        return max(1, int(self.run.pm.Nmesh[2]) // 8)
+
+    def projected(self, name: str) -> Any:
+        """The map of a field; linear modes are smoothed by two cells. Collective."""
+        from vmad_lit.contrib.cosmo4d import gaussian
         from vmad_lit.lib.spectra import projection
 
-        field = self.fields[name]
+        field, pm = self.fields[name], self.run.pm
         if "linear" in name:
+            smooth = gaussian(2 * (pm.BoxSize / pm.Nmesh).max())
             field = field.r2c().apply(lambda k, v: v * smooth(k)).c2r()
-        return projection(field, 2, 0, thickness)
+        return projection(field, 2, 0, self.thickness)
 
     def powers(self) -> dict[str, Any]:
         """Power spectra of the linear modes. Collective."""
         power = {"reconstruction": self.shells.power(self.values["modes"])}
         if self.true_modes is not None:
             power["truth"] = self.shells.power(self.true_modes)
-        numbers = {
-            name: value for name, value in self.values.items() if name in ("Om0", "h", "Ob0", "n_s", "sigma8")
-        }
+        from vmad_lit.contrib.survey import cosmology_of
         from vmad_lit.lib.cosmology import LinearPower
 
-        linear = LinearPower(self.survey.universe.cosmology(numbers), transfer=self.run.c.model.transfer)
+        linear = LinearPower(cosmology_of(self.run.c, self.values), transfer=self.run.c.model.transfer)
         power["linear theory"] = linear(self.shells.k)
         return power
 
@@ -590,18 +586,17 @@ class Results:
     def rows(self, powers: Mapping[str, Any]) -> list[list[Any]]:
         """The rows of the table of shells, of which there are some."""
         columns = [x for pair in self.curves.values() for x in pair] + list(powers.values())
-        table = numpy.stack([self.shells.k, *columns], axis=-1)
+        table: Any = numpy.stack([self.shells.k, *columns], axis=-1)
         some = spread(len(table), 16)
-        return [[table[i, 0], int(self.shells.counts[i]), *table[i, 1:]] for i in some]
+        counts: Any = self.shells.counts
+        return [[table[i, 0], int(counts[i]), *table[i, 1:]] for i in some]
 
     def picture_of_iterations(self) -> tuple[str, str, str]:
         """A picture of the way to the minimum."""
         history = self.run.state.history
         y = history["y"]
-        curves = {
-            "objective - lowest": numpy.maximum(y - y.min(), 1e-12 * abs(y).max()),
-            "gradient": history["gnorm"],
-        }
+        above = numpy.where(y > y.min(), y - y.min(), numpy.nan)
+        curves = {"objective above the last": above, "length of the gradient": history["gnorm"]}
         picture = curve_picture(history["nit"], curves, "iteration", "", yscale="log")
         alt = f"Curves of the objective and of the length of its gradient, which falls from {history['gnorm'][0]:.3g} to {history['gnorm'][-1]:.3g}"
         return picture, alt, "The way to the most probable initial conditions, in the last epoch"
@@ -646,16 +641,30 @@ MEANING = {
 
 
 def configuration_text(c: Configuration) -> str:
-    """A configuration in TOML as it was taken, with the defaults that were not said."""
-    text = []
+    """A configuration in TOML as it was taken, with those defaults that have a meaning in it."""
+    values: dict[str, Any] = {}
     for section in SCHEMA:
         space = getattr(c, section)
-        for one in space if isinstance(space, list) else [space]:
-            text.append(f"[[{section}]]" if isinstance(space, list) else f"[{section}]")
-            text += [
-                f"{name} = {write_toml(value)}" for name, value in vars(one).items() if value is not None
-            ]
-    return "\n".join(text) + "\n"
+        taken = [
+            {k: v for k, v in vars(one).items() if v is not None}
+            for one in (space if isinstance(space, list) else [space])
+        ]
+        values[section] = taken if isinstance(space, list) else taken[0]
+    # Take out the defaults that contradict what is said
+    try:
+        Configuration(values)
+    except ConfigurationError as error:
+        for _, key, _ in error.complaints:
+            section, _, name = key.partition(".")
+            values[section].pop(name, None)
+    text = []
+    for section, taken in values.items():
+        for one in taken if isinstance(taken, list) else [taken]:
+            header = f"[[{section}]]" if isinstance(taken, list) else f"[{section}]"
+            text += (
+                [header, *(f"{name} = {write_toml(value)}" for name, value in one.items()), ""] if one else []
+            )
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

@@ -432,7 +432,7 @@ class Configuration:
                 told = f"expected {inner.words}, got {as_toml(said[name])}"
                 yield self._complain((*path, name), told)
         low, high = said.get("low"), said.get("high")
-        if is_real(low) and is_real(high) and not low < high:
+        if low is not None and high is not None and is_real(low) and is_real(high) and not low < high:
             yield self._complain((*path, "high"), f"expected more than low = {low}, got {high}")
 
     def _keys(self, path: KeyPath) -> dict[str, Key]:
@@ -464,7 +464,7 @@ class Configuration:
     def output_path(self, key: str) -> str | None:
         """The path of a file that is written, or None if it is not wanted."""
         name = getattr(self.output, key)
-        return os.path.join(self.path(self.output.folder), name) if name else None
+        return os.path.normpath(os.path.join(self.path(self.output.folder), name)) if name else None
 
     def state_path(self, epoch: int) -> str | None:
         """Where the state of an epoch is kept; if there are several, their names have its number."""
@@ -541,8 +541,8 @@ def _of_model(c: Configuration) -> Iterator[Contradiction]:
             yield ("model", name), f"this is for the evolution nbody, not for {m.evolution}"
     if m.evolution == "nbody" and not m.start < m.scale_factor:
         yield ("model", "scale_factor"), f"expected more than start = {m.start}, got {m.scale_factor}"
-    if m.redshift_space and m.evolution == "linear":
-        yield ("model", "redshift_space"), "linear evolution has no particles to be moved: take lpt or nbody"
+    if c.says("model", "scale_factor") and m.evolution == "linear":
+        yield ("model", "scale_factor"), "linear evolution is that to today: take lpt or nbody"
     if c.says("model", "line_of_sight") and not m.redshift_space:
         yield ("model", "line_of_sight"), "without redshift_space = true there is none"
     if not any(m.line_of_sight):

@@ -28,7 +28,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 1rem 0 0.3rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; padding-top: 0.6rem; border-top: 1px solid var(--line); }
 nav a { color: var(--blue); margin-right: 0.9rem; white-space: nowrap; }
 .row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
-figure { margin: 0.5rem 0; min-width: 0; }
+figure { margin: 0.5rem 0; min-width: 0; max-width: 34rem; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption, caption { font-size: 0.85rem; opacity: 0.85; text-align: left; padding: 0.3rem 0; }
 .scroll { overflow-x: auto; margin: 0.5rem 0 1rem; }
@@ -142,7 +142,8 @@ def told(value: Any) -> str:
 
 
 # Pictures
-BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#e0822d", "#3f9b6b", "#8a8a8a"
+COLOURS = "#3b82c4", "#e0822d", "#3f9b6b", "#b05cc0", "#c4a000"
+GREY = "#8a8a8a"
 
 
 @contextmanager
@@ -190,11 +191,14 @@ def curve_picture(
     bands: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     **settings: Any,
 ) -> str:
-    """The address of a picture of curves over x, those whose names begin with a space dashed, with bands around
-    some of them; `settings` are those of Matplotlib's axes."""
+    """The address of a picture of curves over x, with bands around some of them. One whose name begins with a
+    space is dashed, and has the colour of the one before; `settings` are those of Matplotlib's axes."""
     where: list[str] = []
     with drawing(5.2, 3.4, where) as ax:
-        for (name, y), colour in zip(curves.items(), (BLUE, ORANGE, GREEN, GREY) * 4):
+        number = -1
+        for name, y in curves.items():
+            number += name[:1] != " "
+            colour = COLOURS[number % len(COLOURS)]
             ax.plot(x, y, color=colour, ls="--" if name[:1] == " " else "-", lw=1.5, label=name.strip())
             if name in (bands or {}):
                 ax.fill_between(x, *(bands or {})[name], color=colour, alpha=0.25, lw=0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -12,16 +12,15 @@ import numpy
 from vmad_lit.contrib.configuration import BIAS_KEYS, COSMOLOGY, UNITS, UNITS_WITHOUT_H
 from vmad_lit.contrib.configuration import Configuration, file_format
 from vmad_lit.contrib.cosmo4d import white_noise
+from vmad_lit.contrib.forward import Density
 from vmad_lit.contrib.likelihoods import Gaussian, Smoothed
 from vmad_lit.contrib.posterior import Posterior
-from vmad_lit.contrib.priors import GaussianField, LogNormal, Normal, Prior, TruncatedNormal, Uniform
+from vmad_lit.contrib.priors import LinearField, LogNormal, Normal, Numbers, TruncatedNormal, Uniform
 from vmad_lit.core.error import did_you_mean, needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
-from vmad_lit.core.symbol import Symbol
 from vmad_lit.core.traffic import count_object
-from vmad_lit.lib import fastpm, linalg, tracers
 from vmad_lit.lib.catalogue import hdf5
-from vmad_lit.lib.cosmology import Cosmology, LinearPower
+from vmad_lit.lib.cosmology import Cosmology
 from vmad_lit.lib.mesh import ParticleMesh, RealField
 from vmad_lit.lib.mpi import MPI, add_up, on_root, run_together
 
@@ -388,7 +387,7 @@ def box_of(pm: ParticleMesh) -> str:
     return f"[0, {sides[0]:g}]" if len(set(sides)) == 1 else f"of the sides {sides}"
 
 
-KINDS: dict[str, type[Prior]] = {
+KINDS: dict[str, type[Numbers]] = {
     "normal": Normal,
     "lognormal": LogNormal,
     "uniform": Uniform,
@@ -396,86 +395,50 @@ KINDS: dict[str, type[Prior]] = {
 }
 
 
-def prior_of(said: Mapping[str, Any]) -> Prior:
+def prior_of(said: Mapping[str, Any]) -> Numbers:
     """The prior that a table of a configuration describes."""
     return KINDS[said["prior"]](**{name: value for name, value in said.items() if name != "prior"})
 
 
-class Universe:
-    """The forward model of a configuration: from linear modes to the density that is observed.
+def free_parameters(c: Configuration) -> dict[str, Numbers]:
+    """The parameters of the cosmology and of the bias that have priors in the place of numbers."""
+    said = {**vars(c.cosmology), **{name: getattr(c.bias, name) for name in BIAS_KEYS[c.bias.kind]}}
+    return {name: prior_of(value) for name, value in said.items() if isinstance(value, dict)}
 
-    Called with the symbols of the modes and of free parameters, it returns that of the density, under the name
-    `density`. Parameters that are not free have the numbers of the configuration.
 
-    Parameters
-    ----------
-    c : Configuration
-    pm : ParticleMesh
+def cosmology_of(c: Configuration, numbers: Mapping[str, Any]) -> Cosmology:
+    """The cosmology of a configuration, with these numbers for parameters that are free."""
+    return Cosmology(**{name: numbers.get(name, value) for name, value in vars(c.cosmology).items()})
 
-    Attributes
-    ----------
-    priors : dict
-        The priors of the modes and of the free parameters, for a `Posterior`.
-    fixed : dict
-        The numbers of all others.
-    """
 
-    def __init__(self, c: Configuration, pm: ParticleMesh) -> None:
-        self.pm, self.model, self.kind = pm, vars(c.model), c.bias.kind
-        said = {**vars(c.cosmology), **{name: vars(c.bias)[name] for name in BIAS_KEYS[self.kind]}}
-        free = {name: prior_of(value) for name, value in said.items() if isinstance(value, dict)}
-        self.fixed = {name: value for name, value in said.items() if name not in free}
-        self.priors: dict[str, Prior] = {"modes": self._prior_of_modes(tuple(free)), **free}
-        self.q = pm.generate_uniform_particle_grid(shift=0.5)
+def stages_of(c: Configuration) -> Array:
+    """The scale factors of the evolution; none for linear theory."""
+    end = [c.model.scale_factor]
+    if c.model.evolution == "nbody":
+        return numpy.linspace(c.model.start, end[0], c.model.steps + 1)
+    return numpy.array(end if c.model.evolution == "lpt" else [])
 
-    def _prior_of_modes(self, free: Sequence[str]) -> GaussianField:
-        depends = [name for name in free if name in COSMOLOGY]
 
-        def power(**numbers: Any) -> LinearPower:
-            return LinearPower(self.cosmology(numbers), transfer=self.model["transfer"])
-
-        return GaussianField(self.pm, power if depends else power(), depends)
-
-    def cosmology(self, numbers: Mapping[str, Any]) -> Cosmology:
-        """The cosmology with these numbers or symbols, and what is fixed."""
-        return Cosmology(**{name: {**self.fixed, **numbers}[name] for name in COSMOLOGY})
-
-    @property
-    def stages(self) -> Array:
-        """The scale factors of the evolution."""
-        end = self.model["scale_factor"]
-        if self.model["evolution"] == "nbody":
-            return numpy.linspace(self.model["start"], end, self.model["steps"] + 1)
-        return numpy.array([end])
-
-    def __call__(self, modes: Symbol, **free: Any) -> dict[str, Symbol]:
-        numbers = {**self.fixed, **free}
-        cosmology = self.cosmology(free)
-        if self.model["evolution"] == "linear":
-            growth = cosmology.background(self.stages).D1(self.stages[-1])
-            density = fastpm.c2r(modes) * growth + 1.0
-        else:
-            density = self._paint(modes, cosmology, numbers)
-        if self.kind == "eulerian":
-            density = tracers.eulerian_bias(density, numbers["b1"])
-        return dict(density=density)
-
-    def _paint(self, modes: Symbol, cosmology: Cosmology, numbers: Mapping[str, Any]) -> Symbol:
-        """The density of particles that move, weighed if they are biased."""
-        dx, p, _ = fastpm.nbody(modes, self.q, self.stages, cosmology, self.pm)
-        x, mass = dx + self.q, 1.0
-        if self.model["redshift_space"]:
-            a = self.stages[-1]
-            factor = 1.0 / (cosmology.background(self.stages).E(a) * a**2)
-            los = numpy.array(self.model["line_of_sight"], "f8")
-            x = tracers.redshift_space(x, p, factor, self.pm.comm, los=los)
-        if self.kind == "lagrangian":
-            terms = [n for n in BIAS_KEYS["lagrangian"] if n == "b1" or n in self.priors or numbers[n] != 0]
-            given = [numbers[name] for name in terms]
-            free = any(isinstance(x, Symbol) for x in given)
-            b = linalg.stack(given, axis=0) if free else numpy.array(given, "f8")
-            mass = tracers.lagrangian_weights(modes, b, self.q, self.pm, terms)
-        return tracers.density(x, mass, self.q, self.pm)
+def forward_model(c: Configuration, pm: ParticleMesh) -> tuple[dict[str, Any], Callable[..., Any]]:
+    """The priors of the linear modes and the free parameters, by name, and the function from them to the density."""
+    free = free_parameters(c)
+    cosmology = cosmology_of(c, {name: float(prior.value(0.0)) for name, prior in free.items()})
+    depends = [name for name in COSMOLOGY if name in free]
+    modes = LinearField(pm, cosmology, depends, c.model.transfer)
+    # Leave out terms of the bias that vanish
+    terms = [n for n in BIAS_KEYS[c.bias.kind] if n == "b1" or n in free or getattr(c.bias, n) != 0]
+    density = Density(
+        pm,
+        stages_of(c),
+        cosmology,
+        depends=[name for name in depends if name == "Om0"],
+        bias=c.bias.kind,
+        terms=terms,
+        los=c.model.line_of_sight if c.model.redshift_space else None,
+        modes="modes",
+    )
+    fixed: dict[str, Any] = {name: float(getattr(c.bias, name)) for name in terms if name not in free}
+    return {"modes": modes, **free}, functools.partial(density, **fixed)
 
 
 class Survey:
@@ -483,7 +446,6 @@ class Survey:
 
     Attributes
     ----------
-    universe : Universe
     priors : dict
         Of the modes and of the free parameters.
     d : RealField
@@ -499,11 +461,11 @@ class Survey:
     """
 
     def __init__(self, c: Configuration, pm: ParticleMesh) -> None:
-        self.universe, self.pm, self.c = Universe(c, pm), pm, c
+        self.pm, self.c = pm, c
         self.truth: dict[str, Any] | None = None
         self.clean: RealField | None = None
-        self.mask = None if c.mask.file is None else self._read_mask()
-        self.priors = dict(self.universe.priors)
+        self.mask: RealField | None = None if c.mask.file is None else self._read_mask()
+        self.priors, self.forward = forward_model(c, pm)
         noise: Any = c.noise.sigma
         if isinstance(noise, dict):
             self.priors["sigma"], noise = prior_of(noise), 1.0
@@ -519,14 +481,14 @@ class Survey:
         """The posterior, in which densities are compared that are smoothed at a scale (Mpc/h), by default as the
         configuration says; for other data, if they are given."""
         scale = self.c.data.smoothing if smoothing is None else smoothing
-        given = dict(
+        given: dict[str, Any] = dict(
             sigma=self.sigma,
             mask=None if self.mask is None else self._like(self.mask.value > 0),
             amplitude="sigma" if "sigma" in self.priors else None,
         )
         d = self.d if d is None else d
         likelihood = Smoothed(d, scale=scale, **given) if scale else Gaussian(d, **given)
-        return Posterior(self.priors, self.universe, dict(density=likelihood), self.pm.comm)
+        return Posterior(self.priors, self.forward, dict(density=likelihood), self.pm.comm)
 
     def _like(self, values: Array) -> RealField:
         return self.pm.create(type="real", value=values)
