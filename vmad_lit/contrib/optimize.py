@@ -698,7 +698,52 @@ Proposal = tuple[Point | None, float]  # where to go, None for nowhere, and the 
 Accepted = bool | str | Iterable[str]
 
 
-class Optimizer:
+class Options:
+    """What has options: attributes that are annotated in the class, given to the constructor by name or set later."""
+
+    rules = dict[str, Rule]()
+    replaced = dict[str, str]()
+
+    def __init__(self, **options: Any) -> None:
+        for name, value in options.items():
+            if name not in self.options():
+                raise TypeError(self.unknown(name))
+            setattr(self, name, value)
+        self.check_options()
+
+    @classmethod
+    def unknown(cls, name: str) -> str:
+        """The message about an option that does not exist."""
+        close = difflib.get_close_matches(name, cls.options(), n=1)
+        hint = cls.replaced.get(name, f"did you mean {close[0]!r}?" if close else "")
+        told = f"{cls.__name__} has no option {name!r}"
+        return f"{told}: {hint}" if hint else f"{told}; it has {', '.join(cls.options())}"
+
+    def check_options(self) -> None:
+        """Raise unless the options are such that the method can do its work."""
+        for kind in type(self).__mro__:
+            for name, rule in vars(kind).get("rules", {}).items():
+                rule.check(f"{type(self).__name__}'s {name}", getattr(self, name))
+        for name in vars(self):
+            meant = name in self.replaced or difflib.get_close_matches(name, self.options(), n=1, cutoff=0.8)
+            if name not in self.options() and meant:
+                raise TypeError(self.unknown(name))
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """The options of this class and their defaults."""
+        return {
+            name: getattr(cls, name)
+            for kind in reversed(cls.__mro__)
+            for name in vars(kind).get("__annotations__", {})
+        }
+
+    def __repr__(self) -> str:
+        values = (f"{name}={getattr(self, name)!r}" for name in self.options())
+        return f"{type(self).__name__}({', '.join(values)})"
+
+
+class Optimizer(Options):
     """The base of the optimisers. Options are attributes, given to the constructor by name or set later.
 
     Options
@@ -721,44 +766,7 @@ class Optimizer:
     xtol: float = 0.0
 
     rules = {"maxiter": whole(0), "gtol": FRACTION, "gatol": SIZE, "ftol": FRACTION, "xtol": FRACTION}
-
-    def __init__(self, **options: Any) -> None:
-        for name, value in options.items():
-            if name not in self.options():
-                raise TypeError(self.unknown(name))
-            setattr(self, name, value)
-        self.check_options()
-
-    @classmethod
-    def unknown(cls, name: str) -> str:
-        """The message about an option that does not exist."""
-        close = difflib.get_close_matches(name, cls.options(), n=1)
-        hint = REPLACED.get(name, f"did you mean {close[0]!r}?" if close else "")
-        told = f"{cls.__name__} has no option {name!r}"
-        return f"{told}: {hint}" if hint else f"{told}; it has {', '.join(cls.options())}"
-
-    def check_options(self) -> None:
-        """Raise unless the options are such that the method can do its work."""
-        for kind in type(self).__mro__:
-            for name, rule in vars(kind).get("rules", {}).items():
-                rule.check(f"{type(self).__name__}'s {name}", getattr(self, name))
-        for name in vars(self):
-            meant = name in REPLACED or difflib.get_close_matches(name, self.options(), n=1, cutoff=0.8)
-            if name not in self.options() and meant:
-                raise TypeError(self.unknown(name))
-
-    @classmethod
-    def options(cls) -> dict[str, Any]:
-        """The options of this optimiser and their defaults."""
-        return {
-            name: getattr(cls, name)
-            for kind in reversed(cls.__mro__)
-            for name in vars(kind).get("__annotations__", {})
-        }
-
-    def __repr__(self) -> str:
-        values = (f"{name}={getattr(self, name)!r}" for name in self.options())
-        return f"{type(self).__name__}({', '.join(values)})"
+    replaced = REPLACED
 
     def iterate(self, problem: Problem, state: State) -> Proposal | None:
         """One iteration: return (point, length of the step), or (None, 0.0) if no step was taken.
@@ -1495,10 +1503,13 @@ def has_other_value(problem: Problem, state: State) -> bool:
     return not abs(y - state.y) <= near
 
 
-def autosave(path: Path, every: int = 10) -> Callable[[State], None]:
-    """A monitor that saves the state to `path` at every `every`-th iteration, and when a signal ends the run."""
+def autosave(path: Path, every: int = 10) -> Callable[[Any], None]:
+    """A monitor that saves the state, or another thing with `nit`, `status` and `save`, to `path`.
 
-    def monitor(state: State) -> None:
+    It does so at every `every`-th iteration, and when a signal ends the run.
+    """
+
+    def monitor(state: Any) -> None:
         if state.nit % every == 0 or state.status == "signal":
             state.save(path)
 
