@@ -1536,7 +1536,11 @@ def is_accepted(name: str, accept: Accepted) -> bool:
 
 
 def refuse_differences(
-    old: Mapping[str, Any] | None, new: Mapping[str, Any], accept: Accepted, path: str = "the state"
+    old: Mapping[str, Any] | None,
+    new: Mapping[str, Any],
+    accept: Accepted,
+    path: str = "the state",
+    what: str = "minimisation",
 ) -> bool:
     """Raise StateError for what differs between two fingerprints and is not accepted; returns whether the problem does."""
     if old is None:
@@ -1549,7 +1553,7 @@ def refuse_differences(
     ]
     if refused:
         raise StateError(
-            f"{path} belongs to another minimisation:{''.join(refused)}\n"
+            f"{path} belongs to another {what}:{''.join(refused)}\n"
             "to go on from it all the same, accept what differs: accept=True, or a list of names"
         )
     return any(name.startswith("problem") for name in found)

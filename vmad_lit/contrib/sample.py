@@ -10,10 +10,11 @@ averaging, NUTS); M. Betancourt, arXiv:1701.02434 (multinomial trajectories, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import math
 import os
 import sys
+import time
 from typing import Any, Self
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy as np
 from vmad_lit.contrib.optimize import Accepted, Options, Preconditioner, Problem, ProgressBar, Rule
 from vmad_lit.contrib.optimize import COUNT, FINITE, LENGTH, TEXT
 from vmad_lit.contrib.optimize import has_nan, is_accepted, is_real, refuse_differences, versions, whole
+from vmad_lit.contrib.metrics import Metric, Moments, fitting_metric
 from vmad_lit.contrib.vectorspace import ProductSpace, Vector, VectorSpace, is_field
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import together
@@ -75,7 +77,7 @@ class Target:
         self, problem: Problem, seed: int = 0, metric: Preconditioner | None = None, gradients: int = 0
     ) -> None:
         self.problem, self.vs, self.seed, self.metric = problem, problem.vs, seed, metric
-        self.temperature, self.gradients = float(getattr(problem, "temperature", 1.0)), gradients
+        self.temperature, self.gradients = problem.temperature, gradients
 
     def __call__(self, z: Vector) -> Place:
         """The place of the sampler's variables `z`: one evaluation of objective and gradient."""
@@ -104,29 +106,31 @@ class Target:
         """Independent standard normal numbers in a vector like `like`, a function of the seed, the purpose and the iteration."""
         return self.vs.normal(like, self.seed, (purpose, iteration))
 
-    def uniform(self, iteration: int, purpose: str, which: int = 0) -> float:
-        """A random number in [0, 1), a function of the seed, the purpose, the iteration and a number below 2^24."""
-        return float(uniform_numbers([(iteration << 24) + which], self.seed, purpose)[0])
+    def uniform(self, iteration: int, purpose: str) -> float:
+        """A random number in [0, 1), a function of the seed, the purpose and the iteration."""
+        return float(uniform_numbers([0], self.seed, (purpose, iteration))[0])
+
+    def learn_metric(self, place: Place) -> Place:
+        """Have the metric learn from what it has observed, and return the same place in the new variables."""
+        metric = self.metric
+        assert isinstance(metric, Metric)
+        w, g = metric.unwhiten(place.z), metric.unwhiten_gradient(place.g)
+        metric.learn()
+        return Place(place.x, metric.whiten(w), place.U, metric.whiten_gradient(g))
+
+    def observe(self, place: Place) -> None:
+        """Show the metric a place of the chain."""
+        assert isinstance(self.metric, Metric)
+        self.metric.observe(self.metric.unwhiten(place.z))
+
+    def uniforms(self, iteration: int, purpose: str, count: int) -> Iterator[float]:
+        """So many of them, independent of each other, of those of :meth:`uniform` the first."""
+        return iter(uniform_numbers(np.arange(count), self.seed, (purpose, iteration)).tolist())
 
     def kinetic(self, p: Vector) -> float:
         """``<p, p> / 2``, the same number on all ranks; not finite if p is not."""
         with np.errstate(over="ignore", invalid="ignore"):
             return shared(self.vs, 0.5 * self.vs.inner(p, p))
-
-
-def normal(vs: VectorSpace, like: Vector, seed: int, purpose: Any) -> Vector:
-    """A private stand-in for `VectorSpace.normal`."""
-    if isinstance(vs, ProductSpace):
-        keys = list(like) if isinstance(like, dict) else range(len(like))
-        parts = {key: normal(vs._space(key), like[key], seed, (*purpose, key)) for key in keys}
-        return parts if isinstance(like, dict) else type(like)(parts.values())
-    text = repr(purpose)
-    if is_field(like):
-        noise = like.pm.generate_whitenoise(seed, type=type(like), mean=None, generator="philox", purpose=text)
-        return noise if np.iscomplexobj(like.value) else noise * float(np.prod(like.Nmesh)) ** -0.5
-    values = uniform_numbers(np.arange(2 * np.size(like)), seed, text).reshape(2, -1)
-    noise = np.sqrt(-2 * np.log1p(-values[0])) * np.cos(2 * np.pi * values[1])
-    return noise.reshape(np.shape(like)) if np.ndim(like) else float(noise[0])
 
 
 def leapfrog(target: Target, place: Place, p: Vector, step: float, steps: int = 1) -> tuple[Place, Vector]:
@@ -177,6 +181,16 @@ class Table:
         view.flags.writeable = False
         return view
 
+    def described(self) -> dict[str, Any]:
+        """For each column its type, its shape, and where it has numbers that are not finite, ready for JSON."""
+        described = {}
+        for name, column in self.part(slice(None)).items():
+            flat = column.reshape(-1)
+            tests = {"nan": np.isnan(flat), "inf": flat == np.inf, "-inf": flat == -np.inf}
+            odd = {text: np.flatnonzero(test).tolist() for text, test in tests.items() if test.any()}
+            described[name] = dict(dtype=column.dtype.str, shape=list(column.shape), odd=odd)
+        return described
+
     def keys(self) -> list[str]:
         """The names of the columns."""
         return list(self._columns)
@@ -216,11 +230,14 @@ class Chain:
     vectors, numbers : dict
         memory of the algorithm, which is saved and read again: lists of vectors of the sampler's variables, and plain
         numbers, or lists and dictionaries of them.
+    moments : Moments or None
+        the moments of x, component by component, if the sampler has the option `moments`; see `mean` and `variance`.
     fingerprint, origin :
         of the problem, the sampler and the versions; the file that the chain comes from, until it is continued.
     """
 
     place: Place
+    moments: Moments | None
     fingerprint: dict[str, Any] | None
     origin: str | None
 
@@ -233,7 +250,8 @@ class Chain:
         self.vectors: dict[str, list[Vector]] = {}
         self.numbers: dict[str, Any] = {}
         self.kept, self.rows = Table(), Table()
-        self.fingerprint = self.origin = None
+        self.moments = self.fingerprint = self.origin = None
+        self.metric_memory: tuple[list[Vector], dict[str, Any]] | None = None
 
     @property
     def x(self) -> Vector:
@@ -260,12 +278,251 @@ class Chain:
         """How many iterations after the warm-up have diverged."""
         return int(np.sum(self.stats["divergent"])) if self.nit > self.warmup else 0
 
+    @property
+    def mean(self) -> Vector:
+        """The mean of x over all iterations after the warm-up, a vector; needs the sampler's option `moments`."""
+        return self._moments().mean
+
+    @property
+    def variance(self) -> Vector:
+        """The variance of each component of x, a vector; needs the sampler's option `moments`."""
+        return self._moments().variance
+
+    def _moments(self) -> Moments:
+        if self.moments is None or self.moments.count == 0:
+            raise ValueError(
+                "nothing is known of the moments of x: the sampler needs moments=True, and draws"
+            )
+        return self.moments
+
     def __len__(self) -> int:
         return len(self.kept)
 
     def __repr__(self) -> str:
         tail = f", {self.message}" if self.message else ""
         return f"<Chain of {self.sampler}, seed {self.seed}, {len(self)} draws, {self.gradients} gradients{tail}>"
+
+    # Save and load a chain
+    def save(self, path: Path) -> None:
+        """Save the chain to the file `path` (``.npz``), with another file beside it for each rank above 0.
+
+        Collective. The old file is replaced only when everything new is on disk. Raises OSError on all ranks if one of
+        them cannot write.
+        """
+        place = self.place
+        lengths = self.vs.norm(place.x), self.vs.norm(place.g)
+        arrays, starts = together(self.vs.comm, self._collect)
+        save_parts(path, self.vs.comm, self._header(lengths), arrays, starts)
+
+    def _own_vectors(self) -> dict[str, tuple[list[Any], Vector]]:
+        """All vectors that are saved, by name, each with the keys that lead to its component of the whole."""
+        place, metric = self.place, self.metric
+        own: dict[str, tuple[list[Any], Vector]] = {"x": ([], place.x), "g": ([], place.g)}
+        if place.z is not place.x:
+            own["z"] = [], place.z
+        for name, many in self.vectors.items():
+            own.update({f"{name}/{i}": ([], vector) for i, vector in enumerate(many)})
+        if isinstance(metric, Metric):
+            own.update({f"metric/{i}": pair for i, pair in enumerate(metric.memory()[0])})
+        if self.moments is not None and self.moments.count:
+            own.update(mean=([], self.moments.mean), squares=([], self.moments.squares))
+        return own
+
+    def _collect(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """The arrays of all vectors and tables that this rank holds, and where they begin, by name."""
+        arrays, starts = {}, {}
+        for name, (keys, vector) in self._own_vectors().items():
+            vs = component(self.vs, keys)
+            for i, (array, start) in enumerate(zip(vs.to_arrays(vector), vs.starts(vector), strict=True)):
+                arrays[f"{name}:{i}"], starts[f"{name}:{i}"] = np.asarray(array), start
+        for table, what in (self.kept, "kept"), (self.rows, "rows"):
+            for name, column in table.part(slice(None)).items():
+                wide = np.result_type(column, np.float64)
+                arrays[f"{what}:{name}"], starts[f"{what}:{name}"] = np.nan_to_num(column.astype(wide)), None
+        return arrays, starts
+
+    def _header(self, lengths: tuple[float, float]) -> dict[str, Any]:
+        """Everything that is neither a vector nor a column, ready for JSON."""
+        learnt = self.metric if isinstance(self.metric, Metric) else None
+        return {
+            "kind": "chain",
+            "plain": {name: getattr(self, name) for name in PLAIN},
+            "U": self.place.U,
+            "lengths": lengths,
+            "numbers": self.numbers,
+            "keys": {name: keys for name, (keys, _) in self._own_vectors().items()},
+            "metric": None if learnt is None else learnt.memory()[1],
+            "moments": None if self.moments is None else self.moments.count,
+            "tables": {"kept": self.kept.described(), "rows": self.rows.described()},
+            "fingerprint": self.fingerprint,
+        }
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        vs: VectorSpace,
+        like: Vector,
+        problem: Problem | None = None,
+        accept: Accepted = False,
+    ) -> Self:
+        """Read a chain saved by :meth:`save`, on any number of ranks. Collective.
+
+        Parameters
+        ----------
+        path :
+            the file.
+        vs, like :
+            the vector space, and any vector of the kind of x (its values do not matter).
+        problem :
+            the problem of the chain: needed if it has a preconditioner that makes vectors of another kind, and compared
+            with that of the chain if it is given.
+        accept :
+            what may differ: see :meth:`Sampler.sample`.
+
+        The `metric` is known again when the chain goes on.
+
+        Raises
+        ------
+        StateError
+            on all ranks, if the file is damaged, is something else, or belongs to another problem.
+        """
+        parts, like = Parts(path, vs.comm), vs.as_vector(like)
+        header = together(vs.comm, lambda: checked_header(parts.path, parts.header))
+        own = like
+        if problem is not None:
+            new = {"problem": fingerprint(problem.ingredients(), vs.comm), "versions": versions()}
+            refuse_differences(header["fingerprint"], new, accept, parts.path, "chain")
+            own = like if problem.preconditioner is None else problem.preconditioner.whiten(like)
+        chain = cls(vs, "", 0, 0)
+        vars(chain).update(header["plain"], numbers=header["numbers"], fingerprint=header["fingerprint"])
+        chain.origin = parts.path
+        # Read the tables
+        for what in "kept", "rows":
+            setattr(chain, what, read_table(parts, what, header["tables"][what]))
+        # Read the vectors
+        x_like = {"x", "mean", "squares"}
+        likes = {
+            name: (keys, component_of(like if name in x_like else own, keys))
+            for name, keys in header["keys"].items()
+        }
+        found = read_vectors(vs, parts, likes)
+        chain.place = Place(found["x"], found.get("z", found["x"]), header["U"], found["g"])
+        if header["moments"] is not None:
+            chain.moments = Moments(vs, header["moments"], found.get("mean"), found.get("squares"))
+        for name, vector in found.items():
+            group, slash, _ = name.partition("/")
+            if slash and group != "metric":
+                chain.vectors.setdefault(group, []).append(vector)
+        if header["metric"] is not None:
+            learnt = [vector for name, vector in found.items() if name.startswith("metric/")]
+            chain.metric_memory = learnt, header["metric"]
+        # Compare the lengths of the vectors with those in the header
+        lengths = vs.norm(chain.place.x), vs.norm(chain.place.g)
+        if not np.allclose(lengths, header["lengths"], rtol=1e-3, atol=sys.float_info.min):
+            raise StateError(f"{parts.path} is damaged: its vectors have other lengths than its header says")
+        return chain
+
+    @classmethod
+    def resume(
+        cls,
+        path: Path,
+        vs: VectorSpace,
+        like: Vector,
+        problem: Problem | None = None,
+        accept: Accepted = False,
+    ) -> Self | None:
+        """The chain saved at `path`, or None if there is none yet: what `sample` takes as `state`."""
+        exists = on_first(vs.comm, lambda: os.path.lexists(path))
+        return cls.load(path, vs, like, problem, accept) if exists else None
+
+
+PLAIN: dict[str, Rule] = {
+    **dict.fromkeys(("sampler", "status", "message"), TEXT),
+    **dict.fromkeys(("seed", "warmup", "thin", "nit", "gradients"), COUNT),
+    **dict.fromkeys(("step", "seconds"), FINITE),
+}
+
+
+def component(vs: VectorSpace, keys: Sequence[Any]) -> VectorSpace:
+    """The space of a component of a component ... of the vectors of a space."""
+    for key in keys:
+        assert isinstance(vs, ProductSpace)
+        vs = vs._space(key)
+    return vs
+
+
+def component_of(vector: Vector, keys: Sequence[Any]) -> Vector:
+    """A component of a component ... of a vector."""
+    for key in keys:
+        vector = vector[key]
+    return vector
+
+
+def read_vectors(
+    vs: VectorSpace, parts: Parts, likes: Mapping[str, tuple[list[Any], Vector]]
+) -> dict[str, Vector]:
+    """The saved vectors of these names, each like the one that is given for it, in the space of the keys."""
+    wanted: dict[str, Any] = {}
+    kinds: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for name, (keys, like) in likes.items():
+        space = component(vs, keys)
+        arrays, starts = space.to_arrays(like), space.starts(like)
+        counts[name] = len(arrays)
+        for i, (array, start) in enumerate(zip(arrays, starts, strict=True)):
+            wanted[f"{name}:{i}"] = np.shape(array), start
+            kinds[f"{name}:{i}"] = np.asarray(array).dtype.kind
+    found = parts.read(wanted, kinds)
+
+    def make(name: str) -> Vector:
+        keys, like = likes[name]
+        return component(vs, keys).from_arrays([found[f"{name}:{i}"] for i in range(counts[name])], like)
+
+    return together(vs.comm, lambda: {name: make(name) for name in likes})
+
+
+def read_table(parts: Parts, what: str, described: Mapping[str, Any]) -> Table:
+    """A table of a saved chain."""
+    wanted = {f"{what}:{name}": (tuple(d["shape"]), None) for name, d in described.items()}
+    kinds = {f"{what}:{name}": np.dtype(d["dtype"]).kind for name, d in described.items()}
+    found = parts.read(wanted, {name: "c" if kind == "c" else "f" for name, kind in kinds.items()})
+
+    def make() -> Table:
+        columns = {}
+        for name, d in described.items():
+            column = found[f"{what}:{name}"]
+            for text, places in d["odd"].items():
+                column.reshape(-1)[places] = float(text)
+            columns[name] = column.astype(d["dtype"])
+        return Table(columns)
+
+    return together(parts.comm, make)
+
+
+def checked_header(path: str, header: dict[str, Any]) -> dict[str, Any]:
+    """The header of a saved chain; StateError if what is in it cannot be that of a chain."""
+
+    def need(what: str, holds: bool) -> None:
+        if not holds:
+            raise StateError(f"{path} is damaged: {what}")
+
+    if header.get("kind") != "chain":
+        raise StateError(f"{path} holds no chain, but the state of something else")
+    for name in "plain", "numbers", "keys", "tables":
+        need(f"its header has no {name}", type(header.get(name)) is dict)
+    for name, rule in PLAIN.items():
+        need(f"it has no {name}", name in header["plain"])
+        need(f"{name} must be {rule.words}, got {header['plain'][name]!r}", rule.holds(header["plain"][name]))
+    plain, tables = header["plain"], header["tables"]
+    need("its potential energy is no number", FINITE.holds(header.get("U")))
+    need("its numbers are none", not has_nan(header["numbers"]))
+    rows = {d["shape"][0] for d in tables["rows"].values()}
+    need(f"it has {rows} rows for {plain['nit']} iterations", rows <= {plain["nit"]})
+    kept = {d["shape"][0] for d in tables["kept"].values()}
+    draws = max(0, plain["nit"] - plain["warmup"]) // plain["thin"]
+    need(f"it has {kept} draws of {draws}", kept <= {draws})
+    return header
 
 
 Monitor = Callable[[Chain], object]  # may return True to stop
@@ -296,8 +553,12 @@ class Sampler(Options):
         iterations for each draw.
     seed : int or sequence of int
         with the iteration, what all random numbers are functions of. Several seeds make several chains.
-    metric : Preconditioner or None
-        a change of variables, after that of the problem, which makes the density rounder.
+    metric : Preconditioner or None or 'auto'
+        a change of variables, after that of the problem, which makes the density rounder. A
+        :class:`~vmad_lit.contrib.metrics.Metric` learns in the warm-up, in windows; by default it is the one of
+        :func:`~vmad_lit.contrib.metrics.fitting_metric`. None leaves the variables as they are.
+    moments : bool
+        whether the chain keeps the mean and the variance of each component of x.
 
     A method brings :meth:`begin`, :meth:`iterate` and :meth:`adapt`.
     """
@@ -306,14 +567,19 @@ class Sampler(Options):
     draws: int = 1000
     thin: int = 1
     seed: int | Sequence[int] = 0
-    metric: Preconditioner | None = None
+    metric: Preconditioner | str | None = "auto"
+    moments: bool = False
 
     rules = {
         "warmup": whole(0),
         "draws": whole(0),
         "thin": whole(1),
         "seed": SEED,
-        "metric": Rule("None or a Preconditioner", lambda v: v is None or isinstance(v, Preconditioner)),
+        "metric": Rule(
+            "'auto', None or a Preconditioner",
+            lambda v: v is None or isinstance(v, Preconditioner) or isinstance(v, str) and v == "auto",
+        ),
+        "moments": Rule("True or False", lambda v: isinstance(v, (bool, np.bool_))),
     }
 
     def begin(self, target: Target, chain: Chain) -> None:
@@ -329,6 +595,21 @@ class Sampler(Options):
 
     def adapt(self, target: Target, chain: Chain, row: Mapping[str, float]) -> None:
         """Called after each iteration of the warm-up, number ``chain.nit``, with its row: learn from it."""
+
+    def learn_metric(self, target: Target, chain: Chain) -> bool:
+        """Show the metric where the chain is, in the windows of the warm-up, and have it learn at their ends.
+
+        To be called by `adapt`. Returns whether the metric has learnt: then all variables of the sampler are others.
+        """
+        first, ends = windows(chain.warmup)
+        learns = isinstance(chain.metric, Metric) and chain.metric.adapt
+        if not learns or not ends or not first <= chain.nit < ends[-1]:
+            return False
+        target.observe(chain.place)
+        if chain.nit + 1 not in ends:
+            return False
+        chain.place = target.learn_metric(chain.place)
+        return True
 
     def sample(
         self,
@@ -419,11 +700,13 @@ class Sampler(Options):
         if keep is None:
             keep = default_keep(problem, chain.x)
         chain.status, chain.message, chain.fingerprint, chain.origin = "", "", identity, None
-        total = self.warmup + self.draws * self.thin
+        total = chain.warmup + self.draws * chain.thin
+        begin = time.perf_counter() - chain.seconds
         with ChainBar(problem.vs, total, chain.nit, progress) as bar:
             stop = False
             while not stop and chain.nit < total:
                 self._step(target, chain, keep)
+                chain.seconds = time.perf_counter() - begin
                 stop = self._watched(chain, monitors, bar, interrupt)
         if not chain.status:
             self.end(chain, "done", "")
@@ -438,9 +721,32 @@ class Sampler(Options):
         chain.rows.append(row)
         if chain.nit < chain.warmup:
             self.adapt(target, chain, row)
-        elif (chain.nit + 1 - chain.warmup) % chain.thin == 0:
-            chain.kept.append(keep(chain.x))
+        else:
+            if chain.moments is not None:
+                chain.moments.add(chain.x)
+            if (chain.nit + 1 - chain.warmup) % chain.thin == 0:
+                self._keep(chain, keep)
         chain.nit, chain.gradients = chain.nit + 1, target.gradients
+
+    @staticmethod
+    def _keep(chain: Chain, keep: Keep) -> None:
+        """Keep a draw."""
+        row, what = keep(chain.x), "keep must return a dictionary of numbers and small arrays"
+
+        def note() -> None:
+            if not isinstance(row, Mapping):
+                raise TypeError(f"{what}, not {type(row).__name__}")
+            for name, value in row.items():
+                if not isinstance(name, str) or np.asarray(value).dtype.kind not in "fciub":
+                    raise TypeError(f"{what} by name, not {name!r}: {type(value).__name__}")
+            chain.kept.append(row)
+
+        together(chain.vs.comm, note)
+
+    def _prepared_metric(self, vs: VectorSpace, w: Vector) -> Preconditioner | None:
+        """The metric for vectors like `w`, ready to learn."""
+        metric = fitting_metric(vs, w) if isinstance(self.metric, str) else self.metric
+        return metric.prepared(vs, w) if isinstance(metric, Metric) else metric
 
     def _start(self, target: Target, chain: Chain, start: Vector) -> None:
         if start is None:
@@ -453,7 +759,9 @@ class Sampler(Options):
         vs.agree_on(error)
         if not math.isfinite(vs.norm(start)):
             raise ValueError("the starting point has components that are not finite")
-        target.metric = chain.metric = self.metric
+        precond = target.problem.preconditioner
+        w = start if precond is None else precond.whiten(start)
+        target.metric = chain.metric = self._prepared_metric(vs, w)
         place = target.at(start)
         if not math.isfinite(place.U):
             raise ValueError(
@@ -461,22 +769,36 @@ class Sampler(Options):
             )
         if not math.isfinite(vs.norm(place.g)):
             raise ValueError("the gradient has components that are not finite at the starting point")
-        chain.place = place
+        if precond is not None:
+            precond.check(vs, start, target.problem.gradient(start))
+        if target.metric is not None:
+            target.metric.check(vs, w, target.metric.unwhiten_gradient(place.g))
+        chain.place, chain.moments = place, Moments(vs) if self.moments else None
         self.begin(target, chain)
         chain.gradients = target.gradients
 
     def _take_over(self, target: Target, chain: Chain, identity: Mapping[str, Any], accept: Accepted) -> None:
         """See that a chain is that of this sampler and problem, and go on from it."""
-        refuse_differences(chain.fingerprint, identity, accept, chain.origin or "the chain")
-        U = target.problem.objective(chain.x) / target.temperature
-        if abs(U - chain.place.U) > 1e-6 * max(abs(U), abs(chain.place.U), 1.0) and not is_accepted(
-            "problem", accept
-        ):
-            raise StateError(
-                f"{chain.origin or 'the chain'} belongs to another problem: the objective at its point was "
-                f"{chain.place.U * target.temperature!r} before, and is {U * target.temperature!r} now"
-            )
+        origin, before = chain.origin or "the chain", chain.place.U * target.temperature
+        changed = refuse_differences(chain.fingerprint, identity, accept, origin, "chain")
+        now = target.problem.objective(chain.x)
+        if not abs(now - before) <= 1e-6 * max(abs(now), abs(before), 1.0):
+            if not is_accepted("problem", accept):
+                raise StateError(
+                    f"{origin} belongs to another problem: the objective at its point was {before!r} before, and is "
+                    f"{now!r} now; to go on from this point, accept it: accept=['problem']"
+                )
+            changed = True
+        if chain.metric is None and self.metric is not None:
+            precond = target.problem.preconditioner
+            w = chain.x if precond is None else precond.whiten(chain.x)
+            chain.metric = self._prepared_metric(target.vs, w)
+            if isinstance(chain.metric, Metric) and chain.metric_memory is not None:
+                chain.metric.recall(*chain.metric_memory)
+        chain.metric_memory = None
         target.metric, target.gradients = chain.metric, chain.gradients
+        if changed:
+            chain.place = target.at(chain.x)
 
     def _identity(self, problem: Problem, seed: int) -> dict[str, Any]:
         """The fingerprint of a chain, without the number of draws, which only says when to stop."""
@@ -489,8 +811,12 @@ class Sampler(Options):
 
     def end(self, chain: Chain, status: str, why: str) -> None:
         """Note why sampling ends."""
-        count = chain.divergences
-        told = f", {count} divergent" if count else ""
+        count, told = chain.divergences, ""
+        if count:
+            stats = chain.stats
+            broken = int(np.sum(stats["divergent"] & ~np.isfinite(stats["energy_error"])))
+            told = f", {count} of {len(stats['divergent'])} iterations divergent"
+            told += f" ({broken} where the density is no number)" if broken else ""
         chain.status = status
         chain.message = (
             f"{why}{len(chain)} draws after {min(chain.nit, chain.warmup)} iterations of warm-up{told}"
@@ -554,6 +880,27 @@ def small_parts(vs: VectorSpace, x: Vector, name: str = "x") -> dict[str, Any]:
     if not replicated or is_field(x) or np.size(x) > FEW:
         return {}
     return {name: np.array(x)}
+
+
+def windows(warmup: int) -> tuple[int, list[int]]:
+    """When the metric learns: the first iteration of the first window, and the ends of all windows, as in Stan.
+
+    The windows double. Before them and after the last one, only the step is adapted.
+    """
+    if warmup < 20:
+        return warmup, []
+    first, last, size = 75, 50, 25
+    if first + last + size > warmup:
+        first, last = int(0.15 * warmup), int(0.1 * warmup)
+        size = warmup - first - last
+    ends: list[int] = []
+    end = first
+    while end < warmup - last:
+        end, size = end + size, 2 * size
+        if end + size > warmup - last:
+            end = warmup - last
+        ends.append(end)
+    return first, ends
 
 
 class DualAveraging:
@@ -626,12 +973,14 @@ class Hamiltonian(Sampler):
         return DualAveraging(chain.numbers.setdefault("averaging", {}), self.target)
 
     def adapt(self, target: Target, chain: Chain, row: Mapping[str, float]) -> None:
-        """Adapt the step."""
+        """Adapt the step, and at the end of a window the metric."""
+        last = chain.nit == chain.warmup - 1
         if self.step is None:
             averaging = self.averaging(chain)
             chain.step = averaging.learn(row["accept"])
-            if chain.nit == chain.warmup - 1:
-                chain.step = averaging.result
+            chain.step = averaging.result if last else chain.step
+        if self.learn_metric(target, chain) and not last:
+            self.set_step(target, chain)
 
 
 def first_step(target: Target, place: Place, step: float, iteration: int) -> float:
@@ -708,6 +1057,133 @@ class HMC(Hamiltonian):
         factor = 1 + self.jitter * (2 * target.uniform(chain.nit, "length") - 1)
         mean = self.length / chain.step if self.steps is None else self.steps
         return max(1, min(round(factor * mean), self.maxsteps))
+
+
+class Branch:
+    """A part of a trajectory: its two ends in time, and what a tree must know of what lies between.
+
+    Attributes
+    ----------
+    back, front : (Place, momentum)
+        the first and the last point in time.
+    draw : Place
+        a point of the branch, drawn with the probability of its weight, and its `energy`.
+    weight : float
+        the logarithm of the sum of ``exp(-energy)`` over all points, relative to the energy at the start.
+    rho : vector
+        the sum of all momenta.
+    """
+
+    def __init__(self, back: End, front: End, draw: Place, energy: float, weight: float, rho: Vector) -> None:
+        self.back, self.front, self.draw, self.energy = back, front, draw, energy
+        self.weight, self.rho = weight, rho
+
+    @classmethod
+    def leaf(cls, place: Place, p: Vector, energy: float, weight: float) -> Self:
+        """The branch of one point."""
+        end = place, p
+        return cls(end, end, place, energy, weight, p)
+
+
+End = tuple[Place, Vector]  # of a branch: where, and with what momentum
+
+
+class Growth:
+    """The growth of a tree from a start with some energy, and what is counted on the way.
+
+    Attributes: `steps`; `accept`, the sum of the acceptances of all points; `worst`, the error of the energy that is
+    farthest from zero; `divergent`, whether an error was above `limit`.
+    """
+
+    def __init__(self, target: Target, step: float, energy: float, limit: float) -> None:
+        self.target, self.step, self.start, self.limit = target, step, energy, limit
+        self.steps, self.accept, self.worst, self.divergent = 0, 0.0, 0.0, False
+
+    def grow(self, end: End, way: int, depth: int, chances: Iterator[float]) -> Branch | None:
+        """A branch of 2^depth points that begins one step from `end`; None if it turns back or diverges somewhere."""
+        if depth == 0:
+            return self.leaf(end, way)
+        first = self.grow(end, way, depth - 1, chances)
+        if first is None:
+            return None
+        second = self.grow(first.front if way > 0 else first.back, way, depth - 1, chances)
+        if second is None:
+            return None
+        both, goes_on = self.join(first, second) if way > 0 else self.join(second, first)
+        drawn = second if next(chances) < math.exp(second.weight - both.weight) else first
+        both.draw, both.energy = drawn.draw, drawn.energy
+        return both if goes_on else None
+
+    def leaf(self, end: End, way: int) -> Branch | None:
+        """One step from `end`, and the point where it leads; None if the energy is too far off."""
+        place, p = leapfrog(self.target, *end, way * self.step)
+        energy = place.U + self.target.kinetic(p)
+        error = energy - self.start if math.isfinite(energy) else math.inf
+        self.steps += 1
+        self.accept += math.exp(-max(error, 0.0))
+        self.worst = error if abs(error) > abs(self.worst) else self.worst
+        if error > self.limit:
+            self.divergent = True
+            return None
+        return Branch.leaf(place, p, energy, -error)
+
+    def join(self, back: Branch, front: Branch) -> tuple[Branch, bool]:
+        """The branch of two that follow each other in time, without its draw, and whether it goes on without turning back."""
+        vs = self.target.vs
+        rho = vs.addmul(back.rho, front.rho, 1)
+        weight = float(np.logaddexp(back.weight, front.weight))
+        both = Branch(back.back, front.front, back.draw, back.energy, weight, rho)
+        spans = [(rho, back.back, front.front)]
+        if back.back is not back.front:
+            spans.append((vs.addmul(back.rho, front.back[1], 1), back.back, front.back))
+            spans.append((vs.addmul(front.rho, back.front[1], 1), back.front, front.front))
+        products = [vs.inner(end[1], way) for way, *ends in spans for end in ends]
+        return both, bool(shared(vs, min(products)) > 0)
+
+
+class NUTS(Hamiltonian):
+    """The no-U-turn sampler: multinomial, with the generalised criterion, on sub-trees too (arXiv:1111.4246, 1701.02434).
+
+    A trajectory is doubled, forwards or backwards in time, until it would turn back, and the draw is one of its points.
+    In memory are some ten vectors for each doubling.
+
+    Options besides those of :class:`Hamiltonian`
+    ---------------------------------------------
+    maxdepth : int
+        the largest number of doublings; 2^maxdepth - 1 steps.
+    """
+
+    maxdepth: int = 10
+
+    rules = {"maxdepth": Rule("a whole number from 1 to 20", lambda v: whole(1).holds(v) and v <= 20)}
+
+    def iterate(self, target: Target, chain: Chain) -> dict[str, float]:
+        """Grow a tree, and draw from it."""
+        n, start = chain.nit, chain.place
+        p = target.momentum(start.z, n)
+        energy = start.U + target.kinetic(p)
+        growth = Growth(target, chain.step, energy, self.divergence)
+        tree, depth, goes_on = Branch.leaf(start, p, energy, 0.0), 0, True
+        while goes_on and depth < self.maxdepth:
+            chances = target.uniforms(n, f"doubling {depth}", 2 + 2**depth)
+            way = 1 if next(chances) < 0.5 else -1
+            new = growth.grow(tree.front if way > 0 else tree.back, way, depth, chances)
+            if new is None:
+                break
+            depth += 1
+            drawn = new if next(chances) < math.exp(min(0.0, new.weight - tree.weight)) else tree
+            tree, goes_on = growth.join(tree, new) if way > 0 else growth.join(new, tree)
+            tree.draw, tree.energy = drawn.draw, drawn.energy
+        chain.place = tree.draw
+        return dict(
+            energy=tree.energy,
+            energy_error=math.inf if growth.worst == math.inf else tree.energy - energy,
+            max_energy_error=growth.worst,
+            accept=growth.accept / growth.steps,
+            depth=depth,
+            steps=growth.steps,
+            divergent=growth.divergent,
+        )
 
 
 def dimension(vs: VectorSpace, like: Vector) -> int:
