@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 
 from vmad_lit.contrib.optimize import LBFGS, Optimizer, Rule, TrustRegionCG, is_real
+from vmad_lit.contrib.sample import HMC, MAMS, MCLMC, NUTS, Sampler
 from vmad_lit.core.error import did_you_mean
 from vmad_lit.lib.cosmology import LIMITS, Planck15
 from vmad_lit.lib.files import try_out
@@ -158,6 +159,7 @@ COLUMNS = Rule(
 )
 
 SOLVERS: dict[str, type[Optimizer]] = {"LBFGS": LBFGS, "TrustRegionCG": TrustRegionCG}
+SAMPLERS: dict[str, type[Sampler]] = {"HMC": HMC, "NUTS": NUTS, "MCLMC": MCLMC, "MAMS": MAMS}
 FORMATS = {".npy": "npy", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5", ".fits": "fits", ".fit": "fits"}
 UNITS = {"Mpc/h": 1.0, "kpc/h": 1e-3, "Gpc/h": 1e3}  # in Mpc/h
 UNITS_WITHOUT_H = {"Mpc": 1.0, "kpc": 1e-3, "Gpc": 1e3}  # these times h are in Mpc/h
@@ -216,6 +218,11 @@ SCHEMA: dict[str, dict[str, Key]] = {
     },
     "mask": file_keys("the part of each cell that was observed, from 0 to 1", "mask.npy", "mask"),
     "noise": {
+        "kind": Key(
+            choice("gaussian", "poisson"),
+            "of the noise; poisson: whole numbers of objects in cells",
+            "gaussian",
+        ),
         "sigma": Key(
             number(above=0),
             "standard deviation of 1 + delta in a cell; a catalogue's is that of its counts, if none is given",
@@ -223,6 +230,8 @@ SCHEMA: dict[str, dict[str, Key]] = {
             free=True,
         ),
         **file_keys("a map of that standard deviation on the mesh", "sigma.npy", "sigma"),
+        "spectrum": Key(TEXT, "a table of the noise's power: k in h/Mpc, S in (Mpc/h)^3", shown="noise.txt"),
+        "mean": Key(number(above=0), "of a poisson mock: objects in a cell of the mean density", shown=10.0),
     },
     "model": {
         "evolution": Key(
@@ -261,7 +270,21 @@ SCHEMA: dict[str, dict[str, Key]] = {
         "save_every": Key(whole(1), "iterations after which the state is saved", 10),
     },
     "epochs": {
-        "smoothing": Key(number(least=0), "as in [data], in this epoch", shown=8.0),
+        "smoothing": Key(number(least=0), "as in [data], in this epoch; by default that", shown=8.0),
+    },
+    "sampler": {
+        "name": Key(
+            choice(*SAMPLERS, "Laplace"),
+            "draw from the posterior, too, by this method",
+            shown="NUTS",
+            needed=True,
+        ),
+        "chains": Key(whole(1), "how many, one after the other; of Laplace: one", 2),
+        "seed": Key(whole(0), "of the first chain; the others have the next ones", 0),
+        "start": Key(
+            choice("map", "prior"), "of chains: the most probable point, or a draw from the prior", "map"
+        ),
+        "save_every": Key(whole(1), "iterations after which the chain is saved", 50),
     },
     "output": {
         "folder": Key(TEXT, "where everything goes; relative to this configuration", "reconstruction"),
@@ -269,6 +292,7 @@ SCHEMA: dict[str, dict[str, Key]] = {
         "report": Key(WORDS, "the report, a web page in one file; empty: none", "report.html"),
         "fields": Key(WORDS, "the fields, an HDF5 file; empty: none", "fields.hdf5"),
         "precision": Key(choice("f4", "f8"), "of the fields", "f4"),
+        "chains": Key(WORDS, "the draws of a sampler, an HDF5 file; empty: none", "chains.hdf5"),
         "state": Key(WORDS, "the state to go on from; empty: none", "state.npz"),
     },
     "run": {
@@ -278,15 +302,32 @@ SCHEMA: dict[str, dict[str, Key]] = {
 }
 
 
-def solver_keys(name: str) -> dict[str, Key]:
-    """The options of a solver that a text can say, with the solver's own rules."""
-    solver = SOLVERS[name]
-    rules = {n: rule for kind in reversed(solver.__mro__) for n, rule in vars(kind).get("rules", {}).items()}
+def options_of(name: str) -> dict[str, Key]:
+    """The options of a solver or a sampler that a text can say, with its own rules."""
+    if name == "Laplace":
+        return {
+            option: Key(Rule(f"a whole number, {least} or more; {words}", whole(least).holds), words, default)
+            for option, (least, words, default) in LAPLACE.items()
+        }
+    method = {**SOLVERS, **SAMPLERS}[name]
+    rules = {n: rule for kind in reversed(method.__mro__) for n, rule in vars(kind).get("rules", {}).items()}
     return {
-        option: Key(rules[option], f"of {name}: {rules[option].words}", default)
-        for option, default in solver.options().items()
+        option: Key(rules[option], rules[option].words, default)
+        for option, default in method.options().items()
+        if option not in ("seed", "metric", "moments")
         if default is None or isinstance(default, (bool, int, float, str))
     }
+
+
+#: The options of Laplace's approximation: the least, in words, and the default.
+LAPLACE = {
+    "rank": (1, "how many directions of the data's curvature are kept", 50),
+    "oversampling": (0, "how many more are tried", 10),
+    "powers": (0, "how often they are multiplied by the curvature once more", 1),
+    "draws": (1, "how many samples the report is made of", 200),
+}
+DEFAULT_METHOD = {"solver": "LBFGS", "epochs": "LBFGS", "sampler": "NUTS"}
+METHODS = {"solver": [*SOLVERS], "sampler": [*SAMPLERS, "Laplace"]}
 
 
 #: Sections that may be repeated, as [[epochs]].
@@ -314,6 +355,7 @@ class Configuration:
     bias: SimpleNamespace
     cosmology: SimpleNamespace
     solver: SimpleNamespace
+    sampler: SimpleNamespace
     output: SimpleNamespace
     run: SimpleNamespace
     epochs: list[SimpleNamespace]
@@ -409,7 +451,11 @@ class Configuration:
             else:
                 setattr(taken[-1], name, value)
         for name, key in keys.items():
-            if key.needed and name not in said:
+            if (
+                key.needed
+                and name not in said
+                and not (path == ("sampler",) and "sampler" not in self.values)
+            ):
                 yield self._complain((*path, name), f"this key is missing; expected {key.rule.words}")
 
     def _prior(self, path: KeyPath, said: Mapping[str, Any], rule: Rule) -> Iterator[Complaint]:
@@ -436,13 +482,15 @@ class Configuration:
             yield self._complain((*path, "high"), f"expected more than low = {low}, got {high}")
 
     def _keys(self, path: KeyPath) -> dict[str, Key]:
-        """The keys of a section; those of solvers and epochs depend on the solver."""
-        keys = SCHEMA[str(path[0])]
-        if path[0] not in ("solver", "epochs"):
+        """The keys of a section; those of solvers, samplers and epochs depend on the method."""
+        section = str(path[0])
+        keys = SCHEMA[section]
+        if section not in DEFAULT_METHOD:
             return keys
-        said = self.values.get("solver", {})
-        name = said.get("name", "LBFGS") if isinstance(said, dict) else "LBFGS"
-        return {**keys, **solver_keys(name if name in list(SOLVERS) else "LBFGS")}
+        said = self.values.get("sampler" if section == "sampler" else "solver", {})
+        name = str(said.get("name")) if isinstance(said, dict) else ""
+        rule = SCHEMA["sampler" if section == "sampler" else "solver"]["name"].rule
+        return {**keys, **options_of(name if rule.holds(name) else DEFAULT_METHOD[section])}
 
     def _complain(self, path: KeyPath, sentence: str) -> Complaint:
         return Complaint(line_of(self.lines, path), ".".join(map(str, path)), sentence)
@@ -466,13 +514,19 @@ class Configuration:
         name = getattr(self.output, key)
         return os.path.normpath(os.path.join(self.path(self.output.folder), name)) if name else None
 
-    def state_path(self, epoch: int) -> str | None:
-        """Where the state of an epoch is kept; if there are several, their names have its number."""
+    @property
+    def state_paths(self) -> list[str]:
+        """Where the states of epochs and chains are kept, in the order in which they are made; nowhere, if not wanted."""
         path = self.output_path("state")
-        if path is None or len(self.epochs) < 2:
-            return path
+        if path is None:
+            return []
         root, end = os.path.splitext(path)
-        return f"{root}-{epoch + 1}{end}"
+        epochs = len(self.epochs)
+        paths = [path] if epochs < 2 else [f"{root}-{i + 1}{end}" for i in range(epochs)]
+        chains = (
+            0 if self.sampler.name is None else 1 if self.sampler.name == "Laplace" else self.sampler.chains
+        )
+        return paths + [f"{root}-chain{i + 1}{end}" for i in range(chains)]
 
 
 def as_toml(value: Any) -> str:
@@ -516,22 +570,47 @@ def _of_data(c: Configuration) -> Iterator[Contradiction]:
         yield ("data", "file"), f"this key is missing; a {kind} is read from a file"
 
 
-def _of_noise_and_mask(c: Configuration) -> Iterator[Contradiction]:
-    if c.says("noise", "sigma") and c.says("noise", "file"):
-        yield ("noise", "file"), "the noise is given twice, by sigma and by a map in a file: take one away"
-    if c.data.kind != "catalogue" and c.noise.sigma is None and c.noise.file is None:
-        yield (
-            ("noise", "sigma"),
-            f"this key is missing; the noise of a {c.data.kind} must be given, by sigma or by a file",
-        )
-    if c.data.kind == "mock" and c.noise.file:
-        yield ("noise", "file"), "the noise of a mock is one number: give sigma"
+def _of_noise(c: Configuration) -> Iterator[Contradiction]:
+    ways = [name for name in ("sigma", "file", "spectrum") if c.says("noise", name)]
+    mock, poisson = c.data.kind == "mock", c.noise.kind == "poisson"
+    for name in ways[1:]:
+        yield ("noise", name), f"the noise is given twice, by {ways[0]} and by {name}: take one away"
+    for name in ways if poisson else []:
+        yield ("noise", name), "the noise of counts follows from their number: take this away"
+    if not (ways or poisson) and c.data.kind != "catalogue":
+        yield ("noise", "sigma"), f"this key is missing; the noise of a {c.data.kind} must be given"
+    if c.says("noise", "mean") and not (mock and poisson):
+        yield ("noise", "mean"), "this is for a mock with the noise 'poisson'"
+    if poisson and c.data.kind == "density":
+        yield ("noise", "kind"), "a density has no counts: take 'gaussian', or a catalogue"
+    if poisson and c.says("data", "weight"):
+        yield ("data", "weight"), "objects with weights are no whole numbers: take 'gaussian' noise"
+    if poisson and mock and c.noise.mean is None:
+        yield ("noise", "mean"), "this key is missing; a mock of counts needs their mean"
+
+
+def _of_mask(c: Configuration) -> Iterator[Contradiction]:
     for section in "mask", "noise":
         names = [name for name in ("format", "array") if c.says(section, name)]
         if names and not c.says(section, "file"):
             yield (section, names[0]), "there is no file to which this could belong"
-        if c.says(section) and section == "mask" and not c.says(section, "file"):
-            yield (section, "file"), "this key is missing; a mask is read from a file"
+    if c.says("mask") and not c.says("mask", "file"):
+        yield ("mask", "file"), "this key is missing; a mask is read from a file"
+    if c.says("mask", "file") and c.says("noise", "spectrum"):
+        yield (
+            ("noise", "spectrum"),
+            "noise with a spectrum is known on the whole mesh, and cannot have a mask",
+        )
+
+
+def _of_smoothing(c: Configuration) -> Iterator[Contradiction]:
+    why = "counts are" if c.noise.kind == "poisson" else "a density with a noise spectrum is"
+    if c.noise.kind == "poisson" or c.noise.spectrum:
+        if c.data.smoothing:
+            yield ("data", "smoothing"), f"{why} not compared smoothed"
+        for i, epoch in enumerate(c.epochs):
+            if epoch.smoothing:
+                yield ("epochs", i, "smoothing"), f"{why} not compared smoothed"
 
 
 def _of_model(c: Configuration) -> Iterator[Contradiction]:
@@ -561,6 +640,26 @@ def _of_bias(c: Configuration) -> Iterator[Contradiction]:
         yield ("bias", "kind"), "a Lagrangian bias is carried by particles: take lpt or nbody, or 'eulerian'"
 
 
+def _of_sampler(c: Configuration) -> Iterator[Contradiction]:
+    if not c.says("sampler"):
+        return
+    last = c.epochs[-1].smoothing if c.epochs else None
+    if c.data.smoothing and last is None:
+        yield (
+            ("data", "smoothing"),
+            "smoothed densities have no posterior to draw from: take 0, or epochs that end with 0",
+        )
+    elif last or last is None and c.data.smoothing:
+        yield (
+            ("epochs", len(c.epochs) - 1, "smoothing"),
+            "the last epoch must have no smoothing, to draw from its posterior",
+        )
+    if c.sampler.name == "Laplace":
+        for name in "chains", "start":
+            if c.says("sampler", name):
+                yield ("sampler", name), "Laplace's approximation has no chains"
+
+
 def _of_cosmology(c: Configuration) -> Iterator[Contradiction]:
     if isinstance(c.cosmology.Ob0, dict) or isinstance(c.cosmology.Om0, dict):
         return
@@ -584,7 +683,7 @@ def _of_files(c: Configuration) -> Iterator[Contradiction]:
             yield ("output", key), f"{getattr(c.output, key)!r} is the name of another output, too"
 
 
-OUTPUTS = ("report", "fields", "state")
+OUTPUTS = ("report", "fields", "chains", "state")
 
 
 def file_format(name: str, said: str = "auto") -> str | None:
@@ -594,12 +693,12 @@ def file_format(name: str, said: str = "auto") -> str | None:
 
 
 def _of_files_read(c: Configuration) -> Iterator[Contradiction]:
-    for section in "data", "mask", "noise":
-        name = getattr(c, section).file
+    for section, key in ("data", "file"), ("mask", "file"), ("noise", "file"), ("noise", "spectrum"):
+        name = getattr(getattr(c, section), key)
         if name and not os.path.exists(c.path(name)):
-            yield (section, "file"), f"there is no file {c.path(name)}{_near(c.path(name))}"
+            yield (section, key), f"there is no file {c.path(name)}{_near(c.path(name))}"
         elif name and not os.access(c.path(name), os.R_OK):
-            yield (section, "file"), f"the file {c.path(name)} cannot be read"
+            yield (section, key), f"the file {c.path(name)} cannot be read"
 
 
 def _of_files_written(c: Configuration) -> Iterator[Contradiction]:
@@ -630,10 +729,13 @@ LOOKING = _of_files_read, _of_files_written
 #: What does not go together, by the sections that must be right, one key by one, for the question to make sense.
 CONTRADICTIONS: dict[tuple[str, ...], Callable[[Configuration], Iterator[Contradiction]]] = {
     ("data",): _of_data,
-    ("data", "noise", "mask"): _of_noise_and_mask,
+    ("data", "noise"): _of_noise,
+    ("noise", "mask"): _of_mask,
+    ("noise", "data", "epochs"): _of_smoothing,
     ("model",): _of_model,
     ("model", "bias"): _of_bias,
     ("cosmology",): _of_cosmology,
+    ("data", "epochs", "sampler"): _of_sampler,
     ("data", "noise", "mask", "output"): _of_files,
     ("noise", "mask", "data"): _of_files_read,
     ("output",): _of_files_written,
@@ -647,19 +749,29 @@ def template() -> str:
         "# Keys that are comments may be left out; what they say here is what is meant then, or an example.",
     ]
     for section, keys in SCHEMA.items():
-        begun = any(key.needed for key in keys.values()) or section == "noise"
+        begun = section in ("mesh", "data", "noise")
         header = f"[[{section}]]" if section in REPEATED else f"[{section}]"
         text += ["", header if begun else f"# {header}"]
-        named = {f"of {name}": solver_keys(name) for name in SOLVERS} if section == "solver" else {}
-        for options in ({"": keys} | named).values():
-            for name, key in options.items():
-                value = key.shown if key.default is None else key.default
-                if value is None or value == math.inf:
-                    continue
-                said = f"{name} = {write_toml(value)}"
-                mark = "" if key.needed or (section, name) == ("noise", "sigma") else "# "
-                text.append(f"{mark}{said:{34 - len(mark)}}  # {key.help}")
+        for name, key in [*keys.items(), *_merged_options(METHODS.get(section, []))]:
+            value = key.shown if key.default is None else key.default
+            if value is None or value == math.inf:
+                continue
+            said = f"{name} = {write_toml(value)}"
+            mark = "" if key.needed and begun or (section, name) == ("noise", "sigma") else "# "
+            text.append(f"{mark}{said:{34 - len(mark)}}  # {key.help}")
     return "\n".join(text) + "\n"
+
+
+def _merged_options(names: Sequence[str]) -> list[tuple[str, Key]]:
+    """The options of several methods; what some have in common is there once."""
+    found: dict[tuple[str, Any, str], list[str]] = {}
+    for method in names:
+        for option, key in options_of(method).items():
+            found.setdefault((option, key.default, key.rule.words), []).append(method)
+    return [
+        (option, Key(WORDS, f"of {', '.join(methods)}: {words}", default))
+        for (option, default, words), methods in found.items()
+    ]
 
 
 def write_toml(value: Any) -> str:

@@ -148,8 +148,8 @@ GREY = "#8a8a8a"
 
 @contextmanager
 def drawing(width: float, height: float, where: list[str], kind: str = "svg") -> Iterator[Any]:
-    """Axes on a transparent ground, whose ink reads on white and on black; the address of the picture, which holds the
-    picture itself, is put into the list `where` at the end of the block."""
+    """Axes on a transparent ground, whose ink reads on white and on black; the address of the picture is put into the
+    list `where` at the end of the block."""
     with needed_for("the pictures", extra="output"):
         import matplotlib
 
@@ -157,20 +157,26 @@ def drawing(width: float, height: float, where: list[str], kind: str = "svg") ->
         from matplotlib import pyplot
 
     figure, ax = pyplot.subplots(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0)
-    ax.patch.set_alpha(0)
     ax.tick_params(colors=GREY, which="both", labelsize=8)
     for spine in ax.spines.values():
         spine.set_color(GREY)
     try:
         yield ax
-        memory = io.BytesIO()
-        with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "vmad_lit"}):
-            figure.savefig(memory, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)
+        where.append(picture_of(figure, kind))
     finally:
         pyplot.close(figure)
+
+
+def picture_of(figure: Any, kind: str = "svg") -> str:
+    """The address of a picture of a figure of Matplotlib, which holds the picture itself, 'svg' or 'png'."""
+    figure.patch.set_alpha(0)
+    for ax in figure.axes:
+        ax.patch.set_alpha(0)
+    memory = io.BytesIO()
+    date: Any = {"Date": None} if kind == "svg" else None
+    figure.savefig(memory, format=kind, dpi=110, metadata=date)
     mime = dict(svg="image/svg+xml", png="image/png")[kind]
-    where.append(f"data:{mime};base64,{base64.b64encode(memory.getvalue()).decode()}")
+    return f"data:{mime};base64,{base64.b64encode(memory.getvalue()).decode()}"
 
 
 def map_picture(image: ArrayLike, sides: Sequence[float], centre: float, width: float) -> str:
@@ -191,17 +197,17 @@ def curve_picture(
     bands: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     **settings: Any,
 ) -> str:
-    """The address of a picture of curves over x, with bands around some of them. One whose name begins with a
+    """The address of a picture of curves over x, on top of bands between a low and a high one. One whose name begins with a
     space is dashed, and has the colour of the one before; `settings` are those of Matplotlib's axes."""
     where: list[str] = []
+    number = -1
     with drawing(5.2, 3.4, where) as ax:
-        number = -1
+        for (name, (low, high)), alpha in zip((bands or {}).items(), (0.25, 0.35)):
+            ax.fill_between(x, low, high, color=COLOURS[0], alpha=alpha, lw=0, label=name)
         for name, y in curves.items():
             number += name[:1] != " "
             colour = COLOURS[number % len(COLOURS)]
             ax.plot(x, y, color=colour, ls="--" if name[:1] == " " else "-", lw=1.5, label=name.strip())
-            if name in (bands or {}):
-                ax.fill_between(x, *(bands or {})[name], color=colour, alpha=0.25, lw=0)
         ax.set(**settings)
         ax.set_xlabel(xlabel, color=GREY)
         ax.set_ylabel(ylabel, color=GREY)

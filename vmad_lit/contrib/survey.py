@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy
 
 from vmad_lit.contrib.configuration import BIAS_KEYS, COSMOLOGY, UNITS, UNITS_WITHOUT_H
-from vmad_lit.contrib.configuration import Configuration, file_format
+from vmad_lit.contrib.configuration import Configuration, KeyPath, file_format
 from vmad_lit.contrib.cosmo4d import white_noise
 from vmad_lit.contrib.forward import Density
-from vmad_lit.contrib.likelihoods import Gaussian, Smoothed
-from vmad_lit.contrib.posterior import Posterior
+from vmad_lit.contrib.likelihoods import Gaussian, Likelihood, Poisson, Smoothed
+from vmad_lit.contrib.posterior import Posterior, finder
 from vmad_lit.contrib.priors import LinearField, LogNormal, Normal, Numbers, TruncatedNormal, Uniform
 from vmad_lit.core.error import did_you_mean, needed_for
 from vmad_lit.core.stdlib.operators import Array, Shape
@@ -316,6 +316,55 @@ def _look(path: str, kind: str, section: str, key: str, name: str | None, shape:
         return look_at(file, key, name, shape)
 
 
+def names_of(position: str | Sequence[str] | None) -> list[str | None]:
+    """The columns of positions, one or three; None stands for the only array in a file."""
+    return [position] if position is None or isinstance(position, str) else [*position]
+
+
+def look_at_columns(path: str, kind: str, names: Sequence[str | None], weight: str | None) -> int:
+    """The number of rows of a catalogue that has these columns. For one rank."""
+    width: list[int | None] = [None, 3] if len(names) == 1 else [None]
+    with open_data(path, kind) as file:
+        found = [look_at(file, "data.position", name, width) for name in names]
+        found += [look_at(file, "data.weight", weight, [None])] if weight else []
+        lengths = {name: file.arrays[name].shape[0] for name in found}
+    if len(set(lengths.values())) > 1:
+        raise BadData(f"{path}: the columns have different lengths, {lengths}", "data.position")
+    if not lengths[found[0]]:
+        raise BadData(f"{path}: the catalogue is empty", "data.file")
+    return lengths[found[0]]
+
+
+def look_at_files(c: Configuration, comm: MPI.Comm) -> None:
+    """See, without reading them, that the files of a configuration hold what they should. Collective.
+
+    Raises
+    ------
+    ConfigurationError
+        On all ranks, with everything that is wrong.
+    """
+    shape = list(c.mesh.cells) if isinstance(c.mesh.cells, list) else [c.mesh.cells] * 3
+
+    def look(section: str) -> None:
+        space = getattr(c, section)
+        if section == "data" and c.data.kind == "catalogue":
+            look_at_columns(c.path(space.file), space.format, names_of(space.position), space.weight)
+        elif space.file is not None:
+            _look(c.path(space.file), space.format, section, f"{section}.array", space.array, shape)
+
+    def look_at_all() -> list[tuple[KeyPath, str]]:
+        found: list[tuple[KeyPath, str]] = []
+        for section in "data", "mask", "noise":
+            try:
+                look(section)
+            except BadData as error:
+                found.append((tuple(error.key.split(".")), error.sentence))
+        return found
+
+    if found := on_root(comm, look_at_all):
+        raise c.error(*found)
+
+
 def read_columns(
     path: str, kind: str, position: str | Sequence[str] | None, weight: str | None, comm: MPI.Comm
 ) -> tuple[Array, Array | None, int]:
@@ -326,19 +375,7 @@ def read_columns(
     ------
     BadData, on all ranks
     """
-    names: list[str | None] = [position] if position is None or isinstance(position, str) else [*position]
-    width: list[int | None] = [None, 3] if len(names) == 1 else [None]
-
-    def look() -> int:
-        with open_data(path, kind) as file:
-            found = [look_at(file, "data.position", name, width) for name in names]
-            found += [look_at(file, "data.weight", weight, [None])] if weight else []
-            lengths = {name: file.arrays[name].shape[0] for name in found}
-        if len(set(lengths.values())) > 1:
-            raise BadData(f"{path}: the columns have different lengths, {lengths}", "data.position")
-        if not lengths[found[0]]:
-            raise BadData(f"{path}: the catalogue is empty", "data.file")
-        return lengths[found[0]]
+    names = names_of(position)
 
     def read() -> tuple[Array, Array | None]:
         with open_data(path, kind) as file:
@@ -347,14 +384,14 @@ def read_columns(
             w = numpy.array(file.read(file.find("data.weight", weight), rows), dtype="f8") if weight else None
         return x, w
 
-    n = on_root(comm, look)
+    n = on_root(comm, lambda: look_at_columns(path, kind, names, weight))
     begin = comm.rank * n // comm.size
     rows = (slice(begin, (comm.rank + 1) * n // comm.size),)
     return *run_together(comm, read), begin
 
 
-def read_catalogue(c: Configuration, pm: ParticleMesh) -> tuple[RealField, float]:
-    """The catalogue that a configuration names, painted with the window of `pm`, and the number of its rows, or of rows of
+def read_catalogue(c: Configuration, pm: ParticleMesh, window: str | None = None) -> tuple[RealField, float]:
+    """The catalogue that a configuration names, painted with a window, by default that of `pm`, and the number of its rows, or of rows of
     equal weight that would scatter as much. Collective.
 
     Raises
@@ -378,7 +415,8 @@ def read_catalogue(c: Configuration, pm: ParticleMesh) -> tuple[RealField, float
     weight, squares = (float(add_up(comm, total)) for total in (w.sum(), (w**2).sum()))
     if not weight > 0:
         raise BadData(f"{path}: all weights are 0", "data.weight")
-    return pm.paint(x, mass=w, layout=pm.decompose(x)), weight**2 / squares
+    field = pm.paint(x, mass=w, resampler=window, layout=pm.decompose(x))
+    return field, weight**2 / squares
 
 
 def box_of(pm: ParticleMesh) -> str:
@@ -442,126 +480,195 @@ def forward_model(c: Configuration, pm: ParticleMesh) -> tuple[dict[str, Any], C
 
 
 class Survey:
-    """What was observed, or made up, and the posterior of what it was made from.
+    """What was observed, or made up, and the likelihood of what it was made from. Collective.
 
     Attributes
     ----------
-    priors : dict
-        Of the modes and of the free parameters.
+    priors, forward :
+        of the modes and of the free parameters, by name; and the model from them to the density.
     d : RealField
         The density in units of its mean, 0 in cells that were not observed.
-    sigma : float or RealField
-        The standard deviation of its noise; if that is free, for an amplitude of 1.
+    counts : RealField or None
+        How many objects are in each cell, if their number is what is compared.
+    noise : float, RealField, or function of k
+        The standard deviation of the noise of a density, if it is free for an amplitude of 1; or its power spectrum;
+        or the number of objects that is expected in a cell of the mean density.
     mask : RealField or None
         The part of each cell that was observed.
     truth : dict or None
         The latents from which the data were made up.
     clean : RealField or None
         The density without noise, if known.
+
+    Raises
+    ------
+    BadData
+        On all ranks, if a file is not what it should be.
     """
 
     def __init__(self, c: Configuration, pm: ParticleMesh) -> None:
         self.pm, self.c = pm, c
         self.truth: dict[str, Any] | None = None
         self.clean: RealField | None = None
+        self.counts: RealField | None = None
         self.mask: RealField | None = None if c.mask.file is None else self._read_mask()
         self.priors, self.forward = forward_model(c, pm)
-        noise: Any = c.noise.sigma
-        if isinstance(noise, dict):
-            self.priors["sigma"], noise = prior_of(noise), 1.0
-        if c.noise.file is not None:
-            noise = self._read_noise_map()
+        self.poisson = c.noise.kind == "poisson"
+        self.noise: Any = self._find_noise()
         if c.data.kind == "mock":
-            self.sigma = self._spread_noise(noise)
             self._make_up(c.data.seed)
+        elif c.data.kind == "density":
+            self._read_density()
         else:
-            self._read(noise)
+            self._count()
 
-    def posterior(self, smoothing: float | None = None, d: RealField | None = None) -> Posterior:
-        """The posterior, in which densities are compared that are smoothed at a scale (Mpc/h), by default as the
-        configuration says; for other data, if they are given."""
+    def likelihood(self, smoothing: float = 0.0) -> Likelihood:
+        """The likelihood of a density, compared after smoothing with a Gaussian of a scale in Mpc/h."""
+        mask = None if self.mask is None else self._like(self.seen)
+        if self.poisson:
+            assert self.counts is not None
+            return Poisson(self.counts, mean=self.noise, mask=mask, floor=FLOOR)
+        if callable(self.noise):
+            return Gaussian(self.d, power=self.noise)
+        amplitude = "sigma" if "sigma" in self.priors else None
+        given = dict(sigma=self._spread(self.noise), mask=mask, amplitude=amplitude)
+        return Smoothed(self.d, scale=smoothing, **given) if smoothing else Gaussian(self.d, **given)
+
+    def posterior(self, smoothing: float | None = None) -> Posterior:
+        """The posterior, by default with the smoothing of the configuration."""
         scale = self.c.data.smoothing if smoothing is None else smoothing
-        given: dict[str, Any] = dict(
-            sigma=self.sigma,
-            mask=None if self.mask is None else self._like(self.mask.value > 0),
-            amplitude="sigma" if "sigma" in self.priors else None,
+        return Posterior(self.priors, self.forward, dict(density=self.likelihood(scale)), self.pm.comm)
+
+    @property
+    def seen(self) -> Array:
+        """Which cells of this rank were observed, at least in part."""
+        return (
+            numpy.ones(self.pm.create(type="real").value.shape, "?")
+            if self.mask is None
+            else self.mask.value > 0
         )
-        d = self.d if d is None else d
-        likelihood = Smoothed(d, scale=scale, **given) if scale else Gaussian(d, **given)
-        return Posterior(self.priors, self.forward, dict(density=likelihood), self.pm.comm)
+
+    @property
+    def part(self) -> Array:
+        """Which part of each cell was observed; 1 where nothing was, so that one can divide by it."""
+        return numpy.where(self.seen, 1.0 if self.mask is None else self.mask.value, 1.0)
 
     def _like(self, values: Array) -> RealField:
         return self.pm.create(type="real", value=values)
 
+    def _spread(self, sigma: Any) -> Any:
+        """The standard deviation in each cell, which is larger where only a part was observed."""
+        return sigma if self.mask is None else self._like(getattr(sigma, "value", sigma) / self.part**0.5)
+
+    # Read
     def _read_mask(self) -> RealField:
-        path = self.c.path(self.c.mask.file)
-        mask = read_mesh(path, "mask", self.c.mask, self.pm)
-        offset = [part.start for part in mask.slices]
-        good = (mask.value >= 0) & (mask.value <= 1)
-        if told := check_numbers(self.pm.comm, mask.value, good, offset, "values are not between 0 and 1"):
-            raise BadData(f"{path}: {told}", "mask.array")
+        mask = self._read_map("mask", "are not between 0 and 1", lambda v: (v >= 0) & (v <= 1))
         if not mask.csum() > 0:
-            raise BadData(f"{path}: nothing was observed, all values are 0", "mask.array")
+            raise BadData(
+                f"{self.c.path(self.c.mask.file)}: all values are 0, so nothing was observed", "mask.array"
+            )
         return mask
 
-    def _read_noise_map(self) -> RealField:
-        path = self.c.path(self.c.noise.file)
-        sigma = read_mesh(path, "noise", self.c.noise, self.pm)
-        offset = [part.start for part in sigma.slices]
-        if told := check_numbers(
-            self.pm.comm, sigma.value, sigma.value > 0, offset, "values are not above 0"
-        ):
-            raise BadData(f"{path}: {told}", "noise.array")
-        return sigma
+    def _read_map(self, section: str, rule: str, good: Callable[[Array], Array]) -> RealField:
+        """The mesh that a section names, if its values follow a rule."""
+        space = getattr(self.c, section)
+        path = self.c.path(space.file)
+        field = read_mesh(path, section, space, self.pm)
+        offset = [part.start for part in field.slices]
+        if told := check_numbers(self.pm.comm, field.value, good(field.value), offset, f"values {rule}"):
+            raise BadData(f"{path}: {told}", f"{section}.array")
+        return field
 
-    def _spread_noise(self, sigma: Any) -> Any:
-        """The standard deviation in each cell, of which only a part may have been observed."""
-        if self.mask is None:
-            return sigma
-        part = numpy.where(self.mask.value > 0, self.mask.value, 1.0)
-        return self._like(getattr(sigma, "value", sigma) / part**0.5)
+    def _find_noise(self) -> Any:
+        """What is said of the noise; None if it follows from the number of objects."""
+        noise = self.c.noise
+        if noise.spectrum is not None:
+            return read_spectrum(self.c.path(noise.spectrum), self.pm)
+        if noise.file is not None:
+            return self._read_map("noise", "are not above 0", lambda v: v > 0)
+        if isinstance(noise.sigma, dict):
+            self.priors["sigma"] = prior_of(noise.sigma)
+            return 1.0
+        return noise.mean if self.poisson else noise.sigma
 
-    def _read(self, noise: Any) -> None:
-        """Read a density or a catalogue, and bring it to a mean of 1."""
+    def _read_density(self) -> None:
+        """Read a density, and bring it to a mean of 1."""
         c = self.c
-        if c.data.kind == "density":
-            d = read_mesh(c.path(c.data.file), "data", c.data, self.pm)
-            d = d + 1.0 if c.data.contrast else d
-        else:
-            d, number = read_catalogue(c, self.pm)
-            observed = float(self.pm.Nmesh.prod()) if self.mask is None else float(self.mask.csum())
-            noise = (observed / number) ** 0.5 if noise is None else noise
-        self.sigma = self._spread_noise(noise)
-        self.d = self._normalise(d)
+        d: Any = read_mesh(c.path(c.data.file), "data", c.data, self.pm)
+        self.d = self._normalise(d + 1.0 if c.data.contrast else d)
+
+    def _count(self) -> None:
+        """Read a catalogue, and find how many objects there are in a cell of the mean density."""
+        counts, number = read_catalogue(self.c, self.pm, "nnb" if self.poisson else None)
+        cells = float(self.pm.Nmesh.prod()) if self.mask is None else float(self.mask.csum())
+        if self.poisson:
+            self.counts = self._like(numpy.where(self.seen, counts.value, 0.0))
+            self.noise = self._expected(float(self.counts.csum()) / cells)
+        elif self.noise is None:
+            self.noise = (cells / number) ** 0.5
+        self.d = self._normalise(self._like(counts.value / self.part))
+
+    def _expected(self, mean: float) -> Any:
+        """The number of objects in each cell that is expected for the mean density."""
+        return float(mean) if self.mask is None else self.mask * float(mean)
 
     def _normalise(self, d: RealField) -> RealField:
-        """A density in units of its mean in the cells that were observed, which may be counts that miss some."""
-        c, cells = self.c, float(self.pm.Nmesh.prod())
-        if self.mask is not None:
-            seen = self.mask.value > 0
-            part = numpy.where(seen & (c.data.kind == "catalogue"), self.mask.value, 1.0)
-            weight = self._like(numpy.where(seen, self.mask.value, 0.0))
-            d = self._like(numpy.where(seen, d.value / part, 0.0))
-            cells = float(weight.csum())
-        else:
-            weight = self._like(numpy.ones(d.value.shape))
-        mean = d.cdot(weight) / cells
-        spread = (max((d * d).cdot(weight) / cells - mean**2, 0.0)) ** 0.5
+        """A density in units of its mean over what was observed, and 0 where nothing was."""
+        d = self._like(numpy.where(self.seen, d.value, 0.0))
+        weight = self._like(self.part * self.seen)
+        total = weight.csum()
+        mean = d.cdot(weight) / total
+        spread = max((d * d).cdot(weight) / total - mean**2, 0.0) ** 0.5
         if not mean > 1e-3 * spread:
             told = f"expected a density with a positive mean, got the mean {mean:.3g}"
-            raise BadData(
-                f"{c.path(c.data.file)}: {told}; if this is delta, say contrast = true", "data.array"
-            )
+            hint = "if this is delta, say contrast = true"
+            raise BadData(f"{self.c.path(self.c.data.file)}: {told}; {hint}", "data.array")
         return d * (1.0 / mean)
 
+    # Make up
     def _make_up(self, seed: int) -> None:
-        """A density from white noise and the most probable parameters, with noise."""
-        latents = {name: prior.zeros() for name, prior in self.priors.items()}
-        self.truth = {**latents, "modes": white_noise(self.pm, seed)}
-        blank = self.posterior(d=self._like(numpy.zeros(self.truth["modes"].value.shape)))
-        found = blank.forecast(self.truth, ["density", *self.priors])
+        """Data from white noise and the middle of the priors of free parameters, with noise."""
+        zeros = {name: prior.zeros() for name, prior in self.priors.items()}
+        self.truth = {**zeros, "modes": white_noise(self.pm, seed)}
+        self.d = self.counts = self.truth["modes"] * 0.0
+        self.noise = self._expected(self.noise) if self.poisson else self.noise
+        found = self.posterior().forecast(self.truth, ["density", *self.priors])
         self.clean = found["density"]
-        amplitude = float(found.get("sigma", 1.0))
-        noise = white_noise(self.pm, seed, purpose="noise of data")
-        d = self.clean.value + noise.value * getattr(self.sigma, "value", self.sigma) * amplitude
-        self.d = self._like(d if self.mask is None else numpy.where(self.mask.value > 0, d, 0.0))
+        drawn = self.likelihood().draw(found["density"], finder(found), seed, "noise of data")
+        if self.poisson:
+            expected = numpy.where(self.seen, getattr(self.noise, "value", self.noise), 1.0)
+            self.counts, self.d = drawn, self._like(drawn.value / expected)
+        else:
+            self.d = drawn
+
+
+FLOOR = 0.01  # objects in a cell: the least that a model expects which may make densities below 0
+
+
+def read_spectrum(path: str, pm: ParticleMesh) -> Callable[[Any], Any]:
+    """The power spectrum of the noise in a file with two columns, k in h/Mpc and S in (Mpc/h)^3. Collective.
+
+    Between the lines it is interpolated in the logarithms of both, and beyond the ends it is constant.
+    """
+
+    def read() -> Array:
+        try:
+            table = numpy.load(path) if path.endswith(".npy") else numpy.loadtxt(path)
+        except Exception as error:  # a reader of files from anywhere
+            raise BadData(f"{path} cannot be read as a table of numbers: {error}", "noise.spectrum") from None
+        if table.ndim != 2 or table.shape[1] != 2 or len(table) < 2:
+            raise BadData(
+                f"{path}: expected two columns, k and S, got the shape {table.shape}", "noise.spectrum"
+            )
+        if not (numpy.isfinite(table) & (table > 0)).all() or not (numpy.diff(table[:, 0]) > 0).all():
+            raise BadData(f"{path}: expected k that grow, and both columns above 0", "noise.spectrum")
+        return numpy.log(table.astype("f8"))
+
+    logs = on_root(pm.comm, read)
+    return functools.partial(interpolated, logs)
+
+
+def interpolated(logs: Array, k: Any) -> Any:
+    """The power at k from a table of logarithms."""
+    with numpy.errstate(divide="ignore"):
+        return numpy.exp(numpy.interp(numpy.log(k), logs[:, 0], logs[:, 1]))
