@@ -96,7 +96,10 @@ class ConfigurationError(ValueError):
 
     def __init__(self, name: str, complaints: Sequence[Complaint]) -> None:
         self.name, self.complaints = name, sorted(complaints)
-        super().__init__("\n".join(f"{name}:{line}: {key}: {told}" for line, key, told in self.complaints))
+        super().__init__(name, self.complaints)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{self.name}:{line}: {key}: {told}" for line, key, told in self.complaints)
 
 
 @dataclass(frozen=True)
@@ -783,5 +786,6 @@ def write_toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(write_toml, value))}]"
     if isinstance(value, dict):
-        return f"{{ {', '.join(f'{name} = {write_toml(inner)}' for name, inner in value.items())} }}"
+        names = (name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name) for name in value)
+        return f"{{ {', '.join(f'{k} = {write_toml(v)}' for k, v in zip(names, value.values()))} }}"
     return repr(value)

@@ -157,9 +157,7 @@ def drawing(width: float, height: float, where: list[str], kind: str = "svg") ->
         from matplotlib import pyplot
 
     figure, ax = pyplot.subplots(figsize=(width, height), layout="constrained")
-    ax.tick_params(colors=GREY, which="both", labelsize=8)
-    for spine in ax.spines.values():
-        spine.set_color(GREY)
+    ax.tick_params(which="both", labelsize=8)
     try:
         yield ax
         where.append(picture_of(figure, kind))
@@ -172,6 +170,9 @@ def picture_of(figure: Any, kind: str = "svg") -> str:
     figure.patch.set_alpha(0)
     for ax in figure.axes:
         ax.patch.set_alpha(0)
+        ax.tick_params(colors=GREY, which="both")
+        for part in (*ax.spines.values(), ax.xaxis.label, ax.yaxis.label):
+            part.set_color(GREY)
     memory = io.BytesIO()
     date: Any = {"Date": None} if kind == "svg" else None
     figure.savefig(memory, format=kind, dpi=110, metadata=date)
@@ -185,7 +186,7 @@ def map_picture(image: ArrayLike, sides: Sequence[float], centre: float, width: 
     colours = dict(vmin=centre - width, vmax=centre + width, cmap="magma" if centre else "RdBu_r")
     with drawing(3.4, 3.4, where, "png") as ax:
         ax.imshow(image, origin="lower", extent=[0, sides[1], 0, sides[0]], **colours)
-        ax.set_xlabel("Mpc/h", color=GREY, fontsize=8)
+        ax.set_xlabel("Mpc/h", fontsize=8)
     return where[0]
 
 
@@ -209,7 +210,6 @@ def curve_picture(
             colour = COLOURS[number % len(COLOURS)]
             ax.plot(x, y, color=colour, ls="--" if name[:1] == " " else "-", lw=1.5, label=name.strip())
         ax.set(**settings)
-        ax.set_xlabel(xlabel, color=GREY)
-        ax.set_ylabel(ylabel, color=GREY)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.legend(frameon=False, labelcolor=GREY, fontsize=8)
     return where[0]

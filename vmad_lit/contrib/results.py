@@ -61,6 +61,8 @@ class Results:
         The most probable parameters: linear modes, and numbers by name.
     fields : dict of RealField
         What is written, by name; see `MEANING`.
+    truth : dict
+        The true parameters of a mock, or nothing.
     draws : list
         Chains, or a dictionary of arrays from Laplace's approximation; nothing without a sampler.
     curves : dict
@@ -80,8 +82,10 @@ class Results:
             if getattr(run.survey, name) is not None:
                 self.fields[name] = getattr(run.survey, name)
         self.draws = self._draw()
+        self.truth: dict[str, Any] = {}
         if run.survey.truth is not None:
-            self.modes["truth"] = self._values(run.survey.truth)["modes"]
+            self.truth = self._values(run.survey.truth)
+            self.modes["truth"] = self.truth["modes"]
             self.fields.update(
                 true_white_noise=run.survey.truth["modes"], true_linear=self.modes["truth"].c2r()
             )
@@ -196,6 +200,9 @@ class Results:
         free = free_of(self.c)
         rows = [[name, write_toml(prior), self.values[name]] for name, prior in free.items()]
         head = ["parameter", "prior", "most probable"]
+        if self.truth:
+            head.append("truth")
+            rows = [[*row, self.truth[row[0]]] for row in rows]
         found = chains.collect(self.draws) if self.draws else {}
         if found:
             head += ["mean", "sd"]

@@ -267,7 +267,7 @@ def check_numbers(comm: MPI.Comm, values: Array, good: Array, offset: Sequence[i
     """What is wrong with those of the `values`, this rank's part from `offset` on, that are not `good`, in a sentence;
     None if all are good on all ranks. Collective."""
     bad = numpy.argwhere(~good)
-    first = tuple(int(i) + o for i, o in zip(bad[0], offset)) if len(bad) else None
+    first = tuple(int(i + o) for i, o in zip(bad[0], offset)) if len(bad) else None
     mine = (len(bad), first, values[tuple(bad[0])].tolist() if len(bad) else None)
     count_object(comm, mine)
     found = [told for told in comm.allgather(mine) if told[0]]
@@ -630,7 +630,8 @@ class Survey:
         """Data from white noise and the middle of the priors of free parameters, with noise."""
         zeros = {name: prior.zeros() for name, prior in self.priors.items()}
         self.truth = {**zeros, "modes": white_noise(self.pm, seed)}
-        self.d = self.counts = self.truth["modes"] * 0.0
+        self.d = self.truth["modes"] * 0.0
+        self.counts = self.d if self.poisson else None
         self.noise = self._expected(self.noise) if self.poisson else self.noise
         found = self.posterior().forecast(self.truth, ["density", *self.priors])
         self.clean = found["density"]
