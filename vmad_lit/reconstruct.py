@@ -163,7 +163,8 @@ class Reconstruction:
         ConfigurationError
             if the data are not what they should be.
         """
-        from vmad_lit.contrib.survey import BadData, Survey, look_at_files
+        from vmad_lit.contrib.datafiles import BadData
+        from vmad_lit.contrib.survey import Survey, look_at_files
         from vmad_lit.lib.mpi import on_root
 
         begin = time.perf_counter()
