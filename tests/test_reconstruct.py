@@ -692,7 +692,7 @@ def test_a_chain_that_is_killed_goes_on_as_if_it_had_not_been(folder, monkeypatc
 def test_the_report_of_a_sampler(folder):
     pytest.importorskip("arviz")
     for options in (
-        dict(name="HMC", draws=4, warmup=2, maxsteps=2, chains=1),
+        dict(name="HMC", draws=4, warmup=2, maxsteps=2),
         dict(name="Laplace", rank=3, draws=8),
     ):
         status, out, err = run(folder, sampled(GOOD, **options), "--overwrite")

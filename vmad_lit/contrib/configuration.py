@@ -424,112 +424,108 @@ PRIORS = {
 }
 
 #: What a configuration may say: the keys by their sections.
-SCHEMA: dict[str, dict[str, Key]] = {
-    "mesh": {
-        "cells": Key(three(whole(4)), "cells along each side", shown=64, needed=True),
-        "box": Key(three(number(above=0)), "sides of the box, Mpc/h", shown=256.0, needed=True),
-    },
-    "data": {
-        "kind": Key(
-            choice("mock", "density", "catalogue"),
-            "mock: made up from [model] with a known truth; density: on the mesh; catalogue: positions",
-            shown="mock",
-            needed=True,
-        ),
-        "seed": Key(whole(0), "of a mock: of its initial conditions, and of its noise", 42),
-        **file_keys("the density or the catalogue", "halos.hdf5", "density"),
-        "position": Key(COLUMNS, "of a catalogue: the column or the three columns", shown="Position"),
-        "weight": Key(
-            TEXT, "of a catalogue: the column of weights; without it each counts 1", shown="Weight"
-        ),
-        "units": Key(choice(*UNITS, *UNITS_WITHOUT_H), "of positions and origin", "Mpc/h"),
-        "origin": Key(three(number(), False), "of a catalogue: the corner of the box", [0.0, 0.0, 0.0]),
-        "contrast": Key(SWITCH, "of a density: whether the file has delta instead of 1 + delta", False),
-        "smoothing": Key(number(least=0), "compare densities smoothed with a Gaussian, Mpc/h", 0.0),
-    },
-    "mask": file_keys("the part of each cell that was observed, from 0 to 1", "mask.npy", "mask"),
-    "noise": {
-        "kind": Key(
-            choice("gaussian", "poisson"),
-            "of the noise; poisson: whole numbers of objects in cells",
-            "gaussian",
-        ),
-        "sigma": Key(
-            number(above=0),
-            "standard deviation of 1 + delta in a cell; a catalogue's is that of its counts, if none is given",
-            shown=0.5,
-            free=True,
-        ),
-        **file_keys("a map of that standard deviation on the mesh", "sigma.npy", "sigma"),
-        "spectrum": Key(TEXT, "a table of the noise's power: k in h/Mpc, S in (Mpc/h)^3", shown="noise.txt"),
-        "mean": Key(number(above=0), "of a poisson mock: objects in a cell of the mean density", shown=10.0),
-    },
-    "model": {
-        "evolution": Key(
-            choice("linear", "lpt", "nbody"), "from the initial conditions to the density", "nbody"
-        ),
-        "steps": Key(whole(1), "of nbody: how many", 4),
-        "start": Key(number(above=0, below=1), "of nbody: the scale factor at which they begin", 0.1),
-        "scale_factor": Key(number(above=0, most=2), "at which the universe is observed", 1.0),
-        "transfer": Key(choice("EisensteinHu", "NoWiggle"), "the shape of the linear power", "EisensteinHu"),
-        "redshift_space": Key(SWITCH, "whether positions along the line of sight are redshifts", False),
-        "line_of_sight": Key(three(number(), False), "its direction", [0.0, 0.0, 1.0]),
-    },
-    "bias": {
-        "kind": Key(choice("none", "eulerian", "lagrangian"), "what the observed density is of", "none"),
-        "b1": Key(
-            number(),
-            "linear bias; lagrangian: that of Lagrangian space, Eulerian less 1",
-            shown=1.0,
-            free=True,
-        ),
-        "b2": Key(number(), "of lagrangian: of the squared density", 0.0, free=True),
-        "bs2": Key(number(), "of lagrangian: of the squared tidal field", 0.0, free=True),
-        "bnabla2": Key(number(), "of lagrangian: of the Laplacian, (Mpc/h)^2", 0.0, free=True),
-    },
-    "cosmology": {
-        name: Key(
-            number(**LIMITS[name]),
-            f"{words}; by default that of Planck 2015",
-            getattr(Planck15, name),
-            free=True,
-        )
-        for name, words in COSMOLOGY.items()
-    },
-    "solver": {
-        "name": Key(choice(*SOLVERS), "the method", "LBFGS"),
-        "save_every": Key(whole(1), "iterations after which the state is saved", 10),
-    },
-    "epochs": {
-        "smoothing": Key(number(least=0), "as in [data], in this epoch; by default that", shown=8.0),
-    },
-    "sampler": {
-        "name": Key(
-            choice(*SAMPLERS, "Laplace"),
-            "draw from the posterior, too, by this method",
-            shown="NUTS",
-            needed=True,
-        ),
-        "chains": Key(whole(1), "how many, one after the other; of Laplace: one", 2),
-        "seed": Key(whole(0), "of the first chain; the others have the next ones", 0),
-        "start": Key(
-            choice("map", "prior"), "of chains: the most probable point, or a draw from the prior", "map"
-        ),
-        "save_every": Key(whole(1), "iterations after which the chain is saved", 50),
-    },
-    "output": {
-        "folder": Key(TEXT, "where everything goes; relative to this configuration", "reconstruction"),
-        "title": Key(TEXT, "of the report", "Initial conditions"),
-        "report": Key(WORDS, "the report, a web page in one file; empty: none", "report.html"),
-        "fields": Key(WORDS, "the fields, an HDF5 file; empty: none", "fields.hdf5"),
-        "precision": Key(choice("f4", "f8"), "of the fields", "f4"),
-        "chains": Key(WORDS, "the draws of a sampler, an HDF5 file; empty: none", "chains.hdf5"),
-        "state": Key(WORDS, "the state to go on from; empty: none", "state.npz"),
-    },
-    "run": {
-        "grace": Key(number(above=0), "seconds to save and to report in, after a signal to end", 20.0),
-        "memory_check": Key(SWITCH, "refuse what does not fit into memory", True),
-    },
+SCHEMA: dict[str, dict[str, Key]] = {}
+
+SCHEMA["mesh"] = {
+    "cells": Key(three(whole(4)), "cells along each side", shown=64, needed=True),
+    "box": Key(three(number(above=0)), "sides of the box, Mpc/h", shown=256.0, needed=True),
+}
+SCHEMA["data"] = {
+    "kind": Key(
+        choice("mock", "density", "catalogue"),
+        "mock: made up from [model] with a known truth; density: on the mesh; catalogue: positions",
+        shown="mock",
+        needed=True,
+    ),
+    "seed": Key(whole(0), "of a mock: of its initial conditions, and of its noise", 42),
+    **file_keys("the density or the catalogue", "halos.hdf5", "density"),
+    "position": Key(COLUMNS, "of a catalogue: the column or the three columns", shown="Position"),
+    "weight": Key(TEXT, "of a catalogue: the column of weights; without it each counts 1", shown="Weight"),
+    "units": Key(choice(*UNITS, *UNITS_WITHOUT_H), "of positions and origin", "Mpc/h"),
+    "origin": Key(three(number(), False), "of a catalogue: the corner of the box", [0.0, 0.0, 0.0]),
+    "contrast": Key(SWITCH, "of a density: whether the file has delta instead of 1 + delta", False),
+    "smoothing": Key(number(least=0), "compare densities smoothed with a Gaussian, Mpc/h", 0.0),
+}
+SCHEMA["mask"] = file_keys("the part of each cell that was observed, from 0 to 1", "mask.npy", "mask")
+SCHEMA["noise"] = {
+    "kind": Key(
+        choice("gaussian", "poisson"),
+        "of the noise; poisson: whole numbers of objects in cells",
+        "gaussian",
+    ),
+    "sigma": Key(
+        number(above=0),
+        "standard deviation of 1 + delta in a cell; a catalogue's is that of its counts, if none is given",
+        shown=0.5,
+        free=True,
+    ),
+    **file_keys("a map of that standard deviation on the mesh", "sigma.npy", "sigma"),
+    "spectrum": Key(TEXT, "a table of the noise's power: k in h/Mpc, S in (Mpc/h)^3", shown="noise.txt"),
+    "mean": Key(number(above=0), "of a poisson mock: objects in a cell of the mean density", shown=10.0),
+}
+SCHEMA["model"] = {
+    "evolution": Key(choice("linear", "lpt", "nbody"), "from the initial conditions to the density", "nbody"),
+    "steps": Key(whole(1), "of nbody: how many", 4),
+    "start": Key(number(above=0, below=1), "of nbody: the scale factor at which they begin", 0.1),
+    "scale_factor": Key(number(above=0, most=2), "at which the universe is observed", 1.0),
+    "transfer": Key(choice("EisensteinHu", "NoWiggle"), "the shape of the linear power", "EisensteinHu"),
+    "redshift_space": Key(SWITCH, "whether positions along the line of sight are redshifts", False),
+    "line_of_sight": Key(three(number(), False), "its direction", [0.0, 0.0, 1.0]),
+}
+SCHEMA["bias"] = {
+    "kind": Key(choice("none", "eulerian", "lagrangian"), "what the observed density is of", "none"),
+    "b1": Key(
+        number(),
+        "linear bias; lagrangian: that of Lagrangian space, Eulerian less 1",
+        shown=1.0,
+        free=True,
+    ),
+    "b2": Key(number(), "of lagrangian: of the squared density", 0.0, free=True),
+    "bs2": Key(number(), "of lagrangian: of the squared tidal field", 0.0, free=True),
+    "bnabla2": Key(number(), "of lagrangian: of the Laplacian, (Mpc/h)^2", 0.0, free=True),
+}
+SCHEMA["cosmology"] = {
+    name: Key(
+        number(**LIMITS[name]),
+        f"{words}; by default that of Planck 2015",
+        getattr(Planck15, name),
+        free=True,
+    )
+    for name, words in COSMOLOGY.items()
+}
+SCHEMA["solver"] = {
+    "name": Key(choice(*SOLVERS), "the method", "LBFGS"),
+    "save_every": Key(whole(1), "iterations after which the state is saved", 10),
+}
+SCHEMA["epochs"] = {
+    "smoothing": Key(number(least=0), "as in [data], in this epoch; by default that", shown=8.0),
+}
+SCHEMA["sampler"] = {
+    "name": Key(
+        choice(*SAMPLERS, "Laplace"),
+        "draw from the posterior, too, by this method",
+        shown="NUTS",
+        needed=True,
+    ),
+    "chains": Key(whole(1), "how many, one after the other; of Laplace: one", 2),
+    "seed": Key(whole(0), "of the first chain; the others have the next ones", 0),
+    "start": Key(
+        choice("map", "prior"), "of chains: the most probable point, or a draw from the prior", "map"
+    ),
+    "save_every": Key(whole(1), "iterations after which the chain is saved", 50),
+}
+SCHEMA["output"] = {
+    "folder": Key(TEXT, "where everything goes; relative to this configuration", "reconstruction"),
+    "title": Key(TEXT, "of the report", "Initial conditions"),
+    "report": Key(WORDS, "the report, a web page in one file; empty: none", "report.html"),
+    "fields": Key(WORDS, "the fields, an HDF5 file; empty: none", "fields.hdf5"),
+    "precision": Key(choice("f4", "f8"), "of the fields", "f4"),
+    "chains": Key(WORDS, "the draws of a sampler, an HDF5 file; empty: none", "chains.hdf5"),
+    "state": Key(WORDS, "the state to go on from; empty: none", "state.npz"),
+}
+SCHEMA["run"] = {
+    "grace": Key(number(above=0), "seconds to save and to report in, after a signal to end", 20.0),
+    "memory_check": Key(SWITCH, "refuse what does not fit into memory", True),
 }
 
 

@@ -224,8 +224,8 @@ class Results:
             page.table(["k [h/Mpc]", "R-hat", "ESS"], [[k[i], r_hat[i], ess[i]] for i in some], caption)
 
     def diagnoses(self) -> dict[str, Any]:
-        """R-hat and effective sample sizes of chains. For one rank."""
-        if not self.draws or isinstance(self.draws[0], Mapping) or min(map(len, self.draws)) < 4:
+        """R-hat and effective sample sizes of two chains or more. For one rank."""
+        if len(self.draws) < 2 or min(map(len, self.draws)) < 4:
             return {}
         return chains.diagnose(self.draws)
 
