@@ -677,7 +677,7 @@ def test_a_chain_that_is_killed_goes_on_as_if_it_had_not_been(folder, monkeypatc
         status, out, err = run(folder, text)
         assert status == 143 and "stopped by SIGTERM" in out
     status, out, _ = run(folder, text, "--resume")
-    assert status == 0 and "going on from iteration 6 of chain 1" in out
+    assert status == 0 and "going on from iteration 6 in" in out
 
     def compare():
         one, two = (chains.read(os.path.join(folder, which, "chains.hdf5")) for which in ("whole", "out"))
@@ -692,7 +692,7 @@ def test_a_chain_that_is_killed_goes_on_as_if_it_had_not_been(folder, monkeypatc
 def test_the_report_of_a_sampler(folder):
     pytest.importorskip("arviz")
     for options in (
-        dict(name="HMC", draws=4, warmup=2, maxsteps=2),
+        dict(name="MCLMC", draws=4, warmup=2),
         dict(name="Laplace", rank=3, draws=8),
     ):
         status, out, err = run(folder, sampled(GOOD, **options), "--overwrite")
@@ -706,7 +706,7 @@ def test_the_report_of_a_sampler(folder):
             assert (
                 "b1" in page.said and "credible regions" in page.said and "mean of the posterior" in page.said
             )
-            assert ("R-hat" in page.said) is (options["name"] == "HMC")
+            assert ("R-hat" in page.said) is (options["name"] == "MCLMC")
             with h5py.File(os.path.join(folder, "out", "fields.hdf5")) as file:
                 assert 0 < file["fields/sd_white_noise"][...].mean() <= 1.5
 

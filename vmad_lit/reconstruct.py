@@ -6,13 +6,14 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vmad_lit.contrib.configuration import SAMPLERS, SOLVERS, Complaint, Configuration, ConfigurationError
 from vmad_lit.contrib.configuration import options_of, template
 from vmad_lit.contrib.optimize import State, StateError, autosave
-from vmad_lit.core.error import needed_for
+from vmad_lit.core.error import MissingExtra, needed_for
 from vmad_lit.core.meeting import Watch, watched
 from vmad_lit.lib.signals import heed_signals
 
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with needed_for("the reconstruction", extra="mesh"):
             from mpi4py import MPI
 
-            from vmad_lit.contrib import survey  # noqa: F401
+        from vmad_lit.contrib.plan import check_memory, plan
+        from vmad_lit.contrib.survey import look_at_files
     except ImportError as error:
         print(f"this reconstruction cannot be run here: {error}", file=sys.stderr)
         return 1
@@ -71,13 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         c = load(args.configuration, comm, args)
         if args.dry_run:
-            from vmad_lit.contrib.plan import check_memory, plan
-            from vmad_lit.contrib.survey import look_at_files
-
             look_at_files(c, comm)
             check_memory(c, comm)
             say(plan(c, comm))
             return 0
+        if c.sampler.name and c.output.report:
+            with needed_for("the report of a sampler", extra="chains"):
+                import arviz  # noqa: F401
+                import corner  # noqa: F401
         run = Reconstruction(c, comm, say)
         with heed_signals(comm, c.run.grace, leave=False) as interrupt:
             run.prepare()
@@ -88,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if comm.rank == 0:
             print(error, file=sys.stderr, flush=True)
         return 2
+    except MissingExtra as error:
+        say(f"this reconstruction cannot be run here: {error}")
+        return 1
 
 
 def load(path: str, comm: Any, args: argparse.Namespace) -> Configuration:
@@ -167,184 +173,159 @@ class Reconstruction:
         from vmad_lit.contrib.survey import Survey, look_at_files
         from vmad_lit.lib.mpi import on_root
 
-        begin = time.perf_counter()
         look_at_files(self.c, self.comm)
         on_root(self.comm, lambda: os.makedirs(self.c.path(self.c.output.folder), exist_ok=True))
         try:
-            self.survey = Survey(self.c, self.pm)
+            with self.timed("data and model"):
+                self.survey = Survey(self.c, self.pm)
         except BadData as error:
             raise self.c.error((tuple(error.key.split(".")), error.sentence)) from None
-        self.seconds["data and model"] = time.perf_counter() - begin
 
-    def solve(self, resume: bool, accept: bool, progress: bool, interrupt: Any) -> None:
-        """Run the solver.
+    def solve(
+        self, resume: bool = False, accept: bool = False, progress: bool = False, interrupt: Any = None
+    ) -> None:
+        """Run the solver, and then the sampler.
+
+        Parameters
+        ----------
+        resume : bool
+            go on from saved states, if there are any; else those of an earlier run are removed.
+        accept, progress, interrupt :
+            see :meth:`~vmad_lit.contrib.optimize.Optimizer.minimize`.
 
         Raises
         ------
         ConfigurationError
-            if the state cannot be gone on from.
+            if a state cannot be gone on from.
         """
         from vmad_lit.contrib.plan import epochs_of
         from vmad_lit.lib.mpi import on_root
 
-        begin, c = time.perf_counter(), self.c
-        epochs = epochs_of(c)
-        paths: list[Any] = c.state_paths or [None] * len(epochs)
-        first = self._find_epoch(paths[: len(epochs)]) if resume else 0
-        if not resume:
-            on_root(self.comm, lambda: remove(c.state_paths))
+        self.how: dict[str, Any] = dict(accept=accept, progress=progress, interrupt=interrupt)
+        epochs, paths = epochs_of(self.c), self.c.state_paths
+        there = on_root(self.comm, lambda: set(filter(os.path.exists, paths)) if resume else remove(paths))
+        kept = [path for path in paths[: len(epochs)] if path in there]
+        first = paths.index(kept[-1]) if kept else 0
+        try:
+            with self.timed("solver"):
+                self._minimise(epochs, first, paths, there)
+            if self.c.sampler.name and self.state.status != "signal":
+                with self.timed("sampler"):
+                    self._draw(paths[len(epochs) :], there)
+        except StateError as error:
+            hint = "; --accept-changes goes on from it all the same" * ("before," in str(error))
+            raise self.c.error((("output", "state"), f"the state cannot be used: {error}{hint}")) from None
+
+    def _minimise(
+        self,
+        epochs: Sequence[tuple[float, dict[str, Any]]],
+        first: int,
+        paths: Sequence[str],
+        there: set[str],
+    ) -> None:
+        """Find the most probable point, in the epochs from the first that is not done."""
         x = None
         for number, (smoothing, options) in enumerate(epochs[first:], first):
             if len(epochs) > 1:
                 self.say(f"epoch {number + 1} of {len(epochs)}: densities smoothed at {smoothing:g} Mpc/h")
             self.problem: Any = self.survey.posterior(smoothing)
-            self._solve_epoch(
-                paths[number], options, x, resume and number == first, accept, progress, interrupt
+            solver = SOLVERS[self.c.solver.name](**options)
+            path = paths[number] if paths else None
+            monitor, old = self._saved(State, path, there, self.c.solver.save_every)
+            start = self.problem.zeros() if x is None else x
+            self.state = solver.minimize(
+                self.problem, start if old is None else None, monitor=monitor, state=old, **self.how
             )
+            if path:
+                self.state.save(path)
+            self.say(self.state.history)
+            self.say(self.state.message)
             x = self.state.x
             if self.state.status == "signal":
-                break
-        self.seconds["solver"] = time.perf_counter() - begin
-        if c.sampler.name and self.state.status != "signal":
-            begin = time.perf_counter()
-            self._sample(paths[len(epochs) :], resume, accept, progress, interrupt)
-            self.seconds["sampler"] = time.perf_counter() - begin
+                return
 
-    def _find_epoch(self, paths: Sequence[str | None]) -> int:
-        """The last epoch of which there is a state; the first, if there is none."""
-        from vmad_lit.lib.mpi import on_root
+    def _saved(self, kind: Any, path: str | None, there: set[str], every: int) -> tuple[Any, Any]:
+        """A monitor that saves, and what has been saved before, if there is something."""
+        if path is None:
+            return None, None
+        old = None
+        if path in there:
+            zero, accept = self.problem.zeros(), self.how["accept"]
+            old = kind.resume(path, self.problem.vs, zero, self.problem, accept)
+            self.say(f"going on from iteration {getattr(old, 'nit', getattr(old, 'products', 0))} in {path}")
+        return autosave(path, every), old
 
-        there = on_root(self.comm, lambda: [path is not None and os.path.exists(path) for path in paths])
-        return max((i for i, yes in enumerate(there) if yes), default=0)
-
-    def _solve_epoch(
-        self,
-        path: str | None,
-        options: Mapping[str, Any],
-        x: Any,
-        resume: bool,
-        accept: bool,
-        progress: bool,
-        interrupt: Any,
-    ) -> None:
-        c, zero = self.c, self.problem.zeros()
-        optimizer = SOLVERS[c.solver.name](**options)
-        monitor = autosave(path, c.solver.save_every) if path else None
-        try:
-            state = (
-                State.resume(path, self.problem.vs, zero, self.problem, accept) if path and resume else None
-            )
-            if state is not None:
-                self.say(f"going on from iteration {state.nit} in {path}")
-            self.state = optimizer.minimize(
-                self.problem,
-                None if state is not None else zero if x is None else x,
-                monitor=monitor,
-                state=state,
-                progress=progress,
-                accept=accept,
-                interrupt=interrupt,
-            )
-        except StateError as error:
-            hint = "; --accept-changes goes on from its last point" * ("before," in str(error))
-            raise c.error((("output", "state"), f"the state cannot be used: {error}{hint}")) from None
-        if path:
-            self.state.save(path)
-        self.say(self.state.history)
-        self.say(self.state.message)
-
-    def _sample(
-        self, paths: Sequence[str], resume: bool, accept: bool, progress: bool, interrupt: Any
-    ) -> None:
+    def _draw(self, paths: Sequence[str], there: set[str]) -> None:
         """Draw from the posterior."""
-        c, s, zero = self.c, self.c.sampler, self.problem.zeros()
-        options = {k: v for k, v in c.values["sampler"].items() if k in options_of(s.name)}
-        run = self._approximate if s.name == "Laplace" else self._draw_chain
-        try:
-            for i in range(1 if s.name == "Laplace" else s.chains):
-                path = paths[i] if paths else None
-                common = dict(progress=progress, interrupt=interrupt, accept=accept)
-                found = run(i, options, path, zero if resume and path else None, common)
-                self.chains.append(found)
-                self.say(found.message)
-                if found.status == "signal":
-                    break
-        except StateError as error:
-            hint = "; --accept-changes goes on from it" * ("before," in str(error))
-            raise c.error((("output", "state"), f"the state cannot be used: {error}{hint}")) from None
+        s = self.c.sampler
+        options = {k: v for k, v in self.c.values["sampler"].items() if k in options_of(s.name)}
+        for i in range(1 if s.name == "Laplace" else s.chains):
+            path = paths[i] if paths else None
+            found = (self._approximate if s.name == "Laplace" else self._run_chain)(i, options, path, there)
+            if path:
+                found.save(path)
+            self.chains.append(found)
+            self.say(found.message)
+            if found.status == "signal":
+                return
 
-    def _draw_chain(
-        self, i: int, options: Mapping[str, Any], path: str | None, like: Any, common: Mapping[str, Any]
-    ) -> Any:
-        """One chain, which goes on from a file if `like`, a vector of the kind that is in it, is given."""
+    def _run_chain(self, i: int, options: Mapping[str, Any], path: str | None, there: set[str]) -> Any:
+        """One chain."""
         from vmad_lit.contrib.sample import Chain
 
-        s, problem, state = self.c.sampler, self.problem, None
-        if path and like is not None:
-            state = Chain.resume(path, problem.vs, like, problem, common["accept"])
-            if state is not None:
-                self.say(f"going on from iteration {state.nit} of chain {i + 1} in {path}")
+        s, problem = self.c.sampler, self.problem
         sampler = SAMPLERS[s.name](seed=s.seed + i, moments=True, **options)
+        monitor, old = self._saved(Chain, path, there, s.save_every)
         start = problem.draw(s.seed + i) if s.start == "prior" else self.state.x
-        monitor = autosave(path, s.save_every) if path else None
-        chain = sampler.sample(
-            problem, start if state is None else None, state=state, monitor=monitor, **common
-        )
-        if path:
-            chain.save(path)
-        return chain
+        return sampler.sample(problem, start if old is None else None, monitor=monitor, state=old, **self.how)
 
-    def _approximate(
-        self, i: int, options: Mapping[str, Any], path: str | None, like: Any, common: Mapping[str, Any]
-    ) -> Any:
+    def _approximate(self, i: int, options: Mapping[str, Any], path: str | None, there: set[str]) -> Any:
         """Laplace's approximation."""
         from vmad_lit.contrib.laplace import Laplace, approximate
 
-        problem, state = self.problem, None
-        if path and like is not None:
-            state = Laplace.resume(path, problem.vs, like, problem, common["accept"])
-        every, seed = self.c.sampler.save_every, self.c.sampler.seed
-        directions = {name: value for name, value in options.items() if name != "draws"}
+        s = self.c.sampler
+        given = {name: value for name, value in options.items() if name != "draws"}
+        _, old = self._saved(Laplace, path, there, s.save_every)
 
-        def monitor(state: Any) -> None:
-            if state.products % every == 0:
-                state.save(path)
+        def monitor(found: Laplace) -> None:
+            if path and found.products % s.save_every == 0:
+                found.save(path)
 
-        found = approximate(
-            problem,
-            self.state.x,
-            **directions,
-            seed=seed,
-            state=state,
-            monitor=monitor if path else None,
-            **common,
+        return approximate(
+            self.problem, self.state.x, seed=s.seed, monitor=monitor, state=old, **given, **self.how
         )
-        if path:
-            found.save(path)
-        return found
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Note how many seconds the block takes."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = time.perf_counter() - begin
 
     def write(self) -> None:
         """Write the fields, the draws and the report."""
         from vmad_lit.contrib.results import Results
 
-        begin, results = time.perf_counter(), Results(self)
-        if path := self.c.output_path("fields"):
-            results.save_fields(path)
-            self.say(f"the fields are in {path}")
-        if results.draws and (path := self.c.output_path("chains")):
-            results.save_draws(path)
-            self.say(f"the draws are in {path}")
-        self.seconds["results"] = time.perf_counter() - begin
+        with self.timed("results"):
+            results = Results(self)
+            if path := self.c.output_path("fields"):
+                results.save_fields(path)
+                self.say(f"the fields are in {path}")
+            if results.draws and (path := self.c.output_path("chains")):
+                results.save_draws(path)
+                self.say(f"the draws are in {path}")
         if path := self.c.output_path("report"):
             results.write_report(path)
             self.say(f"the report is {path}")
 
 
-def remove(paths: Sequence[str | None]) -> None:
-    """Remove files, of which some may not be there."""
-    for path in paths:
-        if path and os.path.exists(path):
-            os.unlink(path)
+def remove(paths: Sequence[str]) -> set[str]:
+    """Remove files, of which some may not be there; returns those that are left, which are none."""
+    for path in filter(os.path.exists, paths):
+        os.unlink(path)
+    return set()
 
 
 if __name__ == "__main__":
