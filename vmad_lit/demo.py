@@ -179,17 +179,18 @@ def configuration(args: argparse.Namespace, comm: Any) -> Configuration:
     nmesh, box, noise = [args.nmesh] * 3, args.boxsize or 4.0 * args.nmesh, args.noise or 0.5
     data: dict[str, Any] = dict(kind="mock", seed=args.seed)
     if args.source:
+        # Describe the file
         kind, shape, sides = on_root(comm, lambda: examine(args.source, args.boxsize))
         nmesh, box = list(shape) if kind == "density" else nmesh, sides.tolist()
         kind = "density" if kind == "density" else "catalogue"
         data = dict(kind=kind, file=os.path.abspath(args.source))
-        # Say how the file is to be read
         with open(args.source, "rb") as file:
             data["format"] = "npz" if file.read(2) == b"PK" else "npy"
         if kind == "catalogue":
             noise = args.noise
         if data["format"] == "npz":
             data |= dict(position="positions") if kind == "catalogue" else dict(array="density")
+
     values: dict[str, Any] = dict(
         mesh=dict(cells=nmesh, box=box),
         data=dict(data, smoothing=args.smoothing),
@@ -271,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"error: {error}")
             return 2
 
-        # Report
+        # Report what was found
         results, data = Results(run), data_of(run)
         final = results.fields["density"]
         for title, (r, t) in results.curves.items():

@@ -28,6 +28,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "in TOML says. Runs on one core, or under mpirun on many.",
         epilog="Exit status: 0, or 2 if the configuration or the data are not right, or 128 + the number of a signal.",
     )
+
     add = parser.add_argument
     add("configuration", nargs="?", metavar="CONFIG.toml", help="what to do")
     add("--template", action="store_true", help="print a configuration with all keys, and end")
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_memory(c, comm)
             say(plan(c, comm))
             return 0
+
         if c.sampler.name and c.output.report:
             with needed_for("the report of a sampler", extra="chains"):
                 import arviz  # noqa: F401
@@ -87,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.solve(args.resume, args.accept_changes, not args.quiet, interrupt)
             run.write()
         return interrupt.status
+
     except ConfigurationError as error:
         if comm.rank == 0:
             print(error, file=sys.stderr, flush=True)
@@ -112,6 +115,7 @@ def load(path: str, comm: Any, args: argparse.Namespace) -> Configuration:
             return error
         except OSError as error:
             return ConfigurationError(path, [Complaint(1, "file", f"cannot be read: {error.strerror}")])
+
         state = next((path for path in c.state_paths if os.path.exists(path)), None)
         if state and not (args.resume or args.overwrite or args.dry_run):
             told = (
@@ -198,6 +202,7 @@ class Reconstruction:
         ConfigurationError
             if a state cannot be gone on from.
         """
+
         from vmad_lit.contrib.plan import epochs_of
         from vmad_lit.lib.mpi import on_root
 
@@ -233,6 +238,7 @@ class Reconstruction:
             path = paths[number] if paths else None
             monitor, old = self._saved(State, path, there, self.c.solver.save_every)
             start = self.problem.zeros() if x is None else x
+
             self.state = solver.minimize(
                 self.problem, start if old is None else None, monitor=monitor, state=old, **self.how
             )

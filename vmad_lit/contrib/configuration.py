@@ -33,6 +33,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
     counts: dict[KeyPath, int] = {}
     table: KeyPath = ()
     statement, begin = "", 1
+
     for number, line in enumerate(text.split("\n"), 1):
         statement += line.removesuffix("\r") + "\n"
         try:
@@ -266,6 +267,7 @@ class Configuration:
             header = "[[{}]]" if path[0] in REPEATED else "[{}]"
             yield self._complain(path, f"this is a section, to be begun by {header.format(path[0])}")
             return
+
         for name, value in said.items():
             if name not in keys:
                 yield self._complain((*path, name), f"there is no such key{did_you_mean(name, keys)}")
@@ -294,6 +296,7 @@ class Configuration:
             told = "is missing" if kind is None else f"is {as_toml(kind)}{close_word(kind, known)}"
             yield self._complain(path, f"the key prior {told}; expected {known.words}")
             return
+
         for name in ("prior", *said):
             if name not in ("prior", *PRIORS[kind]):
                 told = f"a {kind} prior has no {name!r}{did_you_mean(name, PRIORS[kind])}"
@@ -430,6 +433,7 @@ SCHEMA["mesh"] = {
     "cells": Key(three(whole(4)), "cells along each side", shown=64, needed=True),
     "box": Key(three(number(above=0)), "sides of the box, Mpc/h", shown=256.0, needed=True),
 }
+
 SCHEMA["data"] = {
     "kind": Key(
         choice("mock", "density", "catalogue"),
@@ -446,6 +450,7 @@ SCHEMA["data"] = {
     "contrast": Key(SWITCH, "of a density: whether the file has delta instead of 1 + delta", False),
     "smoothing": Key(number(least=0), "compare densities smoothed with a Gaussian, Mpc/h", 0.0),
 }
+
 SCHEMA["mask"] = file_keys("the part of each cell that was observed, from 0 to 1", "mask.npy", "mask")
 SCHEMA["noise"] = {
     "kind": Key(
@@ -463,6 +468,7 @@ SCHEMA["noise"] = {
     "spectrum": Key(TEXT, "a table of the noise's power: k in h/Mpc, S in (Mpc/h)^3", shown="noise.txt"),
     "mean": Key(number(above=0), "of a poisson mock: objects in a cell of the mean density", shown=10.0),
 }
+
 SCHEMA["model"] = {
     "evolution": Key(choice("linear", "lpt", "nbody"), "from the initial conditions to the density", "nbody"),
     "steps": Key(whole(1), "of nbody: how many", 4),
@@ -472,6 +478,7 @@ SCHEMA["model"] = {
     "redshift_space": Key(SWITCH, "whether positions along the line of sight are redshifts", False),
     "line_of_sight": Key(three(number(), False), "its direction", [0.0, 0.0, 1.0]),
 }
+
 SCHEMA["bias"] = {
     "kind": Key(choice("none", "eulerian", "lagrangian"), "what the observed density is of", "none"),
     "b1": Key(
@@ -493,6 +500,7 @@ SCHEMA["cosmology"] = {
     )
     for name, words in COSMOLOGY.items()
 }
+
 SCHEMA["solver"] = {
     "name": Key(choice(*SOLVERS), "the method", "LBFGS"),
     "save_every": Key(whole(1), "iterations after which the state is saved", 10),
@@ -500,6 +508,7 @@ SCHEMA["solver"] = {
 SCHEMA["epochs"] = {
     "smoothing": Key(number(least=0), "as in [data], in this epoch; by default that", shown=8.0),
 }
+
 SCHEMA["sampler"] = {
     "name": Key(
         choice(*SAMPLERS, "Laplace"),
@@ -514,6 +523,7 @@ SCHEMA["sampler"] = {
     ),
     "save_every": Key(whole(1), "iterations after which the chain is saved", 50),
 }
+
 SCHEMA["output"] = {
     "folder": Key(TEXT, "where everything goes; relative to this configuration", "reconstruction"),
     "title": Key(TEXT, "of the report", "Initial conditions"),
@@ -559,7 +569,6 @@ METHODS = {"solver": [*SOLVERS], "sampler": [*SAMPLERS, "Laplace"]}
 
 #: Sections that may be repeated, as [[epochs]].
 REPEATED = ("epochs",)
-
 
 Contradiction = tuple[KeyPath, str]
 

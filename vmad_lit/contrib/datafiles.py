@@ -177,6 +177,7 @@ class FitsFile(DataFile):
             from astropy.io import fits
         self.file = fits.open(self.path, memmap=True)
         self.places: dict[str, tuple[int, str | None]] = {}
+
         for number, unit in enumerate(self.file):
             name = unit.name if unit.name and unit.name != "PRIMARY" else str(number)
             if isinstance(unit, (fits.BinTableHDU, fits.TableHDU)) and not isinstance(

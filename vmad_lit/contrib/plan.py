@@ -117,6 +117,7 @@ def plan(c: Configuration, comm: MPI.Comm) -> str:
     }
     seconds, memory = rows[comm.size]
     work = gradients_of(c)
+
     told = {
         "mesh": f"{' x '.join(map(str, nmesh))} cells, box {c.mesh.box} Mpc/h",
         "data": f"{c.data.kind}{f' from {c.path(c.data.file)}' if c.data.file else ''}, noise {c.noise.kind}",

@@ -202,6 +202,7 @@ def curve_picture(
     space is dashed, and has the colour of the one before; `settings` are those of Matplotlib's axes."""
     where: list[str] = []
     number = -1
+
     with drawing(5.2, 3.4, where) as ax:
         for (name, (low, high)), alpha in zip((bands or {}).items(), (0.25, 0.35)):
             ax.fill_between(x, low, high, color=COLOURS[0], alpha=alpha, lw=0, label=name)

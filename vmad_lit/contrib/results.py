@@ -107,6 +107,7 @@ class Results:
         if isinstance(found[0], Laplace):
             mean, variance = found[0].x, [found[0].variance["modes"]]
             draws: list[Any] = [found[0].draws(self.c.sampler.draws, self.c.sampler.seed)]
+
         else:
             vs, draws = self.problem.vs, found
             mean = found[0].mean
@@ -180,6 +181,7 @@ class Results:
         prior = problem.vs.dot(z, z)
         [(_, likelihood)] = problem.pairs()
         rows: list[tuple[str, Any]] = [("data", likelihood.count), ("unknowns", problem.size)]
+
         if likelihood.is_sum_of_squares and "sigma" not in self.values:
             chisquare = 2 * (problem.objective(z) - 0.5 * prior)
             rows += [
@@ -207,6 +209,7 @@ class Results:
         if found:
             head += ["mean", "sd"]
             rows = [[*row, found[row[0]].mean(), found[row[0]].std()] for row in rows]
+
         told = self.diagnoses()
         if told:
             head += ["R-hat", "ESS"]
@@ -241,6 +244,7 @@ class Results:
             f"Band powers with credible regions against k, from {len(power)} chains of {power.shape[1]} draws"
         )
         pictures = [(bars, alt, "Power of the linear modes today: median and credible regions")]
+
         for name in free_of(self.c):
             lines = {f"chain {i + 1}": draws for i, draws in enumerate(found[name])}
             trace = curve_picture(numpy.arange(found[name].shape[1]), lines, "draw", name)
@@ -260,6 +264,7 @@ class Results:
         shown |= {"mean_linear": "the mean of the posterior of linear modes"}
         width = {name: 2.5 * float(numpy.std(self.projected(name))) for name in ("density", "linear")}
         pictures = []
+
         for name, title in shown.items():
             if name not in self.fields:
                 continue
@@ -347,6 +352,7 @@ def configuration_text(c: Configuration) -> str:
         values[section] = taken if isinstance(space, list) else taken[0]
     if c.sampler.name is None:
         del values["sampler"]
+
     # Take out the defaults that contradict what is said
     try:
         Configuration(values)

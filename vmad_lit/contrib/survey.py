@@ -65,6 +65,7 @@ def read_catalogue(c: Configuration, pm: ParticleMesh, window: str | None = None
     x, w, begin = read_columns(path, c.data.format, c.data.position, c.data.weight, comm)
     unit = UNITS[c.data.units] if c.data.units in UNITS else UNITS_WITHOUT_H[c.data.units] * c.cosmology.h
     x = (x - c.data.origin) * unit
+
     told = check_numbers(comm, x, numpy.isfinite(x), (begin, 0), "values are not finite")
     if told:
         raise BadData(f"{path}: {told}", "data.position")
@@ -74,6 +75,7 @@ def read_catalogue(c: Configuration, pm: ParticleMesh, window: str | None = None
         raise BadData(f"{path}: {told} Mpc/h; are origin and units right?", "data.position")
     if w is not None and (told := check_numbers(comm, w, w >= 0, (begin,), "weights are not 0 or more")):
         raise BadData(f"{path}: {told}", "data.weight")
+
     w = numpy.ones(len(x)) if w is None else w
     weight, squares = (float(add_up(comm, total)) for total in (w.sum(), (w**2).sum()))
     if not weight > 0:
@@ -128,6 +130,7 @@ def forward_model(c: Configuration, pm: ParticleMesh) -> tuple[dict[str, Any], C
     modes = LinearField(pm, cosmology, depends, c.model.transfer)
     # Leave out terms of the bias that vanish
     terms = [n for n in BIAS_KEYS[c.bias.kind] if n == "b1" or n in free or getattr(c.bias, n) != 0]
+
     density = Density(
         pm,
         stages_of(c),
