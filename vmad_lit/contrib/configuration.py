@@ -200,7 +200,7 @@ class Configuration:
         self.values, self.lines, self.name, self.folder = dict(values), dict(lines or {}), name, folder
         complaints = list(self._take_in())
         wrong = {complaint.key.partition(".")[0] for complaint in complaints}
-        for sections, contradictions in CONTRADICTIONS.items():
+        for contradictions, sections in CONTRADICTIONS:
             if not wrong.intersection(sections) and (look or contradictions not in LOOKING):
                 complaints += [self._complain(path, told) for path, told in contradictions(self)]
         if complaints:
@@ -693,14 +693,16 @@ def _of_cosmology(c: Configuration) -> Iterator[Contradiction]:
         )
 
 
-def _of_files(c: Configuration) -> Iterator[Contradiction]:
-    """Of what the names of files tell, without a look at them."""
+def _of_formats(c: Configuration) -> Iterator[Contradiction]:
     for section in "data", "mask", "noise":
         space = getattr(c, section)
         if space.file and space.format == "auto" and file_format(space.file) is None:
             known = ", ".join(FORMATS)
             yield (section, "file"), f"what is it? Names that end with {known} tell; else say the format"
-    places = {key: os.path.normpath(path) for key in OUTPUTS if (path := c.output_path(key))}
+
+
+def _of_outputs(c: Configuration) -> Iterator[Contradiction]:
+    places = {key: path for key in OUTPUTS if (path := c.output_path(key))}
     for key, path in places.items():
         if [other for other in places if places[other] == path and other != key][:1] > [key]:
             yield ("output", key), f"{getattr(c.output, key)!r} is the name of another output, too"
@@ -715,13 +717,25 @@ def file_format(name: str, said: str = "auto") -> str | None:
     return said if said != "auto" else FORMATS[ends[0]] if ends else None
 
 
-def _of_files_read(c: Configuration) -> Iterator[Contradiction]:
-    for section, key in ("data", "file"), ("mask", "file"), ("noise", "file"), ("noise", "spectrum"):
-        name = getattr(getattr(c, section), key)
-        if name and not os.path.exists(c.path(name)):
-            yield (section, key), f"there is no file {c.path(name)}{_near(c.path(name))}"
-        elif name and not os.access(c.path(name), os.R_OK):
-            yield (section, key), f"the file {c.path(name)} cannot be read"
+def _of_data_file(c: Configuration) -> Iterator[Contradiction]:
+    yield from _look_for(c, "data", "file")
+
+
+def _of_mask_file(c: Configuration) -> Iterator[Contradiction]:
+    yield from _look_for(c, "mask", "file")
+
+
+def _of_noise_files(c: Configuration) -> Iterator[Contradiction]:
+    yield from _look_for(c, "noise", "file")
+    yield from _look_for(c, "noise", "spectrum")
+
+
+def _look_for(c: Configuration, section: str, key: str) -> Iterator[Contradiction]:
+    name = getattr(getattr(c, section), key)
+    if name and not os.path.exists(c.path(name)):
+        yield (section, key), f"there is no file {c.path(name)}{_near(c.path(name))}"
+    elif name and not os.access(c.path(name), os.R_OK):
+        yield (section, key), f"the file {c.path(name)} cannot be read"
 
 
 def _of_files_written(c: Configuration) -> Iterator[Contradiction]:
@@ -748,21 +762,24 @@ def _near(path: str) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-LOOKING = _of_files_read, _of_files_written
+LOOKING = _of_data_file, _of_mask_file, _of_noise_files, _of_files_written
 #: What does not go together, by the sections that must be right, one key by one, for the question to make sense.
-CONTRADICTIONS: dict[tuple[str, ...], Callable[[Configuration], Iterator[Contradiction]]] = {
-    ("data",): _of_data,
-    ("data", "noise"): _of_noise,
-    ("noise", "mask"): _of_mask,
-    ("noise", "data", "epochs"): _of_smoothing,
-    ("model",): _of_model,
-    ("model", "bias"): _of_bias,
-    ("cosmology",): _of_cosmology,
-    ("data", "epochs", "sampler"): _of_sampler,
-    ("data", "noise", "mask", "output"): _of_files,
-    ("noise", "mask", "data"): _of_files_read,
-    ("output",): _of_files_written,
-}
+CONTRADICTIONS: list[tuple[Callable[[Configuration], Iterator[Contradiction]], tuple[str, ...]]] = [
+    (_of_data, ("data",)),
+    (_of_noise, ("data", "noise")),
+    (_of_mask, ("noise", "mask")),
+    (_of_smoothing, ("noise", "data", "epochs")),
+    (_of_model, ("model",)),
+    (_of_bias, ("model", "bias")),
+    (_of_cosmology, ("cosmology",)),
+    (_of_sampler, ("data", "epochs", "sampler")),
+    (_of_formats, ("data", "noise", "mask")),
+    (_of_outputs, ("output",)),
+    (_of_data_file, ("data",)),
+    (_of_mask_file, ("mask",)),
+    (_of_noise_files, ("noise",)),
+    (_of_files_written, ("output",)),
+]
 
 
 def template() -> str:
