@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from vmad_lit.contrib.configuration import SAMPLERS, SOLVERS, Complaint, Configuration, ConfigurationError
-from vmad_lit.contrib.configuration import options_of, template
+from vmad_lit.contrib.configuration import Complaint, Configuration, ConfigurationError
+from vmad_lit.contrib.configuration import method_of, options_of, template
 from vmad_lit.contrib.optimize import State, StateError, autosave
 from vmad_lit.core.error import MissingExtra, needed_for
 from vmad_lit.core.meeting import Watch, watched
@@ -51,9 +51,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a reconstruction; returns the exit status."""
     args = parse(argv)
-    if args.template:
-        print(template(), end="")
-        return 0
     try:
         with needed_for("the pictures of the report", extra="output"):
             import matplotlib  # noqa: F401  (better missed now than then)
@@ -71,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if comm.rank == 0:
             print(*words, flush=True)
 
+    if args.template:
+        say(template().rstrip())
+        return 0
     try:
         c = load(args.configuration, comm, args)
         if args.dry_run:
@@ -234,7 +234,7 @@ class Reconstruction:
             if len(epochs) > 1:
                 self.say(f"epoch {number + 1} of {len(epochs)}: densities smoothed at {smoothing:g} Mpc/h")
             self.problem: Any = self.survey.posterior(smoothing)
-            solver = SOLVERS[self.c.solver.name](**options)
+            solver = method_of(self.c.solver.name)(**options)
             path = paths[number] if paths else None
             monitor, old = self._saved(State, path, there, self.c.solver.save_every)
             start = self.problem.zeros() if x is None else x
@@ -280,7 +280,7 @@ class Reconstruction:
         from vmad_lit.contrib.sample import Chain
 
         s, problem = self.c.sampler, self.problem
-        sampler = SAMPLERS[s.name](seed=s.seed + i, moments=True, **options)
+        sampler = method_of(s.name)(seed=s.seed + i, moments=True, **options)
         monitor, old = self._saved(Chain, path, there, s.save_every)
         start = problem.draw(s.seed + i) if s.start == "prior" else self.state.x
         return sampler.sample(problem, start if old is None else None, monitor=monitor, state=old, **self.how)

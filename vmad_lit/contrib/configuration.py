@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 
 from vmad_lit.contrib.optimize import LBFGS, Optimizer, Rule, TrustRegionCG, is_real
-from vmad_lit.contrib.sample import HMC, MAMS, MCLMC, NUTS, Sampler
 from vmad_lit.core.error import did_you_mean
 from vmad_lit.lib.cosmology import LIMITS, Planck15
 from vmad_lit.lib.files import try_out
@@ -316,7 +315,7 @@ class Configuration:
         """The keys of a section; those of solvers, samplers and epochs depend on the method."""
         section = str(path[0])
         keys = SCHEMA[section]
-        if section not in DEFAULT_METHOD:
+        if section not in DEFAULT_METHOD or section == "sampler" and section not in self.values:
             return keys
         said = self.values.get("sampler" if section == "sampler" else "solver", {})
         name = str(said.get("name")) if isinstance(said, dict) else ""
@@ -393,7 +392,7 @@ def write_toml(value: Any) -> str:
 
 
 SOLVERS: dict[str, type[Optimizer]] = {"LBFGS": LBFGS, "TrustRegionCG": TrustRegionCG}
-SAMPLERS: dict[str, type[Sampler]] = {"HMC": HMC, "NUTS": NUTS, "MCLMC": MCLMC, "MAMS": MAMS}
+SAMPLERS = "HMC", "NUTS", "MCLMC", "MAMS"
 FORMATS = {".npy": "npy", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5", ".fits": "fits", ".fit": "fits"}
 UNITS = {"Mpc/h": 1.0, "kpc/h": 1e-3, "Gpc/h": 1e3}  # in Mpc/h
 UNITS_WITHOUT_H = {"Mpc": 1.0, "kpc": 1e-3, "Gpc": 1e3}  # these times h are in Mpc/h
@@ -539,6 +538,15 @@ SCHEMA["run"] = {
 }
 
 
+def method_of(name: str) -> Any:
+    """The class of a solver or a sampler. Samplers need MPI, which a look at the help of a program does not."""
+    if name in SOLVERS:
+        return SOLVERS[name]
+    from vmad_lit.contrib import sample
+
+    return getattr(sample, name)
+
+
 def options_of(name: str) -> dict[str, Key]:
     """The options of a solver or a sampler that a text can say, with its own rules."""
     if name == "Laplace":
@@ -546,7 +554,7 @@ def options_of(name: str) -> dict[str, Key]:
             option: Key(Rule(f"a whole number, {least} or more; {words}", whole(least).holds), words, default)
             for option, (least, words, default) in LAPLACE.items()
         }
-    method = {**SOLVERS, **SAMPLERS}[name]
+    method = method_of(name)
     rules = {n: rule for kind in reversed(method.__mro__) for n, rule in vars(kind).get("rules", {}).items()}
     return {
         option: Key(rules[option], rules[option].words, default)

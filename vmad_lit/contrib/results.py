@@ -158,7 +158,7 @@ class Results:
         """Write the report, which rank 0 draws."""
         run, c = self.run, self.c
         nmesh = " x ".join(map(str, run.nmesh))
-        subtitle = f"{c.data.kind}, mesh {nmesh}, box {c.mesh.box} Mpc/h, on {run.comm.size} ranks"
+        subtitle = f"{c.data.kind}, mesh {nmesh}, box {c.mesh.box} Mpc/h, on {run.comm.size} rank{'s' * (run.comm.size > 1)}"
         page, maps, fit = Report(c.output.title, subtitle), self.maps(), self.fit()
 
         def write() -> None:
