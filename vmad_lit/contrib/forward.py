@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vmad_lit.contrib.priors import Names, names_of
 from vmad_lit.core.arguments import one_of
 from vmad_lit.core.error import did_you_mean
 from vmad_lit.core.symbol import Symbol, Value
@@ -36,6 +37,7 @@ class Density:
         weights of linear theory.
     terms : sequence of str
         The bias parameters that are arguments; see `lagrangian_weights`. For the Eulerian bias 'b1' alone.
+
     los, observer : the line of sight, for densities in redshift space; see `along_sight`
     selection : RealField, optional
         What the density is multiplied with.
@@ -50,7 +52,7 @@ class Density:
         pm: ParticleMesh,
         stages: ArrayLike = (),
         cosmology: Cosmology = Planck15,
-        depends: str | Sequence[str] = (),
+        depends: Names = (),
         bias: str = "none",
         terms: Sequence[str] | None = None,
         los: Direction = None,
@@ -59,15 +61,21 @@ class Density:
         modes: str = "delta",
         q: Any = None,
     ) -> None:
+
         self.pm, self.cosmology, self.modes = pm, cosmology, modes
         self.los, self.observer, self.selection = los, observer, selection
-        self.depends = tuple(depends.replace(",", " ").split()) if isinstance(depends, str) else tuple(depends)
+        self.depends = names_of(depends)
         self.bias = one_of("bias", bias, ("none", "eulerian", "lagrangian"))
-        terms = terms if terms is not None else {"none": (), "eulerian": ("b1",), "lagrangian": ("b1", "b2")}[bias]
+        terms = (
+            terms
+            if terms is not None
+            else {"none": (), "eulerian": ("b1",), "lagrangian": ("b1", "b2")}[bias]
+        )
         self.terms = tuple(terms)
         self.stages = tuple(check_stages(stages)) if np.size(stages) else ()
         together(pm.comm, self.check)
         self.q = pm.generate_uniform_particle_grid(shift=0.5) if q is None and self.stages else q
+
         names = (modes, *self.depends, *self.terms)
         parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
         self.__signature__ = inspect.Signature(parameters)
@@ -76,11 +84,15 @@ class Density:
         """Raise an error unless the arguments fit together."""
         for name in self.depends:
             if name not in self.cosmology.__symbols__:
-                raise ValueError(f"{name!r} is no parameter of a cosmology" + did_you_mean(name, self.cosmology.__symbols__))
+                raise ValueError(
+                    f"{name!r} is no parameter of a cosmology"
+                    + did_you_mean(name, self.cosmology.__symbols__)
+                )
         if self.bias == "lagrangian":
             tracers.check_terms(self.terms)
             if not self.stages:
                 raise ValueError("a Lagrangian bias is that of particles: give stages, or an Eulerian bias")
+
         elif self.terms != (("b1",) if self.bias == "eulerian" else ()):
             raise ValueError(f"the terms of the bias {self.bias!r} are other ones than {self.terms}")
         if self.los is not None and self.observer is not None:
