@@ -1,4 +1,5 @@
 """Run the benchmarks: `python -m benchmarks [--json PATH] [engine fft kernels limits memory nbody reconstruction] [options of the benchmark]`."""
+"""Run the benchmarks: `python -m benchmarks [--json PATH] [engine fft kernels limits memory nbody samplers] [options of the benchmark]`."""
 
 import argparse
 import importlib
@@ -7,6 +8,7 @@ import os
 import sys
 
 ALL = "engine", "fft", "kernels", "limits", "memory", "nbody", "reconstruction"
+ALL = "engine", "fft", "kernels", "limits", "memory", "nbody", "samplers"
 
 
 def place(path, name, alone):
