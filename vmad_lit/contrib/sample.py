@@ -1222,10 +1222,12 @@ class Direction:
         self.vs, self.w, self.n = vs, w, n
         self.scale = 1 / vs.norm(w) if scale is None else scale
 
+    # Drift
     def drift(self, z: Vector, t: float) -> Vector:
         """Where the particle is a time t later, a new vector ``z + t u``."""
         return self.vs.addmul(z, self.w, t * self.scale)
 
+    # Kick
     def kick(self, g: Vector, t: float) -> float:
         """Turn under the force -g, which stays the same for a time t; by how much the kinetic energy grows."""
         vs, n = self.vs, self.n
@@ -1239,8 +1241,9 @@ class Direction:
         growth = max(0.5 * (1 + decay**2 + c * (1 - decay**2)), decay**2)
         pull = 0.5 * (1 - decay**2 + c * (1 - decay) ** 2)
         self.w = vs.accumulate(self.w, g, -pull / (decay * self.scale * size))
-        self.scale *= decay / growth
+        self.scale = self.scale * decay / growth if growth > 1e-6 else 1 / vs.norm(self.w)
         self.settle()
+        # Say how the kinetic energy grows
         if angle < 1:
             return (n - 1) * math.log1p(2 * math.sinh(angle / 2) ** 2 + c * math.sinh(angle))
         return (n - 1) * (angle + math.log(growth))
@@ -1250,15 +1253,17 @@ class Direction:
         if not 1e-6 < self.scale < 1e6:
             self.w, self.scale = self.vs.scale(self.scale, self.w), 1.0
 
+    # Forget a little
     def refresh(self, noise: Vector, amount: float) -> None:
-        """Mix in standard normal `noise`, so much that ``exp(-amount)`` is left of u on average."""
+        """Mix in standard normal `noise`, so much that about ``exp(-amount)`` of u is left."""
         share = math.sqrt(math.expm1(2 * min(amount, 20.0)) / self.n)
         self.w = self.vs.accumulate(self.w, noise, share / self.scale)
         self.scale = 1 / self.vs.norm(self.w)
         self.settle()
 
 
-MINIMAL_NORM = 0.1931833275037836  # McLachlan 1995
+ROOT = (36 + 2 * math.sqrt(326)) ** (1 / 3)
+MINIMAL_NORM = 0.5 - ROOT / 12 + 1 / (6 * ROOT)  # 0.193 (Omelyan, Mryglod & Folk 2003)
 SCHEMES = {
     "verlet": ((0.5, 1.0), (0.5, 0.0)),
     "minimal norm": ((MINIMAL_NORM, 0.5), (1 - 2 * MINIMAL_NORM, 0.5), (MINIMAL_NORM, 0.0)),
@@ -1268,7 +1273,10 @@ SCHEMES = {
 def isokinetic(
     target: Target, place: Place, u: Direction, step: float, scheme: str = "minimal norm"
 ) -> tuple[Place, float]:
-    """One step of the integrator `scheme`: the new place, and the error of the energy, infinite if there is none."""
+    """One step of an integrator at constant speed; `u` changes with it.
+
+    Returns the new place, and the error of the energy, which is infinite where the density is no number.
+    """
     start, change = place.U, 0.0
     for kick, drift in SCHEMES[scheme]:
         change += u.kick(place.g, kick * step)
@@ -1279,8 +1287,164 @@ def isokinetic(
     return place, place.U - start + change
 
 
+class Microcanonical(Sampler):
+    """The base of samplers whose particle has constant speed (Robnik et al. 2023, arXiv:2212.08549).
+
+    Options besides those of :class:`Sampler`
+    -----------------------------------------
+    step : float or None
+        the distance that the particle goes in a step of the integrator, or None to find it in the warm-up.
+    length : float or None
+        the distance after which it has forgotten where it was heading, or None to find it in the warm-up.
+    scheme : str
+        the integrator, ``"minimal norm"`` (two gradients for a step) or ``"verlet"`` (one).
+    divergence : float
+        a step is divergent if its error of the energy is above this times the root of the dimension.
+    """
+
+    step: float | None = None
+    length: float | None = None
+    scheme: str = "minimal norm"
+    divergence: float = 10.0
+
+    # Say what the options may be
+    rules = {
+        "step": Rule("None or a finite number above 0", lambda v: v is None or FINITE.holds(v) and v > 0),
+        "length": Rule("None or a number above 0", lambda v: v is None or LENGTH.holds(v)),
+        "scheme": Rule("one of " + ", ".join(map(repr, SCHEMES)), lambda v: v in SCHEMES),
+        "divergence": LENGTH,
+    }
+
+    # Guess a step and a length
+    def begin(self, target: Target, chain: Chain) -> None:
+        """Guess a step and a length."""
+        n, size = dimension(target.vs, chain.place.z), target.vs.norm(chain.place.g)
+        if n < 2:
+            raise ValueError(
+                f"a particle of constant speed needs a space of two dimensions or more, this one has {n}"
+            )
+        guess = 0.25 * min(math.sqrt(n), n / size if size else math.inf)
+        chain.numbers.update(n=n, length=float(self.length or math.sqrt(n)))
+        self.restart_step(chain, float(self.step or guess))
+
+    def restart_step(self, chain: Chain, step: float) -> None:
+        """Begin to tune the step anew."""
+        chain.step = step
+
+    def diverges(self, chain: Chain, error: float) -> bool:
+        """Whether an error of the energy is one that no step of use has."""
+        return not abs(error) <= self.divergence * math.sqrt(chain.numbers["n"])
+
+    # Make the distribution round
+    def learns(self, chain: Chain) -> bool:
+        """Whether the chain has a metric that learns."""
+        return isinstance(chain.metric, Metric) and chain.metric.adapt
+
+    def round_off(self, target: Target, chain: Chain) -> None:
+        """Have the metric learn, if it does, and set the length to the size of the distribution."""
+        spread, size = Spread(chain), math.sqrt(chain.numbers["n"])
+        if self.learns(chain):
+            chain.place = target.learn_metric(chain.place)
+            spread.restart()
+            self.restart_step(chain, float(self.step or 0.25 * size))
+        elif spread.variance > 0:
+            size = math.sqrt(spread.variance)
+        self.set_length(chain, size)
+
+    def set_length(self, chain: Chain, length: float) -> None:
+        """Set the length, unless it is given."""
+        chain.numbers["length"] = float(self.length or max(length, 0.1 * chain.step))
+
+
+class MCLMC(Microcanonical):
+    """Microcanonical Langevin Monte Carlo, without acceptance (Robnik & Seljak 2023, arXiv:2303.18221).
+
+    An iteration is one step. The draws are not exactly those of the problem: they differ by what the integrator errs, and
+    the step is as long as `energy_variance` allows.
+
+    Options besides those of :class:`Microcanonical`
+    ------------------------------------------------
+    energy_variance : float
+        the mean square of the error of the energy in a step, divided by the dimension, at which the warm-up aims.
+    """
+
+    energy_variance: float = 5e-4
+
+    rules = {"energy_variance": LENGTH}
+
+    # Choose a direction
+    def begin(self, target: Target, chain: Chain) -> None:
+        """Choose a direction as well."""
+        super().begin(target, chain)
+        w = target.momentum(chain.place.z, 0, "direction")
+        chain.numbers["energy"] = chain.place.U
+        self.remember(chain, Direction(target.vs, w, chain.numbers["n"]))
+
+    def remember(self, chain: Chain, u: Direction) -> None:
+        """Keep a direction in the chain."""
+        chain.vectors["direction"], chain.numbers["scale"] = [u.w], u.scale
+
+    # Step and forget a little
+    def iterate(self, target: Target, chain: Chain) -> dict[str, float]:
+        """One step of the integrator, and a little noise on the direction."""
+        numbers, vs, length = chain.numbers, target.vs, chain.numbers["length"]
+        u = Direction(vs, chain.vectors["direction"][0], numbers["n"], numbers["scale"])
+        place, error = isokinetic(target, chain.place, u, chain.step, self.scheme)
+        error, noise = shared(vs, error), target.momentum(place.z, chain.nit)
+        divergent = self.diverges(chain, error)
+        if divergent:
+            u = Direction(vs, noise, numbers["n"])
+        else:
+            chain.place, numbers["energy"] = place, numbers["energy"] + error
+            u.refresh(noise, chain.step / length)
+        self.remember(chain, u)
+        told = dict(energy=numbers["energy"], energy_error=error, accept=float(not divergent))
+        return dict(**told, length=length, divergent=divergent)
+
+    # Tune the step and the length
+    def adapt(self, target: Target, chain: Chain, row: Mapping[str, float]) -> None:
+        """Tune the step; look at the size of the distribution; and at how long it takes to cross it."""
+        n, spread, forgetting = chain.nit, Spread(chain), Forgetting(chain)
+        look, learn, watch = (round(share * chain.warmup) for share in (LOOK, LEARN, WATCH))
+        if self.step is None and n < watch:
+            self.tune_step(chain, row)
+        if n == look:
+            spread.restart()
+        # Look at the place of the chain
+        if n >= look:
+            spread.see(row["step"])
+        if look <= n < learn and self.learns(chain):
+            target.observe(chain.place)
+        if n == learn - 1 and n >= look:
+            self.round_off(target, chain)
+        if n == watch:
+            forgetting.restart(chain.warmup - watch, chain.numbers["n"])
+        if n >= watch:
+            forgetting.see()
+        if n == chain.warmup - 1 and "forgetting" in chain.numbers:
+            self.set_length(chain, 0.4 * chain.step * forgetting.time(spread.variance))
+
+    # Learn from the error of a step
+    def restart_step(self, chain: Chain, step: float) -> None:
+        """Begin to tune the step anew."""
+        chain.step, chain.numbers["tuning"] = step, dict(count=0, ratio=0.0, weight=0.0)
+
+    def tune_step(self, chain: Chain, row: Mapping[str, float]) -> None:
+        """Learn from the error of the energy in a step, which grows with the third power of the step."""
+        memory, step, n = chain.numbers["tuning"], row["step"], chain.numbers["n"]
+        error = min(abs(row["energy_error"]), self.divergence * math.sqrt(n))
+        ratio = error**2 / (n * self.energy_variance) + 1e-8
+        robust = chain.nit < LOOK * chain.warmup
+        weight = math.exp(-0.5 * (math.log(ratio) / 9) ** 2) if robust else 1.0
+        fade = 1 - 1 / (75 + memory["count"] / 2)
+        memory["count"] += 1
+        memory["ratio"] = fade * memory["ratio"] + weight * ratio / step**6
+        memory["weight"] = fade * memory["weight"] + weight
+        chain.step = (memory["ratio"] / memory["weight"]) ** (-1 / 6)
+
+
 class Spread:
-    """The mean and the variance of the places that a chain shows it, with weights; it remembers in the chain."""
+    """The mean and the total variance of the places that a chain shows it, with weights; its memory is the chain's."""
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
@@ -1290,6 +1454,7 @@ class Spread:
         self.chain.numbers["spread"] = dict(weight=0.0, square=0.0)
         self.chain.vectors["mean"] = [self.chain.vs.zeros_like(self.chain.place.z)]
 
+    # See where the chain is
     def see(self, weight: float) -> None:
         """Look at where the chain is."""
         chain, vs, memory = self.chain, self.chain.vs, self.chain.numbers["spread"]
@@ -1307,19 +1472,21 @@ class Spread:
 
 
 class Forgetting:
-    """How fast a chain forgets: the distances from a few of its places, the anchors; it remembers in the chain."""
+    """How fast a chain forgets, from the distances to a few of its places, the anchors; its memory is the chain's."""
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
 
+    # Plan where to drop anchors
     def restart(self, window: int, n: int) -> None:
-        """Look at the next `window` iterations of vectors of dimension `n`."""
+        """Look at the next `window` iterations, of vectors of the dimension `n`."""
         lags = max(1, window // 2)
         anchors = min(max(2, 20000 // n), 32, window - lags + 1)
         gap = max(1, (window - lags) // max(1, anchors - 1))
         self.chain.numbers["forgetting"] = dict(seen=0, anchors=anchors, gap=gap, squares=[0.0] * lags)
         self.chain.vectors["anchors"] = []
 
+    # See how far the chain is from its anchors
     def see(self) -> None:
         """Look at where the chain is."""
         chain, vs, memory = self.chain, self.chain.vs, self.chain.numbers["forgetting"]
@@ -1333,148 +1500,24 @@ class Forgetting:
                 squares[lag] += vs.inner(away, away) / memory["anchors"]
         memory["seen"] += 1
 
+    # Add up the autocorrelation
     def time(self, variance: float) -> float:
-        """The integrated autocorrelation time in iterations, for a sum of variances; the anchors are given up."""
+        """The autocorrelation time in iterations, for a sum of variances; the anchors are given up."""
         del self.chain.vectors["anchors"]
         squares = np.array(self.chain.numbers.pop("forgetting")["squares"])
-        correlation = 1 - squares / (2 * variance)
+        correlation = 1 - squares / (2 * variance if variance > 0 else math.inf)
         pairs = correlation[: len(squares) // 2 * 2].reshape(-1, 2).sum(axis=1)
         pairs = np.minimum.accumulate(pairs)
         return max(1.0, 2 * float(pairs[pairs > 0].sum()) - 1)
 
 
-class Microcanonical(Sampler):
-    """The base of samplers whose particle has constant speed (Robnik et al. 2022, arXiv:2212.08549).
-
-    Options besides those of :class:`Sampler`
-    -----------------------------------------
-    step : float or None
-        the distance that the particle goes in a step of the integrator, or None to find it in the warm-up.
-    length : float or None
-        the distance after which it has forgotten where it was heading, or None to find it in the warm-up.
-    scheme : str
-        the integrator, ``"minimal norm"`` (two gradients for a step) or ``"verlet"`` (one).
-    divergence : float
-        a step is undone, and called divergent, if its error of the energy is above this times the root of the dimension.
-    """
-
-    step: float | None = None
-    length: float | None = None
-    scheme: str = "minimal norm"
-    divergence: float = 10.0
-
-    rules = {
-        "step": Rule("None or a number above 0", lambda v: v is None or LENGTH.holds(v) and v < math.inf),
-        "length": Rule("None or a number above 0", lambda v: v is None or LENGTH.holds(v)),
-        "scheme": Rule("one of " + ", ".join(map(repr, SCHEMES)), lambda v: v in SCHEMES),
-        "divergence": LENGTH,
-    }
-
-    def begin(self, target: Target, chain: Chain) -> None:
-        """Guess a step and a length."""
-        n, size = dimension(target.vs, chain.place.z), target.vs.norm(chain.place.g)
-        if n < 2:
-            raise ValueError("a particle of constant speed needs a space of two dimensions or more, this one has 1")
-        guess = 0.25 * min(math.sqrt(n), n / size if size else math.inf)
-        chain.step = float(self.step or guess)
-        chain.numbers.update(n=n, length=float(self.length or math.sqrt(n)))
-
-    def diverges(self, chain: Chain, error: float) -> bool:
-        """Whether an error of the energy is one that no step of use has."""
-        return not abs(error) <= self.divergence * math.sqrt(chain.numbers["n"])
-
-
-class MCLMC(Microcanonical):
-    """Microcanonical Langevin Monte Carlo, without accept and reject (Robnik & Seljak 2023, arXiv:2303.18221).
-
-    The distribution of the draws differs from that of the problem by what the integrator errs. The step is as long as
-    `energy_variance` allows.
-
-    Options besides those of :class:`Microcanonical`
-    ------------------------------------------------
-    energy_variance : float
-        the mean square of the error of the energy in a step, divided by the dimension, at which the warm-up aims.
-    """
-
-    energy_variance: float = 5e-4
-
-    rules = {"energy_variance": LENGTH}
-
-    def begin(self, target: Target, chain: Chain) -> None:
-        """Choose a direction as well."""
-        super().begin(target, chain)
-        chain.numbers["energy"] = chain.place.U
-        chain.numbers["tuning"] = dict(ratio=0.0, weight=0.0)
-        self.remember(chain, Direction(target.vs, target.momentum(chain.place.z, 0, "direction"), chain.numbers["n"]))
-
-    def remember(self, chain: Chain, u: Direction) -> None:
-        """Keep a direction in the chain."""
-        chain.vectors["direction"], chain.numbers["scale"] = [u.w], u.scale
-
-    def iterate(self, target: Target, chain: Chain) -> dict[str, float]:
-        """One step of the integrator, and a little noise on the direction."""
-        numbers, start = chain.numbers, chain.place
-        u = Direction(target.vs, chain.vectors["direction"][0], numbers["n"], numbers["scale"])
-        place, error = isokinetic(target, start, u, chain.step, self.scheme)
-        error = shared(target.vs, error)
-        noise = target.momentum(start.z, chain.nit)
-        divergent = self.diverges(chain, error)
-        if divergent:
-            u = Direction(target.vs, noise, numbers["n"])
-        else:
-            chain.place = place
-            numbers["energy"] += error
-            u.refresh(noise, chain.step / numbers["length"])
-        self.remember(chain, u)
-        return dict(
-            energy=numbers["energy"],
-            energy_error=error,
-            accept=float(not divergent),
-            length=numbers["length"],
-            divergent=divergent,
-        )
-
-    def adapt(self, target: Target, chain: Chain, row: Mapping[str, float]) -> None:
-        """Tune the step, then the step and the length, then the length."""
-        spread, forgetting, numbers = Spread(chain), Forgetting(chain), chain.numbers
-        second, third = self.warmup // 3, 2 * self.warmup // 3
-        if self.step is None and chain.nit < third:
-            self.tune_step(chain, row)
-        if chain.nit == second:
-            spread.restart()
-        if chain.nit >= second:
-            spread.see(row["step"])
-        if self.length is not None or chain.nit < third:
-            return
-        if chain.nit == third:
-            self.set_length(chain, math.sqrt(spread.variance))
-            forgetting.restart(self.warmup - third, numbers["n"])
-        forgetting.see()
-        if chain.nit == self.warmup - 1 and spread.variance > 0:
-            self.set_length(chain, LENGTH_OF_TIME * chain.step * forgetting.time(spread.variance))
-
-    def set_length(self, chain: Chain, length: float) -> None:
-        chain.numbers["length"] = max(length, 0.1 * chain.step)
-
-    def tune_step(self, chain: Chain, row: Mapping[str, float]) -> None:
-        """Learn from the error of the energy in a step, which grows with the third power of the step."""
-        memory, step = chain.numbers["tuning"], row["step"]
-        error = min(abs(row["energy_error"]), self.divergence * math.sqrt(chain.numbers["n"]))
-        ratio = error**2 / (chain.numbers["n"] * self.energy_variance) + 1e-8
-        weight = math.exp(-0.5 * (math.log(ratio) / 9) ** 2)
-        fade = 1 - 1 / 75
-        memory["ratio"] = fade * memory["ratio"] + weight * ratio / step**6
-        memory["weight"] = fade * memory["weight"] + weight
-        chain.step = (memory["ratio"] / memory["weight"]) ** (-1 / 6)
-
-
-LENGTH_OF_TIME = 0.4
+LOOK, LEARN, WATCH = 0.3, 0.6, 0.7  # shares of the warm-up of MCLMC after which its parts begin
 
 
 class MAMS(Microcanonical):
-    """The Metropolis-adjusted microcanonical sampler: trajectories of random length, accepted or rejected (Robnik et al. 2025, arXiv:2503.01707).
+    """The Metropolis-adjusted microcanonical sampler (Robnik et al. 2025, arXiv:2503.01707).
 
-    Here `length` is the mean length of a trajectory.
+    An iteration is a trajectory, of a random number of steps from 1 up; `length` is its mean length.
 
     Options besides those of :class:`Microcanonical`
     ------------------------------------------------
@@ -1489,19 +1532,11 @@ class MAMS(Microcanonical):
 
     rules = {"target": SHARE, "maxsteps": whole(1)}
 
-    def begin(self, target: Target, chain: Chain) -> None:
-        """Begin to average the step as well."""
-        super().begin(target, chain)
-        self.averaging(chain).restart(chain.step)
-
-    def averaging(self, chain: Chain) -> DualAveraging:
-        """The dual averaging of the chain's step."""
-        return DualAveraging(chain.numbers.setdefault("averaging", {}), self.target)
-
+    # Follow a trajectory at constant speed
     def iterate(self, target: Target, chain: Chain) -> dict[str, float]:
         """Follow one trajectory, and accept or reject its end."""
-        place, n, steps, error = chain.place, chain.numbers["n"], self.steps_of(target, chain), 0.0
-        u = Direction(target.vs, target.momentum(place.z, chain.nit), n)
+        place, error, steps = chain.place, 0.0, self.steps_of(target, chain)
+        u = Direction(target.vs, target.momentum(place.z, chain.nit), chain.numbers["n"])
         for _ in range(steps):
             place, change = isokinetic(target, place, u, chain.step, self.scheme)
             error = shared(target.vs, error + change)
@@ -1510,46 +1545,49 @@ class MAMS(Microcanonical):
         divergent = self.diverges(chain, error)
         accept = 0.0 if divergent else math.exp(-max(error, 0.0))
         accepted = target.uniform(chain.nit, "accept") < accept
-        if accepted:
-            chain.place = place
-        return dict(
-            energy=chain.place.U,
-            energy_error=error,
-            accept=accept,
-            accepted=accepted,
-            steps=steps,
-            length=chain.numbers["length"],
-            divergent=divergent,
-        )
+        chain.place = place if accepted else chain.place
+        told = dict(energy=chain.place.U, energy_error=error, accept=accept, accepted=accepted)
+        return dict(**told, steps=steps, length=chain.numbers["length"], divergent=divergent)
 
+    # Choose the steps of a trajectory
     def steps_of(self, target: Target, chain: Chain) -> int:
         """How many steps the trajectory of this iteration has."""
         mean = max(1.0, chain.numbers["length"] / chain.step)
         number = math.ceil(target.uniform(chain.nit, "length") * (2 * mean - 1))
         return max(1, min(number, self.maxsteps))
 
+    # Tune the step to the acceptance
+    def averaging(self, chain: Chain) -> DualAveraging:
+        """The dual averaging of the chain's step."""
+        return DualAveraging(chain.numbers.setdefault("averaging", {}), self.target)
+
+    def restart_step(self, chain: Chain, step: float) -> None:
+        """Begin to tune the step anew."""
+        chain.step = step
+        self.averaging(chain).restart(step)
+
+    # Tune the length of trajectories
     def adapt(self, target: Target, chain: Chain, row: Mapping[str, float]) -> None:
-        """Tune the step at two steps for a trajectory; measure how far the chain goes, and how long it remembers; tune the step again."""
-        spread, forgetting, numbers, n = Spread(chain), Forgetting(chain), chain.numbers, chain.nit
-        second, third, last = self.warmup // 4, self.warmup // 2, 4 * self.warmup // 5
-        learns = n < third or n >= last
-        if self.step is None and learns:
+        """Tune the step; look at the size of the distribution; at how long it takes to cross it; tune the step again."""
+        n, spread, forgetting = chain.nit, Spread(chain), Forgetting(chain)
+        look, learn, watch, last = (round(share * chain.warmup) for share in (0.2, 0.5, 0.6, 0.8))
+        if self.step is None and not watch <= n < last:
             averaging = self.averaging(chain)
             chain.step = averaging.learn(row["accept"])
-            if n in (third - 1, self.warmup - 1):
-                chain.step = averaging.result
-                averaging.restart(chain.step)
-        if n == second: spread.restart()
-        if n >= second: spread.see(1.0)
-        if self.length is not None: return
-        if n < third:
-            numbers["length"] = 2 * chain.step
-        elif n == third:
-            numbers["length"] = self.F * math.sqrt(spread.variance) or numbers["length"]
-            forgetting.restart(last - third, numbers["n"])
-        if third <= n < last:
+            chain.step = averaging.result if n in (watch - 1, chain.warmup - 1) else chain.step
+        if n == look:
+            spread.restart()
+        # Look at the place after a trajectory
+        if n >= look:
+            spread.see(1.0)
+        if look <= n < learn and self.learns(chain):
+            target.observe(chain.place)
+        if n == learn - 1 and n >= look:
+            self.round_off(target, chain)
+        if n == watch < last:
+            forgetting.restart(last - watch, chain.numbers["n"])
+        if watch <= n < last:
             forgetting.see()
-        if n == last - 1:
-            numbers["length"] *= self.G * forgetting.time(spread.variance)
-    F=1.3
-    G=.5
+        if n == last - 1 and n >= watch:
+            self.set_length(chain, 0.5 * chain.numbers["length"] * forgetting.time(spread.variance))
+            self.restart_step(chain, chain.step)
