@@ -92,6 +92,14 @@ def test_samples_are_the_square_root_of_the_covariance_times_white_noise(dense, 
     assert not np.allclose(dense.whole(full.sample(5)), dense.whole(full.sample(6)))
 
 
+def test_the_metric_makes_the_posterior_white(dense, full):
+    metric, v = full.metric, dense.unit(2)
+    product = dense.problem.hessian_vector_product(full.x, metric.unwhiten(v))
+    white = dense.whole(metric.whiten_gradient(product)) / dense.problem.temperature
+    np.testing.assert_allclose(white, np.eye(dense.n)[2], atol=1e-8)
+    metric.check(dense.vs, v, v)
+
+
 def test_draws_of_what_is_wanted(dense, full):
     draws = full.draws(100, seed=2, keep=lambda x: dict(t=x["t"], first=float(dense.whole(x)[0])))
     assert draws["t"].shape == (100, 2) and draws["first"].shape == (100,)

@@ -269,6 +269,7 @@ def plot_corner(
     -------
     the Matplotlib figure; further options are those of ``corner.corner``
     """
+
     with needed_for("corner plots", extra="chains"):
         import corner
     titled = chains if isinstance(chains, Mapping) and not _is_draws(chains) else {"": chains}
@@ -326,6 +327,7 @@ def plot_bands(
         )
     if relative and truth is None:
         raise ValueError("relative needs the truth to divide by")
+
     unit = np.asarray(truth, float) if relative else 1.0
     ax = plt.gca() if ax is None else ax
     for i, share in enumerate(shares):

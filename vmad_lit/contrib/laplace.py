@@ -15,10 +15,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from vmad_lit.contrib.optimize import Accepted, Problem, ProgressBar, is_accepted, versions, whole
-from vmad_lit.contrib.vectorspace import Vector, VectorSpace
+from vmad_lit.contrib.optimize import Accepted, Preconditioner, Problem, ProgressBar
+from vmad_lit.contrib.optimize import is_accepted, versions, whole
+from vmad_lit.contrib.chisquare import local_product
+from vmad_lit.contrib.vectorspace import FieldSpace, MPIVectorSpace, ProductSpace, Vector, VectorSpace
+from vmad_lit.contrib.vectorspace import is_field
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import together
+from vmad_lit.core.traffic import count_object
 from vmad_lit.lib.files import Path
 from vmad_lit.lib.fingerprint import differences, fingerprint
 from vmad_lit.lib.shards import Parts, StateError, on_first, save_parts
@@ -34,14 +38,32 @@ def curvature(problem: Problem, x: Vector, v: Vector) -> Vector:
     return problem.vs.addmul(problem.vs.scale(1.0 / problem.temperature, product), v, -1.0)
 
 
+def inner_products(vs: VectorSpace, many: Sequence[Vector], y: Vector) -> Array:
+    """The inner products of `y` with each of several vectors, in as few messages as possible. Collective."""
+    if isinstance(vs, ProductSpace):
+        parts = [(vs._space(key), [a[key] for a in many], y[key]) for key in component_keys(y)]
+        return sum((inner_products(*part) for part in parts), start=np.zeros(len(many)))
+    if type(vs).dot not in (MPIVectorSpace.dot, FieldSpace.dot) or "dot" in vars(vs):
+        return np.array([vs.inner(a, y) for a in many])
+    comm: Any = y.pm.comm if is_field(y) else vs.comm
+    local = np.array([local_product(a, y) for a in many])
+    count_object(comm, local)
+    return comm.allreduce(local)
+
+
+def component_keys(vector: Vector) -> Iterable[Any]:
+    """What the components of a vector of a product space are called: its keys, or numbers."""
+    return vector if isinstance(vector, Mapping) else range(len(vector))
+
+
 def orthogonalise(vs: VectorSpace, y: Vector, basis: Sequence[Vector]) -> Vector | None:
     """A unit vector along what `y` has outside the span of an orthonormal `basis`; None if that is rounding only."""
     before, y = vs.norm(y), vs.copy(y)
     if not math.isfinite(before):
         raise ValueError("a product with the Hessian has components that are not finite")
     for _ in range(2):
-        for q in basis:
-            y = vs.accumulate(y, q, -vs.inner(q, y))
+        for q, product in zip(basis, inner_products(vs, basis, y)):
+            y = vs.accumulate(y, q, -float(product))
     after = vs.norm(y)
     return vs.scale(1.0 / after, y) if after > NOTHING_NEW * before else None
 
@@ -113,17 +135,18 @@ class Laplace:
         """Note who has stopped the work."""
         self.status, self.message = status, f"stopped by {who} after {self.products} products"
 
-    # One product
+    # Go on by one product
     def advance(self, problem: Problem) -> None:
         """One product with the Hessian, and what follows from it."""
         last, vs = self.stage == self.options["powers"] + 1, self.vs
         source = self.basis[self.index] if self.stage else self._random(problem)
         product = curvature(problem, self.x, source)
         if last:
-            self.rows.append([vs.inner(q, product) for q in self.basis])
+            self.rows.append(inner_products(vs, self.basis, product).tolist())
         else:
             direction = orthogonalise(vs, product, self.found)
             self.found += [] if direction is None else [direction]
+        # Go on to the next vector, or the next stage
         self.products, self.index = self.products + 1, self.index + 1
         count = len(self.basis) if self.stage else self.options["rank"] + self.options["oversampling"]
         if self.index < count:
@@ -144,11 +167,13 @@ class Laplace:
         values, rotation = np.linalg.eigh((matrix + matrix.T) / 2)
         if vs.comm is not None:
             values, rotation = vs.comm.bcast((values, rotation))
+        # Refuse a maximum
         if len(values) and values[0] <= -1:
             raise ValueError(
                 f"the objective has a maximum in some direction at x, with the curvature {1 + values[0]:.3g}: x is no "
                 "most probable point"
             )
+        # Rotate the basis to the eigenvectors
         largest = np.argsort(-abs(values), kind="stable")[: self.options["rank"]]
         order = largest[np.argsort(-values[largest], kind="stable")]
         zero = vs.zeros_like(self.x)
@@ -159,7 +184,7 @@ class Laplace:
         self.status, self.message = "complete", f"complete after {self.products} products"
         self.decrement = math.sqrt(max(0.0, vs.inner(gradient, self.covariance_product(gradient))))
 
-    # What the approximation is for
+    # Draw from it, and ask it for errors
     def _need_complete(self) -> None:
         if self.status != "complete":
             raise ValueError(f"{self!r} is not complete: go on with approximate(problem, state=...)")
@@ -167,8 +192,8 @@ class Laplace:
     def _function(self, v: Vector, weights: Array) -> Vector:
         """``v + sum_i v_i weights[i] <v_i, v>``: a function of the Hessian times v."""
         self._need_complete()
-        inner = [self.vs.inner(vector, v) for vector in self.vectors]
-        return combine(self.vs, self.vectors, weights * np.array(inner), v)
+        inner = inner_products(self.vs, self.vectors, v)
+        return combine(self.vs, self.vectors, weights * inner, v)
 
     def covariance_product(self, v: Vector) -> Vector:
         """The covariance of the posterior times `v`."""
@@ -182,6 +207,14 @@ class Laplace:
         """A draw from the normal density; each `number` of a seed gives another one, the same on any number of ranks."""
         noise = self.vs.normal(self.x, seed, ("laplace", number))
         return self.vs.addmul(self.x, self._function(noise, 1 / np.sqrt(1 + self.eigenvalues) - 1), 1.0)
+
+    @property
+    def metric(self) -> Preconditioner:
+        """The change of variables in which the posterior is white as far as the low rank goes, for samplers and optimisers."""
+        root = np.sqrt(1 + self.eigenvalues)
+        return Preconditioner.symmetric(
+            lambda v: self._function(v, root - 1), lambda v: self._function(v, 1 / root - 1)
+        )
 
     def draws(
         self, number: int, seed: int = 0, keep: Callable[[Vector], Mapping[str, Any]] | None = None
@@ -224,7 +257,7 @@ class Laplace:
         With `exact` it is found by :meth:`solve`, and has what the low rank leaves out.
         """
         products = [self.solve(v, rtol) if exact else self.covariance_product(v) for v in vectors]
-        matrix = np.array([[self.vs.inner(u, product) for product in products] for u in vectors])
+        matrix = np.array([inner_products(self.vs, vectors, product) for product in products])
         return (matrix + matrix.T) / 2
 
     def marginal(self, *names: str, exact: bool = False, rtol: float = 1e-8) -> Array:
@@ -241,6 +274,7 @@ class Laplace:
                 units.append({**zero, name: shaped})
         return self.covariance(*units, exact=exact, rtol=rtol)
 
+    # Reckon with what the low rank leaves out
     def solve(self, v: Vector, rtol: float = 1e-8, maxiter: int = 1000) -> Vector:
         """The true covariance times `v`, also outside the low rank: conjugate gradients, started and preconditioned by it.
 
@@ -251,6 +285,7 @@ class Laplace:
         x = self.covariance_product(v)
         r = vs.addmul(v, self._hessian(problem, x), -1.0)
         goal, p, rz = rtol * vs.norm(v), None, 0.0
+        # Improve it by conjugate gradients
         for _ in range(maxiter):
             if not vs.norm(r) > goal:
                 return x
@@ -260,6 +295,7 @@ class Laplace:
             Hp = self._hessian(problem, p)
             alpha = rz / vs.inner(p, Hp)
             x, r = vs.addmul(x, p, alpha), vs.addmul(r, Hp, -alpha)
+        # Complain of slow convergence
         raise RuntimeError(f"conjugate gradients have not come to rtol={rtol:g} within {maxiter} iterations")
 
     def _need_problem(self) -> Problem:
@@ -282,6 +318,7 @@ class Laplace:
         vs, low = self.vs, self.variance
         whole(2).check("probes", probes)
         first = second = vs.zeros_like(self.x)
+        # Average over random signs
         for i in range(probes):
             noise = vs.normal(self.x, seed, ("laplace probes", i))
             signs = by_components(vs, lambda v: np.where(v < 0, -1.0, 1.0).astype(v.dtype), noise)
@@ -289,6 +326,7 @@ class Laplace:
             each = by_components(vs, np.multiply, signs, missing)
             first = vs.addmul(first, each, 1.0 / probes)
             second = vs.addmul(second, by_components(vs, np.square, each), 1.0 / probes)
+        # Judge the error by the scatter
         spread = by_components(
             vs, lambda a, b: np.sqrt(np.maximum(b - a * a, 0.0) / (probes - 1)), first, second
         )
@@ -329,7 +367,7 @@ class Laplace:
         basis, rows = [vs.scale(1.0 / length, v)], []
         for _ in range(steps):
             product = self._outside(curvature(problem, self.x, basis[-1]))
-            rows.append([vs.inner(q, product) for q in basis])
+            rows.append(inner_products(vs, basis, product).tolist())
             following = orthogonalise(vs, product, basis)
             if following is None:
                 break
@@ -341,7 +379,7 @@ class Laplace:
         values, rotation = np.linalg.eigh(matrix)
         return length**2 * float(rotation[0] ** 2 @ np.log1p(np.maximum(values, 1e-15 - 1)))
 
-    # Save and load
+    # Save and load an approximation
     def save(self, path: Path) -> None:
         """Save the approximation, complete or not, to the file `path` (``.npz``), with another beside it for each rank above 0.
 
@@ -392,12 +430,30 @@ class Laplace:
         StateError
             on all ranks, if the file is damaged, is something else, or belongs to another problem.
         """
+        # Make an approximation from the header
         parts, like = Parts(path, vs.comm), vs.as_vector(like)
         header = together(vs.comm, lambda: checked_header(parts))
         self = cls(vs, like, header["plain"]["options"])
         vars(self).update(header["plain"])
         self.eigenvalues = np.array(header["eigenvalues"])
         # Read the vectors
+        x_like = {"x", "mean", "squares"}
+        likes = {
+            name: (keys, component_of(like if name in x_like else own, keys))
+            for name, keys in header["keys"].items()
+        }
+        found = read_vectors(vs, parts, likes)
+        chain.place = Place(found["x"], found.get("z", found["x"]), header["U"], found["g"])
+        if header["moments"] is not None:
+            chain.moments = Moments(vs, header["moments"], found.get("mean"), found.get("squares"))
+        for name, vector in found.items():
+            group, slash, _ = name.partition("/")
+            if slash and group != "metric":
+                chain.vectors.setdefault(group, []).append(vector)
+        if header["metric"] is not None:
+            learnt = [vector for name, vector in found.items() if name.startswith("metric/")]
+            chain.metric_memory = learnt, header["metric"]
+
         counts = dict(x=1, **header["lengths"])
         places = [(np.shape(a), start) for a, start in zip(vs.to_arrays(like), vs.starts(like), strict=True)]
         kinds = [np.asarray(array).dtype.kind for array in vs.to_arrays(like)]
@@ -429,6 +485,7 @@ class Laplace:
         exists = on_first(vs.comm, lambda: os.path.lexists(path))
         return cls.load(path, vs, like, problem, accept) if exists else None
 
+    # Take a problem if it is the same
     def belongs_to(self, problem: Problem, accept: Accepted = False, path: str = "the approximation") -> None:
         """Take `problem` for what further products are made with; StateError if it is another one."""
         new = identity(problem)
@@ -444,43 +501,6 @@ class Laplace:
                 "to go on with it all the same, accept what differs: accept=True, or a list of names"
             )
         self.problem, self.fingerprint = problem, new
-
-
-class ProductBar(ProgressBar):
-    """A bar that counts products with the Hessian."""
-
-    def update(self, state: Any) -> None:
-        """Show how many products there have been."""
-        if self.bar is not None:
-            self.bar.update(state.products - self.bar.n)
-
-
-def identity(problem: Problem) -> dict[str, Any]:
-    """The fingerprint of a problem, with the versions of what computes."""
-    return {**fingerprint(dict(problem=problem.ingredients()), problem.vs.comm), "versions": versions()}
-
-
-def checked_header(parts: Parts) -> dict[str, Any]:
-    """The header of a saved approximation; StateError if it is none."""
-    header: Any = parts.header.get("laplace")
-    sound = isinstance(header, dict) and isinstance(header.get("plain"), dict)
-    if not sound:
-        raise StateError(f"{parts.path} holds no Laplace approximation")
-    try:
-        plain, lengths = header["plain"], header["lengths"]
-        options = all(
-            type(plain["options"][name]) is int for name in ("rank", "oversampling", "powers", "seed")
-        )
-        counts = all(
-            type(lengths[name]) is int and lengths[name] >= 0 for name in ("vectors", "basis", "found")
-        )
-        numbers = all(math.isfinite(value) for value in header["eigenvalues"])
-        sound = options and counts and numbers and len(header["eigenvalues"]) == lengths["vectors"]
-    except (KeyError, TypeError) as error:
-        raise StateError(f"{parts.path} is damaged: its header makes no sense ({error!r})") from error
-    if not sound:
-        raise StateError(f"{parts.path} is damaged: its header makes no sense")
-    return header
 
 
 def approximate(
@@ -525,6 +545,7 @@ def approximate(
     StateError
         if the state is that of another problem.
     """
+
     vs = problem.vs
     if state is None:
         options = dict(rank=rank, oversampling=oversampling, powers=powers, seed=seed)
@@ -536,6 +557,7 @@ def approximate(
     state.belongs_to(problem, accept)
     interrupt = current_interrupt() if interrupt is None else interrupt
     state.status = "complete" if state.status == "complete" else ""
+
     with ProductBar(vs, state.total, state.products, progress) as bar:
         while not state.status:
             state.advance(problem)
@@ -546,3 +568,40 @@ def approximate(
             elif stop and not state.status:
                 state.stop("monitor", "the monitor")
     return state
+
+
+class ProductBar(ProgressBar):
+    """A bar that counts products with the Hessian."""
+
+    def update(self, state: Any) -> None:
+        """Show how many products there have been."""
+        if self.bar is not None:
+            self.bar.update(state.products - self.bar.n)
+
+
+def identity(problem: Problem) -> dict[str, Any]:
+    """The fingerprint of a problem, with the versions of what computes."""
+    return {**fingerprint(dict(problem=problem.ingredients()), problem.vs.comm), "versions": versions()}
+
+
+def checked_header(parts: Parts) -> dict[str, Any]:
+    """The header of a saved approximation; StateError if it is none."""
+    header: Any = parts.header.get("laplace")
+    sound = isinstance(header, dict) and isinstance(header.get("plain"), dict)
+    if not sound:
+        raise StateError(f"{parts.path} holds no Laplace approximation")
+    try:
+        plain, lengths = header["plain"], header["lengths"]
+        options = all(
+            type(plain["options"][name]) is int for name in ("rank", "oversampling", "powers", "seed")
+        )
+        counts = all(
+            type(lengths[name]) is int and lengths[name] >= 0 for name in ("vectors", "basis", "found")
+        )
+        numbers = all(math.isfinite(value) for value in header["eigenvalues"])
+        sound = options and counts and numbers and len(header["eigenvalues"]) == lengths["vectors"]
+    except (KeyError, TypeError) as error:
+        raise StateError(f"{parts.path} is damaged: its header makes no sense ({error!r})") from error
+    if not sound:
+        raise StateError(f"{parts.path} is damaged: its header makes no sense")
+    return header
