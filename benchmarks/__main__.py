@@ -1,5 +1,4 @@
-"""Run the benchmarks: `python -m benchmarks [--json PATH] [engine fft kernels limits memory nbody reconstruction] [options of the benchmark]`."""
-"""Run the benchmarks: `python -m benchmarks [--json PATH] [engine fft kernels limits memory nbody samplers] [options of the benchmark]`."""
+"""Run the benchmarks: `python -m benchmarks [--json PATH] [NAME ...] [options of the benchmark]`; the names are in ALL."""
 
 import argparse
 import importlib
@@ -7,8 +6,7 @@ import importlib.util
 import os
 import sys
 
-ALL = "engine", "fft", "kernels", "limits", "memory", "nbody", "reconstruction"
-ALL = "engine", "fft", "kernels", "limits", "memory", "nbody", "samplers"
+ALL = "engine", "fft", "kernels", "limits", "memory", "nbody", "reconstruction", "samplers"
 
 
 def place(path, name, alone):

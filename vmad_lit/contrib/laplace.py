@@ -436,24 +436,7 @@ class Laplace:
         self = cls(vs, like, header["plain"]["options"])
         vars(self).update(header["plain"])
         self.eigenvalues = np.array(header["eigenvalues"])
-        # Read the vectors
-        x_like = {"x", "mean", "squares"}
-        likes = {
-            name: (keys, component_of(like if name in x_like else own, keys))
-            for name, keys in header["keys"].items()
-        }
-        found = read_vectors(vs, parts, likes)
-        chain.place = Place(found["x"], found.get("z", found["x"]), header["U"], found["g"])
-        if header["moments"] is not None:
-            chain.moments = Moments(vs, header["moments"], found.get("mean"), found.get("squares"))
-        for name, vector in found.items():
-            group, slash, _ = name.partition("/")
-            if slash and group != "metric":
-                chain.vectors.setdefault(group, []).append(vector)
-        if header["metric"] is not None:
-            learnt = [vector for name, vector in found.items() if name.startswith("metric/")]
-            chain.metric_memory = learnt, header["metric"]
-
+        # Read the eigenvectors
         counts = dict(x=1, **header["lengths"])
         places = [(np.shape(a), start) for a, start in zip(vs.to_arrays(like), vs.starts(like), strict=True)]
         kinds = [np.asarray(array).dtype.kind for array in vs.to_arrays(like)]

@@ -418,24 +418,6 @@ class Chain:
         if header["metric"] is not None:
             learnt = [vector for name, vector in found.items() if name.startswith("metric/")]
             chain.metric_memory = learnt, header["metric"]
-
-        counts = dict(x=1, **header["lengths"])
-        places = [(np.shape(a), start) for a, start in zip(vs.to_arrays(like), vs.starts(like), strict=True)]
-        kinds = [np.asarray(array).dtype.kind for array in vs.to_arrays(like)]
-        names = [f"{name}/{i}" for name, count in counts.items() for i in range(count)]
-        wanted = {f"{name}:{j}": place for name in names for j, place in enumerate(places)}
-        found = parts.read(wanted, {f"{name}:{j}": kind for name in names for j, kind in enumerate(kinds)})
-
-        def vector(name: str) -> Vector:
-            return vs.from_arrays([found[f"{name}:{j}"] for j in range(len(places))], like)
-
-        vectors = together(vs.comm, lambda: {name: vector(name) for name in names})
-        self.x = vectors["x/0"]
-        for name, count in header["lengths"].items():
-            setattr(self, name, [vectors[f"{name}/{i}"] for i in range(count)])
-        if problem is not None:
-            self.belongs_to(problem, accept, parts.path)
-        return self
         # Compare the lengths of place and slope with those in the header
         lengths = vs.norm(chain.place.x), vs.norm(chain.place.g)
         if not np.allclose(lengths, header["lengths"], rtol=1e-3, atol=sys.float_info.min):
