@@ -2056,7 +2056,7 @@ def minimize_in_epochs(
     return state
 
 
-from vmad_lit.contrib.vectorspace import LocalSpace, MPIVectorSpace, ProductSpace
+from vmad_lit.contrib.vectorspace import LocalSpace, MPIVectorSpace
 from vmad_lit.core.error import UnexpectedOutput, did_you_mean
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import find_talk, many_ranks, world
