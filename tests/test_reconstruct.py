@@ -64,7 +64,7 @@ grace = 60.0
 """
 
 
-SILENT = GOOD.replace('title = "A test"', 'report = ""\nfields = ""')
+SILENT = GOOD.replace('title = "A test"', 'report = ""\nfields = ""').replace('"lpt"', '"linear"')
 
 # -- Lines --------------------------------------------------------------------------------------------------------
 
