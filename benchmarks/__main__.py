@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m benchmarks [--json PATH] [engine fft kernels limits memory nbody reconstruction samplers sampling calibration] [options of the benchmark]`."""
+"""Run the benchmarks: `python -m benchmarks [--json PATH] [NAME ...] [options of the benchmark]`; the names are in ALL and LONG."""
 
 import argparse
 import importlib

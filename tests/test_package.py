@@ -253,7 +253,7 @@ def test_numpy_is_all_that_is_required():
 
 
 def test_all_is_all():
-    for_use = ["mpi", "mesh", "fast", "checkpoint", "output", "interop"]
+    for_use = ["mpi", "mesh", "fast", "checkpoint", "output", "data", "chains", "interop"]
     assert brought_by("all") == set().union(*map(brought_by, for_use))
     assert set(EXTRAS) - set(for_use) == {"all", "torch", "book", "test", "bench", "bench-large", "lint"}
 

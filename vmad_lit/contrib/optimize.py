@@ -595,7 +595,7 @@ class State:
         parts, changed, like = Parts(path, vs.comm), False, vs.as_vector(like)
         header = together(vs.comm, lambda: checked_header(parts.path, parts.header))
         if problem is not None:
-            new = {"problem": fingerprint(problem.ingredients(), vs.comm), "versions": versions()}
+            new = {**fingerprint({"problem": problem.ingredients()}, vs.comm), "versions": versions()}
             changed = refuse_differences(header["fingerprint"], new, accept, parts.path)
         # Make the state again
         state = cls(vs, None)
