@@ -10,6 +10,8 @@ from pmesh import pm as pmesh  # noqa: E402
 
 from vmad_lit.contrib import cosmo4d  # noqa: E402
 from vmad_lit.lib import noise  # noqa: E402
+from vmad_lit.contrib.chisquare import MPIVectorSpace  # noqa: E402
+from vmad_lit.contrib.vectorspace import FieldSpace, ProductSpace, VectorSpace  # noqa: E402
 from vmad_lit.lib.fastpm import ParticleMesh  # noqa: E402
 from vmad_lit.lib.spectra import Shells  # noqa: E402
 
@@ -194,3 +196,81 @@ def test_synthetic_data_share_nothing():
             assert abs(added.cdot(field)) / 512 < 6 / 512**0.5
     truth = cosmo4d.Data.synthetic(pm, forward, 0.5, 99, generator="pmesh").truth
     np.testing.assert_array_equal(truth.value, cosmo4d.white_noise(pm, 99, "pmesh").value)
+
+
+# Random vectors
+
+
+def gather_rows(array):
+    return np.concatenate(COMM.allgather(array))
+
+
+@pytest.mark.collective
+@pytest.mark.parametrize("shape", [(5, 6), (6, 5, 4)])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_normal_fields_do_not_depend_on_the_number_of_ranks(shape, dtype):
+    purpose = ("momentum", 3)
+    for kind in ("real", "complex"):
+        whole, part = (
+            FieldSpace(c).normal(mesh(shape, c, dtype=dtype).create(type=kind, value=0), 2, purpose)
+            for c in (MPI.COMM_SELF, COMM)
+        )
+        index = tuple(slice(s, s + n) for s, n in zip(part.start, part.shape))
+        np.testing.assert_allclose(part.value, whole.value[index], rtol=1e-6)
+        assert part.value.dtype == whole.value.dtype
+
+
+@pytest.mark.collective
+def test_normal_arrays_do_not_depend_on_the_number_of_ranks():
+    vs, whole = MPIVectorSpace(COMM), VectorSpace()
+    for shape, dtype in [((10,), "f8"), ((3 * COMM.size, 2, 3), "f4"), ((2 * COMM.size + 1, 3), "c16")]:
+        like = np.zeros(shape, dtype)
+        mine = like[sum(divmod(len(like), COMM.size)) * COMM.rank :][: sum(divmod(len(like), COMM.size))]
+        numbers = vs.normal(mine, 1, "numbers")
+        np.testing.assert_array_equal(gather_rows(numbers), whole.normal(like, 1, "numbers"))
+        assert numbers.dtype == dtype
+    assert vs.normal(np.zeros(0), 1).shape == (0,)
+    assert len(set(COMM.allgather(VectorSpace(comm=COMM).normal(1.0, 1)))) == 1
+
+
+def test_components_and_purposes_are_independent():
+    vs = ProductSpace(VectorSpace())
+    n = vs.normal({"a": np.zeros(4000), "b": np.zeros(4000), "c": 0.0}, 5, ("draw", 0))
+    other = vs.normal({"a": np.zeros(4000)}, 5, ("draw", 1))
+    correlation = np.corrcoef([n["a"], n["b"], other["a"]])
+    assert abs(correlation - np.eye(3)).max() < 0.07
+    assert type(n["c"]) is float
+
+
+@pytest.mark.parametrize("kind", ["real", "complex"])
+def test_products_with_normal_fields_have_the_variance_of_the_inner_product(kind):
+    """For each a, <a, n> has the variance <a, a>, also in a half-stored field with its twins."""
+    pm = mesh([4, 5], MPI.COMM_SELF)
+    vs, basis = FieldSpace(MPI.COMM_SELF), pm.create(type="real", value=0)
+    a = basis.copy() if kind == "real" else basis.r2c()
+    a.value[...] = np.random.default_rng(1).normal(size=a.shape)
+    if kind == "complex":
+        a = a.c2r().r2c()
+    products = [vs.dot(a, vs.normal(a, 1, ("n", i))) for i in range(3000)]
+    assert abs(np.mean(products)) < 4 * (vs.dot(a, a) / 3000) ** 0.5
+    assert abs(np.var(products) / vs.dot(a, a) - 1) < 4 * (2 / 3000) ** 0.5
+
+
+def test_normal_numbers_on_a_line():
+    field = mesh([12], MPI.COMM_SELF).create(type="real", value=0)
+    numbers = FieldSpace(MPI.COMM_SELF).normal(field, 2, "line")
+    np.testing.assert_array_equal(numbers.value, VectorSpace().normal(np.zeros(12), 2, "line"))
+
+
+def test_a_space_with_a_product_of_its_own_brings_its_own_dice():
+    with pytest.raises(TypeError, match="inner product of its own"):
+        VectorSpace(dot=lambda a, b: 2 * a * b).normal(1.0, seed=1)
+
+
+def test_compiled_and_plain_normal_numbers_agree(monkeypatch):
+    compiled = np.empty((7, 9))
+    noise.fill_normal(compiled, np.arange(7) * 2**33 + 1, 3, "x")
+    monkeypatch.setattr(noise, "normal_loops", None)
+    plain = np.empty((7, 9))
+    noise.fill_normal(plain, np.arange(7) * 2**33 + 1, 3, "x")
+    np.testing.assert_allclose(compiled, plain, rtol=1e-12)

@@ -6,6 +6,7 @@ Y. Feng, U. Seljak & M. Zaldarriaga, JCAP 07 (2018) 043.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from vmad_lit.core.symbol import Symbol
 from vmad_lit.core.tape import Tape
 from vmad_lit.core.traffic import count_object
 from vmad_lit.lib import mpi
+from vmad_lit.lib.noise import Purpose
 
 
 def local_product(a: Vector, b: Vector) -> float:
@@ -79,6 +81,18 @@ class MPIVectorSpace(FieldSpace):
         product = real_inner_product(a, b)
         count_object(self.comm, product)
         return self.comm.allreduce(product)
+
+    def normal(self, like: Vector, seed: int, purpose: Purpose = "normal") -> Vector:
+        """Independent standard normal numbers: of the whole, this rank's part. Collective."""
+        if is_field(like):
+            return super().normal(like, seed, purpose)
+        rows = len(like) if np.ndim(like) else 1
+        count_object(self.comm, rows)
+        before = sum(self.comm.allgather(rows)[: self.comm.rank])
+        dtype = np.result_type(like, np.float32)
+        first = before * math.prod(np.shape(like)[1:])
+        numbers = self._normal_numbers(np.shape(like), dtype, first, seed, purpose)
+        return numbers if isinstance(like, np.ndarray) else numbers[()].item()
 
 
 class MPIChiSquareProblem(Problem):
@@ -144,6 +158,7 @@ class MPIChiSquareProblem(Problem):
         self.forwards = 0
         super().__init__(
             identity=identity,
+            temperature=2.0,
             objective=self._forward,
             gradient=self._pull_back,
             hessian_vector_product=self._gauss_newton,

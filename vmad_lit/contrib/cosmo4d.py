@@ -32,6 +32,7 @@ from vmad_lit.lib.mesh import (
     on_mesh,
 )
 from vmad_lit.lib.mpi import MPI, on_root, run_together
+from vmad_lit.lib.noise import Purpose
 from vmad_lit.lib.signals import Interrupt
 from vmad_lit.lib.transfer import Transfer
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
@@ -173,7 +174,7 @@ class Data:
 
 
 def white_noise(
-    pm: ParticleMesh, seed: int, generator: Generator = "philox", purpose: str = "field"
+    pm: ParticleMesh, seed: int, generator: Generator = "philox", purpose: Purpose = "field"
 ) -> RealField:
     """A RealField of independent normal numbers of unit variance, the same on any number of ranks. Collective.
 

@@ -52,6 +52,9 @@ class Problem:
     identity :
         what the problem is, by name: data, noise, parameters of the model. A saved state remembers it, and is
         not taken for that of a problem with another one.
+    temperature :
+        T of the probability density ``exp(-objective(x) / T)`` that the objective stands for: 1 for minus the
+        logarithm of a density, 2 for a chi-square. Minimisers do not ask; samplers do.
 
     Attributes
     ----------
@@ -69,9 +72,12 @@ class Problem:
         value_and_gradient: Callable[[Vector], tuple[Any, Vector]] | None = None,
         precond: Preconditioner | None = None,
         identity: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
     ) -> None:
         if objective is None and value_and_gradient is None:
             raise ValueError("a problem needs an objective (or a value_and_gradient)")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"a temperature is a finite number above 0, not {temperature!r}")
         self.vs = VectorSpace() if vs is None else vs
         if not isinstance(self.vs, VectorSpace):
             raise TypeError(
@@ -86,6 +92,7 @@ class Problem:
         self.eps = EPS  # the rounding of the objective
         self.fev = self.gev = self.hev = 0
         self.identity: dict[str, Any] = dict(identity or {})
+        self.temperature = float(temperature)
 
     def _visit(self, x: Vector) -> None:
         if self._point is None or not self.vs.same(x, self._point):

@@ -19,6 +19,7 @@ from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import raise_together
 from vmad_lit.core.traffic import count_object
 from vmad_lit.core.valuetypes import value_type
+from vmad_lit.lib.noise import Purpose, fill_normal
 
 Vector = Any  # what is moved: an array, a field, a tuple or dictionary of vectors, or the number 0
 
@@ -204,6 +205,30 @@ class VectorSpace:
         count_object(self.comm, int(bool(flag)))
         return self.comm.allreduce(int(bool(flag))) > 0
 
+    def normal(self, like: Vector, seed: int, purpose: Purpose = "normal") -> Vector:
+        """A vector like `like` of independent standard normal numbers, in the sense of the inner product.
+
+        ``dot(a, normal)`` has the mean 0 and the variance ``dot(a, a)``, for each a. The same on any number of ranks;
+        vectors of different seeds, and of different purposes, are independent. Collective.
+        """
+        if "dot" in vars(self) or type(self).dot is not VectorSpace.dot:
+            raise TypeError(
+                f"{type(self).__name__} has an inner product of its own, so it needs its own normal()"
+            )
+        shape, dtype = np.shape(like), np.result_type(getattr(like, "dtype", float), np.float32)
+        numbers = self._normal_numbers(shape, dtype, 0, seed, purpose)
+        return numbers if isinstance(like, np.ndarray) else numbers[()].item()
+
+    @staticmethod
+    def _normal_numbers(shape: tuple[int, ...], dtype: Any, first: int, seed: int, purpose: Purpose) -> Array:
+        """Normal numbers in an array of a shape and floating-point type, whose first element is number `first`."""
+        parts, size = 2 if dtype.kind == "c" else 1, math.prod(shape)
+        row = min(CACHED, max(1, parts * size))
+        rows = np.empty((-(-parts * size // row), row))
+        fill_normal(rows, parts * first + row * np.arange(len(rows)), seed, purpose)
+        flat = rows.ravel()[: parts * size].view("c16" if parts == 2 else "f8")
+        return flat.reshape(shape).astype(dtype, copy=False)
+
     # How vectors come in and go out
     def as_vector(self, x: Any, like: Vector = None) -> Vector:
         """`x` as a vector of this space, of the shape of `like` if that is given; an error if it is none.
@@ -349,6 +374,28 @@ class FieldSpace(VectorSpace):
         multiply_add(a.value, a.value, b.value, scalar(c))
         return a
 
+    def normal(self, like: Vector, seed: int, purpose: Purpose = "normal") -> Vector:
+        """A field of independent standard normal numbers on the mesh of `like`, or white modes. Collective."""
+        if not is_field(like):
+            return super().normal(like, seed, purpose)
+        if np.iscomplexobj(like.value):
+            kind: Any = type(like)
+            options = dict(mean=None, generator="philox", purpose=purpose)
+            return like.pm.generate_whitenoise(seed, type=kind, **options)
+        # Number the rows of this rank's part of the mesh
+        begins = np.zeros((1,) * max(1, like.ndim - 1), dtype="u8")
+        for axis, n in enumerate(like.Nmesh):
+            begins = begins * np.uint64(n)
+            if axis < like.ndim - 1:
+                shape = [-1 if i == axis else 1 for i in range(like.ndim - 1)]
+                begins = begins + np.arange(
+                    like.start[axis], like.start[axis] + like.shape[axis], dtype="u8"
+                ).reshape(shape)
+        begins = begins + np.uint64(like.start[-1])
+        rows = np.empty((begins.size, like.shape[-1]))
+        fill_normal(rows, begins.ravel(), seed, purpose)
+        return like.pm.create(type=type(like), value=rows.reshape(like.shape))
+
     def same(self, a: Vector, b: Vector) -> bool:
         """Whether the fields have the same values everywhere; all ranks get the same answer."""
         if not is_field(a):
@@ -446,6 +493,12 @@ class ProductSpace(VectorSpace):
         if self.any(type(a) is not type(b) or [k for k, _ in _items(a)] != [k for k, _ in _items(b)]):
             return False
         return all([space.same(x, y) for space, x, y in self._zip(a, b)])
+
+    def normal(self, like: Vector, seed: int, purpose: Purpose = "normal") -> Vector:
+        """Independent standard normal numbers in all components. Collective."""
+        words = (purpose,) if isinstance(purpose, str) else purpose
+        parts = [(self._space(key), y, (*words, str(key))) for key, y in _items(like)]
+        return _like(like, [space.normal(y, seed, named) for space, y, named in parts])
 
     def to_arrays(self, x: Vector) -> list[Array]:
         """The arrays of all components, one after the other."""

@@ -32,7 +32,7 @@ from vmad_lit.core.traffic import count_object, count_to_all, sources, tell
 from vmad_lit.core.valuetypes import Apart, ValueType, register, rng_of_rank, value_type
 from vmad_lit.lib import memory
 from vmad_lit.lib.mpi import add_up, run_together
-from vmad_lit.lib.noise import fill_white
+from vmad_lit.lib.noise import Purpose, fill_white
 
 with needed_for("fields on a mesh", extra="mesh"):
     from mpi4py import MPI
@@ -427,7 +427,7 @@ class ParticleMesh(pmesh.ParticleMesh):
         base: Any = None,
         invertphase: bool = False,
         generator: Generator | None = None,
-        purpose: str = "field",
+        purpose: Purpose = "field",
     ) -> Any:
         """White noise, the same on any number of ranks: independent modes of unit variance. Collective.
 
@@ -473,7 +473,7 @@ class ParticleMesh(pmesh.ParticleMesh):
         mean: float | None,
         invertphase: bool,
         generator: Generator | None,
-        purpose: str,
+        purpose: Purpose,
     ) -> dict[str, Any]:
         """The options of white noise, checked, with the choice of a generator."""
         # Choose a generator

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy
@@ -14,8 +15,15 @@ from numpy.typing import ArrayLike
 
 from vmad_lit.core.arguments import plain_array, show, whole_number
 from vmad_lit.core.stdlib.operators import Array
+from vmad_lit.lib.threads import share
+
+try:
+    from vmad_lit.lib import normal_loops
+except ImportError:  # no numba
+    normal_loops = None  # type: ignore[assignment]
 
 BLOCK = 1 << 13  # modes that are worked on at a time, so that they stay in the cache
+LEAST = 1 << 14  # normal numbers that are worth a thread
 MULTIPLIERS = numpy.uint64(0xD2511F53), numpy.uint64(0xCD9E8D57)
 STEPS = 0x9E3779B9, 0xBB67AE85  # by which the key moves from round to round
 HALF, LOW = numpy.uint64(32), numpy.uint64(0xFFFFFFFF)
@@ -31,13 +39,18 @@ def philox(counter: Sequence[Array], key: Sequence[int]) -> Sequence[Array]:
     return a, b, c, d
 
 
-def stream(seed: int, purpose: str = "field") -> numpy.random.SeedSequence:
+Purpose = str | tuple[str | int, ...]  # what random numbers are for: a word, or words and counts
+
+
+def stream(seed: int, purpose: Purpose = "field") -> numpy.random.SeedSequence:
     """The root of all random numbers of a seed, any whole number of at least 0, for one purpose."""
     seed = whole_number("seed", seed, least=0)
-    return numpy.random.SeedSequence(seed, spawn_key=(zlib.crc32(purpose.encode()),))
+    parts = (purpose,) if isinstance(purpose, str) else purpose
+    key = [zlib.crc32(part.encode()) if isinstance(part, str) else int(part) for part in parts]
+    return numpy.random.SeedSequence(seed, spawn_key=tuple(key))
 
 
-def words_of_key(seed: int, purpose: str) -> list[int]:
+def words_of_key(seed: int, purpose: Purpose) -> list[int]:
     """The three words that a seed and a purpose give to the generator."""
     return [int(word) for word in stream(seed, purpose).generate_state(3)]
 
@@ -84,7 +97,7 @@ def fill_white(
     index: Sequence[Any],
     Nmesh: Sequence[int],
     seed: int,
-    purpose: str = "field",
+    purpose: Purpose = "field",
     unitary: bool = False,
     mean: float | None = None,
 ) -> None:
@@ -102,7 +115,7 @@ def fill_white(
         modes[zero] = mean
 
 
-def uniform_numbers(ids: ArrayLike, seed: int, purpose: str) -> Array:
+def uniform_numbers(ids: ArrayLike, seed: int, purpose: Purpose) -> Array:
     """Random numbers in [0, 1) for whole numbers of at least 0, each a function of its number alone."""
     key, ids = words_of_key(seed, purpose), plain_array("ids", ids)
     if ids.size and (ids.dtype.kind not in "iu" or (ids < 0).any()):
@@ -114,3 +127,26 @@ def uniform_numbers(ids: ArrayLike, seed: int, purpose: str) -> Array:
         rest = numpy.full_like(low, key[2])
         result[block] = uniform(*philox([low, high, numpy.zeros_like(low), rest], key[:2])[:2])
     return result.reshape(ids.shape)
+
+
+def fill_normal(out: Array, first: ArrayLike, seed: int, purpose: Purpose) -> None:
+    """Fill the rows of `out` (rows, n), real, with independent normal numbers of mean 0 and variance 1.
+
+    Row i gets those that belong to the whole numbers ``first[i], first[i] + 1, ...``: each is a function of its
+    number, of the seed and of the purpose alone.
+    """
+    first, key = numpy.asarray(first, "u8"), words_of_key(seed, purpose)
+    if normal_loops is not None and out.dtype == "f8" and out.flags.c_contiguous:
+        words = [numpy.uint64(word) for word in key]
+        share(
+            partial(normal_loops.fill, out, first, *words), len(out), least=1 + LEAST // max(1, out.shape[-1])
+        )
+        return
+    rows = max(1, BLOCK // max(1, out.shape[-1]))
+    for begin in range(0, len(out), rows):
+        number = first[begin : begin + rows, None] + numpy.arange(out.shape[-1], dtype="u8")
+        # Take one of the two components of each deviate
+        block = number >> numpy.uint64(1)
+        rest = numpy.full_like(block, key[2])
+        deviates = normal(philox([block & LOW, block >> HALF, numpy.ones_like(block), rest], key[:2]), False)
+        out[begin : begin + rows] = numpy.sqrt(2) * numpy.where(number % 2 == 0, deviates.real, deviates.imag)
