@@ -22,6 +22,7 @@ from vmad_lit.contrib.bandpowers import (  # noqa: E402
 )
 from vmad_lit.contrib.optimize import LBFGS, StateError  # noqa: E402
 from vmad_lit.lib.cosmology import LinearPower, Planck15  # noqa: E402
+from vmad_lit.lib import fastpm  # noqa: E402
 from vmad_lit.lib.fastpm import ParticleMesh  # noqa: E402
 from vmad_lit.lib.mpi import on_root  # noqa: E402
 from vmad_lit.lib.signals import heed_signals  # noqa: E402
@@ -336,6 +337,32 @@ def test_a_signal_ends_a_calibration_between_maps(tmp_path):
     on_root(comm, lambda: open(path, "w").close())
     with pytest.raises(StateError, match="is no file of simulations"):
         method.calibrate(nsim=4, ninject=1, seed=3, path=path)
+
+
+@collective
+def test_a_posterior_with_another_parameter():
+    posterior = pytest.importorskip("vmad_lit.contrib.posterior")
+    priors = pytest.importorskip("vmad_lit.contrib.priors")
+    likelihoods = pytest.importorskip("vmad_lit.contrib.likelihoods")
+    pm = mesh()
+
+    def forward(modes, b1):
+        return fastpm.c2r(modes) * b1 + 1.0
+
+    about = dict(modes=priors.GaussianField(pm, power), b1=priors.Normal(1.0, 0.01))
+    data = likelihoods.Gaussian(pm.create(type="real", value=1.0), sigma=0.5)
+    experiment = Experiment.of_posterior(posterior.Posterior(about, forward, data, comm), "modes")
+    method = BandPowers(experiment, [0.02, 0.06, 0.1], LBFGS(gtol=1e-4))
+    c = method.calibrate(nsim=4, ninject=1)
+    known = BandPowers(DensityExperiment(pm, operators(pm), power, 0.5), [0.02, 0.06, 0.1], EXACT)
+    np.testing.assert_allclose(c.matrix, known.calibrate(nsim=4, ninject=1).matrix, rtol=0.15, atol=1.0)
+    data, realised = method.mock(3)
+    m = method.estimate(data)
+    assert (abs(m.power - realised) < 4 * m.sigma).all()
+    with pytest.raises(ValueError, match="not 'b1'; there are modes, b1"):
+        Experiment.of_posterior(
+            posterior.Posterior(about, forward, likelihoods.Gaussian(data, sigma=1.0), comm), "b1"
+        )
 
 
 def made_up():

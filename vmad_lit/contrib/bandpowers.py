@@ -171,6 +171,39 @@ class Experiment:
         self.start: Callable[[], Any] = (lambda: pm.create(type="real", value=0)) if start is None else start
         self.identity = dict(identity or {})
 
+    @classmethod
+    def of_posterior(cls, posterior: Any, field: str) -> Experiment:
+        """The experiment of a posterior one of whose parameters is a Gaussian field.
+
+        Other parameters are drawn from their priors in simulations, and found together with the field in maps.
+
+        Parameters
+        ----------
+        posterior : Posterior
+            Of :mod:`vmad_lit.contrib.posterior`, with a fixed fiducial power spectrum.
+        field : str
+            The name of the field, whose prior is a `GaussianField`.
+        """
+        prior = posterior.priors.get(field)
+        if not hasattr(prior, "pm") or not callable(getattr(prior, "power", None)) or prior.depends:
+            known = ", ".join(posterior.priors)
+            raise ValueError(
+                f"field must name a Gaussian field of a fixed power spectrum, not {field!r}; there are {known}"
+            )
+
+        def simulate(white: RealField, seed: int) -> Any:
+            return posterior.simulate(seed, {**posterior.draw(seed), field: white})[1]
+
+        return cls(
+            prior.pm,
+            prior.power,
+            simulate,
+            posterior.with_data,
+            lambda z: z[field],
+            posterior.zeros,
+            dict(posterior=posterior.ingredients()),
+        )
+
 
 class DensityExperiment(Experiment):
     """The density of matter in every cell, with independent noise.
