@@ -184,6 +184,7 @@ class Experiment:
         field : str
             The name of the field, whose prior is a `GaussianField`.
         """
+
         prior = posterior.priors.get(field)
         if not hasattr(prior, "pm") or not callable(getattr(prior, "power", None)) or prior.depends:
             known = ", ".join(posterior.priors)
