@@ -110,7 +110,8 @@ def results(method, rows, model, options):
     cosmic = first.fiducial * (2 / first.counts) ** 0.5
     chisquares = np.array([m.chisquare(model) for m in measured]) / len(first.k)
     scatter = np.sqrt((residual**2).mean(axis=0))
-    R = method.calibration.matrix
+    c, R = method.calibration, method.calibration.matrix
+    together = np.cov(c.found.T, c.truth.T)[: len(first.k), len(first.k) :]  # of energies with realised power
     return dict(
         k=first.k,
         counts=first.counts,
@@ -131,6 +132,7 @@ def results(method, rows, model, options):
         chisquare_error=chisquares.std() / n**0.5,
         chisquares=chisquares,
         response=R,
+        response_by_covariance=np.diag(together) * first.counts / 2 / np.diag(R),
         asymmetry=abs(R - R.T).max() / abs(R).max(),
         first=first.power,
         first_realised=rows[0]["truth"],

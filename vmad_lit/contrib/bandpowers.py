@@ -513,6 +513,38 @@ class BandPowers:
         return self.bands.average(power, self.experiment.power)
 
     # Run simulations
+    def _identity(self, seed: int) -> dict[str, Any]:
+        """What distinguishes the simulations from others."""
+        options = {name: getattr(self.optimizer, name) for name in self.optimizer.options()}
+        return dict(
+            experiment=self.experiment.identity,
+            power=self.bands.fiducial,
+            edges=self.bands.edges,
+            parts=self.bands.parts,
+            optimizer=dict(name=type(self.optimizer).__name__, **options),
+            step=self.step,
+            seed=seed,
+        )
+
+    def _simulation(self, seed: int, i: int, j: int) -> dict[str, Any] | None:
+        """The results of simulation i, with power injected into part j unless that is negative."""
+        words = numpy.random.SeedSequence(seed, spawn_key=(i,)).generate_state(4)
+        number = sum(int(word) << 32 * n for n, word in enumerate(words))
+        white = white_noise(self.experiment.pm, number, purpose="simulation for band powers")
+        truth = 2 * self.bands.energies(white) / self.bands.counts
+        if j >= 0:
+            changes = numpy.zeros(len(self.bands.k))
+            changes[j] = self._step(i)
+            white = self.bands.amplify(white, changes)
+        state = self.maximum(self.experiment.simulate(white, number))
+        if state.status == "signal":
+            return None
+        found = self.energies(state)
+        return dict(truth=truth.tolist(), found=found.tolist(), status=state.status, nit=state.nit)
+
+    def _step(self, i: int) -> float:
+        return self.step if i % 2 == 0 else -self.step
+
     def calibrate(
         self,
         nsim: int = 64,
@@ -560,38 +592,6 @@ class BandPowers:
                 monitor(done, len(todo))
         self.calibration = self._evaluate(simulations.rows, nsim, ninject)
         return self.calibration
-
-    def _identity(self, seed: int) -> dict[str, Any]:
-        """What distinguishes the simulations from others."""
-        options = {name: getattr(self.optimizer, name) for name in self.optimizer.options()}
-        return dict(
-            experiment=self.experiment.identity,
-            power=self.bands.fiducial,
-            edges=self.bands.edges,
-            parts=self.bands.parts,
-            optimizer=dict(name=type(self.optimizer).__name__, **options),
-            step=self.step,
-            seed=seed,
-        )
-
-    def _simulation(self, seed: int, i: int, j: int) -> dict[str, Any] | None:
-        """The results of simulation i, with power injected into part j unless that is negative."""
-        words = numpy.random.SeedSequence(seed, spawn_key=(i,)).generate_state(4)
-        number = sum(int(word) << 32 * n for n, word in enumerate(words))
-        white = white_noise(self.experiment.pm, number, purpose="simulation for band powers")
-        truth = 2 * self.bands.energies(white) / self.bands.counts
-        if j >= 0:
-            changes = numpy.zeros(len(self.bands.k))
-            changes[j] = self._step(i)
-            white = self.bands.amplify(white, changes)
-        state = self.maximum(self.experiment.simulate(white, number))
-        if state.status == "signal":
-            return None
-        found = self.energies(state)
-        return dict(truth=truth.tolist(), found=found.tolist(), status=state.status, nit=state.nit)
-
-    def _step(self, i: int) -> float:
-        return self.step if i % 2 == 0 else -self.step
 
     def _evaluate(self, rows: Mapping[str, Mapping[str, Any]], nsim: int, ninject: int) -> Calibration:
         """The calibration from the results of all simulations."""
