@@ -195,7 +195,9 @@ def main(argv=None):
         report(found)
     if options.json and comm.rank == 0:
         plain = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in found.items()}
-        save(options.json, host, options=vars(options), **plain)
+        del plain["seconds"], options.folder  # what is read from a folder takes no time
+        path = vars(options).pop("json")
+        save(path, host, options=vars(options), **plain)
 
 
 if __name__ == "__main__":

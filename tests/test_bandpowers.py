@@ -32,7 +32,7 @@ collective = pytest.mark.collective
 comm = MPI.COMM_WORLD
 power = LinearPower(Planck15)
 EDGES = [0.02, 0.05, 0.08, 0.12]
-EXACT = LBFGS(gtol=1e-10, maxiter=100)
+EXACT = LBFGS(gtol=1e-7, maxiter=100)
 
 
 def mesh(comm=comm):
@@ -125,7 +125,7 @@ def test_energies_of_the_map_are_the_quadratic_estimator_of_matrices():
     for change in ([0, 0, 0], [0.5, 0, -0.3]):
         data = method.experiment.simulate(method.bands.amplify(white, change), 3)
         found = method.energies(method.maximum(data))
-        np.testing.assert_allclose(found, exact.energies(gathered(data) - 1.0), rtol=1e-6)
+        np.testing.assert_allclose(found, exact.energies(gathered(data) - 1.0), rtol=1e-5)
 
 
 @pytest.mark.serial
@@ -142,9 +142,9 @@ def test_what_is_kept_of_simulations_is_what_matrices_say():
     c = method.calibrate(nsim=5, ninject=2, seed=5)
     energies = exact.energies(np.array([gathered(d) for d in kept]) - 1.0)
     # the two with injections, of opposite sign, come before the three without
-    np.testing.assert_allclose(c.found, energies[[0, 4, 8, 9, 10]], rtol=1e-6)
-    np.testing.assert_allclose(c.injected[0].T, (energies[1:4] - energies[0]) / 0.2, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(c.injected[1].T, (energies[5:8] - energies[4]) / -0.2, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(c.found, energies[[0, 4, 8, 9, 10]], rtol=1e-5)
+    np.testing.assert_allclose(c.injected[0].T, (energies[1:4] - energies[0]) / 0.2, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(c.injected[1].T, (energies[5:8] - energies[4]) / -0.2, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(c.matrix, c.injected.mean(axis=0) / c.truth[:2].mean(axis=0))
 
 
@@ -276,7 +276,7 @@ def quick(comm, stages=(), maxiter=2, **options):
 def test_the_same_on_any_number_of_ranks_and_for_parts_of_bands():
     results = []
     for c in (comm, MPI.COMM_SELF):
-        method = quick(c, [1.0], 3, parts=2)
+        method = quick(c, [1.0], 2, parts=2)
         method.calibrate(nsim=4, ninject=1, seed=3)
         data, realised = method.mock(7)
         results.append((method.estimate(data), realised))
@@ -294,7 +294,7 @@ def test_the_same_on_any_number_of_ranks_and_for_parts_of_bands():
 @collective
 def test_a_killed_calibration_goes_on(tmp_path):
     path = os.path.join(on_root(comm, lambda: str(tmp_path)), "simulations.json")
-    whole = quick(comm).calibrate(nsim=5, ninject=2, seed=3)
+    whole = quick(comm).calibrate(nsim=5, ninject=1, seed=3)
     method, calls = quick(comm), []
 
     def end(done, total):
@@ -303,20 +303,20 @@ def test_a_killed_calibration_goes_on(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        method.calibrate(nsim=4, ninject=2, seed=3, path=path, monitor=end)
-    assert calls == [(1, 8), (2, 8), (3, 8)] and method.calibration is None
+        method.calibrate(nsim=4, ninject=1, seed=3, path=path, monitor=end)
+    assert calls == [(1, 6), (2, 6), (3, 6)] and method.calibration is None
     method.maximum, counted = lambda data, maximum=method.maximum: counted.append(1) or maximum(data), []
-    again = method.calibrate(nsim=4, ninject=2, seed=3, path=path)
-    assert len(counted) == 5
-    more = method.calibrate(nsim=5, ninject=2, seed=3, path=path)
-    assert len(counted) == 6
+    again = method.calibrate(nsim=4, ninject=1, seed=3, path=path)
+    assert len(counted) == 3
+    more = method.calibrate(nsim=5, ninject=1, seed=3, path=path)
+    assert len(counted) == 4
     np.testing.assert_array_equal(more.found, whole.found)
     np.testing.assert_array_equal(more.matrix, whole.matrix)
     np.testing.assert_array_equal(again.found, whole.found[:4])
     with pytest.raises(StateError, match="holds other simulations:\n  seed: 3 before, 4 now"):
-        method.calibrate(nsim=4, ninject=2, seed=4, path=path)
+        method.calibrate(nsim=4, ninject=1, seed=4, path=path)
     with pytest.raises(StateError, match="optimizer.maxiter: 2 before, 5 now"):
-        BandPowers(method.experiment, [0.02, 0.06, 0.12], LBFGS(maxiter=5, gtol=0.0)).calibrate(5, 2, 3, path)
+        BandPowers(method.experiment, [0.02, 0.06, 0.12], LBFGS(maxiter=5, gtol=0.0)).calibrate(5, 1, 3, path)
 
 
 @collective
