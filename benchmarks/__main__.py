@@ -7,7 +7,7 @@ import os
 import sys
 
 ALL = "engine", "fft", "kernels", "limits", "memory", "nbody", "reconstruction", "samplers"
-LONG = "sampling", "calibration"  # hours, and a peer; only if they are asked for
+LONG = "bandpowers", "calibration", "sampling"  # hours, or a peer; only if they are asked for
 
 
 def place(path, name, alone):
@@ -21,7 +21,10 @@ def place(path, name, alone):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="name", help=f"which of {', '.join(ALL)}; all if none is given"
+        "names",
+        nargs="*",
+        metavar="name",
+        help=f"which of {', '.join(ALL)}; all of them if none is given; or {', '.join(LONG)}",
     )
     parser.add_argument(
         "--json",
