@@ -203,6 +203,8 @@ def main(argv=None):
     for name in names:
         results.append(run(args.n, args.steps, name, args.minutes, args.ranks))
         report(results[-1])
+        if args.json:  # a long comparison may be ended before its end
+            save(args.json, host, unit="seconds", results=results)
     more = compare(results) if args.compare else {}
     if args.json:
         save(args.json, host, unit="seconds", results=results, **more)
