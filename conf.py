@@ -7,6 +7,7 @@ reference of the package that is tangled from them.  ``include_patterns`` keeps 
 
 import atexit
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -16,6 +17,7 @@ import uuid
 from pathlib import Path
 
 import jupyter_client
+import jupyter_client.provisioning
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT / "providers" / "pfft-python")]
@@ -133,6 +135,11 @@ class SocketKernelManager(jupyter_client.AsyncKernelManager):
 
 
 jupyter_client.AsyncKernelManager = SocketKernelManager  # where nbclient looks for it
+if hasattr(os, "fork"):  # kernels that need not import what others have imported
+    _provisioners = jupyter_client.provisioning.KernelProvisionerFactory.instance()
+    _nursling = importlib.metadata.EntryPoint("nursling", "tools.kernels:Nursling", _provisioners.GROUP_NAME)
+    _provisioners.provisioners[_nursling.name] = _nursling
+    _provisioners.default_provisioner_name = _nursling.name
 
 for _old in _caches.glob("*"):  # results of other states of the package are of no use
     if _old.name != Path(nb_execution_cache_path).name:
