@@ -233,11 +233,11 @@ def main(argv=None):
             found = measure(name, sampler, warmup, draws)
             results.setdefault(name, {})[sampler] = dict(found, draws=draws, warmup=warmup)
             rows.append([f"{name}: {sampler}", *(found[key] for key in keys)])
+        if first and args.json:
+            save(args.json, host, ranks=MPI.COMM_WORLD.size, results=results)
     if first:
         print(describe(host))
         print(
             "errors in standard errors; effective draws of the slowest number or square; gradients without those of the warm-up"
         )
         table(header, rows)
-        if args.json:
-            save(args.json, host, ranks=MPI.COMM_WORLD.size, results=results)

@@ -438,6 +438,29 @@ class Chain:
         return cls.load(path, vs, like, problem, accept) if exists else None
 
 
+FEW = 1000  # numbers of a vector that are kept of each draw without being asked for
+
+
+def default_keep(problem: Problem, x: Vector) -> Keep:
+    """What is kept of a draw if nobody says: the problem's summary, or the parts of x that are small and replicated."""
+    if callable(getattr(problem, "summary", None)):
+        return problem.summary  # type: ignore[attr-defined]
+    if not small_parts(problem.vs, x):
+        raise ValueError("say what to keep of each draw, a function of x that returns a dictionary: keep=...")
+    return lambda x: small_parts(problem.vs, x)
+
+
+def small_parts(vs: VectorSpace, x: Vector, name: str = "x") -> dict[str, Any]:
+    """The parts of a vector that are replicated, and of no more than `FEW` numbers, by name."""
+    if isinstance(vs, ProductSpace):
+        pairs = x.items() if isinstance(x, dict) else enumerate(x)
+        return {k: v for key, part in pairs for k, v in small_parts(vs._space(key), part, str(key)).items()}
+    replicated = vs.comm is None or (type(vs).dot is VectorSpace.dot and "dot" not in vars(vs))
+    if not replicated or is_field(x) or np.size(x) > FEW:
+        return {}
+    return {name: np.array(x)}
+
+
 Monitor = Callable[[Chain], object]  # may return True to stop
 Keep = Callable[[Vector], Mapping[str, Any]]
 SEED = Rule(
@@ -756,29 +779,6 @@ class Sampler(Options):
             return False
         self.end(chain, "monitor", "stopped by the monitor: ")
         return True
-
-
-FEW = 1000  # numbers of a vector that are kept of each draw without being asked for
-
-
-def default_keep(problem: Problem, x: Vector) -> Keep:
-    """What is kept of a draw if nobody says: the problem's summary, or the parts of x that are small and replicated."""
-    if callable(getattr(problem, "summary", None)):
-        return problem.summary  # type: ignore[attr-defined]
-    if not small_parts(problem.vs, x):
-        raise ValueError("say what to keep of each draw, a function of x that returns a dictionary: keep=...")
-    return lambda x: small_parts(problem.vs, x)
-
-
-def small_parts(vs: VectorSpace, x: Vector, name: str = "x") -> dict[str, Any]:
-    """The parts of a vector that are replicated, and of no more than `FEW` numbers, by name."""
-    if isinstance(vs, ProductSpace):
-        pairs = x.items() if isinstance(x, dict) else enumerate(x)
-        return {k: v for key, part in pairs for k, v in small_parts(vs._space(key), part, str(key)).items()}
-    replicated = vs.comm is None or (type(vs).dot is VectorSpace.dot and "dot" not in vars(vs))
-    if not replicated or is_field(x) or np.size(x) > FEW:
-        return {}
-    return {name: np.array(x)}
 
 
 class Hamiltonian(Sampler):
