@@ -199,6 +199,23 @@ class DiagonalMetric(Metric):
         self.scale, self.moments = vectors[0], Moments(self.vs, numbers["count"], *vectors[1:])
 
 
+def wiener_scale(
+    power: Callable[[Array], Any], noise: ArrayLike | Callable[[Array], Any]
+) -> Callable[[Array], Array]:
+    """The scale of white noise behind a Gaussian field: ``(1 + P(k) / N)^(-1/2)``, its size once it was measured.
+
+    `power` is the spectrum of the signal and `noise` that of the noise, a number or a function, in the same units. The
+    mean of the field, k = 0, has the scale 1.
+    """
+
+    def scale(k: Array) -> Array:
+        inside = np.where(k > 0, k, 1.0)
+        level = noise(inside) if callable(noise) else noise
+        return np.where(k > 0, 1 / np.sqrt(1 + np.asarray(power(inside)) / level), 1.0)
+
+    return scale
+
+
 class FourierMetric(Metric):
     """Each mode of a field in units of its own size, which is learnt for shells in k.
 
@@ -229,6 +246,7 @@ class FourierMetric(Metric):
         pm = like.pm
         modes = pm.create(type="complex" if self.real else type(like))
         k = np.sqrt(sum(ki**2 for ki in wavenumbers(modes)))
+        # Sort the modes into shells
         edges = self.edges
         if edges is None:
             width, corner = (
@@ -303,23 +321,6 @@ class FourierMetric(Metric):
         self.count, self.mean = numbers["count"], vectors[0] if vectors else None
         self.variance, self.squares = np.array(numbers["variance"]), np.array(numbers["squares"])
         self._spread()
-
-
-def wiener_scale(
-    power: Callable[[Array], Any], noise: ArrayLike | Callable[[Array], Any]
-) -> Callable[[Array], Array]:
-    """The scale of white noise behind a Gaussian field: ``(1 + P(k) / N)^(-1/2)``, its size once it was measured.
-
-    `power` is the spectrum of the signal and `noise` that of the noise, a number or a function, in the same units. The
-    mean of the field, k = 0, has the scale 1.
-    """
-
-    def scale(k: Array) -> Array:
-        inside = np.where(k > 0, k, 1.0)
-        level = noise(inside) if callable(noise) else noise
-        return np.where(k > 0, 1 / np.sqrt(1 + np.asarray(power(inside)) / level), 1.0)
-
-    return scale
 
 
 class ProductMetric(Metric):

@@ -110,19 +110,6 @@ class Target:
         """A random number in [0, 1), a function of the seed, the purpose and the iteration."""
         return float(uniform_numbers([0], self.seed, (purpose, iteration))[0])
 
-    def learn_metric(self, place: Place) -> Place:
-        """Have the metric learn from what it has observed, and return the same place in the new variables."""
-        metric = self.metric
-        assert isinstance(metric, Metric)
-        w, g = metric.unwhiten(place.z), metric.unwhiten_gradient(place.g)
-        metric.learn()
-        return Place(place.x, metric.whiten(w), place.U, metric.whiten_gradient(g))
-
-    def observe(self, place: Place) -> None:
-        """Show the metric a place of the chain."""
-        assert isinstance(self.metric, Metric)
-        self.metric.observe(self.metric.unwhiten(place.z))
-
     def uniforms(self, iteration: int, purpose: str, count: int) -> Iterator[float]:
         """So many of them, independent of each other, of those of :meth:`uniform` the first."""
         return iter(uniform_numbers(np.arange(count), self.seed, (purpose, iteration)).tolist())
@@ -131,6 +118,19 @@ class Target:
         """``<p, p> / 2``, the same number on all ranks; not finite if p is not."""
         with np.errstate(over="ignore", invalid="ignore"):
             return shared(self.vs, 0.5 * self.vs.inner(p, p))
+
+    def observe(self, place: Place) -> None:
+        """Show the metric a place of the chain."""
+        assert isinstance(self.metric, Metric)
+        self.metric.observe(self.metric.unwhiten(place.z))
+
+    def learn_metric(self, place: Place) -> Place:
+        """Have the metric learn from what it has observed, and return the same place in the new variables."""
+        metric = self.metric
+        assert isinstance(metric, Metric)
+        w, g = metric.unwhiten(place.z), metric.unwhiten_gradient(place.g)
+        metric.learn()
+        return Place(place.x, metric.whiten(w), place.U, metric.whiten_gradient(g))
 
 
 def leapfrog(target: Target, place: Place, p: Vector, step: float, steps: int = 1) -> tuple[Place, Vector]:
@@ -181,6 +181,15 @@ class Table:
         view.flags.writeable = False
         return view
 
+    def keys(self) -> list[str]:
+        """The names of the columns."""
+        return list(self._columns)
+
+    def part(self, rows: slice) -> dict[str, Array]:
+        """Some rows of all columns."""
+        return {name: self[name][rows] for name in self._columns}
+
+    # Describe a table for a file
     def described(self) -> dict[str, Any]:
         """For each column its type, its shape, and where it has numbers that are not finite, ready for JSON."""
         described = {}
@@ -190,14 +199,6 @@ class Table:
             odd = {text: np.flatnonzero(test).tolist() for text, test in tests.items() if test.any()}
             described[name] = dict(dtype=column.dtype.str, shape=list(column.shape), odd=odd)
         return described
-
-    def keys(self) -> list[str]:
-        """The names of the columns."""
-        return list(self._columns)
-
-    def part(self, rows: slice) -> dict[str, Array]:
-        """Some rows of all columns."""
-        return {name: self[name][rows] for name in self._columns}
 
 
 class Chain:
@@ -417,7 +418,7 @@ class Chain:
         if header["metric"] is not None:
             learnt = [vector for name, vector in found.items() if name.startswith("metric/")]
             chain.metric_memory = learnt, header["metric"]
-        # Compare the lengths of the vectors with those in the header
+        # Compare the lengths of place and slope with those in the header
         lengths = vs.norm(chain.place.x), vs.norm(chain.place.g)
         if not np.allclose(lengths, header["lengths"], rtol=1e-3, atol=sys.float_info.min):
             raise StateError(f"{parts.path} is damaged: its vectors have other lengths than its header says")
@@ -435,94 +436,6 @@ class Chain:
         """The chain saved at `path`, or None if there is none yet: what `sample` takes as `state`."""
         exists = on_first(vs.comm, lambda: os.path.lexists(path))
         return cls.load(path, vs, like, problem, accept) if exists else None
-
-
-PLAIN: dict[str, Rule] = {
-    **dict.fromkeys(("sampler", "status", "message"), TEXT),
-    **dict.fromkeys(("seed", "warmup", "thin", "nit", "gradients"), COUNT),
-    **dict.fromkeys(("step", "seconds"), FINITE),
-}
-
-
-def component(vs: VectorSpace, keys: Sequence[Any]) -> VectorSpace:
-    """The space of a component of a component ... of the vectors of a space."""
-    for key in keys:
-        assert isinstance(vs, ProductSpace)
-        vs = vs._space(key)
-    return vs
-
-
-def component_of(vector: Vector, keys: Sequence[Any]) -> Vector:
-    """A component of a component ... of a vector."""
-    for key in keys:
-        vector = vector[key]
-    return vector
-
-
-def read_vectors(
-    vs: VectorSpace, parts: Parts, likes: Mapping[str, tuple[list[Any], Vector]]
-) -> dict[str, Vector]:
-    """The saved vectors of these names, each like the one that is given for it, in the space of the keys."""
-    wanted: dict[str, Any] = {}
-    kinds: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    for name, (keys, like) in likes.items():
-        space = component(vs, keys)
-        arrays, starts = space.to_arrays(like), space.starts(like)
-        counts[name] = len(arrays)
-        for i, (array, start) in enumerate(zip(arrays, starts, strict=True)):
-            wanted[f"{name}:{i}"] = np.shape(array), start
-            kinds[f"{name}:{i}"] = np.asarray(array).dtype.kind
-    found = parts.read(wanted, kinds)
-
-    def make(name: str) -> Vector:
-        keys, like = likes[name]
-        return component(vs, keys).from_arrays([found[f"{name}:{i}"] for i in range(counts[name])], like)
-
-    return together(vs.comm, lambda: {name: make(name) for name in likes})
-
-
-def read_table(parts: Parts, what: str, described: Mapping[str, Any]) -> Table:
-    """A table of a saved chain."""
-    wanted = {f"{what}:{name}": (tuple(d["shape"]), None) for name, d in described.items()}
-    kinds = {f"{what}:{name}": np.dtype(d["dtype"]).kind for name, d in described.items()}
-    found = parts.read(wanted, {name: "c" if kind == "c" else "f" for name, kind in kinds.items()})
-
-    def make() -> Table:
-        columns = {}
-        for name, d in described.items():
-            column = found[f"{what}:{name}"]
-            for text, places in d["odd"].items():
-                column.reshape(-1)[places] = float(text)
-            columns[name] = column.astype(d["dtype"])
-        return Table(columns)
-
-    return together(parts.comm, make)
-
-
-def checked_header(path: str, header: dict[str, Any]) -> dict[str, Any]:
-    """The header of a saved chain; StateError if what is in it cannot be that of a chain."""
-
-    def need(what: str, holds: bool) -> None:
-        if not holds:
-            raise StateError(f"{path} is damaged: {what}")
-
-    if header.get("kind") != "chain":
-        raise StateError(f"{path} holds no chain, but the state of something else")
-    for name in "plain", "numbers", "keys", "tables":
-        need(f"its header has no {name}", type(header.get(name)) is dict)
-    for name, rule in PLAIN.items():
-        need(f"it has no {name}", name in header["plain"])
-        need(f"{name} must be {rule.words}, got {header['plain'][name]!r}", rule.holds(header["plain"][name]))
-    plain, tables = header["plain"], header["tables"]
-    need("its potential energy is no number", FINITE.holds(header.get("U")))
-    need("its numbers are none", not has_nan(header["numbers"]))
-    rows = {d["shape"][0] for d in tables["rows"].values()}
-    need(f"it has {rows} rows for {plain['nit']} iterations", rows <= {plain["nit"]})
-    kept = {d["shape"][0] for d in tables["kept"].values()}
-    draws = max(0, plain["nit"] - plain["warmup"]) // plain["thin"]
-    need(f"it has {kept} draws of {draws}", kept <= {draws})
-    return header
 
 
 Monitor = Callable[[Chain], object]  # may return True to stop
@@ -596,6 +509,7 @@ class Sampler(Options):
     def adapt(self, target: Target, chain: Chain, row: Mapping[str, float]) -> None:
         """Called after each iteration of the warm-up, number ``chain.nit``, with its row: learn from it."""
 
+    # Have the metric learn in windows
     def learn_metric(self, target: Target, chain: Chain) -> bool:
         """Show the metric where the chain is, in the windows of the warm-up, and have it learn at their ends.
 
@@ -661,6 +575,7 @@ class Sampler(Options):
         self.check_options()
         monitors = [] if monitor is None else [monitor] if callable(monitor) else list(monitor)
         interrupt = current_interrupt() if interrupt is None else interrupt
+        # Make a chain for each seed
         several = not is_real(self.seed)
         seeds: list[int] = [int(s) for s in self.seed] if several else [int(self.seed)]  # type: ignore
         states = list(state) if isinstance(state, (list, tuple)) else [state] * len(seeds)
@@ -700,6 +615,7 @@ class Sampler(Options):
         if keep is None:
             keep = default_keep(problem, chain.x)
         chain.status, chain.message, chain.fingerprint, chain.origin = "", "", identity, None
+        # Draw until there are enough draws
         total = chain.warmup + self.draws * chain.thin
         begin = time.perf_counter() - chain.seconds
         with ChainBar(problem.vs, total, chain.nit, progress) as bar:
@@ -762,6 +678,7 @@ class Sampler(Options):
         precond = target.problem.preconditioner
         w = start if precond is None else precond.whiten(start)
         target.metric = chain.metric = self._prepared_metric(vs, w)
+        # See that there is a density at the start, and that it has a slope
         place = target.at(start)
         if not math.isfinite(place.U):
             raise ValueError(
@@ -777,6 +694,16 @@ class Sampler(Options):
         self.begin(target, chain)
         chain.gradients = target.gradients
 
+    # Go on from a chain, and end it
+    def _identity(self, problem: Problem, seed: int) -> dict[str, Any]:
+        """The fingerprint of a chain, without the number of draws, which only says when to stop."""
+        options = {name: getattr(self, name) for name in self.options() if name not in ("draws", "seed")}
+        own = {
+            "problem": problem.ingredients(),
+            "sampler": {"name": type(self).__name__, "seed": seed, **options},
+        }
+        return {**fingerprint(own, problem.vs.comm), "versions": versions()}
+
     def _take_over(self, target: Target, chain: Chain, identity: Mapping[str, Any], accept: Accepted) -> None:
         """See that a chain is that of this sampler and problem, and go on from it."""
         origin, before = chain.origin or "the chain", chain.place.U * target.temperature
@@ -789,6 +716,7 @@ class Sampler(Options):
                     f"{now!r} now; to go on from this point, accept it: accept=['problem']"
                 )
             changed = True
+        # Make the metric again
         if chain.metric is None and self.metric is not None:
             precond = target.problem.preconditioner
             w = chain.x if precond is None else precond.whiten(chain.x)
@@ -799,15 +727,6 @@ class Sampler(Options):
         target.metric, target.gradients = chain.metric, chain.gradients
         if changed:
             chain.place = target.at(chain.x)
-
-    def _identity(self, problem: Problem, seed: int) -> dict[str, Any]:
-        """The fingerprint of a chain, without the number of draws, which only says when to stop."""
-        options = {name: getattr(self, name) for name in self.options() if name not in ("draws", "seed")}
-        own = {
-            "problem": problem.ingredients(),
-            "sampler": {"name": type(self).__name__, "seed": seed, **options},
-        }
-        return {**fingerprint(own, problem.vs.comm), "versions": versions()}
 
     def end(self, chain: Chain, status: str, why: str) -> None:
         """Note why sampling ends."""
@@ -839,26 +758,6 @@ class Sampler(Options):
         return True
 
 
-class ChainBar(ProgressBar):
-    """A tqdm bar for a chain, on rank 0; does nothing elsewhere, or if it is not wanted."""
-
-    def show(self, chain: Chain) -> None:
-        """Show acceptance and energy error of the last iterations, divergences, and the evaluations so far."""
-        if self.bar is None:
-            return
-        last = chain.rows.part(slice(max(0, len(chain.rows) - 50), None))
-        told = [
-            "warm-up" if chain.nit <= chain.warmup else "",
-            f"accept={np.mean(last['accept']):.2f}",
-            f"dE={np.median(np.abs(last['energy_error'])):.2g}",
-            f"step={chain.step:.3g}",
-            f"gradients={chain.gradients}",
-            f"divergent={chain.divergences}" if chain.divergences else "",
-        ]
-        self.bar.set_postfix_str(" ".join(filter(None, told)), refresh=False)
-        self.bar.update(chain.nit - self.bar.n)
-
-
 FEW = 1000  # numbers of a vector that are kept of each draw without being asked for
 
 
@@ -880,57 +779,6 @@ def small_parts(vs: VectorSpace, x: Vector, name: str = "x") -> dict[str, Any]:
     if not replicated or is_field(x) or np.size(x) > FEW:
         return {}
     return {name: np.array(x)}
-
-
-def windows(warmup: int) -> tuple[int, list[int]]:
-    """When the metric learns: the first iteration of the first window, and the ends of all windows, as in Stan.
-
-    The windows double. Before them and after the last one, only the step is adapted.
-    """
-    if warmup < 20:
-        return warmup, []
-    first, last, size = 75, 50, 25
-    if first + last + size > warmup:
-        first, last = int(0.15 * warmup), int(0.1 * warmup)
-        size = warmup - first - last
-    ends: list[int] = []
-    end = first
-    while end < warmup - last:
-        end, size = end + size, 2 * size
-        if end + size > warmup - last:
-            end = warmup - last
-        ends.append(end)
-    return first, ends
-
-
-class DualAveraging:
-    """Nesterov's dual averaging of the logarithm of a step, until what it is shown has the mean `aim` (Hoffman & Gelman 2014).
-
-    The memory is the dictionary `memory`, of plain numbers, which a chain keeps.
-    """
-
-    GAMMA, T0, KAPPA = 0.05, 10.0, 0.75
-
-    def __init__(self, memory: dict[str, float], aim: float) -> None:
-        self.memory, self.aim = memory, aim
-
-    def restart(self, step: float) -> None:
-        """Begin anew at a step."""
-        self.memory.update(centre=math.log(10 * step), count=0, error=0.0, last=math.log(step), mean=0.0)
-
-    def learn(self, accept: float) -> float:
-        """Learn from an acceptance, and return the next step to try."""
-        m = self.memory
-        m["count"] += 1
-        m["error"] += (self.aim - accept - m["error"]) / (m["count"] + self.T0)
-        m["last"] = m["centre"] - math.sqrt(m["count"]) / self.GAMMA * m["error"]
-        m["mean"] += m["count"] ** -self.KAPPA * (m["last"] - m["mean"])
-        return math.exp(m["last"])
-
-    @property
-    def result(self) -> float:
-        """The step that comes out."""
-        return math.exp(self.memory["mean"] if self.memory["count"] else self.memory["last"])
 
 
 class Hamiltonian(Sampler):
@@ -956,6 +804,7 @@ class Hamiltonian(Sampler):
         "divergence": LENGTH,
     }
 
+    # Adapt the step and the metric in the warm-up
     def begin(self, target: Target, chain: Chain) -> None:
         """Find a first step."""
         self.set_step(target, chain)
@@ -981,26 +830,6 @@ class Hamiltonian(Sampler):
             chain.step = averaging.result if last else chain.step
         if self.learn_metric(target, chain) and not last:
             self.set_step(target, chain)
-
-
-def first_step(target: Target, place: Place, step: float, iteration: int) -> float:
-    """A step with an acceptance of about 0.8, by doubling or halving (Hoffman & Gelman 2014, algorithm 4)."""
-    direction = 0
-    for trial in range(100):
-        p = target.momentum(place.z, iteration, f"first step {trial}")
-        new, q = leapfrog(target, place, p, step)
-        error = new.U + target.kinetic(q) - place.U - target.kinetic(p)
-        way = 1 if error < -math.log(0.8) else -1
-        if direction and way != direction:
-            return step
-        direction, step = way, step * 2.0**way
-        if not 1e-12 < step < 1e12:
-            break
-    why = "grows" if direction > 0 else "shrinks"
-    raise ValueError(
-        f"no step of the integrator has an acceptance near 0.8: it {why} to {step:.3g}; is the gradient that of the "
-        "objective, and can the density be normalised?"
-    )
 
 
 class HMC(Hamiltonian):
@@ -1059,6 +888,188 @@ class HMC(Hamiltonian):
         return max(1, min(round(factor * mean), self.maxsteps))
 
 
+def first_step(target: Target, place: Place, step: float, iteration: int) -> float:
+    """A step with an acceptance of about 0.8, by doubling or halving (Hoffman & Gelman 2014, algorithm 4)."""
+    direction = 0
+    for trial in range(100):
+        p = target.momentum(place.z, iteration, f"first step {trial}")
+        new, q = leapfrog(target, place, p, step)
+        error = new.U + target.kinetic(q) - place.U - target.kinetic(p)
+        way = 1 if error < -math.log(0.8) else -1
+        if direction and way != direction:
+            return step
+        direction, step = way, step * 2.0**way
+        if not 1e-12 < step < 1e12:
+            break
+    why = "grows" if direction > 0 else "shrinks"
+    raise ValueError(
+        f"no step of the integrator has an acceptance near 0.8: it {why} to {step:.3g}; is the gradient that of the "
+        "objective, and can the density be normalised?"
+    )
+
+
+class DualAveraging:
+    """Nesterov's dual averaging of the logarithm of a step, until what it is shown has the mean `aim` (Hoffman & Gelman 2014).
+
+    The memory is the dictionary `memory`, of plain numbers, which a chain keeps.
+    """
+
+    GAMMA, T0, KAPPA = 0.05, 10.0, 0.75
+
+    def __init__(self, memory: dict[str, float], aim: float) -> None:
+        self.memory, self.aim = memory, aim
+
+    def restart(self, step: float) -> None:
+        """Begin anew at a step."""
+        self.memory.update(centre=math.log(10 * step), count=0, error=0.0, last=math.log(step), mean=0.0)
+
+    def learn(self, accept: float) -> float:
+        """Learn from an acceptance, and return the next step to try."""
+        m = self.memory
+        m["count"] += 1
+        m["error"] += (self.aim - accept - m["error"]) / (m["count"] + self.T0)
+        m["last"] = m["centre"] - math.sqrt(m["count"]) / self.GAMMA * m["error"]
+        m["mean"] += m["count"] ** -self.KAPPA * (m["last"] - m["mean"])
+        return math.exp(m["last"])
+
+    @property
+    def result(self) -> float:
+        """The step that comes out."""
+        return math.exp(self.memory["mean"] if self.memory["count"] else self.memory["last"])
+
+
+def windows(warmup: int) -> tuple[int, list[int]]:
+    """When the metric learns: the first iteration of the first window, and the ends of all windows, as in Stan.
+
+    The windows double. Before them and after the last one, only the step is adapted.
+    """
+    if warmup < 20:
+        return warmup, []
+    first, last, size = 75, 50, 25
+    if first + last + size > warmup:
+        first, last = int(0.15 * warmup), int(0.1 * warmup)
+        size = warmup - first - last
+    ends: list[int] = []
+    end = first
+    while end < warmup - last:
+        end, size = end + size, 2 * size
+        if end + size > warmup - last:
+            end = warmup - last
+        ends.append(end)
+    return first, ends
+
+
+PLAIN: dict[str, Rule] = {
+    **dict.fromkeys(("sampler", "status", "message"), TEXT),
+    **dict.fromkeys(("seed", "warmup", "thin", "nit", "gradients"), COUNT),
+    **dict.fromkeys(("step", "seconds"), FINITE),
+}
+
+
+def checked_header(path: str, header: dict[str, Any]) -> dict[str, Any]:
+    """The header of a saved chain; StateError if what is in it cannot be that of a chain."""
+
+    def need(what: str, holds: bool) -> None:
+        if not holds:
+            raise StateError(f"{path} is damaged: {what}")
+
+    if header.get("kind") != "chain":
+        raise StateError(f"{path} holds no chain, but the state of something else")
+    for name in "plain", "numbers", "keys", "tables":
+        need(f"its header has no {name}", type(header.get(name)) is dict)
+    for name, rule in PLAIN.items():
+        need(f"it has no {name}", name in header["plain"])
+        need(f"{name} must be {rule.words}, got {header['plain'][name]!r}", rule.holds(header["plain"][name]))
+    plain, tables = header["plain"], header["tables"]
+    need("its potential energy is no number", FINITE.holds(header.get("U")))
+    need("its numbers are none", not has_nan(header["numbers"]))
+    rows = {d["shape"][0] for d in tables["rows"].values()}
+    need(f"it has {rows} rows for {plain['nit']} iterations", rows <= {plain["nit"]})
+    kept = {d["shape"][0] for d in tables["kept"].values()}
+    draws = max(0, plain["nit"] - plain["warmup"]) // plain["thin"]
+    need(f"it has {kept} draws of {draws}", kept <= {draws})
+    return header
+
+
+def component(vs: VectorSpace, keys: Sequence[Any]) -> VectorSpace:
+    """The space of a component of a component ... of the vectors of a space."""
+    for key in keys:
+        assert isinstance(vs, ProductSpace)
+        vs = vs._space(key)
+    return vs
+
+
+def component_of(vector: Vector, keys: Sequence[Any]) -> Vector:
+    """A component of a component ... of a vector."""
+    for key in keys:
+        vector = vector[key]
+    return vector
+
+
+def read_vectors(
+    vs: VectorSpace, parts: Parts, likes: Mapping[str, tuple[list[Any], Vector]]
+) -> dict[str, Vector]:
+    """The saved vectors of these names, each like the one that is given for it, in the space of the keys."""
+    wanted: dict[str, Any] = {}
+    kinds: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for name, (keys, like) in likes.items():
+        space = component(vs, keys)
+        arrays, starts = space.to_arrays(like), space.starts(like)
+        counts[name] = len(arrays)
+        for i, (array, start) in enumerate(zip(arrays, starts, strict=True)):
+            wanted[f"{name}:{i}"] = np.shape(array), start
+            kinds[f"{name}:{i}"] = np.asarray(array).dtype.kind
+    found = parts.read(wanted, kinds)
+
+    def make(name: str) -> Vector:
+        keys, like = likes[name]
+        return component(vs, keys).from_arrays([found[f"{name}:{i}"] for i in range(counts[name])], like)
+
+    return together(vs.comm, lambda: {name: make(name) for name in likes})
+
+
+def read_table(parts: Parts, what: str, described: Mapping[str, Any]) -> Table:
+    """A table of a saved chain."""
+    wanted = {f"{what}:{name}": (tuple(d["shape"]), None) for name, d in described.items()}
+    kinds = {f"{what}:{name}": np.dtype(d["dtype"]).kind for name, d in described.items()}
+    found = parts.read(wanted, {name: "c" if kind == "c" else "f" for name, kind in kinds.items()})
+
+    def make() -> Table:
+        columns = {}
+        for name, d in described.items():
+            column = found[f"{what}:{name}"]
+            for text, places in d["odd"].items():
+                column.reshape(-1)[places] = float(text)
+            columns[name] = column.astype(d["dtype"])
+        return Table(columns)
+
+    return together(parts.comm, make)
+
+
+class ChainBar(ProgressBar):
+    """A tqdm bar for a chain, on rank 0; does nothing elsewhere, or if it is not wanted."""
+
+    def show(self, chain: Chain) -> None:
+        """Show acceptance and energy error of the last iterations, divergences, and the evaluations so far."""
+        if self.bar is None:
+            return
+        last = chain.rows.part(slice(max(0, len(chain.rows) - 50), None))
+        told = [
+            "warm-up" if chain.nit <= chain.warmup else "",
+            f"accept={np.mean(last['accept']):.2f}",
+            f"dE={np.median(np.abs(last['energy_error'])):.2g}",
+            f"step={chain.step:.3g}",
+            f"gradients={chain.gradients}",
+            f"divergent={chain.divergences}" if chain.divergences else "",
+        ]
+        self.bar.set_postfix_str(" ".join(filter(None, told)), refresh=False)
+        self.bar.update(chain.nit - self.bar.n)
+
+
+End = tuple[Place, Vector]  # of a branch: where, and with what momentum
+
+
 class Branch:
     """A part of a trajectory: its two ends in time, and what a tree must know of what lies between.
 
@@ -1083,9 +1094,6 @@ class Branch:
         """The branch of one point."""
         end = place, p
         return cls(end, end, place, energy, weight, p)
-
-
-End = tuple[Place, Vector]  # of a branch: where, and with what momentum
 
 
 class Growth:
@@ -1165,6 +1173,7 @@ class NUTS(Hamiltonian):
         growth = Growth(target, chain.step, energy, self.divergence)
         tree, depth, goes_on = Branch.leaf(start, p, energy, 0.0), 0, True
         while goes_on and depth < self.maxdepth:
+            # Double the tree
             chances = target.uniforms(n, f"doubling {depth}", 2 + 2**depth)
             way = 1 if next(chances) < 0.5 else -1
             new = growth.grow(tree.front if way > 0 else tree.back, way, depth, chances)
