@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m benchmarks [--json PATH] [engine fft kernels limits memory nbody samplers] [options of the benchmark]`."""
+"""Run the benchmarks: `python -m benchmarks [--json PATH] [engine fft kernels limits memory microcanonical nbody samplers] [options of the benchmark]`."""
 
 import argparse
 import importlib
@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 
-ALL = "engine", "fft", "kernels", "limits", "memory", "nbody", "samplers"
+ALL = "engine", "fft", "kernels", "limits", "memory", "microcanonical", "nbody", "samplers"
 
 
 def place(path, name, alone):
