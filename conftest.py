@@ -76,7 +76,7 @@ def pytest_configure(config):
         pass
     else:  # no failures for being slow on a busy machine
         settings.register_profile("project", deadline=None)
-        settings.register_profile("ranks", deadline=None, max_examples=40, derandomize=True, database=None)
+        settings.register_profile("ranks", deadline=None, max_examples=25, derandomize=True, database=None)
         settings.register_profile("soak", deadline=None, max_examples=1000)
         settings.load_profile("ranks" if ranks else "soak" if config.getoption("--soak") else "project")
     if ranks is not None:
