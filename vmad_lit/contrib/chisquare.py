@@ -13,7 +13,8 @@ import numpy as np
 
 from vmad_lit import Builder, autooperator, operator
 from vmad_lit.contrib.optimize import ModelProblem, Monitor, Optimizer, Preconditioner, Problem, State
-from vmad_lit.contrib.vectorspace import Communicator, MPIVectorSpace, Vector, VectorSpace
+from vmad_lit.contrib.vectorspace import Communicator, Vector, VectorSpace
+from vmad_lit.contrib.vectorspace import MPIVectorSpace as MPIVectorSpace  # which users import from here
 from vmad_lit.contrib.vectorspace import is_field, local_field_product, real_inner_product
 from vmad_lit.core.arguments import whole_number
 from vmad_lit.core.handover import duplicate

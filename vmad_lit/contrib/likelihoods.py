@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -10,25 +9,28 @@ import numpy as np
 
 from vmad_lit import operator
 from vmad_lit.contrib.chisquare import local_squares
-from vmad_lit.contrib.cosmo4d import gaussian, white_noise
-from vmad_lit.contrib.vectorspace import is_field
+from vmad_lit.contrib.cosmo4d import gaussian
+from vmad_lit.contrib.priors import told
+from vmad_lit.contrib.vectorspace import MPIVectorSpace, VectorSpace, is_field
 from vmad_lit.core.arguments import plain_array, positive, real_array, real_number
+
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import Placement, Site, declare
 from vmad_lit.core.stdlib.operators import Array
-from vmad_lit.core.symbol import Symbol, Value
+from vmad_lit.core.symbol import Symbol
 from vmad_lit.core.together import together
 from vmad_lit.lib import fastpm, mpi, unary
 from vmad_lit.lib.lpt import check_power
-from vmad_lit.lib.mesh import RealField, check_field, sum_modes
+from vmad_lit.lib.mesh import check_field, sum_modes
 from vmad_lit.lib.mpi import MPI
 from vmad_lit.lib.noise import uniform_numbers
 from vmad_lit.lib.tracers import plain_numbers
 from vmad_lit.lib.transfer import Transfer, fixed_transfer
 
 with needed_for("likelihoods", extra="mesh"):
-    from scipy.special import gammaln, ndtri, pdtr, pdtrik
+    from pmesh.pm import RealField
+    from scipy.special import gammaln, pdtr, pdtrik
 
 LOG_ROOT = 0.5 * np.log(2 * np.pi)
 Find = Callable[[Any], Any]  # a number, or the symbol or value of what a name stands for
@@ -118,10 +120,11 @@ class Likelihood:
     """
 
     is_sum_of_squares = True
+    data: Any
     _given: dict[str, Any]
 
     def __init__(self, data: Any, mask: Any = None, comm: MPI.Comm | None = None, **given: Any) -> None:
-        self.comm = data.pm.comm if is_field(data) else comm
+        self.comm: Any = data.pm.comm if is_field(data) else comm
         self._given = dict(given, mask=mask, comm=comm)
         together(self.comm, lambda: self.take(data, mask, **given))
         own = int(self.seen.sum())
@@ -138,9 +141,9 @@ class Likelihood:
         bad = self.seen & ~np.isfinite(values)
         if bad.any():
             raise ValueError(f"data must be finite where the mask is 1, but {bad.sum()} of them are not")
-        self.data = (
-            like(data, np.where(self.seen, values, 0)) if is_field(data) else np.where(self.seen, values, 0.0)
-        )
+        values = np.where(self.seen, values, values.dtype.type(0))
+        self.data = like(data, values) if is_field(data) else values.astype("f8")
+        self._precision = numbers_of(self.data).dtype
         if mask is not None and not np.isin(numbers_of(mask), (0, 1)).all():
             raise ValueError(
                 "a mask is 1 where there are data, and 0 where there are none; it has other values"
@@ -150,7 +153,7 @@ class Likelihood:
         """A number, field or array for the data as an array, checked."""
         values = numbers_of(x)
         values = real_array(
-            name, np.asarray(values) * 1 if np.asarray(values).dtype == bool else values, **bounds
+            name, np.multiply(values, 1) if np.asarray(values).dtype == bool else values, **bounds
         )
         if values.ndim and values.shape != shape:
             raise ValueError(f"{name} must be of the shape of the data, {shape}, not {values.shape}")
@@ -159,6 +162,15 @@ class Likelihood:
     def with_data(self, data: Any) -> Self:
         """The same likelihood for other data."""
         return type(self)(data, **self._given)
+
+    def replicated(self) -> list[Array]:
+        """The arrays that must be the same on all ranks."""
+        return [] if self.comm is not None else [x for x in vars(self).values() if isinstance(x, np.ndarray)]
+
+    def __repr__(self) -> str:
+        given = {name: x for name, x in self._given.items() if x is not None and name != "comm"}
+        words = ", ".join(f"{name}={told(x)}" for name, x in given.items())
+        return f"{type(self).__name__} of {self.count} data" + (f" ({words})" if words else "")
 
     def where(self, comm: MPI.Comm) -> Placement:
         """Where the data live, in a program that runs on the ranks of `comm`."""
@@ -193,14 +205,14 @@ class Likelihood:
                 ids = ids * int(n) + np.asarray(i, "i8")
         else:
             ids = np.arange(int(np.prod(shape))).reshape(shape)
-            ids += 0 if self.comm is None else self.comm.exscan(ids.size) or 0
+            ids += 0 if self.comm is None else sum(self.comm.allgather(ids.size)[: self.comm.rank])
         return uniform_numbers(ids, seed, purpose) + 2.0**-54
 
     def normal(self, seed: int, purpose: str) -> Any:
         """Normal random numbers, one for each of the data."""
-        if is_field(self.data):
-            return white_noise(self.data.pm, seed, purpose=purpose)
-        return ndtri(self.uniform(seed, purpose))
+        alone = self.comm is None and not is_field(self.data)
+        space = VectorSpace() if alone else MPIVectorSpace(self.comm)
+        return space.normal(like(self.data, self.data * 1.0), seed, purpose)
 
     def finish(self, data: Any) -> Any:
         """Random data where there are data, 0 elsewhere; of the type of the data."""
@@ -234,6 +246,8 @@ class Gaussian(Likelihood):
         **more: Any,
     ) -> None:
         super().__init__(data, mask, comm, sigma=sigma, amplitude=amplitude, power=power, **more)
+        if self.power is not None:
+            self.count = round(sum_modes(self.modes, 1.0 * (self.modes.value.real > 0)))
 
     def take(self, data: Any, mask: Any, **given: Any) -> None:
         sigma, self.amplitude, self.power = given["sigma"], given["amplitude"], given["power"]
@@ -249,9 +263,12 @@ class Gaussian(Likelihood):
                     "noise of a given power needs data that are a field, without a mask and a sigma"
                 )
             check_power(self.power, data.pm)
+
         self.seen = self.seen & np.isfinite(self.sigma)
-        weights = np.where(self.seen, 1 / self.sigma, 0.0)
-        self._weights: Any = float(1 / self.sigma) if self.seen.all() and self.sigma.ndim == 0 else weights
+        simple = mask is None and self.sigma.ndim == 0  # the same on all ranks
+        weights = np.where(self.seen, 1 / self.sigma, 0.0).astype(self._precision)
+        self._weights: Any = 1 / float(self.sigma) if simple else weights
+        self.is_sum_of_squares = self.amplitude is None
 
     def residual(self, x: Symbol, where: Placement) -> Symbol:
         """The difference of prediction and data in units of its standard deviation, for an amplitude of one."""
@@ -272,6 +289,12 @@ class Gaussian(Likelihood):
 
         return transfer
 
+    @property
+    def modes(self) -> Any:
+        """The modes of the standard deviation of the noise, a complex field."""
+        modes, transfer = self.data.pm.create(type="complex", value=0), self.whitening(0.5)
+        return modes.apply(lambda k, v: transfer(k) + v)
+
     def express(self, x: Symbol, find: Find, comm: MPI.Comm) -> tuple[Symbol, list[Symbol]]:
         where = self.where(comm)
         r = self.residual(x, where)
@@ -283,12 +306,11 @@ class Gaussian(Likelihood):
 
     def constant(self) -> float:
         if self.power is not None:
-            transfer, modes = self.whitening(0.5), self.data.pm.create(type="complex", value=0)
-            scale = modes.apply(lambda k, v: transfer(k) + v).value.real
+            scale = self.modes.value.real
             logs = np.log(np.where(scale > 0, scale, 1.0))
-            return float(sum_modes(modes, logs) + sum_modes(modes, 1.0 * (scale > 0)) * LOG_ROOT)
-        logs = float(np.log(np.broadcast_to(self.sigma, self.seen.shape)[self.seen]).sum())
-        return self.count * LOG_ROOT + (logs if self.comm is None else mpi.add_up(self.comm, logs))
+            return self.count * LOG_ROOT + float(sum_modes(self.modes, logs))
+        own = float(np.log(np.broadcast_to(self.sigma, self.seen.shape)[self.seen]).sum())
+        return self.count * LOG_ROOT + (own if self.comm is None else mpi.add_up(self.comm, own))
 
     def noise(self, find: Find, seed: int, purpose: str) -> Any:
         """Random noise."""
@@ -301,3 +323,210 @@ class Gaussian(Likelihood):
     def draw(self, x: Any, find: Find, seed: int, purpose: str) -> Any:
         noise = self.noise(find, seed, purpose)
         return self.finish(like(x, numbers_of(x) + numbers_of(noise)))
+
+
+class Smoothed(Gaussian):
+    """As `Gaussian`, with a misfit that is smoothed at a scale (Mpc/h) before it is compared with the noise.
+
+    This is no probability of data, but a way to make a search begin with what is large.
+    """
+
+    def __init__(
+        self, data: Any, sigma: Any = 1.0, mask: Any = None, scale: float = 0.0, **more: Any
+    ) -> None:
+        super().__init__(data, sigma, mask, scale=scale, **more)
+
+    def take(self, data: Any, mask: Any, **given: Any) -> None:
+        super().take(data, mask, **given)
+        if not is_field(data) or self.power is not None:
+            raise TypeError("what is smoothed is a field, with a sigma")
+        self.scale = real_number("scale", given["scale"], least=0)
+
+    def residual(self, x: Symbol, where: Placement) -> Symbol:
+        difference = misfit(x, self.data, self.seen.astype(self._precision), where)
+        smooth = fastpm.c2r(fastpm.apply_transfer(fastpm.r2c(difference), gaussian(self.scale)))
+        return misfit(smooth, like(self.data, 0), self._weights, where)
+
+
+class LogDensity(Gaussian):
+    """As `Gaussian`, of the logarithms of prediction and data after a `floor` has been added to them.
+
+    Negative data are taken as 0.
+    """
+
+    def __init__(
+        self, data: Any, sigma: Any = 1.0, mask: Any = None, floor: float = 0.1, **more: Any
+    ) -> None:
+        super().__init__(data, sigma, mask, floor=floor, **more)
+
+    def take(self, data: Any, mask: Any, **given: Any) -> None:
+        self.floor = positive("floor", given["floor"])
+        super().take(data, mask, **given)
+        self._logs = like(self.data, np.log(np.maximum(numbers_of(self.data), 0) + self.floor))
+
+    def residual(self, x: Symbol, where: Placement) -> Symbol:
+        return misfit(unary.log(x + self.floor), self._logs, self._weights, where)
+
+    def draw(self, x: Any, find: Find, seed: int, purpose: str) -> Any:
+        logs = np.log(numbers_of(x) + self.floor) + numbers_of(self.noise(find, seed, purpose))
+        return self.finish(np.exp(logs) - self.floor)
+
+
+class LogNormalNoise(Gaussian):
+    """Positive data whose logarithm is normal, with that of the prediction for its mean, and `sigma`."""
+
+    def take(self, data: Any, mask: Any, **given: Any) -> None:
+        super().take(data, mask, **given)
+        values = numbers_of(self.data)
+        if self.power is not None:
+            raise ValueError("log-normal data have a sigma, and no power of their noise")
+        if not (values[self.seen] > 0).all():
+            raise ValueError("log-normal data must be positive where the mask is 1")
+        self._logs = like(self.data, np.log(np.where(self.seen, values, 1.0)))
+
+    def residual(self, x: Symbol, where: Placement) -> Symbol:
+        return misfit(unary.log(x), self._logs, self._weights, where)
+
+    def constant(self) -> float:
+        own = float(numbers_of(self._logs)[self.seen].sum())
+        return super().constant() + (own if self.comm is None else mpi.add_up(self.comm, own))
+
+    def draw(self, x: Any, find: Find, seed: int, purpose: str) -> Any:
+        return self.finish(numbers_of(x) * np.exp(numbers_of(self.noise(find, seed, purpose))))
+
+
+def where_rate_is(site: Site) -> Placement | None:
+    """The result lives where the rate does."""
+    return site.given["rate"]
+
+
+def where_share_is(site: Site) -> Placement | None:
+    """A sum over the rate: of parts it is a summand."""
+    rate = site.given["rate"]
+    parts = rate is not None and rate.kind == "partitioned"
+    return Placement("partial", rate.comm) if parts else rate
+
+
+@operator
+class poisson_loss:
+    """Minus the logarithm of the probability of counts for a rate, without the factorials: a rank's share."""
+
+    ain, aout = "rate", "y"
+    placements = staticmethod(where_share_is)
+
+    def apl(node, rate, data, seen):
+        rate, n = numbers_of(rate), numbers_of(data)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            terms = np.where(n > 0, rate - n * np.log(rate), rate)
+        possible = (rate > 0) | (rate == 0) & (n == 0)
+        return dict(y=float(np.where(possible, terms, np.inf)[seen].sum(dtype="f8")))
+
+    def vjp(node, _y, rate, data, seen):
+        return dict(_rate=like(rate, float(_y) * poisson_slope(rate, data, seen)))
+
+    def jvp(node, rate_, rate, data, seen):
+        return dict(y_=float((poisson_slope(rate, data, seen) * numbers_of(rate_)).sum(dtype="f8")))
+
+    def hvp(node, _y, rate_, rate, data, seen):
+        n, x = numbers_of(data), numbers_of(rate)
+        bend = np.divide(n, x * x, out=np.zeros(np.shape(x)), where=seen & (x > 0))
+        return dict(_rate_=like(rate, float(_y) * bend * numbers_of(rate_)))
+
+
+def poisson_slope(rate: Any, data: Any, seen: Array) -> Array:
+    """The derivative of the loss with respect to each rate, 1 - n / rate."""
+    n, x = numbers_of(data), numbers_of(rate)
+    return seen - np.divide(n, x, out=np.zeros(np.shape(x)), where=seen & (x > 0))
+
+
+@operator
+class twice_root:
+    """Twice the square root of a rate where there are data and the rate is positive, else 0.
+
+    The square of its derivative is the Fisher information of a Poisson variable.
+    """
+
+    ain, aout = "rate", "y"
+    placements = staticmethod(where_rate_is)
+
+    def apl(node, rate, seen):
+        return dict(y=like(rate, np.where(seen, 2 * np.sqrt(np.maximum(numbers_of(rate), 0)), 0)))
+
+    def vjp(node, _y, rate, seen):
+        return dict(_rate=like(rate, numbers_of(_y) * root_slope(rate, seen)))
+
+    def jvp(node, rate_, rate, seen):
+        return dict(y_=like(rate, numbers_of(rate_) * root_slope(rate, seen)))
+
+    def hvp(node, _y, rate_, rate, seen):
+        return dict(
+            _rate_=like(rate, -0.5 * root_slope(rate, seen) ** 3 * numbers_of(_y) * numbers_of(rate_))
+        )
+
+
+def root_slope(rate: Any, seen: Array) -> Array:
+    """The derivative of `twice_root`, 1 / sqrt(rate)."""
+    x = numbers_of(rate)
+    return np.divide(1.0, np.sqrt(np.maximum(x, 0)), out=np.zeros(np.shape(x)), where=seen & (x > 0))
+
+
+class Poisson(Likelihood):
+    """Counts with the prediction, times a mean, for their rate.
+
+    Parameters
+    ----------
+    data, mask, comm : see `Likelihood`; whole numbers
+    mean : number, field or array; or str
+        What the prediction is multiplied with: the number that is expected where the prediction is 1. Or the
+        name of a parameter, or of a result of the forward model.
+    floor : float, optional
+        A rate, if predictions may be negative, as those of linear theory are: the rate becomes
+        ``(r + sqrt(r^2 + 4 floor^2)) / 2``, which is positive and smooth.
+    """
+
+    is_sum_of_squares = False
+    mean: Any
+
+    def __init__(
+        self,
+        data: Any,
+        mean: Any = 1.0,
+        mask: Any = None,
+        floor: float | None = None,
+        comm: MPI.Comm | None = None,
+    ) -> None:
+        super().__init__(data, mask, comm, mean=mean, floor=floor)
+
+    def take(self, data: Any, mask: Any, **given: Any) -> None:
+        super().take(data, mask)
+        values, mean = numbers_of(self.data), given["mean"]
+        if (values < 0).any() or (values % 1 != 0).any():
+            raise ValueError("counts must be whole numbers that are not negative, where the mask is 1")
+        self.mean = mean if isinstance(mean, str) else self.on_cells("mean", mean, values.shape, least=0)
+        self.floor = None if given["floor"] is None else positive("floor", given["floor"])
+        if not isinstance(mean, str):
+            self.seen = self.seen & (self.mean > 0)
+            if (values[~self.seen] > 0).any():
+                raise ValueError("there are counts where the mean is 0")
+
+    def express(self, x: Symbol, find: Find, comm: MPI.Comm) -> tuple[Symbol, list[Symbol]]:
+        where, named = self.where(comm), isinstance(self.mean, str)
+        weights = (self.seen * (1.0 if named else self.mean)).astype(self._precision)
+        rate = misfit(x, like(self.data, np.zeros(self.seen.shape)), weights, where)
+        rate = rate * find(self.mean) if named else rate
+        rate = rate if self.floor is None else (rate + unary.sqrt(rate * rate + 4 * self.floor**2)) * 0.5
+        return self.add_up(poisson_loss(rate, self.data, self.seen), where), [twice_root(rate, self.seen)]
+
+    def constant(self) -> float:
+        own = float(gammaln(numbers_of(self.data)[self.seen] + 1.0).sum())
+        return own if self.comm is None else mpi.add_up(self.comm, own)
+
+    def draw(self, x: Any, find: Find, seed: int, purpose: str) -> Any:
+        rate = np.where(self.seen, numbers_of(x) * numbers_of(find(self.mean)), 0.0)
+        if self.floor is not None:
+            rate = 0.5 * (rate + np.sqrt(rate**2 + 4 * self.floor**2))
+        together(self.comm, lambda: real_array("rates of counts", rate, least=0))
+        u = self.uniform(seed, purpose)
+        n = np.ceil(pdtrik(u, rate))
+        less = np.maximum(n - 1, 0)
+        return self.finish(np.where(rate > 0, np.where(pdtr(less, rate) >= u, less, n), 0))

@@ -170,12 +170,14 @@ class Problem:
         return {**kinds, "preconditioner": self.preconditioner, **self.identity}
 
     @classmethod
-    def from_model(cls, model: Model, objective: str, **options: Any) -> ModelProblem:
+    def from_model(
+        cls, model: Model, objective: str, x: str | Iterable[str] | None = None, **options: Any
+    ) -> ModelProblem:
         """The problem of minimising an output of a model, with derivatives from its tape.
 
-        Parameters and `options` are those of :class:`ModelProblem`.
+        The parameters are those of :class:`ModelProblem`.
         """
-        return ModelProblem(model, objective, **options)
+        return ModelProblem(model, objective, x, **options)
 
 
 class Point:
@@ -1529,15 +1531,31 @@ from vmad_lit.core.tape import Tape
 
 
 class ModelProblem(Problem):
-    """The problem of minimising an output of a model, see :meth:`Problem.from_model`.
+    """The problem of minimising an output of a model; made by :meth:`Problem.from_model`.
+
+    Parameters
+    ----------
+    model : Model
+    objective : str
+        the output to be minimised, a real number that is the same on all ranks.
+    x : str or list of str
+        the inputs to be varied; by default all that are not given. A vector of the problem is the value of
+        the input if there is one, and a dictionary of values by name if there are several.
+
+    residuals : str or list of str
+        outputs whose sum of squares, times temperature / 2, is the objective. Then
+        ``hessian_vector_product`` is the Gauss-Newton product, and the exact one if there are none.
+    vs, preconditioner, identity :
+        as in :class:`Problem`; by default the space follows from the placement of the inputs.
+    given : dict
+        values of the other inputs.
+    temperature : float
+        by default 2 if there are residuals, else 1.
 
     Attributes
     ----------
-    model : Model
-    names : list of str
-        the inputs that are optimised.
-    residual_names : list of str
-        the outputs whose sum of squares is the objective.
+    names, residual_names : list of str
+        the inputs that are varied, and the outputs that are residuals.
     forwards : int
         how often the model was run forward.
     """
@@ -1554,6 +1572,7 @@ class ModelProblem(Problem):
         given: Mapping[str, Any] | None = None,
         temperature: float | None = None,
     ) -> None:
+
         self.model, self.given = model, dict(given or {})
         free = [name for name in model._inputs if name not in self.given]
         self.single = isinstance(x, str) or x is None and len(free) == 1

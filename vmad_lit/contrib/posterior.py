@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -11,15 +12,13 @@ import numpy as np
 from vmad_lit.contrib.likelihoods import Likelihood
 from vmad_lit.contrib.optimize import ModelProblem, Preconditioner, Problem
 from vmad_lit.contrib.priors import LOG_ROOT, Prior
-from vmad_lit.contrib.vectorspace import ProductSpace, Vector, is_field
+from vmad_lit.contrib.vectorspace import ProductSpace, Vector
+
 from vmad_lit.core.autooperator import AutoOperator
 from vmad_lit.core.error import did_you_mean
-from vmad_lit.core.handover import duplicate
 from vmad_lit.core.model import Model
-from vmad_lit.core.stdlib.operators import Array
-from vmad_lit.core.symbol import BaseSymbol, Symbol
+from vmad_lit.core.symbol import Symbol
 from vmad_lit.core.together import together
-from vmad_lit.core.traffic import count_object
 from vmad_lit.lib import mpi
 from vmad_lit.lib.mpi import MPI
 
@@ -42,6 +41,7 @@ class Posterior(ModelProblem):
         Of the symbols of parameters, by name, those that its signature names. It returns what is compared with
         data: a dictionary of symbols by name, or one symbol. An autooperator will do. Without it parameters are
         compared themselves.
+
     likelihoods : Likelihood, or dict
         A `Likelihood`, or a list of several, for each result of `forward` that has been observed. One alone is
         that of the only result.
@@ -53,6 +53,8 @@ class Posterior(ModelProblem):
     ----------
     names : list of str
         The parameters.
+    size : int
+        The number of latents on all ranks.
     """
 
     def __init__(
@@ -64,14 +66,20 @@ class Posterior(ModelProblem):
         preconditioner: Preconditioner | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
+
         self.priors, self.forward, self.likelihoods = dict(priors), forward, likelihoods
         self.comm = find_comm(self) if comm is None else comm
         together(self.comm, self.check)
+        parts: list[Any] = [*self.priors.values(), *(likelihood for _, likelihood in self.pairs())]
+        for x in (x for part in parts for x in part.replicated()):
+            mpi.agreed(x, self.comm)
+
         m = Model()
         values, outputs = self.express(m)
         pool = {**values, **outputs}
         # Add up the likelihoods
-        losses, roots = [], {}
+        losses: list[Symbol] = []
+        roots: dict[str, Symbol] = {}
         for name, likelihood in self.pairs():
             if name not in pool:
                 raise ValueError(f"the forward model has no result {name!r}" + did_you_mean(name, list(pool)))
@@ -79,11 +87,21 @@ class Posterior(ModelProblem):
             losses.append(loss)
             roots.update((f"root{len(roots)}", root) for root in found)
         m.output(**{LOSS: sum(losses[1:], start=losses[0])}, **roots)
+
         vs = ProductSpace({name: prior.space(self.comm) for name, prior in self.priors.items()})
         super().__init__(
             m, LOSS, list(self.priors), list(roots), vs, preconditioner, identity, temperature=1.0
         )
         self._forecast: Model | None = None
+        ones = {name: prior.zeros() + 1.0 for name, prior in self.priors.items()}
+        self.size = round(vs.dot(ones, ones))
+
+    def __repr__(self) -> str:
+        width = max(map(len, (*self.priors, *(name for name, _ in self.pairs()))))
+        lines = [f"Posterior of {self.size} latents"]
+        lines += [f"  {name:{width}} ~ {prior!r}" for name, prior in self.priors.items()]
+        lines += [f"  {name:{width}} : {likelihood!r}" for name, likelihood in self.pairs()]
+        return "\n".join(lines)
 
     def pairs(self) -> list[tuple[str, Likelihood]]:
         """Each likelihood, and the name of what it is for."""
@@ -107,6 +125,7 @@ class Posterior(ModelProblem):
                         f"{name!r} depends on {other!r}, which has no prior"
                         + did_you_mean(other, list(self.priors))
                     )
+
         for _, likelihood in self.pairs():
             if not isinstance(likelihood, Likelihood):
                 raise TypeError(
@@ -120,63 +139,31 @@ class Posterior(ModelProblem):
     def express(self, m: Model) -> tuple[dict[str, Symbol], dict[str, Symbol]]:
         """The inputs of a model, and the symbols of parameters and of what the forward model makes of them."""
         values: dict[str, Symbol] = {}
-        latents = {}
-        for name, prior in self.priors.items():
-            field = is_field(prior.zeros())
-            where = (
-                "field" if field else "partitioned" if getattr(prior, "partitioned", False) else "replicated"
-            )
-            latents[name] = m.input(name, placement=where, comm=self.comm)
-        while len(values) < len(self.priors):
-            ready = [
-                n for n, p in self.priors.items() if n not in values and all(d in values for d in p.depends)
-            ]
+        waiting = dict(self.priors)
+        while waiting:
+            ready = [name for name, prior in waiting.items() if values.keys() >= set(prior.depends)]
             if not ready:
-                raise ValueError(
-                    f"the priors of {[n for n in self.priors if n not in values]} depend on each other"
-                )
+                raise ValueError(f"the priors of {', '.join(waiting)} depend on each other")
             for name in ready:
-                values[name] = self.priors[name].express(latents[name], values, self.comm)
+                prior = waiting.pop(name)
+                z = m.input(name, placement=prior.placement, comm=self.comm)
+                values[name] = prior.express(z, values, self.comm)
         return values, run_forward(self.forward, values, self.only_result)
 
     # The problem
     def _forward(self, x: Vector) -> Any:
-        return super()._forward(x) + 0.5 * self.vs.dot(self._point, self._point)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            loss = super()._forward(x) + 0.5 * self.vs.dot(self._point, self._point)
+        return np.inf if np.isnan(loss) else loss
 
     def _pull_back(self, x: Vector) -> Vector:
-        return self.vs.addmul(self._agreed(super()._pull_back(x)), x, 1.0)
+        return self.vs.addmul(super()._pull_back(x), x, 1.0)
 
     def _gauss_newton(self, x: Vector, v: Vector) -> Vector:
-        return self.vs.addmul(self._agreed(super()._gauss_newton(x, v)), v, 1.0)
+        return self.vs.addmul(super()._gauss_newton(x, v), v, 1.0)
 
     def _exact(self, x: Vector, v: Vector) -> Vector:
-        return self.vs.addmul(self._agreed(super()._exact(x, v)), v, 1.0)
-
-    def _agreed(self, g: Vector) -> Vector:
-        """A vector whose replicated parts are the same on all ranks to the last bit, or an error."""
-        names = [
-            n for n in self.names if not is_field(g[n]) and not getattr(self.priors[n], "partitioned", False)
-        ]
-        if self.comm.size == 1 or not names:
-            return g
-        mine = np.concatenate([np.ravel(g[name]) for name in names])
-        count_object(self.comm, mine)
-        first = self.comm.bcast(mine)
-        apart = np.abs(mine - first) > 1e-6 * np.max(np.abs(first), initial=0.0)
-
-        def compare() -> None:
-            if apart.any():
-                owner = np.repeat(names, [np.size(g[name]) for name in names])[apart][0]
-                raise ValueError(
-                    f"the gradient with respect to {owner!r} differs between ranks: the forward model brings "
-                    f"it together with an array of which each rank has a part, and does not say so; "
-                    f"mpi.place(array, 'partitioned', comm) does"
-                )
-
-        together(self.comm, compare)
-        parts = np.split(first, np.cumsum([np.size(g[name]) for name in names])[:-1])
-        new = {name: part.reshape(np.shape(g[name]))[()] for name, part in zip(names, parts, strict=True)}
-        return {name: new.get(name, g[name]) for name in g}
+        return self.vs.addmul(super()._exact(x, v), v, 1.0)
 
     def ingredients(self) -> dict[str, Any]:
         """The priors, the forward model and the likelihoods, besides what all problems have."""
@@ -213,14 +200,9 @@ class Posterior(ModelProblem):
 
     def latents(self, values: Mapping[str, Any]) -> Vector:
         """The latents of values of the parameters."""
-
-        def find() -> Vector:
-            missing = [name for name in self.priors if name not in values]
-            if missing:
-                raise ValueError(f"values are needed of all parameters, also of {', '.join(missing)}")
-            return None
-
-        together(self.comm, find)
+        missing = [name for name in self.priors if name not in values]
+        if missing:
+            raise ValueError(f"values are needed of all parameters, also of {', '.join(missing)}")
         return {name: prior.latent(values[name], values) for name, prior in self.priors.items()}
 
     def summary(self, z: Vector) -> dict[str, Any]:
@@ -232,16 +214,7 @@ class Posterior(ModelProblem):
 
     def log_prior(self, z: Vector) -> float:
         """The logarithm of the density of the latents before there are data."""
-        count = sum(np.size(array) for array in self.vs.to_arrays(z))
-        del count
         return -0.5 * self.vs.dot(z, z) - self.size * LOG_ROOT
-
-    @property
-    def size(self) -> int:
-        """The number of latents on all ranks."""
-        ones = {n: p.zeros() for n, p in self.priors.items()}
-        ones = {n: x + 1.0 for n, x in ones.items()}
-        return round(self.vs.dot(ones, ones))
 
     def log_likelihood(self, z: Vector) -> float:
         """The logarithm of the probability of the data for latents."""
@@ -259,38 +232,31 @@ class Posterior(ModelProblem):
         """
         z = self.draw(seed) if z is None else z
         found = self.forecast(z, list(self._forecast_model()._outputs))
-        numbers = iter(range(len(self.pairs())))
+        numbers = itertools.count()
 
         def draw(name: str, likelihood: Likelihood) -> Any:
             return likelihood.draw(found[name], finder(found), seed, f"data {next(numbers)}")
 
         return z, self._map(draw)
 
-    def _map(self, function: Callable[[str, Likelihood], Any]) -> Any:
-        """A function of each likelihood and what it is for, in the form of `likelihoods`."""
+    def _map(self, function: Callable[..., Any], *others: Any) -> Any:
+        """What a function makes of each likelihood and of what stands in its place in `others`."""
         if not isinstance(self.likelihoods, Mapping):
-            return function(self.only_result, self.likelihoods)
-        return {
-            name: [function(name, x) for x in listed]
-            if isinstance(listed, (list, tuple))
-            else function(name, listed)
-            for name, listed in self.likelihoods.items()
-        }
+            return function(self.only_result, self.likelihoods, *others)
+        found: dict[str, Any] = {}
+        for name, listed in self.likelihoods.items():
+            given = [listed, *(other[name] for other in others)]
+            several = isinstance(listed, (list, tuple))
+            items = zip(*given, strict=True) if several else [given]
+            results = [function(name, *item) for item in items]
+            found[name] = results if several else results[0]
+        return found
 
     def with_data(self, data: Any) -> Self:
         """The same posterior for other data, such as those of `simulate`."""
-        if not isinstance(self.likelihoods, Mapping):
-            likelihoods: Any = self.likelihoods.with_data(data)
-        else:
-            likelihoods = {
-                name: [x.with_data(d) for x, d in zip(listed, data[name], strict=True)]
-                if isinstance(listed, (list, tuple))
-                else listed.with_data(data[name])
-                for name, listed in self.likelihoods.items()
-            }
-        return type(self)(
-            self.priors, self.forward, likelihoods, self.comm, self.preconditioner, self.identity
-        )
+        likelihoods = self._map(lambda name, likelihood, new: likelihood.with_data(new), data)
+        options = self.comm, self.preconditioner, self.identity
+        return type(self)(self.priors, self.forward, likelihoods, *options)
 
 
 def finder(pool: Mapping[str, Any]) -> Callable[[Any], Any]:
@@ -315,23 +281,31 @@ def run_forward(forward: Forward | None, values: Mapping[str, Symbol], only: str
     """What a forward model makes of the symbols of parameters, by name."""
     if forward is None:
         return {}
-    known = forward.ain if isinstance(forward, AutoOperator) else inspect.signature(forward).parameters
-    takes_all = any(
-        getattr(p, "kind", None) is inspect.Parameter.VAR_KEYWORD for p in getattr(known, "values", tuple)()
-    )
-    for name in known:
-        needed = isinstance(forward, AutoOperator) or known[name].default is inspect.Parameter.empty
-        variadic = not isinstance(forward, AutoOperator) and known[name].kind in (2, 4)
-        if needed and not variadic and name not in values:
+    found = forward(**choose_arguments(forward, values))
+    if isinstance(forward, AutoOperator) and isinstance(found, (list, tuple)):
+        found = dict(zip(forward.aout, found, strict=True))
+    found = {only: found} if isinstance(found, Symbol) else found
+    if not isinstance(found, Mapping) or not all(isinstance(x, Symbol) for x in found.values()):
+        raise TypeError(f"forward must return a symbol, or a dictionary of symbols by name, not {found!r}")
+    for name in found:
+        if name in values:
+            raise ValueError(f"a result of the forward model has the name of a parameter, {name!r}")
+    return dict(found)
+
+
+def choose_arguments(forward: Forward, values: Mapping[str, Symbol]) -> dict[str, Symbol]:
+    """The parameters that a forward model takes."""
+    if isinstance(forward, AutoOperator):
+        names = needed = list(forward.ain)
+    else:
+        known = inspect.signature(forward).parameters.values()
+        if any(p.kind is p.VAR_KEYWORD for p in known):
+            return dict(values)
+        names = [p.name for p in known]
+        needed = [p.name for p in known if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    for name in needed:
+        if name not in values:
             raise ValueError(
                 f"the forward model needs {name!r}, which has no prior" + did_you_mean(name, list(values))
             )
-    given = {name: value for name, value in values.items() if takes_all or name in known}
-    found = forward(**given)
-    if isinstance(forward, AutoOperator) and isinstance(found, (list, tuple)):
-        return dict(zip(forward.aout, found, strict=True))
-    if isinstance(found, BaseSymbol):
-        return {only: found}
-    if not isinstance(found, Mapping) or not all(isinstance(x, BaseSymbol) for x in found.values()):
-        raise TypeError(f"forward must return a symbol, or a dictionary of symbols by name, not {found!r}")
-    return dict(found)
+    return {name: values[name] for name in names if name in values}

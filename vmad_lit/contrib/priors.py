@@ -9,25 +9,29 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vmad_lit import operator
-from vmad_lit.contrib.cosmo4d import linear_modes, to_modes
-from vmad_lit.contrib.vectorspace import MPIVectorSpace, VectorSpace
-from vmad_lit.core.arguments import plain_array, real_array, real_number, whole_number
-from vmad_lit.core.error import needed_for
+from vmad_lit.contrib.cosmo4d import linear_modes
+from vmad_lit.contrib.vectorspace import MPIVectorSpace, VectorSpace, is_field
+
+from vmad_lit.core.arguments import real_array, show, whole_number
+from vmad_lit.core.error import did_you_mean, needed_for
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import Placement, Site
 from vmad_lit.core.stdlib.operators import Array
-from vmad_lit.core.symbol import Symbol, Value
-from vmad_lit.lib import fastpm, unary
-from vmad_lit.lib.lpt import check_power, color_modes, find_wavenumbers
-from vmad_lit.lib.mesh import BaseComplexField, ParticleMesh, RealField, check_field
+from vmad_lit.core.symbol import Symbol
+from vmad_lit.lib.cosmology import Cosmology, LinearPower, Planck15
+from vmad_lit.lib.lpt import check_power
+from vmad_lit.lib.mesh import BaseComplexField, ParticleMesh, check_field
 from vmad_lit.lib.mpi import MPI, place
 from vmad_lit.lib.spectra import Shells
 
 with needed_for("priors", extra="mesh"):
+    from pmesh.pm import RealField
     from scipy.special import log_ndtr, ndtr, ndtri_exp
 
 LOG_ROOT = 0.5 * np.log(2 * np.pi)  # of the density of a normal number
 Parameters = Mapping[str, Any]  # values or symbols of parameters, by name
+Shape = Sequence[int] | int | None
+Names = str | Sequence[str]
 
 
 class Prior:
@@ -37,9 +41,12 @@ class Prior:
     ----------
     depends : tuple of str
         The parameters that the function needs besides its latent.
+    placement : str
+        Where the latent lives: 'replicated', 'partitioned' or 'field'.
     """
 
     depends: tuple[str, ...] = ()
+    placement = "replicated"
 
     def zeros(self) -> Any:
         """The latent zero."""
@@ -60,6 +67,24 @@ class Prior:
     def summary(self, name: str, value: Any) -> dict[str, Any]:
         """What to record of a value in a chain: numbers and small arrays that all ranks have, by name."""
         return {name: value}
+
+    def replicated(self) -> list[Array]:
+        """The arrays that must be the same on all ranks."""
+        return [x for x in vars(self).values() if isinstance(x, np.ndarray)]
+
+    def __repr__(self) -> str:
+        hidden = "depends", "partitioned", "placement", "shape"
+        words = [
+            f"{name}={told(x)}" for name, x in vars(self).items() if name[0] != "_" and name not in hidden
+        ]
+        return f"{type(self).__name__}({', '.join(words)})"
+
+
+def told(x: Any) -> str:
+    """An argument in a few words."""
+    if np.ndim(x):
+        return "field" if is_field(x) else "array"
+    return f"{x:g}" if isinstance(x, (float, np.floating)) else getattr(x, "__name__", None) or show(x)
 
 
 def where_it_was(site: Site) -> Placement | None:
@@ -98,11 +123,12 @@ class Numbers(Prior):
         Whether each rank has a part of the array, and not the whole.
     """
 
-    def __init__(self, shape: Sequence[int] | int | None, partitioned: bool, *arguments: Any) -> None:
+    def __init__(self, shape: Shape, partitioned: bool, *arguments: Any) -> None:
         own = np.broadcast_shapes(*(np.shape(x) for x in arguments))
         shape = own if shape is None else (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
         self.shape = tuple(whole_number("shape", n, least=0) for n in shape)
         self.partitioned = bool(partitioned)
+        self.placement = "partitioned" if partitioned else "replicated"
         if np.broadcast_shapes(own, self.shape) != self.shape:
             raise ValueError(f"arguments of the shape {own} do not fit into the shape {self.shape}")
 
@@ -123,6 +149,9 @@ class Numbers(Prior):
 
     def summary(self, name: str, value: Any) -> dict[str, Any]:
         return {} if self.partitioned else {name: value}
+
+    def replicated(self) -> list[Array]:
+        return [] if self.partitioned else super().replicated()
 
     # What kinds of numbers differ in
     def value(self, z: Any) -> Any:
@@ -159,11 +188,7 @@ class Normal(Numbers):
     """Normal numbers of a mean and a standard deviation, each a number, an array, or the name of a parameter."""
 
     def __init__(
-        self,
-        mean: Any = 0.0,
-        sd: Any = 1.0,
-        shape: Sequence[int] | int | None = None,
-        partitioned: bool = False,
+        self, mean: Any = 0.0, sd: Any = 1.0, shape: Shape = None, partitioned: bool = False
     ) -> None:
         self.depends = tuple(dict.fromkeys(x for x in (mean, sd) if isinstance(x, str)))
         self.mean = mean if isinstance(mean, str) else real_array("mean", mean)[()]
@@ -180,8 +205,7 @@ class Normal(Numbers):
         x = getattr(self, name)
         if isinstance(x, str):
             return others[x]
-        where = "partitioned" if self.partitioned else "replicated"
-        return place(x, where, comm) if np.ndim(x) else float(x)
+        return place(x, self.placement, comm) if np.ndim(x) else float(x)
 
     def latent(self, value: Any, others: Parameters) -> Any:
         if not self.depends:
@@ -206,11 +230,7 @@ class LogNormal(Numbers):
     """Positive numbers whose logarithm is normal, of a given mean and standard deviation of the logarithm."""
 
     def __init__(
-        self,
-        mean: Any = 0.0,
-        sd: Any = 1.0,
-        shape: Sequence[int] | int | None = None,
-        partitioned: bool = False,
+        self, mean: Any = 0.0, sd: Any = 1.0, shape: Shape = None, partitioned: bool = False
     ) -> None:
         self.mean, self.sd = real_array("mean", mean)[()], real_array("sd", sd, above=0)[()]
         super().__init__(shape, partitioned, mean, sd)
@@ -237,11 +257,7 @@ class Uniform(Numbers):
     """Numbers of which each value between two bounds is as probable as another."""
 
     def __init__(
-        self,
-        low: Any = 0.0,
-        high: Any = 1.0,
-        shape: Sequence[int] | int | None = None,
-        partitioned: bool = False,
+        self, low: Any = 0.0, high: Any = 1.0, shape: Shape = None, partitioned: bool = False
     ) -> None:
         self.low, self.high = real_array("low", low)[()], real_array("high", high)[()]
         if not np.all(self.low < self.high):
@@ -294,9 +310,10 @@ class TruncatedNormal(Numbers):
         sd: Any = 1.0,
         low: Any = -np.inf,
         high: Any = np.inf,
-        shape: Sequence[int] | int | None = None,
+        shape: Shape = None,
         partitioned: bool = False,
     ) -> None:
+
         self.mean, self.sd = real_array("mean", mean)[()], real_array("sd", sd, above=0)[()]
         self.low = real_array("low", low, infinite=True)[()]
         self.high = real_array("high", high, infinite=True)[()]
@@ -386,8 +403,15 @@ class CorrelatedNormal(Prior):
         return float(-0.5 * z @ z - len(z) * LOG_ROOT - np.log(np.diag(self._factor)).sum())
 
 
+def names_of(names: Names) -> tuple[str, ...]:
+    """Names that are given one by one, or as words in a string."""
+    return tuple(names.replace(",", " ").split() if isinstance(names, str) else names)
+
+
 class WhiteField(Prior):
     """White noise on a mesh, a real field: a unit normal number in each cell."""
+
+    placement = "field"
 
     def __init__(self, pm: ParticleMesh) -> None:
         if not hasattr(pm, "Nmesh"):
@@ -408,6 +432,11 @@ class WhiteField(Prior):
 
     def summary(self, name: str, value: Any) -> dict[str, Any]:
         return {f"{name}_power": self.shells.power(value)}
+
+    def __repr__(self) -> str:
+        cells = "x".join(str(int(n)) for n in self.pm.Nmesh)
+        given = f" given {', '.join(self.depends)}" if self.depends else ""
+        return f"{type(self).__name__} on {cells} cells{given}"
 
     @property
     def shells(self) -> Shells:
@@ -430,13 +459,9 @@ class GaussianField(WhiteField):
         The names of these parameters.
     """
 
-    def __init__(
-        self, pm: ParticleMesh, power: Callable[..., Any], depends: str | Sequence[str] = ()
-    ) -> None:
+    def __init__(self, pm: ParticleMesh, power: Callable[..., Any], depends: Names = ()) -> None:
         super().__init__(pm)
-        self.depends = (
-            tuple(depends.replace(",", " ").split()) if isinstance(depends, str) else tuple(depends)
-        )
+        self.depends = names_of(depends)
         self.power = power
         if not self.depends:
             check_power(power, pm)
@@ -462,3 +487,40 @@ class GaussianField(WhiteField):
                 return np.where((P > 0) & np.isfinite(P), v * (volume / P) ** 0.5, 0.0)
 
         return value.apply(whiten).c2r() * float(self.pm.Nmesh.prod()) ** -0.5
+
+
+class LinearField(GaussianField):
+    """The modes of linear theory today, of a cosmology of which some parameters may be free.
+
+    Parameters
+    ----------
+    pm : ParticleMesh
+    cosmology : Cosmology
+    depends : str or sequence of str
+        The parameters among ``Om0 h Ob0 n_s sigma8`` that have priors of their own.
+    transfer : see `LinearPower`
+    """
+
+    def __init__(
+        self,
+        pm: ParticleMesh,
+        cosmology: Cosmology = Planck15,
+        depends: Names = (),
+        transfer: Any = "EisensteinHu",
+    ) -> None:
+        self.cosmology, self.transfer = cosmology, transfer
+
+        names = names_of(depends)
+        for name in names:
+            if name not in cosmology.__symbols__:
+                raise ValueError(
+                    f"{name!r} is no parameter of a power spectrum"
+                    + did_you_mean(name, cosmology.__symbols__)
+                )
+        super().__init__(
+            pm, self.of_parameters if names else LinearPower(cosmology, transfer=transfer), names
+        )
+
+    def of_parameters(self, **parameters: Any) -> LinearPower:
+        """The power spectrum for values, or symbols, of the free parameters."""
+        return LinearPower(self.cosmology.replace(**parameters), transfer=self.transfer)

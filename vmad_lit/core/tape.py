@@ -172,8 +172,9 @@ class Tape(Sequence[Record]):
 
     def mark(self) -> None:
         """Take marks of all constants, if somebody outside of the engine has the tape."""
-        found = self.literals() if self.shared else ()
-        self.marks = [(*literal, mark(literal[-1])) for literal in found]
+        found = list(self.literals()) if self.shared else []
+        once = {id(literal[-1]): literal for literal in reversed(found)}
+        self.marks = [(*literal, mark(literal[-1])) for literal in once.values()]
 
     def verify(self) -> None:
         """Complain if a constant was changed in place after the run."""

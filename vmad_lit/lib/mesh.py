@@ -128,7 +128,7 @@ _NAMES: dict[Any, tuple[str, str]] = {
 def check_field(x: Value, kind: Any = Field, pm: pmesh.ParticleMesh | None = None) -> Any:
     """`x`, if it is a field of a kind and, given `pm`, of a mesh like that; or an error that says what it is."""
     if not isinstance(x, kind):
-        name, hint = _NAMES[kind]
+        name, hint = next(words for known, words in _NAMES.items() if issubclass(kind, known))
         raise TypeError(f"expected {name}, not a value of type {type(x).__name__}; {hint}")
     if pm is not None:
         check_mesh(x.pm, pm)
