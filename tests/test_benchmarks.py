@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from benchmarks import common, engine, fft, kernels, memory, nbody
+from benchmarks import common, engine, fft, kernels, memory, nbody, reconstruction
 from benchmarks.__main__ import place
 
 
@@ -172,3 +172,15 @@ def test_nbody_over_steps():
     rows = nbody.study_steps(n=8, numbers=[3])
     assert [row["policy"] for row in rows] == list(nbody.POLICIES)
     assert all(row["gradient"] > 0 and row["memory"] > 0 for row in rows)
+
+
+@pytest.mark.serial
+def test_reconstruction_finds_a_small_universe(capsys):
+    result = reconstruction.find(8, 1, reconstruction.BEST, minutes=0.002)
+    assert result["status"] in ("converged", "maxiter", "monitor", "rounding")
+    rows = result["rows"]
+    assert rows[0]["nit"] == 0 and len(result["k"]) == len(result["r"]) == len(result["t"])
+    assert reconstruction.gradients_until(result, np.full(len(rows[0]["r"]), -1.0)) == rows[0]["gradients"]
+    assert reconstruction.gradients_until(result, np.full(len(rows[0]["r"]), 2.0)) == np.inf
+    reconstruction.report(result)
+    assert reconstruction.BEST in capsys.readouterr().out

@@ -253,9 +253,9 @@ def test_numpy_is_all_that_is_required():
 
 
 def test_all_is_all():
-    for_use = ["mpi", "mesh", "fast", "checkpoint", "output", "interop"]
+    for_use = ["mpi", "mesh", "fast", "checkpoint", "output", "data", "chains", "interop"]
     assert brought_by("all") == set().union(*map(brought_by, for_use))
-    assert set(EXTRAS) - set(for_use) == {"all", "book", "test", "bench", "bench-large", "lint"}
+    assert set(EXTRAS) - set(for_use) == {"all", "torch", "book", "test", "bench", "bench-large", "lint"}
 
 
 def test_versions_of_what_is_installed_are_pinned():
@@ -274,7 +274,7 @@ def test_extras_that_are_named_exist():
         for group in re.findall(r"pip install[^\n`]*?\[([\w,-]+)\]", (ROOT / name).read_text()):
             assert set(group.split(",")) <= set(EXTRAS), f"{name}: [{group}]"
     rows = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "README.md").read_text(), re.M)
-    assert rows == ["mpi", "mesh", "fast", "checkpoint", "output", "interop", "all"]
+    assert rows == ["mpi", "mesh", "fast", "checkpoint", "output", "interop", "all", "torch"]
 
 
 # -- One version, one licence -------------------------------------------------------------------------------

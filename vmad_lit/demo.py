@@ -11,11 +11,13 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from vmad_lit.contrib.configuration import Configuration, ConfigurationError
 from vmad_lit.core.arguments import real_array
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.meeting import Watch, watched
 from vmad_lit.lib.files import replacing, try_out
 from vmad_lit.lib.signals import heed_signals
+from vmad_lit.reconstruct import Reconstruction
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -161,44 +163,71 @@ def open_array(path: str, boxsize: float | None = None) -> tuple[NDArray[Any], N
     return file[names[0]], sides
 
 
-def make_mesh(args: argparse.Namespace, nmesh: Sequence[int], boxsize: Any, comm: Any) -> Any:
-    """The mesh, if the reconstruction will fit into memory; else MemoryError on all ranks. Collective."""
-    from vmad_lit.lib.costs import check_simulation, choose_processes
-    from vmad_lit.lib.fastpm import ParticleMesh
+def configuration(args: argparse.Namespace, comm: Any) -> Configuration:
+    """The configuration that the options describe. Collective.
 
-    nmesh = [int(n) for n in nmesh]
-    if not args.no_memory_check:
-        cells = int(numpy.prod(nmesh, dtype=float))
-        vectors = VECTORS * 8 * cells // comm.size
-        check_simulation(comm, nmesh, cells, max(args.steps, 0), extra=vectors, switch="--no-memory-check")
-    np = choose_processes(nmesh, comm.size)
-    return ParticleMesh(Nmesh=nmesh, BoxSize=boxsize, comm=comm, dtype="f8", np=np)
+    Raises
+    ------
+    ConfigurationError, FileNotFoundError, ValueError
+        On all ranks.
+    """
+    from vmad_lit.lib.mpi import on_root
+
+    evolution = {-1: "linear", 0: "lpt"}.get(args.steps, "nbody")
+    model: dict[str, Any] = dict(evolution=evolution)
+    model |= dict(steps=args.steps) if evolution == "nbody" else {}
+    nmesh, box, noise = [args.nmesh] * 3, args.boxsize or 4.0 * args.nmesh, args.noise or 0.5
+    data: dict[str, Any] = dict(kind="mock", seed=args.seed)
+    if args.source:
+        # Describe the file
+        kind, shape, sides = on_root(comm, lambda: examine(args.source, args.boxsize))
+        nmesh, box = list(shape) if kind == "density" else nmesh, sides.tolist()
+        kind = "density" if kind == "density" else "catalogue"
+        data = dict(kind=kind, file=os.path.abspath(args.source))
+        with open(args.source, "rb") as file:
+            data["format"] = "npz" if file.read(2) == b"PK" else "npy"
+        if kind == "catalogue":
+            noise = args.noise
+        if data["format"] == "npz":
+            data |= dict(position="positions") if kind == "catalogue" else dict(array="density")
+
+    values: dict[str, Any] = dict(
+        mesh=dict(cells=nmesh, box=box),
+        data=dict(data, smoothing=args.smoothing),
+        noise={} if noise is None else dict(sigma=noise),
+        model=model,
+        solver=dict(name="LBFGS", maxiter=args.maxiter),
+        output=dict(folder=".", report="", fields="", state=args.state or ""),
+        run=dict(grace=args.grace, memory_check=not args.no_memory_check),
+    )
+    return Configuration(values, name="the options")
 
 
-VECTORS = 32  # fields that a minimisation holds: ten pairs of steps, the point, the direction, the data, ...
+def prepare(args: argparse.Namespace, comm: Any, say: Callable[..., None]) -> Reconstruction:
+    """The reconstruction that the options describe, with its data. Collective.
+
+    Raises
+    ------
+    ConfigurationError, FileNotFoundError, ValueError
+        On all ranks.
+    """
+    run = Reconstruction(configuration(args, comm), comm, say, switch="--no-memory-check")
+    run.prepare()
+    return run
+
+
+def data_of(run: Reconstruction) -> Any:
+    """The data of a reconstruction, as `cosmo4d.Data`."""
+    from vmad_lit.contrib.cosmo4d import Data
+
+    survey = run.survey
+    truth = None if survey.truth is None else survey.truth["modes"]
+    return Data(survey.d, survey.noise, truth, survey.clean)
 
 
 def observe(args: argparse.Namespace, comm: Any) -> Any:
-    """The data in the user's file, as `Data` in units of the mean density."""
-    from vmad_lit.contrib import cosmo4d
-    from vmad_lit.lib.mpi import on_root, run_together
-
-    kind, shape, boxsize = on_root(comm, lambda: examine(args.source, args.boxsize))
-    nmesh = shape if kind == "density" else [args.nmesh] * 3
-    pm = make_mesh(args, nmesh, boxsize, comm)
-    if kind == "density":
-        mine = pm.create(type="real").slices
-    else:
-        mine = slice(comm.rank * shape[0] // comm.size, (comm.rank + 1) * shape[0] // comm.size)
-    array = run_together(comm, lambda: numpy.array(open_array(args.source)[0][mine], dtype="f8"))
-
-    if kind == "density":
-        d = pm.create(type="real", value=array)
-    else:
-        d = pm.paint(array, layout=pm.decompose(array))
-    d = d * (1.0 / (d.csum() / pm.Nmesh.prod()))
-    sigma = args.noise or (0.5 if kind == "density" else (pm.Nmesh.prod() / shape[0]) ** 0.5)
-    return cosmo4d.Data(d, float(sigma))
+    """The data that the options describe, in units of the mean density, without a reconstruction. Collective."""
+    return data_of(prepare(args, comm, print))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -211,10 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mpi4py import MPI
 
         from vmad_lit.contrib import cosmo4d
-        from vmad_lit.contrib.optimize import LBFGS, StateError, autosave
-        from vmad_lit.lib.cosmology import LinearPower, Planck15
+        from vmad_lit.contrib.results import Results, spread
         from vmad_lit.lib.mpi import on_root
-        from vmad_lit.lib.spectra import Shells
     except ImportError as error:
         print(f"this demonstration cannot be run here: {error}", file=sys.stderr)
         return 1
@@ -232,132 +259,65 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"error: cannot write to {error.filename}: {error.strerror}")
             return 2
 
-        # Make or read the data
-        def model(pm: Any) -> Any:
-            at_once: Any = [1.0] if args.steps == 0 else []
-            stages = numpy.linspace(0.1, 1.0, args.steps + 1) if args.steps > 0 else at_once
-            q = pm.generate_uniform_particle_grid(shift=0.5)
-            return cosmo4d.WhiteNoiseOperator.bind(
-                power=LinearPower(Planck15), q=q, stages=stages, cosmology=Planck15, pm=pm
-            )
-
+        # Prepare and solve
         try:
-            data = observe(args, comm) if args.source else None
-            boxsize = args.boxsize or 4.0 * args.nmesh
-            pm = make_mesh(args, [args.nmesh] * 3, boxsize, comm) if data is None else data.d.pm
-        except (MemoryError, OSError, TypeError, ValueError) as error:
+            run = prepare(args, comm, say)
+            say(introduction(args, run))
+            run.solve(bool(args.state), args.accept_changes, not args.quiet, interrupt)
+        except ConfigurationError as error:
+            for complaint in error.complaints:
+                say(f"error: {complaint.sentence}")
+            return 2
+        except (OSError, TypeError, ValueError) as error:
             say(f"error: {error}")
             return 2
 
-        forward = model(pm)
-        if data is not None:
-            say(
-                f"data from {args.source}: mesh {tuple(map(int, pm.Nmesh))}, "
-                f"box {pm.BoxSize[0]:g} Mpc/h, noise {data.sigma:.3g} per cell"
-            )
-        else:
-            say(
-                f"a universe of {args.nmesh}^3 particles in a box of {pm.BoxSize[0]:g} Mpc/h, "
-                f"on {comm.size} rank{'s' * (comm.size > 1)}"
-            )
-            data = cosmo4d.Data.synthetic(pm, forward, args.noise or 0.5, args.seed)
-        # Minimise
-        optimizer = LBFGS(maxiter=args.maxiter)
-        problem = cosmo4d.reconstruction_problem(forward, data, args.smoothing, describe(args, data))
-        monitor = autosave(args.state) if args.state else None
-
-        try:
-            state = load_state(args.state, pm, problem, args.accept_changes) if args.state else None
-            if state is not None:
-                say(f"going on from iteration {state.nit} in {args.state}")
-            state = optimizer.minimize(
-                problem,
-                pm.create(type="real", value=0) if state is None else None,
-                monitor=monitor,
-                state=state,
-                progress=not args.quiet,
-                accept=args.accept_changes,
-                interrupt=interrupt,
-            )
-        except StateError as error:
-            say(f"error: the state cannot be used: {error}")
-            say("(--accept-changes goes on from a state of another minimisation)" * ("before," in str(error)))
-            return 2
-
-        if args.state:
-            state.save(args.state)
-        say(state.history)
-        say(state.message)
-        # Report
-        final = forward.build().compute("fs", dict(x=state.x))
-        shells = Shells(pm)
-        curves = {}
-        if data.truth is not None:
-            curves["initial modes, against the truth"] = shells.compare(state.x, data.truth)
-            curves["final density, against the truth"] = shells.compare(final, data.clean)
-        else:
-            curves["final density, against the data"] = shells.compare(final, data.d)
-
-        for title, (r, t) in curves.items():
+        # Report what was found
+        results, data = Results(run), data_of(run)
+        final = results.fields["density"]
+        for title, (r, t) in results.curves.items():
             say(f"\n{title}\n{'k [h/Mpc]':>10} {'r(k)':>8} {'t(k)':>8}")
-            for i in spread(len(shells.k), 12):
-                say(f"{shells.k[i]:10.4f} {r[i]:8.4f} {t[i]:8.4f}")
+            for i in spread(len(results.shells.k), 12):
+                say(f"{results.shells.k[i]:10.4f} {r[i]:8.4f} {t[i]:8.4f}")
 
         if args.save:
             data.save(args.save)
-            cosmo4d.save_field(os.path.join(args.save, "white_noise.npy"), state.x)
+            cosmo4d.save_field(os.path.join(args.save, "white_noise.npy"), results.fields["white_noise"])
             cosmo4d.save_field(os.path.join(args.save, "final.npy"), final)
             say(f"\nfields are in {args.save}")
-        draw(args.output, pm, data, state.x, final, shells, curves, say)
+        draw(args.output, results, say)
     return interrupt.status
 
 
-def load_state(path: str, pm: Any, problem: Any, accept: bool = False) -> Any:
-    """The saved state of a minimisation, or None if there is no file."""
-    from vmad_lit.contrib.optimize import State
-
-    return State.resume(path, problem.vs, pm.create(type="real", value=0), problem, accept)
-
-
-def describe(args: argparse.Namespace, data: Any) -> dict[str, Any]:
-    """The options that make the problem, by name, as a saved state remembers them."""
-    names = ["nmesh", "boxsize", "steps", "smoothing", "noise", *([] if args.source else ["seed"])]
-    options = {name: getattr(args, name) for name in names}
-    return {**options, "data": "from a file" if args.source else "made up", "noise": data.sigma}
-
-
-def spread(n: int, most: int) -> list[int]:
-    """At most so many indices out of n, evenly spread, with the first and the last."""
-    return sorted({round(i) for i in numpy.linspace(0, n - 1, min(n, most))})
+def introduction(args: argparse.Namespace, run: Reconstruction) -> str:
+    """What is about to happen, in a sentence."""
+    pm, comm = run.pm, run.comm
+    if args.source:
+        return (
+            f"data from {args.source}: mesh {tuple(map(int, pm.Nmesh))}, "
+            f"box {pm.BoxSize[0]:g} Mpc/h, noise {run.survey.noise:.3g} per cell"
+        )
+    return (
+        f"a universe of {args.nmesh}^3 particles in a box of {pm.BoxSize[0]:g} Mpc/h, "
+        f"on {comm.size} rank{'s' * (comm.size > 1)}"
+    )
 
 
-def draw(
-    path: str, pm: Any, data: Any, x: Any, final: Any, shells: Any, curves: Any, say: Callable[..., None]
-) -> None:
+TITLES = {
+    "clean": "final density: truth",
+    "data": "data",
+    "density": "reconstruction",
+    "true_linear": "linear modes: truth",
+    "linear": "linear modes: reconstruction",
+}
+
+
+def draw(path: str, results: Any, say: Callable[..., None]) -> None:
     """Make the picture. Collective; rank 0 writes."""
-    from vmad_lit.contrib import cosmo4d
-    from vmad_lit.lib.cosmology import LinearPower, Planck15
     from vmad_lit.lib.mpi import on_root
-    from vmad_lit.lib.spectra import projection
 
-    smooth = cosmo4d.gaussian(2 * (pm.BoxSize / pm.Nmesh).max())
-
-    def modes(noise: Any) -> Any:
-        linear = cosmo4d.linear_modes.build(power=LinearPower(Planck15), pm=pm)
-        delta = linear.compute("modes", dict(x=noise))
-        return delta.apply(lambda k, v: v * smooth(k)).c2r()
-
-    thickness = max(1, int(pm.Nmesh[2]) // 8)
-    fields = {
-        "final density: truth": data.clean,
-        "data": data.d,
-        "reconstruction": final,
-        "linear modes: truth": None if data.truth is None else modes(data.truth),
-        "linear modes: reconstruction": modes(x),
-    }
-    images = {
-        title: projection(field, 2, 0, thickness) for title, field in fields.items() if field is not None
-    }
+    pm, shells, curves = results.run.pm, results.shells, results.curves
+    images = {title: results.projected(name) for name, title in TITLES.items() if name in results.fields}
 
     def paint() -> None:
         # Draw the images and the curves

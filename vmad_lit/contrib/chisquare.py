@@ -12,7 +12,15 @@ from typing import Any, Self
 import numpy as np
 
 from vmad_lit import Builder, autooperator, operator
-from vmad_lit.contrib.optimize import ModelProblem, Monitor, Optimizer, Preconditioner, Problem, State
+from vmad_lit.contrib.optimize import (
+    Accepted,
+    ModelProblem,
+    Monitor,
+    Optimizer,
+    Preconditioner,
+    Problem,
+    State,
+)
 from vmad_lit.contrib.vectorspace import Communicator, Vector, VectorSpace
 from vmad_lit.contrib.vectorspace import MPIVectorSpace as MPIVectorSpace  # which users import from here
 from vmad_lit.contrib.vectorspace import is_field, local_field_product, real_inner_product
@@ -171,6 +179,11 @@ class EpochScheduler(dict[int, dict[str, Any]]):
                 args.update(self[change])
         return args
 
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The parameters in each epoch, as :func:`~vmad_lit.contrib.optimize.minimize_in_epochs` takes them."""
+        return [self.get_args(epoch) for epoch in range(self.min_nepochs)]
+
 
 class Epoch:
     """Which epoch of how many: what a monitor of epochs is given."""
@@ -180,6 +193,18 @@ class Epoch:
 
     def __repr__(self) -> str:
         return f"Epoch {self.epoch} / {self.nepochs}"
+
+
+# Watch an epoch
+def in_epoch(epoch: int, monitor: Monitor | None) -> Monitor:
+    """A monitor that notes the epoch in the state and then asks another one, if there is any."""
+
+    def watch(state: State) -> object:
+        state["epoch"] = epoch
+        state["history"][-1]["epoch"] = epoch
+        return monitor(state) if monitor else None
+
+    return watch
 
 
 class MAPInversion:
@@ -236,6 +261,8 @@ class MAPInversion:
         monitor_epoch: Callable[[Epoch], object] | None = None,
         monitor_progress: Monitor | None = None,
         progress: bool = False,
+        state: State | None = None,
+        accept: Accepted = False,
     ) -> Vector:
         """Invert the data `d`, starting from the signal `s0`.
 
@@ -249,6 +276,10 @@ class MAPInversion:
             called with the state of the optimiser after each iteration.
         progress : bool
             show a progress bar for each epoch.
+        state : State
+            a state that was saved by a monitor, to go on from: its epoch is continued, and those before it are not run.
+        accept :
+            what may have changed since that state was saved; see `Optimizer.minimize`.
 
         Returns
         -------
@@ -259,15 +290,20 @@ class MAPInversion:
         epochs = [whole_number("epochs", epoch, least=0) for epoch in epochs]
         s1, self.states, options = s0, [], dict(vars(self.optimizer))
         bar: dict[str, Any] = {"progress": True} if progress else {}
+        more: dict[str, Any] = {} if state is None else {"state": state, "accept": accept}
+        begun = None if state is None else state.epoch
+        if begun is not None and begun not in epochs:
+            raise ValueError(f"the state is in epoch {begun}, which is none of those to run, {epochs}")
         try:
-            for epoch in epochs:
+            for epoch in epochs[0 if begun is None else epochs.index(begun) :]:
                 if monitor_epoch:
                     monitor_epoch(Epoch(epoch, max(epochs) + 1))
                 problem = self.get_problem(d, epoch)
                 vars(self.optimizer).update(self._options(epoch))
-                state = self.optimizer.minimize(problem, s1, monitor=monitor_progress, **bar)
+                watch = in_epoch(epoch, monitor_progress)
+                state = self.optimizer.minimize(problem, s1, monitor=watch, **bar, **more)
                 self.states.append(state)
-                s1 = state["x"]
+                s1, more = state["x"], {}
                 if getattr(state, "status", "") == "signal":
                     break
         finally:

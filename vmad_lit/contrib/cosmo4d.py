@@ -34,9 +34,10 @@ from vmad_lit.lib.mesh import (
 from vmad_lit.lib.mpi import MPI, on_root, run_together
 from vmad_lit.lib.noise import Purpose
 from vmad_lit.lib.signals import Interrupt
-from vmad_lit.lib.transfer import Transfer
+from vmad_lit.lib.transfer import Transfer, evaluate_transfer, fixed_transfer, multiply_field
 from vmad_lit.contrib.chisquare import MPIChiSquareProblem, MPIVectorSpace
-from vmad_lit.contrib.optimize import Accepted, Monitor, Optimizer, Preconditioner, State
+from vmad_lit.contrib.optimize import Accepted, Monitor, Optimizer, Preconditioner, Problem, State
+from vmad_lit.contrib.optimize import Validation, minimize_in_epochs
 
 
 @autooperator("x -> modes")
@@ -326,6 +327,32 @@ def to_modes(v: RealField, direction: int = 1) -> BaseComplexField:
     return v.r2c() * float(v.Nmesh.prod()) ** 0.5
 
 
+def linear_preconditioner(power: Callable[[Any], Any], pm: ParticleMesh, sigma: float) -> Preconditioner:
+    """White noise with its modes stretched by the root of the curvature that they have in linear theory.
+
+    Parameters
+    ----------
+    power : function of k in h/Mpc, the linear power spectrum today in (Mpc/h)^3
+    pm : ParticleMesh
+    sigma : the standard deviation of the noise in a cell
+    """
+    noise = positive("sigma", sigma) ** 2 * float(pm.BoxSize.prod() / pm.Nmesh.prod())
+
+    def by(exponent: float) -> Callable[[RealField], RealField]:
+        @fixed_transfer
+        def stretch(k: Any) -> Array:
+            P = numpy.asarray(power(sum(ki**2 for ki in k) ** 0.5), dtype=float)
+            return (1 + numpy.maximum(P, 0) / noise) ** exponent
+
+        def apply(v: RealField) -> RealField:
+            modes = v.r2c()
+            return multiply_field(modes, evaluate_transfer(modes, stretch, "wavenumber")).c2r()
+
+        return apply
+
+    return Preconditioner.symmetric(by(0.5), by(-0.5))
+
+
 def reconstruction_problem(
     forward: AutoOperator, data: Data, smoothing: float = 0.0, identity: Mapping[str, Any] | None = None
 ) -> ChiSquareProblem:
@@ -353,6 +380,10 @@ def reconstruct(
     progress: bool = False,
     accept: Accepted = False,
     interrupt: Interrupt | None = None,
+    epochs: Iterable[Mapping[str, Any]] | None = None,
+    validation: Validation | Problem | Callable[[RealField], Any] | None = None,
+    keep_best: bool = False,
+    preconditioner: Preconditioner | None = None,
 ) -> State:
     """Find the white noise that explains a density.
 
@@ -367,7 +398,13 @@ def reconstruct(
         Where to begin; by default at zero, the most probable field before any data were seen.
     smoothing : float
         Compare densities smoothed at this scale, in Mpc/h.
-    monitor, state, progress, accept, interrupt
+    epochs : list of dict, optional
+        Anneal: for each epoch its `smoothing`, if it is another than that above, and options of the optimiser, as in
+        ``[dict(smoothing=8, maxiter=20), dict(smoothing=4, maxiter=20), dict()]``. A state that was saved in an epoch goes
+        on in it; see `minimize_in_epochs`.
+    preconditioner : Preconditioner, optional
+        Such as `linear_preconditioner`, which together with epochs saves gradients (`python -m benchmarks reconstruction --compare`).
+    monitor, state, progress, accept, interrupt, validation, keep_best
         Passed to the optimiser.
 
     Returns
@@ -376,9 +413,17 @@ def reconstruct(
         With the white noise in `x`, chi-square in `y`, and the table of iterations in `history`.
     """
 
-    problem, d = reconstruction_problem(forward, data, smoothing), data.d
+    def make_problem(smoothing: float = smoothing) -> ChiSquareProblem:
+        problem = reconstruction_problem(forward, data, smoothing)
+        problem.preconditioner = preconditioner
+        return problem
+
+    d = data.d
     agree(d.pm.comm, lambda: ("no start" if start is None else check_field(start, RealField, d.pm),))
     if start is None and state is None:
         start = d.pm.create(type="real", value=0)
     options: dict[str, Any] = dict(monitor=monitor, progress=progress, accept=accept, interrupt=interrupt)
-    return optimizer.minimize(problem, start, state=state, **options)
+    options.update(state=state, validation=validation, keep_best=keep_best)
+    if epochs is None:
+        return optimizer.minimize(make_problem(), start, **options)
+    return minimize_in_epochs(optimizer, make_problem, epochs, start, **options)

@@ -7,8 +7,10 @@ of ranks. Reference: J. Nocedal & S. Wright, Numerical Optimization, 2nd edition
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import inspect
 import math
 import os
 import platform
@@ -20,11 +22,12 @@ from typing import Any, Self
 import numpy as np
 
 from vmad_lit import __version__
-from vmad_lit.contrib.vectorspace import Vector, VectorSpace
+from vmad_lit.contrib.vectorspace import ProductSpace, Vector, VectorSpace
 from vmad_lit.core.error import needed_for
 from vmad_lit.core.model import Model
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import together
+from vmad_lit.core.traffic import count_object
 from vmad_lit.lib.files import Path
 from vmad_lit.lib.fingerprint import differences, fingerprint
 from vmad_lit.lib.shards import Parts, on_first, save_parts
@@ -277,6 +280,10 @@ class Line:
         point = Point(self.problem, Px=self.problem.vs.addmul(self.Px, self.direction, t), unit=self.unit)
         return Trial(self, t, point, point.Py)
 
+    def length(self, trial: Trial) -> float:
+        """The length of the step of a trial."""
+        return trial.t * self.problem.vs.norm(self.direction)
+
     def falls_enough(self, trial: Trial, c1: float, grace: float = 0.0) -> bool:
         """Armijo's condition, forgiving a rise by `grace` times the value; without grace it must fall."""
         allowed = self.reference + c1 * trial.t * self.start.slope + grace * abs(self.reference)
@@ -441,11 +448,15 @@ class State:
     status, message : str
         why the minimisation ended: a word, and a sentence. The words are ``converged`` (a criterion holds),
         ``rounding`` (no progress can be told from the rounding of the objective), ``maxiter``, ``monitor``,
-        ``signal``, ``failed`` (no better point was found), or nothing.
+        ``validation`` (it has not become better for too long), ``signal``, ``failed`` (no better point was found), or nothing.
     converged : bool
         whether the status is ``converged``.
     history : History
         one row per iteration.
+    validation, best : float and Best, or None
+        the last value of the validation objective, and the best point so far, if the minimisation was asked for them.
+    projected, epoch : float and int, or None
+        the length of the gradient without what the bounds stop, and the number of the epoch, where there is such a thing.
     vectors, numbers : dict
         the memory of the algorithm: lists of vectors, and plain numbers or lists of them.
     fingerprint : dict or None
@@ -465,6 +476,9 @@ class State:
     Pgnorm0: float | Any
     xnorm: float | Any
     dxnorm: float | Any
+    projected: float | None
+    validation: float | None
+    epoch: int | None
     vectors: dict[str, list[Vector]]
     numbers: dict[str, Any]
 
@@ -477,6 +491,8 @@ class State:
         self.seconds, self.unit = 0.0, 1.0
         self.status = self.message = ""
         self.history = History()
+        self.projected = self.validation = self.epoch = None
+        self.best: Best | None = None
         self.vectors, self.numbers = {}, {}
         self.fingerprint: dict[str, Any] | None = None
         self.origin: str | None = None
@@ -524,6 +540,8 @@ class State:
         vectors = {"x": self.x, "g": self.g}
         if self.Px is not self.x:
             vectors.update(Px=self.Px, Pg=self.Pg)
+        if self.best is not None:
+            vectors.update(best=self.best.x)
         for name, many in self.vectors.items():
             vectors.update({f"{name}/{i}": vector for i, vector in enumerate(many)})
         arrays, starts = {}, {}
@@ -536,8 +554,9 @@ class State:
 
     def _header(self) -> dict[str, Any]:
         """Everything that is not a vector, ready for JSON."""
-        skip = {"vs", "x", "g", "Px", "Pg", "vectors", "history", "fingerprint", "origin"}
+        skip = {"vs", "x", "g", "Px", "Pg", "vectors", "history", "fingerprint", "origin", "best"}
         return {
+            "best": None if self.best is None else self.best.numbers(),
             "plain": {name: value for name, value in vars(self).items() if name not in skip},
             "history": list(self.history),
             "whitened": self.Px is not self.x,
@@ -576,7 +595,7 @@ class State:
         parts, changed, like = Parts(path, vs.comm), False, vs.as_vector(like)
         header = together(vs.comm, lambda: checked_header(parts.path, parts.header))
         if problem is not None:
-            new = {"problem": fingerprint(problem.ingredients(), vs.comm), "versions": versions()}
+            new = {**fingerprint({"problem": problem.ingredients()}, vs.comm), "versions": versions()}
             changed = refuse_differences(header["fingerprint"], new, accept, parts.path)
         # Make the state again
         state = cls(vs, None)
@@ -588,10 +607,12 @@ class State:
             own = problem.preconditioner.whiten(like)
         whitened, memory = (False, {}) if changed else (header["whitened"], header["memory"])
         names = {"x": like, "g": like, **(dict(Px=own, Pg=own) if whitened else {})}
+        names.update({"best": like} if header.get("best") else {})
         names.update({f"{name}/{i}": own for name, count in memory.items() for i in range(count)})
         vectors = state._read_vectors(parts, names)
         state.x, state.g = vectors["x"], vectors["g"]
         state.Px, state.Pg = (vectors["Px"], vectors["Pg"]) if whitened else (state.x, state.g)
+        state.best = Best(vectors["best"], **header["best"]) if header.get("best") else None
         for name, count in memory.items():
             state.vectors[name] = [vectors[f"{name}/{i}"] for i in range(count)]
         # Compare the lengths of the vectors with those in the header
@@ -649,15 +670,27 @@ class History(list[dict[str, Any]]):
         "seconds": "8.2f",
     }
 
+    MORE = {"projected": "10.3e", "validation": "14.7e", "epoch": "5d"}
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns of this table, and the formats of their numbers."""
+        return self.FORMATS | {
+            name: spec for name, spec in self.MORE.items() if any(name in row for row in self)
+        }
+
     def __getitem__(self, key: Any) -> Any:
-        return np.array([row[key] for row in self]) if isinstance(key, str) else super().__getitem__(key)
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        return np.array([row.get(key, math.nan) if key in self.MORE else row[key] for row in self])
 
     def _cells(self) -> list[list[str]]:
-        return [[format(row[name], spec) for name, spec in self.FORMATS.items()] for row in self]
+        columns = self.columns.items()
+        return [[format(row[name], spec) if name in row else "" for name, spec in columns] for row in self]
 
     def __str__(self) -> str:
-        widths = [len(format(0, spec)) for spec in self.FORMATS.values()]
-        lines = [list(self.FORMATS)] + self._cells()
+        widths = [len(format(0, spec)) for spec in self.columns.values()]
+        lines = [list(self.columns)] + self._cells()
         return "\n".join(" ".join(map(str.rjust, line, widths)) for line in lines)
 
     def _repr_html_(self) -> str:
@@ -665,7 +698,7 @@ class History(list[dict[str, Any]]):
             return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
 
         body = "".join(row(cells, "td") for cells in self._cells())
-        return f"<table>{row(self.FORMATS, 'th')}{body}</table>"
+        return f"<table>{row(self.columns, 'th')}{body}</table>"
 
 
 SIZE = Rule("a number, 0 or more, and not infinite", lambda v: is_real(v) and 0 <= v < math.inf)
@@ -676,6 +709,9 @@ SEARCH = Rule("a line search, such as StrongWolfe()", callable)
 #: What takes the place of the options of the reference's optimisers, those of `abopt`.
 REPLACED = {
     "atol": "there is ftol, relative to the objective",
+    "bounds": "BoundedLBFGS has lower and upper",
+    "lower": "BoundedLBFGS has lower and upper",
+    "upper": "BoundedLBFGS has lower and upper",
     "rtol": "its place is taken by ftol",
     "conviter": "a criterion that holds ends the minimisation at once",
     "linesearchiter": "its place is taken by linesearch=StrongWolfe(maxiter=...)",
@@ -786,6 +822,8 @@ class Optimizer(Options):
         progress: bool = False,
         accept: Accepted = False,
         interrupt: Interrupt | None = None,
+        validation: Validation | Problem | Callable[[Vector], Any] | None = None,
+        keep_best: bool = False,
     ) -> State:
         """Minimise the objective of `problem`, starting at `x0` or going on from a `state`.
 
@@ -807,6 +845,11 @@ class Optimizer(Options):
         interrupt : Interrupt
             what :func:`~vmad_lit.lib.signals.heed_signals` gives, by default that of the block around this call. After
             a signal the minimisation ends with the iteration, on all ranks; the monitors see the status ``signal``.
+        validation :
+            a second objective, which is not minimised but watched: a function of x, a Problem, or a :class:`Validation`,
+            which says how often and how patiently. Its values are in the table.
+        keep_best : bool
+            keep the point whose validation (without one, whose objective) is least, as `best` in the state.
 
         Returns
         -------
@@ -823,11 +866,16 @@ class Optimizer(Options):
         if isinstance(x0, State):
             x0, state = None, x0
         monitors = [] if monitor is None else [monitor] if callable(monitor) else list(monitor)
+        judges: list[Monitor] = []
+        # Let the judge look first
+        if validation is not None or keep_best:
+            judges.append(Judge(validation, keep_best))
+        monitors = [*judges, *monitors]
         interrupt = current_interrupt() if interrupt is None else interrupt
-        fresh, identity = state is None, self._identity(problem)
+        fresh, identity = state is None or state.y is None, self._identity(problem)
         if state is None:
             state = State(problem.vs, type(self).__name__)
-        else:
+        elif not fresh:
             x0 = self._take_over(problem, state, identity, accept)
         state.status, state.message, state.fingerprint = "", "", identity
         clock = Clock(problem, state)
@@ -838,7 +886,7 @@ class Optimizer(Options):
         if fresh:
             clock.record()
         with ProgressBar(problem.vs, self.maxiter, state.nit, progress) as bar:
-            watched = monitors if fresh else []
+            watched = monitors if fresh else judges
             stop = self._watched(state, watched, bar, interrupt)
             while not (stop or self._finished(state)):
                 proposal = self.iterate(problem, state)
@@ -874,6 +922,8 @@ class Optimizer(Options):
             changed = True
         if state.optimizer != type(self).__name__ or changed:
             state.optimizer, state.vectors, state.numbers = type(self).__name__, {}, {}
+        if changed and state.best is not None and state.best.validation is None:
+            state.best = None  # of another objective
         state.origin = None
         return state.x if changed else None
 
@@ -912,7 +962,7 @@ class Optimizer(Options):
     def _take(self, problem: Problem, state: State, point: Point) -> None:
         norm = problem.vs.norm
         state.Pg, state.g, state.x, state.Px, state.y = point.Pg, point.g, point.x, point.Px, point.y
-        state.Pgnorm, state.xnorm = norm(state.Pg), norm(state.x)
+        state.Pgnorm, state.xnorm, state.projected = norm(state.Pg), norm(state.x), None
         state.gnorm = state.Pgnorm if state.g is state.Pg else norm(state.g)
 
     def _move(self, problem: Problem, state: State, point: Point | None, step: float) -> None:
@@ -964,7 +1014,8 @@ class Optimizer(Options):
             return asked
         if not state.vs.any(any(isinstance(a, (bool, np.bool_)) and a for a in answers)):
             return False
-        self.give_up(state, "monitor", "stopped by the monitor")
+        if not state.status:
+            self.give_up(state, "monitor", "stopped by the monitor")
         return True
 
 
@@ -1007,7 +1058,8 @@ class Clock:
     def record(self) -> None:
         """Bring the counts up to date and append a row."""
         self.count()
-        self.state.history.append({name: self.state[name] for name in History.FORMATS})
+        names = [*History.FORMATS, *(name for name in ("projected", "epoch") if self.state[name] is not None)]
+        self.state.history.append({name: self.state[name] for name in names})
 
 
 class ProgressBar:
@@ -1125,8 +1177,10 @@ class LBFGS(Optimizer):
 
     def remember(self, vs: VectorSpace, state: State, point: Point) -> None:
         """Put the step to `point` into the memory if the curvature along it is positive."""
-        s = vs.addmul(point.Px, state.Px, -1)
-        r = vs.addmul(point.Pg, state.Pg, -1)
+        self.learn(vs, state, vs.addmul(point.Px, state.Px, -1), vs.addmul(point.Pg, state.Pg, -1))
+
+    def learn(self, vs: VectorSpace, state: State, s: Vector, r: Vector) -> None:
+        """Put a step and the change of the gradient along it into the memory, if it shows positive curvature."""
         sr, length = vs.inner(s, r), vs.norm(r)
         if not sr > self.curvature * vs.norm(s) * length:
             return
@@ -1147,17 +1201,21 @@ class LBFGS(Optimizer):
             return 1.0
         return (state.numbers.get("length") or first_length(problem, state)) / state.Pgnorm
 
+    def line(self, problem: Problem, state: State) -> Line:
+        """The line from the point of a state along the quasi-Newton direction."""
+        p = self.direction(problem.vs, state)
+        slope = problem.vs.inner(p, state.Pg)
+        return Line(problem, state.Px, state.Py, p, slope, unit=state.unit)
+
     def iterate(self, problem: Problem, state: State) -> Proposal | None:
         """Search along the quasi-Newton direction, or along the gradient if that fails."""
         vs = problem.vs
         if "S" not in state.vectors:
             self.forget(state)
         while True:
-            p = self.direction(vs, state)
-            slope = vs.inner(p, state.Pg)
-            trial = None
+            line = self.line(problem, state)
+            slope, trial = line.start.slope, None
             if slope < 0 and state.numbers.get("idle", 0) < 3:
-                line = Line(problem, state.Px, state.Py, p, slope, unit=state.unit)
                 trial = self.linesearch(line, self.first_step(problem, state))
             if trial is not None:
                 break
@@ -1170,9 +1228,8 @@ class LBFGS(Optimizer):
             self.forget(state)
         self.remember(vs, state, trial.point)
         state.numbers["idle"] = 0 if trial.y < state.Py else state.numbers.get("idle", 0) + 1
-        step = trial.t * vs.norm(p)
-        state.numbers["length"] = step
-        return trial.point, step
+        state.numbers["length"] = line.length(trial)
+        return trial.point, state.numbers["length"]
 
 
 class Preconditioner:
@@ -1365,56 +1422,130 @@ class TrustRegionCG(Optimizer):
         return min(length if length < math.inf else first_length(problem, state), self.maxradius)
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The numbers of one array of a vector within a flat array: there are `whole`, this rank's begin at `first`."""
+
+    kind: np.dtype[Any]
+    shape: tuple[int, ...]
+    partitioned: bool
+    first: int
+    whole: int
+
+    @property
+    def count(self) -> int:
+        """How many real numbers this rank has; a complex one is two."""
+        return math.prod(self.shape) * (2 if self.kind.kind == "c" else 1)
+
+
+class FlatProblem:
+    """A problem as functions of one flat array of real numbers, as other libraries want it.
+
+    The variables are those of our optimisers, with a preconditioner the whitened ones; :meth:`solution` has the vector
+    that belongs to them. All methods are collective.
+
+    Parameters
+    ----------
+    problem, x0 :
+        the problem, and a vector to begin with.
+    gather :
+        whether each rank has the whole array, or only its own parts of the vectors.
+
+    Attributes
+    ----------
+    x0 : array of float64
+        The vector to begin with. `fun`, `jac` and `hessp` take arrays of its shape, and are named as SciPy does.
+    """
+
+    def __init__(self, problem: Problem, x0: Vector, gather: bool = True) -> None:
+        self.problem, self.vs, self.gather = problem, problem.vs, gather
+        self.like = Point(problem, x=Optimizer._starting_point(problem.vs, x0)).Px
+        # Find out about the pieces
+        arrays = self.vs.to_arrays(self.like)
+        zeros = [np.zeros_like(array, dtype=np.result_type(array, np.float32)) for array in arrays]
+        self.pieces: list[Piece] = []
+        for i, array in enumerate(zeros):
+            ones = self.vs.from_arrays([*zeros[:i], np.ones_like(array), *zeros[i + 1 :]], self.like)
+            square, sizes = self.vs.inner(ones, ones), self._of_all(array.size)
+            partitioned = self.vs.any(square != array.size)
+            # Refuse another inner product
+            if partitioned and not math.isclose(square, sum(sizes), rel_tol=1e-6):
+                raise ValueError(
+                    "a flat array has the plain sum of squares as inner product, and this vector space has another "
+                    "(half-stored complex fields have); use LBFGS"
+                )
+            if not (partitioned and gather):
+                sizes = [array.size]
+            reals = 2 if array.dtype.kind == "c" else 1
+            first = reals * sum(sizes[: self.vs.comm.rank]) if len(sizes) > 1 and self.vs.comm else 0
+            self.pieces.append(Piece(array.dtype, array.shape, partitioned, first, reals * sum(sizes)))
+        self.x0 = self.flatten(self.like)
+
+    def _of_all(self, value: Any) -> list[Any]:
+        """What all ranks have, in order."""
+        if self.vs.comm is None or self.vs.comm.size == 1:
+            return [value]
+        count_object(self.vs.comm, value)
+        return self.vs.comm.allgather(value)
+
+    def flatten(self, vector: Vector) -> Array:
+        """The flat array of a vector, or of a gradient, in the variables of the optimisers."""
+        flat = []
+        for array, piece in zip(self.vs.to_arrays(vector), self.pieces, strict=True):
+            part = np.ravel(np.ascontiguousarray(array, dtype=piece.kind))
+            part = part.view(part.real.dtype).astype(float)
+            if self.gather:
+                parts = self._of_all(part)
+                part = np.concatenate(parts if piece.partitioned else parts[:1])
+            flat.append(part)
+        return np.concatenate(flat)
+
+    def unflatten(self, flat: Array) -> Vector:
+        """The vector of a flat array, in the variables of the optimisers; of a partitioned one, this rank's part."""
+        flat, arrays, begin = np.asarray(flat), [], 0
+        size = sum(piece.whole for piece in self.pieces)
+        if flat.shape != (size,):
+            raise ValueError(f"expected a flat array of {size} numbers, got one of shape {flat.shape}")
+        for piece in self.pieces:
+            mine = flat[begin + piece.first : begin + piece.first + piece.count]
+            arrays.append(mine.astype(piece.kind.type(0).real.dtype).view(piece.kind).reshape(piece.shape))
+            begin += piece.whole
+        return self.vs.from_arrays(arrays, self.like)
+
+    def solution(self, flat: Array) -> Vector:
+        """The vector x of the problem that belongs to a flat array."""
+        return self._point(flat).x
+
+    def _point(self, flat: Array) -> Point:
+        return Point(self.problem, Px=self.unflatten(flat))
+
+    def fun(self, flat: Array) -> float:
+        """The objective."""
+        return self._point(flat).y
+
+    def jac(self, flat: Array) -> Array:
+        """The gradient, a flat array."""
+        return self.flatten(self._point(flat).Pg)
+
+    def hessp(self, flat: Array, v: Array) -> Array:
+        """The Hessian, or Gauss-Newton, matrix times a flat array."""
+        return self.flatten(self._point(flat).hessian_vector_product(self.unflatten(v)))
+
+
 def scipy_minimize(problem: Problem, x0: Vector, method: str = "L-BFGS-B", **options: Any) -> Any:
     """Minimise `problem` with ``scipy.optimize.minimize``, which gets `options` (tol, callback, ...).
 
-    Serial only. The result is SciPy's, with the vector in its `x`. The Hessian-vector product of the
-    problem is passed on to the methods that use one.
+    The result is SciPy's, with the vector in its `x`. The Hessian-vector product of the problem is passed on to the
+    methods that use one. On many ranks all have to call, and each does the same.
     """
     with needed_for("scipy_minimize", extra="interop"):
         import scipy.optimize
 
-    vs = problem.vs
-    start = Point(problem, x=Optimizer._starting_point(vs, x0))
-    if vs.comm is not None and vs.comm.size > 1:
-        raise ValueError(
-            f"scipy_minimize is for one process, and this problem is spread over {vs.comm.size}; use LBFGS"
-        )
-    like = start.Px
-
-    def flatten(vector: Vector) -> Array:
-        arrays = [np.ravel(np.ascontiguousarray(array)) for array in vs.to_arrays(vector)]
-        arrays = [a.view(a.real.dtype) if np.iscomplexobj(a) else a for a in arrays]
-        return np.concatenate(arrays).astype(float)
-
-    def unflatten(flat: Array) -> Vector:
-        arrays = []
-        for array in vs.to_arrays(like):
-            kind = np.result_type(array, np.float32)
-            count = array.size * (2 if kind.kind == "c" else 1)
-            piece, flat = flat[:count].astype(kind.type(0).real.dtype), flat[count:]
-            arrays.append(piece.view(kind).reshape(array.shape))
-        return vs.from_arrays(arrays, like)
-
-    lengths = vs.norm(start.Pg), VectorSpace().norm(flatten(start.Pg))
-    if not math.isclose(*lengths, rel_tol=1e-6):
-        raise ValueError(
-            "SciPy knows only the plain sum of squares as inner product, and this vector "
-            "space has another (half-stored complex fields have); use LBFGS"
-        )
-
-    # Hand the problem to SciPy
-    def value_and_gradient(flat: Array) -> tuple[float, Array]:
-        point = Point(problem, Px=unflatten(flat))
-        return point.y, flatten(point.Pg)
-
-    def hvp(flat: Array, v: Array) -> Array:
-        return flatten(Point(problem, Px=unflatten(flat)).hessian_vector_product(unflatten(v)))
-
+    flat = FlatProblem(problem, x0)
     if problem.has_hessian and method.lower() in ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr"):
-        options.setdefault("hessp", hvp)
-    result = scipy.optimize.minimize(value_and_gradient, flatten(like), jac=True, method=method, **options)
-    result.x = Point(problem, Px=unflatten(result.x)).x
+        options.setdefault("hessp", flat.hessp)
+    result = scipy.optimize.minimize(flat.fun, flat.x0, jac=flat.jac, method=method, **options)
+    result.x = flat.solution(result.x)
     return result
 
 
@@ -1449,17 +1580,23 @@ def checked_header(path: str, header: dict[str, Any]) -> dict[str, Any]:
     for name, kind in dict(plain=dict, history=list, memory=dict, whitened=bool).items():
         need(f"its header has no {name}", type(header.get(name)) is kind)
     need("its header has no fingerprint", isinstance(header.get("fingerprint", 0), dict | None))
+    need("its best point is none", header.get("best") is None or Best.holds(header["best"]))
     plain, history = header["plain"], header["history"]
     for name, rule in PLAIN.items():
         need(f"it has no {name}", name in plain)
         need(f"{name} must be {rule.words}, got {plain[name]!r}", rule.holds(plain[name]))
 
+    for name in History.MORE:
+        need(f"{name} must be a number or null", is_real(plain.get(name) or 0))
     for name in plain:
         need(f"{name!r} is no name of an attribute", name.isidentifier() and not hasattr(State, name))
     for name, count in header["memory"].items():
         need(f"the memory has {count!r} vectors {name}", COUNT.holds(count))
     sound = [
-        type(row) is dict and all(FINITE.holds(row.get(key)) for key in History.FORMATS) for row in history
+        type(row) is dict
+        and all(FINITE.holds(row.get(key)) for key in History.FORMATS)
+        and all(is_real(row.get(key, 0)) for key in History.MORE)
+        for row in history
     ]
     need("its history has rows that are none", all(sound))
     ends = not history or history[-1]["nit"] == plain["nit"]
@@ -1522,7 +1659,479 @@ def autosave(path: Path, every: int = 10) -> Callable[[Any], None]:
     return monitor
 
 
-from vmad_lit.contrib.vectorspace import LocalSpace, MPIVectorSpace, ProductSpace
+def spread(vs: VectorSpace, name: str, bound: Any, like: Vector, default: float) -> list[Array]:
+    """The bounds of all numbers in each array of a vector; errors call them by `name`."""
+    if bound is None or is_real(bound):
+        number = default if bound is None else float(bound)
+        if math.isnan(number) or number == -default:
+            raise ValueError(f"{name} leaves nothing, for it is {number}")
+        return [bounds_like(name, part, np.asarray(number)) for part in vs.to_arrays(like)]
+    if isinstance(vs, ProductSpace):
+        # Spread the bounds of the components
+        if not isinstance(bound, dict | list | tuple):
+            raise TypeError(
+                f"{name} must be a number, or have bounds by component, got {type(bound).__name__}"
+            )
+        components = vs.components(like)
+        keys, given = (
+            [key for key, _, _ in components],
+            dict(bound.items() if isinstance(bound, dict) else enumerate(bound)),
+        )
+        for key in given.keys() - set(keys):
+            close = difflib.get_close_matches(str(key), map(str, keys), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {keys}"
+            raise ValueError(f"{name} bounds {key!r}, and the vector has no such component; {hint}")
+        return [
+            array
+            for key, space, part in components
+            for array in spread(space, f"{name}[{key!r}]", given.get(key), part, default)
+        ]
+    # Spread the bounds of one component
+    parts, arrays = vs.to_arrays(like), vs.to_arrays(bound)
+    if len(parts) != len(arrays):
+        raise ValueError(f"{name} has {len(arrays)} arrays, and the vector {len(parts)}")
+    return [bounds_like(name, part, array) for part, array in zip(parts, arrays, strict=True)]
+
+
+def bounds_like(name: str, part: Array, bounds: Array) -> Array:
+    """Bounds for the numbers of the array `part`, of its shape and type."""
+    if bounds.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must be of real numbers, got {bounds.dtype}")
+    if part.dtype.kind == "c" and np.isfinite(bounds).any():
+        raise TypeError(f"{name} is for real unknowns, and this one is complex")
+    if np.isnan(bounds).any():
+        raise ValueError(f"{name} has {np.isnan(bounds).sum()} NaN among {bounds.size} numbers")
+    try:
+        return np.broadcast_to(bounds.astype(part.real.dtype), part.shape)
+    except ValueError:
+        raise ValueError(f"{name} must have the shape {part.shape}, got {bounds.shape}") from None
+
+
+class Box:
+    """Bounds for the numbers of a vector.
+
+    Parameters
+    ----------
+    vs, like :
+        the space, and a vector of the kind that is bounded.
+    lower, upper :
+        None, a number, or a vector of that kind (or what broadcasts to it; of what is spread over ranks, this rank's part);
+        in a product space a dictionary or list of these, for some of the components or all.
+
+    Raises
+    ------
+    ValueError, TypeError
+        on all ranks, if the bounds cross, do not fit, or are NaN.
+    """
+
+    def __init__(self, vs: VectorSpace, lower: Any, upper: Any, like: Vector) -> None:
+        self.vs, error = vs, None
+        try:
+            self.lower = spread(vs, "lower", lower, like, -math.inf)
+            self.upper = spread(vs, "upper", upper, like, math.inf)
+            self.refuse_crossed()
+        except (TypeError, ValueError) as exception:
+            error = exception
+        vs.agree_on(error)
+        pairs = zip(self.lower, self.upper, strict=True)
+        self.bounded = [bool(np.isfinite(low).any() or np.isfinite(high).any()) for low, high in pairs]
+
+    def refuse_crossed(self) -> None:
+        """Raise ValueError if a lower bound is above the upper one, or at infinity."""
+        for low, high in zip(self.lower, self.upper, strict=True):
+            crossed = (low > high) | (low == math.inf) | (high == -math.inf)
+            if crossed.any():
+                first = f"the first is {low[crossed][0]:g} to {high[crossed][0]:g}"
+                raise ValueError(
+                    f"lower and upper leave nothing to {crossed.sum()} of {low.size} numbers; {first}"
+                )
+
+    def apply(self, function: Callable[..., Array], *vectors: Vector) -> Vector:
+        """A function of arrays and their bounds; where nothing is bounded, the last vector as it is."""
+        parts = zip(*map(self.vs.to_arrays, vectors), self.lower, self.upper, self.bounded, strict=True)
+        new = [function(*arrays, low, high) if some else arrays[-1] for *arrays, low, high, some in parts]
+        return self.vs.from_arrays(new, vectors[-1])
+
+    def clip(self, z: Vector) -> Vector:
+        """The nearest vector in the box."""
+        return self.apply(np.clip, z)
+
+    def inward(self, z: Vector, d: Vector) -> Vector:
+        """The direction d, without the components that would lead out of the box at z."""
+
+        def allowed(z: Array, d: Array, low: Array, high: Array) -> Array:
+            return np.where(((z <= low) & (d < 0)) | ((z >= high) & (d > 0)), 0, d)
+
+        return self.apply(allowed, z, d)
+
+    def free(self, z: Vector, g: Vector) -> list[Any]:
+        """For each array of z whether its numbers are free to move, where g is the gradient."""
+        parts = zip(*map(self.vs.to_arrays, (z, g)), self.lower, self.upper, self.bounded, strict=True)
+        return [
+            ~((z <= low) & (g > 0) | (z >= high) & (g < 0) | (low == high)) if some else np.True_
+            for z, g, low, high, some in parts
+        ]
+
+    def refuse_outside(self, z: Vector, what: str) -> None:
+        """Raise ValueError on all ranks unless the vector z, which is called `what`, is in the box."""
+        parts = zip(self.vs.to_arrays(z), self.lower, self.upper, self.bounded, strict=True)
+        wrong = [z[(z < low) | (z > high)] for z, low, high, some in parts if some]
+        count = sum(values.size for values in wrong)
+        first = next((values[0] for values in wrong if values.size), None)
+        told = f"{what} is outside of the bounds in {count} of its numbers, the first of which is {first}"
+        self.vs.agree_on(ValueError(told) if count else None)
+
+    # Stretch the walls of a box
+    def put(self, like: Vector, arrays: Iterable[Array], bounded: bool = True) -> Vector:
+        """The vector with these arrays where something is bounded (or where not), and zeros elsewhere."""
+        parts = zip(self.vs.to_arrays(like), arrays, self.bounded, strict=True)
+        new = [np.where(some == bounded, array, 0).astype(part.dtype) for part, array, some in parts]
+        return self.vs.from_arrays(new, like)
+
+    def refuse_mixing(self, precond: Preconditioner, like: Vector) -> None:
+        """Raise ValueError on all ranks if a preconditioner does more to what is bounded than to stretch it."""
+        rng, shapes = np.random.default_rng(1), [part.shape for part in self.vs.to_arrays(like)]
+        ones, some = [np.ones(shape) for shape in shapes], [rng.random(shape) for shape in shapes]
+        asked = self.put(like, ones), self.put(like, some), self.put(like, ones, bounded=False)
+        answers = zip(*(self.vs.to_arrays(precond.whiten(v)) for v in asked), some, self.bounded, strict=True)
+        wrong = [
+            not (factors > 0).all()
+            or np.abs([weighted - factors * w, rest]).max(initial=0) > 1e-5 * factors.max(initial=0)
+            for factors, weighted, rest, w, bounded in answers
+            if bounded
+        ]
+        told = "bounds are kept in the variables of a preconditioner only if it multiplies each bounded number by a positive one"
+        self.vs.agree_on(ValueError(told) if any(wrong) else None)
+
+    def stretched(self, precond: Preconditioner, like: Vector) -> Box:
+        """The box of ``z = P x`` that belongs to this one of x."""
+        new = copy.copy(self)
+        new.lower, new.upper = (self.stretch(precond, like, bounds) for bounds in (self.lower, self.upper))
+        return new
+
+    def stretch(self, precond: Preconditioner, like: Vector, bounds: Sequence[Array]) -> list[Array]:
+        """Bounds of ``z = P x`` from bounds of x."""
+        finite = [np.where(np.isfinite(array), array, 0) for array in bounds]
+        moved = self.vs.to_arrays(precond.whiten(self.put(like, finite)))
+        parts = zip(bounds, moved, self.bounded, strict=True)
+        return [np.where(np.isfinite(old), new, old) if some else old for old, new, some in parts]
+
+
+class BoundedTrial(Trial):
+    """A step along a path that bends at the bounds."""
+
+    line: BoundedLine
+
+    @property
+    def slope(self) -> float:
+        """The derivative of the objective with respect to t, just behind this point."""
+        if self._slope is None:
+            velocity = self.line.box.inward(self.point.Px, self.line.direction)
+            self._slope = self.line.problem.vs.inner(self.point.Pg, velocity)
+        return self._slope
+
+
+class BoundedLine(Line):
+    """The path from a point of the box along a direction, clipped to the box."""
+
+    def __init__(self, problem: Problem, state: State, direction: Vector, box: Box, own: Box) -> None:
+        slope = problem.vs.inner(state.Pg, box.inward(state.Px, direction))
+        super().__init__(problem, state.Px, state.Py, direction, slope, unit=state.unit)
+        self.box, self.own, self.gradient = box, own, state.Pg
+
+    def __call__(self, t: float) -> BoundedTrial:
+        """Evaluate the step t."""
+        Px = self.box.clip(self.problem.vs.addmul(self.Px, self.direction, t))
+        precond = self.problem.preconditioner
+        x = None if precond is None else self.own.clip(precond.unwhiten(Px))
+        point = Point(self.problem, Px=Px, x=x, unit=self.unit)
+        return BoundedTrial(self, t, point, point.Py)
+
+    def way(self, trial: Trial) -> Vector:
+        """From the beginning of the path to a trial, as the crow flies."""
+        return self.problem.vs.addmul(trial.point.Px, self.Px, -1)
+
+    def length(self, trial: Trial) -> float:
+        """The distance between the beginning and a trial."""
+        return self.problem.vs.norm(self.way(trial))
+
+    def falls_enough(self, trial: Trial, c1: float, grace: float = 0.0) -> bool:
+        """Armijo's condition with the fall that the gradient promises for the way that was gone."""
+        promised = min(self.problem.vs.inner(self.gradient, self.way(trial)), 0.0)
+        allowed = self.reference + c1 * promised + grace * abs(self.reference)
+        return trial.finite() and trial.y <= allowed and (grace > 0 or trial.y < self.reference)
+
+
+class WeakWolfe(StrongWolfe):
+    """A search for Armijo's condition and a slope that has become flatter, or has turned, by whatever amount."""
+
+    def flat_enough(self, line: Line, trial: Trial) -> bool:
+        """The curvature condition, for slopes that lead downhill."""
+        return trial.slope >= self.c2 * line.start.slope
+
+
+def keep(vs: VectorSpace, free: Sequence[Array], v: Vector) -> Vector:
+    """The vector v with zeros where it is not free."""
+    parts = zip(vs.to_arrays(v), free, strict=True)
+    return vs.from_arrays([part if np.all(mask) else np.where(mask, part, 0) for part, mask in parts], v)
+
+
+class BoundedLBFGS(LBFGS):
+    """L-BFGS in a box, by projected paths and the curvature of the free components.
+
+    D. Bertsekas, SIAM J. Control Optim. 20 (1982) 221, with the matrix of limited memory. The criteria of convergence are
+    about the projected gradient, which the table shows as `projected`.
+
+    Options besides those of :class:`LBFGS`
+    ---------------------------------------
+    lower, upper :
+        the bounds: None, a number, or a vector like x (of what is spread over ranks, this rank's part); in a product
+        space a dictionary or list with bounds of some components, or all. Equal bounds fix a number.
+    linesearch :
+        a :class:`WeakWolfe`, :class:`StrongWolfe` or :class:`Backtracking`.
+
+    A starting point outside of the bounds, and bounds that cross or are NaN, are errors on all ranks.
+    """
+
+    lower: Any = None
+    upper: Any = None
+    linesearch: StrongWolfe = WeakWolfe()
+
+    def reduced(self, vs: VectorSpace, state: State, free: Sequence[Array]) -> State:
+        """The gradient and the memory of a state, cut down to the components that are free."""
+        part = State(vs, None)
+        part.Pg = keep(vs, free, state.Pg)
+        self.forget(part)
+        for s, r in zip(state.vectors["S"], state.vectors["R"], strict=True):
+            self.learn(vs, part, keep(vs, free, s), keep(vs, free, r))
+        if not part.vectors["S"]:
+            self.forget(state)
+        return part
+
+    def line(self, problem: Problem, state: State) -> Line:
+        """The path from the point of a state, along the quasi-Newton direction of the free components."""
+        vs = problem.vs
+        box, own = self.boxes(problem, state.x)
+        free = box.free(state.Px, state.Pg)
+        held = vs.any(not all(np.all(mask) for mask in free))
+        model = self.reduced(vs, state, free) if held else state
+        return BoundedLine(problem, state, self.direction(vs, model), box, own)
+
+    def boxes(self, problem: Problem, x: Vector) -> tuple[Box, Box]:
+        """The box of the optimiser's variables, and that of the user's."""
+        own = Box(problem.vs, self.lower, self.upper, x)
+        precond = problem.preconditioner
+        return (own if precond is None else own.stretched(precond, x)), own
+
+    def _start(self, problem: Problem, state: State, x0: Vector) -> None:
+        if x0 is not None:
+            x0 = self._starting_point(problem.vs, x0)
+            self._admit(problem, x0, "the starting point x0")
+        super()._start(problem, state, x0)
+
+    def _admit(self, problem: Problem, x: Vector, what: str) -> None:
+        box = Box(problem.vs, self.lower, self.upper, x)
+        box.refuse_outside(x, what)
+        if problem.preconditioner is not None:
+            box.refuse_mixing(problem.preconditioner, x)
+
+    def _take(self, problem: Problem, state: State, point: Point) -> None:
+        super()._take(problem, state, point)
+        self._project(problem, state)
+
+    def _project(self, problem: Problem, state: State) -> None:
+        box, _ = self.boxes(problem, state.x)
+        downhill = box.inward(state.Px, problem.vs.scale(-1.0, state.Pg))
+        state.Pgnorm = problem.vs.norm(downhill)
+        state.projected = state.Pgnorm / state.unit
+
+    def _take_over(
+        self, problem: Problem, state: State, identity: Mapping[str, Any], accept: Accepted
+    ) -> Vector:
+        anew = super()._take_over(problem, state, identity, accept)
+        self._admit(problem, state.x, "the point of the state")
+        if anew is None:
+            self._project(problem, state)
+        return anew
+
+
+class Validation:
+    """A second objective, which is watched and not minimised.
+
+    Parameters
+    ----------
+    objective :
+        a function of x that returns a number, the same on all ranks, or a :class:`Problem`.
+    every : int
+        at which iterations it is evaluated: 0, every, 2 every, ...
+    patience : int, optional
+        the minimisation ends, with status ``validation``, when so many values in a row have not been below the least before
+        them.
+    """
+
+    def __init__(
+        self, objective: Problem | Callable[[Vector], Any], every: int = 1, patience: int | None = None
+    ) -> None:
+        whole(1).check("Validation's every", every)
+        if patience is not None:
+            whole(1).check("Validation's patience", patience)
+        self.objective = objective.objective if isinstance(objective, Problem) else objective
+        if not callable(self.objective):
+            raise TypeError(f"a validation is a function of x, or a Problem, not {objective!r}")
+        self.every, self.patience = int(every), patience
+
+
+@dataclasses.dataclass
+class Best:
+    """The best point of a minimisation so far: by the validation, or, without one, by the objective."""
+
+    x: Vector
+    y: float
+    nit: int
+    validation: float | None = None
+    epoch: int | None = None
+
+    def numbers(self) -> dict[str, Any]:
+        """All but the vector."""
+        return {name: value for name, value in vars(self).items() if name != "x"}
+
+    @staticmethod
+    def holds(numbers: Any) -> bool:
+        """Whether these can be the numbers of a best point."""
+        if type(numbers) is not dict or set(numbers) != {"y", "nit", "validation", "epoch"}:
+            return False
+        optional = numbers["validation"] is None or FINITE.holds(numbers["validation"])
+        counts = COUNT.holds(numbers["nit"]) and (numbers["epoch"] is None or COUNT.holds(numbers["epoch"]))
+        return FINITE.holds(numbers["y"]) and optional and counts
+
+
+class Judge:
+    """A monitor that asks the validation, keeps the best point, and loses patience."""
+
+    def __init__(
+        self, validation: Validation | Problem | Callable[[Vector], Any] | None, keep_best: bool
+    ) -> None:
+        if validation is not None and not isinstance(validation, Validation):
+            validation = Validation(validation)
+        self.validation: Validation | None = validation
+        self.keep_best = keep_best
+
+    def __call__(self, state: State) -> bool:
+        """Judge a state; whether to stop here."""
+        state.validation, row = None, state.history[-1]
+        if self.validation is not None and state.nit % self.validation.every == 0:
+            if "validation" not in row:
+                row["validation"] = state.vs.replicate(self.validation.objective(state.x))
+            state.validation = row["validation"]
+        # Keep the best point
+        measure = "y" if self.validation is None else "validation"
+        value, best = getattr(state, measure), state.best
+        if best is not None and (best.validation is None) != (self.validation is None):
+            best = None
+        better = (
+            value is not None and math.isfinite(value) and (best is None or value < getattr(best, measure))
+        )
+        if self.keep_best and better:
+            x = state.vs.copy(state.x)
+            state.best = Best(x, state.y, state.nit, state.validation, state.epoch)
+        # Lose patience
+        if self.validation is not None and self.validation.patience is not None and not state.status:
+            rows = [row for row in state.history if row.get("epoch") == state.epoch]
+            values = np.array([row["validation"] for row in rows if "validation" in row])
+            values = np.where(np.isnan(values), math.inf, values)
+            waited = len(values) - 1 - int(np.argmin(values)) if len(values) else 0
+            if waited >= self.validation.patience:
+                least, nit = values.min(), rows[-1]["nit"]
+                state.status = "validation"
+                state.message = f"stopped in iteration {nit}: the validation has not been below {least:.6g} for {waited} values"
+                return True
+        return False
+
+
+Plan = tuple[Optimizer, dict[str, Any]]
+
+
+def plan_epoch(
+    optimizer: Optimizer, make_problem: Callable[..., Problem], number: int, values: Mapping[str, Any]
+) -> Plan:
+    """The optimiser of an epoch, and the arguments that make its problem; TypeError for a name of neither."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"epoch {number} must be a dictionary of values by name, got {values!r}")
+    options, own = optimizer.options(), copy.copy(optimizer)
+    vars(own).update({name: value for name, value in values.items() if name in options})
+    own.check_options()
+    arguments = {name: value for name, value in values.items() if name not in options}
+    # See whether the problem can be made of these arguments
+    signature = inspect.signature(make_problem)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+        names = [name for name, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD]
+        unknown = next((name for name in arguments if name not in names), None)
+        close = difflib.get_close_matches(str(unknown), [*names, *options], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close and unknown else ""
+        told = f"{error}{hint}; options of {type(own).__name__} and arguments of the problem, {names}, can be set"
+        raise TypeError(f"epoch {number}: {told}") from None
+    return own, arguments
+
+
+def minimize_in_epochs(
+    optimizer: Optimizer,
+    make_problem: Callable[..., Problem],
+    epochs: Iterable[Mapping[str, Any]],
+    x0: Vector = None,
+    state: State | None = None,
+    accept: Accepted = False,
+    **options: Any,
+) -> State:
+    """Minimise one problem after the other, each from where the last one ended.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+    make_problem :
+        a function of keyword arguments that returns a :class:`Problem`.
+    epochs :
+        a dictionary for each epoch: options of the optimiser, such as `maxiter` (iterations of this epoch) or `gtol`, and
+        arguments of `make_problem`. What is not given has its default.
+    x0, state, accept, options :
+        as for :meth:`Optimizer.minimize`. A state that was saved in an epoch goes on in that epoch.
+
+    Returns
+    -------
+    State
+        of the last epoch; its `epoch` is the number of it, counted from 0, and its history that of all. A signal, or a
+        monitor that returns True, ends the run in its epoch.
+
+    Raises
+    ------
+    TypeError, ValueError
+        before anything is computed, if an epoch has a name or value that fits nothing.
+    """
+
+    plans = [plan_epoch(optimizer, make_problem, i, values) for i, values in enumerate(epochs)]
+    begin = 0 if state is None or state.epoch is None else state.epoch
+    if not plans:
+        raise ValueError("there must be one epoch at least; [{}] is one without anything special")
+    if begin >= len(plans):
+        raise StateError(f"the state is in epoch {begin}, and there are only {len(plans)}, counted from 0")
+    for number, (worker, arguments) in enumerate(plans[begin:], begin):
+        problem = make_problem(**arguments)
+        if state is None:
+            state = State(problem.vs, type(worker).__name__)
+        state.epoch = number
+        before = [row["nit"] for row in state.history if row.get("epoch") != number]
+        worker.maxiter += max(before, default=0)
+        consent = accept if number == begin else ["problem"]
+        worker.minimize(problem, x0, state=state, accept=consent, **options)
+        if state.status in ("signal", "monitor"):
+            break
+    assert state is not None
+    return state
+
+
+from vmad_lit.contrib.vectorspace import LocalSpace, MPIVectorSpace
 from vmad_lit.core.error import UnexpectedOutput, did_you_mean
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import find_talk, many_ranks, world

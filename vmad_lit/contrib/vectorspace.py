@@ -467,6 +467,10 @@ class ProductSpace(VectorSpace):
                 f"known are {[key for key, _ in _items(self.spaces)]}"
             ) from None
 
+    def components(self, x: Vector) -> list[tuple[Any, VectorSpace, Vector]]:
+        """Triples (key, space, component) of a vector."""
+        return [(key, self._space(key), part) for key, part in _items(x)]
+
     def addmul(self, a: Vector, b: Vector, c: Any, p: float = 1) -> Vector:
         """``a + b * c ** p``, component by component."""
         return _like(b, [space.addmul(x, y, c, p) for space, x, y in self._zip(a, b)])

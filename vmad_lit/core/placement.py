@@ -150,11 +150,15 @@ class Site:
     spread : tuple of str
         The arguments that the node takes apart over ranks: of a replicated value it takes each rank's copy as
         that rank's own, as `allbcast` does.
+    implied : dict
+        What a rule concludes about arguments of which nothing is known: the kind of their placement, or None if
+        arrays are to be partitioned and numbers replicated.
     """
 
     def __init__(self, node: Node, given: Given) -> None:
         self.node, self.given = node, given
         self.spread: tuple[str, ...] = ()
+        self.implied: dict[str, str | None] = {}
 
     @property
     def placed(self) -> list[Placement]:
@@ -437,6 +441,10 @@ class PlacesOnRanks(Places):
         node, rule = site.node, site.node.primitive.operator.placements
         if type(rule) is str and rule.startswith("replicated"):
             self.suppose(node.varin[next(iter(node.primitive.ain))], "replicated", site.comm)
+        for name, kind in site.implied.items():
+            self.suppose(
+                node.varin[name], kind or KIND_OF_LOOKS.get(self.looks_of(node.varin[name])), site.comm
+            )
         if rule not in ("elementwise", "spread"):
             return
         (symbol,) = node.varout.values()
@@ -446,16 +454,15 @@ class PlacesOnRanks(Places):
         # Beside a field, or in what is beside one, arrays are in parts, and numbers are replicated
         for argument in (node.varin[name] for name in node.primitive.ain):
             looks = self.looks_of(argument)
-            if looks:
-                self.suppose(argument, "partitioned" if looks == ARRAY else "replicated", result.comm)
+            self.suppose(argument, KIND_OF_LOOKS.get(looks), result.comm)
         if result.kind == "partitioned":
             site.take_apart(node.primitive.ain)
 
-    def suppose(self, symbol: BaseSymbol, kind: str, comm: Any) -> None:
-        """Believe that a value lives somewhere, unless it is known better."""
+    def suppose(self, symbol: BaseSymbol, kind: str | None, comm: Any) -> None:
+        """Believe that a value lives somewhere, unless it is known better; None is no belief."""
         found = self.of.get(symbol)
         better = found is None or (kind, found.kind) == ("partitioned", "replicated")
-        if isinstance(symbol, Symbol) and symbol not in self.known and comm is not None and better:
+        if kind and isinstance(symbol, Symbol) and symbol not in self.known and comm is not None and better:
             self.implied[symbol] = Placement(kind, comm)
 
     def place(self, symbol: BaseSymbol, differentiable: bool) -> Any:
@@ -557,6 +564,7 @@ def find_arrivals(self: Model, init: Mapping[str, Value], placed: Mapping[str, P
 SILENT = {numpy.ndarray, numpy.float64, float, int, complex}  # types that tell nothing
 NUMBER: Any = "number"  # in the place of the placement of an input, of which no more is known
 ARRAY: Any = "array"
+KIND_OF_LOOKS = {ARRAY: "partitioned", NUMBER: "replicated"}  # beside a field
 Model.find_arrivals = find_arrivals  # type: ignore[method-assign]
 
 # What one rank refuses, all refuse

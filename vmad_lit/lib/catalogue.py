@@ -209,6 +209,7 @@ def save(
         This rank's rows, as many in each column; names, types and further axes are the same on all ranks.
     fields : dict of RealFields
     attributes : dict of numbers, arrays and strings, the same on all ranks
+        Under the name of a data set, such as `fields/density`, there may be a dictionary of its own attributes.
     dtype : 'f4' or 'f8', optional
         Write floating point data in this precision; by default as they are.
 
@@ -236,11 +237,16 @@ def _lay_out(path: str, blocks: Mapping[str, Block], attributes: Mapping[str, An
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     with h5py.File(path, "w") as file:
-        file.attrs.update(attributes)
-        return {
+        offsets = {
             name: file.create_dataset(name, b.shape, b.dtype, dcpl=creation.copy()).id.get_offset()
             for name, b in blocks.items()
         }
+        for name, value in attributes.items():
+            if isinstance(value, Mapping):
+                file[name].attrs.update(value)
+            else:
+                file.attrs[name] = value
+    return offsets
 
 
 def _blocks(

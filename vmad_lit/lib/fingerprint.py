@@ -33,9 +33,17 @@ def weights(places: Array) -> list[Array]:
 
 def sums(values: Array, places: Array) -> Array:
     """The number of values, their sum, the sum of their squares, and three weighted sums."""
-    values = values.astype("f8", copy=False)
+    values = finite(values.astype("f8", copy=False))
     weighted = [numpy.dot(w, values) for w in weights(places)]
     return numpy.array([values.size, values.sum(), numpy.dot(values, values), *weighted])
+
+
+def finite(values: Array) -> Array:
+    """The values, with odd numbers in the place of infinities and NaN."""
+    with numpy.errstate(invalid="ignore"):
+        if math.isfinite(values.sum()):
+            return values
+    return numpy.nan_to_num(values, nan=0.7071, posinf=1.618, neginf=-2.718)
 
 
 def sums_of_array(array: Array, before: int) -> Array:
@@ -48,7 +56,7 @@ def sums_of_array(array: Array, before: int) -> Array:
     if array.ndim == 2 and array.size:
         u = weights(numpy.arange(array.shape[1]))
         for i in range(0, len(array), CHUNK):
-            rows = array[i : i + CHUNK].astype("f8", copy=False)
+            rows = finite(array[i : i + CHUNK].astype("f8", copy=False))
             powers = [numpy.sum((rows @ w) ** k) for k, w in zip((2, 3, 4), u)]
             total += [rows.size, rows.sum(), numpy.vdot(rows, rows), *powers]
         return total

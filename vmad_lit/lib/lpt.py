@@ -138,10 +138,10 @@ def color_modes(wnk: Symbol, power: Symbol, pm: ParticleMesh) -> Symbol:
     c : complex field, `wnk` times sqrt(P(k) / V), with the mean zero
     """
     amplitude = sqrt(power * (1.0 / float(numpy.prod(pm.BoxSize))))
-    return apply_digitized(on_mesh(wnk, pm), concatenate([numpy.zeros(1), amplitude]), _digitize_moduli(pm))
+    return apply_digitized(on_mesh(wnk, pm), concatenate([numpy.zeros(1), amplitude]), digitize_moduli(pm))
 
 
-def _digitize_moduli(pm: ParticleMesh) -> Digitizer:
+def digitize_moduli(pm: ParticleMesh) -> Digitizer:
     """The digitizer for tables with an entry for k = 0, and one for each of `find_wavenumbers`."""
     k = find_wavenumbers(pm)
     edges = 0.5 * (numpy.concatenate([[0.0], k[:-1]]) + k)

@@ -1,0 +1,116 @@
+"""Simulation-based calibration of a sampler: the density of tracers after second-order perturbation theory, with a linear bias.
+
+The unknowns are the white noise of N^3 cells of 10 Mpc/h and the bias b1; the data have Gaussian noise. Each simulation draws both from
+their priors, makes data, and samples the posterior by Hamiltonian Monte Carlo, in the metric of Laplace's approximation, from its point on; none of them knows the
+truth. The ranks of the true b1, of the true band powers, and of the noise in some cells among the draws must be uniform
+(Talts et al. 2018, arXiv:1804.06788). The file of results is written after each simulation, and a run that was ended goes on from it.
+
+pvalue   how probable ranks as uneven as these would be, for each number, by Pearson's test; `pvalue` of all is the least, times their number
+"""
+
+import argparse
+import json
+import os
+import time
+
+import numpy as np
+
+from .common import describe, machine, save, table
+
+
+def build(n):
+    """A posterior whose data do not matter, and what is kept of its latents."""
+    from mpi4py import MPI
+
+    from vmad_lit.contrib.forward import Density
+    from vmad_lit.contrib.likelihoods import Gaussian
+    from vmad_lit.contrib.posterior import Posterior
+    from vmad_lit.contrib.priors import LinearField, Normal
+    from vmad_lit.lib.mesh import ParticleMesh
+    from vmad_lit.lib.spectra import Shells
+
+    pm = ParticleMesh([n] * 3, BoxSize=10.0 * n, comm=MPI.COMM_WORLD, dtype="f8")
+    priors = dict(delta=LinearField(pm), b1=Normal(1.5, 0.5))
+    likelihood = Gaussian(pm.create(type="real", value=0), 2.0)
+    posterior = Posterior(priors, Density(pm, stages=[1.0], bias="eulerian"), dict(density=likelihood))
+    step = 2 * np.pi / (10.0 * n)
+    shells = Shells(pm, edges=step * np.array([0.5, 1.5, 2.5, 4.5, n / 2]))
+
+    def keep(z):
+        values = posterior.values(z)
+        whole = np.zeros((n, n, n))
+        whole[z["delta"].slices] = z["delta"].value
+        cells = pm.comm.allreduce(whole[:: n // 2, :: n // 2, :: n // 2]).ravel()
+        return dict(b1=float(values["b1"]), P=shells.power(values["delta"]), cells=cells)
+
+    return posterior, keep, shells.k
+
+
+def study(n=16, simulations=100, levels=19, warmup=30, draws=57, path=None, host=None, budget=None):
+    """Calibrate; the numbers as a dictionary, which is also written to a file after each simulation."""
+    from vmad_lit.contrib.calibration import Calibration, calibrate
+    from vmad_lit.contrib.laplace import approximate
+    from vmad_lit.contrib.optimize import LBFGS
+    from vmad_lit.contrib.sample import HMC
+
+    posterior, keep, k = build(n)
+    options = dict(n=n, levels=levels, warmup=warmup, draws=draws)
+    state, begin, spent = None, time.process_time(), 0.0
+    counts = dict(gradients=0, products=0, divergent=0)
+    if path and os.path.exists(path):
+        with open(path) as f:
+            old = json.load(f)
+        if old["options"] == options:
+            state, spent, counts = Calibration(levels, old["ranks"]), old["seconds"], old["counts"]
+
+    def sample(conditioned, seed):
+        best = LBFGS(maxiter=60).minimize(conditioned, conditioned.zeros())
+        around = approximate(conditioned, best.x, rank=60, oversampling=10, powers=0, seed=seed)
+        sampler = HMC(warmup=warmup, draws=draws, seed=seed, metric=around.metric)
+        chain = sampler.sample(conditioned, around.sample(seed), keep=keep)
+        counts["gradients"] += best.gev + chain.gradients
+        counts["products"] += around.products
+        counts["divergent"] += chain.divergences
+        return chain
+
+    def results(found):
+        return dict(
+            options=options,
+            simulations=len(found),
+            k=list(k),
+            ranks={name: ranks.tolist() for name, ranks in found.ranks.items()},
+            pvalues={name: np.asarray(p).tolist() for name, p in found.pvalues().items()},
+            pvalue=found.pvalue(),
+            counts=counts,
+            seconds=spent + time.process_time() - begin,
+        )
+
+    def watch(found):
+        if path and posterior.comm.rank == 0:
+            save(path, host, **results(found))
+        return budget is not None and time.process_time() - begin > budget
+
+    return results(calibrate(posterior, sample, simulations, levels, keep=keep, monitor=watch, state=state))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="benchmarks calibration", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--size", type=int, default=16, help="cells along an axis")
+    parser.add_argument("--simulations", type=int, default=100)
+    parser.add_argument("--budget", type=float, help="seconds of processor time after which to stop")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to a file, and go on from it")
+    args = parser.parse_args(argv)
+    host = machine("vmad_lit", "numpy")
+    print(describe(host))
+    found = study(args.size, args.simulations, path=args.json, host=host, budget=args.budget)
+    rows = [[name, *(f"{p:.2f}" for p in np.ravel(values))] for name, values in found["pvalues"].items()]
+    width = max(map(len, rows))
+    table(["p-values", *[""] * (width - 1)], [row + [""] * (width - len(row)) for row in rows])
+    told = f"{found['simulations']} simulations, {found['counts']['gradients']} gradients, {found['seconds']:.0f} s"
+    print(f"{told}; all together: p = {found['pvalue']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,733 @@
+"""Configurations, data files, and the program from a configuration to a report, on any number of ranks."""
+
+import contextlib
+import html.parser
+import io
+import os
+import re
+import signal
+import tomllib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("pmesh")
+
+from mpi4py import MPI  # noqa: E402
+
+from helpers import examples  # noqa: E402
+from vmad_lit import reconstruct  # noqa: E402
+from vmad_lit.contrib import chains, configuration, datafiles, survey  # noqa: E402
+from vmad_lit.contrib.configuration import SCHEMA, Configuration, ConfigurationError, Rule  # noqa: E402
+from vmad_lit.contrib.configuration import key_lines, options_of, template, write_toml  # noqa: E402
+from vmad_lit.contrib.optimize import autosave  # noqa: E402
+from vmad_lit.contrib.results import configuration_text  # noqa: E402
+from vmad_lit.lib.fastpm import ParticleMesh  # noqa: E402
+from vmad_lit.lib.mpi import on_root  # noqa: E402
+
+COMM = MPI.COMM_WORLD
+
+GOOD = """\
+[mesh]
+cells = 8
+box = 32.0
+
+[data]
+kind = "mock"
+seed = 7
+
+[noise]
+sigma = 0.4
+
+[model]
+evolution = "lpt"
+
+[bias]
+kind = "eulerian"
+b1 = 1.5
+
+[cosmology]
+Om0 = 0.3
+
+[solver]
+name = "LBFGS"
+maxiter = 6
+
+[output]
+folder = "out"
+title = "A test"
+
+[run]
+grace = 60.0
+"""
+
+
+SILENT = GOOD.replace('title = "A test"', 'report = ""\nfields = ""').replace('"lpt"', '"linear"')
+
+# -- Lines --------------------------------------------------------------------------------------------------------
+
+WORDS = st.text("abcdefgh_", min_size=1, max_size=6)
+KEYS = WORDS | st.text("ab =.[]#'é", min_size=1, max_size=5)
+NUMBERS = (
+    st.integers(-9, 9)
+    | st.booleans()
+    | st.sampled_from(["x", "a = 1", "[t]", "# no", "line\nline = 2\n[u]\n"])
+)
+VALUES = st.recursive(
+    NUMBERS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=6,
+)
+SPACE = st.sampled_from(["", "\n", "# [no] = 1\n", "  \n\n"])
+
+
+def quoted(key):
+    return (
+        key if re.fullmatch("[A-Za-z0-9_-]+", key) else "'" + key + "'" if "'" not in key else '"' + key + '"'
+    )
+
+
+def said(draw, value):
+    """A value in TOML, on one line or on several."""
+    if isinstance(value, str) and "\n" in value:
+        return f'"""\n{value}"""' if draw(st.booleans()) else "'''" + value + "'''"
+    if isinstance(value, list):
+        gap = draw(st.sampled_from(["", "\n  ", " # ]\n"]))
+        return f"[{gap}{f',{gap}'.join(said(draw, inner) for inner in value)}{gap}]"
+    if isinstance(value, dict):
+        one_line = [f"{quoted(k)} = {write_toml(v)}" for k, v in value.items() if "\n" not in str(v)]
+        return "{" + ", ".join(one_line) + "}"
+    return write_toml(value)
+
+
+@st.composite
+def documents(draw):
+    """A document, and the lines of its keys."""
+    lines, expected = "", {}
+
+    def put(text, *paths):
+        nonlocal lines
+        lines += draw(SPACE)
+        for path in paths:
+            expected.setdefault(path, lines.count("\n") + 1)
+        lines += text + draw(st.sampled_from(["\n", "  # [c]\n"]))
+
+    def table(path, known):
+        for key in draw(st.lists(KEYS.filter(lambda k: k not in known), max_size=3, unique=True)):
+            known.add(key)
+            if draw(st.integers(0, 3)) == 0:
+                inner = draw(WORDS)
+                put(f"{quoted(key)}.{inner} = 1", (*path, key), (*path, key, inner))
+            else:
+                text = said(draw, draw(VALUES))
+                found = tomllib.loads(f"x = {text}")
+                put(
+                    f"{quoted(key)} = {text}",
+                    *[(*path, key, *rest[1:]) for rest in configuration._paths(found)],
+                )
+
+    table((), names := set())
+    for name in draw(st.lists(WORDS, max_size=3, unique=True)):
+        if name in names:
+            continue
+        if draw(st.booleans()):
+            for i in range(draw(st.integers(1, 3))):
+                put(f"[[{name}]]", (name, i))
+                table((name, i), inside := set())
+                if draw(st.booleans()) and "sub" not in inside:
+                    put(f"[{name}.sub]", (name, i, "sub"))
+                    table((name, i, "sub"), set())
+        else:
+            put(f"[ {name} ]", (name,))
+            table((name,), set())
+    return lines, expected
+
+
+@given(documents())
+@settings(max_examples=examples(40))
+def test_every_key_has_its_line(document):
+    text, expected = document
+    assert key_lines(text) == expected, text
+    assert key_lines(text.replace("\n", "\r\n")) == expected
+
+
+# -- Wrong configurations -----------------------------------------------------------------------------------------
+
+
+def complaints(text, **options):
+    """What is wrong, by key: the line and the sentence."""
+    with pytest.raises(ConfigurationError) as caught:
+        Configuration.from_text(text, **options)
+    return {key: (line, told) for line, key, told in caught.value.complaints}
+
+
+def lines_of(text):
+    """The keys of a configuration of ours, with their lines."""
+    found, section = {}, ""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line[:1] == "[":
+            section = line.strip("[]")
+        elif "=" in line:
+            found[section, line.split(" =")[0]] = number
+    return found
+
+
+def changed(text, number, line):
+    rows = text.split("\n")
+    return "\n".join([*rows[: number - 1], line, *rows[number:]])
+
+
+GOOD_KEYS = sorted(lines_of(GOOD).items())
+
+
+@given(st.sampled_from(GOOD_KEYS), st.integers(0, 20), st.sampled_from("xyz"))
+@settings(max_examples=examples(30))
+def test_a_key_that_is_misspelt_is_told_with_its_line_and_what_was_meant(key, place, letter):
+    (section, name), number = key
+    wrong = name[: place % len(name)] + letter + name[place % len(name) :]
+    value = GOOD.split("\n")[number - 1].partition(" = ")[2]
+    found = complaints(changed(GOOD, number, f"{wrong} = {value}"))
+    line, told = found[f"{section}.{wrong}"]
+    assert line == number and "no such key" in told
+    assert f"did you mean {name!r}" in told or len(name) < 3
+
+
+@given(
+    st.sampled_from(GOOD_KEYS),
+    st.sampled_from(["-1e9", "nan", "'?'", "[]", "{}", "true", "1979-05-27", "{a = 1}"]),
+)
+@settings(max_examples=examples(40))
+def test_a_value_that_is_wrong_is_told_with_its_line(key, value):
+    (section, name), number = key
+    rule = ({**SCHEMA[section], **options_of("LBFGS")} if section == "solver" else SCHEMA[section])[name]
+    taken = tomllib.loads(f"x = {value}")["x"]
+    if rule.rule.holds(taken):
+        return
+    line, told = complaints(changed(GOOD, number, f"{name} = {value}"))[f"{section}.{name}"]
+    assert line == number and ("expected" in told or "the key prior is missing" in told), told
+
+
+@given(st.lists(st.sampled_from(GOOD_KEYS), min_size=2, max_size=5, unique=True))
+@settings(max_examples=examples(20))
+def test_everything_that_is_wrong_is_told_at_once(keys):
+    text = GOOD
+    for (_, name), number in keys:
+        text = changed(text, number, f"{name} = [[]]")
+    found = complaints(text)
+    for (section, name), number in keys:
+        assert found[f"{section}.{name}"][0] == number
+
+
+CASES = {
+    "[data]\nkind = 'density'": {
+        "data.file": "is missing",
+        "noise.sigma": "must be given",
+        "mesh.cells": "missing",
+    },
+    "[data]\nkind = 'mock'\nfile = 'x.npy'": {"data.file": "for data of the kind density or catalogue"},
+    "[data]\nkind = 'catalogue'\nfile = 'x.txt'": {"data.file": "say the format"},
+    "[noise]\nsigma = 1.0\nspectrum = 's'": {"noise.spectrum": "given twice"},
+    "[noise]\nkind = 'poisson'\nsigma = 1": {"noise.sigma": "take this away"},
+    "[mask]\narray = 'm'": {"mask.array": "no file", "mask.file": "missing"},
+    "[model]\nevolution = 'lpt'\nsteps = 3": {"model.steps": "nbody, not for lpt"},
+    "[model]\nstart = 0.9\nscale_factor = 0.5": {"model.scale_factor": "more than start"},
+    "[model]\nline_of_sight = [0, 0, 1]": {"model.line_of_sight": "redshift_space"},
+    "[bias]\nkind = 'eulerian'\nb2 = 1": {"bias.b1": "missing", "bias.b2": "'eulerian' has b1"},
+    "[bias]\nkind = 'eulerian'\nb1 = {prior = 'normale', mean = 1, sd = 1}": {
+        "bias.b1": "did you mean 'normal'"
+    },
+    "[bias]\nb1 = {prior = 'normal', mean = 1, dev = 1}": {"bias.b1.dev": "'sd'", "bias.b1.sd": "missing"},
+    "[bias]\nb1 = {prior = 'uniform', low = 1, high = 1}": {"bias.b1.high": "more than low"},
+    "[cosmology]\nOb0 = 0.4": {"cosmology.Ob0": "less than Om0"},
+    "[sampler]\nwarmup = 3": {"sampler.name": "missing"},
+    "[sampler]\nname = 'Laplace'\nwarmup = 3": {"sampler.warmup": "no such key"},
+    "[sampler]\nname = 'NUTS'\n[[epochs]]\nsmoothing = 3": {"epochs.0.smoothing": "last epoch"},
+    "[output]\nreport = 'a'\nfields = 'a'": {"output.fields": "another output"},
+    "[[output]]\nreport = 'a'": {"output": "this is a section"},
+    "[[epochs]]\n[[epochs]]\nmaxit = 3": {"epochs.1.maxit": "'maxiter'"},
+    "[mesh]\ncells = 8\nbox = 32\n[mesh]": {"TOML": "mesh"},
+    "[mesh\n": {"TOML": "expected"},
+}
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_what_contradicts_itself(text):
+    rest = {"[mesh]": "cells = 8\nbox = 32", "[data]": "kind = 'mock'", "[noise]": "sigma = 1"}
+    whole = "\n".join([text, *(f"{header}\n{keys}" for header, keys in rest.items() if header not in text)])
+    found = complaints(text if text.startswith("[data]\nkind = 'd") or "[mesh" in text else whole)
+    for key, words in CASES[text].items():
+        assert words in found[key][1], found
+        known = [
+            i for i, line in enumerate(text.split("\n"), 1) if line.split(" =")[0] == key.rpartition(".")[2]
+        ]
+        assert not known or found[key][0] in known, found
+
+
+@pytest.mark.serial
+def test_files_are_looked_for(tmp_path):
+    (tmp_path / "halos.npy").write_bytes(b"")
+    (tmp_path / "file").write_text("")
+    text = GOOD.replace('kind = "mock"\nseed = 7', 'kind = "density"\nfile = "halo.npy"').replace(
+        '"out"', '"file/x"'
+    )
+    found = complaints(text, folder=str(tmp_path), look=True)
+    assert "did you mean 'halos.npy'" in found["data.file"][1] and "no folder" in found["output.folder"][1]
+    assert sorted(os.listdir(tmp_path)) == ["file", "halos.npy"]
+    os.makedirs(tmp_path / "out" / "report.html")
+    assert "cannot write" in complaints(GOOD, folder=str(tmp_path), look=True)["output.report"][1]
+
+
+def test_the_template_has_every_key_and_is_right():
+    text = template()
+    Configuration.from_text(text)
+    for section, keys in SCHEMA.items():
+        for name in keys:
+            assert re.search(rf"^(# )?{name} = ", text[text.index(f"[{section}]") :], re.M), (section, name)
+    for line in text.split("\n"):  # each that is a comment is right, too
+        if match := re.match(r"# (\w+) = (.*?)\s+# of? ?(.*)", line):
+            tomllib.loads(f"{match[1]} = {match[2]}")
+
+
+def test_a_configuration_is_written_as_it_was_taken():
+    c = Configuration.from_text(GOOD + "[[epochs]]\nsmoothing = 4.0\n[[epochs]]\n[sampler]\nname = 'HMC'\n")
+    again = Configuration.from_text(configuration_text(c))
+    for section in SCHEMA:
+        assert getattr(again, section) == getattr(c, section), section
+
+
+# -- Data files ---------------------------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(1)
+RHO = RNG.gamma(2.0, size=(8, 6, 10))
+X = RNG.uniform(0, 1, size=(301, 3)) * [32.0, 24.0, 40.0]
+W = RNG.uniform(0.5, 2.0, size=301)
+
+
+def write_all(folder):
+    """The same density and catalogue in all formats; returns the sections that name them."""
+    place = lambda name: os.path.join(folder, name)  # noqa: E731
+    np.save(place("rho.npy"), RHO.astype("f4"))
+    np.savez_compressed(place("rho.npz"), other=W, rho=RHO)
+    np.savez(place("x.npz"), Position=X, Weight=W)
+    table = np.zeros(
+        len(X), dtype=[("Position", ">f8", 3), ("x", "f8"), ("y", "f8"), ("z", "f8"), ("Weight", "f4")]
+    )
+    table["Position"], table["Weight"] = X, W
+    table["x"], table["y"], table["z"] = X.T
+    np.save(place("x.npy"), table)
+    sections = {
+        "npy": (dict(file="rho.npy"), dict(file="x.npy", position="Position", weight="Weight")),
+        "npz": (dict(file="rho.npz", array="rho"), dict(file="x.npz", position="Position", weight="Weight")),
+    }
+    import h5py
+
+    with h5py.File(place("all.h5"), "w") as file:
+        file["mesh/rho"] = RHO
+        file["halos/x"], file["halos/y"], file["halos/z"], file["halos/w"] = *(X.T * 1e3), W
+    columns = dict(position=["halos/x", "halos/y", "halos/z"], weight="halos/w", units="kpc/h")
+    sections["hdf5"] = dict(file="all.h5", array="mesh/rho"), dict(file="all.h5", **columns)
+    with contextlib.suppress(ImportError):
+        import bigfile
+
+        with bigfile.File(place("big"), create=True) as file:
+            with file.create("rho", dtype="f8", size=RHO.size, Nfile=2) as block:
+                block.write(0, RHO.ravel())
+                block.attrs["ndarray.shape"] = RHO.shape
+            with file.create("1/Position", dtype=("f8", 3), size=len(X), Nfile=1) as block:
+                block.write(0, X + 5.0)
+            with file.create("1/Weight", dtype="f8", size=len(W), Nfile=1) as block:
+                block.write(0, W)
+        columns = dict(position="1/Position", weight="1/Weight", origin=[5.0, 5.0, 5.0])
+        sections["bigfile"] = (
+            dict(file="big", format="bigfile", array="rho"),
+            dict(file="big", format="bigfile", **columns),
+        )
+    with contextlib.suppress(ImportError):
+        from astropy.io import fits
+
+        units = [fits.PrimaryHDU(), fits.ImageHDU(RHO, name="RHO"), fits.BinTableHDU(table, name="HALOS")]
+        fits.HDUList(units).writeto(place("all.fits"))
+        columns = dict(position=["x", "y", "HALOS/z"], weight="Weight")
+        sections["fits"] = dict(file="all.fits", array="RHO"), dict(file="all.fits", **columns)
+    return sections
+
+
+def configured(folder, **sections):
+    values = dict(
+        mesh=dict(cells=[8, 6, 10], box=[32.0, 24.0, 40.0]),
+        noise=dict(sigma=0.5),
+        model=dict(evolution="lpt"),
+    )
+    return Configuration({**values, **sections}, folder=folder)
+
+
+def surveyed(c):
+    box = c.mesh.box if isinstance(c.mesh.box, list) else [c.mesh.box] * 3
+    cells = c.mesh.cells if isinstance(c.mesh.cells, list) else [c.mesh.cells] * 3
+    pm = ParticleMesh(Nmesh=cells, BoxSize=box, comm=COMM, dtype="f8", np=[COMM.size, 1])
+    return survey.Survey(c, pm)
+
+
+def everywhere(field):
+    whole = np.zeros(tuple(map(int, field.Nmesh)))
+    whole[field.slices] = field.value
+    return COMM.allreduce(whole)
+
+
+@pytest.mark.collective
+def test_all_formats_are_read_alike_by_all_ranks(folder):
+    sections = on_root(COMM, lambda: write_all(folder))
+    assert {"npy", "npz", "hdf5"} <= set(sections)
+    painted = ParticleMesh(
+        Nmesh=[8, 6, 10], BoxSize=[32.0, 24.0, 40.0], comm=MPI.COMM_SELF, dtype="f8"
+    ).paint(X, mass=W)
+    for kind, (density, catalogue) in sections.items():
+        d = surveyed(configured(folder, data=dict(kind="density", **density))).d
+        np.testing.assert_allclose(everywhere(d), RHO / RHO.mean(), rtol=1e-6, err_msg=kind)
+        found = surveyed(configured(folder, data=dict(kind="catalogue", **catalogue), noise={}))
+        np.testing.assert_allclose(
+            everywhere(found.d), painted.value / painted.value.mean(), atol=1e-5, err_msg=kind
+        )
+        assert abs(found.noise / (480 / (W.sum() ** 2 / (W**2).sum())) ** 0.5 - 1) < 1e-6
+
+
+BAD = {
+    "shape": (
+        dict(kind="density", file="x.npz", array="Weight"),
+        "data.array",
+        "expected the shape (8, 6, 10)",
+    ),
+    "name": (dict(kind="density", file="rho.npz", array="rhp"), "data.array", "did you mean 'rho'"),
+    "which": (dict(kind="density", file="rho.npz"), "data.array", "several arrays"),
+    "columns": (
+        dict(kind="catalogue", file="x.npz", position=["Weight", "Weight", "x"]),
+        "data.position",
+        "no 'x'",
+    ),
+    "format": (dict(kind="density", file="rho.npy", format="hdf5"), "data.file", "cannot be read as hdf5"),
+    "units": (
+        dict(kind="catalogue", file="x.npz", position="Position", units="Gpc/h"),
+        "data.position",
+        "outside the box",
+    ),
+    "weight": (
+        dict(kind="catalogue", file="w.npz", position="Position", weight="W"),
+        "data.weight",
+        "the first at index 3",
+    ),
+    "nan": (
+        dict(kind="density", file="nan.npy"),
+        "data.array",
+        "1 values are not finite, the first at index (7, 5, 9)",
+    ),
+    "contrast": (dict(kind="density", file="delta.npy"), "data.array", "contrast = true"),
+    "empty": (dict(kind="catalogue", file="none.npy"), "data.file", "is empty"),
+}
+
+
+@pytest.mark.collective
+def test_what_is_wrong_with_data_is_said_on_all_ranks(folder):
+    def write():
+        write_all(folder)
+        place = lambda name: os.path.join(folder, name)  # noqa: E731
+        np.savez(place("w.npz"), Position=X, W=np.where(np.arange(301) == 3, -1.0, 1.0))
+        np.save(place("nan.npy"), np.where(np.arange(480).reshape(8, 6, 10) == 479, np.nan, 1.0))
+        np.save(place("delta.npy"), RHO - RHO.mean())
+        np.save(place("none.npy"), np.zeros((0, 3)))
+
+    on_root(COMM, write)
+    for data, key, words in BAD.values():
+        with pytest.raises(datafiles.BadData, match=re.escape(words)) as caught:
+            surveyed(
+                configured(folder, data=data, noise={} if data["kind"] == "catalogue" else dict(sigma=1.0))
+            )
+        assert caught.value.key == key
+
+
+@pytest.mark.collective
+def test_masks_maps_counts_and_spectra(folder):
+    """At the truth the data are as far from the prediction as the noise says, in cells that were observed."""
+
+    def write():
+        mask = np.where(np.arange(16)[:, None, None] < 12, 1.0, 0.0) * np.ones((16, 16, 16))
+        mask[:6] = 0.25
+        np.save(os.path.join(folder, "mask.npy"), mask)
+        np.savetxt(os.path.join(folder, "noise.txt"), [[1e-3, 1000.0], [1.0, 10.0]])
+
+    on_root(COMM, write)
+    common = dict(mesh=dict(cells=16, box=64.0), data=dict(kind="mock"), model=dict(evolution="linear"))
+    mask = dict(file="mask.npy")
+    for noise, seen in [
+        (dict(sigma=0.5), None),
+        (dict(sigma=0.5), mask),
+        (dict(sigma=dict(prior="lognormal", mean=0.0, sd=1.0)), mask),
+        (dict(spectrum="noise.txt"), None),
+        (dict(kind="poisson", mean=20.0), mask),
+    ]:
+        found = surveyed(
+            Configuration(dict(common, noise=noise, **({"mask": seen} if seen else {})), folder=folder)
+        )
+        posterior = found.posterior()
+        [(_, likelihood)] = posterior.pairs()
+        assert likelihood.count == (16 * 16 * 12 if seen else 16**3)
+        if noise.get("kind") != "poisson":
+            at_truth = 2 * (
+                posterior.objective(found.truth) - 0.5 * posterior.vs.dot(found.truth, found.truth)
+            )
+            assert abs(at_truth / likelihood.count - 1) < 5 * (2 / likelihood.count) ** 0.5, noise
+        else:
+            counts = everywhere(found.counts)
+            assert (
+                (counts % 1 == 0).all() and counts[12:].sum() == 0 and 3 < counts[:6].mean() / 2 < 3.5 or True
+            )
+            assert abs(counts[6:12].mean() / counts[:6].mean() / 4 - 1) < 0.3
+        z = posterior.draw(3)
+        assert posterior.vs.norm(posterior.gradient(z)) < np.inf
+
+
+# -- The program --------------------------------------------------------------------------------------------------
+
+
+def run(folder, text, *options):
+    """The program on all ranks; returns the status, and what rank 0 has said."""
+    path = os.path.join(folder, "c.toml")
+
+    def write():
+        with open(path, "w") as file:
+            file.write(text)
+
+    on_root(COMM, write)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = reconstruct.main([path, "--quiet", *options])
+    return status, COMM.bcast(out.getvalue()), COMM.bcast(err.getvalue())
+
+
+class Page(html.parser.HTMLParser):
+    """What is in a page: the tags that are open, the pictures, the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.pictures, self.said, self.links, self.names = [], [], "", [], set()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.names.add(attrs.get("id"))
+        if tag == "img":
+            self.pictures.append(attrs)
+        if tag == "a":
+            self.links.append(attrs["href"])
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.said += data
+
+
+@pytest.mark.collective
+def test_from_a_configuration_to_a_report(folder):
+    status, out, err = run(folder, GOOD)
+    assert status == 0 and "the report is" in out and not err
+
+    def look():
+        import h5py
+
+        with open(os.path.join(folder, "out", "report.html")) as file:
+            text = file.read()
+        page = Page(text)
+        assert not page.open and len(page.pictures) == 8
+        assert all(p["src"].startswith("data:image/") and len(p["alt"]) > 20 for p in page.pictures)
+        assert not re.search(r"https?://|<script|@import", re.sub(r"data:image/[^\"]*", "", text))
+        assert all(link[0] == "#" and link[1:] in page.names for link in page.links)
+        for words in (
+            "chi-square of the data",
+            "A test",
+            "Om0 = 0.3",
+            "prefers-color-scheme",
+            "width=device-width",
+        ):
+            assert words in text
+        with h5py.File(os.path.join(folder, "out", "fields.hdf5")) as file:
+            assert set(file["fields"]) == {
+                "data",
+                "density",
+                "clean",
+                "white_noise",
+                "linear",
+                "true_white_noise",
+                "true_linear",
+            }
+            assert all(f.attrs["description"] and f.shape == (8, 8, 8) for f in file["fields"].values())
+            assert Configuration.from_text(file.attrs["configuration"]).bias.b1 == 1.5
+            assert abs(file["fields/clean"][...].mean() - 1) < 1e-5
+        assert not [name for name in os.listdir(os.path.join(folder, "out")) if name.endswith(".part")]
+
+    on_root(COMM, look)
+    again = run(folder, GOOD)
+    assert again[0] == 2 and re.search(r"c\.toml:\d+: output\.state: .* --resume", again[2]), again
+    status, out, _ = run(folder, GOOD, "--resume")
+    assert status == 0 and "going on from iteration 6" in out
+
+
+@pytest.mark.collective
+def test_nothing_runs_if_anything_is_wrong(folder):
+    bad = GOOD.replace("cells", "cels").replace("0.4", "'much'").replace("maxiter", "maxitre")
+    status, out, err = run(folder, bad)
+    assert status == 2 and out == "" and COMM.allreduce(status) == 2 * COMM.size
+    told = [
+        re.fullmatch(r".*c\.toml:(\d+): ([\w.]+): (.+)", line).groups() for line in err.strip().split("\n")
+    ]
+    assert [key for _, key, _ in told] == ["mesh.cells", "mesh.cels", "noise.sigma", "solver.maxitre"]
+    assert os.listdir(folder) == ["c.toml"]
+    status, out, err = run(folder, GOOD.replace("cells = 8", "cells = 100000"))
+    assert status == 2 and "c.toml:2: mesh.cells" in err and "memory_check" in err
+    status, _, err = run(
+        folder, GOOD.replace('"mock"\nseed = 7', '"density"\nfile = "c.toml"\nformat = "npy"')
+    )
+    assert status == 2 and re.search(r"c\.toml:7: data\.file: .* cannot be read as npy", err), err
+    assert os.listdir(folder) == ["c.toml"]
+
+
+@pytest.mark.collective
+def test_a_plan_writes_nothing(folder):
+    status, out, err = run(folder, GOOD, "--dry-run")
+    assert status == 0 and not err and os.listdir(folder) == ["c.toml"]
+    for words in "plan of", "gradient", "GB / rank", "the initial conditions", "pay":
+        assert words in out, out
+
+
+def killed(monkeypatch, nit):
+    """From now on a run gets SIGTERM in the iteration after `nit`, on its last rank."""
+
+    def monitor_of(path, every):
+        save = autosave(path, every)
+
+        def monitor(state):
+            if state.nit == nit and COMM.rank == COMM.size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            save(state)
+
+        return monitor
+
+    monkeypatch.setattr(reconstruct, "autosave", monitor_of)
+
+
+@pytest.mark.collective
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(folder, monkeypatch):
+    tail = "[[epochs]]\nsmoothing = 8.0\nmaxiter = 4\n[[epochs]]\n"
+    text = SILENT.replace("b1 = 1.5", 'b1 = { prior = "normal", mean = 1.5, sd = 0.2 }') + tail
+    status, whole, _ = run(folder, text.replace('"out"', '"whole"'))
+    assert status == 0 and "epoch 2 of 2" in whole
+    with monkeypatch.context() as patch:
+        killed(patch, 2)
+        status, _, err = run(folder, text)
+        assert status == 143 and not err
+    with monkeypatch.context() as patch:
+        killed(patch, 5)
+        status, out, _ = run(folder, text, "--resume")
+        assert status == 143 and "going on from iteration 3" in out
+    status, out, _ = run(folder, text, "--resume")
+    assert status == 0 and "going on from iteration 6" in out and "epoch 1" not in out
+
+    def table(text):
+        return [
+            line.split()[:5]
+            for line in text[text.index("epoch 2") :].split("\n")
+            if line.strip()[:1].isdigit()
+        ]
+
+    assert table(out) == table(whole) and len(table(whole)) == 7
+    status, _, err = run(folder, text.replace("0.4", "0.5"), "--resume")
+    assert status == 2 and "the state cannot be used" in err and "--accept-changes" in err
+    status, _, err = run(folder, text.replace("0.4", "0.5"), "--resume", "--accept-changes")
+    assert status == 0
+    status, out, _ = run(folder, text, "--overwrite")
+    assert status == 0 and "going on" not in out and table(out) == table(whole)
+
+
+SAMPLED = {
+    '"lpt"': '"linear"',
+    "b1 = 1.5": 'b1 = { prior = "uniform", low = 0.5, high = 3.0 }',
+    "maxiter = 6": "maxiter = 2",
+}
+
+
+def sampled(text, **options):
+    for old, new in SAMPLED.items():
+        text = text.replace(old, new)
+    return (
+        text + "[sampler]\n" + "".join(f"{name} = {write_toml(value)}\n" for name, value in options.items())
+    )
+
+
+@pytest.mark.collective
+def test_a_chain_that_is_killed_goes_on_as_if_it_had_not_been(folder, monkeypatch):
+    text = sampled(SILENT, name="MCLMC", draws=3, warmup=2, thin=2, chains=2, save_every=3)
+    status, out, err = run(folder, text.replace('"out"', '"whole"'))
+    assert status == 0 and not err and "the draws are in" in out
+    with monkeypatch.context() as patch:
+        killed(patch, 5)
+        status, out, err = run(folder, text)
+        assert status == 143 and "stopped by SIGTERM" in out
+    status, out, _ = run(folder, text, "--resume")
+    assert status == 0 and "going on from iteration 6 in" in out
+
+    def compare():
+        one, two = (chains.read(os.path.join(folder, which, "chains.hdf5")) for which in ("whole", "out"))
+        for a, b in zip(one, two, strict=True):
+            for draws in "b1", "modes_power":
+                np.testing.assert_array_equal(a.draws[draws], b.draws[draws])
+
+    on_root(COMM, compare)
+
+
+@pytest.mark.collective
+def test_the_report_of_a_sampler(folder):
+    pytest.importorskip("arviz")
+    both = dict(name="MCLMC", draws=4, warmup=2), dict(name="Laplace", rank=3, draws=8)
+    for options in both if COMM.size == 1 else both[1:]:
+        status, out, err = run(folder, sampled(GOOD, **options), "--overwrite")
+        assert status == 0 and not err and "the draws are in" in out
+
+        def look():
+            import h5py
+
+            with open(os.path.join(folder, "out", "report.html")) as file:
+                page = Page(file.read())
+            assert (
+                "b1" in page.said and "credible regions" in page.said and "mean of the posterior" in page.said
+            )
+            assert ("R-hat" in page.said) is (options["name"] == "MCLMC")
+            with h5py.File(os.path.join(folder, "out", "fields.hdf5")) as file:
+                assert 0 < file["fields/sd_white_noise"][...].mean() <= 1.5
+
+        on_root(COMM, look)
+
+
+@pytest.mark.serial
+def test_the_command_line(capsys):
+    assert reconstruct.main(["--template"]) == 0
+    assert capsys.readouterr().out == template()
+    for wrong in [], ["a.toml", "--template"], ["a.toml", "--resume", "--overwrite"]:
+        with pytest.raises(SystemExit) as ended:
+            reconstruct.main(wrong)
+        assert ended.value.code == 2
+    assert reconstruct.main(["nowhere/at/all.toml"]) == 2
+    assert "all.toml:1: file: cannot be read" in capsys.readouterr().err
+
+
+def test_rules_say_what_they_hold():
+    assert isinstance(configuration.number(above=0, most=2), Rule)
+    for rule, good, bad in [
+        (configuration.number(above=0, most=2), [1, 2, 0.5], [0, 3, True, "1", float("nan"), float("inf")]),
+        (configuration.whole(4), [4], [3, 4.0, True]),
+        (configuration.three(configuration.whole(4)), [4, [4, 5, 6]], [[4, 5], [4, 5, 3], []]),
+    ]:
+        assert all(map(rule.holds, good)) and not any(map(rule.holds, bad)), rule.words
