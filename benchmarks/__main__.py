@@ -7,7 +7,12 @@ import os
 import sys
 
 ALL = "engine", "fft", "kernels", "limits", "memory", "nbody", "reconstruction", "samplers"
-LONG = "bandpowers", "calibration", "microcanonical", "sampling"  # hours, or a peer; only if they are asked for
+LONG = (
+    "bandpowers",
+    "calibration",
+    "microcanonical",
+    "sampling",
+)  # hours, or a peer; only if they are asked for
 
 
 def place(path, name, alone):

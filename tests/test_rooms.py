@@ -61,7 +61,7 @@ COMPARING = "check_mesh", "same_ranks", "find_comm"
 
 
 def reaches_ranks(function, seen):
-    """Whether a function names a communicator, or calls a function or a method of ours that does."""
+    """Whether a function names a communicator, or calls a function, a method or the derivative of an operator that does."""
     if (
         not isinstance(function, FunctionType)
         or function.__name__ in COMPARING
@@ -81,7 +81,8 @@ def reaches_ranks(function, seen):
         if isinstance(kind, type) and kind.__module__.startswith("vmad_lit")
     ]
     called = (place.get(name) for name in names for place in (scope, *ours))
-    return "comm" in names or any(reaches_ranks(call, seen) for call in called)
+    passed_on = any(isinstance(op, Operator) and op.collective for op in map(scope.get, names))
+    return "comm" in names or passed_on or any(reaches_ranks(call, seen) for call in called)
 
 
 def test_operators_are_collective_if_a_derivative_of_theirs_talks_to_ranks():

@@ -38,7 +38,6 @@ class moduli:
 
     ain = {"x": "*Field"}
     aout = "k"
-    collective = True
     placements = "field -> replicated"
     hvp = ZeroGradient
 
