@@ -37,7 +37,6 @@ class Density:
         weights of linear theory.
     terms : sequence of str
         The bias parameters that are arguments; see `lagrangian_weights`. For the Eulerian bias 'b1' alone.
-
     los, observer : the line of sight, for densities in redshift space; see `along_sight`
     selection : RealField, optional
         What the density is multiplied with.

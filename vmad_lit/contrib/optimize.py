@@ -2150,7 +2150,6 @@ class ModelProblem(Problem):
     x : str or list of str
         the inputs to be varied; by default all that are not given. A vector of the problem is the value of
         the input if there is one, and a dictionary of values by name if there are several.
-
     residuals : str or list of str
         outputs whose sum of squares, times temperature / 2, is the objective. Then
         ``hessian_vector_product`` is the Gauss-Newton product, and the exact one if there are none.

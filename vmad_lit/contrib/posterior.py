@@ -41,7 +41,6 @@ class Posterior(ModelProblem):
         Of the symbols of parameters, by name, those that its signature names. It returns what is compared with
         data: a dictionary of symbols by name, or one symbol. An autooperator will do. Without it parameters are
         compared themselves.
-
     likelihoods : Likelihood, or dict
         A `Likelihood`, or a list of several, for each result of `forward` that has been observed. One alone is
         that of the only result.
