@@ -356,7 +356,7 @@ def test_rank_0_alone_speaks_and_tests_of_one_rank_stay_away(project):
 
         @pytest.mark.collective
         def test_how_many():
-            assert MPI.COMM_WORLD.bcast(len(seen)) == settings().max_examples == 40
+            assert MPI.COMM_WORLD.bcast(len(seen)) == settings().max_examples == 25
 
         def test_unmarked():
             assert False

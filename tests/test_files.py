@@ -729,16 +729,16 @@ def test_the_demonstration_refuses_a_state_of_other_options(folder):
     common = ["--nmesh", 4, "--steps", 0, "--state", state]
     run_demo(folder, *common, "--maxiter", 2)
     before = contents(folder)
-    for option, value in (
-        ("seed", 5),
-        ("noise", 0.3),
-        ("boxsize", 20),
-        ("smoothing", 2),
-        ("nmesh", 5),
-        ("steps", 1),
+    for option, value, name in (
+        ("seed", 5, "data.seed"),
+        ("noise", 0.3, "noise.sigma"),
+        ("boxsize", 20, "mesh.box"),
+        ("smoothing", 2, "data.smoothing"),
+        ("nmesh", 5, "mesh.cells"),
+        ("steps", 1, "model.evolution"),
     ):
         status, said = run_demo(folder, *common, "--maxiter", 3, f"--{option}", value)
-        assert status == 2 and f"\n  problem.{option}: " in said and "--accept-changes" in said, said
+        assert status == 2 and f"\n  problem.{name}: " in said and "--accept-changes" in said, said
     assert contents(folder) == before
     status, said = run_demo(folder, *common, "--maxiter", 3, "--seed", 5, "--accept-changes")
     assert status == 0 and "going on from iteration 2" in said

@@ -9,8 +9,17 @@ from numpy.testing import assert_allclose
 
 from helpers import examples
 from vmad_lit import Builder, testing
+from vmad_lit.contrib.likelihoods import poisson_loss, twice_root
 from vmad_lit.contrib.optimize import Problem
-from vmad_lit.contrib.priors import CorrelatedNormal, LogNormal, Normal, TruncatedNormal, Uniform, WhiteField
+from vmad_lit.contrib.priors import (
+    correlated,
+    CorrelatedNormal,
+    LogNormal,
+    Normal,
+    TruncatedNormal,
+    Uniform,
+    WhiteField,
+)
 from vmad_lit.core.error import UnexpectedOutput
 
 
@@ -141,3 +150,11 @@ def test_correlated_numbers():
 def test_priors_that_cannot_be(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_derivatives_of_operators_of_priors_and_likelihoods():
+    rng = np.random.default_rng(4)
+    testing.check(correlated, rng.normal(size=3), rng.normal(size=(4, 3)))
+    rate, seen = rng.uniform(0.5, 3, 6), np.array([1, 1, 0, 1, 1, 1], "?")
+    testing.check(poisson_loss, rate, rng.poisson(rate).astype("f8"), seen)
+    testing.check(twice_root, rate, seen)

@@ -1,6 +1,8 @@
 """Each name that the reference lists has an example of the book beside it, and that runs by itself."""
 
+import contextlib
 import doctest
+import sys
 from textwrap import dedent
 
 import pytest
@@ -154,6 +156,15 @@ def test_every_name_of_the_list_has_an_example():
 
 @pytest.mark.serial
 @pytest.mark.timeout(300)
+@contextlib.contextmanager
+def settings_of_jax():
+    """What an example says of the precision of JAX is forgotten after it."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_enable_x64", False)
+
+
+@pytest.mark.serial
 def test_every_example_of_the_reference_runs_by_itself():
     from pytest_doctestplus.plugin import OutputChecker
 
@@ -168,6 +179,7 @@ def test_every_example_of_the_reference_runs_by_itself():
         test = doctest.DocTestParser().get_doctest(text, {"__name__": "__main__"}, name, None, 0)
         runner = doctest.DocTestRunner(checker=OutputChecker(), optionflags=flags, verbose=False)
         where = f"{name}, from {example.chapter}:{example.line}"
-        runner.run(test, out=lambda words, where=where: reports.append(f"{where}\n{words}"))
+        with settings_of_jax():
+            runner.run(test, out=lambda words, where=where: reports.append(f"{where}\n{words}"))
     advice = f"a shorter example, for instance in {PAGE}.md, is preferred"
     assert not reports, "\n".join([*reports, advice])

@@ -145,6 +145,9 @@ def forward_model(c: Configuration, pm: ParticleMesh) -> tuple[dict[str, Any], C
     return {"modes": modes, **free}, functools.partial(density, **fixed)
 
 
+OF_THE_PROBLEM = "mesh", "data", "mask", "noise", "bias", "model", "cosmology"  # sections of a configuration
+
+
 class Survey:
     """What was observed, or made up, and the likelihood of what it was made from. Collective.
 
@@ -203,7 +206,22 @@ class Survey:
     def posterior(self, smoothing: float | None = None) -> Posterior:
         """The posterior, by default with the smoothing of the configuration."""
         scale = self.c.data.smoothing if smoothing is None else smoothing
-        return Posterior(self.priors, self.forward, dict(density=self.likelihood(scale)), self.pm.comm)
+        likelihoods = dict(density=self.likelihood(scale))
+        return Posterior(
+            self.priors,
+            self.forward,
+            likelihoods,
+            self.pm.comm,
+            identity={**self.named(), "smoothing": scale},
+        )
+
+    def named(self) -> dict[str, Any]:
+        """The values of the configuration that make the problem, by section and key."""
+        sections = {name: said for name, said in self.c.values.items() if name in OF_THE_PROBLEM}
+        return {
+            name: {key: value for key, value in said.items() if key != "file"}
+            for name, said in sections.items()
+        }
 
     @property
     def seen(self) -> Array:
