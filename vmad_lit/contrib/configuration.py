@@ -532,6 +532,7 @@ SCHEMA["output"] = {
     "chains": Key(WORDS, "the draws of a sampler, an HDF5 file; empty: none", "chains.hdf5"),
     "state": Key(WORDS, "the state to go on from; empty: none", "state.npz"),
 }
+
 SCHEMA["run"] = {
     "grace": Key(number(above=0), "seconds to save and to report in, after a signal to end", 20.0),
     "memory_check": Key(SWITCH, "refuse what does not fit into memory", True),
