@@ -76,6 +76,7 @@ def measure_gradient(c: Configuration) -> float:
     values |= dict(mesh=dict(cells=small, box=part), data=dict(kind="mock"), noise=dict(sigma=1.0))
     pm = ParticleMesh(Nmesh=small, BoxSize=part, comm=MPI.COMM_SELF, dtype="f8")
     problem = Survey(Configuration(values), pm).posterior()
+
     times = []
     for seed in range(3):
         z = problem.draw(seed)
