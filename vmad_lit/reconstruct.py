@@ -40,6 +40,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--accept-changes", action="store_true", help=accept)
     add("--overwrite", action="store_true", help="begin anew, over the saved state of an earlier run")
     add("--quiet", action="store_true", help="no progress bar")
+
     args = parser.parse_args(argv)
     if (args.configuration is None) is not args.template:
         parser.error("one configuration is needed, or --template, which prints one")

@@ -81,6 +81,7 @@ class Results:
         for name in "mask", "counts", "clean":
             if getattr(run.survey, name) is not None:
                 self.fields[name] = getattr(run.survey, name)
+
         self.draws = self._draw()
         self.truth: dict[str, Any] = {}
         if run.survey.truth is not None:
