@@ -595,6 +595,7 @@ class Sampler(Options):
         StateError
             if `state` is that of another problem, or another sampler, and this is not accepted.
         """
+
         self.check_options()
         monitors = [] if monitor is None else [monitor] if callable(monitor) else list(monitor)
         interrupt = current_interrupt() if interrupt is None else interrupt
@@ -628,6 +629,7 @@ class Sampler(Options):
         accept: Accepted,
     ) -> Chain:
         """Draw one chain."""
+
         identity, fresh = self._identity(problem, seed), chain is None
         target = Target(problem, seed)
         if fresh:
@@ -691,6 +693,7 @@ class Sampler(Options):
         if start is None:
             raise ValueError("sample needs a starting point, start, or a state to go on from")
         vs, error = target.vs, None
+        # See that the start is a vector of finite numbers
         try:
             start = vs.as_vector(start)
         except (TypeError, ValueError) as exception:
@@ -867,6 +870,7 @@ class HMC(Hamiltonian):
         steps = self.steps_of(target, chain)
         end, p = leapfrog(target, start, p, chain.step, steps)
         after = end.U + target.kinetic(p)
+
         error = after - before if math.isfinite(after) else math.inf
         accept = math.exp(-max(error, 0.0))
         accepted = target.uniform(n, "accept") < accept
