@@ -388,6 +388,7 @@ class Chain:
         StateError
             on all ranks, if the file is damaged, is something else, or belongs to another problem.
         """
+
         parts, like = Parts(path, vs.comm), vs.as_vector(like)
         header = together(vs.comm, lambda: checked_header(parts.path, parts.header))
         own = like
@@ -987,6 +988,7 @@ def checked_header(path: str, header: dict[str, Any]) -> dict[str, Any]:
     plain, tables = header["plain"], header["tables"]
     need("its potential energy is no number", FINITE.holds(header.get("U")))
     need("its numbers are none", not has_nan(header["numbers"]))
+    # See that the tables have a row for each iteration and each draw
     rows = {d["shape"][0] for d in tables["rows"].values()}
     need(f"it has {rows} rows for {plain['nit']} iterations", rows <= {plain["nit"]})
     kept = {d["shape"][0] for d in tables["kept"].values()}
@@ -1014,6 +1016,7 @@ def read_vectors(
     vs: VectorSpace, parts: Parts, likes: Mapping[str, tuple[list[Any], Vector]]
 ) -> dict[str, Vector]:
     """The saved vectors of these names, each like the one that is given for it, in the space of the keys."""
+    # Write down which arrays are wanted, and of which kind
     wanted: dict[str, Any] = {}
     kinds: dict[str, str] = {}
     counts: dict[str, int] = {}
