@@ -388,6 +388,7 @@ class Chain:
         StateError
             on all ranks, if the file is damaged, is something else, or belongs to another problem.
         """
+
         parts, like = Parts(path, vs.comm), vs.as_vector(like)
         header = together(vs.comm, lambda: checked_header(parts.path, parts.header))
         own = like
@@ -595,6 +596,7 @@ class Sampler(Options):
         StateError
             if `state` is that of another problem, or another sampler, and this is not accepted.
         """
+
         self.check_options()
         monitors = [] if monitor is None else [monitor] if callable(monitor) else list(monitor)
         interrupt = current_interrupt() if interrupt is None else interrupt
@@ -628,6 +630,7 @@ class Sampler(Options):
         accept: Accepted,
     ) -> Chain:
         """Draw one chain."""
+
         identity, fresh = self._identity(problem, seed), chain is None
         target = Target(problem, seed)
         if fresh:
@@ -691,6 +694,7 @@ class Sampler(Options):
         if start is None:
             raise ValueError("sample needs a starting point, start, or a state to go on from")
         vs, error = target.vs, None
+        # See that the start is a vector of finite numbers
         try:
             start = vs.as_vector(start)
         except (TypeError, ValueError) as exception:
@@ -867,6 +871,7 @@ class HMC(Hamiltonian):
         steps = self.steps_of(target, chain)
         end, p = leapfrog(target, start, p, chain.step, steps)
         after = end.U + target.kinetic(p)
+
         error = after - before if math.isfinite(after) else math.inf
         accept = math.exp(-max(error, 0.0))
         accepted = target.uniform(n, "accept") < accept
@@ -983,6 +988,7 @@ def checked_header(path: str, header: dict[str, Any]) -> dict[str, Any]:
     plain, tables = header["plain"], header["tables"]
     need("its potential energy is no number", FINITE.holds(header.get("U")))
     need("its numbers are none", not has_nan(header["numbers"]))
+    # See that the tables have a row for each iteration and each draw
     rows = {d["shape"][0] for d in tables["rows"].values()}
     need(f"it has {rows} rows for {plain['nit']} iterations", rows <= {plain["nit"]})
     kept = {d["shape"][0] for d in tables["kept"].values()}
@@ -1010,6 +1016,7 @@ def read_vectors(
     vs: VectorSpace, parts: Parts, likes: Mapping[str, tuple[list[Any], Vector]]
 ) -> dict[str, Vector]:
     """The saved vectors of these names, each like the one that is given for it, in the space of the keys."""
+    # Write down which arrays are wanted, and of which kind
     wanted: dict[str, Any] = {}
     kinds: dict[str, str] = {}
     counts: dict[str, int] = {}
