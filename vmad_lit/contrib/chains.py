@@ -50,6 +50,7 @@ class Record:
         self.draws = {name: np.asarray(value) for name, value in draws.items()}
         self.stats = {name: np.asarray(value) for name, value in (stats or {}).items()}
         self.warmup_stats = {name: np.asarray(value) for name, value in (warmup_stats or {}).items()}
+
         told: dict[str, Any] = dict(sampler="", seed=0, warmup=0, thin=1, nit=len(self), gradients=0)
         told.update(step=0.0, seconds=0.0, status="", message="")
         for name, value in about.items():
@@ -231,6 +232,7 @@ def plot_trace(
     `truth` has numbers to be marked, by name; further options are those of that function. Returns an array of axes
     (numbers, 2).
     """
+
     with needed_for("plots of chains", extra="chains"):
         import arviz
         import matplotlib.pyplot as plt
@@ -280,6 +282,7 @@ def plot_corner(
         data = np.stack([array.ravel() for array in found.values()], axis=1)
         told = [(labels or {}).get(name, name) for name in found]
         marks = [(truth or {}).get(name) for name in found]
+
         style = dict(color=colour, levels=levels, labels=told, truths=marks, truth_color=GREY, smooth=1.0)
         style.update(plot_datapoints=False, plot_density=False, no_fill_contours=True, bins=24)
         style.update(hist_kwargs=dict(density=True, color=colour))
@@ -318,6 +321,7 @@ def plot_bands(
 
     With `relative` all is divided by the truth. Returns the Matplotlib axes, which may be given as `ax`.
     """
+
     with needed_for("plots of chains", extra="output"):
         import matplotlib.pyplot as plt
     draws = collect(chains, name)[name]

@@ -573,6 +573,7 @@ def checked_header(parts: Parts) -> dict[str, Any]:
     sound = isinstance(header, dict) and isinstance(header.get("plain"), dict)
     if not sound:
         raise StateError(f"{parts.path} holds no Laplace approximation")
+
     try:
         plain, lengths = header["plain"], header["lengths"]
         options = all(
