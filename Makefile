@@ -16,7 +16,7 @@ SOAK_MINUTES ?= 60
 SOAK_MPIS ?= mpich openmpi
 TRIALS ?= 300
 RESULTS ?= _build/soak.json
-# --no-alt forgives pictures that have no alternative text, --only 'book/chapters/17*' looks at some pages.
+# --no-alt forgives pictures that have no alternative text, --only 'book/chapters/016*' looks at some pages.
 CHECK ?=
 # A test that hangs is ended by pytest, and pytest itself by this.
 LIMIT ?= timeout -k 10 2400

@@ -124,7 +124,7 @@ def test_the_page_names_chapter_and_line(tmp_path):
     site = site_of(tmp_path)
     index = "    # Book\n\n    ```{toctree}\n    chapters/01-first\n    ```\n"
     site.chapter("index", index)
-    for name in "02-second", "91-api":
+    for name in "02-second", "901-api":
         (site.root / "book" / "chapters" / f"{name}.md").unlink()
 
     def build(page):

@@ -18,7 +18,7 @@ pytestmark = [
 print_book = pytest.importorskip("tools.print_book")
 Site = pytest.importorskip("test_sphinx_tangle").Site
 
-INDEX = "    # Book\n\n    ```{toctree}\n    :caption: I. The part\n    chapters/01-first\n    chapters/91-api\n    ```\n"
+INDEX = "    # Book\n\n    ```{toctree}\n    :caption: I. The part\n    chapters/01-first\n    chapters/901-api\n    ```\n"
 
 PAGE = r'''
     ---
@@ -75,7 +75,7 @@ def site(tmp_path_factory):
     site = Site(tmp_path_factory.mktemp("paper"))
     site.chapter("index", INDEX)
     site.chapter("chapters/01-first", PAGE.lstrip("\n"))
-    site.chapter("chapters/91-api", "    # Reference\n\n    :::{api-modules}\n    :rest:\n    :::\n")
+    site.chapter("chapters/901-api", "    # Reference\n\n    :::{api-modules}\n    :rest:\n    :::\n")
     (site.root / "book" / "chapters" / "02-second.md").unlink()
     site.call("tools/tangle.py", "--force").check_returncode()
     return site

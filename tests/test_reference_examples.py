@@ -10,7 +10,7 @@ from tools import sphinx_api
 from tools.reference_examples import Page, names_of
 from tools.tangle import Block
 
-PAGE = "book/chapters/91-api"
+PAGE = "book/chapters/901-api"
 
 
 def page(text, *listed):

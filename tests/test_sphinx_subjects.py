@@ -14,7 +14,7 @@ INDEX = """\
     ```{toctree}
     chapters/01-first
     chapters/02-second
-    chapters/91-api
+    chapters/901-api
     glossary
     subjects
     ```
@@ -67,7 +67,7 @@ def test_the_page_lists_concepts_with_their_chapters(tmp_path):
     site.chapter("index", INDEX)
     site.chapter("chapters/01-first", FIRST)
     site.chapter("chapters/02-second", SECOND)
-    site.chapter("chapters/91-api", "    # Reference\n\n    :::{api-modules}\n    :rest:\n    :::\n")
+    site.chapter("chapters/901-api", "    # Reference\n\n    :::{api-modules}\n    :rest:\n    :::\n")
     site.chapter("glossary", GLOSSARY)
     site.chapter("subjects", "    # Subjects\n\n    :::{subject-index}\n    :::\n")
     site.call("tools/tangle.py", "--force").check_returncode()

@@ -1,7 +1,7 @@
 """In the kernel of a chapter: code that a cell compiles is named after its place on the page.
 
 A kernel gives each cell a file name of its own, such as ``/tmp/ipykernel_21/1857941468.py``, and that is what a traceback,
-a warning or ``print(model)`` shows.  A reader wants ``16-trust.md:123``.  The builder of the book
+a warning or ``print(model)`` shows.  A reader wants ``016-trust.md:123``.  The builder of the book
 (``tools/sphinx_cells.py``) leaves a file behind that tells the cells of the chapter and the lines at which they begin; its
 path is in the environment.  As an extension of IPython, this module makes the compiler use it: the file is the chapter, and
 the code is moved down to its line.

@@ -255,7 +255,7 @@ def faults(root: Path, only: str = "*", alt: bool = True) -> Iterator[tuple[str,
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("root", nargs="?", default="_build/html", type=Path)
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="pages, such as 'book/chapters/17*'")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="pages, such as 'book/chapters/016*'")
     parser.add_argument(
         "--alt",
         action=argparse.BooleanOptionalAction,
