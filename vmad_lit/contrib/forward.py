@@ -39,7 +39,7 @@ class Density:
         The bias parameters that are arguments; see `lagrangian_weights`. For the Eulerian bias 'b1' alone.
     los, observer : the line of sight, for densities in redshift space; see `along_sight`
     selection : RealField, optional
-        What the density is multiplied with.
+        What the density is multiplied by.
     modes : str
         The name of the argument that is the linear modes.
     q : array (N, ndim), optional

@@ -229,7 +229,7 @@ class Gaussian(Likelihood):
         The standard deviation of the noise in each of the data; infinite where there are none. Or the name of
         a parameter, or of a result of the forward model: a number.
     amplitude : str, optional
-        The name of a number that is multiplied with `sigma`.
+        The name of a number that multiplies `sigma`.
     power : function, optional
         In the place of `sigma` the power spectrum of the noise, a function of the wavenumber in h/Mpc, (Mpc/h)^3.
         The data are a field without mask.
@@ -477,7 +477,7 @@ class Poisson(Likelihood):
     ----------
     data, mask, comm : see `Likelihood`; whole numbers
     mean : number, field or array; or str
-        What the prediction is multiplied with: the number that is expected where the prediction is 1. Or the
+        What the prediction is multiplied by: the number that is expected where the prediction is 1. Or the
         name of a parameter, or of a result of the forward model.
     floor : float, optional
         A rate, if predictions may be negative, as those of linear theory are: the rate becomes
