@@ -105,7 +105,6 @@ def test_few_examples_call_what_later_chapters_finish():
     assert [path.stem[4:] for path in CHAPTERS if finished(path) != chapter_number(path.name)] == [
         "windows",
         "straight",
-        "likelihoods",
         "markov-chain",
         "draws",
         "warmup",
