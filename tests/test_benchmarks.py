@@ -1,6 +1,7 @@
 """The benchmarks run, and what they compare computes the same."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,14 @@ from mpi4py import MPI
 
 from benchmarks import common, engine, fft, kernels, memory, nbody, reconstruction
 from benchmarks.__main__ import place
+
+
+@pytest.fixture(autouse=True)
+def settings_of_jax():
+    """Peers are measured in double precision; JAX is set back to its own after that."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_enable_x64", False)
 
 
 @pytest.mark.parametrize("name", engine.CASES)

@@ -1684,4 +1684,4 @@ def test_this_package_is_what_this_book_makes():
     for path, made in book.tangle().items():
         if path.endswith(".py"):
             compile(made.text, path, "exec")
-    assert book.upto(99).tangle() == book.tangle()
+    assert book.upto(999).tangle() == book.tangle()
