@@ -267,12 +267,12 @@ def test_a_nonlinear_model_against_its_dense_matrix():
     problem, x = cosmo4d.reconstruction_problem(forward, data), cosmo4d.white_noise(pm, 2)
     rows = []
     for i in range(64):
+        column, row = np.zeros((4, 4, 4)), np.zeros((4, 4, 4))
+        column.flat[i] = 1.0
         unit = pm.create(type="real", value=0)
-        where = np.unravel_index(i, (4, 4, 4))[0] - unit.start[0]
-        if 0 <= where < unit.shape[0]:
-            unit.value[where].flat[i % 16] = 1.0
-        product = laplace.curvature(problem, x, unit)
-        rows.append(np.concatenate(comm.allgather(product.value.ravel())))
+        unit.value[...] = column[unit.slices]
+        row[unit.slices] = laplace.curvature(problem, x, unit).value
+        rows.append(comm.allreduce(row).ravel())
     expected = np.linalg.eigvalsh(np.array(rows))[::-1]
     found = laplace.approximate(problem, x, rank=4, oversampling=8, powers=1)
     np.testing.assert_allclose(found.eigenvalues, expected[:4], rtol=1e-2)
