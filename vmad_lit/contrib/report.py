@@ -151,18 +151,13 @@ def drawing(width: float, height: float, where: list[str], kind: str = "svg") ->
     """Axes on a transparent ground, whose ink reads on white and on black; the address of the picture is put into the
     list `where` at the end of the block."""
     with needed_for("the pictures", extra="output"):
-        import matplotlib
+        from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-    figure, ax = pyplot.subplots(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    ax = figure.subplots()
     ax.tick_params(which="both", labelsize=8)
-    try:
-        yield ax
-        where.append(picture_of(figure, kind))
-    finally:
-        pyplot.close(figure)
+    yield ax
+    where.append(picture_of(figure, kind))
 
 
 def picture_of(figure: Any, kind: str = "svg") -> str:
