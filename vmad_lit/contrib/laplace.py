@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from vmad_lit.contrib.optimize import Accepted, Preconditioner, Problem, ProgressBar
+from vmad_lit.contrib.optimize import lay_out, read_vectors
 from vmad_lit.contrib.optimize import is_accepted, versions, whole
 from vmad_lit.contrib.chisquare import local_product
 from vmad_lit.contrib.vectorspace import FieldSpace, MPIVectorSpace, ProductSpace, Vector, VectorSpace
@@ -394,14 +395,9 @@ class Laplace:
 
     def _collect(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """The arrays of all vectors that this rank holds, and where they begin, by name."""
-        arrays, starts = {}, {}
         several = {name: getattr(self, name) for name in ("vectors", "basis", "found")}
-        for name, many in dict(x=[self.x], **several).items():
-            for i, vector in enumerate(many):
-                parts = zip(self.vs.to_arrays(vector), self.vs.starts(vector), strict=True)
-                for j, (array, start) in enumerate(parts):
-                    arrays[f"{name}/{i}:{j}"], starts[f"{name}/{i}:{j}"] = np.asarray(array), start
-        return arrays, starts
+        lists = dict(x=[self.x], **several).items()
+        return lay_out({f"{name}/{i}": (self.vs, v) for name, many in lists for i, v in enumerate(many)})
 
     @classmethod
     def load(
@@ -438,16 +434,8 @@ class Laplace:
         self.eigenvalues = np.array(header["eigenvalues"])
         # Read the vectors of an approximation
         counts = dict(x=1, **header["lengths"])
-        places = [(np.shape(a), start) for a, start in zip(vs.to_arrays(like), vs.starts(like), strict=True)]
-        kinds = [np.asarray(array).dtype.kind for array in vs.to_arrays(like)]
         names = [f"{name}/{i}" for name, count in counts.items() for i in range(count)]
-        wanted = {f"{name}:{j}": place for name in names for j, place in enumerate(places)}
-        found = parts.read(wanted, {f"{name}:{j}": kind for name in names for j, kind in enumerate(kinds)})
-
-        def vector(name: str) -> Vector:
-            return vs.from_arrays([found[f"{name}:{j}"] for j in range(len(places))], like)
-
-        vectors = together(vs.comm, lambda: {name: vector(name) for name in names})
+        vectors = read_vectors(vs.comm, parts, dict.fromkeys(names, (vs, like)))
         self.x = vectors["x/0"]
         for name, count in header["lengths"].items():
             setattr(self, name, [vectors[f"{name}/{i}"] for i in range(count)])

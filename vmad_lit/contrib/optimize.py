@@ -544,13 +544,7 @@ class State:
             vectors.update(best=self.best.x)
         for name, many in self.vectors.items():
             vectors.update({f"{name}/{i}": vector for i, vector in enumerate(many)})
-        arrays, starts = {}, {}
-        for name, vector in vectors.items():
-            arrays.update(
-                {f"{name}:{i}": np.asarray(array) for i, array in enumerate(self.vs.to_arrays(vector))}
-            )
-            starts.update({f"{name}:{i}": start for i, start in enumerate(self.vs.starts(vector))})
-        return arrays, starts
+        return lay_out({name: (self.vs, vector) for name, vector in vectors.items()})
 
     def _header(self) -> dict[str, Any]:
         """Everything that is not a vector, ready for JSON."""
@@ -609,7 +603,7 @@ class State:
         names = {"x": like, "g": like, **(dict(Px=own, Pg=own) if whitened else {})}
         names.update({"best": like} if header.get("best") else {})
         names.update({f"{name}/{i}": own for name, count in memory.items() for i in range(count)})
-        vectors = state._read_vectors(parts, names)
+        vectors = read_vectors(vs.comm, parts, {name: (vs, pattern) for name, pattern in names.items()})
         state.x, state.g = vectors["x"], vectors["g"]
         state.Px, state.Pg = (vectors["Px"], vectors["Pg"]) if whitened else (state.x, state.g)
         state.best = Best(vectors["best"], **header["best"]) if header.get("best") else None
@@ -636,24 +630,6 @@ class State:
         """The state saved at `path`, or None if there is none yet: what `minimize` takes as `state`."""
         exists = on_first(vs.comm, lambda: os.path.lexists(path))
         return cls.load(path, vs, like, problem, accept) if exists else None
-
-    def _read_vectors(self, parts: Parts, names: Mapping[str, Vector]) -> dict[str, Vector]:
-        """The vectors of these names, each like the one that is given for it."""
-        vs, counts = self.vs, {}
-        wanted: dict[str, Any] = {}
-        kinds: dict[str, str] = {}
-        for name, like in names.items():
-            arrays, starts = vs.to_arrays(like), vs.starts(like)
-            counts[name] = len(arrays)
-            for i, (array, start) in enumerate(zip(arrays, starts, strict=True)):
-                wanted[f"{name}:{i}"] = np.shape(array), start
-                kinds[f"{name}:{i}"] = np.asarray(array).dtype.kind
-        found = parts.read(wanted, kinds)
-
-        def make(name: str) -> Vector:
-            return vs.from_arrays([found[f"{name}:{i}"] for i in range(counts[name])], names[name])
-
-        return together(vs.comm, lambda: {name: make(name) for name in names})
 
 
 class History(list[dict[str, Any]]):
@@ -1547,6 +1523,31 @@ def scipy_minimize(problem: Problem, x0: Vector, method: str = "L-BFGS-B", **opt
     result = scipy.optimize.minimize(flat.fun, flat.x0, jac=flat.jac, method=method, **options)
     result.x = flat.solution(result.x)
     return result
+
+
+Placed = Mapping[str, tuple[VectorSpace, Vector]]  # vectors by name, each with its space
+
+
+def lay_out(vectors: Placed) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The arrays of vectors that this rank holds, and where they begin, by name and number."""
+    arrays, starts = {}, {}
+    for name, (vs, vector) in vectors.items():
+        for i, (array, start) in enumerate(zip(vs.to_arrays(vector), vs.starts(vector), strict=True)):
+            arrays[f"{name}:{i}"], starts[f"{name}:{i}"] = np.asarray(array), start
+    return arrays, starts
+
+
+def read_vectors(comm: Any, parts: Parts, likes: Placed) -> dict[str, Vector]:
+    """The vectors of these names that :func:`lay_out` has laid out, each like the one given for it. Collective."""
+    arrays, starts = lay_out(likes)
+    wanted = {name: (array.shape, starts[name]) for name, array in arrays.items()}
+    found = parts.read(wanted, {name: array.dtype.kind for name, array in arrays.items()})
+
+    def make(name: str) -> Vector:
+        vs, like = likes[name]
+        return vs.from_arrays([found[f"{name}:{i}"] for i in range(len(vs.starts(like)))], like)
+
+    return together(comm, lambda: {name: make(name) for name in likes})
 
 
 #: What the attributes of a saved state must be.

@@ -21,7 +21,16 @@ import numpy as np
 
 from vmad_lit.contrib.optimize import Accepted, Options, Preconditioner, Problem, ProgressBar, Rule
 from vmad_lit.contrib.optimize import COUNT, FINITE, LENGTH, TEXT
-from vmad_lit.contrib.optimize import has_nan, is_accepted, is_real, refuse_differences, versions, whole
+from vmad_lit.contrib.optimize import (
+    has_nan,
+    is_accepted,
+    is_real,
+    lay_out,
+    read_vectors,
+    refuse_differences,
+    versions,
+    whole,
+)
 from vmad_lit.contrib.metrics import Metric, Moments, fitting_metric
 from vmad_lit.contrib.vectorspace import ProductSpace, Vector, VectorSpace, is_field
 from vmad_lit.core.stdlib.operators import Array
@@ -331,11 +340,8 @@ class Chain:
 
     def _collect(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """The arrays of all vectors and tables that this rank holds, and where they begin, by name."""
-        arrays, starts = {}, {}
-        for name, (keys, vector) in self._own_vectors().items():
-            vs = component(self.vs, keys)
-            for i, (array, start) in enumerate(zip(vs.to_arrays(vector), vs.starts(vector), strict=True)):
-                arrays[f"{name}:{i}"], starts[f"{name}:{i}"] = np.asarray(array), start
+        own = self._own_vectors().items()
+        arrays, starts = lay_out({name: (component(self.vs, keys), vector) for name, (keys, vector) in own})
         for table, what in (self.kept, "kept"), (self.rows, "rows"):
             for name, column in table.part(slice(None)).items():
                 wide = np.result_type(column, np.float64)
@@ -405,10 +411,10 @@ class Chain:
         # Read the vectors
         x_like = {"x", "mean", "squares"}
         likes = {
-            name: (keys, component_of(like if name in x_like else own, keys))
+            name: (component(vs, keys), component_of(like if name in x_like else own, keys))
             for name, keys in header["keys"].items()
         }
-        found = read_vectors(vs, parts, likes)
+        found = read_vectors(vs.comm, parts, likes)
         chain.place = Place(found["x"], found.get("z", found["x"]), header["U"], found["g"])
         if header["moments"] is not None:
             chain.moments = Moments(vs, header["moments"], found.get("mean"), found.get("squares"))
@@ -1010,30 +1016,6 @@ def component_of(vector: Vector, keys: Sequence[Any]) -> Vector:
     for key in keys:
         vector = vector[key]
     return vector
-
-
-def read_vectors(
-    vs: VectorSpace, parts: Parts, likes: Mapping[str, tuple[list[Any], Vector]]
-) -> dict[str, Vector]:
-    """The saved vectors of these names, each like the one that is given for it, in the space of the keys."""
-    # Write down which arrays are wanted, and of which kind
-    wanted: dict[str, Any] = {}
-    kinds: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    for name, (keys, like) in likes.items():
-        space = component(vs, keys)
-        arrays, starts = space.to_arrays(like), space.starts(like)
-        counts[name] = len(arrays)
-        for i, (array, start) in enumerate(zip(arrays, starts, strict=True)):
-            wanted[f"{name}:{i}"] = np.shape(array), start
-            kinds[f"{name}:{i}"] = np.asarray(array).dtype.kind
-    found = parts.read(wanted, kinds)
-
-    def make(name: str) -> Vector:
-        keys, like = likes[name]
-        return component(vs, keys).from_arrays([found[f"{name}:{i}"] for i in range(counts[name])], like)
-
-    return together(vs.comm, lambda: {name: make(name) for name in likes})
 
 
 def read_table(parts: Parts, what: str, described: Mapping[str, Any]) -> Table:
