@@ -17,7 +17,7 @@ import numpy as np
 
 from vmad_lit.contrib.optimize import Accepted, Preconditioner, Problem, ProgressBar
 from vmad_lit.contrib.optimize import lay_out, read_vectors
-from vmad_lit.contrib.optimize import is_accepted, versions, whole
+from vmad_lit.contrib.optimize import refuse_differences, versions, whole
 from vmad_lit.contrib.chisquare import local_product
 from vmad_lit.contrib.vectorspace import FieldSpace, MPIVectorSpace, ProductSpace, Vector, VectorSpace
 from vmad_lit.contrib.vectorspace import is_field
@@ -25,7 +25,7 @@ from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import together
 from vmad_lit.core.traffic import count_object
 from vmad_lit.lib.files import Path
-from vmad_lit.lib.fingerprint import differences, fingerprint
+from vmad_lit.lib.fingerprint import fingerprint
 from vmad_lit.lib.shards import Parts, StateError, on_first, save_parts
 from vmad_lit.lib.signals import Interrupt, current_interrupt
 
@@ -460,17 +460,7 @@ class Laplace:
     def belongs_to(self, problem: Problem, accept: Accepted = False, path: str = "the approximation") -> None:
         """Take `problem` for what further products are made with; StateError if it is another one."""
         new = identity(problem)
-        found = {} if self.fingerprint is None else differences(self.fingerprint, new)
-        refused = [
-            f"\n  {name}: {before} before, {now} now"
-            for name, (before, now) in found.items()
-            if not is_accepted(name, accept)
-        ]
-        if refused:
-            raise StateError(
-                f"{path} belongs to another problem:{''.join(refused)}\n"
-                "to go on with it all the same, accept what differs: accept=True, or a list of names"
-            )
+        refuse_differences(self.fingerprint, new, accept, path, "problem")
         self.problem, self.fingerprint = problem, new
 
 
