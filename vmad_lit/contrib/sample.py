@@ -399,7 +399,7 @@ class Chain:
         header = together(vs.comm, lambda: checked_header(parts.path, parts.header))
         own = like
         if problem is not None:
-            new = {"problem": fingerprint(problem.ingredients(), vs.comm), "versions": versions()}
+            new = {**fingerprint({"problem": problem.ingredients()}, vs.comm), "versions": versions()}
             refuse_differences(header["fingerprint"], new, accept, parts.path, "chain")
             own = like if problem.preconditioner is None else problem.preconditioner.whiten(like)
         chain = cls(vs, "", 0, 0)
