@@ -9,15 +9,14 @@ about which the data say something have eigenvalues in A that matter. They are f
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
-from vmad_lit.contrib.optimize import Accepted, Preconditioner, Problem, ProgressBar
-from vmad_lit.contrib.optimize import lay_out, read_vectors
-from vmad_lit.contrib.optimize import refuse_differences, versions, whole
+from vmad_lit.contrib.optimize import Accepted, Preconditioner, Problem, ProgressBar, Saved
+from vmad_lit.contrib.optimize import identity, lay_out, read_vectors
+from vmad_lit.contrib.optimize import refuse_differences, whole
 from vmad_lit.contrib.chisquare import local_product
 from vmad_lit.contrib.vectorspace import FieldSpace, MPIVectorSpace, ProductSpace, Vector, VectorSpace
 from vmad_lit.contrib.vectorspace import is_field
@@ -25,8 +24,7 @@ from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import together
 from vmad_lit.core.traffic import count_object
 from vmad_lit.lib.files import Path
-from vmad_lit.lib.fingerprint import fingerprint
-from vmad_lit.lib.shards import Parts, StateError, on_first, save_parts
+from vmad_lit.lib.shards import Parts, StateError, save_parts
 from vmad_lit.lib.signals import Interrupt, current_interrupt
 
 #: A product that the vectors before it explain to this share is not a new direction.
@@ -83,7 +81,7 @@ def by_components(vs: VectorSpace, function: Callable[..., Array], *vectors: Vec
     return vs.from_arrays([np.asarray(function(*parts)) for parts in zip(*arrays, strict=True)], vectors[0])
 
 
-class Laplace:
+class Laplace(Saved):
     """A normal density in the place of a posterior: around a point, with the inverse of the curvature there.
 
     Made by :func:`approximate`. With the eigenvalues and orthonormal eigenvectors of the curvature A of the likelihood, the covariance
@@ -443,19 +441,6 @@ class Laplace:
             self.belongs_to(problem, accept, parts.path)
         return self
 
-    @classmethod
-    def resume(
-        cls,
-        path: Path,
-        vs: VectorSpace,
-        like: Vector,
-        problem: Problem | None = None,
-        accept: Accepted = False,
-    ) -> Self | None:
-        """What is saved at `path`, or None if there is nothing yet: what `approximate` takes as `state`."""
-        exists = on_first(vs.comm, lambda: os.path.lexists(path))
-        return cls.load(path, vs, like, problem, accept) if exists else None
-
     # Take a problem if it is the same
     def belongs_to(self, problem: Problem, accept: Accepted = False, path: str = "the approximation") -> None:
         """Take `problem` for what further products are made with; StateError if it is another one."""
@@ -538,11 +523,6 @@ class ProductBar(ProgressBar):
         """Show how many products there have been."""
         if self.bar is not None:
             self.bar.update(state.products - self.bar.n)
-
-
-def identity(problem: Problem) -> dict[str, Any]:
-    """The fingerprint of a problem, with the versions of what computes."""
-    return {**fingerprint(dict(problem=problem.ingredients()), problem.vs.comm), "versions": versions()}
 
 
 def checked_header(parts: Parts) -> dict[str, Any]:
