@@ -161,6 +161,28 @@ def test_gaussian_field_of_given_and_of_free_power():
     assert power.shape == a.priors["delta"].shells.k.shape
 
 
+def test_values_of_the_latents_of_values_are_these_values_but_for_the_mean():
+    """One behaviour for powers of all kinds: the mean of the field is zero, and is no latent's."""
+    pm, flat = make_mesh(CUBE), Planck15.replace(n_s=0.0)
+    field = real(pm, 3) + 2.0
+    for prior in (
+        GaussianField(pm, lambda k: 3.0 + 0 * k),  # a power that is positive at k = 0
+        GaussianField(pm, lambda k: 1 / k),  # or infinite there
+        LinearField(pm, flat),
+        LinearField(pm, flat, depends="Om0"),
+        LinearField(pm, depends="Om0 sigma8"),
+    ):
+        listed = {name: Normal(0.5, 0.1) for name in prior.depends}
+        posterior = Posterior(dict(listed, delta=prior), lambda delta: fastpm.c2r(delta), Gaussian(field))
+        values = dict(Om0=0.3, sigma8=0.8, delta=field.r2c())
+        latents = posterior.latents(values)
+        assert abs(latents["delta"].csum()) < 1e-9
+        again = posterior.values(latents)["delta"].c2r()
+        assert_allclose((again - field).value, -field.cmean(), rtol=1e-6)
+        shifted = posterior.values(dict(latents, delta=latents["delta"] + 1.0))["delta"].c2r()
+        assert_allclose(shifted.value, again.value, atol=1e-6)
+
+
 # Likelihoods
 
 
@@ -668,11 +690,14 @@ def test_a_parameter_beyond_its_limits_has_no_density():
     z, v = problem.draw(1), problem.draw(2)
     for Om0 in -2.5, 500.0, np.inf:
         outside = dict(z, Om0=Om0)
-        assert problem.objective(outside) == np.inf and problem.log_likelihood(outside) == -np.inf
+        assert problem.objective(outside) == np.inf
         assert np.isnan(problem.gradient(outside)["Om0"])
         assert np.isnan(problem.gradient(outside)["delta"].value).all()
-        with pytest.raises(ValueError, match="where the density is zero: the result 'rate' .* Om0 must be"):
+        with pytest.raises(
+            ValueError, match="where the density is zero: the .* 'rate' .* Om0 must be|Om0' is not finite"
+        ):
             problem.gauss_newton_product(outside, v)
+    assert problem.log_likelihood(dict(z, Om0=-2.5)) == -np.inf
     assert np.isfinite(problem.objective(z))
     prove(problem, z, v)
     # The gradient may be asked for first
@@ -686,29 +711,30 @@ def test_a_parameter_beyond_its_limits_has_no_density():
     assert field.explain(dict(field.zeros(), Om0=-2.7)).startswith(told)
 
 
+WALKERS = [
+    HMC(step=0.6, length=2.0, draws=60),
+    NUTS(step=0.6, maxdepth=3, draws=40),
+    MCLMC(step=3.0, length=20.0, draws=120),
+    MAMS(step=3.0, length=9.0, draws=50),
+]
+
+
 @pytest.mark.parametrize(
-    "sampler",
-    [
-        HMC(step=0.5, length=3.0),
-        NUTS(step=0.5),
-        MCLMC(step=3.0, length=20.0),
-        MAMS(step=3.0, length=9.0),
-    ],
-    ids=lambda s: type(s).__name__,
+    "sampler", WALKERS if COMM.size == 1 or soaking() else WALKERS[:1], ids=lambda s: type(s).__name__
 )
 def test_a_trajectory_that_leaves_the_domain_is_rejected(sampler):
-    sampler.warmup, sampler.draws, sampler.metric, sampler.seed = 0, 120, None, 4
+    sampler.warmup, sampler.metric, sampler.seed = 0, None, 4
     problem = dark(0.15, 0.15)
     chain = sampler.sample(problem, problem.zeros())
     Om0, left = chain.draws["Om0"], np.isinf(chain.stats["energy_error"])
-    assert 3 < left.sum() < 80 and left[chain.stats["divergent"]].all()
-    assert (Om0 > 0).all() and len(np.unique(Om0)) > 40
+    assert 3 < left.sum() < 40 and left[chain.stats["divergent"]].all()
+    assert (Om0 > 0).all() and len(np.unique(Om0)) > 12
     assert f"({left.sum()} where the density is no number)" in chain.message
 
 
 def test_a_warm_up_at_the_edge_of_the_domain():
     problem = dark(0.1, 0.04)
-    for sampler in NUTS(warmup=25, draws=5, maxdepth=5), MCLMC(warmup=30, draws=5):
+    for sampler in NUTS(warmup=15, draws=5, maxdepth=3), MCLMC(warmup=30, draws=5):
         chain = sampler.sample(problem, dict(problem.zeros(), Om0=-2.4))
         assert len(chain) == 5 and (chain.draws["Om0"] > 0).all()
 
@@ -739,7 +765,7 @@ class mistaken:
     """An operator of somebody who has made a mistake."""
 
     ain, aout = "x", "y"
-    placements = staticmethod(priors.where_it_was)
+    placements = staticmethod(lambda site: site.given["x"])
 
     def apl(node, x):
         raise ValueError("shapes (3,) and (2,) do not fit")
