@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import math
+from statistics import NormalDist
 import sys
 import time
 from typing import Any, Self
@@ -915,7 +916,8 @@ class DualAveraging:
 
     def restart(self, step: float) -> None:
         """Begin anew at a step."""
-        self.memory.update(centre=math.log(10 * step), count=0, error=0.0, last=math.log(step), mean=0.0)
+        first = math.log(step)
+        self.memory.update(centre=first + math.log(10), count=0, error=0.0, last=first, mean=first, spread=0.0)
 
     def learn(self, accept: float) -> float:
         """Learn from an acceptance, and return the next step to try."""
@@ -923,13 +925,19 @@ class DualAveraging:
         m["count"] += 1
         m["error"] += (self.aim - accept - m["error"]) / (m["count"] + self.T0)
         m["last"] = m["centre"] - math.sqrt(m["count"]) / self.GAMMA * m["error"]
-        m["mean"] += m["count"] ** -self.KAPPA * (m["last"] - m["mean"])
+        share, away = m["count"] ** -self.KAPPA, m["last"] - m["mean"]
+        m["mean"] += share * away
+        if m["count"] > 3:
+            m["spread"] = (1 - share) * (m["spread"] + share * min(away**2, 1.0))
         return math.exp(m["last"])
 
     @property
     def result(self) -> float:
-        """The step that comes out."""
-        return math.exp(self.memory["mean"] if self.memory["count"] else self.memory["last"])
+        """The step that comes out. Those that were tried have the acceptance `aim` on average; it has it by itself."""
+        m, q = self.memory, NormalDist().inv_cdf(self.aim / 2)
+        if m["count"] < self.T0:
+            return math.exp(min(m["mean"], m["centre"] - math.log(10)))
+        return math.exp(m["mean"] + (1 - q * q) * m["spread"] / (1 + 2 * m["spread"]))
 
 
 def windows(warmup: int) -> tuple[int, list[int]]:
