@@ -137,7 +137,7 @@ class Problem:
         """The pair (objective, gradient) at x."""
         self._visit(x)
         if self._both is not None and self._value is None and self._slope is None:
-            self._evaluate_both(x)
+            return self._evaluate_both(x), self._slope
         return self.objective(x), self.gradient(x)
 
     def _checked_value(self, value: Any) -> float:
