@@ -158,9 +158,8 @@ class Posterior(ModelProblem):
 
     # The problem
     def _forward(self, x: Vector) -> Any:
-        with self._zero_outside(), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            loss = super()._forward(x) + 0.5 * self.vs.dot(self._point, self._point)
-            return np.inf if np.isnan(loss) else loss
+        with self._zero_outside():
+            return self._add_prior(super()._forward(x))
         return np.inf
 
     def _pull_back(self, x: Vector) -> Vector:
@@ -168,6 +167,16 @@ class Posterior(ModelProblem):
         if self._is_outside:
             return self.vs.scale(np.nan, x)
         return self.vs.addmul(super()._pull_back(x), x, 1.0)
+
+    def _forward_and_pull(self, x: Vector) -> tuple[Any, Vector]:
+        with self._zero_outside():
+            loss, slope = super()._forward_and_pull(x)
+            return self._add_prior(loss), self.vs.addmul(slope, x, 1.0)
+        return np.inf, self.vs.scale(np.nan, x)
+
+    def _add_prior(self, loss: Any) -> Any:
+        loss = loss + 0.5 * self.vs.dot(self._point, self._point)
+        return np.inf if np.isnan(loss) else loss
 
     def _gauss_newton(self, x: Vector, v: Vector) -> Vector:
         return self.vs.addmul(super()._gauss_newton(x, v), v, 1.0)
@@ -180,7 +189,8 @@ class Posterior(ModelProblem):
         """For a run of the model, which ends without an error where parameters have left their domain."""
         self._is_outside = False
         try:
-            yield
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                yield
         except OutOfDomain:
             self._is_outside, self._tape = True, None
 
