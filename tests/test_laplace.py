@@ -1,5 +1,7 @@
 """Laplace's approximation against dense matrices and the Wiener filter, on any number of ranks."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,8 @@ from mpi4py import MPI  # noqa: E402
 
 from vmad_lit.contrib import laplace  # noqa: E402
 from vmad_lit.contrib.chisquare import MPIVectorSpace  # noqa: E402
-from vmad_lit.contrib.optimize import Problem  # noqa: E402
+from vmad_lit.contrib.optimize import LBFGS, Problem, State, identity  # noqa: E402
+from vmad_lit.contrib.sample import HMC, Chain  # noqa: E402
 from vmad_lit.contrib.vectorspace import ProductSpace, VectorSpace  # noqa: E402
 from vmad_lit.lib.shards import StateError  # noqa: E402
 
@@ -198,6 +201,29 @@ def test_another_problem_is_refused(dense, full, tmp_path):
     laplace.Laplace.load(path, dense.vs, full.x, other.problem, accept=["problem.A"])
     with pytest.raises(StateError, match="another problem"):
         laplace.approximate(other.problem, state=full)
+
+
+def test_states_chains_and_approximations_know_a_problem_by_one_identity(dense, tmp_path):
+    """What is saved of a problem is refused for another one by the same words, and looked for in the same way."""
+    path, start = comm.bcast(str(tmp_path)), dense.part(0 * dense.centre)
+    made = {
+        State: LBFGS(maxiter=2).minimize(dense.problem, start),
+        Chain: HMC(warmup=0, draws=1, step=0.1, metric=None).sample(dense.problem, start),
+        laplace.Laplace: laplace.approximate(dense.problem, start, rank=1, oversampling=0, powers=0),
+    }
+    known, other = identity(dense.problem), Dense(offset=1.0).problem
+    other.identity = dict(A=2 * dense.A)
+    told = set()
+    for kind, thing in made.items():
+        assert {name: thing.fingerprint[name] for name in known} == known
+        file = os.path.join(path, f"{kind.__name__}.npz")
+        assert kind.resume(file, dense.vs, start) is None
+        thing.save(file)
+        assert type(kind.resume(file, dense.vs, start, dense.problem)) is kind
+        with pytest.raises(StateError) as refused:
+            kind.resume(file, dense.vs, start, other)
+        told.add("\n".join(line for line in str(refused.value).splitlines() if line.startswith("  problem")))
+    assert len(told) == 1 and "problem.A" in told.pop()
 
 
 def test_a_file_that_is_something_else(dense, tmp_path):

@@ -700,8 +700,11 @@ def test_a_parameter_beyond_its_limits_has_no_density():
     assert problem.log_likelihood(dict(z, Om0=-2.5)) == -np.inf
     assert np.isfinite(problem.objective(z))
     prove(problem, z, v)
-    # The gradient may be asked for first
+    # The gradient may be asked for first, or with the objective
     assert np.isnan(dark().gradient(outside)["Om0"])
+    y, slope = problem.value_and_gradient(outside)
+    assert y == np.inf and np.isnan(slope["Om0"]) and np.isnan(slope["delta"].value).all()
+    assert np.isfinite(problem.value_and_gradient(z)[1]["Om0"])
     # A cosmology of a field may have less matter than baryons
     pm = make_mesh(CUBE)
     free = dict(delta=LinearField(pm, depends="Om0"), Om0=Normal(0.3, 0.1))
