@@ -212,6 +212,7 @@ def test_states_chains_and_approximations_know_a_problem_by_one_identity(dense, 
         laplace.Laplace: laplace.approximate(dense.problem, start, rank=1, oversampling=0, powers=0),
     }
     known, other = identity(dense.problem), Dense(offset=1.0).problem
+    assert set(known) == {"problem", "versions"} and "numpy" in known["versions"]
     other.identity = dict(A=2 * dense.A)
     told = set()
     for kind, thing in made.items():
