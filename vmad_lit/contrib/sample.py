@@ -917,7 +917,9 @@ class DualAveraging:
     def restart(self, step: float) -> None:
         """Begin anew at a step."""
         first = math.log(step)
-        self.memory.update(centre=first + math.log(10), count=0, error=0.0, last=first, mean=first, spread=0.0)
+        self.memory.update(
+            centre=first + math.log(10), count=0, error=0.0, last=first, mean=first, spread=0.0
+        )
 
     def learn(self, accept: float) -> float:
         """Learn from an acceptance, and return the next step to try."""
