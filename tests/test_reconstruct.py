@@ -19,7 +19,7 @@ from mpi4py import MPI  # noqa: E402
 
 from helpers import examples  # noqa: E402
 from vmad_lit import reconstruct  # noqa: E402
-from vmad_lit.contrib import chains, configuration, datafiles, survey  # noqa: E402
+from vmad_lit.contrib import chains, configuration, datafiles, report, survey  # noqa: E402
 from vmad_lit.contrib.configuration import SCHEMA, Configuration, ConfigurationError, Rule  # noqa: E402
 from vmad_lit.contrib.configuration import key_lines, options_of, template, write_toml  # noqa: E402
 from vmad_lit.contrib.optimize import autosave  # noqa: E402
@@ -244,7 +244,12 @@ CASES = {
     "[sampler]\nwarmup = 3": {"sampler.name": "missing"},
     "[sampler]\nname = 'Laplace'\nwarmup = 3": {"sampler.warmup": "no such key"},
     "[sampler]\nname = 'NUTS'\n[[epochs]]\nsmoothing = 3": {"epochs.0.smoothing": "last epoch"},
-    "[output]\nreport = 'a'\nfields = 'a'": {"output.fields": "another output"},
+    "[output]\nreport = 'a'\nfields = 'a'": {"output.fields": "name of report, too"},
+    "[output]\nreport = 'a'\nfields = './a'\nstate = 'a'": {
+        "output.report": "name of fields and state, too",
+        "output.fields": "name of report and state, too",
+        "output.state": "name of report and fields, too",
+    },
     "[[output]]\nreport = 'a'": {"output": "this is a section"},
     "[[epochs]]\n[[epochs]]\nmaxit = 3": {"epochs.1.maxit": "'maxiter'"},
     "[mesh]\ncells = 8\nbox = 32\n[mesh]": {"TOML": "mesh"},
@@ -393,6 +398,33 @@ def test_all_formats_are_read_alike_by_all_ranks(folder):
         assert abs(found.noise / (480 / (W.sum() ** 2 / (W**2).sum())) ** 0.5 - 1) < 1e-6
 
 
+@pytest.mark.collective
+def test_a_column_that_several_tables_have_is_not_guessed(folder):
+    fits = pytest.importorskip("astropy.io.fits")
+    path = os.path.join(folder, "two.fits")
+
+    def write():
+        table = lambda first: fits.BinTableHDU.from_columns(  # noqa: E731
+            [fits.Column(name, "D", array=X[first:, i]) for i, name in enumerate("xyz")]
+        )
+        tables = [table(0), table(100), table(200), table(300)]
+        for unit, name in zip(tables, ("RANDOMS", "HALOS", "TWICE", "TWICE")):
+            unit.name = name
+        tables[1].columns["z"].name = "only/here"
+        fits.HDUList([fits.PrimaryHDU(), *tables]).writeto(path)
+
+    on_root(COMM, write)
+    with pytest.raises(datafiles.BadData, match="'x' in 4 tables, say in which: RANDOMS/x, HALOS/x") as caught:
+        datafiles.read_columns(path, "auto", ["x", "RANDOMS/y", "RANDOMS/z"], None, COMM)
+    assert caught.value.key == "data.position" and "3/x, 4/x" in str(caught.value)
+    with pytest.raises(datafiles.BadData, match="'y' in 4 tables") as caught:
+        datafiles.read_columns(path, "auto", ["HALOS/x", "HALOS/y", "only/here"], "y", COMM)
+    assert caught.value.key == "data.weight"
+    for names, first in (["HALOS/x", "HALOS/y", "only/here"], 100), (["4/x", "4/y", "4/z"], 300):
+        x, _, begin = datafiles.read_columns(path, "auto", names, None, COMM)
+        np.testing.assert_array_equal(x, X[first:][begin : begin + len(x)])
+
+
 BAD = {
     "shape": (
         dict(kind="density", file="x.npz", array="Weight"),
@@ -485,6 +517,25 @@ def test_masks_maps_counts_and_spectra(folder):
             assert abs(counts[6:12].mean() / counts[:6].mean() / 4 - 1) < 0.3
         z = posterior.draw(3)
         assert posterior.vs.norm(posterior.gradient(z)) < np.inf
+
+
+# -- The report ---------------------------------------------------------------------------------------------------
+
+
+def brightness(colour):
+    """The relative luminance of a colour, as the Web Content Accessibility Guidelines define it."""
+    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+
+def test_the_ink_of_pictures_reads_on_bright_and_on_dark_paper():
+    papers = re.findall(r"--paper: (#\w{6})", report.STYLE)
+    assert len(papers) == 2
+    for ink in (*report.COLOURS, *chains.COLOURS, report.GREY, chains.GREY):
+        for paper in (*papers, "#ffffff", "#000000"):
+            high, low = sorted(map(brightness, (ink, paper)), reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= 3, (ink, paper)
+    assert len(set(report.COLOURS)) == 5
 
 
 # -- The program --------------------------------------------------------------------------------------------------

@@ -712,9 +712,10 @@ def _of_formats(c: Configuration) -> Iterator[Contradiction]:
 
 def _of_outputs(c: Configuration) -> Iterator[Contradiction]:
     places = {key: path for key in OUTPUTS if (path := c.output_path(key))}
-    for key, path in places.items():
-        if [other for other in places if places[other] == path and other != key][:1] > [key]:
-            yield ("output", key), f"{getattr(c.output, key)!r} is the name of another output, too"
+    for key in filter(lambda key: c.says("output", key), places):
+        others = [other for other in places if places[other] == places[key] and other != key]
+        if others:
+            yield ("output", key), f"{getattr(c.output, key)!r} is the name of {' and '.join(others)}, too"
 
 
 OUTPUTS = ("report", "fields", "chains", "state")

@@ -178,8 +178,10 @@ class FitsFile(DataFile):
         self.file = fits.open(self.path, memmap=True)
         self.places: dict[str, tuple[int, str | None]] = {}
 
+        said = [unit.name for unit in self.file]
         for number, unit in enumerate(self.file):
-            name = unit.name if unit.name and unit.name != "PRIMARY" else str(number)
+            alone = said.count(unit.name) == 1 and unit.name not in ("", "PRIMARY")
+            name = unit.name if alone else str(number)
             if isinstance(unit, (fits.BinTableHDU, fits.TableHDU)) and not isinstance(
                 unit, fits.CompImageHDU
             ):
@@ -193,8 +195,13 @@ class FitsFile(DataFile):
                 self.arrays[name] = ArrayInFile(tuple(unit.shape), unit.section[:1].dtype)
 
     def find(self, key: str, name: str | None) -> str:
-        ends = [full for full in self.arrays if name is not None and full.rpartition("/")[2] == name]
-        return ends[0] if ends and name not in self.arrays else super().find(key, name)
+        ends = [full for full, (_, column) in self.places.items() if column is not None and column == name]
+        if name in self.arrays or not ends:
+            return super().find(key, name)
+        if len(ends) > 1:
+            told = f"{self.path} has {name!r} in {len(ends)} tables, say in which: {', '.join(ends)}"
+            raise BadData(told, key)
+        return ends[0]
 
     def read(self, name: str, index: Index) -> Any:
         number, column = self.places[name]

@@ -273,7 +273,8 @@ class Results:
             scale = max(width["linear" if linear else "density"], 1e-12)
             more = ", smoothed by two cells" if linear else ""
             alt = f"Map of {title}: mean {numpy.mean(image):.2f}, standard deviation {numpy.std(image):.2f}"
-            caption = f"{title[:1].upper()}{title[1:]}{more}; mean over {self.thickness} planes"
+            planes = f"{self.thickness} plane{'s' * (self.thickness > 1)}"
+            caption = f"{title[:1].upper()}{title[1:]}{more}; mean over {planes}"
             centre, sides = 0.0 if linear else 1.0, self.pm.BoxSize[:2]
             picture = map_picture(image, sides, centre, scale) if self.pm.comm.rank == 0 else ""
             pictures.append((picture, alt, caption))
