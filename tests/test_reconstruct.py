@@ -404,8 +404,10 @@ def test_a_column_that_several_tables_have_is_not_guessed(folder):
     path = os.path.join(folder, "two.fits")
 
     def write():
-        table = lambda first: fits.BinTableHDU.from_columns(  # noqa: E731
-            [fits.Column(name, "D", array=X[first:, i]) for i, name in enumerate("xyz")]
+        table = (
+            lambda first: fits.BinTableHDU.from_columns(  # noqa: E731
+                [fits.Column(name, "D", array=X[first:, i]) for i, name in enumerate("xyz")]
+            )
         )
         tables = [table(0), table(100), table(200), table(300)]
         for unit, name in zip(tables, ("RANDOMS", "HALOS", "TWICE", "TWICE")):
@@ -414,7 +416,9 @@ def test_a_column_that_several_tables_have_is_not_guessed(folder):
         fits.HDUList([fits.PrimaryHDU(), *tables]).writeto(path)
 
     on_root(COMM, write)
-    with pytest.raises(datafiles.BadData, match="'x' in 4 tables, say in which: RANDOMS/x, HALOS/x") as caught:
+    with pytest.raises(
+        datafiles.BadData, match="'x' in 4 tables, say in which: RANDOMS/x, HALOS/x"
+    ) as caught:
         datafiles.read_columns(path, "auto", ["x", "RANDOMS/y", "RANDOMS/z"], None, COMM)
     assert caught.value.key == "data.position" and "3/x, 4/x" in str(caught.value)
     with pytest.raises(datafiles.BadData, match="'y' in 4 tables") as caught:
@@ -454,7 +458,13 @@ BAD = {
         "data.array",
         "1 values are not finite, the first at index (7, 5, 9)",
     ),
-    "contrast": (dict(kind="density", file="delta.npy"), "data.array", "contrast = true"),
+    "contrast": (dict(kind="density", file="delta.npy"), "data.contrast", "contrast = true"),
+    "sign": (
+        dict(kind="density", file="part.npy"),
+        "data.contrast",
+        "cells are below 0 by more than the noise explains",
+    ),
+    "both": (dict(kind="density", file="rho.npy", contrast=True), "data.contrast", "no value is below 0"),
     "empty": (dict(kind="catalogue", file="none.npy"), "data.file", "is empty"),
 }
 
@@ -467,15 +477,97 @@ def test_what_is_wrong_with_data_is_said_on_all_ranks(folder):
         np.savez(place("w.npz"), Position=X, W=np.where(np.arange(301) == 3, -1.0, 1.0))
         np.save(place("nan.npy"), np.where(np.arange(480).reshape(8, 6, 10) == 479, np.nan, 1.0))
         np.save(place("delta.npy"), RHO - RHO.mean())
+        np.save(place("part.npy"), RHO / RHO.mean() - 0.9)  # as of a part of a box, which is dense
         np.save(place("none.npy"), np.zeros((0, 3)))
 
     on_root(COMM, write)
     for data, key, words in BAD.values():
         with pytest.raises(datafiles.BadData, match=re.escape(words)) as caught:
             surveyed(
-                configured(folder, data=data, noise={} if data["kind"] == "catalogue" else dict(sigma=1.0))
+                configured(folder, data=data, noise={} if data["kind"] == "catalogue" else dict(sigma=0.1))
             )
         assert caught.value.key == key
+
+
+@pytest.mark.collective
+def test_a_contrast_is_told_from_a_density_by_its_sign(folder):
+    """What noise makes negative is let through, and what the model itself does, and what is said to be a density."""
+    rng = np.random.default_rng(5)
+    noisy = 7.0 * (RHO / RHO.mean() + rng.normal(scale=0.5, size=RHO.shape))
+    linear = 1.0 + rng.normal(scale=1.5, size=RHO.shape)
+    contrast = RHO / RHO.mean() - 0.8
+
+    def write():
+        for name, values in dict(noisy=noisy, linear=linear, contrast=contrast).items():
+            np.save(os.path.join(folder, name), values)
+        np.savetxt(os.path.join(folder, "noise.txt"), [[1e-3, 0.25 * 64], [10.0, 0.25 * 64]])  # 0.5 in a cell
+        np.savetxt(os.path.join(folder, "less.txt"), [[1e-3, 0.01 * 64], [10.0, 0.01 * 64]])
+
+    def read(name, noise, **more):
+        model = more.pop("model", dict(evolution="lpt"))
+        data = dict(kind="density", file=f"{name}.npy", **more)
+        return surveyed(configured(folder, data=data, noise=noise, model=model)).d
+
+    on_root(COMM, write)
+    free = dict(prior="lognormal", mean=float(np.log(0.5)), sd=0.1)
+    assert noisy.min() < 0 and linear.min() < -2
+    for noise in dict(sigma=0.5), dict(sigma=free), dict(spectrum="noise.txt"):
+        np.testing.assert_allclose(everywhere(read("noisy", noise)), noisy / noisy.mean())
+    read("linear", dict(sigma=0.01), model=dict(evolution="linear"))
+    few = dict(prior="lognormal", mean=-4.0, sd=0.1)
+    for name, noise in (
+        ("noisy", dict(sigma=0.01)),
+        ("noisy", dict(sigma=few)),
+        ("contrast", dict(sigma=0.1)),
+        ("contrast", dict(spectrum="less.txt")),
+        ("linear", dict(sigma=0.01)),
+    ):
+        with pytest.raises(datafiles.BadData, match="say contrast = true.* contrast = false") as caught:
+            read(name, noise)
+        assert caught.value.key == "data.contrast"
+        read(name, noise, contrast=False)
+    assert np.isclose(everywhere(read("contrast", dict(sigma=0.1), contrast=True)).mean(), 1.0)
+
+
+@pytest.mark.collective
+def test_what_is_behind_the_mask_counts_for_nothing(folder):
+    """Objects, numbers that are none, and the errors there."""
+    seen = np.ones((8, 6, 10))
+    seen[4:], seen[3] = 0.0, 0.5
+    inside = X[np.minimum(np.round(X[:, 0] / 4.0).astype(int) % 8, 7) < 4]
+    outside = X[np.round(X[:, 0] / 4.0).astype(int) % 8 >= 4]
+    assert 100 < len(inside) < 200 and len(inside) + len(outside) == len(X)
+
+    def write():
+        place = lambda name: os.path.join(folder, name)  # noqa: E731
+        np.save(place("seen.npy"), seen)
+        np.savez(place("all.npz"), x=X, w=np.where(np.arange(len(X)) % 2, 3.0, 1.0))
+        np.save(place("inside.npy"), inside)
+        np.save(place("outside.npy"), outside)
+        np.save(place("rho.npy"), np.where(seen > 0, RHO, np.nan).astype("f4"))
+        np.save(place("sigma.npy"), np.where(seen > 0, 0.5, 0.0))
+
+    on_root(COMM, write)
+    cells, mask = seen.sum(), dict(mask=dict(file="seen.npy"), noise={})
+    read = lambda data, **more: surveyed(configured(folder, **{**mask, **more}, data=data))  # noqa: E731
+    some, only = (
+        read(dict(kind="catalogue", file="all.npz", position="x")),
+        read(dict(kind="catalogue", file="inside.npy")),
+    )
+    assert np.isclose(some.noise, (cells / len(inside)) ** 0.5) and np.isclose(only.noise, some.noise)
+    weighted = read(dict(kind="catalogue", file="all.npz", position="x", weight="w"))
+    w = np.where(np.arange(len(X)) % 2, 3.0, 1.0)[np.round(X[:, 0] / 4.0).astype(int) % 8 < 4]
+    assert np.isclose(weighted.noise, (cells * (w**2).sum() / w.sum() ** 2) ** 0.5)
+    for noise in {}, dict(kind="poisson"):
+        with pytest.raises(datafiles.BadData, match="no object is where the mask is above 0") as caught:
+            read(dict(kind="catalogue", file="outside.npy"), noise=noise)
+        assert caught.value.key == "data.file"
+    found = read(dict(kind="density", file="rho.npy"), noise=dict(file="sigma.npy"))
+    expected = np.where(seen > 0, RHO, 0) / np.average(RHO, weights=seen)
+    np.testing.assert_allclose(everywhere(found.d), expected, rtol=1e-6)
+    assert found.posterior().pairs()[0][1].count == (seen > 0).sum()
+    with pytest.raises(datafiles.BadData, match="240 values are not finite.*a mask"):
+        surveyed(configured(folder, data=dict(kind="density", file="rho.npy")))
 
 
 @pytest.mark.collective
@@ -511,9 +603,7 @@ def test_masks_maps_counts_and_spectra(folder):
             assert abs(at_truth / likelihood.count - 1) < 5 * (2 / likelihood.count) ** 0.5, noise
         else:
             counts = everywhere(found.counts)
-            assert (
-                (counts % 1 == 0).all() and counts[12:].sum() == 0 and 3 < counts[:6].mean() / 2 < 3.5 or True
-            )
+            assert (counts % 1 == 0).all() and counts[12:].sum() == 0
             assert abs(counts[6:12].mean() / counts[:6].mean() / 4 - 1) < 0.3
         z = posterior.draw(3)
         assert posterior.vs.norm(posterior.gradient(z)) < np.inf
@@ -525,7 +615,11 @@ def test_masks_maps_counts_and_spectra(folder):
 def brightness(colour):
     """The relative luminance of a colour, as the Web Content Accessibility Guidelines define it."""
     parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [
+        0.2126,
+        0.7152,
+        0.0722,
+    ]
 
 
 def test_the_ink_of_pictures_reads_on_bright_and_on_dark_paper():

@@ -284,7 +284,7 @@ def look_at_mesh(path: str, kind: str, section: str, name: str | None, shape: Se
         return look_at(file, f"{section}.array", name, shape)
 
 
-def read_mesh(path: str, section: str, space: Any, pm: ParticleMesh) -> RealField:
+def read_mesh(path: str, section: str, space: Any, pm: ParticleMesh, where: Array | None = None) -> RealField:
     """The real field in a file; each rank reads its part. Collective.
 
     Parameters
@@ -293,6 +293,8 @@ def read_mesh(path: str, section: str, space: Any, pm: ParticleMesh) -> RealFiel
     section : str, that of the configuration, for messages
     space : with `format` and `array`
     pm : ParticleMesh
+    where : array of truth values, optional
+        The cells of this rank that matter; in others any value will do.
 
     Raises
     ------
@@ -311,9 +313,12 @@ def read_mesh(path: str, section: str, space: Any, pm: ParticleMesh) -> RealFiel
     on_root(pm.comm, lambda: look_at_mesh(path, space.format, section, space.array, shape))
     field = run_together(pm.comm, read)
     offset = [part.start for part in field.slices]
-    told = check_numbers(pm.comm, field.value, numpy.isfinite(field.value), offset, "values are not finite")
-    if told:
-        raise BadData(f"{path}: {told}", key)
+    good = numpy.isfinite(field.value) if where is None else numpy.isfinite(field.value) | ~where
+    if told := check_numbers(pm.comm, field.value, good, offset, "values are not finite"):
+        hint = (
+            "where the mask is above 0" if where is not None else "if nothing was observed there, give a mask"
+        )
+        raise BadData(f"{path}: {told}{'; ' * (where is None) or ' '}{hint}", key)
     return field
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 
@@ -53,9 +53,11 @@ def look_at_files(c: Configuration, comm: MPI.Comm) -> None:
         raise c.error(*found)
 
 
-def read_catalogue(c: Configuration, pm: ParticleMesh, window: str | None = None) -> tuple[RealField, float]:
-    """The catalogue that a configuration names, painted with a window, by default that of `pm`, and the number of its rows, or of rows of
-    equal weight that would scatter as much. Collective.
+def read_catalogue(
+    c: Configuration, pm: ParticleMesh, window: str | None = None, mask: RealField | None = None
+) -> tuple[RealField, float]:
+    """The catalogue that a configuration names, painted with a window, by default that of `pm`, and the number of its
+    rows where the mask is above 0, or of rows of equal weight that would scatter as much. Collective.
 
     Raises
     ------
@@ -77,11 +79,17 @@ def read_catalogue(c: Configuration, pm: ParticleMesh, window: str | None = None
         raise BadData(f"{path}: {told}", "data.weight")
 
     w = numpy.ones(len(x)) if w is None else w
-    weight, squares = (float(add_up(comm, total)) for total in (w.sum(), (w**2).sum()))
-    if not weight > 0:
+    layout = pm.decompose(x)
+    part = 1.0 if mask is None else mask.readout(x, resampler="nnb", layout=layout)
+    counted = w * (part > 0)
+    weight, squares, all_of_it = (
+        float(add_up(comm, total)) for total in (counted.sum(), (counted**2).sum(), w.sum())
+    )
+    if not all_of_it > 0:
         raise BadData(f"{path}: all weights are 0", "data.weight")
-    field = pm.paint(x, mass=w, resampler=window, layout=pm.decompose(x))
-    return field, weight**2 / squares
+    if not weight > 0:
+        raise BadData(f"{path}: no object is where the mask is above 0", "data.file")
+    return pm.paint(x, mass=w, resampler=window, layout=layout), weight**2 / squares
 
 
 def box_of(pm: ParticleMesh) -> str:
@@ -180,7 +188,9 @@ class Survey:
         self.truth: dict[str, Any] | None = None
         self.clean: RealField | None = None
         self.counts: RealField | None = None
-        self.mask: RealField | None = None if c.mask.file is None else self._read_mask()
+        self.mask: RealField | None = None
+        if c.mask.file is not None:
+            self.mask = self._read_mask()
         self.priors, self.forward = forward_model(c, pm)
         self.poisson = c.noise.kind == "poisson"
         self.noise: Any = self._find_noise()
@@ -254,10 +264,11 @@ class Survey:
         return mask
 
     def _read_map(self, section: str, rule: str, good: Callable[[Array], Array]) -> RealField:
-        """The mesh that a section names, if its values follow a rule."""
+        """The mesh that a section names, if its values follow a rule where something was observed; 1 elsewhere."""
         space = getattr(self.c, section)
         path = self.c.path(space.file)
-        field = read_mesh(path, section, space, self.pm)
+        field = read_mesh(path, section, space, self.pm, None if self.mask is None else self.seen)
+        field = self._like(numpy.where(self.seen, field.value, 1.0))
         offset = [part.start for part in field.slices]
         if told := check_numbers(self.pm.comm, field.value, good(field.value), offset, f"values {rule}"):
             raise BadData(f"{path}: {told}", f"{section}.array")
@@ -278,36 +289,74 @@ class Survey:
     def _read_density(self) -> None:
         """Read a density, and bring it to a mean of 1."""
         c = self.c
-        d: Any = read_mesh(c.path(c.data.file), "data", c.data, self.pm)
-        self.d = self._normalise(d + 1.0 if c.data.contrast else d)
+        d: Any = read_mesh(
+            c.path(c.data.file), "data", c.data, self.pm, None if self.mask is None else self.seen
+        )
+        if c.data.contrast and not self._lowest(d.value) < 0:
+            self._blame_contrast("no value is below 0, and a contrast has voids", "take contrast = true away")
+        # Divide by the mean, if it is that of a density
+        hint = "if this is delta, say contrast = true; if it is a density all the same, contrast = false"
+        self.d, mean, spread = self._normalise(d + 1.0 if c.data.contrast else d)
+        if not mean > 1e-3 * spread:
+            self._blame_contrast(f"expected a density with a positive mean, got the mean {mean:.3g}", hint)
+        # See that the density is not negative without a reason
+        if c.says("data", "contrast"):
+            return
+        low = self.d.value + 7 * self._deviation()
+        if self._lowest(low) < 0 and self._lowest(low) < 2 * self._lowest_of_model():
+            count = int(add_up(self.pm.comm, numpy.sum((low < 0) & self.seen)))
+            told = f"{count} cells are below 0 by more than the noise explains, down to {self._lowest(self.d.value):.3g} of the mean"
+            self._blame_contrast(told, hint)
+
+    def _lowest(self, values: Array) -> float:
+        """The lowest of the values of all ranks in cells that were observed."""
+        own = float(values[self.seen].min(initial=numpy.inf))
+        return float(self.pm.comm.allreduce(own, MPI.MIN))
+
+    def _blame_contrast(self, told: str, hint: str) -> NoReturn:
+        """Raise BadData for the key that says whether a file has a density or a contrast."""
+        raise BadData(f"{self.c.path(self.c.data.file)}: {told}; {hint}", "data.contrast")
+
+    def _deviation(self) -> Any:
+        """The standard deviation of the noise in each cell, at most; of one that has a prior at its upper end."""
+        if callable(self.noise):
+            modes = self.pm.create(type="complex", value=0).apply(
+                lambda k, v: v + self.noise(k.normp() ** 0.5) ** 0.5
+            )
+            return (float(modes.cdot(modes).real) / float(self.pm.BoxSize.prod())) ** 0.5
+        amplitude = float(self.priors["sigma"].value(3.0)) if "sigma" in self.priors else 1.0
+        spread = self._spread(self.noise)
+        return amplitude * getattr(spread, "value", spread)
+
+    def _lowest_of_model(self) -> float:
+        """The lowest density that the model makes of a draw from the priors, with the parameters in their middle."""
+        z = {name: prior.zeros() for name, prior in self.priors.items()}
+        z["modes"] = white_noise(self.pm, 0)
+        return min(0.0, self._lowest(self.posterior().forecast(z, ["density"])["density"].value))
 
     def _count(self) -> None:
         """Read a catalogue, and find how many objects there are in a cell of the mean density."""
-        counts, number = read_catalogue(self.c, self.pm, "nnb" if self.poisson else None)
+        counts, number = read_catalogue(self.c, self.pm, "nnb" if self.poisson else None, self.mask)
         cells = float(self.pm.Nmesh.prod()) if self.mask is None else float(self.mask.csum())
         if self.poisson:
             self.counts = self._like(numpy.where(self.seen, counts.value, 0.0))
             self.noise = self._expected(float(self.counts.csum()) / cells)
         elif self.noise is None:
             self.noise = (cells / number) ** 0.5
-        self.d = self._normalise(self._like(counts.value / self.part))
+        self.d, _, _ = self._normalise(self._like(counts.value / self.part))
 
     def _expected(self, mean: float) -> Any:
         """The number of objects in each cell that is expected for the mean density."""
         return float(mean) if self.mask is None else self.mask * float(mean)
 
-    def _normalise(self, d: RealField) -> RealField:
-        """A density in units of its mean over what was observed, and 0 where nothing was."""
+    def _normalise(self, d: RealField) -> tuple[RealField, float, float]:
+        """A density in units of its mean over what was observed, and 0 where nothing was; its mean and its scatter."""
         d = self._like(numpy.where(self.seen, d.value, 0.0))
         weight = self._like(self.part * self.seen)
         total = weight.csum()
         mean = d.cdot(weight) / total
         spread = max((d * d).cdot(weight) / total - mean**2, 0.0) ** 0.5
-        if not mean > 1e-3 * spread:
-            told = f"expected a density with a positive mean, got the mean {mean:.3g}"
-            hint = "if this is delta, say contrast = true"
-            raise BadData(f"{self.c.path(self.c.data.file)}: {told}; {hint}", "data.array")
-        return d * (1.0 / mean)
+        return d * (1.0 / mean if mean else 1.0), float(mean), float(spread)
 
     # Make up
     def _make_up(self, seed: int) -> None:
