@@ -250,6 +250,32 @@ CASES = {
         "output.fields": "name of report and state, too",
         "output.state": "name of report and fields, too",
     },
+    "[solver]\nupper = {b1 = 2}": {"solver.upper": "for the solver BoundedLBFGS"},
+    "[solver]\nname = 'BoundedLBFGS'": {"solver.name": "there are no bounds"},
+    "cosmology.h = {prior = 'normal', mean = 0.7, sd = 0.1}\n[solver]\nname = 'BoundedLBFGS'\nlower.h = 0.6\n"
+    "[sampler]\nname = 'HMC'": {"solver.name": "draws know no bounds"},
+    "[solver]\nname = 'BoundedLBFGS'\nlower = {b1 = 1}": {
+        "solver.lower.b1": "all have numbers, and none a prior"
+    },
+    "[solver]\nname = 'BoundedLBFGS'\nlower = {Om0 = 'x'}": {"solver.lower": "expected a table of numbers"},
+    "cosmology.Om0 = {prior = 'uniform', low = 0.1, high = 0.5}\n"
+    "[solver]\nname = 'BoundedLBFGS'\nlower = {Omo = 1, Om0 = 0.4}\nupper = {Om0 = 0.3}": {
+        "solver.lower.Omo": "did you mean 'Om0'",
+        "solver.upper.Om0": "expected more than lower, 0.4, got 0.3",
+    },
+    "cosmology.h = {prior = 'lognormal', mean = 0, sd = 1}\n"
+    "[solver]\nname = 'BoundedLBFGS'\nlower = {h = 0}": {
+        "solver.lower.h": "the prior allows only values between 0.0 and inf",
+    },
+    "[validation]\nshare = 0.1": {"validation.kind": "missing"},
+    "[validation]\nkind = 'cell'\nshare = 1": {
+        "validation.kind": "did you mean 'cells'",
+        "validation.share": "below 1",
+    },
+    "[validation]\nkind = 'noise'\nshare = 0.2": {"validation.share": "kind 'cells'"},
+    "[data]\nkind = 'density'\nfile = 'x.npy'\n[noise]\nspectrum = 's'\n"
+    "[mesh]\ncells = 8\nbox = 32\n[validation]\nkind = 'noise'": {"validation.kind": "take 'cells'"},
+    "[noise]\nspectrum = 's'\n[validation]\nkind = 'cells'": {"validation.kind": "no cells can be held out"},
     "[[output]]\nreport = 'a'": {"output": "this is a section"},
     "[[epochs]]\n[[epochs]]\nmaxit = 3": {"epochs.1.maxit": "'maxiter'"},
     "[mesh]\ncells = 8\nbox = 32\n[mesh]": {"TOML": "mesh"},
@@ -795,6 +821,167 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(folder, monkeypatch)
     assert status == 0
     status, out, _ = run(folder, text, "--overwrite")
     assert status == 0 and "going on" not in out and table(out) == table(whole)
+
+
+FREE = SILENT.replace("b1 = 1.5", 'b1 = { prior = "normal", mean = 1.5, sd = 0.3 }')
+JUDGED = "[validation]\nkind = 'cells'\nshare = 0.25\npatience = 3\n"
+
+
+def reconstructed(folder, values, **how):
+    """A reconstruction from inside, with what it has said."""
+    said = []
+    found = reconstruct.Reconstruction(
+        Configuration(values, folder=folder), COMM, lambda *words: said.append(" ".join(map(str, words)))
+    )
+    found.prepare()
+    found.solve(**how)
+    return found, "\n".join(said)
+
+
+def values_of(text):
+    return tomllib.loads(text)
+
+
+@pytest.mark.collective
+def test_parameters_stay_within_their_bounds(folder):
+    free = values_of(FREE.replace("maxiter = 6", "maxiter = 30"))
+    alone, _ = reconstructed(folder, free)
+    b1 = alone.problem.values(alone.x)["b1"]
+    top = float(b1) - 0.05
+    values = {
+        **free,
+        "solver": dict(name="BoundedLBFGS", maxiter=30, upper=dict(b1=top), lower=dict(b1=top - 1)),
+    }
+    found, _ = reconstructed(folder, values)
+    assert abs(found.problem.values(found.x)["b1"] - top) < 1e-12 and found.errors == {"b1": None}
+    values["solver"]["upper"]["b1"] = float(b1) + 1.0
+    values["solver"]["lower"]["b1"] = float(b1) - 1.0
+    found, _ = reconstructed(folder, values)
+    assert abs(found.problem.values(found.x)["b1"] - b1) < 0.2 and found.errors["b1"].least > 0
+    values["solver"]["lower"]["b1"] = (
+        float(b1) + 0.5
+    )  # without the middle of the prior, where a search begins
+    with pytest.raises(ConfigurationError, match="outside of the bounds; --overwrite"):
+        reconstructed(folder, values, resume=True, accept=True)
+    found, _ = reconstructed(folder, values)
+    assert abs(found.problem.values(found.x)["b1"] - b1 - 0.5) < 1e-12
+
+
+@pytest.mark.collective
+def test_cells_that_are_held_out_are_watched_and_not_fitted(folder):
+    values = values_of(SILENT + JUDGED)
+    values["solver"]["keep_best"] = True
+    values["solver"]["maxiter"] = 40
+    found, said = reconstructed(folder, values)
+    held, whole = everywhere(found.survey._like(found.survey.held)), 8**3
+    assert 0.15 * whole < held.sum() < 0.35 * whole
+    fitted, judge = found.survey.likelihood(), found.survey.likelihood(judge=True)
+    assert fitted.count == whole - held.sum() and judge.count == held.sum()
+    looked = found.state.history["validation"]
+    best = int(np.argmin(looked))
+    assert found.state.best.nit == best and f"that of iteration {best}" in said
+    if found.state.status == "validation":
+        assert len(looked) == best + 4
+    # What they say is not known to the fit
+    before = found.problem.gradient(found.x)["modes"]
+    d = found.survey.d
+    found.survey.d = found.survey._like(np.where(found.survey.held, 1e3, d.value))
+    again = found.survey.posterior(0.0).gradient(found.x)["modes"]
+    np.testing.assert_array_equal(before.value, again.value)
+    # and what the judge says is half their chi-square
+    found.survey.d = d
+    rest = (found.problem.predict(found.x)["density"].value - d.value)[found.survey.held] / 0.4
+    mine = COMM.allreduce(0.5 * float((rest**2).sum()))
+    assert np.isclose(found.survey.validation().objective(found.x), mine)
+    assert np.isclose(looked[best], mine)
+    with pytest.raises(ConfigurationError, match="validation.share: a share of 1e-05 of 512 cells"):
+        reconstructed(folder, {**values, "validation": dict(kind="cells", share=1e-5)})
+
+
+@pytest.mark.collective
+def test_a_mock_is_judged_with_other_noise(folder):
+    text = SILENT + "[validation]\nkind = 'noise'\nevery = 2\nseed = 3\n"
+    found, _ = reconstructed(folder, values_of(text))
+    first = everywhere(found.survey.d) - everywhere(found.survey.clean)
+    second = everywhere(found.survey.second) - everywhere(found.survey.clean)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.2 and 0.3 < second.std() < 0.5
+    assert np.isfinite(found.state.history["validation"]).tolist() == [i % 2 == 0 for i in range(7)]
+    counts = text.replace("sigma = 0.4", 'kind = "poisson"\nmean = 5.0')
+    found, _ = reconstructed(folder, values_of(counts))
+    assert (everywhere(found.survey.second) % 1 == 0).all() and found.state.history["validation"][0] < np.inf
+
+
+@pytest.mark.collective
+def test_bounds_and_a_validation_are_planned_reported_and_resumed(folder, monkeypatch):
+    text = GOOD.replace('"lpt"', '"linear"').replace(
+        "b1 = 1.5", 'b1 = { prior = "normal", mean = 1.5, sd = 0.3 }'
+    )
+    text = (
+        text.replace('name = "LBFGS"', 'name = "BoundedLBFGS"\nkeep_best = true\nlower = { b1 = 0.5 }')
+        + JUDGED
+    )
+    status, out, err = run(folder, text, "--dry-run")
+    assert status == 0 and not err
+    assert "cells, at most 6 runs of the model" in out and re.search("errors +about 150 gradients", out), out
+    status, out, _ = run(folder, text.replace("[output]", "[output]\nerrors = false"), "--dry-run")
+    assert status == 0 and "errors " not in out
+    status, out, err = run(folder, text.replace('"out"', '"whole"'))
+    assert status == 0 and not err and "errors of b1: " in out
+    with monkeypatch.context() as patch:
+        killed(patch, 3)
+        assert run(folder, text)[0] == 143
+    status, out, err = run(folder, text, "--resume")
+    assert status == 0 and "going on from iteration 4" in out
+    status, _, err = run(folder, text.replace("share = 0.25", "share = 0.3"), "--resume")
+    assert status == 2 and "problem.validation.share: 0.25 before, 0.3 now" in err, err
+
+    def compare():
+        import h5py
+
+        files = [h5py.File(os.path.join(folder, which, "fields.hdf5")) for which in ("whole", "out")]
+        for name in files[0]["fields"]:
+            np.testing.assert_array_equal(*(file["fields"][name][...] for file in files))
+        assert files[0].attrs["error of b1"] == files[1].attrs["error of b1"] > 0
+        with open(os.path.join(folder, "out", "report.html")) as file:
+            said = Page(file.read()).said
+        for words in "not fitted", "chi-square for each of them", "best point", "to go, in errors", "Laplace":
+            assert words in said, words
+        assert "lower = { b1 = 0.5 }" in said and "share = 0.25" in said
+
+    on_root(COMM, compare)
+
+
+@pytest.mark.serial
+def test_errors_are_those_of_the_inverse_of_the_whole_curvature(folder):
+    """Against a matrix of all unknowns, inverted."""
+    text = FREE.replace("cells = 8", "cells = 4").replace("maxiter = 6", "maxiter = 15")
+    text = text.replace("Om0 = 0.3", 'sigma8 = { prior = "lognormal", mean = -0.2, sd = 0.1 }')
+    found, _ = reconstructed(folder, values_of(text))
+    problem, vs, x = found.problem, found.problem.vs, found.x
+    zero = vs.zeros_like(x)
+    names = sorted(name for name in problem.names if name != "modes")
+    units = [{**zero, name: 1.0} for name in names]
+    for i in np.ndindex(4, 4, 4):
+        mode = zero["modes"] * 1.0
+        mode[i] = 1.0
+        units.append({**zero, "modes": mode})
+    H = np.array(
+        [[vs.dot(a, Hb) for a in units] for Hb in (problem.hessian_vector_product(x, b) for b in units)]
+    )
+    C, step = np.linalg.inv(H), -np.linalg.solve(H, [vs.dot(a, problem.gradient(x)) for a in units])
+    assert names == ["b1", "sigma8"] and sorted(found.errors) == names
+    for i, name in enumerate(names):
+        least, most, shift = found.errors[name]
+        there, here = (float(problem.values({**x, name: x[name] + d})[name]) for d in (1e-4, -1e-4))
+        true = C[i, i] ** 0.5 * (there - here) / 2e-4
+        assert 0.94 * true < least <= true * (1 + 1e-6) and true * (1 - 1e-6) <= most < 1.06 * true
+        assert abs(shift * most / true - step[i] / C[i, i] ** 0.5) < 0.1
+    off, _ = reconstructed(
+        folder, {**values_of(text), "output": {**values_of(text)["output"], "errors": False}}
+    )
+    assert off.errors == {}
+    smooth, _ = reconstructed(folder, {**values_of(text), "epochs": [dict(smoothing=8.0)]})
+    assert smooth.errors == {}
 
 
 SAMPLED = {

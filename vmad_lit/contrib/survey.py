@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from statistics import NormalDist
 from typing import Any, NoReturn
 
 import numpy
@@ -15,6 +16,7 @@ from vmad_lit.contrib.datafiles import BadData, check_numbers, look_at_columns, 
 from vmad_lit.contrib.datafiles import read_columns, read_mesh
 from vmad_lit.contrib.forward import Density
 from vmad_lit.contrib.likelihoods import Gaussian, Likelihood, Poisson, Smoothed
+from vmad_lit.contrib.optimize import Validation
 from vmad_lit.contrib.posterior import Posterior, finder
 from vmad_lit.contrib.priors import LinearField, LogNormal, Normal, Numbers, TruncatedNormal, Uniform
 from vmad_lit.core.stdlib.operators import Array
@@ -153,7 +155,9 @@ def forward_model(c: Configuration, pm: ParticleMesh) -> tuple[dict[str, Any], C
     return {"modes": modes, **free}, functools.partial(density, **fixed)
 
 
-OF_THE_PROBLEM = "mesh", "data", "mask", "noise", "bias", "model", "cosmology"  # sections of a configuration
+#: Sections of a configuration that make the problem, and keys that do not.
+OF_THE_PROBLEM = "mesh", "data", "mask", "noise", "bias", "model", "cosmology", "validation"
+NOT_OF_THE_PROBLEM = "file", "every", "patience"
 
 
 class Survey:
@@ -176,6 +180,10 @@ class Survey:
         The latents from which the data were made up.
     clean : RealField or None
         The density without noise, if known.
+    held : array of truth values, or None
+        Which cells of this rank are held out of the fit, for a validation.
+    second : RealField or None
+        Data with other noise, for a validation.
 
     Raises
     ------
@@ -188,6 +196,8 @@ class Survey:
         self.truth: dict[str, Any] | None = None
         self.clean: RealField | None = None
         self.counts: RealField | None = None
+        self.second: RealField | None = None
+        self.held: Array | None = None
         self.mask: RealField | None = None
         if c.mask.file is not None:
             self.mask = self._read_mask()
@@ -200,18 +210,55 @@ class Survey:
             self._read_density()
         else:
             self._count()
+        if c.validation.kind == "cells":
+            self.held = self._hold_out()
 
-    def likelihood(self, smoothing: float = 0.0) -> Likelihood:
-        """The likelihood of a density, compared after smoothing with a Gaussian of a scale in Mpc/h."""
-        mask = None if self.mask is None else self._like(self.seen)
+    def likelihood(self, smoothing: float = 0.0, judge: bool = False) -> Likelihood:
+        """The likelihood of a density, compared after smoothing with a Gaussian of a scale in Mpc/h; with `judge` that of
+        what is not fitted."""
+        cells = self.seen
+        if self.held is not None:
+            cells = cells & (self.held if judge else ~self.held)
+        mask = None if self.mask is None and self.held is None else self._like(cells)
+        data: Any = self.counts if self.poisson else self.d
+        data = self.second if judge and self.second is not None else data
         if self.poisson:
-            assert self.counts is not None
-            return Poisson(self.counts, mean=self.noise, mask=mask, floor=FLOOR)
+            return Poisson(data, mean=self.noise, mask=mask, floor=FLOOR)
         if callable(self.noise):
-            return Gaussian(self.d, power=self.noise)
+            return Gaussian(data, power=self.noise)
         amplitude = "sigma" if "sigma" in self.priors else None
         given = dict(sigma=self._spread(self.noise), mask=mask, amplitude=amplitude)
-        return Smoothed(self.d, scale=smoothing, **given) if smoothing else Gaussian(self.d, **given)
+        return Smoothed(data, scale=smoothing, **given) if smoothing else Gaussian(data, **given)
+
+    def _hold_out(self) -> Array:
+        """Which of the observed cells are held out of the fit."""
+        v, comm = self.c.validation, self.pm.comm
+        normal = white_noise(self.pm, v.seed, purpose="cells that are held out").value
+        held = (normal < NormalDist().inv_cdf(v.share)) & self.seen
+        number, seen = (int(add_up(comm, int(cells.sum()))) for cells in (held, self.seen))
+        if not 0 < number < seen:
+            told = f"a share of {v.share} of {seen} cells that were observed leaves {number} to be held out"
+            raise BadData(told, "validation.share")
+        return held
+
+    def validation(self) -> Validation | None:
+        """The validation that the configuration asks for."""
+        v = self.c.validation
+        if v.kind is None:
+            return None
+        likelihoods = dict(density=self.likelihood(judge=True))
+        judge = Posterior(self.priors, self.forward, likelihoods, self.pm.comm)
+        return Validation(
+            lambda z: judge.objective(z) - 0.5 * judge.vs.dot(z, z), every=v.every, patience=v.patience
+        )
+
+    def bounds(self) -> dict[str, dict[str, float]]:
+        """The lower and upper bounds that the configuration gives to parameters, as those of their latents."""
+        said = {side: getattr(self.c.solver, side) or {} for side in ("lower", "upper")}
+        return {
+            side: {name: float(self.priors[name].latent(value, {})) for name, value in bounds.items()}
+            for side, bounds in said.items()
+        }
 
     def posterior(self, smoothing: float | None = None) -> Posterior:
         """The posterior, by default with the smoothing of the configuration."""
@@ -229,7 +276,7 @@ class Survey:
         """The values of the configuration that make the problem, by section and key."""
         sections = {name: said for name, said in self.c.values.items() if name in OF_THE_PROBLEM}
         return {
-            name: {key: value for key, value in said.items() if key != "file"}
+            name: {key: value for key, value in said.items() if key not in NOT_OF_THE_PROBLEM}
             for name, said in sections.items()
         }
 
@@ -356,7 +403,8 @@ class Survey:
         total = weight.csum()
         mean = d.cdot(weight) / total
         spread = max((d * d).cdot(weight) / total - mean**2, 0.0) ** 0.5
-        return d * (1.0 / mean if mean else 1.0), float(mean), float(spread)
+        factor: Any = 1.0 / mean if mean else 1.0
+        return d * factor, float(mean), float(spread)
 
     # Make up
     def _make_up(self, seed: int) -> None:
@@ -368,7 +416,11 @@ class Survey:
         self.noise = self._expected(self.noise) if self.poisson else self.noise
         found = self.posterior().forecast(self.truth, ["density", *self.priors])
         self.clean = found["density"]
-        drawn = self.likelihood().draw(found["density"], finder(found), seed, "noise of data")
+        likelihood = self.likelihood()
+        drawn = likelihood.draw(found["density"], finder(found), seed, "noise of data")
+        v = self.c.validation
+        if v.kind == "noise":
+            self.second = likelihood.draw(found["density"], finder(found), v.seed, "noise of a validation")
         if self.poisson:
             expected = numpy.where(self.seen, getattr(self.noise, "value", self.noise), 1.0)
             self.counts, self.d = drawn, self._like(drawn.value / expected)
