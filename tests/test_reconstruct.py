@@ -276,6 +276,19 @@ CASES = {
     "[data]\nkind = 'density'\nfile = 'x.npy'\n[noise]\nspectrum = 's'\n"
     "[mesh]\ncells = 8\nbox = 32\n[validation]\nkind = 'noise'": {"validation.kind": "take 'cells'"},
     "[noise]\nspectrum = 's'\n[validation]\nkind = 'cells'": {"validation.kind": "no cells can be held out"},
+    "[data]\nkind = 'density'\nfile = 'out/a.npy'\n[mesh]\ncells = 8\nbox = 32\n[noise]\nspectrum = 'out/../b'\n"
+    "[output]\nfolder = 'out'\nfields = 'a.npy'\nstate = '../b'\nreport = '../configuration'": {
+        "output.fields": "written over data.file",
+        "output.state": "written over noise.spectrum",
+        "output.report": "written over this configuration",
+    },
+    "cosmology.sigma8 = {prior = 'lognormal', mean = 800.0, sd = 1}": {
+        "cosmology.sigma8.mean": "the middle of the prior is inf, and must be a number above 0 and at most 10",
+    },
+    "[data]\nkind = 'mock'\nsmoothing = 32\n[[epochs]]\nsmoothing = 40.0": {
+        "data.smoothing": "less than a side of the box, 32, got 32",
+        "epochs.0.smoothing": "got 40.0",
+    },
     "[[output]]\nreport = 'a'": {"output": "this is a section"},
     "[[epochs]]\n[[epochs]]\nmaxit = 3": {"epochs.1.maxit": "'maxiter'"},
     "[mesh]\ncells = 8\nbox = 32\n[mesh]": {"TOML": "mesh"},
@@ -305,6 +318,9 @@ def test_files_are_looked_for(tmp_path):
     )
     found = complaints(text, folder=str(tmp_path), look=True)
     assert "did you mean 'halos.npy'" in found["data.file"][1] and "no folder" in found["output.folder"][1]
+    own = GOOD.replace('title = "A test"', 'fields = "../file/x/it"')
+    own = complaints(own, folder=str(tmp_path), look=True)
+    assert set(own) == {"output.fields"} and "is no folder that can be" in own["output.fields"][1]
     assert sorted(os.listdir(tmp_path)) == ["file", "halos.npy"]
     os.makedirs(tmp_path / "out" / "report.html")
     assert "cannot write" in complaints(GOOD, folder=str(tmp_path), look=True)["output.report"][1]
@@ -767,6 +783,33 @@ def test_nothing_runs_if_anything_is_wrong(folder):
 
 
 @pytest.mark.collective
+def test_odd_ways_to_say_what_is_right(folder):
+    """A single epoch as a table, an empty list of them, a byte order mark, outputs in folders of their own."""
+    short = SILENT.replace("maxiter = 6", "maxiter = 1")
+    for text in short + "[epochs]\nsmoothing = 4.0\n", "\ufeffepochs = []\n" + short:
+        status, out, err = run(folder, text, "--overwrite")
+        assert status == 0 and not err
+    status, out, err = run(folder, short.replace('fields = ""', 'fields = "a/b/fields.h5"'), "--overwrite")
+    assert status == 0 and on_root(
+        COMM, lambda: os.path.exists(os.path.join(folder, "out", "a", "b", "fields.h5"))
+    )
+    status, out, err = run(folder, short.replace("sigma = 0.4", "sigma = 1e-300"), "--overwrite")
+    assert status == 2 and re.search(r"c\.toml:9: noise: .* is the noise far too small", err), err
+
+
+@pytest.mark.serial
+def test_data_sets_without_a_shape(tmp_path):
+    import h5py
+
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["empty"], file["text"] = h5py.Empty("f4"), "text"
+    with datafiles.open_data(str(tmp_path / "x.h5")) as file:
+        for name, words in ("empty", "expected the shape (8, 8, 8), got ()"), ("text", "real numbers"):
+            with pytest.raises(datafiles.BadData, match=re.escape(words)):
+                datafiles.look_at(file, "data.array", name, (8, 8, 8))
+
+
+@pytest.mark.collective
 def test_a_plan_writes_nothing(folder):
     status, out, err = run(folder, GOOD, "--dry-run")
     assert status == 0 and not err and os.listdir(folder) == ["c.toml"]
@@ -923,8 +966,6 @@ def test_bounds_and_a_validation_are_planned_reported_and_resumed(folder, monkey
     status, out, err = run(folder, text, "--dry-run")
     assert status == 0 and not err
     assert "cells, at most 6 runs of the model" in out and re.search("errors +about 150 gradients", out), out
-    status, out, _ = run(folder, text.replace("[output]", "[output]\nerrors = false"), "--dry-run")
-    assert status == 0 and "errors " not in out
     status, out, err = run(folder, text.replace('"out"', '"whole"'))
     assert status == 0 and not err and "errors of b1: " in out
     with monkeypatch.context() as patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from vmad_lit.contrib.configuration import Complaint, Configuration, ConfigurationError
+from vmad_lit.contrib.configuration import OUTPUTS, Complaint, Configuration, ConfigurationError
 from vmad_lit.contrib.configuration import method_of, options_of, template
 from vmad_lit.contrib.optimize import State, StateError, autosave
 from vmad_lit.core.error import MissingExtra, needed_for
@@ -182,7 +183,7 @@ class Reconstruction:
         from vmad_lit.lib.mpi import on_root
 
         look_at_files(self.c, self.comm)
-        on_root(self.comm, lambda: os.makedirs(self.c.path(self.c.output.folder), exist_ok=True))
+        on_root(self.comm, lambda: make_folders(self.c))
         try:
             with self.timed("data and model"):
                 self.survey = Survey(self.c, self.pm)
@@ -256,6 +257,9 @@ class Reconstruction:
             }:
                 raise StateError(f"{path} has its point outside of the bounds; --overwrite begins anew")
             start = {**start, **clipped(start, bounds)}
+            if old is None and not math.isfinite(y := self.problem.objective(start)):
+                told = f"minus the logarithm of the posterior is {y} where the search begins: is the noise far too small?"
+                raise self.c.error((("noise",), told))
 
             self.state = solver.minimize(
                 self.problem,
@@ -357,6 +361,13 @@ def remove(paths: Sequence[str]) -> set[str]:
     for path in filter(os.path.exists, paths):
         os.unlink(path)
     return set()
+
+
+def make_folders(c: Configuration) -> None:
+    """Make the folders of all outputs. For one rank."""
+    os.makedirs(c.path(c.output.folder), exist_ok=True)
+    for path in filter(None, map(c.output_path, OUTPUTS)):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
 
 
 def clipped(x: Mapping[str, Any], bounds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -235,7 +235,7 @@ class Configuration:
             text = file.read()
         folder = os.path.dirname(path)
         try:
-            return cls.from_text(text.decode(), path, folder, look=True)
+            return cls.from_text(text.decode("utf-8-sig"), path, folder, look=True)
         except UnicodeDecodeError as error:
             line = text[: error.start].count(b"\n") + 1
             raise ConfigurationError(path, [Complaint(line, "TOML", "this is not UTF-8 text")]) from None
@@ -304,6 +304,9 @@ class Configuration:
             elif not inner.holds(said[name]):
                 told = f"expected {inner.words}, got {as_toml(said[name])}"
                 yield self._complain((*path, name), told)
+            elif (kind, name) == ("lognormal", "mean") and not rule.holds(middle := exponential(said[name])):
+                told = f"the middle of the prior is {middle:.3g}, and must be {rule.words}; the mean is that of the logarithm"
+                yield self._complain((*path, name), told)
         low, high = said.get("low"), said.get("high")
         if low is not None and high is not None and is_real(low) and is_real(high) and not low < high:
             yield self._complain((*path, "high"), f"expected more than low = {low}, got {high}")
@@ -354,6 +357,11 @@ class Configuration:
             0 if self.sampler.name is None else 1 if self.sampler.name == "Laplace" else self.sampler.chains
         )
         return paths + [f"{root}-chain{i + 1}{end}" for i in range(chains)]
+
+
+def exponential(x: float) -> float:
+    """The exponential function, which may be infinite."""
+    return math.exp(x) if x < 700 else math.inf
 
 
 def as_toml(value: Any) -> str:
@@ -662,6 +670,13 @@ def _of_mask(c: Configuration) -> Iterator[Contradiction]:
 
 
 def _of_smoothing(c: Configuration) -> Iterator[Contradiction]:
+    side = min(c.mesh.box) if isinstance(c.mesh.box, list) else c.mesh.box
+    scales = {("data",): c.data.smoothing} | {
+        ("epochs", i): epoch.smoothing for i, epoch in enumerate(c.epochs)
+    }
+    for path, scale in scales.items():
+        if scale and not scale < side:
+            yield (*path, "smoothing"), f"expected less than a side of the box, {side}, got {scale}"
     why = "counts are" if c.noise.kind == "poisson" else "a density with a noise spectrum is"
     if c.noise.kind == "poisson" or c.noise.spectrum:
         if c.data.smoothing:
@@ -796,6 +811,17 @@ def _of_outputs(c: Configuration) -> Iterator[Contradiction]:
         others = [other for other in places if places[other] == places[key] and other != key]
         if others:
             yield ("output", key), f"{getattr(c.output, key)!r} is the name of {' and '.join(others)}, too"
+    for key, path in places.items():
+        for said, source in _sources(c).items():
+            if os.path.realpath(path) == os.path.realpath(source):
+                yield ("output", key), f"this would be written over {said}, {source}"
+
+
+def _sources(c: Configuration) -> dict[str, str]:
+    """The files that are read, by what they are called in a sentence."""
+    keys = [(section, "file") for section in ("data", "mask", "noise")] + [("noise", "spectrum")]
+    said = {f"{s}.{key}": getattr(getattr(c, s), key) for s, key in keys}
+    return {"this configuration": c.name} | {key: c.path(name) for key, name in said.items() if name}
 
 
 OUTPUTS = ("report", "fields", "chains", "state")
@@ -829,17 +855,23 @@ def _look_for(c: Configuration, section: str, key: str) -> Iterator[Contradictio
 
 
 def _of_files_written(c: Configuration) -> Iterator[Contradiction]:
-    folder = nearest = os.path.abspath(c.path(c.output.folder))
-    while not os.path.lexists(nearest):
-        nearest = os.path.dirname(nearest)
-    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
-        yield ("output", "folder"), f"cannot make {folder}: {nearest} is no folder that can be written to"
-    for key in OUTPUTS if nearest == folder else ():
-        try:
-            if path := c.output_path(key):
-                try_out(path)
-        except OSError as error:
-            yield ("output", key), f"cannot write to {path}: {error.strerror}"
+    common = os.path.abspath(c.path(c.output.folder))
+    paths = {key: path for key in OUTPUTS if (path := c.output_path(key))}
+    folders = {"folder": common} | {
+        key: os.path.dirname(os.path.abspath(path)) for key, path in paths.items()
+    }
+    for key, folder in folders.items():
+        nearest = folder
+        while not os.path.lexists(nearest):
+            nearest = os.path.dirname(nearest)
+        if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
+            if key == "folder" or folder != common:
+                yield ("output", key), f"cannot make {folder}: {nearest} is no folder that can be written to"
+        elif nearest == folder and key in paths:
+            try:
+                try_out(paths[key])
+            except OSError as error:
+                yield ("output", key), f"cannot write to {paths[key]}: {error.strerror}"
 
 
 def _near(path: str) -> str:
@@ -858,7 +890,7 @@ CONTRADICTIONS: list[tuple[Callable[[Configuration], Iterator[Contradiction]], t
     (_of_data, ("data",)),
     (_of_noise, ("data", "noise")),
     (_of_mask, ("noise", "mask")),
-    (_of_smoothing, ("noise", "data", "epochs")),
+    (_of_smoothing, ("mesh", "noise", "data", "epochs")),
     (_of_model, ("model",)),
     (_of_bias, ("model", "bias")),
     (_of_cosmology, ("cosmology",)),
@@ -866,7 +898,7 @@ CONTRADICTIONS: list[tuple[Callable[[Configuration], Iterator[Contradiction]], t
     (_of_bounds, ("solver", "cosmology", "bias", "noise")),
     (_of_validation, ("validation", "data", "noise")),
     (_of_formats, ("data", "noise", "mask")),
-    (_of_outputs, ("output",)),
+    (_of_outputs, ("output", "data", "mask", "noise")),
     (_of_data_file, ("data",)),
     (_of_mask_file, ("mask",)),
     (_of_noise_files, ("noise",)),

@@ -131,7 +131,7 @@ class Hdf5File(DataFile):
 
         def visit(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset):
-                self.arrays[name] = ArrayInFile(item.shape, item.dtype)
+                self.arrays[name] = ArrayInFile(item.shape or (), item.dtype)
 
         self.file.visititems(visit)
 

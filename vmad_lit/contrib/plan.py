@@ -33,12 +33,13 @@ def epochs_of(c: Configuration) -> list[tuple[float, dict[str, Any]]]:
     """The smoothing of each epoch, and the options of its solver."""
     known = options_of(c.solver.name)
     common = {k: v for k, v in c.values.get("solver", {}).items() if k in known}
+    said = c.values.get("epochs") or [{}]
     return [
         (
             entry.get("smoothing", c.data.smoothing),
             {**common, **{k: v for k, v in entry.items() if k in known}},
         )
-        for entry in c.values.get("epochs", [{}])
+        for entry in ([said] if isinstance(said, dict) else said)
     ]
 
 
