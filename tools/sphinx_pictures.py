@@ -1,7 +1,8 @@
-"""Sphinx extension: a picture of the book has an alternative text and a caption, or the build fails.
+"""Sphinx extension: a picture of the book has an alternative text and a caption, and a caption has a picture, or the build fails.
 
 Looked at is what the pages are made of after the cells have run, so figures, images and the pictures that cells draw are
-all seen, whatever draws them.  ``pictures_need_words`` in ``conf.py`` switches it on.
+all seen, whatever draws them.  A cell that was to draw a figure and has drawn none would leave nothing behind, not even its
+caption, so such cells are looked for as well.  ``pictures_need_words`` in ``conf.py`` switches it on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ IN_HTML = re.compile(r"<img\b[^>]*>|<svg\b.*?</svg\s*>", re.IGNORECASE | re.DOTA
 
 
 def faults(doctree: nodes.document) -> Iterator[tuple[int, str]]:
-    """The pictures of a page that lack words: their lines, and what they lack."""
+    """The pictures of a page that lack words, and the words that lack a picture: their lines, and what is lacking."""
     for picture in doctree.findall(nodes.image):
         lacks = [] if not NO_WORDS.match(picture.get("alt", "")) else ["alternative text"]
         figure = around(picture, nodes.figure)
@@ -43,6 +44,25 @@ def faults(doctree: nodes.document) -> Iterator[tuple[int, str]]:
             words = re.search(r"""\b(?:alt|aria-label)\s*=\s*["']([^"']*)|<title>([^<]*)""", found[0])
             if words is None or NO_WORDS.match(words[1] or words[2] or ""):
                 yield line_of(raw), "a picture within HTML has no alternative text"
+    for cell in executed(doctree):
+        options = cell.get("cell_metadata", {}).get("mystnb", {})
+        if {"figure", "image"} & options.keys() and not has_picture(cell):
+            yield line_of(cell), "a cell that has a figure's caption or alternative text draws no picture"
+
+
+def executed(doctree: nodes.document) -> list[Any]:
+    """The cells of a page; none if the page has not been executed, as then no cell has drawn anything."""
+    cells = [node for node in doctree.findall(nodes.container) if node.get("nb_element") == "cell_code"]
+    return cells if any(cell.get("exec_count") is not None for cell in cells) else []
+
+
+def has_picture(node: nodes.Element) -> bool:
+    """Whether there is an image in a part of a page, or a picture in the HTML that it writes by itself."""
+    if any(True for _ in node.findall(nodes.image)):
+        return True
+    return any(
+        "html" in raw.get("format", "") and IN_HTML.search(raw.astext()) for raw in node.findall(nodes.raw)
+    )
 
 
 def around(node: nodes.Node, kind: type) -> Any:

@@ -135,6 +135,9 @@ class Problem:
 
     def value_and_gradient(self, x: Vector) -> tuple[float, Vector]:
         """The pair (objective, gradient) at x."""
+        self._visit(x)
+        if self._both is not None and self._value is None and self._slope is None:
+            return self._evaluate_both(x), self._slope
         return self.objective(x), self.gradient(x)
 
     def _checked_value(self, value: Any) -> float:
@@ -2207,6 +2210,7 @@ class ModelProblem(Problem):
         super().__init__(
             objective=self._forward,
             gradient=self._pull_back,
+            value_and_gradient=None if self.given else self._forward_and_pull,
             hessian_vector_product=self._gauss_newton if self.residual_names else self._exact,
             preconditioner=preconditioner,
             vs=find_space(model, self.names, self.single) if vs is None else vs,
@@ -2230,18 +2234,24 @@ class ModelProblem(Problem):
         """The tape of the forward run at x, which is run if it has not been."""
         self._visit(x)
         if self._tape is None:
+            self._value = None
             self.objective(x)
         return self._tape
 
     def _pull_back(self, x: Vector) -> Vector:
-        if self._tape is None:
-            self.objective(x)
+        self._tape_at(x)
         return self._pull({self._objective_name: 1.0})
 
     def _pull(self, cotangents: Mapping[str, Any]) -> Vector:
         """The vector that a reverse sweep makes of cotangents of outputs; those of others are zero."""
         init = {f"_{name}": cotangents.get(name, ZeroGradient) for name in self.model_outputs}
         return self._vector(self._tape.get_vjp().compute([f"_{name}" for name in self.names], init=init))
+
+    def _forward_and_pull(self, x: Vector) -> tuple[Any, Vector]:
+        init, cotangents = self._by_name(self._point), {f"_{self._objective_name}": 1.0}
+        out, pulled = self.model.compute_with_vjp(init, cotangents, return_dict=True)
+        self.forwards += 1
+        return out[self._objective_name], self._vector([pulled[f"_{name}"] for name in self.names])
 
     def _gauss_newton(self, x: Vector, v: Vector) -> Vector:
         tape, names = self._tape_at(x), self.residual_names

@@ -152,11 +152,19 @@ class Posterior(ModelProblem):
     # The problem
     def _forward(self, x: Vector) -> Any:
         with np.errstate(invalid="ignore", divide="ignore"):
-            loss = super()._forward(x) + 0.5 * self.vs.dot(self._point, self._point)
-        return np.inf if np.isnan(loss) else loss
+            return self._add_prior(super()._forward(x))
 
     def _pull_back(self, x: Vector) -> Vector:
         return self.vs.addmul(super()._pull_back(x), x, 1.0)
+
+    def _forward_and_pull(self, x: Vector) -> tuple[Any, Vector]:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            loss, slope = super()._forward_and_pull(x)
+            return self._add_prior(loss), self.vs.addmul(slope, x, 1.0)
+
+    def _add_prior(self, loss: Any) -> Any:
+        loss = loss + 0.5 * self.vs.dot(self._point, self._point)
+        return np.inf if np.isnan(loss) else loss
 
     def _gauss_newton(self, x: Vector, v: Vector) -> Vector:
         return self.vs.addmul(super()._gauss_newton(x, v), v, 1.0)

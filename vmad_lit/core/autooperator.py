@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
 from typing import Any, overload
+from weakref import WeakKeyDictionary
 
 from .autodiff import ZERO
 from .declaration import check_class
@@ -17,8 +18,8 @@ from .handover import duplicate, snapshot
 from .marks import LARGE, Mark, mark, matches
 from .model import Builder, Model
 from .operator import InstanceOperator, Operator, Primitive, declare
-from .runs import run_inside
-from .symbol import Literal, Symbol
+from .runs import Root, current_root, run_inside
+from .symbol import Literal, Symbol, Value
 from .tape import Tape
 from .valuetypes import IMMUTABLE
 
@@ -256,9 +257,23 @@ def is_known(kept: dict[str, Any], marks: dict[str, Mark], hyperargs: Mapping[st
         if isinstance(value, IMMUTABLE):
             if value is not before and (type(value) is not type(before) or value != before):
                 return False
-        elif name not in marks or not matches(marks[name], mark(value, LARGE)):
+        elif name not in marks or not matches(marks[name], mark_once(value) if value is before else None):
             return False
     return True
+
+
+SEEN: WeakKeyDictionary[Root, dict[int, tuple[Value, Mark]]] = WeakKeyDictionary()
+
+
+def mark_once(value: Value) -> Mark:
+    """The mark of a hyper-parameter, taken once in each run of the outermost model."""
+    root = current_root()
+    if root is None:
+        return mark(value, LARGE)
+    seen = SEEN.setdefault(root, {})
+    if id(value) not in seen:
+        seen[id(value)] = value, mark(value, LARGE)
+    return seen[id(value)][1]
 
 
 @overload

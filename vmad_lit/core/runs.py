@@ -82,6 +82,14 @@ def begin_run(seed: int) -> Run:
     return Run(Run(outer, GUEST), outer.guests)
 
 
+def current_root() -> Root | None:
+    """The run of the outermost model that is going on, if one is."""
+    run: Run | Root | None = CURRENT.get()
+    while isinstance(run, Run):
+        run = run.outer
+    return run
+
+
 def run_inside(node: Any) -> Run:
     """The run inside a node, or inside the original of a derived one."""
     return Run(CURRENT.get(), (node.forward or node).number)

@@ -10,7 +10,7 @@ from .execution import Plan, collect, describe
 from .graph import Node, Symbols
 from .marks import Mark, literals, mark, matches
 from .operator import ZeroGradient
-from .runs import Run
+from .runs import CURRENT, Run
 from .symbol import Symbol, Value
 from .valuetypes import IMMUTABLE, form_of, value_type
 
@@ -172,7 +172,9 @@ class Tape(Sequence[Record]):
 
     def mark(self) -> None:
         """Take marks of all constants, if somebody outside of the engine has the tape."""
+        token = CURRENT.set(self.run)  # which the look at its constants belongs to
         found = list(self.literals()) if self.shared else []
+        CURRENT.reset(token)
         once = {id(literal[-1]): literal for literal in reversed(found)}
         self.marks = [(*literal, mark(literal[-1])) for literal in once.values()]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -807,16 +808,25 @@ def eisenstein_hu_nowiggle(
     return L / (L + (14.2 + 731 / (1 + 62.5 * q)) * q * q)  # eq. 29
 
 
-_LOGK = np.linspace(np.log(1e-5), np.log(50.0), 4096)
 _TRANSFERS = {"EisensteinHu": eisenstein_hu, "NoWiggle": eisenstein_hu_nowiggle}
 
 
-def _variance(power: FunctionOfK, r: float) -> Number:
-    """Variance in spheres of radius r Mpc/h of a field with the given power, a function of k."""
-    k = np.exp(_LOGK)
+@lru_cache(maxsize=16)
+def _sphere(r: float, n: int) -> tuple[Array, Array]:
+    """n wavenumbers, and the weights by which the power there adds up to the variance in spheres of radius r Mpc/h."""
+    logk, step = np.linspace(np.log(1e-5), np.log(50.0), n, retstep=True)
+    k = np.exp(logk)
     x = k * r
     window = 3 * (np.sin(x) - x * np.cos(x)) / x**3
-    return np.sum(k**3 * power(k) * window**2) * (_LOGK[1] - _LOGK[0]) / (2 * np.pi**2)
+    weights = k**3 * window**2 * step / (2 * np.pi**2)
+    k.flags.writeable = weights.flags.writeable = False
+    return k, weights
+
+
+def _variance(power: FunctionOfK, r: float, n: int | None = None) -> Number:
+    """Variance in spheres of radius r Mpc/h of a field with the given power, a function of k."""
+    k, weights = _sphere(r, n or (1024 if r == 8 else 4096))
+    return np.sum(power(k) * weights)
 
 
 def _transfer_function(transfer: Transfer, Om0: Number, h: Number, Ob0: Number, T_cmb: float) -> FunctionOfK:
