@@ -331,3 +331,41 @@ def test_a_progress_bar_counts_products(dense, capsys):
     laplace.approximate(dense.problem, dense.part(dense.centre), rank=2, oversampling=1, progress=True)
     shown = capsys.readouterr().err
     assert ("9/9" in shown) == (comm.rank == 0)
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_a_few_numbers_without_vectors_and_what_is_missing(dense, conditioned):
+    """The variances lie between the bounds, however early the work ends, and the covariance is that of the dense matrix."""
+    problem, vs, exact = dense.problem, dense.vs, dense.covariance[N:, N:]
+    x = dense.part(dense.centre + 0.2)
+    diagonal = dense.part(1 / (1 + np.diag(dense.A)))
+    by_number = lambda v: laplace.by_components(vs, np.multiply, v, diagonal)  # noqa: E731
+    work = []
+    for rtol in 1.0, 0.1, 1e-10:
+        found = laplace.marginal_of(problem, x, ["t"], rtol, precondition=by_number if conditioned else None)
+        least = np.diag(found.covariance)
+        assert (least <= np.diag(exact) * (1 + 1e-9)).all()
+        assert (least + found.missing >= np.diag(exact) * (1 - 1e-9)).all()
+        assert (found.missing <= rtol * least).all()
+        work.append(found.products)
+    assert work == sorted(work) and work[0] < work[-1] and found.products <= 2 * (N + 6)
+    np.testing.assert_allclose(found.covariance, exact, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found.shift, -0.2, rtol=1e-5)
+
+
+def test_a_few_numbers_say_what_is_wrong(dense):
+    problem, x = dense.problem, dense.part(dense.centre)
+    with pytest.raises(ValueError, match="no component 'u'"):
+        laplace.marginal_of(problem, x, ["u"])
+    hollow = Dense(curvature=-2.0 * np.eye(N + 2))
+    with pytest.raises(ValueError, match="not convex at x"):
+        laplace.marginal_of(hollow.problem, x, ["t"])
+
+    class Interrupt:
+        name = "SIGTERM"
+
+        def agree(self, comm):
+            return True
+
+    early = laplace.marginal_of(problem, x, ["t"], interrupt=Interrupt())
+    assert early.products == 0 and (np.diag(early.covariance) == 0).all() and (early.missing == 1).all()
