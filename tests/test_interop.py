@@ -433,6 +433,142 @@ def test_the_tape_of_a_value_serves_its_gradient(double):
     assert len(calls) == 1
 
 
+def counted(door, comm=None, **options):
+    """A cubic through a door, a list of what its host is asked for and of runs, and an input: on ranks the modes of a field."""
+    with Builder() as m:
+        x = m.input("x")
+        if comm is None:
+            m.output(y=linalg.sum(x * x * x))
+        else:
+            field = fastpm.c2r(x)
+            m.output(y=fastpm.to_scalar(field + field * field))
+    start = np.ones(3) if comm is None else mesh(4, comm=comm).generate_whitenoise(3, type="complex")
+    f, asked = door(m, dict(x=start), **options), []
+
+    def note(function, name):
+        return lambda *args, **kwargs: asked.append(name or args[0]) or function(*args, **kwargs)
+
+    host = f.host
+    host.ask, host.value, host.forward = (
+        note(host.ask, ""),
+        note(host.value, "run"),
+        note(host.forward, "run"),
+    )
+    return f, asked, start
+
+
+def calls_that_wait(jaxpr):
+    """For each call of a host in a program of JAX whether it depends on one before."""
+    found, depends = [], set()
+    for eqn in jaxpr.eqns:
+        late, calls = (
+            any(v in depends for v in eqn.invars if not hasattr(v, "val")),
+            eqn.primitive.name in CALLS,
+        )
+        found += [late] if calls else []
+        depends.update(eqn.outvars if late or calls else ())
+    return found
+
+
+CALLS = "pure_callback", "custom_vjp_call"
+
+
+@needs_jax
+def test_derivatives_wait_for_their_run(double):
+    f, *_ = counted(to_jax)
+    for program, n in (
+        (jax.grad(f), 2),
+        (jax.value_and_grad(f), 2),
+        (lambda x: jax.vjp(jax.grad(f), x)[1](x), 4),
+    ):
+        assert calls_that_wait(jax.make_jaxpr(program)(jnp.ones(3)).jaxpr) == [False] + [True] * (n - 1)
+
+
+@needs_jax
+def test_one_run_and_one_pull_for_each_point(double):
+    f, asked, _ = counted(to_jax)
+    x, stack = jnp.arange(1.0, 4.0), jnp.arange(12.0).reshape(4, 3)
+    gradient, jit = jax.grad(f), jax.jit
+    cases = {
+        "gradient": (gradient, x, 3 * x**2, 1),
+        "compiled": (jit(lambda x: jax.value_and_grad(f)(x)[1]), x, 3 * x**2, 1),
+        "sum": (jit(jax.grad(lambda x: f(x) + f(2 * x))), x, 27 * x**2, 2),
+        "map": (lambda c: jax.lax.map(gradient, c), stack, 3 * stack**2, 4),
+        "vmap": (jax.vmap(gradient), stack, 3 * stack**2, 4),
+        "gradient of map": (jit(jax.grad(lambda c: jax.lax.map(f, c).sum())), stack, 3 * stack**2, 4),
+        "gradient of vmap": (jit(jax.grad(lambda c: jax.vmap(f)(c).sum())), stack, 3 * stack**2, 4),
+        "Hessian": (jit(jax.jacrev(jax.jacrev(f))), x, jnp.diag(6 * x), 1),
+    }
+    for name, (program, at, truth, points) in cases.items():
+        asked.clear()
+        assert_allclose(program(at), truth, rtol=1e-12, err_msg=name)
+        assert [asked.count(kind) for kind in ("run", "forward", "pull")] == [points] * 3, (name, asked)
+
+
+@needs_jax
+def test_what_was_given_up_is_run_again(double):
+    f, asked, _ = counted(to_jax, tapes=2)
+    stack = jnp.arange(12.0).reshape(4, 3)
+    assert_allclose(jax.vmap(jax.grad(f))(stack), 3 * stack**2)
+    assert asked.count("run") == 4 + 3 and len(f.host.runs) <= 2
+    pulls = [jax.vjp(f, x)[1] for x in stack]
+    for pull, x in zip(pulls, stack):
+        assert_allclose(pull(jnp.array(1.0))[0], 3 * x**2)
+    assert len(f.host.runs) <= 2
+    with pytest.raises(ValueError, match="tapes must be a whole number of at least 1, not 0"):
+        to_jax(ours(), dict(x=np.ones(3), y=1.0), tapes=0)
+
+
+@needs_jax
+@pytest.mark.collective
+def test_ranks_take_the_same_turns(double):
+    """On three ranks one has no modes, so that all points are the same for it."""
+    f, asked, modes = counted(to_jax, COMM, tapes=1)
+    x = jnp.asarray(modes.value)
+    single = [jax.jit(jax.grad(f))(a * x) for a in (1.0, 2.0, 3.0)]
+    asked.clear()
+    scales = jnp.array([1.0, 2.0, 3.0])
+    gradients = jax.jit(jax.vmap(jax.grad(f)))(scales[:, None, None, None] * x)
+    assert_allclose(gradients, np.array(single), rtol=1e-12)
+    assert asked.count("pull") == 3 and asked.count("run") == 3 + 3
+    both = jax.jit(jax.grad(lambda x: f(x) + f(2 * x)))(x)
+    assert_allclose(both, single[0] + 2 * single[1], rtol=1e-12)
+    mapped = jax.jit(lambda s: jax.lax.map(lambda a: jax.grad(f)(a * x), s))(scales)
+    assert_allclose(mapped, np.array(single), rtol=1e-12)
+    # Without numbers of runs
+    host = f.host
+    for a in 1.0, 2.0:
+        host.ask("forward", [a * modes.value])
+    assert_allclose(host.ask("pull", [modes.value], [1.0])[0], np.conj(single[0]), rtol=1e-12)
+
+
+@needs_jax
+@pytest.mark.collective
+def test_a_problem_runs_once_for_each_point(double):
+    problem, target = spread()
+    f = to_jax(problem, problem.vs.scale(0.5, target))
+    z = jnp.asarray(f.flat.x0)
+    runs = problem.fev, problem.gev
+    gradient = jax.jit(jax.grad(lambda z: f(z) + f(3 * z)))(z)
+    assert_allclose(gradient, 2 * (z - 2 * f.flat.x0) + 6 * (3 * z - 2 * f.flat.x0))
+    assert (problem.fev, problem.gev) == (runs[0] + 2, runs[1] + 2)
+
+
+@needs_jax
+@pytest.mark.collective
+def test_other_turns_on_one_rank_are_told(double):
+    if COMM.size == 1:
+        pytest.skip("needs two ranks")
+    f, asked, modes = counted(to_jax, COMM)
+    x = [modes.value]
+    f.host.ask("forward", x)
+    with pytest.raises(Exception, match="ranks are at different places"):
+        if COMM.rank == 0:
+            f.host.ask("forward", x)
+        else:
+            f.host.ask("pull", x, [1.0])
+
+
 @needs_jax
 def test_round_trips(double):
     f = from_jax(to_jax(ours(), dict(x=np.ones(3), y=1.0)), "x, y -> a, b")
@@ -588,6 +724,41 @@ def test_to_torch_and_back():
     assert check(from_torch(f, "x, y -> a, b"), np.array([0.1, 0.2, 0.3]), 0.7).second is not None
     g = to_torch(from_torch(lambda x, y: torch.sin(x) * y, "x, y -> b"), dict(x=np.ones(3), y=1.0))
     assert torch.autograd.gradcheck(g, (x, y))
+
+
+@needs_torch
+def test_one_run_of_tensors_for_each_point():
+    f, asked, _ = counted(to_torch)
+    x = torch.arange(1.0, 4.0, dtype=torch.float64)
+    stack = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
+    func = torch.func
+
+    def backward(f, x):
+        x = x.clone().requires_grad_()
+        f(x).backward()
+        return x.grad
+
+    cases = {
+        "backward": (lambda: backward(f, x), 3 * x**2, 1),
+        "sum": (lambda: backward(lambda x: f(x) + f(2 * x), x), 27 * x**2, 2),
+        "grad": (lambda: func.grad(f)(x), 3 * x**2, 1),
+        "grad of a sum": (lambda: func.grad(lambda x: f(x) + f(2 * x))(x), 27 * x**2, 2),
+        "vmap": (lambda: func.vmap(func.grad(f))(stack), 3 * stack**2, 4),
+        "gradient of vmap": (lambda: backward(lambda c: func.vmap(f)(c).sum(), stack), 3 * stack**2, 4),
+        "forward": (lambda: func.jvp(f, (x,), (x,))[1], (3 * x**3).sum(), 1),
+        "Hessian": (lambda: func.hessian(f)(x), torch.diag(6 * x), 1),
+        "Hessians": (lambda: func.vmap(func.hessian(f))(stack), torch.diag_embed(6 * stack), 4),
+        "reverse twice": (lambda: func.jacrev(func.jacrev(f))(x), torch.diag(6 * x), 1),
+    }
+    for name, (program, truth, points) in cases.items():
+        asked.clear()
+        assert_allclose(program(), truth, rtol=1e-12, err_msg=name)
+        assert asked.count("run") == points, (name, asked)
+    asked.clear()
+    f(x)
+    with torch.no_grad():
+        f(x.requires_grad_())
+    assert asked.count("value") == 2
 
 
 @needs_torch
