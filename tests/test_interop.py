@@ -115,6 +115,23 @@ def test_what_is_no_function_is_told():
         black_box(mixed, comm=MPI.COMM_SELF, collective=True)
 
 
+def test_steps_that_are_lost_in_rounding_are_told():
+    frequency = np.array([1.0, 1420.4], "f4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for order, x, number in (2, frequency, 1), (4, frequency, 1), (2, np.array(3 + 1420.4j, "c8"), 1):
+            box = black_box(lambda x: 2 * x, order=order, scale=0.01)
+            with pytest.raises(
+                ValueError, match=rf"for number {number} of the arguments of .* is lost in rounding"
+            ):
+                derivative(box, x, _y=np.ones_like(x))
+            assert_allclose(derivative(box, x.astype("c16"), _y=np.ones(x.shape)), 2)
+            fine = black_box(lambda x: 2 * x, order=order, scale=1.0)
+            assert_allclose(derivative(fine, x, _y=np.ones_like(x)), 2, rtol=1e-6)
+        with pytest.raises(ValueError, match="the numbers of its type are 4.9e-324 apart"):
+            derivative(black_box(lambda x: 2 * x), 5e-324)
+
+
 @pytest.mark.collective
 def test_the_calls_of_a_black_box_are_dealt_out():
     calls, p = [], np.array([2.0, -1.5, 0.1, 1.0])
@@ -522,7 +539,7 @@ def test_what_was_given_up_is_run_again(double):
 @needs_jax
 @pytest.mark.collective
 def test_ranks_take_the_same_turns(double):
-    """On three ranks one has no modes, so that all points are the same for it."""
+    """Though the points may differ on other ranks only."""
     f, asked, modes = counted(to_jax, COMM, tapes=1)
     x = jnp.asarray(modes.value)
     single = [jax.jit(jax.grad(f))(a * x) for a in (1.0, 2.0, 3.0)]
@@ -535,10 +552,9 @@ def test_ranks_take_the_same_turns(double):
     assert_allclose(both, single[0] + 2 * single[1], rtol=1e-12)
     mapped = jax.jit(lambda s: jax.lax.map(lambda a: jax.grad(f)(a * x), s))(scales)
     assert_allclose(mapped, np.array(single), rtol=1e-12)
-    # Without numbers of runs
+    # Without numbers of runs, at points that are one for all ranks but the first
     host = f.host
-    for a in 1.0, 2.0:
-        host.ask("forward", [a * modes.value])
+    host.ask("forward", [modes.value * (1 + (COMM.rank == 0))])
     assert_allclose(host.ask("pull", [modes.value], [1.0])[0], np.conj(single[0]), rtol=1e-12)
 
 
@@ -674,6 +690,10 @@ def test_what_is_no_model_is_told():
 # PyTorch
 
 
+def test_only_a_tree_can_be_packed():
+    assert "flatten()" not in from_torch.__doc__ and "flatten()" not in from_jax.__doc__
+
+
 @needs_torch
 @pytest.mark.parametrize("form", ["flat", "named", None])
 def test_from_torch(form):
@@ -694,6 +714,8 @@ def test_from_torch(form):
         given = dict(parameters=packed) if form == "flat" else packed
         assert all(v.dtype == np.float32 for v in given.values())
         assert set(op.unflatten(packed)) == set(dict(net.named_parameters()))
+        with pytest.raises(TypeError, match="'tree'"):
+            op.flatten()
     report = check(op, **{name: v.astype("f8") for name, v in given.items()}, x=x, power=2)
     with torch.no_grad():
         assert_allclose(report.value, net(torch.tensor(x, dtype=torch.float32), 2), rtol=1e-5)

@@ -142,8 +142,8 @@ def from_torch(
     Returns
     -------
     Operator
-        Its `flatten(dict(module.named_parameters()))`, or `flatten()`, makes the value of the parameters (or the
-        dictionary of values), `unflatten` the dictionary of arrays. Values keep their precision. Fields are taken point by
+        Its `flatten(dict(module.named_parameters()))` makes the value of the parameters (or the dictionary of values),
+        `unflatten` the dictionary of arrays. Values keep their precision. Fields are taken point by
         point; parameters are the same on all ranks.
     """
     torch = library()
