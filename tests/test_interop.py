@@ -244,7 +244,31 @@ def test_results_share_memory_with_nobody():
 
 
 @needs_jax
+def test_bytes_in_another_order(double):
+    x, k = np.array([0.3, 0.5], ">f8"), np.array([1.0, 2.0], ">f4")
+    check(from_jax(lambda x, k: jnp.sin(x) * k, "x -> y"), x, k, truth=np.sin(x) * k)
+    f = to_jax(ours(), dict(x=x, y=1.0))
+    assert_allclose(jax.grad(lambda x, y: f(x, y)[0])(jnp.asarray(x.astype("f8")), 1.0), 2 * x)
+    assert_allclose(f(x, 1.0)[0], np.sum(x * x))
+
+
+@needs_jax
+def test_an_example_of_small_whole_numbers(double):
+    """NumPy takes the sine of a byte in half precision."""
+    f = to_jax(ours(), dict(x=np.arange(1, 4, dtype="u1"), y=1.0))
+    assert_allclose(f(jnp.arange(3.0), 0.7)[1], np.sin(np.arange(3.0)) * 0.7, rtol=1e-15)
+
+
+@needs_jax
 def test_what_jax_cannot_do_is_told():
+    long = np.ones(2, "g")
+    if long.dtype.itemsize > 8:
+        with pytest.raises(
+            TypeError, match="JAX has no numbers of more than double precision, and .* is given"
+        ):
+            from_jax(lambda x: x).prototype.apl(None, long)
+        with pytest.raises(TypeError, match="JAX has no numbers of more than double precision"):
+            to_jax(ours(), dict(x=long, y=1.0))
     with pytest.raises(TypeError, match="has to return arrays for a, b, and returned"):
         from_jax(lambda x: x, "x -> a, b").prototype.apl(None, 1.0)
     with pytest.raises(TypeError, match="is neither an array nor hashable"):

@@ -168,7 +168,7 @@ class ModelHost(Host):
         # Run the example
         self.examples = [given[name] for name in self.names]
         self.inputs = [bare(f"'{name}'", x) for name, x in zip(self.names, self.examples)]
-        self.results = self.model.compute(self.vout, given)
+        self.results = self.model.compute(self.vout, self.init(self.inputs))
         self.outputs = [bare(f"'{name}'", y) for name, y in zip(self.vout, self.results)]
         self.comm = find_door(self.model, given)
 

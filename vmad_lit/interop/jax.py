@@ -17,6 +17,7 @@ from vmad_lit.interop.foreign import (
     MaybeArrays,
     Others,
     name_of,
+    native,
     operator_of,
     read_signature,
 )
@@ -96,7 +97,8 @@ class JaxFunction(TreeFunction):
     # Answer the engine
     def compute(self, kind: str, x: Arrays, others: Others, *derivatives: Sequence[Any]) -> Arrays:
         """Call a compiled function. What it returns is read-only, and shares its memory with nobody."""
-        arrays = {name: value for name, value in others.items() if hasattr(value, "dtype")}
+        arrays = {n: native(v) if isinstance(v, np.ndarray) else v for n, v in others.items() if hasattr(v, "dtype")}
+        refuse_long(self.name, [*x, *arrays.values()])
         fixed = Fixed(
             tuple((name, value) for name, value in others.items() if name not in arrays), self.both_ways
         )
@@ -143,6 +145,13 @@ class JaxFunction(TreeFunction):
 def as_derivative(derivative: Any, value: Any) -> Any:
     """A tangent or cotangent of the type of its value, zeros for None."""
     return library().numpy.zeros_like(value) if derivative is None else derivative.astype(value.dtype)
+
+
+def refuse_long(name: str, arrays: Iterable[Any]) -> None:
+    """Raise TypeError if one of the arrays is of more than double precision."""
+    for array in arrays:
+        if array.dtype.char in ("g", "G"):
+            raise TypeError(f"JAX has no numbers of more than double precision, and {name} is given {array.dtype}")
 
 
 def word(key: Any) -> str:
@@ -263,7 +272,8 @@ def with_derivatives(host: Host) -> Callable[..., Any]:
 
     # Take arguments by position and by name
     def call(*args: Any, **kwargs: Any) -> Any:
-        x = [jax.numpy.asarray(a) for a in host.arrange(args, kwargs)]
+        given = host.arrange(args, kwargs)
+        x = [jax.numpy.asarray(native(a) if isinstance(a, np.ndarray) else a) for a in given]
         host.check([a.shape for a in x])
         kinds = [jax.dtypes.canonicalize_dtype(array.dtype) for array in host.inputs]
         y = function(tuple(a.astype(kind) for a, kind in zip(x, kinds)))
@@ -312,6 +322,7 @@ def to_jax(
     """
     jax = library()
     host = host_of(subject, like, inputs, outputs, gather, tapes)
+    refuse_long("the model", [*host.inputs, *host.outputs])
     # Warn of single precision
     doubles = any(array.dtype.char in "dD" for array in (*host.inputs, *host.outputs))
     if doubles and not jax.config.jax_enable_x64:
