@@ -566,7 +566,8 @@ def test_ranks_take_the_same_turns(double):
     """Though the points may differ on other ranks only."""
     f, asked, modes = counted(to_jax, COMM, tapes=1)
     x = jnp.asarray(modes.value)
-    single = [jax.jit(jax.grad(f))(a * x) for a in (1.0, 2.0, 3.0)]
+    gradient = jax.jit(jax.grad(f))
+    single = [gradient(a * x) for a in (1.0, 2.0, 3.0)]
     asked.clear()
     scales = jnp.array([1.0, 2.0, 3.0])
     gradients = jax.jit(jax.vmap(jax.grad(f)))(scales[:, None, None, None] * x)

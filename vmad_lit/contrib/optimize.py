@@ -2226,7 +2226,9 @@ class ModelProblem(Problem):
         except TypeError:
             found = [names]
         if not all(isinstance(name, str) for name in found):
-            raise TypeError(f"{argument} must be a name, or a list of names, not a value ({type(names).__name__})")
+            raise TypeError(
+                f"{argument} must be a name, or a list of names, not a value ({type(names).__name__})"
+            )
         return found
 
     def _visit(self, x: Vector) -> None:

@@ -97,7 +97,9 @@ class JaxFunction(TreeFunction):
     # Answer the engine
     def compute(self, kind: str, x: Arrays, others: Others, *derivatives: Sequence[Any]) -> Arrays:
         """Call a compiled function. What it returns is read-only, and shares its memory with nobody."""
-        arrays = {n: native(v) if isinstance(v, np.ndarray) else v for n, v in others.items() if hasattr(v, "dtype")}
+        arrays = {
+            n: native(v) if isinstance(v, np.ndarray) else v for n, v in others.items() if hasattr(v, "dtype")
+        }
         refuse_long(self.name, [*x, *arrays.values()])
         fixed = Fixed(
             tuple((name, value) for name, value in others.items() if name not in arrays), self.both_ways
@@ -151,7 +153,9 @@ def refuse_long(name: str, arrays: Iterable[Any]) -> None:
     """Raise TypeError if one of the arrays is of more than double precision."""
     for array in arrays:
         if array.dtype.char in ("g", "G"):
-            raise TypeError(f"JAX has no numbers of more than double precision, and {name} is given {array.dtype}")
+            raise TypeError(
+                f"JAX has no numbers of more than double precision, and {name} is given {array.dtype}"
+            )
 
 
 def word(key: Any) -> str:

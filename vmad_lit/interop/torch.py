@@ -18,7 +18,7 @@ from vmad_lit.interop.foreign import (
     operator_of,
     read_signature,
 )
-from vmad_lit.interop.host import host_of
+from vmad_lit.interop.host import Host, host_of
 from vmad_lit.interop.trees import Tree, TreeFunction
 
 
@@ -197,32 +197,31 @@ def to_torch(
     """
     torch = library()
     host = host_of(subject, like, inputs, outputs, gather, tapes)
+    run, m = runs_of(host), len(host.vout)
+
+    # Take tensors by position and by name
+    def call(*args: Any, **kwargs: Any) -> Any:
+        x = [torch.as_tensor(a) for a in host.arrange(args, kwargs)]
+        host.check([tuple(t.shape) for t in x])
+        kinds = [torch.from_numpy(np.zeros(0, array.dtype)).dtype for array in host.inputs]
+        y = run.apply(any(map(varies, x)), *(t.to(kind) for t, kind in zip(x, kinds)))
+        return y[0] if m == 1 else y[:m]
+
+    call.host, call.flat = host, getattr(host, "flat", None)  # type: ignore[attr-defined]
+    return call
+
+
+def runs_of(host: Host) -> Any:
+    """A function of PyTorch of whether a run is to be kept, and of tensors; of the outputs, and the number of the run."""
+    torch = library()
     n, m = len(host.names), len(host.vout)
+    Asking: Any = asking()
 
     # Call a host with tensors
     def ask(kind: str, run: Any, *lists: Any) -> tuple[Any, ...]:
         """Tensors that the host returns."""
         arrays = [[to_array(t) for t in part] for part in lists]
-        return tuple(torch.from_numpy(np.array(a)) for a in host.ask(kind, *arrays, run=int(run)))
-
-    # Keep what was given
-    Function: Any = torch.autograd.Function
-
-    class Asking(Function):
-        """What the functions below have in common: they are given the number of a run first, and keep all that is given."""
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.save_for_backward(*inputs)
-            ctx.save_for_forward(*inputs)
-
-        @classmethod
-        def vmap(cls, info: Any, in_dims: Any, *given: Any) -> Any:
-            rows = []
-            for i in range(info.batch_size):
-                row = [t if dim is None else t.select(dim, i) for t, dim in zip(given, in_dims)]
-                rows.append(cls.apply(*row))
-            return tuple(map(torch.stack, zip(*rows))), (0,) * len(rows[0])
+        return tuple(map(torch.from_numpy, map(np.array, host.ask(kind, *arrays, run=int(run)))))
 
     # Ask for the outputs
     class Call(Asking):
@@ -232,8 +231,8 @@ def to_torch(
         def forward(keep: bool, *x: Any) -> Any:
             if not keep:
                 return *ask("value", 0, x), torch.tensor(0)
-            y, run = host.start([to_array(t) for t in x])
-            return *(torch.from_numpy(np.array(a)) for a in y), torch.tensor(run)
+            y, run = host.start(list(map(to_array, x)))
+            return *map(torch.from_numpy, map(np.array, y)), torch.tensor(run)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -263,7 +262,7 @@ def to_torch(
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Any) -> Any:
-            run, x, tangents = apart(ctx)
+            run, x, tangents = apart(ctx, n)
             return None, *Bend.apply(run, *x, *cotangents, *tangents), *Pull.apply(run, *x, *cotangents)
 
     # Ask for cotangents
@@ -276,12 +275,12 @@ def to_torch(
 
         @staticmethod
         def backward(ctx: Any, *tangents: Any) -> Any:
-            run, x, cotangents = apart(ctx)
+            run, x, cotangents = apart(ctx, n)
             return None, *Bend.apply(run, *x, *cotangents, *tangents), *Push.apply(run, *x, *tangents)
 
         @staticmethod
         def jvp(ctx: Any, _: None, *tangents: Any) -> Any:
-            run, x, cotangents = apart(ctx)
+            run, x, cotangents = apart(ctx, n)
             changes = filled(tangents, [*x, *cotangents])
             pairs = zip(Bend.apply(run, *x, *cotangents, *changes[:n]), Pull.apply(run, *x, *changes[n:]))
             return tuple(bent + pulled for bent, pulled in pairs)
@@ -293,30 +292,48 @@ def to_torch(
         def forward(run: Any, *given: Any) -> Any:
             return ask("bend", run, given[:n], given[n : n + m], given[n + m :])
 
-    def apart(ctx: Any) -> tuple[Any, Any, Any]:
-        """What is kept: the number of the run, the inputs, and their tangents or cotangents."""
-        run, *tensors = ctx.saved_tensors
-        return run, tensors[:n], tensors[n:]
+    return Call
 
-    def varies(t: Any) -> bool:
-        """Whether derivatives with respect to a tensor may be asked for."""
-        if t.requires_grad and torch.is_grad_enabled():
-            return True
-        return torch.autograd.forward_ad.unpack_dual(t).tangent is not None
 
-    # Take tensors by position and by name
-    def call(*args: Any, **kwargs: Any) -> Any:
-        x = [torch.as_tensor(a) for a in host.arrange(args, kwargs)]
-        host.check([tuple(t.shape) for t in x])
-        kinds = [torch.from_numpy(np.zeros(0, array.dtype)).dtype for array in host.inputs]
-        y = Call.apply(any(map(varies, x)), *(t.to(kind) for t, kind in zip(x, kinds)))
-        return y[0] if m == 1 else y[:m]
+def asking() -> Any:
+    """A class of functions of PyTorch that are given the number of a run first, and keep all that is given."""
+    torch = library()
+    Function: Any = torch.autograd.Function
 
-    call.host, call.flat = host, getattr(host, "flat", None)  # type: ignore[attr-defined]
-    return call
+    class Asking(Function):
+        """What the functions below have in common: they are given the number of a run first, and keep all that is given."""
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @classmethod
+        def vmap(cls, info: Any, in_dims: Any, *given: Any) -> Any:
+            rows = []
+            for i in range(info.batch_size):
+                row = [t if dim is None else t.select(dim, i) for t, dim in zip(given, in_dims)]
+                rows.append(cls.apply(*row))
+            return tuple(map(torch.stack, zip(*rows))), (0,) * len(rows[0])
+
+    return Asking
 
 
 def filled(derivatives: Sequence[Any], like: Sequence[Any]) -> list[Any]:
     """Tangents with zeros in the place of None."""
     torch = library()
     return [torch.zeros_like(t) if d is None else d for d, t in zip(derivatives, like)]
+
+
+def apart(ctx: Any, n: int) -> tuple[Any, Any, Any]:
+    """What is kept: the number of the run, n inputs, and their tangents or cotangents."""
+    run, *tensors = ctx.saved_tensors
+    return run, tensors[:n], tensors[n:]
+
+
+def varies(t: Any) -> bool:
+    """Whether derivatives with respect to a tensor may be asked for."""
+    torch = library()
+    if t.requires_grad and torch.is_grad_enabled():
+        return True
+    return torch.autograd.forward_ad.unpack_dual(t).tangent is not None
