@@ -10,8 +10,11 @@ from helpers import deal, make_mesh, modes, real
 from vmad_lit import Builder
 from vmad_lit.contrib import cosmo4d
 from vmad_lit.contrib.optimize import LBFGS
+from vmad_lit.core import agreement
+from vmad_lit.core.error import Disagreement
 from vmad_lit.lib import fastpm, linalg, lpt, spectra, tracers
 from vmad_lit.lib.cosmology import MatterDominated
+from vmad_lit.lib.mpi import allreduce
 
 pytestmark = pytest.mark.collective
 
@@ -405,3 +408,23 @@ def test_fields_of_another_mesh(pm):
         lambda: compute(lambda k: lpt.second_order_source(k), k=modes(pm)),
     ):
         everywhere(call, "expected a real field.*c2r")
+
+
+def test_a_rank_that_cannot_describe_the_model(monkeypatch):
+    """Nobody waits, and on the rank that has failed its own error is the cause."""
+    comm = MPI.COMM_WORLD
+    if comm.size == 1:
+        pytest.skip("needs several ranks")
+    with Builder() as m:
+        m.output(y=allreduce(m.input("x"), comm))
+    original = agreement.door_of
+
+    def door_of(*arguments):
+        if comm.rank == 1:
+            raise MemoryError("no room")
+        return original(*arguments)
+
+    monkeypatch.setattr(agreement, "door_of", door_of)
+    with pytest.raises(Disagreement, match="different places") as raised:
+        m.compute("y", dict(x=1.0))
+    assert isinstance(raised.value.__cause__, MemoryError) == (comm.rank == 1)

@@ -1,5 +1,7 @@
 """Laplace's approximation against dense matrices and the Wiener filter, on any number of ranks."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,8 @@ from mpi4py import MPI  # noqa: E402
 
 from vmad_lit.contrib import laplace  # noqa: E402
 from vmad_lit.contrib.chisquare import MPIVectorSpace  # noqa: E402
-from vmad_lit.contrib.optimize import Problem  # noqa: E402
+from vmad_lit.contrib.optimize import LBFGS, Problem, State, identity  # noqa: E402
+from vmad_lit.contrib.sample import HMC, Chain  # noqa: E402
 from vmad_lit.contrib.vectorspace import ProductSpace, VectorSpace  # noqa: E402
 from vmad_lit.lib.shards import StateError  # noqa: E402
 
@@ -200,6 +203,30 @@ def test_another_problem_is_refused(dense, full, tmp_path):
         laplace.approximate(other.problem, state=full)
 
 
+def test_states_chains_and_approximations_know_a_problem_by_one_identity(dense, tmp_path):
+    """What is saved of a problem is refused for another one by the same words, and looked for in the same way."""
+    path, start = comm.bcast(str(tmp_path)), dense.part(0 * dense.centre)
+    made = {
+        State: LBFGS(maxiter=2).minimize(dense.problem, start),
+        Chain: HMC(warmup=0, draws=1, step=0.1, metric=None).sample(dense.problem, start),
+        laplace.Laplace: laplace.approximate(dense.problem, start, rank=1, oversampling=0, powers=0),
+    }
+    known, other = identity(dense.problem), Dense(offset=1.0).problem
+    assert set(known) == {"problem", "versions"} and "numpy" in known["versions"]
+    other.identity = dict(A=2 * dense.A)
+    told = set()
+    for kind, thing in made.items():
+        assert {name: thing.fingerprint[name] for name in known} == known
+        file = os.path.join(path, f"{kind.__name__}.npz")
+        assert kind.resume(file, dense.vs, start) is None
+        thing.save(file)
+        assert type(kind.resume(file, dense.vs, start, dense.problem)) is kind
+        with pytest.raises(StateError) as refused:
+            kind.resume(file, dense.vs, start, other)
+        told.add("\n".join(line for line in str(refused.value).splitlines() if line.startswith("  problem")))
+    assert len(told) == 1 and "problem.A" in told.pop()
+
+
 def test_a_file_that_is_something_else(dense, tmp_path):
     from vmad_lit.contrib.optimize import LBFGS
 
@@ -304,3 +331,41 @@ def test_a_progress_bar_counts_products(dense, capsys):
     laplace.approximate(dense.problem, dense.part(dense.centre), rank=2, oversampling=1, progress=True)
     shown = capsys.readouterr().err
     assert ("9/9" in shown) == (comm.rank == 0)
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_a_few_numbers_without_vectors_and_what_is_missing(dense, conditioned):
+    """The variances lie between the bounds, however early the work ends, and the covariance is that of the dense matrix."""
+    problem, vs, exact = dense.problem, dense.vs, dense.covariance[N:, N:]
+    x = dense.part(dense.centre + 0.2)
+    diagonal = dense.part(1 / (1 + np.diag(dense.A)))
+    by_number = lambda v: laplace.by_components(vs, np.multiply, v, diagonal)  # noqa: E731
+    work = []
+    for rtol in 1.0, 0.1, 1e-10:
+        found = laplace.marginal_of(problem, x, ["t"], rtol, precondition=by_number if conditioned else None)
+        least = np.diag(found.covariance)
+        assert (least <= np.diag(exact) * (1 + 1e-9)).all()
+        assert (least + found.missing >= np.diag(exact) * (1 - 1e-9)).all()
+        assert (found.missing <= rtol * least).all()
+        work.append(found.products)
+    assert work == sorted(work) and work[0] < work[-1] and found.products <= 2 * (N + 6)
+    np.testing.assert_allclose(found.covariance, exact, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found.shift, -0.2, rtol=1e-5)
+
+
+def test_a_few_numbers_say_what_is_wrong(dense):
+    problem, x = dense.problem, dense.part(dense.centre)
+    with pytest.raises(ValueError, match="no component 'u'"):
+        laplace.marginal_of(problem, x, ["u"])
+    hollow = Dense(curvature=-2.0 * np.eye(N + 2))
+    with pytest.raises(ValueError, match="not convex at x"):
+        laplace.marginal_of(hollow.problem, x, ["t"])
+
+    class Interrupt:
+        name = "SIGTERM"
+
+        def agree(self, comm):
+            return True
+
+    early = laplace.marginal_of(problem, x, ["t"], interrupt=Interrupt())
+    assert early.products == 0 and (np.diag(early.covariance) == 0).all() and (early.missing == 1).all()

@@ -154,6 +154,26 @@ def test_minimal_norm_beats_two_steps_of_verlet():
     assert errors["minimal norm"] < errors["verlet"] / 10
 
 
+def test_a_direction_is_forgotten_as_fast_as_the_length_says():
+    """Where no force acts, a step leaves exp(-step / length) of the direction; after a divergence it is another one."""
+    n, seen = 4000, []
+
+    def edge(x):
+        return (0.0 if abs(x[0]) < 1.5 else math.nan), np.zeros(n)
+
+    def look(chain):
+        seen.append(chain.vectors["direction"][0] * chain.numbers["scale"])
+
+    sampler = MCLMC(warmup=0, draws=40, step=40.0, length=80.0, metric=None, seed=1)
+    chain = sampler.sample(Problem(value_and_gradient=edge), np.zeros(n), lambda x: dict(a=x[0]), look)
+    left = np.array([a @ b for a, b in zip(seen[:-1], seen[1:])])
+    divergent = chain.stats["divergent"][1:].astype(bool)
+    assert 3 < divergent.sum() < 37
+    assert_allclose(left[~divergent], math.exp(-0.5), atol=0.07)
+    assert_allclose(left[divergent], 0, atol=0.07)
+    assert_allclose([u @ u for u in seen], 1)
+
+
 # Dimensions
 
 

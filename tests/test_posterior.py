@@ -9,7 +9,7 @@ from mpi4py import MPI
 from numpy.testing import assert_allclose, assert_array_equal
 
 from helpers import COMM, join, make_mesh, modes, real, soaking, split, whole
-from vmad_lit import Builder
+from vmad_lit import Builder, operator
 from vmad_lit.contrib import priors
 from vmad_lit.contrib.chisquare import MPIVectorSpace, local_squares
 from vmad_lit.contrib.cosmo4d import WhiteNoiseOperator
@@ -17,6 +17,7 @@ from vmad_lit.contrib.forward import Density
 from vmad_lit.contrib.likelihoods import Gaussian, LogDensity, LogNormalNoise, Poisson, Smoothed
 from vmad_lit.contrib.optimize import LBFGS, Problem, State, TrustRegionCG
 from vmad_lit.contrib.posterior import Posterior
+from vmad_lit.contrib.sample import HMC, MAMS, MCLMC, NUTS
 from vmad_lit.contrib.priors import (
     CorrelatedNormal,
     GaussianField,
@@ -29,7 +30,7 @@ from vmad_lit.contrib.priors import (
 from vmad_lit.contrib.vectorspace import ProductSpace, VectorSpace
 from vmad_lit.core.error import PlacementError
 from vmad_lit.lib import fastpm, mpi, unary
-from vmad_lit.lib.cosmology import LinearPower, Planck15
+from vmad_lit.lib.cosmology import Cosmology, LinearPower, OutOfDomain, Planck15
 from vmad_lit.lib.fingerprint import differences, fingerprint
 
 pytestmark = pytest.mark.collective
@@ -158,6 +159,28 @@ def test_gaussian_field_of_given_and_of_free_power():
     prove(b, w, b.draw(4))
     power = a.summary(z)["delta_power"]
     assert power.shape == a.priors["delta"].shells.k.shape
+
+
+def test_values_of_the_latents_of_values_are_these_values_but_for_the_mean():
+    """One behaviour for powers of all kinds: the mean of the field is zero, and is no latent's."""
+    pm, flat = make_mesh(CUBE), Planck15.replace(n_s=0.0)
+    field = real(pm, 3) + 2.0
+    for prior in (
+        GaussianField(pm, lambda k: 3.0 + 0 * k),  # a power that is positive at k = 0
+        GaussianField(pm, lambda k: 1 / k),  # or infinite there
+        LinearField(pm, flat),
+        LinearField(pm, flat, depends="Om0"),
+        LinearField(pm, depends="Om0 sigma8"),
+    ):
+        listed = {name: Normal(0.5, 0.1) for name in prior.depends}
+        posterior = Posterior(dict(listed, delta=prior), lambda delta: fastpm.c2r(delta), Gaussian(field))
+        values = dict(Om0=0.3, sigma8=0.8, delta=field.r2c())
+        latents = posterior.latents(values)
+        assert abs(latents["delta"].csum()) < 1e-9
+        again = posterior.values(latents)["delta"].c2r()
+        assert_allclose((again - field).value, -field.cmean(), rtol=1e-6)
+        shifted = posterior.values(dict(latents, delta=latents["delta"] + 1.0))["delta"].c2r()
+        assert_allclose(shifted.value, again.value, atol=1e-6)
 
 
 # Likelihoods
@@ -646,3 +669,158 @@ def test_linear_theory_in_redshift_space_is_that_of_kaiser():
 def test_forward_models_that_cannot_be(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         Density(make_mesh(CUBE), **options)
+
+
+# Out of the domain
+
+
+def dark(mean=0.3, sd=0.15, **more):
+    """Of Om0, by the expansion rate at redshift one of which little is known, and of a field that knows nothing of it."""
+    pm = make_mesh([4, 4, 4])
+
+    def forward(Om0, delta):
+        return dict(rate=Cosmology(Om0=Om0).efunc(1.0), density=delta * 1.0)
+
+    data = dict(rate=Gaussian(np.array(1.0), sigma=1.0), density=Gaussian(real(pm), 2.0))
+    return Posterior(dict(Om0=Normal(mean, sd), delta=WhiteField(pm)), forward, data, **more)
+
+
+def test_a_parameter_beyond_its_limits_has_no_density():
+    problem = dark()
+    z, v = problem.draw(1), problem.draw(2)
+    for Om0 in -2.5, 500.0, np.inf:
+        outside = dict(z, Om0=Om0)
+        assert problem.objective(outside) == np.inf
+        assert np.isnan(problem.gradient(outside)["Om0"])
+        assert np.isnan(problem.gradient(outside)["delta"].value).all()
+        with pytest.raises(
+            ValueError, match="where the density is zero: the .* 'rate' .* Om0 must be|Om0' is not finite"
+        ):
+            problem.gauss_newton_product(outside, v)
+    assert problem.log_likelihood(dict(z, Om0=-2.5)) == -np.inf
+    assert np.isfinite(problem.objective(z))
+    prove(problem, z, v)
+    # The gradient may be asked for first, or with the objective
+    assert np.isnan(dark().gradient(outside)["Om0"])
+    y, slope = problem.value_and_gradient(outside)
+    assert y == np.inf and np.isnan(slope["Om0"]) and np.isnan(slope["delta"].value).all()
+    assert np.isfinite(problem.value_and_gradient(z)[1]["Om0"])
+    # A cosmology of a field may have less matter than baryons
+    pm = make_mesh(CUBE)
+    free = dict(delta=LinearField(pm, depends="Om0"), Om0=Normal(0.3, 0.1))
+    field = Posterior(free, lambda delta: fastpm.c2r(delta), Gaussian(real(pm), 1.0))
+    assert field.objective(dict(field.zeros(), Om0=-2.7)) == np.inf
+    told = "the parameter 'delta' has no value: the wiggles need baryons, 0 < Ob0 < Om0"
+    assert field.explain(dict(field.zeros(), Om0=-2.7)).startswith(told)
+
+
+WALKERS = [
+    HMC(step=0.6, length=2.0, draws=60),
+    NUTS(step=0.6, maxdepth=3, draws=40),
+    MCLMC(step=3.0, length=20.0, draws=120),
+    MAMS(step=3.0, length=9.0, draws=50),
+]
+
+
+@pytest.mark.parametrize(
+    "sampler", WALKERS if COMM.size == 1 or soaking() else WALKERS[:1], ids=lambda s: type(s).__name__
+)
+def test_a_trajectory_that_leaves_the_domain_is_rejected(sampler):
+    sampler.warmup, sampler.metric, sampler.seed = 0, None, 4
+    problem = dark(0.15, 0.15)
+    chain = sampler.sample(problem, problem.zeros())
+    Om0, left = chain.draws["Om0"], np.isinf(chain.stats["energy_error"])
+    assert 3 < left.sum() < 40 and left[chain.stats["divergent"]].all()
+    assert (Om0 > 0).all() and len(np.unique(Om0)) > 12
+    assert f"({left.sum()} where the density is no number)" in chain.message
+
+
+def test_a_warm_up_at_the_edge_of_the_domain():
+    problem = dark(0.1, 0.04)
+    for sampler in NUTS(warmup=15, draws=5, maxdepth=3), MCLMC(warmup=30, draws=5):
+        chain = sampler.sample(problem, dict(problem.zeros(), Om0=-2.4))
+        assert len(chain) == 5 and (chain.draws["Om0"] > 0).all()
+
+
+def test_a_line_search_that_leaves_the_domain_steps_back():
+    problem = Posterior(
+        dict(Om0=Normal(0.3, 0.2)),
+        lambda Om0: Cosmology(Om0=Om0).efunc(1.0),
+        Gaussian(np.array(0.5), sigma=0.01),
+        comm=COMM,
+    )
+    values = []
+
+    def watched(x, forward=problem._objective):
+        values.append(forward(x))
+        return values[-1]
+
+    problem._objective = watched
+    state = LBFGS(maxiter=15).minimize(problem, problem.zeros())
+    assert np.isinf(values).any() and np.isfinite(state.history["y"]).all()
+    assert 0 < problem.values(state.x)["Om0"] < 0.01
+    state = TrustRegionCG(maxiter=15).minimize(problem, problem.zeros())
+    assert 0 < problem.values(state.x)["Om0"] < 0.1
+
+
+@operator
+class mistaken:
+    """An operator of somebody who has made a mistake."""
+
+    ain, aout = "x", "y"
+    placements = staticmethod(lambda site: site.given["x"])
+
+    def apl(node, x):
+        raise ValueError("shapes (3,) and (2,) do not fit")
+
+    def vjp(node, _y):
+        return dict(_x=_y)
+
+    def jvp(node, x_):
+        return dict(y_=x_)
+
+
+def test_mistakes_are_no_densities_of_zero():
+    for forward, words in (
+        (lambda x: mistaken(x * 1.0), "do not fit"),
+        (lambda x: Cosmology(Om0=x).efunc(1.0), "must be one number"),
+    ):
+        shape = () if "fit" in words else 3
+        problem = Posterior(dict(x=Normal(0.3, 0.1, shape)), forward, Gaussian(np.array(1.0)), comm=COMM)
+        with pytest.raises((ValueError, TypeError), match=words):
+            problem.objective(problem.zeros())
+    with pytest.raises(OutOfDomain):
+        dark().predict(dict(dark().zeros(), Om0=-2.5))  # what a user asks for is answered
+
+
+def test_a_start_without_a_density_is_told_by_its_part():
+    pm = make_mesh([4, 4, 4])
+    mask = pm.create("real", value=1.0)
+
+    def forward(b, delta):
+        return dict(rate=unary.log(b) + 1.0, density=delta * b)
+
+    data = dict(
+        rate=Gaussian(np.array(1.0)),
+        density=[Gaussian(real(pm), 2.0, mask), Poisson(mask, mean=2.0), LogDensity(mask, 1.0, mask)],
+    )
+    problem = Posterior(dict(b=Normal(1, 1), delta=WhiteField(pm)), forward, data)
+    z = dict(problem.zeros(), delta=mask * 1.0)
+    assert problem.explain(z) == "" and np.isfinite(problem.objective(z))
+    one = pm.create("real", value=1.0)
+    if COMM.rank == COMM.size - 1:
+        one.value[0, 0, 0] = -1.0
+    cases = [
+        (dict(z, b=-3.0), r"the result 'rate' of the forward model is not finite"),
+        (dict(z, delta=one), r"the likelihood of 'density', Poisson of 64 data .* is not finite"),
+    ]
+    for start, words in cases:
+        for run in LBFGS().minimize, HMC(warmup=0, draws=1).sample, MCLMC(warmup=0, draws=1).sample:
+            with pytest.raises(ValueError, match=f"the objective is inf at the starting point.*{words}"):
+                run(problem, start)
+    large = Posterior(dict(b=priors.LogNormal(0, 1)), lambda b: b * 1.0, Gaussian(np.array(1.0)), comm=COMM)
+    with pytest.raises(ValueError, match="the parameter 'b' is not finite"):
+        LBFGS().minimize(large, dict(b=1e5))
+    # A problem that knows nothing of its parts says nothing of them
+    with pytest.raises(ValueError, match="the objective is nan at the starting point x0; choose another x0"):
+        LBFGS().minimize(Problem(lambda x: np.nan, lambda x: x), 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from vmad_lit.contrib.configuration import Complaint, Configuration, ConfigurationError
+from vmad_lit.contrib.configuration import OUTPUTS, Complaint, Configuration, ConfigurationError
 from vmad_lit.contrib.configuration import method_of, options_of, template
 from vmad_lit.contrib.optimize import State, StateError, autosave
 from vmad_lit.core.error import MissingExtra, needed_for
@@ -143,8 +144,10 @@ class Reconstruction:
         what was observed, after `prepare`.
     problem : Posterior
         that of the last epoch.
-    state : State
-        where the solver is, after `solve`.
+    state, x : State and vector
+        where the solver is, after `solve`; and the point that has been found, the last or the best one.
+    errors : dict
+        of the free parameters, by name, if they are asked for; see `errors_of`.
     chains : list
         of Chain, or one Laplace: what the sampler has found.
     seconds : dict
@@ -161,6 +164,7 @@ class Reconstruction:
         self.c, self.comm, self.say = c, comm, say
         self.seconds: dict[str, float] = {}
         self.chains: list[Any] = []
+        self.errors: dict[str, Any] = {}
         self.nmesh = three(c.mesh.cells)
         check_memory(c, comm, switch)
         np = choose_processes(self.nmesh, comm.size)
@@ -179,7 +183,7 @@ class Reconstruction:
         from vmad_lit.lib.mpi import on_root
 
         look_at_files(self.c, self.comm)
-        on_root(self.comm, lambda: os.makedirs(self.c.path(self.c.output.folder), exist_ok=True))
+        on_root(self.comm, lambda: make_folders(self.c))
         try:
             with self.timed("data and model"):
                 self.survey = Survey(self.c, self.pm)
@@ -204,7 +208,8 @@ class Reconstruction:
             if a state cannot be gone on from.
         """
 
-        from vmad_lit.contrib.plan import epochs_of
+        from vmad_lit.contrib.plan import epochs_of, wants_errors
+        from vmad_lit.contrib.results import errors_of
         from vmad_lit.lib.mpi import on_root
 
         self.how: dict[str, Any] = dict(accept=accept, progress=progress, interrupt=interrupt)
@@ -218,6 +223,10 @@ class Reconstruction:
             if self.c.sampler.name and self.state.status != "signal":
                 with self.timed("sampler"):
                     self._draw(paths[len(epochs) :], there)
+            elif wants_errors(self.c) and self.state.status != "signal":
+                with self.timed("errors"):
+                    self.errors, products = errors_of(self.problem, self.x, self.survey.bounds(), interrupt)
+                self.say(f"errors of {', '.join(self.errors)}: {products} products with the Hessian")
         except StateError as error:
             hint = "; --accept-changes goes on from it all the same" * ("before," in str(error))
             raise self.c.error((("output", "state"), f"the state cannot be used: {error}{hint}")) from None
@@ -230,24 +239,45 @@ class Reconstruction:
         there: set[str],
     ) -> None:
         """Find the most probable point, in the epochs from the first that is not done."""
-        x = None
+        x, bounds = None, self.survey.bounds()
+        validation = self.survey.validation()
         for number, (smoothing, options) in enumerate(epochs[first:], first):
             if len(epochs) > 1:
                 self.say(f"epoch {number + 1} of {len(epochs)}: densities smoothed at {smoothing:g} Mpc/h")
             self.problem: Any = self.survey.posterior(smoothing)
             solver = method_of(self.c.solver.name)(**options)
+            if self.c.solver.name == "BoundedLBFGS":
+                solver.lower, solver.upper = bounds["lower"], bounds["upper"]
             path = paths[number] if paths else None
             monitor, old = self._saved(State, path, there, self.c.solver.save_every)
             start = self.problem.zeros() if x is None else x
+            # Begin within the bounds
+            if old is not None and clipped(old.x, bounds) != {
+                name: old.x[name] for name in clipped(old.x, bounds)
+            }:
+                raise StateError(f"{path} has its point outside of the bounds; --overwrite begins anew")
+            start = {**start, **clipped(start, bounds)}
+            if old is None and not math.isfinite(y := self.problem.objective(start)):
+                told = f"minus the logarithm of the posterior is {y} where the search begins: is the noise far too small?"
+                raise self.c.error((("noise",), told))
 
             self.state = solver.minimize(
-                self.problem, start if old is None else None, monitor=monitor, state=old, **self.how
+                self.problem,
+                start if old is None else None,
+                monitor=monitor,
+                state=old,
+                validation=validation,
+                keep_best=self.c.solver.keep_best,
+                **self.how,
             )
             if path:
                 self.state.save(path)
             self.say(self.state.history)
             self.say(self.state.message)
-            x = self.state.x
+            best = self.state.best if self.c.solver.keep_best else None
+            x = self.x = self.state.x if best is None else best.x
+            if best is not None:
+                self.say(f"the best point is that of iteration {best.nit}")
             if self.state.status == "signal":
                 return
 
@@ -283,7 +313,7 @@ class Reconstruction:
         s, problem = self.c.sampler, self.problem
         sampler = method_of(s.name)(seed=s.seed + i, moments=True, **options)
         monitor, old = self._saved(Chain, path, there, s.save_every)
-        start = problem.draw(s.seed + i) if s.start == "prior" else self.state.x
+        start = problem.draw(s.seed + i) if s.start == "prior" else self.x
         return sampler.sample(problem, start if old is None else None, monitor=monitor, state=old, **self.how)
 
     def _approximate(self, i: int, options: Mapping[str, Any], path: str | None, there: set[str]) -> Any:
@@ -298,9 +328,7 @@ class Reconstruction:
             if path and found.products % s.save_every == 0:
                 found.save(path)
 
-        return approximate(
-            self.problem, self.state.x, seed=s.seed, monitor=monitor, state=old, **given, **self.how
-        )
+        return approximate(self.problem, self.x, seed=s.seed, monitor=monitor, state=old, **given, **self.how)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -333,6 +361,19 @@ def remove(paths: Sequence[str]) -> set[str]:
     for path in filter(os.path.exists, paths):
         os.unlink(path)
     return set()
+
+
+def make_folders(c: Configuration) -> None:
+    """Make the folders of all outputs. For one rank."""
+    os.makedirs(c.path(c.output.folder), exist_ok=True)
+    for path in filter(None, map(c.output_path, OUTPUTS)):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+
+
+def clipped(x: Mapping[str, Any], bounds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The numbers of a vector that have bounds, within these."""
+    low, high = bounds["lower"], bounds["upper"]
+    return {n: min(max(x[n], low.get(n, x[n])), high.get(n, x[n])) for n in {**low, **high}}
 
 
 if __name__ == "__main__":

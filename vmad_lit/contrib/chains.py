@@ -24,7 +24,7 @@ Chains = Any  # a chain, a record, a dictionary of arrays, or a list of them
 FORMAT = "vmad_lit chains, 1"
 #: What is told of a chain besides its draws.
 ABOUT = "sampler", "seed", "warmup", "thin", "nit", "gradients", "step", "seconds", "status", "message"
-COLOURS = "#3b82c4", "#e0822d", "#3f9b6b", "#a05bb5"
+COLOURS = "#3b82c4", "#d0701f", "#3f9b6b", "#a05bb5"
 GREY = "#8a8a8a"
 GROUPS = "draws", "stats", "warmup_stats"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 
-from vmad_lit.contrib.optimize import LBFGS, Optimizer, Rule, TrustRegionCG, is_real
+from vmad_lit.contrib.optimize import LBFGS, BoundedLBFGS, Optimizer, Rule, TrustRegionCG, is_real
 from vmad_lit.core.error import did_you_mean
 from vmad_lit.lib.cosmology import LIMITS, Planck15
 from vmad_lit.lib.files import try_out
@@ -186,6 +186,7 @@ class Configuration:
     sampler: SimpleNamespace
     output: SimpleNamespace
     run: SimpleNamespace
+    validation: SimpleNamespace
     epochs: list[SimpleNamespace]
 
     def __init__(
@@ -234,7 +235,7 @@ class Configuration:
             text = file.read()
         folder = os.path.dirname(path)
         try:
-            return cls.from_text(text.decode(), path, folder, look=True)
+            return cls.from_text(text.decode("utf-8-sig"), path, folder, look=True)
         except UnicodeDecodeError as error:
             line = text[: error.start].count(b"\n") + 1
             raise ConfigurationError(path, [Complaint(line, "TOML", "this is not UTF-8 text")]) from None
@@ -280,11 +281,7 @@ class Configuration:
             else:
                 setattr(taken[-1], name, value)
         for name, key in keys.items():
-            if (
-                key.needed
-                and name not in said
-                and not (path == ("sampler",) and "sampler" not in self.values)
-            ):
+            if key.needed and name not in said and not (path[0] in OPTIONAL and path[0] not in self.values):
                 yield self._complain((*path, name), f"this key is missing; expected {key.rule.words}")
 
     def _prior(self, path: KeyPath, said: Mapping[str, Any], rule: Rule) -> Iterator[Complaint]:
@@ -306,6 +303,9 @@ class Configuration:
                 yield self._complain((*path, name), f"this key is missing; a {kind} prior needs it")
             elif not inner.holds(said[name]):
                 told = f"expected {inner.words}, got {as_toml(said[name])}"
+                yield self._complain((*path, name), told)
+            elif (kind, name) == ("lognormal", "mean") and not rule.holds(middle := exponential(said[name])):
+                told = f"the middle of the prior is {middle:.3g}, and must be {rule.words}; the mean is that of the logarithm"
                 yield self._complain((*path, name), told)
         low, high = said.get("low"), said.get("high")
         if low is not None and high is not None and is_real(low) and is_real(high) and not low < high:
@@ -359,6 +359,11 @@ class Configuration:
         return paths + [f"{root}-chain{i + 1}{end}" for i in range(chains)]
 
 
+def exponential(x: float) -> float:
+    """The exponential function, which may be infinite."""
+    return math.exp(x) if x < 700 else math.inf
+
+
 def as_toml(value: Any) -> str:
     """A value as it is written in TOML, cut short if it is long."""
     if isinstance(value, bool):
@@ -391,7 +396,11 @@ def write_toml(value: Any) -> str:
     return repr(value)
 
 
-SOLVERS: dict[str, type[Optimizer]] = {"LBFGS": LBFGS, "TrustRegionCG": TrustRegionCG}
+SOLVERS: dict[str, type[Optimizer]] = {
+    "LBFGS": LBFGS,
+    "BoundedLBFGS": BoundedLBFGS,
+    "TrustRegionCG": TrustRegionCG,
+}
 SAMPLERS = "HMC", "NUTS", "MCLMC", "MAMS"
 FORMATS = {".npy": "npy", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5", ".fits": "fits", ".fit": "fits"}
 UNITS = {"Mpc/h": 1.0, "kpc/h": 1e-3, "Gpc/h": 1e3}  # in Mpc/h
@@ -500,13 +509,37 @@ SCHEMA["cosmology"] = {
     for name, words in COSMOLOGY.items()
 }
 
+BOUNDS = Rule(
+    "a table of numbers by the names of free parameters",
+    lambda v: isinstance(v, dict) and v != {} and all(map(number().holds, v.values())),
+)
 SCHEMA["solver"] = {
     "name": Key(choice(*SOLVERS), "the method", "LBFGS"),
     "save_every": Key(whole(1), "iterations after which the state is saved", 10),
+    "keep_best": Key(SWITCH, "end with the best point: by the [validation], or else by the objective", False),
+    "lower": Key(BOUNDS, "of BoundedLBFGS: the least that free parameters may be", shown={"b1": 1.0}),
+    "upper": Key(BOUNDS, "of BoundedLBFGS: the most", shown={"b1": 3.0}),
 }
 SCHEMA["epochs"] = {
     "smoothing": Key(number(least=0), "as in [data], in this epoch; by default that", shown=8.0),
 }
+
+SCHEMA["validation"] = {
+    "kind": Key(
+        choice("cells", "noise"),
+        "what is watched and not fitted; cells: a share of them; noise: a mock once more, with other noise",
+        shown="cells",
+        needed=True,
+    ),
+    "share": Key(number(above=0, below=1), "of cells: which share of them is held out", 0.1),
+    "seed": Key(whole(0), "of the choice of cells, or of the noise", 1),
+    "every": Key(whole(1), "iterations from one look to the next", 1),
+    "patience": Key(
+        whole(1), "looks without a better one after which an epoch ends; by default none does", shown=10
+    ),
+}
+#: Sections without which something is left out, so that what is needed in them is needed only if they are there.
+OPTIONAL = "sampler", "validation"
 
 SCHEMA["sampler"] = {
     "name": Key(
@@ -531,6 +564,7 @@ SCHEMA["output"] = {
     "precision": Key(choice("f4", "f8"), "of the fields", "f4"),
     "chains": Key(WORDS, "the draws of a sampler, an HDF5 file; empty: none", "chains.hdf5"),
     "state": Key(WORDS, "the state to go on from; empty: none", "state.npz"),
+    "errors": Key(SWITCH, "errors of free parameters without a sampler, by Laplace's approximation", True),
 }
 
 SCHEMA["run"] = {
@@ -560,7 +594,7 @@ def options_of(name: str) -> dict[str, Key]:
     return {
         option: Key(rules[option], rules[option].words, default)
         for option, default in method.options().items()
-        if option not in ("seed", "metric", "moments")
+        if option not in ("seed", "metric", "moments", "lower", "upper")
         if default is None or isinstance(default, (bool, int, float, str))
     }
 
@@ -636,6 +670,13 @@ def _of_mask(c: Configuration) -> Iterator[Contradiction]:
 
 
 def _of_smoothing(c: Configuration) -> Iterator[Contradiction]:
+    side = min(c.mesh.box) if isinstance(c.mesh.box, list) else c.mesh.box
+    scales = {("data",): c.data.smoothing} | {
+        ("epochs", i): epoch.smoothing for i, epoch in enumerate(c.epochs)
+    }
+    for path, scale in scales.items():
+        if scale and not scale < side:
+            yield (*path, "smoothing"), f"expected less than a side of the box, {side}, got {scale}"
     why = "counts are" if c.noise.kind == "poisson" else "a density with a noise spectrum is"
     if c.noise.kind == "poisson" or c.noise.spectrum:
         if c.data.smoothing:
@@ -692,6 +733,60 @@ def _of_sampler(c: Configuration) -> Iterator[Contradiction]:
                 yield ("sampler", name), "Laplace's approximation has no chains"
 
 
+def free_of(c: Configuration) -> dict[str, Any]:
+    """The tables of the priors of free parameters, by name."""
+    spaces = {**vars(c.cosmology), **vars(c.bias), "sigma": c.noise.sigma}
+    return {name: value for name, value in spaces.items() if isinstance(value, dict)}
+
+
+def _of_bounds(c: Configuration) -> Iterator[Contradiction]:
+    free, bounded = free_of(c), c.solver.name == "BoundedLBFGS"
+    given = {side: getattr(c.solver, side) or {} for side in ("lower", "upper")}
+    for side in given:
+        if c.says("solver", side) and not bounded:
+            yield ("solver", side), f"this is for the solver BoundedLBFGS, not for {c.solver.name}"
+    if bounded and not any(given.values()):
+        yield ("solver", "name"), "there are no bounds: say lower or upper, or take LBFGS"
+    if bounded and c.says("sampler"):
+        yield (
+            ("solver", "name"),
+            "draws know no bounds: take a prior of the kind uniform or truncated instead",
+        )
+    for side, name in [(side, name) for side, bounds in given.items() for name in bounds]:
+        if name not in free:
+            hint = did_you_mean(name, free) if free else ": all have numbers, and none a prior"
+            yield ("solver", side, name), f"there is no free parameter of this name{hint}"
+        else:
+            yield from _of_bound(("solver", side, name), free[name], given[side][name])
+    for name in given["lower"].keys() & given["upper"].keys():
+        if not given["lower"][name] < given["upper"][name]:
+            told = f"expected more than lower, {given['lower'][name]}, got {given['upper'][name]}"
+            yield ("solver", "upper", name), told
+
+
+def _of_bound(path: KeyPath, prior: Mapping[str, Any], bound: float) -> Iterator[Contradiction]:
+    """Whether the prior of a parameter allows values on both sides of a bound."""
+    low = 0.0 if prior["prior"] == "lognormal" else prior.get("low", -math.inf)
+    high = prior.get("high", math.inf)
+    if not low < bound < high:
+        yield path, f"the prior allows only values between {low} and {high}, got {bound}"
+
+
+def _of_validation(c: Configuration) -> Iterator[Contradiction]:
+    if not c.says("validation"):
+        return
+    kind = c.validation.kind
+    if kind == "noise" and c.data.kind != "mock":
+        yield ("validation", "kind"), "there is no second observation but of a mock: take 'cells'"
+    if kind == "noise" and c.says("validation", "share"):
+        yield ("validation", "share"), "this is for the kind 'cells': other noise is on all of them"
+    if kind == "cells" and c.says("noise", "spectrum"):
+        yield (
+            ("validation", "kind"),
+            "noise with a spectrum is known on the whole mesh: no cells can be held out",
+        )
+
+
 def _of_cosmology(c: Configuration) -> Iterator[Contradiction]:
     if isinstance(c.cosmology.Ob0, dict) or isinstance(c.cosmology.Om0, dict):
         return
@@ -712,9 +807,21 @@ def _of_formats(c: Configuration) -> Iterator[Contradiction]:
 
 def _of_outputs(c: Configuration) -> Iterator[Contradiction]:
     places = {key: path for key in OUTPUTS if (path := c.output_path(key))}
+    for key in filter(lambda key: c.says("output", key), places):
+        others = [other for other in places if places[other] == places[key] and other != key]
+        if others:
+            yield ("output", key), f"{getattr(c.output, key)!r} is the name of {' and '.join(others)}, too"
     for key, path in places.items():
-        if [other for other in places if places[other] == path and other != key][:1] > [key]:
-            yield ("output", key), f"{getattr(c.output, key)!r} is the name of another output, too"
+        for said, source in _sources(c).items():
+            if os.path.realpath(path) == os.path.realpath(source):
+                yield ("output", key), f"this would be written over {said}, {source}"
+
+
+def _sources(c: Configuration) -> dict[str, str]:
+    """The files that are read, by what they are called in a sentence."""
+    keys = [(section, "file") for section in ("data", "mask", "noise")] + [("noise", "spectrum")]
+    said = {f"{s}.{key}": getattr(getattr(c, s), key) for s, key in keys}
+    return {"this configuration": c.name} | {key: c.path(name) for key, name in said.items() if name}
 
 
 OUTPUTS = ("report", "fields", "chains", "state")
@@ -748,17 +855,23 @@ def _look_for(c: Configuration, section: str, key: str) -> Iterator[Contradictio
 
 
 def _of_files_written(c: Configuration) -> Iterator[Contradiction]:
-    folder = nearest = os.path.abspath(c.path(c.output.folder))
-    while not os.path.lexists(nearest):
-        nearest = os.path.dirname(nearest)
-    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
-        yield ("output", "folder"), f"cannot make {folder}: {nearest} is no folder that can be written to"
-    for key in OUTPUTS if nearest == folder else ():
-        try:
-            if path := c.output_path(key):
-                try_out(path)
-        except OSError as error:
-            yield ("output", key), f"cannot write to {path}: {error.strerror}"
+    common = os.path.abspath(c.path(c.output.folder))
+    paths = {key: path for key in OUTPUTS if (path := c.output_path(key))}
+    folders = {"folder": common} | {
+        key: os.path.dirname(os.path.abspath(path)) for key, path in paths.items()
+    }
+    for key, folder in folders.items():
+        nearest = folder
+        while not os.path.lexists(nearest):
+            nearest = os.path.dirname(nearest)
+        if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
+            if key == "folder" or folder != common:
+                yield ("output", key), f"cannot make {folder}: {nearest} is no folder that can be written to"
+        elif nearest == folder and key in paths:
+            try:
+                try_out(paths[key])
+            except OSError as error:
+                yield ("output", key), f"cannot write to {paths[key]}: {error.strerror}"
 
 
 def _near(path: str) -> str:
@@ -777,13 +890,15 @@ CONTRADICTIONS: list[tuple[Callable[[Configuration], Iterator[Contradiction]], t
     (_of_data, ("data",)),
     (_of_noise, ("data", "noise")),
     (_of_mask, ("noise", "mask")),
-    (_of_smoothing, ("noise", "data", "epochs")),
+    (_of_smoothing, ("mesh", "noise", "data", "epochs")),
     (_of_model, ("model",)),
     (_of_bias, ("model", "bias")),
     (_of_cosmology, ("cosmology",)),
     (_of_sampler, ("data", "epochs", "sampler")),
+    (_of_bounds, ("solver", "cosmology", "bias", "noise")),
+    (_of_validation, ("validation", "data", "noise")),
     (_of_formats, ("data", "noise", "mask")),
-    (_of_outputs, ("output",)),
+    (_of_outputs, ("output", "data", "mask", "noise")),
     (_of_data_file, ("data",)),
     (_of_mask_file, ("mask",)),
     (_of_noise_files, ("noise",)),

@@ -131,7 +131,7 @@ class Hdf5File(DataFile):
 
         def visit(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset):
-                self.arrays[name] = ArrayInFile(item.shape, item.dtype)
+                self.arrays[name] = ArrayInFile(item.shape or (), item.dtype)
 
         self.file.visititems(visit)
 
@@ -178,8 +178,10 @@ class FitsFile(DataFile):
         self.file = fits.open(self.path, memmap=True)
         self.places: dict[str, tuple[int, str | None]] = {}
 
+        said = [unit.name for unit in self.file]
         for number, unit in enumerate(self.file):
-            name = unit.name if unit.name and unit.name != "PRIMARY" else str(number)
+            alone = said.count(unit.name) == 1 and unit.name not in ("", "PRIMARY")
+            name = unit.name if alone else str(number)
             if isinstance(unit, (fits.BinTableHDU, fits.TableHDU)) and not isinstance(
                 unit, fits.CompImageHDU
             ):
@@ -193,8 +195,13 @@ class FitsFile(DataFile):
                 self.arrays[name] = ArrayInFile(tuple(unit.shape), unit.section[:1].dtype)
 
     def find(self, key: str, name: str | None) -> str:
-        ends = [full for full in self.arrays if name is not None and full.rpartition("/")[2] == name]
-        return ends[0] if ends and name not in self.arrays else super().find(key, name)
+        ends = [full for full, (_, column) in self.places.items() if column is not None and column == name]
+        if name in self.arrays or not ends:
+            return super().find(key, name)
+        if len(ends) > 1:
+            told = f"{self.path} has {name!r} in {len(ends)} tables, say in which: {', '.join(ends)}"
+            raise BadData(told, key)
+        return ends[0]
 
     def read(self, name: str, index: Index) -> Any:
         number, column = self.places[name]
@@ -277,7 +284,7 @@ def look_at_mesh(path: str, kind: str, section: str, name: str | None, shape: Se
         return look_at(file, f"{section}.array", name, shape)
 
 
-def read_mesh(path: str, section: str, space: Any, pm: ParticleMesh) -> RealField:
+def read_mesh(path: str, section: str, space: Any, pm: ParticleMesh, where: Array | None = None) -> RealField:
     """The real field in a file; each rank reads its part. Collective.
 
     Parameters
@@ -286,6 +293,8 @@ def read_mesh(path: str, section: str, space: Any, pm: ParticleMesh) -> RealFiel
     section : str, that of the configuration, for messages
     space : with `format` and `array`
     pm : ParticleMesh
+    where : array of truth values, optional
+        The cells of this rank that matter; in others any value will do.
 
     Raises
     ------
@@ -304,9 +313,12 @@ def read_mesh(path: str, section: str, space: Any, pm: ParticleMesh) -> RealFiel
     on_root(pm.comm, lambda: look_at_mesh(path, space.format, section, space.array, shape))
     field = run_together(pm.comm, read)
     offset = [part.start for part in field.slices]
-    told = check_numbers(pm.comm, field.value, numpy.isfinite(field.value), offset, "values are not finite")
-    if told:
-        raise BadData(f"{path}: {told}", key)
+    good = numpy.isfinite(field.value) if where is None else numpy.isfinite(field.value) | ~where
+    if told := check_numbers(pm.comm, field.value, good, offset, "values are not finite"):
+        hint = (
+            "where the mask is above 0" if where is not None else "if nothing was observed there, give a mask"
+        )
+        raise BadData(f"{path}: {told}{'; ' * (where is None) or ' '}{hint}", key)
     return field
 
 

@@ -9,15 +9,14 @@ about which the data say something have eigenvalues in A that matter. They are f
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from vmad_lit.contrib.optimize import Accepted, Preconditioner, Problem, ProgressBar
-from vmad_lit.contrib.optimize import lay_out, read_vectors
-from vmad_lit.contrib.optimize import refuse_differences, versions, whole
+from vmad_lit.contrib.optimize import Accepted, Preconditioner, Problem, ProgressBar, Saved
+from vmad_lit.contrib.optimize import identity, lay_out, read_vectors
+from vmad_lit.contrib.optimize import refuse_differences, whole
 from vmad_lit.contrib.chisquare import local_product
 from vmad_lit.contrib.vectorspace import FieldSpace, MPIVectorSpace, ProductSpace, Vector, VectorSpace
 from vmad_lit.contrib.vectorspace import is_field
@@ -25,8 +24,7 @@ from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import together
 from vmad_lit.core.traffic import count_object
 from vmad_lit.lib.files import Path
-from vmad_lit.lib.fingerprint import fingerprint
-from vmad_lit.lib.shards import Parts, StateError, on_first, save_parts
+from vmad_lit.lib.shards import Parts, StateError, save_parts
 from vmad_lit.lib.signals import Interrupt, current_interrupt
 
 #: A product that the vectors before it explain to this share is not a new direction.
@@ -83,7 +81,7 @@ def by_components(vs: VectorSpace, function: Callable[..., Array], *vectors: Vec
     return vs.from_arrays([np.asarray(function(*parts)) for parts in zip(*arrays, strict=True)], vectors[0])
 
 
-class Laplace:
+class Laplace(Saved):
     """A normal density in the place of a posterior: around a point, with the inverse of the curvature there.
 
     Made by :func:`approximate`. With the eigenvalues and orthonormal eigenvectors of the curvature A of the likelihood, the covariance
@@ -263,17 +261,7 @@ class Laplace:
 
     def marginal(self, *names: str, exact: bool = False, rtol: float = 1e-8) -> Array:
         """The covariance of components that all ranks hold, arrays or numbers of a dictionary by their names."""
-        zero, units = self.vs.zeros_like(self.x), []
-        for name in names:
-            if not isinstance(self.x, Mapping) or name not in self.x:
-                known = list(self.x) if isinstance(self.x, Mapping) else f"a {type(self.x).__name__}"
-                raise ValueError(f"there is no component {name!r} of the point, which has {known}")
-            for i in range(np.size(self.x[name])):
-                unit = np.zeros(np.size(self.x[name]))
-                unit[i] = 1.0
-                shaped = unit.reshape(np.shape(self.x[name])) if np.ndim(self.x[name]) else float(unit[0])
-                units.append({**zero, name: shaped})
-        return self.covariance(*units, exact=exact, rtol=rtol)
+        return self.covariance(*unit_vectors(self.vs, self.x, names), exact=exact, rtol=rtol)
 
     # Reckon with what the low rank leaves out
     def solve(self, v: Vector, rtol: float = 1e-8, maxiter: int = 1000) -> Vector:
@@ -443,19 +431,6 @@ class Laplace:
             self.belongs_to(problem, accept, parts.path)
         return self
 
-    @classmethod
-    def resume(
-        cls,
-        path: Path,
-        vs: VectorSpace,
-        like: Vector,
-        problem: Problem | None = None,
-        accept: Accepted = False,
-    ) -> Self | None:
-        """What is saved at `path`, or None if there is nothing yet: what `approximate` takes as `state`."""
-        exists = on_first(vs.comm, lambda: os.path.lexists(path))
-        return cls.load(path, vs, like, problem, accept) if exists else None
-
     # Take a problem if it is the same
     def belongs_to(self, problem: Problem, accept: Accepted = False, path: str = "the approximation") -> None:
         """Take `problem` for what further products are made with; StateError if it is another one."""
@@ -540,9 +515,107 @@ class ProductBar(ProgressBar):
             self.bar.update(state.products - self.bar.n)
 
 
-def identity(problem: Problem) -> dict[str, Any]:
-    """The fingerprint of a problem, with the versions of what computes."""
-    return {**fingerprint(dict(problem=problem.ingredients()), problem.vs.comm), "versions": versions()}
+def unit_vectors(vs: VectorSpace, x: Vector, names: Iterable[str]) -> list[Vector]:
+    """The unit vectors of components that all ranks hold, arrays or numbers of a dictionary by their names."""
+    zero, units = vs.zeros_like(x), []
+    for name in names:
+        if not isinstance(x, Mapping) or name not in x:
+            known = list(x) if isinstance(x, Mapping) else f"a {type(x).__name__}"
+            raise ValueError(f"there is no component {name!r} of the point, which has {known}")
+        for i in range(np.size(x[name])):
+            unit = np.zeros(np.size(x[name]))
+            unit[i] = 1.0
+            shaped = unit.reshape(np.shape(x[name])) if np.ndim(x[name]) else float(unit[0])
+            units.append({**zero, name: shaped})
+    return units
+
+
+class Marginal(NamedTuple):
+    """The normal density of a few numbers around a point, whatever the other unknowns are; from :func:`marginal_of`.
+
+    Attributes
+    ----------
+    covariance : array (n, n)
+        of the latents; its diagonal is never too large.
+    missing : array (n,)
+        what may be missing from that diagonal, at most.
+    shift : array (n,)
+        from the point to the minimum of the parabola, in each number.
+    products : int
+        the number of Hessian-vector products.
+    """
+
+    covariance: Array
+    missing: Array
+    shift: Array
+    products: int
+
+
+def marginal_of(
+    problem: Problem,
+    x: Vector,
+    names: Sequence[str],
+    rtol: float = 0.01,
+    maxiter: int = 500,
+    precondition: Callable[[Vector], Vector] | None = None,
+    interrupt: Interrupt | None = None,
+) -> Marginal:
+    """The covariance of numbers of a dictionary by their names, in Laplace's approximation at `x`. Collective.
+
+    Parameters
+    ----------
+    problem, x :
+        as for :func:`approximate`: white latents, and a point near the minimum.
+    names : list of str
+        components that all ranks hold, numbers or arrays.
+    rtol : float
+        the work on a number ends when no more than this share of its variance is missing,
+    maxiter : int
+        or after so many products with the Hessian.
+    precondition :
+        a function that multiplies a vector by something like the covariance, symmetric and positive.
+    interrupt : Interrupt
+        as in :meth:`~vmad_lit.contrib.optimize.Optimizer.minimize`.
+
+    Raises
+    ------
+    ValueError
+        if there is no such component, or if the Hessian is not positive at x.
+    """
+
+    whole(1).check("maxiter", maxiter)
+    vs, x = problem.vs, problem.vs.as_vector(x)
+    interrupt = current_interrupt() if interrupt is None else interrupt
+    units = unit_vectors(vs, x, names)
+    gradient = vs.scale(1.0 / problem.temperature, problem.gradient(x))
+    found, missing, variances, products = list[Vector](), list[float](), list[float](), 0
+    for e in units:
+        # Solve for one unit vector, as far as is needed
+        solution, r, p, variance, rz, count = vs.zeros_like(x), e, None, 0.0, 0.0, 0
+        rr = float(vs.inner(e, e))
+        while rr > rtol * variance and count < maxiter:
+            if interrupt is not None and interrupt.agree(vs.comm):
+                break
+            z = r if precondition is None else precondition(r)
+            rz, old = vs.inner(r, z), rz
+            p = z if p is None else vs.addmul(z, p, rz / old)
+            Hp = vs.addmul(p, curvature(problem, x, p), 1.0)
+            bend = vs.inner(p, Hp)
+            if not bend > 0:
+                raise ValueError(
+                    f"the objective is not convex at x (the curvature along a direction is {bend:.3g})"
+                )
+            alpha, count = rz / bend, count + 1
+            solution, r = vs.addmul(solution, p, alpha), vs.addmul(r, Hp, -alpha)
+            variance, rr = variance + float(alpha * rz), float(vs.inner(r, r))
+        products += count
+        found.append(solution)
+        variances.append(variance)
+        missing.append(rr)
+    covariance = np.array([inner_products(vs, units, solution) for solution in found])
+    covariance = (covariance + covariance.T) / 2
+    np.fill_diagonal(covariance, variances)
+    return Marginal(covariance, np.array(missing), -inner_products(vs, found, gradient), products)
 
 
 def checked_header(parts: Parts) -> dict[str, Any]:

@@ -432,7 +432,37 @@ class StrongWolfe:
         return low if low.t else None
 
 
-class State:
+class Saved:
+    """What is saved to a file with a method `save`, and read again."""
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        vs: VectorSpace,
+        like: Vector,
+        problem: Problem | None = None,
+        accept: Accepted = False,
+    ) -> Self:
+        """Read what was saved, for vectors like `like`, on any number of ranks. Collective."""
+        raise NotImplementedError
+
+    # Read a file if there is one
+    @classmethod
+    def resume(
+        cls,
+        path: Path,
+        vs: VectorSpace,
+        like: Vector,
+        problem: Problem | None = None,
+        accept: Accepted = False,
+    ) -> Self | None:
+        """What is saved at `path`, or None if there is nothing yet: what may be given to a run as its `state`."""
+        exists = on_first(vs.comm, lambda: os.path.lexists(path))
+        return cls.load(path, vs, like, problem, accept) if exists else None
+
+
+class State(Saved):
     """The state of a minimisation.
 
     Attributes
@@ -592,8 +622,7 @@ class State:
         parts, changed, like = Parts(path, vs.comm), False, vs.as_vector(like)
         header = together(vs.comm, lambda: checked_header(parts.path, parts.header))
         if problem is not None:
-            new = {**fingerprint({"problem": problem.ingredients()}, vs.comm), "versions": versions()}
-            changed = refuse_differences(header["fingerprint"], new, accept, parts.path)
+            changed = refuse_differences(header["fingerprint"], identity(problem), accept, parts.path)
         # Make the state again
         state = cls(vs, None)
         vars(state).update(header["plain"])
@@ -620,19 +649,6 @@ class State:
                     f"{parts.path} is damaged: the length of {name} is {length:.6g}, expected {expected:.6g}"
                 )
         return state
-
-    @classmethod
-    def resume(
-        cls,
-        path: Path,
-        vs: VectorSpace,
-        like: Vector,
-        problem: Problem | None = None,
-        accept: Accepted = False,
-    ) -> Self | None:
-        """The state saved at `path`, or None if there is none yet: what `minimize` takes as `state`."""
-        exists = on_first(vs.comm, lambda: os.path.lexists(path))
-        return cls.load(path, vs, like, problem, accept) if exists else None
 
 
 class History(list[dict[str, Any]]):
@@ -880,8 +896,7 @@ class Optimizer(Options):
     def _identity(self, problem: Problem) -> dict[str, Any]:
         """The fingerprint of minimising a problem by this optimiser, without the options that only decide when to stop."""
         options = {name: getattr(self, name) for name in self.options() if name not in Optimizer.options()}
-        own = {"problem": problem.ingredients(), "optimiser": {"name": type(self).__name__, **options}}
-        return {**fingerprint(own, problem.vs.comm), "versions": versions()}
+        return identity(problem, optimiser={"name": type(self).__name__, **options})
 
     # Go on from a state
     def _take_over(
@@ -911,7 +926,8 @@ class Optimizer(Options):
             raise ValueError("minimize needs a starting point x0, or a state to go on from")
         point = Point(problem, x=self._starting_point(problem.vs, x0))
         if not math.isfinite(point.y):
-            raise ValueError(f"the objective is {point.y} at the starting point x0; choose another x0")
+            why = reason(problem, point.x)
+            raise ValueError(f"the objective is {point.y} at the starting point x0{why}; choose another x0")
         length = problem.vs.norm(point.Pg)
         if not math.isfinite(length):
             raise ValueError(
@@ -1071,6 +1087,19 @@ def versions() -> dict[str, str]:
     """The versions of what computes."""
     python = platform.python_version().rpartition(".")[0]
     return dict(vmad_lit=__version__, numpy=np.__version__, python=python)
+
+
+def identity(problem: Problem, **more: Any) -> dict[str, Any]:
+    """The fingerprint of a problem, and of what else is given by name, with the versions of what computes. Collective."""
+    own = {"problem": problem.ingredients(), **more}
+    return {**fingerprint(own, problem.vs.comm), "versions": versions()}
+
+
+def reason(problem: Problem, x: Vector) -> str:
+    """Why the objective of a problem is not finite at x, in brackets, if the problem can tell. Collective."""
+    explain = getattr(problem, "explain", None)
+    why = explain(x) if callable(explain) else ""
+    return f" ({why})" if why else ""
 
 
 class GradientDescent(Optimizer):

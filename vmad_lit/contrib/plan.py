@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from vmad_lit.contrib.configuration import Configuration, options_of
+from vmad_lit.contrib.configuration import Configuration, free_of, options_of
 from vmad_lit.contrib.survey import Survey
 from vmad_lit.lib.costs import Division, Machine, available_memory, check_simulation, choose_processes
 from vmad_lit.lib.costs import in_gigabytes, plan_memory
@@ -29,22 +29,17 @@ def steps_of(c: Configuration) -> int:
     return int(c.model.steps) if c.model.evolution == "nbody" else 0
 
 
-def free_of(c: Configuration) -> dict[str, Any]:
-    """The tables of the priors of free parameters, by name."""
-    spaces = {**vars(c.cosmology), **vars(c.bias), "sigma": c.noise.sigma}
-    return {name: value for name, value in spaces.items() if isinstance(value, dict)}
-
-
 def epochs_of(c: Configuration) -> list[tuple[float, dict[str, Any]]]:
     """The smoothing of each epoch, and the options of its solver."""
     known = options_of(c.solver.name)
     common = {k: v for k, v in c.values.get("solver", {}).items() if k in known}
+    said = c.values.get("epochs") or [{}]
     return [
         (
             entry.get("smoothing", c.data.smoothing),
             {**common, **{k: v for k, v in entry.items() if k in known}},
         )
-        for entry in c.values.get("epochs", [{}])
+        for entry in ([said] if isinstance(said, dict) else said)
     ]
 
 
@@ -118,6 +113,8 @@ def plan(c: Configuration, comm: MPI.Comm) -> str:
     }
     seconds, memory = rows[comm.size]
     work = gradients_of(c)
+    most = sum(dict(options).get("maxiter", 200) for _, options in epochs_of(c))
+    looks = most // c.validation.every if c.validation.kind else 0
 
     told = {
         "mesh": f"{' x '.join(map(str, nmesh))} cells, box {c.mesh.box} Mpc/h",
@@ -127,6 +124,11 @@ def plan(c: Configuration, comm: MPI.Comm) -> str:
         "memory": f"{in_gigabytes(memory)} on each of {comm.size}; {in_gigabytes(available_memory())} are free here",
         "gradient": f"{seconds:.3g} s on {comm.size}, from that of a mesh of {min(PROBE, *nmesh)}^3 measured here",
         **{name: f"about {number} gradients, {in_words(number * seconds)}" for name, number in work.items()},
+        **(
+            {"validation": f"{c.validation.kind}, at most {looks} runs of the model without gradient"}
+            if looks
+            else {}
+        ),
         "ranks": f"up to {best} pay: each doubling saves a quarter of the time or more",
     }
     lines = [f"plan of {c.name}", *(f"  {name:10} {text}" for name, text in told.items()), ""]
@@ -135,12 +137,22 @@ def plan(c: Configuration, comm: MPI.Comm) -> str:
     return "\n".join(lines)
 
 
+ERRORS = 150  # gradients for the error of a parameter, about
+
+
+def wants_errors(c: Configuration) -> bool:
+    """Whether free parameters get errors by Laplace's approximation: no sampler, and a posterior at the end."""
+    last, _ = epochs_of(c)[-1]
+    return bool(c.output.errors and free_of(c) and c.sampler.name is None and last == 0)
+
+
 def gradients_of(c: Configuration) -> dict[str, int]:
     """About how many gradients the solver, at most, and the sampler take."""
     solver = sum(dict(options).get("maxiter", 200) for _, options in epochs_of(c))
     s = c.sampler
     if s.name is None:
-        return dict(solver=solver)
+        errors = ERRORS * len(free_of(c)) if wants_errors(c) else 0
+        return dict(solver=solver, errors=errors) if errors else dict(solver=solver)
     if s.name == "Laplace":
         return dict(solver=solver, sampler=(s.powers + 2) * (s.rank + s.oversampling))
     each = {"HMC": 10, "NUTS": 15, "MCLMC": 2, "MAMS": 10}[s.name]  # gradients of an iteration, about

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
 
-from vmad_lit.contrib.likelihoods import Likelihood
+from vmad_lit.contrib.likelihoods import Likelihood, numbers_of
 from vmad_lit.contrib.optimize import ModelProblem, Preconditioner, Problem
 from vmad_lit.contrib.priors import LOG_ROOT, Prior
 from vmad_lit.contrib.vectorspace import ProductSpace, Vector
@@ -18,8 +19,10 @@ from vmad_lit.core.autooperator import AutoOperator
 from vmad_lit.core.error import did_you_mean
 from vmad_lit.core.model import Model
 from vmad_lit.core.symbol import Symbol
+from vmad_lit.core.tape import Tape
 from vmad_lit.core.together import together
 from vmad_lit.lib import mpi
+from vmad_lit.lib.cosmology import OutOfDomain
 from vmad_lit.lib.mpi import MPI
 
 Forward = Callable[..., Any]
@@ -74,17 +77,7 @@ class Posterior(ModelProblem):
             mpi.agreed(x, self.comm)
 
         m = Model()
-        values, outputs = self.express(m)
-        pool = {**values, **outputs}
-        # Add up the likelihoods
-        losses: list[Symbol] = []
-        roots: dict[str, Symbol] = {}
-        for name, likelihood in self.pairs():
-            if name not in pool:
-                raise ValueError(f"the forward model has no result {name!r}" + did_you_mean(name, list(pool)))
-            loss, found = likelihood.express(pool[name], finder(pool), self.comm)
-            losses.append(loss)
-            roots.update((f"root{len(roots)}", root) for root in found)
+        losses, roots = self.compare(m)
         m.output(**{LOSS: sum(losses[1:], start=losses[0])}, **roots)
 
         vs = ProductSpace({name: prior.space(self.comm) for name, prior in self.priors.items()})
@@ -92,6 +85,7 @@ class Posterior(ModelProblem):
             m, LOSS, list(self.priors), list(roots), vs, preconditioner, identity, temperature=1.0
         )
         self._forecast: Model | None = None
+        self._is_outside = False
         ones = {name: prior.zeros() + 1.0 for name, prior in self.priors.items()}
         self.size = round(vs.dot(ones, ones))
 
@@ -149,18 +143,36 @@ class Posterior(ModelProblem):
                 values[name] = prior.express(z, values, self.comm)
         return values, run_forward(self.forward, values, self.only_result)
 
+    def compare(self, m: Model) -> tuple[list[Symbol], dict[str, Symbol]]:
+        """The loss of each likelihood, and the roots of all by names of their own, as symbols of a model."""
+        values, outputs = self.express(m)
+        pool, losses = {**values, **outputs}, []
+        roots: dict[str, Symbol] = {}
+        for name, likelihood in self.pairs():
+            if name not in pool:
+                raise ValueError(f"the forward model has no result {name!r}" + did_you_mean(name, list(pool)))
+            loss, found = likelihood.express(pool[name], finder(pool), self.comm)
+            losses.append(loss)
+            roots.update((f"root{len(roots)}", root) for root in found)
+        return losses, roots
+
     # The problem
     def _forward(self, x: Vector) -> Any:
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with self._zero_outside():
             return self._add_prior(super()._forward(x))
+        return np.inf
 
     def _pull_back(self, x: Vector) -> Vector:
+        self.objective(x)
+        if self._is_outside:
+            return self.vs.scale(np.nan, x)
         return self.vs.addmul(super()._pull_back(x), x, 1.0)
 
     def _forward_and_pull(self, x: Vector) -> tuple[Any, Vector]:
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with self._zero_outside():
             loss, slope = super()._forward_and_pull(x)
             return self._add_prior(loss), self.vs.addmul(slope, x, 1.0)
+        return np.inf, self.vs.scale(np.nan, x)
 
     def _add_prior(self, loss: Any) -> Any:
         loss = loss + 0.5 * self.vs.dot(self._point, self._point)
@@ -172,10 +184,47 @@ class Posterior(ModelProblem):
     def _exact(self, x: Vector, v: Vector) -> Vector:
         return self.vs.addmul(super()._exact(x, v), v, 1.0)
 
+    @contextmanager
+    def _zero_outside(self) -> Iterator[None]:
+        """For a run of the model, which ends without an error where parameters have left their domain."""
+        self._is_outside = False
+        try:
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                yield
+        except OutOfDomain:
+            self._is_outside, self._tape = True, None
+
+    def _tape_at(self, x: Vector) -> Tape:
+        self.objective(x)
+        if self._is_outside:
+            raise ValueError(f"there are no second derivatives where the density is zero: {self.explain(x)}")
+        return super()._tape_at(x)
+
     def ingredients(self) -> dict[str, Any]:
         """The priors, the forward model and the likelihoods, besides what all problems have."""
         own = dict(priors=self.priors, forward=self.forward, likelihoods=self.likelihoods)
         return {**Problem.ingredients(self), **own}
+
+    def explain(self, z: Vector) -> str:
+        """Which part of the posterior is not finite at latents, in words; nothing if all are. Collective."""
+        losses = Model()
+        losses.output(**{f"{LOSS}{i}": loss for i, loss in enumerate(self.compare(losses)[0])})
+        forecast = self._forecast_model()
+        parts = [(f"the parameter {name!r}", forecast, name) for name in self.priors]
+        results = [name for name in forecast._outputs if name not in self.priors]
+        parts += [(f"the result {name!r} of the forward model", forecast, name) for name in results]
+        pairs = [f"{name!r}, {likelihood!r}," for name, likelihood in self.pairs()]
+        parts += [(f"the likelihood of {pair}", losses, f"{LOSS}{i}") for i, pair in enumerate(pairs)]
+        for what, model, name in parts:
+            # Say what is wrong with a part
+            try:
+                with np.errstate(all="ignore"):
+                    value = model.compute(name, init=dict(z))
+            except OutOfDomain as error:
+                return f"{what} has no value: {error}"
+            if self.vs.any(not np.isfinite(numbers_of(value)).all()):
+                return f"{what} is not finite"
+        return ""
 
     # Latents and values
     def zeros(self) -> Vector:

@@ -446,8 +446,18 @@ class WhiteField(Prior):
         return self._shells
 
 
+def without_mean(power: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A power spectrum that is zero at k = 0, and another one elsewhere."""
+
+    def powerspectrum(k: Any) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(np.asarray(k) > 0, power(k), 0.0)
+
+    return powerspectrum
+
+
 class GaussianField(WhiteField):
-    """A Gaussian field, as the modes of linear theory today.
+    """A Gaussian field, as the modes of linear theory today. Its mean is zero, whatever the power at k = 0.
 
     Parameters
     ----------
@@ -470,7 +480,9 @@ class GaussianField(WhiteField):
 
     def find_power(self, others: Parameters) -> Any:
         """The power spectrum for values, or symbols, of the parameters that it depends on."""
-        return self.power(**{name: others[name] for name in self.depends}) if self.depends else self.power
+        if not self.depends:
+            return without_mean(self.power)
+        return self.power(**{name: others[name] for name in self.depends})
 
     def express(self, z: Symbol, others: Parameters, comm: MPI.Comm) -> Symbol:
         return linear_modes(z, self.find_power(others), self.pm)
@@ -478,12 +490,11 @@ class GaussianField(WhiteField):
     def latent(self, value: Any, others: Parameters) -> Any:
         value = value.r2c() if isinstance(value, RealField) else value
         check_field(value, BaseComplexField, self.pm)
-        power, volume = self.find_power(others), float(self.pm.BoxSize.prod())
+        power, volume = without_mean(self.find_power(others)), float(self.pm.BoxSize.prod())
 
         def whiten(k: Any, v: Array) -> Array:
-            k = k.normp(2) ** 0.5
+            P = power(k.normp(2) ** 0.5)
             with np.errstate(divide="ignore", invalid="ignore"):
-                P = np.where(k > 0, power(k), 0.0 if self.depends else power(k))
                 return np.where((P > 0) & np.isfinite(P), v * (volume / P) ** 0.5, 0.0)
 
         return value.apply(whiten).c2r() * float(self.pm.Nmesh.prod()) ** -0.5

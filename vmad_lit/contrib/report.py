@@ -142,7 +142,7 @@ def told(value: Any) -> str:
 
 
 # Pictures
-COLOURS = "#3b82c4", "#e0822d", "#3f9b6b", "#b05cc0", "#c4a000"
+COLOURS = "#3b82c4", "#d0701f", "#3f9b6b", "#b05cc0", "#a08400"
 GREY = "#8a8a8a"
 
 

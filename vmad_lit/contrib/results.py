@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy
 
 from vmad_lit import __version__
 from vmad_lit.contrib import chains
-from vmad_lit.contrib.configuration import SCHEMA, Configuration, ConfigurationError, write_toml
-from vmad_lit.contrib.cosmo4d import gaussian
-from vmad_lit.contrib.laplace import Laplace
-from vmad_lit.contrib.plan import free_of
+from vmad_lit.contrib.configuration import OPTIONAL, SCHEMA, Configuration, ConfigurationError
+from vmad_lit.contrib.configuration import free_of, write_toml
+from vmad_lit.contrib.cosmo4d import gaussian, white_noise
+from vmad_lit.contrib.laplace import Laplace, curvature, marginal_of
+from vmad_lit.contrib.posterior import Posterior
 from vmad_lit.contrib.report import Report, curve_picture, map_picture, picture_of
 from vmad_lit.contrib.survey import cosmology_of
+from vmad_lit.contrib.vectorspace import Vector
 from vmad_lit.lib.catalogue import save
 from vmad_lit.lib.cosmology import LinearPower
 from vmad_lit.lib.mesh import RealField
@@ -47,6 +49,78 @@ MEANING = {
 }
 
 
+class ParameterError(NamedTuple):
+    """The error of a parameter by Laplace's approximation, at least and at most, and how far it is to the minimum, in errors."""
+
+    least: float
+    most: float
+    shift: float
+
+
+def errors_of(
+    problem: Posterior, x: Vector, bounds: Mapping[str, Mapping[str, float]], interrupt: Any = None
+) -> tuple[dict[str, ParameterError | None], int]:
+    """The errors of the numbers of a posterior at its most probable point, whatever the modes are, by name; None where
+    a bound has stopped it. And how many products with the Hessian that has taken. Collective."""
+    names = [name for name in problem.names if name != "modes"]
+    free = [n for n in names if all(x[n] != bound.get(n) for bound in bounds.values())]
+    if not free:
+        return dict.fromkeys(names), 0
+    precondition = shell_curvature(problem, x, free)
+    found = marginal_of(problem, x, free, ERROR_RTOL, ERROR_PRODUCTS, precondition, interrupt)
+    errors: dict[str, ParameterError | None] = dict.fromkeys(names)
+    for i, name in enumerate(free):
+        prior: Any = problem.priors[name]
+        least = float(found.covariance[i, i])
+        most = min(1.0, least + float(found.missing[i]))
+        slope, shift = float(prior.slope(x[name])), float(found.shift[i])
+        errors[name] = ParameterError(slope * least**0.5, slope * most**0.5, shift / most**0.5)
+    return errors, found.products + len(free) + 1
+
+
+def shell_curvature(problem: Posterior, x: Vector, names: Sequence[str]) -> Callable[[Vector], Vector]:
+    """A function that multiplies latents by about their covariance: modes by shells of k, each number by itself. Collective."""
+    vs, pm = problem.vs, x["modes"].pm
+    zero, shells, probe = vs.zeros_like(x), Shells(pm), white_noise(pm, 0, purpose="curvature of shells")
+    answer = curvature(problem, x, {**zero, "modes": probe})["modes"]
+    r, t = shells.compare(answer, probe)
+    bends = numpy.maximum(numpy.nan_to_num(r * t), 0.0)
+    own = {n: curvature(problem, x, {**zero, n: 1.0})[n] for n in names}
+
+    def apply(v: Vector) -> Vector:
+        modes = (
+            v["modes"].r2c().apply(lambda k, m: m / (1 + numpy.interp(k.normp(2) ** 0.5, shells.k, bends)))
+        )
+        numbers = {n: part / (1 + max(own.get(n, 0.0), 0.0)) for n, part in v.items() if n != "modes"}
+        return {**numbers, "modes": modes.c2r()}
+
+    return apply
+
+
+ERROR_RTOL, ERROR_PRODUCTS = (
+    0.1,
+    150,
+)  # the share of a variance that may be missing, and products for each number
+MEANING_OF_ERRORS = (
+    "Errors are those of Laplace's approximation: the posterior is taken for a normal density around the most "
+    "probable point, with the Gauss-Newton curvature there. The error of a number is its standard deviation whatever "
+    "the modes and the other numbers are, good to a twentieth, or between the limits that are given; 'to go' is how far "
+    "the minimum of the parabola is from the point that the solver has reached.",
+    "Mind that this is the point at which all unknowns together are most probable. It is not the mean of the posterior "
+    "of a number, and may be several errors away from that, and from the truth. For a mean and an error that can be "
+    "quoted, draw from the posterior, with a [sampler].",
+)
+
+
+def cells_of(error: ParameterError | None) -> tuple[Any, Any]:
+    """Two cells of a table, for the error and for the way to go."""
+    if error is None:
+        return "none, at a bound", ""
+    least, most, shift = error
+    exact = least**2 >= (1 - 2 * ERROR_RTOL) * most**2
+    return least if exact else f"{least:.2g} to {most:.2g}", shift
+
+
 class Results:
     """What is known at the end, for files and the report. Its methods are collective, where they do not say otherwise.
 
@@ -74,10 +148,10 @@ class Results:
     def __init__(self, run: Any) -> None:
         self.run, self.c, self.problem, self.pm = run, run.c, run.problem, run.pm
         self.shells = Shells(run.pm)
-        self.values = self._values(run.state.x)
+        self.values = self._values(run.x)
         self.modes = {"most probable": self.values["modes"]}
         self.fields: dict[str, RealField] = {"data": run.survey.d, "density": self.values.pop("density")}
-        self.fields.update(white_noise=run.state.x["modes"], linear=self.values["modes"].c2r())
+        self.fields.update(white_noise=run.x["modes"], linear=self.values["modes"].c2r())
         for name in "mask", "counts", "clean":
             if getattr(run.survey, name) is not None:
                 self.fields[name] = getattr(run.survey, name)
@@ -145,6 +219,8 @@ class Results:
         attributes.update(iterations=state.nit, status=state.message)
         for name in free_of(c):
             attributes[f"parameter {name}"] = self.values[name]
+            if (error := self.run.errors.get(name)) is not None:
+                attributes[f"error of {name}"] = error.least
         save(path, self.pm.comm, fields=self.fields, attributes=attributes, dtype=c.output.precision)
 
     def save_draws(self, path: str) -> None:
@@ -178,7 +254,7 @@ class Results:
 
     def fit(self) -> list[tuple[str, Any]]:
         """What the fit is like, in rows of a table."""
-        z, problem, state = self.run.state.x, self.problem, self.run.state
+        z, problem, state = self.run.x, self.problem, self.run.state
         prior = problem.vs.dot(z, z)
         [(_, likelihood)] = problem.pairs()
         rows: list[tuple[str, Any]] = [("data", likelihood.count), ("unknowns", problem.size)]
@@ -191,8 +267,19 @@ class Results:
             ]
         rows += [
             ("sum of squares of the white unknowns", prior),
-            ("-log posterior, up to a constant", state.y),
+            ("-log posterior, up to a constant", problem.objective(z)),
         ]
+        # Tell what the validation says
+        if (validation := self.run.survey.validation()) is not None:
+            judge = self.run.survey.likelihood(judge=True)
+            value = validation.objective(z)
+            rows.append(("data that are not fitted, for the validation", judge.count))
+            if judge.is_sum_of_squares and "sigma" not in self.values:
+                rows.append(("chi-square for each of them", 2 * value / judge.count))
+            else:
+                rows.append(("-log likelihood for each of them, up to a constant", value / judge.count))
+        if self.c.solver.keep_best and state.best is not None:
+            rows.append(("the best point, which is what is shown, is that of iteration", state.best.nit))
         rows += [("iterations", state.nit), ("gradients", state.gev), ("the solver", state.message)]
         return rows + [
             (f"the sampler, chain {i + 1}", found.message) for i, found in enumerate(self.run.chains)
@@ -206,6 +293,9 @@ class Results:
         if self.truth:
             head.append("truth")
             rows = [[*row, self.truth[row[0]]] for row in rows]
+        if errors := self.run.errors:
+            head += ["error", "to go, in errors"]
+            rows = [[*row, *cells_of(errors[row[0]])] for row in rows]
         found = chains.collect(self.draws) if self.draws else {}
         if found:
             head += ["mean", "sd"]
@@ -217,6 +307,8 @@ class Results:
             rows = [[*row, float(told[row[0]]["r_hat"]), float(told[row[0]]["ess_bulk"])] for row in rows]
         if rows:
             page.section("Parameters").table(head, rows)
+        if errors:
+            page.text(*MEANING_OF_ERRORS)
         if not found:
             return
         power = told.get("modes_power")
@@ -273,7 +365,8 @@ class Results:
             scale = max(width["linear" if linear else "density"], 1e-12)
             more = ", smoothed by two cells" if linear else ""
             alt = f"Map of {title}: mean {numpy.mean(image):.2f}, standard deviation {numpy.std(image):.2f}"
-            caption = f"{title[:1].upper()}{title[1:]}{more}; mean over {self.thickness} planes"
+            planes = f"{self.thickness} plane{'s' * (self.thickness > 1)}"
+            caption = f"{title[:1].upper()}{title[1:]}{more}; mean over {planes}"
             centre, sides = 0.0 if linear else 1.0, self.pm.BoxSize[:2]
             picture = map_picture(image, sides, centre, scale) if self.pm.comm.rank == 0 else ""
             pictures.append((picture, alt, caption))
@@ -352,8 +445,9 @@ def configuration_text(c: Configuration) -> str:
         spaces = space if isinstance(space, list) else [space]
         taken = [{k: v for k, v in vars(one).items() if v is not None} for one in spaces]
         values[section] = taken if isinstance(space, list) else taken[0]
-    if c.sampler.name is None:
-        del values["sampler"]
+    for section in OPTIONAL:
+        if not c.says(section):
+            del values[section]
 
     # Take out the defaults that contradict what is said
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import math
-import os
+from statistics import NormalDist
 import sys
 import time
 from typing import Any, Self
@@ -22,13 +22,15 @@ import numpy as np
 from vmad_lit.contrib.optimize import Accepted, Options, Preconditioner, Problem, ProgressBar, Rule
 from vmad_lit.contrib.optimize import COUNT, FINITE, LENGTH, TEXT
 from vmad_lit.contrib.optimize import (
+    Saved,
     has_nan,
+    identity,
     is_accepted,
     is_real,
     lay_out,
     read_vectors,
+    reason,
     refuse_differences,
-    versions,
     whole,
 )
 from vmad_lit.contrib.metrics import Metric, Moments, fitting_metric
@@ -36,9 +38,8 @@ from vmad_lit.contrib.vectorspace import ProductSpace, Vector, VectorSpace, is_f
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.core.together import together
 from vmad_lit.lib.files import Path
-from vmad_lit.lib.fingerprint import fingerprint
 from vmad_lit.lib.noise import uniform_numbers
-from vmad_lit.lib.shards import Parts, StateError, on_first, save_parts
+from vmad_lit.lib.shards import Parts, StateError, save_parts
 from vmad_lit.lib.signals import Interrupt, current_interrupt
 
 
@@ -210,7 +211,7 @@ class Table:
         return described
 
 
-class Chain:
+class Chain(Saved):
     """A Markov chain: what it has drawn, and all that it takes to go on, to the last bit.
 
     Attributes
@@ -399,8 +400,7 @@ class Chain:
         header = together(vs.comm, lambda: checked_header(parts.path, parts.header))
         own = like
         if problem is not None:
-            new = {**fingerprint({"problem": problem.ingredients()}, vs.comm), "versions": versions()}
-            refuse_differences(header["fingerprint"], new, accept, parts.path, "chain")
+            refuse_differences(header["fingerprint"], identity(problem), accept, parts.path, "chain")
             own = like if problem.preconditioner is None else problem.preconditioner.whiten(like)
         chain = cls(vs, "", 0, 0)
         vars(chain).update(header["plain"], numbers=header["numbers"], fingerprint=header["fingerprint"])
@@ -430,19 +430,6 @@ class Chain:
         if not np.allclose(lengths, header["lengths"], rtol=1e-3, atol=sys.float_info.min):
             raise StateError(f"{parts.path} is damaged: its vectors have other lengths than its header says")
         return chain
-
-    @classmethod
-    def resume(
-        cls,
-        path: Path,
-        vs: VectorSpace,
-        like: Vector,
-        problem: Problem | None = None,
-        accept: Accepted = False,
-    ) -> Self | None:
-        """The chain saved at `path`, or None if there is none yet: what `sample` takes as `state`."""
-        exists = on_first(vs.comm, lambda: os.path.lexists(path))
-        return cls.load(path, vs, like, problem, accept) if exists else None
 
 
 FEW = 1000  # numbers of a vector that are kept of each draw without being asked for
@@ -716,6 +703,7 @@ class Sampler(Options):
         if not math.isfinite(place.U):
             raise ValueError(
                 f"the objective is {place.U * target.temperature} at the starting point, where the density must not be zero"
+                + reason(target.problem, start)
             )
         if not math.isfinite(vs.norm(place.g)):
             raise ValueError("the gradient has components that are not finite at the starting point")
@@ -731,11 +719,7 @@ class Sampler(Options):
     def _identity(self, problem: Problem, seed: int) -> dict[str, Any]:
         """The fingerprint of a chain, without the number of draws, which only says when to stop."""
         options = {name: getattr(self, name) for name in self.options() if name not in ("draws", "seed")}
-        own = {
-            "problem": problem.ingredients(),
-            "sampler": {"name": type(self).__name__, "seed": seed, **options},
-        }
-        return {**fingerprint(own, problem.vs.comm), "versions": versions()}
+        return identity(problem, sampler={"name": type(self).__name__, "seed": seed, **options})
 
     def _take_over(self, target: Target, chain: Chain, identity: Mapping[str, Any], accept: Accepted) -> None:
         """See that a chain is that of this sampler and problem, and go on from it."""
@@ -932,7 +916,10 @@ class DualAveraging:
 
     def restart(self, step: float) -> None:
         """Begin anew at a step."""
-        self.memory.update(centre=math.log(10 * step), count=0, error=0.0, last=math.log(step), mean=0.0)
+        first = math.log(step)
+        self.memory.update(
+            centre=first + math.log(10), count=0, error=0.0, last=first, mean=first, spread=0.0
+        )
 
     def learn(self, accept: float) -> float:
         """Learn from an acceptance, and return the next step to try."""
@@ -940,13 +927,19 @@ class DualAveraging:
         m["count"] += 1
         m["error"] += (self.aim - accept - m["error"]) / (m["count"] + self.T0)
         m["last"] = m["centre"] - math.sqrt(m["count"]) / self.GAMMA * m["error"]
-        m["mean"] += m["count"] ** -self.KAPPA * (m["last"] - m["mean"])
+        share, away = m["count"] ** -self.KAPPA, m["last"] - m["mean"]
+        m["mean"] += share * away
+        if m["count"] > 3:
+            m["spread"] = (1 - share) * (m["spread"] + share * min(away**2, 1.0))
         return math.exp(m["last"])
 
     @property
     def result(self) -> float:
-        """The step that comes out."""
-        return math.exp(self.memory["mean"] if self.memory["count"] else self.memory["last"])
+        """The step that comes out. Those that were tried have the acceptance `aim` on average; it has it by itself."""
+        m, q = self.memory, NormalDist().inv_cdf(self.aim / 2)
+        if m["count"] < self.T0:
+            return math.exp(min(m["mean"], m["centre"] - math.log(10)))
+        return math.exp(m["mean"] + (1 - q * q) * m["spread"] / (1 + 2 * m["spread"]))
 
 
 def windows(warmup: int) -> tuple[int, list[int]]:

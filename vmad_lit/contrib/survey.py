@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from statistics import NormalDist
+from typing import Any, NoReturn
 
 import numpy
 
@@ -15,6 +16,7 @@ from vmad_lit.contrib.datafiles import BadData, check_numbers, look_at_columns, 
 from vmad_lit.contrib.datafiles import read_columns, read_mesh
 from vmad_lit.contrib.forward import Density
 from vmad_lit.contrib.likelihoods import Gaussian, Likelihood, Poisson, Smoothed
+from vmad_lit.contrib.optimize import Validation
 from vmad_lit.contrib.posterior import Posterior, finder
 from vmad_lit.contrib.priors import LinearField, LogNormal, Normal, Numbers, TruncatedNormal, Uniform
 from vmad_lit.core.stdlib.operators import Array
@@ -53,9 +55,11 @@ def look_at_files(c: Configuration, comm: MPI.Comm) -> None:
         raise c.error(*found)
 
 
-def read_catalogue(c: Configuration, pm: ParticleMesh, window: str | None = None) -> tuple[RealField, float]:
-    """The catalogue that a configuration names, painted with a window, by default that of `pm`, and the number of its rows, or of rows of
-    equal weight that would scatter as much. Collective.
+def read_catalogue(
+    c: Configuration, pm: ParticleMesh, window: str | None = None, mask: RealField | None = None
+) -> tuple[RealField, float]:
+    """The catalogue that a configuration names, painted with a window, by default that of `pm`, and the number of its
+    rows where the mask is above 0, or of rows of equal weight that would scatter as much. Collective.
 
     Raises
     ------
@@ -77,11 +81,17 @@ def read_catalogue(c: Configuration, pm: ParticleMesh, window: str | None = None
         raise BadData(f"{path}: {told}", "data.weight")
 
     w = numpy.ones(len(x)) if w is None else w
-    weight, squares = (float(add_up(comm, total)) for total in (w.sum(), (w**2).sum()))
-    if not weight > 0:
+    layout = pm.decompose(x)
+    part = 1.0 if mask is None else mask.readout(x, resampler="nnb", layout=layout)
+    counted = w * (part > 0)
+    weight, squares, all_of_it = (
+        float(add_up(comm, total)) for total in (counted.sum(), (counted**2).sum(), w.sum())
+    )
+    if not all_of_it > 0:
         raise BadData(f"{path}: all weights are 0", "data.weight")
-    field = pm.paint(x, mass=w, resampler=window, layout=pm.decompose(x))
-    return field, weight**2 / squares
+    if not weight > 0:
+        raise BadData(f"{path}: no object is where the mask is above 0", "data.file")
+    return pm.paint(x, mass=w, resampler=window, layout=layout), weight**2 / squares
 
 
 def box_of(pm: ParticleMesh) -> str:
@@ -145,7 +155,9 @@ def forward_model(c: Configuration, pm: ParticleMesh) -> tuple[dict[str, Any], C
     return {"modes": modes, **free}, functools.partial(density, **fixed)
 
 
-OF_THE_PROBLEM = "mesh", "data", "mask", "noise", "bias", "model", "cosmology"  # sections of a configuration
+#: Sections of a configuration that make the problem, and keys that do not.
+OF_THE_PROBLEM = "mesh", "data", "mask", "noise", "bias", "model", "cosmology", "validation"
+NOT_OF_THE_PROBLEM = "file", "every", "patience"
 
 
 class Survey:
@@ -168,6 +180,10 @@ class Survey:
         The latents from which the data were made up.
     clean : RealField or None
         The density without noise, if known.
+    held : array of truth values, or None
+        Which cells of this rank are held out of the fit, for a validation.
+    second : RealField or None
+        Data with other noise, for a validation.
 
     Raises
     ------
@@ -180,7 +196,11 @@ class Survey:
         self.truth: dict[str, Any] | None = None
         self.clean: RealField | None = None
         self.counts: RealField | None = None
-        self.mask: RealField | None = None if c.mask.file is None else self._read_mask()
+        self.second: RealField | None = None
+        self.held: Array | None = None
+        self.mask: RealField | None = None
+        if c.mask.file is not None:
+            self.mask = self._read_mask()
         self.priors, self.forward = forward_model(c, pm)
         self.poisson = c.noise.kind == "poisson"
         self.noise: Any = self._find_noise()
@@ -190,18 +210,55 @@ class Survey:
             self._read_density()
         else:
             self._count()
+        if c.validation.kind == "cells":
+            self.held = self._hold_out()
 
-    def likelihood(self, smoothing: float = 0.0) -> Likelihood:
-        """The likelihood of a density, compared after smoothing with a Gaussian of a scale in Mpc/h."""
-        mask = None if self.mask is None else self._like(self.seen)
+    def likelihood(self, smoothing: float = 0.0, judge: bool = False) -> Likelihood:
+        """The likelihood of a density, compared after smoothing with a Gaussian of a scale in Mpc/h; with `judge` that of
+        what is not fitted."""
+        cells = self.seen
+        if self.held is not None:
+            cells = cells & (self.held if judge else ~self.held)
+        mask = None if self.mask is None and self.held is None else self._like(cells)
+        data: Any = self.counts if self.poisson else self.d
+        data = self.second if judge and self.second is not None else data
         if self.poisson:
-            assert self.counts is not None
-            return Poisson(self.counts, mean=self.noise, mask=mask, floor=FLOOR)
+            return Poisson(data, mean=self.noise, mask=mask, floor=FLOOR)
         if callable(self.noise):
-            return Gaussian(self.d, power=self.noise)
+            return Gaussian(data, power=self.noise)
         amplitude = "sigma" if "sigma" in self.priors else None
         given = dict(sigma=self._spread(self.noise), mask=mask, amplitude=amplitude)
-        return Smoothed(self.d, scale=smoothing, **given) if smoothing else Gaussian(self.d, **given)
+        return Smoothed(data, scale=smoothing, **given) if smoothing else Gaussian(data, **given)
+
+    def _hold_out(self) -> Array:
+        """Which of the observed cells are held out of the fit."""
+        v, comm = self.c.validation, self.pm.comm
+        normal = white_noise(self.pm, v.seed, purpose="cells that are held out").value
+        held = (normal < NormalDist().inv_cdf(v.share)) & self.seen
+        number, seen = (int(add_up(comm, int(cells.sum()))) for cells in (held, self.seen))
+        if not 0 < number < seen:
+            told = f"a share of {v.share} of {seen} cells that were observed leaves {number} to be held out"
+            raise BadData(told, "validation.share")
+        return held
+
+    def validation(self) -> Validation | None:
+        """The validation that the configuration asks for."""
+        v = self.c.validation
+        if v.kind is None:
+            return None
+        likelihoods = dict(density=self.likelihood(judge=True))
+        judge = Posterior(self.priors, self.forward, likelihoods, self.pm.comm)
+        return Validation(
+            lambda z: judge.objective(z) - 0.5 * judge.vs.dot(z, z), every=v.every, patience=v.patience
+        )
+
+    def bounds(self) -> dict[str, dict[str, float]]:
+        """The lower and upper bounds that the configuration gives to parameters, as those of their latents."""
+        said = {side: getattr(self.c.solver, side) or {} for side in ("lower", "upper")}
+        return {
+            side: {name: float(self.priors[name].latent(value, {})) for name, value in bounds.items()}
+            for side, bounds in said.items()
+        }
 
     def posterior(self, smoothing: float | None = None) -> Posterior:
         """The posterior, by default with the smoothing of the configuration."""
@@ -219,7 +276,7 @@ class Survey:
         """The values of the configuration that make the problem, by section and key."""
         sections = {name: said for name, said in self.c.values.items() if name in OF_THE_PROBLEM}
         return {
-            name: {key: value for key, value in said.items() if key != "file"}
+            name: {key: value for key, value in said.items() if key not in NOT_OF_THE_PROBLEM}
             for name, said in sections.items()
         }
 
@@ -254,10 +311,11 @@ class Survey:
         return mask
 
     def _read_map(self, section: str, rule: str, good: Callable[[Array], Array]) -> RealField:
-        """The mesh that a section names, if its values follow a rule."""
+        """The mesh that a section names, if its values follow a rule where something was observed; 1 elsewhere."""
         space = getattr(self.c, section)
         path = self.c.path(space.file)
-        field = read_mesh(path, section, space, self.pm)
+        field = read_mesh(path, section, space, self.pm, None if self.mask is None else self.seen)
+        field = self._like(numpy.where(self.seen, field.value, 1.0))
         offset = [part.start for part in field.slices]
         if told := check_numbers(self.pm.comm, field.value, good(field.value), offset, f"values {rule}"):
             raise BadData(f"{path}: {told}", f"{section}.array")
@@ -278,36 +336,75 @@ class Survey:
     def _read_density(self) -> None:
         """Read a density, and bring it to a mean of 1."""
         c = self.c
-        d: Any = read_mesh(c.path(c.data.file), "data", c.data, self.pm)
-        self.d = self._normalise(d + 1.0 if c.data.contrast else d)
+        d: Any = read_mesh(
+            c.path(c.data.file), "data", c.data, self.pm, None if self.mask is None else self.seen
+        )
+        if c.data.contrast and not self._lowest(d.value) < 0:
+            self._blame_contrast("no value is below 0, and a contrast has voids", "take contrast = true away")
+        # Divide by the mean, if it is that of a density
+        hint = "if this is delta, say contrast = true; if it is a density all the same, contrast = false"
+        self.d, mean, spread = self._normalise(d + 1.0 if c.data.contrast else d)
+        if not mean > 1e-3 * spread:
+            self._blame_contrast(f"expected a density with a positive mean, got the mean {mean:.3g}", hint)
+        # See that the density is not negative without a reason
+        if c.says("data", "contrast"):
+            return
+        low = self.d.value + 7 * self._deviation()
+        if self._lowest(low) < 0 and self._lowest(low) < 2 * self._lowest_of_model():
+            count = int(add_up(self.pm.comm, numpy.sum((low < 0) & self.seen)))
+            told = f"{count} cells are below 0 by more than the noise explains, down to {self._lowest(self.d.value):.3g} of the mean"
+            self._blame_contrast(told, hint)
+
+    def _lowest(self, values: Array) -> float:
+        """The lowest of the values of all ranks in cells that were observed."""
+        own = float(values[self.seen].min(initial=numpy.inf))
+        return float(self.pm.comm.allreduce(own, MPI.MIN))
+
+    def _blame_contrast(self, told: str, hint: str) -> NoReturn:
+        """Raise BadData for the key that says whether a file has a density or a contrast."""
+        raise BadData(f"{self.c.path(self.c.data.file)}: {told}; {hint}", "data.contrast")
+
+    def _deviation(self) -> Any:
+        """The standard deviation of the noise in each cell, at most; of one that has a prior at its upper end."""
+        if callable(self.noise):
+            modes = self.pm.create(type="complex", value=0).apply(
+                lambda k, v: v + self.noise(k.normp() ** 0.5) ** 0.5
+            )
+            return (float(modes.cdot(modes).real) / float(self.pm.BoxSize.prod())) ** 0.5
+        amplitude = float(self.priors["sigma"].value(3.0)) if "sigma" in self.priors else 1.0
+        spread = self._spread(self.noise)
+        return amplitude * getattr(spread, "value", spread)
+
+    def _lowest_of_model(self) -> float:
+        """The lowest density that the model makes of a draw from the priors, with the parameters in their middle."""
+        z = {name: prior.zeros() for name, prior in self.priors.items()}
+        z["modes"] = white_noise(self.pm, 0)
+        return min(0.0, self._lowest(self.posterior().forecast(z, ["density"])["density"].value))
 
     def _count(self) -> None:
         """Read a catalogue, and find how many objects there are in a cell of the mean density."""
-        counts, number = read_catalogue(self.c, self.pm, "nnb" if self.poisson else None)
+        counts, number = read_catalogue(self.c, self.pm, "nnb" if self.poisson else None, self.mask)
         cells = float(self.pm.Nmesh.prod()) if self.mask is None else float(self.mask.csum())
         if self.poisson:
             self.counts = self._like(numpy.where(self.seen, counts.value, 0.0))
             self.noise = self._expected(float(self.counts.csum()) / cells)
         elif self.noise is None:
             self.noise = (cells / number) ** 0.5
-        self.d = self._normalise(self._like(counts.value / self.part))
+        self.d, _, _ = self._normalise(self._like(counts.value / self.part))
 
     def _expected(self, mean: float) -> Any:
         """The number of objects in each cell that is expected for the mean density."""
         return float(mean) if self.mask is None else self.mask * float(mean)
 
-    def _normalise(self, d: RealField) -> RealField:
-        """A density in units of its mean over what was observed, and 0 where nothing was."""
+    def _normalise(self, d: RealField) -> tuple[RealField, float, float]:
+        """A density in units of its mean over what was observed, and 0 where nothing was; its mean and its scatter."""
         d = self._like(numpy.where(self.seen, d.value, 0.0))
         weight = self._like(self.part * self.seen)
         total = weight.csum()
         mean = d.cdot(weight) / total
         spread = max((d * d).cdot(weight) / total - mean**2, 0.0) ** 0.5
-        if not mean > 1e-3 * spread:
-            told = f"expected a density with a positive mean, got the mean {mean:.3g}"
-            hint = "if this is delta, say contrast = true"
-            raise BadData(f"{self.c.path(self.c.data.file)}: {told}; {hint}", "data.array")
-        return d * (1.0 / mean)
+        factor: Any = 1.0 / mean if mean else 1.0
+        return d * factor, float(mean), float(spread)
 
     # Make up
     def _make_up(self, seed: int) -> None:
@@ -319,7 +416,11 @@ class Survey:
         self.noise = self._expected(self.noise) if self.poisson else self.noise
         found = self.posterior().forecast(self.truth, ["density", *self.priors])
         self.clean = found["density"]
-        drawn = self.likelihood().draw(found["density"], finder(found), seed, "noise of data")
+        likelihood = self.likelihood()
+        drawn = likelihood.draw(found["density"], finder(found), seed, "noise of data")
+        v = self.c.validation
+        if v.kind == "noise":
+            self.second = likelihood.draw(found["density"], finder(found), v.seed, "noise of a validation")
         if self.poisson:
             expected = numpy.where(self.seen, getattr(self.noise, "value", self.noise), 1.0)
             self.counts, self.d = drawn, self._like(drawn.value / expected)

@@ -15,7 +15,7 @@ from zlib import crc32
 import numpy
 
 from .autooperator import AutoOperator, find_known_model
-from .error import PlacementError
+from .error import Disagreement, PlacementError
 from .execution import PASSES, Layout, Plan, Slots, Step, find_needed
 from .graph import Graph, Node
 from .meeting import Detail, Place, Watch, channel_of
@@ -204,6 +204,7 @@ def at_the_door(
         return check(init)
     result: Any = None
     error: Exception | None = None
+    place = Place(0, f"at the start of {self!r}")
     # Look at the model and the inputs
     try:
         place = door_of(self, init, tuple(wanted))
@@ -212,7 +213,11 @@ def at_the_door(
         error, place = exception, Place(0, f"at the start of {self!r}, which fails: {exception}")
     except Exception as exception:
         error = exception
-    if channel.meet(error is not None, place):
+    try:
+        failed = channel.meet(error is not None, place)
+    except Disagreement as disagreement:
+        raise disagreement from error
+    if failed:
         raise_first(comm, error)
     return result
 

@@ -78,7 +78,25 @@ def check_parameters(**parameters: Number) -> None:
     for name, x in parameters.items():
         if isinstance(x, np.float16):
             raise TypeError(f"{name} must have more than the three digits of half precision, not {x!r}")
-        real_number(name, x.real if isinstance(x, (complex, np.complexfloating)) else x, **LIMITS[name])
+        within(name, x.real if isinstance(x, (complex, np.complexfloating)) else x, **LIMITS[name])
+
+
+class OutOfDomain(ValueError):
+    """There is no universe with these values of its parameters: one is beyond its bounds, or it does not expand.
+
+    A :class:`~vmad_lit.contrib.posterior.Posterior` takes it for a density of zero. An operator may raise it, on
+    all ranks, for values of its inputs.
+    """
+
+
+def within(name: str, x: Any, **bounds: float) -> float:
+    """`x` as a finite float within bounds; OutOfDomain for a number that is not, other errors for what is no number."""
+    try:
+        return real_number(name, x, **bounds)
+    except ValueError as error:
+        if np.ndim(x):
+            raise  # an array, where a number was wanted
+        raise OutOfDomain(str(error)) from None
 
 
 def densities_of(Om0: Number, Ok0: Number) -> tuple[Number, Number, Number]:
@@ -92,7 +110,7 @@ def _expansion(a: Numbers, Om0: Number, Ode0: Number, Ok0: Number) -> Numbers:
     check_parameters(Om0=Om0, Ode0=Ode0, Ok0=Ok0)
     X = Om0 + a * (Ok0 + a * a * Ode0)
     if not np.all(np.real(X) > 0):
-        raise ValueError(
+        raise OutOfDomain(
             f"a universe with Omega_m = {np.real(Om0):g}, Omega_Lambda = {np.real(Ode0):g}, "
             f"Omega_k = {np.real(Ok0):g} does not expand all the way to a = {np.max(a):g}"
         )
@@ -417,7 +435,7 @@ class AnalyticOperator(Operator):
 
     def _apply(self, node: Node, **arguments: Any) -> dict[str, Any]:
         for name in self.ain:
-            real_number(name, arguments[name])
+            within(name, arguments[name])
         function, numbers = self._fix(arguments)
         return dict(zip(self.aout, _as_tuple(function(*numbers))))
 
@@ -777,7 +795,7 @@ def eisenstein_hu(k: ArrayLike, Om0: Number, h: Number, Ob0: Number, T_cmb: floa
     k = _wavenumber(k)
     check_parameters(Om0=Om0, h=h, Ob0=Ob0, T_cmb=T_cmb)
     if not 0 < np.real(Ob0) < np.real(Om0):
-        raise ValueError(
+        raise OutOfDomain(
             f"the wiggles need baryons, 0 < Ob0 < Om0 = {np.real(Om0)}, but Ob0 is {np.real(Ob0)}"
         )
     k = np.where(k == 0, _NO_WAVENUMBER, k) * h  # from here on in 1/Mpc
@@ -795,7 +813,7 @@ def eisenstein_hu_nowiggle(
     k = _wavenumber(k)
     check_parameters(Om0=Om0, h=h, Ob0=Ob0, T_cmb=T_cmb)
     if not np.real(Ob0) < np.real(Om0):
-        raise ValueError(
+        raise OutOfDomain(
             f"baryons are a part of matter, Ob0 < Om0 = {np.real(Om0)}, but Ob0 is {np.real(Ob0)}"
         )
     k = np.where(k == 0, _NO_WAVENUMBER, k)
@@ -835,7 +853,7 @@ def _transfer_function(transfer: Transfer, Om0: Number, h: Number, Ob0: Number, 
         return transfer
     one_of("transfer, if not a function of k,", transfer, _TRANSFERS)
     if transfer == "EisensteinHu" and not np.real(Ob0) > 0:
-        raise ValueError("the transfer function with wiggles needs baryons, Ob0 > 0; use 'NoWiggle'")
+        raise OutOfDomain("the transfer function with wiggles needs baryons, Ob0 > 0; use 'NoWiggle'")
     return lambda k: _TRANSFERS[transfer](k, Om0, h, Ob0, T_cmb)
 
 
