@@ -115,6 +115,23 @@ def test_what_is_no_function_is_told():
         black_box(mixed, comm=MPI.COMM_SELF, collective=True)
 
 
+def test_steps_that_are_lost_in_rounding_are_told():
+    frequency = np.array([1.0, 1420.4], "f4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for order, x, number in (2, frequency, 1), (4, frequency, 1), (2, np.array(3 + 1420.4j, "c8"), 1):
+            box = black_box(lambda x: 2 * x, order=order, scale=0.01)
+            with pytest.raises(
+                ValueError, match=rf"for number {number} of the arguments of .* is lost in rounding"
+            ):
+                derivative(box, x, _y=np.ones_like(x))
+            assert_allclose(derivative(box, x.astype("c16"), _y=np.ones(x.shape)), 2)
+            fine = black_box(lambda x: 2 * x, order=order, scale=1.0)
+            assert_allclose(derivative(fine, x, _y=np.ones_like(x)), 2, rtol=1e-6)
+        with pytest.raises(ValueError, match="the numbers of its type are 4.9e-324 apart"):
+            derivative(black_box(lambda x: 2 * x), 5e-324)
+
+
 @pytest.mark.collective
 def test_the_calls_of_a_black_box_are_dealt_out():
     calls, p = [], np.array([2.0, -1.5, 0.1, 1.0])
@@ -227,7 +244,31 @@ def test_results_share_memory_with_nobody():
 
 
 @needs_jax
+def test_bytes_in_another_order(double):
+    x, k = np.array([0.3, 0.5], ">f8"), np.array([1.0, 2.0], ">f4")
+    check(from_jax(lambda x, k: jnp.sin(x) * k, "x -> y"), x, k, truth=np.sin(x) * k)
+    f = to_jax(ours(), dict(x=x, y=1.0))
+    assert_allclose(jax.grad(lambda x, y: f(x, y)[0])(jnp.asarray(x.astype("f8")), 1.0), 2 * x)
+    assert_allclose(f(x, 1.0)[0], np.sum(x * x))
+
+
+@needs_jax
+def test_an_example_of_small_whole_numbers(double):
+    """NumPy takes the sine of a byte in half precision."""
+    f = to_jax(ours(), dict(x=np.arange(1, 4, dtype="u1"), y=1.0))
+    assert_allclose(f(jnp.arange(3.0), 0.7)[1], np.sin(np.arange(3.0)) * 0.7, rtol=1e-15)
+
+
+@needs_jax
 def test_what_jax_cannot_do_is_told():
+    long = np.ones(2, "g")
+    if long.dtype.itemsize > 8:
+        with pytest.raises(
+            TypeError, match="JAX has no numbers of more than double precision, and .* is given"
+        ):
+            from_jax(lambda x: x).prototype.apl(None, long)
+        with pytest.raises(TypeError, match="JAX has no numbers of more than double precision"):
+            to_jax(ours(), dict(x=long, y=1.0))
     with pytest.raises(TypeError, match="has to return arrays for a, b, and returned"):
         from_jax(lambda x: x, "x -> a, b").prototype.apl(None, 1.0)
     with pytest.raises(TypeError, match="is neither an array nor hashable"):
@@ -433,6 +474,142 @@ def test_the_tape_of_a_value_serves_its_gradient(double):
     assert len(calls) == 1
 
 
+def counted(door, comm=None, **options):
+    """A cubic through a door, a list of what its host is asked for and of runs, and an input: on ranks the modes of a field."""
+    with Builder() as m:
+        x = m.input("x")
+        if comm is None:
+            m.output(y=linalg.sum(x * x * x))
+        else:
+            field = fastpm.c2r(x)
+            m.output(y=fastpm.to_scalar(field + field * field))
+    start = np.ones(3) if comm is None else mesh(4, comm=comm).generate_whitenoise(3, type="complex")
+    f, asked = door(m, dict(x=start), **options), []
+
+    def note(function, name):
+        return lambda *args, **kwargs: asked.append(name or args[0]) or function(*args, **kwargs)
+
+    host = f.host
+    host.ask, host.value, host.forward = (
+        note(host.ask, ""),
+        note(host.value, "run"),
+        note(host.forward, "run"),
+    )
+    return f, asked, start
+
+
+def calls_that_wait(jaxpr):
+    """For each call of a host in a program of JAX whether it depends on one before."""
+    found, depends = [], set()
+    for eqn in jaxpr.eqns:
+        late, calls = (
+            any(v in depends for v in eqn.invars if not hasattr(v, "val")),
+            eqn.primitive.name in CALLS,
+        )
+        found += [late] if calls else []
+        depends.update(eqn.outvars if late or calls else ())
+    return found
+
+
+CALLS = "pure_callback", "custom_vjp_call"
+
+
+@needs_jax
+def test_derivatives_wait_for_their_run(double):
+    f, *_ = counted(to_jax)
+    for program, n in (
+        (jax.grad(f), 2),
+        (jax.value_and_grad(f), 2),
+        (lambda x: jax.vjp(jax.grad(f), x)[1](x), 4),
+    ):
+        assert calls_that_wait(jax.make_jaxpr(program)(jnp.ones(3)).jaxpr) == [False] + [True] * (n - 1)
+
+
+@needs_jax
+def test_one_run_and_one_pull_for_each_point(double):
+    f, asked, _ = counted(to_jax)
+    x, stack = jnp.arange(1.0, 4.0), jnp.arange(12.0).reshape(4, 3)
+    gradient, jit = jax.grad(f), jax.jit
+    cases = {
+        "gradient": (gradient, x, 3 * x**2, 1),
+        "compiled": (jit(lambda x: jax.value_and_grad(f)(x)[1]), x, 3 * x**2, 1),
+        "sum": (jit(jax.grad(lambda x: f(x) + f(2 * x))), x, 27 * x**2, 2),
+        "map": (lambda c: jax.lax.map(gradient, c), stack, 3 * stack**2, 4),
+        "vmap": (jax.vmap(gradient), stack, 3 * stack**2, 4),
+        "gradient of map": (jit(jax.grad(lambda c: jax.lax.map(f, c).sum())), stack, 3 * stack**2, 4),
+        "gradient of vmap": (jit(jax.grad(lambda c: jax.vmap(f)(c).sum())), stack, 3 * stack**2, 4),
+        "Hessian": (jit(jax.jacrev(jax.jacrev(f))), x, jnp.diag(6 * x), 1),
+    }
+    for name, (program, at, truth, points) in cases.items():
+        asked.clear()
+        assert_allclose(program(at), truth, rtol=1e-12, err_msg=name)
+        assert [asked.count(kind) for kind in ("run", "forward", "pull")] == [points] * 3, (name, asked)
+
+
+@needs_jax
+def test_what_was_given_up_is_run_again(double):
+    f, asked, _ = counted(to_jax, tapes=2)
+    stack = jnp.arange(12.0).reshape(4, 3)
+    assert_allclose(jax.vmap(jax.grad(f))(stack), 3 * stack**2)
+    assert asked.count("run") == 4 + 3 and len(f.host.runs) <= 2
+    pulls = [jax.vjp(f, x)[1] for x in stack]
+    for pull, x in zip(pulls, stack):
+        assert_allclose(pull(jnp.array(1.0))[0], 3 * x**2)
+    assert len(f.host.runs) <= 2
+    with pytest.raises(ValueError, match="tapes must be a whole number of at least 1, not 0"):
+        to_jax(ours(), dict(x=np.ones(3), y=1.0), tapes=0)
+
+
+@needs_jax
+@pytest.mark.collective
+def test_ranks_take_the_same_turns(double):
+    """Though the points may differ on other ranks only."""
+    f, asked, modes = counted(to_jax, COMM, tapes=1)
+    x = jnp.asarray(modes.value)
+    gradient = jax.jit(jax.grad(f))
+    single = [gradient(a * x) for a in (1.0, 2.0, 3.0)]
+    asked.clear()
+    scales = jnp.array([1.0, 2.0, 3.0])
+    gradients = jax.jit(jax.vmap(jax.grad(f)))(scales[:, None, None, None] * x)
+    assert_allclose(gradients, np.array(single), rtol=1e-12)
+    assert asked.count("pull") == 3 and asked.count("run") == 3 + 3
+    both = jax.jit(jax.grad(lambda x: f(x) + f(2 * x)))(x)
+    assert_allclose(both, single[0] + 2 * single[1], rtol=1e-12)
+    mapped = jax.jit(lambda s: jax.lax.map(lambda a: jax.grad(f)(a * x), s))(scales)
+    assert_allclose(mapped, np.array(single), rtol=1e-12)
+    # Without numbers of runs, at points that are one for all ranks but the first
+    host = f.host
+    host.ask("forward", [modes.value * (1 + (COMM.rank == 0))])
+    assert_allclose(host.ask("pull", [modes.value], [1.0])[0], np.conj(single[0]), rtol=1e-12)
+
+
+@needs_jax
+@pytest.mark.collective
+def test_a_problem_runs_once_for_each_point(double):
+    problem, target = spread()
+    f = to_jax(problem, problem.vs.scale(0.5, target))
+    z = jnp.asarray(f.flat.x0)
+    runs = problem.fev, problem.gev
+    gradient = jax.jit(jax.grad(lambda z: f(z) + f(3 * z)))(z)
+    assert_allclose(gradient, 2 * (z - 2 * f.flat.x0) + 6 * (3 * z - 2 * f.flat.x0))
+    assert (problem.fev, problem.gev) == (runs[0] + 2, runs[1] + 2)
+
+
+@needs_jax
+@pytest.mark.collective
+def test_other_turns_on_one_rank_are_told(double):
+    if COMM.size == 1:
+        pytest.skip("needs two ranks")
+    f, asked, modes = counted(to_jax, COMM)
+    x = [modes.value]
+    f.host.ask("forward", x)
+    with pytest.raises(Exception, match="ranks are at different places"):
+        if COMM.rank == 0:
+            f.host.ask("forward", x)
+        else:
+            f.host.ask("pull", x, [1.0])
+
+
 @needs_jax
 def test_round_trips(double):
     f = from_jax(to_jax(ours(), dict(x=np.ones(3), y=1.0)), "x, y -> a, b")
@@ -538,6 +715,10 @@ def test_what_is_no_model_is_told():
 # PyTorch
 
 
+def test_only_a_tree_can_be_packed():
+    assert "flatten()" not in from_torch.__doc__ and "flatten()" not in from_jax.__doc__
+
+
 @needs_torch
 @pytest.mark.parametrize("form", ["flat", "named", None])
 def test_from_torch(form):
@@ -558,6 +739,8 @@ def test_from_torch(form):
         given = dict(parameters=packed) if form == "flat" else packed
         assert all(v.dtype == np.float32 for v in given.values())
         assert set(op.unflatten(packed)) == set(dict(net.named_parameters()))
+        with pytest.raises(TypeError, match="'tree'"):
+            op.flatten()
     report = check(op, **{name: v.astype("f8") for name, v in given.items()}, x=x, power=2)
     with torch.no_grad():
         assert_allclose(report.value, net(torch.tensor(x, dtype=torch.float32), 2), rtol=1e-5)
@@ -588,6 +771,41 @@ def test_to_torch_and_back():
     assert check(from_torch(f, "x, y -> a, b"), np.array([0.1, 0.2, 0.3]), 0.7).second is not None
     g = to_torch(from_torch(lambda x, y: torch.sin(x) * y, "x, y -> b"), dict(x=np.ones(3), y=1.0))
     assert torch.autograd.gradcheck(g, (x, y))
+
+
+@needs_torch
+def test_one_run_of_tensors_for_each_point():
+    f, asked, _ = counted(to_torch)
+    x = torch.arange(1.0, 4.0, dtype=torch.float64)
+    stack = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
+    func = torch.func
+
+    def backward(f, x):
+        x = x.clone().requires_grad_()
+        f(x).backward()
+        return x.grad
+
+    cases = {
+        "backward": (lambda: backward(f, x), 3 * x**2, 1),
+        "sum": (lambda: backward(lambda x: f(x) + f(2 * x), x), 27 * x**2, 2),
+        "grad": (lambda: func.grad(f)(x), 3 * x**2, 1),
+        "grad of a sum": (lambda: func.grad(lambda x: f(x) + f(2 * x))(x), 27 * x**2, 2),
+        "vmap": (lambda: func.vmap(func.grad(f))(stack), 3 * stack**2, 4),
+        "gradient of vmap": (lambda: backward(lambda c: func.vmap(f)(c).sum(), stack), 3 * stack**2, 4),
+        "forward": (lambda: func.jvp(f, (x,), (x,))[1], (3 * x**3).sum(), 1),
+        "Hessian": (lambda: func.hessian(f)(x), torch.diag(6 * x), 1),
+        "Hessians": (lambda: func.vmap(func.hessian(f))(stack), torch.diag_embed(6 * stack), 4),
+        "reverse twice": (lambda: func.jacrev(func.jacrev(f))(x), torch.diag(6 * x), 1),
+    }
+    for name, (program, truth, points) in cases.items():
+        asked.clear()
+        assert_allclose(program(), truth, rtol=1e-12, err_msg=name)
+        assert asked.count("run") == points, (name, asked)
+    asked.clear()
+    f(x)
+    with torch.no_grad():
+        f(x.requires_grad_())
+    assert asked.count("value") == 2
 
 
 @needs_torch

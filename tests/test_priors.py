@@ -38,11 +38,14 @@ def two_inputs():
         (dict(x="xx"), "did you mean 'x'"),
         (dict(x="x"), "no value is given for the inputs y"),
         (dict(given=dict(x=1.0, y=1.0)), "no input to vary"),
+        (dict(x=np.ones(3)), r"x must be a name, or a list of names, not a value \(ndarray\)"),
+        (dict(x=3.0), "x must be a name"),
+        (dict(residuals=np.zeros((2, 2))), "residuals must be a name"),
     ],
 )
 def test_mistakes_in_the_names(options, message):
     options = dict(objective="chi2") | options
-    with pytest.raises((ValueError, UnexpectedOutput), match=message):
+    with pytest.raises((TypeError, ValueError, UnexpectedOutput), match=message):
         Problem.from_model(two_inputs(), options.pop("objective"), **options)
 
 

@@ -2217,8 +2217,8 @@ class ModelProblem(Problem):
         self.model, self.given = model, dict(given or {})
         free = [name for name in model._inputs if name not in self.given]
         self.single = isinstance(x, str) or x is None and len(free) == 1
-        self.names = free if x is None else [x] if isinstance(x, str) else list(x)
-        self.residual_names = [residuals] if isinstance(residuals, str) else list(residuals)
+        self.names = free if x is None else self._list_of_names("x", x)
+        self.residual_names = self._list_of_names("residuals", residuals)
         self._objective_name = objective
         # Look for mistakes in the names
         for name in (objective, *self.residual_names):
@@ -2246,6 +2246,19 @@ class ModelProblem(Problem):
             identity=identity,
             temperature=(2.0 if self.residual_names else 1.0) if temperature is None else temperature,
         )
+
+    @staticmethod
+    def _list_of_names(argument: str, names: Any) -> list[str]:
+        """A name, or several, as a list."""
+        try:
+            found = [names] if isinstance(names, str) else list(names)
+        except TypeError:
+            found = [names]
+        if not all(isinstance(name, str) for name in found):
+            raise TypeError(
+                f"{argument} must be a name, or a list of names, not a value ({type(names).__name__})"
+            )
+        return found
 
     def _visit(self, x: Vector) -> None:
         super()._visit(x)

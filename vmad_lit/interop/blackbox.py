@@ -47,6 +47,12 @@ def in_form(flat: Array, forms: Iterable[Array]) -> Arrays:
     return arrays
 
 
+def spacings(arrays: Iterable[Array]) -> Array:
+    """For each of the numbers of `reals` the distance to the next one of its type."""
+    flat = [np.spacing(abs(a.ravel().view(a.real.dtype))).astype("f8") for a in arrays]
+    return np.concatenate([np.zeros(0), *flat])
+
+
 def filled(derivatives: MaybeArrays, like: Arrays) -> Arrays:
     """Derivatives with zeros in the place of None, of the types of their values."""
     return [np.zeros_like(a) if d is None else d.astype(a.dtype) for d, a in zip(derivatives, like)]
@@ -132,6 +138,13 @@ class Differences(Foreign):
         """The derivatives with respect to number i, and by how much two steps differ about them, relatively."""
         flat = reals(x)
         h = (self.scale or abs(flat[i]) or 1.0) * accuracy ** (1 / (self.order + 1))
+        # Refuse steps that are lost in rounding
+        smallest, gap = h if self.order == 2 else h / 2, spacings(x)[i]
+        if smallest < 2 * gap:
+            raise ValueError(
+                f"the step of {smallest:.1e} for number {i} of the arguments of {self.name} is lost in rounding: beside "
+                f"{flat[i]:.6g}, the numbers of its type are {gap:.1e} apart; give a larger scale=, or more precise arguments"
+            )
 
         # Take a central difference
         def difference(h: float) -> tuple[Array, Any]:
@@ -201,7 +214,8 @@ def black_box(
     -------
     Operator
         Arguments and results are replicated. There are no second derivatives. Derivatives raise ValueError if f
-        returns something else for the same arguments, and warn :class:`NotSmooth`.
+        returns something else for the same arguments, or a step is smaller than the spacing of numbers of its type,
+        and warn :class:`NotSmooth`.
     """
     # Check the options of a black box
     one_of("order", order, (2, 4))

@@ -143,7 +143,12 @@ def bare(name: str, x: Value) -> Array:
     array = np.asarray(x)
     if array.dtype.kind not in "biufc":
         raise TypeError(f"{name} has to be an array of numbers, not of {array.dtype}")
-    return array if array.dtype.kind in "fc" else array.astype(float)
+    return native(array) if array.dtype.kind in "fc" else array.astype(float)
+
+
+def native(array: Array) -> Array:
+    """The array with its bytes in the order of this machine."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def like(field: Value, array: Array) -> Value:

@@ -10,13 +10,26 @@ import numpy as np
 
 from vmad_lit import Builder
 from vmad_lit.contrib.optimize import FlatProblem, Problem
+from vmad_lit.core.arguments import whole_number
 from vmad_lit.core.error import BadArgument, did_you_mean
 from vmad_lit.core.graph import Graph
 from vmad_lit.core.operator import InstanceOperator, Operator, ZeroGradient
+from vmad_lit.core.placement import find_door
 from vmad_lit.core.symbol import Value
 from vmad_lit.core.tape import Tape
+from vmad_lit.core.together import any_rank
 from vmad_lit.core.valuetypes import value_type
 from vmad_lit.interop.foreign import Arrays, MaybeArrays, bare, like, names_of, weights_of
+
+
+class Kept:
+    """What is kept of a run: its point, what its derivatives need, and whether they have been asked for."""
+
+    def __init__(self, point: Arrays, what: Any) -> None:
+        self.point, self.what, self.asked = point, what, False
+
+
+LAST = 2**31 - 1  # the number of a run fits into four bytes
 
 
 class Host:
@@ -28,15 +41,22 @@ class Host:
         The inputs and the outputs.
     inputs, outputs : list of array
         Examples of them, whose shapes and types hold.
+    comm : communicator or None
+        The ranks that have to ask the same together.
+    tapes : int
+        Of how many runs is kept what their derivatives need.
     """
 
     names: list[str]
     vout: list[str]
     inputs: Arrays
     outputs: Arrays
+    comm: Any = None
 
-    def __init__(self) -> None:
-        self.lock = RLock()
+    def __init__(self, tapes: int = 4) -> None:
+        self.lock, self.tapes = RLock(), whole_number("tapes", tapes, least=1)
+        self.runs: dict[int, Kept] = {}
+        self.run = self.latest = 0
 
     # What is asked of a host
     def value(self, x: Arrays) -> Arrays:
@@ -59,13 +79,44 @@ class Host:
         """The derivative of `pull` along tangents of the inputs."""
         raise NotImplementedError
 
+    # Remember runs
+    def keep(self, x: Arrays, what: Any) -> None:
+        """Keep what the derivatives at x need."""
+        self.runs[self.run] = Kept([array.copy() for array in x], what)
+
+    def kept(self, x: Arrays) -> Any:
+        """What was kept in the run that is asked for; None if it has been given up. Collective."""
+        found = self.runs.get(self.run)
+        if found is not None and not self.run and self.moved(x, found.point):
+            found = None
+        if found is not None:
+            found.asked = True
+        return None if found is None else found.what
+
+    def moved(self, x: Arrays, point: Arrays) -> bool:
+        """Whether x is another point, on any rank. Collective."""
+        other = not all(map(np.array_equal, x, point))
+        return other if self.comm is None else any_rank(self.comm, other)
+
+    def make_room(self) -> None:
+        """Give up the runs that have been asked for derivatives, and the oldest ones beyond the number to keep."""
+        left = [number for number, kept in self.runs.items() if not kept.asked and number != self.run]
+        self.runs = {number: self.runs[number] for number in left[max(0, len(left) + 1 - self.tapes) :]}
+
     # Take a call
-    def ask(self, kind: str, *arrays: Sequence[Any]) -> Arrays:
-        """Call one of these methods, with arrays of any library and precision."""
+    def ask(self, kind: str, *arrays: Sequence[Any], run: int = 0) -> Arrays:
+        """Call one of these methods, with arrays of any library and precision; of a `run` by the number from `start`."""
         with self.lock:
             lists = [[np.asarray(a) for a in part] for part in arrays]
             lists[0] = [a.astype(x.dtype, copy=False) for a, x in zip(lists[0], self.inputs)]
+            self.run = int(run)
             return getattr(self, kind)(*lists)
+
+    def start(self, x: Sequence[Any]) -> tuple[Arrays, int]:
+        """The outputs, and the number of this run, with which a caller asks for derivatives at its point."""
+        with self.lock:
+            self.latest = self.latest % LAST + 1
+            return self.ask("forward", x, run=self.latest), self.latest
 
     def check(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Raise ValueError unless arrays of these shapes can be inputs."""
@@ -88,7 +139,7 @@ class Host:
 
 
 class ModelHost(Host):
-    """A model, or an operator, as functions of its inputs. The tape of the latest point is kept."""
+    """A model, or an operator, as functions of its inputs. The tapes of some runs are kept."""
 
     def __init__(
         self,
@@ -96,8 +147,9 @@ class ModelHost(Host):
         examples: Mapping[str, Value],
         inputs: Collection[str] | None = None,
         outputs: Collection[str] | None = None,
+        tapes: int = 4,
     ) -> None:
-        super().__init__()
+        super().__init__(tapes)
         # Look at what was given
         given = dict(examples)
         self.model = model_of(subject, given)
@@ -116,10 +168,9 @@ class ModelHost(Host):
         # Run the example
         self.examples = [given[name] for name in self.names]
         self.inputs = [bare(f"'{name}'", x) for name, x in zip(self.names, self.examples)]
-        self.results = self.model.compute(self.vout, given)
+        self.results = self.model.compute(self.vout, self.init(self.inputs))
         self.outputs = [bare(f"'{name}'", y) for name, y in zip(self.vout, self.results)]
-        self.tape: Any = None
-        self.point: Arrays = []
+        self.comm = find_door(self.model, given)
 
     # Run, with and without a tape
     def init(self, x: Arrays) -> dict[str, Value]:
@@ -132,15 +183,19 @@ class ModelHost(Host):
 
     def forward(self, x: Arrays) -> Arrays:
         """The outputs; the tape is kept."""
-        y, self.tape = self.model.compute(self.vout, self.init(x), return_tape=True)
-        self.point = [array.copy() for array in x]
+        self.make_room()
+        y, tape = self.model.compute(self.vout, self.init(x), return_tape=True)
+        self.keep(x, tape)
         return [bare("an output", part) for part in y]
 
     def tape_at(self, x: Arrays) -> Tape:
-        """The tape of a run at x: the latest, if it was there."""
-        if self.tape is None or not all(map(np.array_equal, x, self.point)):
+        """The tape of the run that is asked for, which is run again if its tape has been given up."""
+        tape = self.kept(x)
+        if tape is None:
             self.forward(x)
-        return self.tape
+            tape = self.kept(x)
+        found: Tape = tape
+        return found
 
     # Ask the tape
     def cotangents(self, arrays: Arrays) -> dict[str, Value]:
@@ -218,21 +273,31 @@ def unweigh(x: Value, cotangent: Any) -> Any:
 
 
 class ProblemHost(Host):
-    """The objective of a problem as a function of one flat array."""
+    """The objective of a problem as a function of one flat array. The gradients of some runs are kept."""
 
-    def __init__(self, problem: Problem, x0: Any, gather: bool = True) -> None:
-        super().__init__()
+    def __init__(self, problem: Problem, x0: Any, gather: bool = True, tapes: int = 4) -> None:
+        super().__init__(tapes)
         self.flat = FlatProblem(problem, x0, gather)
         self.names, self.vout = ["x"], ["y"]
         self.inputs, self.outputs = [self.flat.x0], [np.zeros(())]
+        comm = problem.vs.comm
+        self.comm = comm if comm is not None and comm.size > 1 else None
 
     def value(self, x: Arrays) -> Arrays:
         """The objective."""
         return [np.asarray(self.flat.fun(x[0]))]
 
+    def forward(self, x: Arrays) -> Arrays:
+        """The objective; the gradient is kept."""
+        self.make_room()
+        y = self.value(x)
+        self.keep(x, self.flat.jac(x[0]))
+        return y
+
     def pull(self, x: Arrays, cotangents: Arrays) -> Arrays:
         """The gradient times a number."""
-        return [self.flat.jac(x[0]) * cotangents[0]]
+        gradient = self.kept(x)
+        return [(self.flat.jac(x[0]) if gradient is None else gradient) * cotangents[0]]
 
     def push(self, x: Arrays, tangents: Arrays) -> Arrays:
         """The slope along a direction."""
@@ -250,15 +315,16 @@ def host_of(
     inputs: Collection[str] | None = None,
     outputs: Collection[str] | None = None,
     gather: bool = True,
+    tapes: int = 4,
 ) -> Host:
     """The host of a problem, or of a model or an operator."""
     if isinstance(subject, Problem):
-        return ProblemHost(subject, examples, gather)
+        return ProblemHost(subject, examples, gather, tapes)
     if not isinstance(examples, Mapping):
         raise TypeError(
             f"the examples of the inputs must be a dictionary by name, not a {type(examples).__name__}"
         )
-    return ModelHost(subject, examples, inputs, outputs)
+    return ModelHost(subject, examples, inputs, outputs, tapes)
 
 
 def to_scipy(problem: Problem, x0: Any) -> FlatProblem:

@@ -17,6 +17,7 @@ from vmad_lit.interop.foreign import (
     MaybeArrays,
     Others,
     name_of,
+    native,
     operator_of,
     read_signature,
 )
@@ -96,7 +97,10 @@ class JaxFunction(TreeFunction):
     # Answer the engine
     def compute(self, kind: str, x: Arrays, others: Others, *derivatives: Sequence[Any]) -> Arrays:
         """Call a compiled function. What it returns is read-only, and shares its memory with nobody."""
-        arrays = {name: value for name, value in others.items() if hasattr(value, "dtype")}
+        arrays = {
+            n: native(v) if isinstance(v, np.ndarray) else v for n, v in others.items() if hasattr(v, "dtype")
+        }
+        refuse_long(self.name, [*x, *arrays.values()])
         fixed = Fixed(
             tuple((name, value) for name, value in others.items() if name not in arrays), self.both_ways
         )
@@ -143,6 +147,15 @@ class JaxFunction(TreeFunction):
 def as_derivative(derivative: Any, value: Any) -> Any:
     """A tangent or cotangent of the type of its value, zeros for None."""
     return library().numpy.zeros_like(value) if derivative is None else derivative.astype(value.dtype)
+
+
+def refuse_long(name: str, arrays: Iterable[Any]) -> None:
+    """Raise TypeError if one of the arrays is of more than double precision."""
+    for array in arrays:
+        if array.dtype.char in ("g", "G"):
+            raise TypeError(
+                f"JAX has no numbers of more than double precision, and {name} is given {array.dtype}"
+            )
 
 
 def word(key: Any) -> str:
@@ -207,44 +220,64 @@ def with_derivatives(host: Host) -> Callable[..., Any]:
     jax = library()
 
     # Call a host from a program of JAX
-    def ask(kind: str, looks: Arrays, *lists: Any) -> tuple[Any, ...]:
-        """A node of JAX that calls the host, and what it returns: arrays that look like these."""
+    def ask(kind: str, looks: Arrays, run: Any, *lists: Any) -> tuple[tuple[Any, ...], Any]:
+        """A node of JAX that calls the host, and what it returns: arrays that look like these, and the number of the run."""
         dtypes = [jax.dtypes.canonicalize_dtype(array.dtype) for array in looks]
         shapes = tuple(jax.ShapeDtypeStruct(array.shape, dtype) for array, dtype in zip(looks, dtypes))
 
-        def call(*lists: Any) -> tuple[Array, ...]:
-            return tuple(np.asarray(a, dtype) for a, dtype in zip(host.ask(kind, *lists), dtypes))
+        # Call back
+        def call(run: Any, *lists: Any) -> tuple[tuple[Array, ...], Any]:
+            if kind == "forward":
+                arrays, run = host.start(*lists)
+            else:
+                arrays = host.ask(kind, *lists, run=run)
+            return tuple(np.asarray(a, dtype) for a, dtype in zip(arrays, dtypes)), np.int32(run)
 
-        return jax.pure_callback(call, shapes, *lists, vmap_method="sequential")
+        number = jax.ShapeDtypeStruct((), np.int32)
+        return jax.pure_callback(call, (shapes, number), run, *lists, vmap_method="sequential")
 
     # Differentiate once
-    function: Any = jax.custom_vjp(lambda x: ask("value", host.outputs, x))
-    recorded: Any = jax.custom_vjp(lambda x: ask("forward", host.outputs, x))
+    function: Any = jax.custom_vjp(lambda x: ask("value", host.outputs, np.int32(0), x)[0])
+    recorded: Any = jax.custom_vjp(lambda x: ask("forward", host.outputs, np.int32(0), x))
 
     def forward(x: Any) -> Any:
-        return recorded(x), x
+        y, run = recorded(x)
+        return y, (x, jax.lax.stop_gradient(run))
 
-    def backward(x: Any, cotangents: Any) -> Any:
-        return (pull(x, tuple(conjugated(cotangents))),)
+    def recorded_forward(x: Any) -> Any:
+        y, run = recorded(x)
+        return (y, run), (x, run)
+
+    def backward(kept: Any, cotangents: Any) -> Any:
+        x, run = kept
+        return (pull(x, run, tuple(conjugated(cotangents)))[0],)
 
     function.defvjp(forward, backward)
-    recorded.defvjp(forward, backward)
+    recorded.defvjp(recorded_forward, lambda kept, cotangents: backward(kept, cotangents[0]))
 
     # Differentiate twice
-    pull: Any = jax.custom_vjp(lambda x, c: tuple(conjugated(ask("pull", host.inputs, x, c))))
+    def pulled(x: Any, run: Any, cotangents: Any) -> Any:
+        _x, run = ask("pull", host.inputs, run, x, cotangents)
+        return tuple(conjugated(_x)), run
 
-    def pull_forward(x: Any, cotangents: Any) -> Any:
-        return pull(x, cotangents), (x, cotangents)
+    pull: Any = jax.custom_vjp(pulled)
+
+    def pull_forward(x: Any, run: Any, cotangents: Any) -> Any:
+        _x, run = pull(x, run, cotangents)
+        return (_x, run), (x, run, cotangents)
 
     def pull_backward(kept: Any, tangents: Any) -> Any:
-        bent, pushed = ask("bend", host.inputs, *kept, tangents), ask("push", host.outputs, kept[0], tangents)
-        return tuple(conjugated(bent)), tuple(conjugated(pushed))
+        x, run, cotangents = kept
+        bent, run = ask("bend", host.inputs, run, x, cotangents, tangents[0])
+        pushed, _ = ask("push", host.outputs, run, x, tangents[0])
+        return tuple(conjugated(bent)), None, tuple(conjugated(pushed))
 
     pull.defvjp(pull_forward, pull_backward)
 
     # Take arguments by position and by name
     def call(*args: Any, **kwargs: Any) -> Any:
-        x = [jax.numpy.asarray(a) for a in host.arrange(args, kwargs)]
+        given = host.arrange(args, kwargs)
+        x = [jax.numpy.asarray(native(a) if isinstance(a, np.ndarray) else a) for a in given]
         host.check([a.shape for a in x])
         kinds = [jax.dtypes.canonicalize_dtype(array.dtype) for array in host.inputs]
         y = function(tuple(a.astype(kind) for a, kind in zip(x, kinds)))
@@ -260,6 +293,7 @@ def to_jax(
     inputs: Collection[str] | None = None,
     outputs: Collection[str] | None = None,
     gather: bool = True,
+    tapes: int = 4,
 ) -> Callable[..., Any]:
     """A function of JAX of a model, an operator, or the objective of a problem of ours.
 
@@ -279,6 +313,9 @@ def to_jax(
     gather :
         of a problem on many ranks, whether each rank has the whole flat array, see
         :class:`~vmad_lit.contrib.optimize.FlatProblem`, which is the attribute `flat` of the function.
+    tapes :
+        how many runs are kept whose derivatives have not been asked for yet, such as those of a batch. A tape is as large
+        as all that the model computes. What is asked of a run that was given up runs the model again.
 
     Returns
     -------
@@ -288,7 +325,8 @@ def to_jax(
         On many ranks all have to call it, and one at a time.
     """
     jax = library()
-    host = host_of(subject, like, inputs, outputs, gather)
+    host = host_of(subject, like, inputs, outputs, gather, tapes)
+    refuse_long("the model", [*host.inputs, *host.outputs])
     # Warn of single precision
     doubles = any(array.dtype.char in "dD" for array in (*host.inputs, *host.outputs))
     if doubles and not jax.config.jax_enable_x64:

@@ -18,7 +18,7 @@ from vmad_lit.interop.foreign import (
     operator_of,
     read_signature,
 )
-from vmad_lit.interop.host import host_of
+from vmad_lit.interop.host import Host, host_of
 from vmad_lit.interop.trees import Tree, TreeFunction
 
 
@@ -142,8 +142,8 @@ def from_torch(
     Returns
     -------
     Operator
-        Its `flatten(dict(module.named_parameters()))`, or `flatten()`, makes the value of the parameters (or the
-        dictionary of values), `unflatten` the dictionary of arrays. Values keep their precision. Fields are taken point by
+        Its `flatten(dict(module.named_parameters()))` makes the value of the parameters (or the dictionary of values),
+        `unflatten` the dictionary of arrays. Values keep their precision. Fields are taken point by
         point; parameters are the same on all ranks.
     """
     torch = library()
@@ -181,6 +181,7 @@ def to_torch(
     inputs: Collection[str] | None = None,
     outputs: Collection[str] | None = None,
     gather: bool = True,
+    tapes: int = 4,
 ) -> Callable[..., Any]:
     """A differentiable function of PyTorch of a model, an operator, or the objective of a problem of ours.
 
@@ -195,20 +196,112 @@ def to_torch(
         :class:`~vmad_lit.contrib.optimize.FlatProblem`. On many ranks all have to call it, and one at a time.
     """
     torch = library()
-    host = host_of(subject, like, inputs, outputs, gather)
+    host = host_of(subject, like, inputs, outputs, gather, tapes)
+    run, m = runs_of(host), len(host.vout)
+
+    # Take tensors by position and by name
+    def call(*args: Any, **kwargs: Any) -> Any:
+        x = [torch.as_tensor(a) for a in host.arrange(args, kwargs)]
+        host.check([tuple(t.shape) for t in x])
+        kinds = [torch.from_numpy(np.zeros(0, array.dtype)).dtype for array in host.inputs]
+        y = run.apply(any(map(varies, x)), *(t.to(kind) for t, kind in zip(x, kinds)))
+        return y[0] if m == 1 else y[:m]
+
+    call.host, call.flat = host, getattr(host, "flat", None)  # type: ignore[attr-defined]
+    return call
+
+
+def runs_of(host: Host) -> Any:
+    """A function of PyTorch of whether a run is to be kept, and of tensors; of the outputs, and the number of the run."""
+    torch = library()
     n, m = len(host.names), len(host.vout)
+    Asking: Any = asking()
 
     # Call a host with tensors
-    def ask(kind: str, *lists: Any) -> tuple[Any, ...]:
+    def ask(kind: str, run: Any, *lists: Any) -> tuple[Any, ...]:
         """Tensors that the host returns."""
         arrays = [[to_array(t) for t in part] for part in lists]
-        return tuple(torch.from_numpy(np.array(a)) for a in host.ask(kind, *arrays))
+        return tuple(map(torch.from_numpy, map(np.array, host.ask(kind, *arrays, run=int(run)))))
 
-    # Keep what was given
+    # Ask for the outputs
+    class Call(Asking):
+        """The outputs, and the number of the run, if it is to be kept."""
+
+        @staticmethod
+        def forward(keep: bool, *x: Any) -> Any:
+            if not keep:
+                return *ask("value", 0, x), torch.tensor(0)
+            y, run = host.start(list(map(to_array, x)))
+            return *map(torch.from_numpy, map(np.array, y)), torch.tensor(run)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.mark_non_differentiable(output[-1])
+            Asking.setup_context(ctx, (output[-1], *inputs[1:]), output)
+
+        # Pass on what is asked of a run
+        @classmethod
+        def vmap(cls, info: Any, in_dims: Any, keep: bool, *x: Any) -> Any:
+            return super().vmap(info, in_dims, keep or any(map(varies, x)), *x)
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            return None, *Pull.apply(*ctx.saved_tensors, *cotangents[:-1])
+
+        @staticmethod
+        def jvp(ctx: Any, _: None, *tangents: Any) -> Any:
+            return *Push.apply(*ctx.saved_tensors, *filled(tangents, ctx.saved_tensors[1:])), None
+
+    # Ask for tangents
+    class Push(Asking):
+        """The tangents of the outputs."""
+
+        @staticmethod
+        def forward(run: Any, *given: Any) -> Any:
+            return ask("push", run, given[:n], given[n:])
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            run, x, tangents = apart(ctx, n)
+            return None, *Bend.apply(run, *x, *cotangents, *tangents), *Pull.apply(run, *x, *cotangents)
+
+    # Ask for cotangents
+    class Pull(Asking):
+        """The cotangents of the inputs."""
+
+        @staticmethod
+        def forward(run: Any, *given: Any) -> Any:
+            return ask("pull", run, given[:n], given[n:])
+
+        @staticmethod
+        def backward(ctx: Any, *tangents: Any) -> Any:
+            run, x, cotangents = apart(ctx, n)
+            return None, *Bend.apply(run, *x, *cotangents, *tangents), *Push.apply(run, *x, *tangents)
+
+        @staticmethod
+        def jvp(ctx: Any, _: None, *tangents: Any) -> Any:
+            run, x, cotangents = apart(ctx, n)
+            changes = filled(tangents, [*x, *cotangents])
+            pairs = zip(Bend.apply(run, *x, *cotangents, *changes[:n]), Pull.apply(run, *x, *changes[n:]))
+            return tuple(bent + pulled for bent, pulled in pairs)
+
+    class Bend(Asking):
+        """The derivative of `Pull` along tangents."""
+
+        @staticmethod
+        def forward(run: Any, *given: Any) -> Any:
+            return ask("bend", run, given[:n], given[n : n + m], given[n + m :])
+
+    return Call
+
+
+def asking() -> Any:
+    """A class of functions of PyTorch that are given the number of a run first, and keep all that is given."""
+    torch = library()
     Function: Any = torch.autograd.Function
 
     class Asking(Function):
-        """What the functions below have in common: they keep what they were given."""
+        """What the functions below have in common: they are given the number of a run first, and keep all that is given."""
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -223,75 +316,24 @@ def to_torch(
                 rows.append(cls.apply(*row))
             return tuple(map(torch.stack, zip(*rows))), (0,) * len(rows[0])
 
-    # Ask for the outputs
-    class Call(Asking):
-        """The outputs."""
-
-        @staticmethod
-        def forward(*x: Any) -> Any:
-            return ask("forward" if any(t.requires_grad for t in x) else "value", x)
-
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Any) -> Any:
-            return Pull.apply(*ctx.saved_tensors, *cotangents)
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            return Push.apply(*ctx.saved_tensors, *filled(tangents, ctx.saved_tensors))
-
-    # Ask for tangents
-    class Push(Asking):
-        """The tangents of the outputs."""
-
-        @staticmethod
-        def forward(*given: Any) -> Any:
-            return ask("push", given[:n], given[n:])
-
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Any) -> Any:
-            x, tangents = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
-            return *Bend.apply(*x, *cotangents, *tangents), *Pull.apply(*x, *cotangents)
-
-    # Ask for cotangents
-    class Pull(Asking):
-        """The cotangents of the inputs."""
-
-        @staticmethod
-        def forward(*given: Any) -> Any:
-            return ask("pull", given[:n], given[n:])
-
-        @staticmethod
-        def backward(ctx: Any, *tangents: Any) -> Any:
-            x, cotangents = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
-            return *Bend.apply(*x, *cotangents, *tangents), *Push.apply(*x, *tangents)
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            x, cotangents = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
-            changes = filled(tangents, ctx.saved_tensors)
-            pairs = zip(Bend.apply(*x, *cotangents, *changes[:n]), Pull.apply(*x, *changes[n:]))
-            return tuple(bent + pulled for bent, pulled in pairs)
-
-    class Bend(Asking):
-        """The derivative of `Pull` along tangents."""
-
-        @staticmethod
-        def forward(*given: Any) -> Any:
-            return ask("bend", given[:n], given[n : n + m], given[n + m :])
-
-    # Take tensors by position and by name
-    def call(*args: Any, **kwargs: Any) -> Any:
-        x = [torch.as_tensor(a) for a in host.arrange(args, kwargs)]
-        host.check([tuple(t.shape) for t in x])
-        kinds = [torch.from_numpy(np.zeros(0, array.dtype)).dtype for array in host.inputs]
-        y = Call.apply(*(t.to(kind) for t, kind in zip(x, kinds)))
-        return y[0] if m == 1 else y
-
-    call.host, call.flat = host, getattr(host, "flat", None)  # type: ignore[attr-defined]
-    return call
+    return Asking
 
 
 def filled(derivatives: Sequence[Any], like: Sequence[Any]) -> list[Any]:
     """Tangents with zeros in the place of None."""
     torch = library()
     return [torch.zeros_like(t) if d is None else d for d, t in zip(derivatives, like)]
+
+
+def apart(ctx: Any, n: int) -> tuple[Any, Any, Any]:
+    """What is kept: the number of the run, n inputs, and their tangents or cotangents."""
+    run, *tensors = ctx.saved_tensors
+    return run, tensors[:n], tensors[n:]
+
+
+def varies(t: Any) -> bool:
+    """Whether derivatives with respect to a tensor may be asked for."""
+    torch = library()
+    if t.requires_grad and torch.is_grad_enabled():
+        return True
+    return torch.autograd.forward_ad.unpack_dual(t).tangent is not None
