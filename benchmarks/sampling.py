@@ -33,7 +33,10 @@ CELL, SIGMA = 8.0, 1.0  # Mpc/h, and the noise in a cell in units of the mean de
 PRIORS = dict(Om0=(0.31, 0.03), sigma8=(0.82, 0.06), b1=(1.5, 0.3))  # mean and standard deviation
 SAMPLERS = "mclmc", "nuts"
 SYSTEMS = "vmad_lit", "jaxpm"
-OM0, NODES = (0.15, 0.7), 64  # of the polynomials in log Om0: their interval, wide enough for the worst step of a warm-up
+OM0, NODES = (
+    (0.15, 0.7),
+    64,
+)  # of the polynomials in log Om0: their interval, wide enough for the worst step of a warm-up
 
 
 def build(n, seed=1):
@@ -397,7 +400,10 @@ def main(argv=None):
     parser.add_argument("--sizes", type=int, nargs="+", default=[32], help="cells along an axis")
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
-    parser.add_argument("--steps", type=int, default=20000, help="steps of mclmc, 3 tenths more to tune")
+    parser.add_argument("--steps", type=int, default=20000, help="steps of mclmc")
+    parser.add_argument(
+        "--warmup", type=int, help="steps of mclmc to tune before; 3 tenths of the others if not given"
+    )
     parser.add_argument("--thin", type=int, default=10, help="steps of mclmc for a draw")
     parser.add_argument("--draws", type=int, default=300, help="draws of nuts, a half more to tune")
     parser.add_argument("--maxdepth", type=int, default=8, help="of the trees of nuts")
@@ -420,7 +426,12 @@ def main(argv=None):
     print(describe(host))
     common = dict(maxdepth=args.maxdepth, dtype=args.peer_dtype)
     options = dict(
-        mclmc=dict(warmup=3 * args.steps // 10, draws=args.steps // args.thin, thin=args.thin, **common),
+        mclmc=dict(
+            warmup=args.warmup or 3 * args.steps // 10,
+            draws=args.steps // args.thin,
+            thin=args.thin,
+            **common,
+        ),
         nuts=dict(warmup=args.draws // 2, draws=args.draws, thin=1, **common),
     )
     results = []
