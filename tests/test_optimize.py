@@ -1,5 +1,6 @@
 """Optimisers over vector spaces: against SciPy and analytic solutions, on several ranks, resumed."""
 
+import gc
 import math
 import os
 from types import SimpleNamespace
@@ -1242,3 +1243,18 @@ def test_extreme_units_on_several_ranks():
             state = optimizer.minimize(problem, 0 * target)
             assert state.converged and len(set(COMM.allgather((state.status, state.nit, state.y)))) == 1
             assert_allclose(state.x, target, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [LBFGS(maxiter=6), GradientDescent(maxiter=6)], ids=lambda o: type(o).__name__
+)
+def test_lines_are_freed_when_they_are_done(optimizer):
+    """A line holds vectors; where it is part of a circle it waits for the garbage collector, which counts no bytes."""
+    gc.collect()
+    gc.disable()
+    try:
+        optimizer.minimize(Problem(lambda x: float(np.sum(x**4)), lambda x: 4 * x**3), np.arange(1.0, 5.0))
+        left = sum(type(found) is Line for found in gc.get_objects())
+    finally:
+        gc.enable()
+    assert left == 0

@@ -242,7 +242,7 @@ class Trial:
     """The step `t` along a line: the point, its objective `y`, and, when asked for, the slope there."""
 
     def __init__(
-        self, line: Line, t: float, point: Point | Any, y: float, slope: float | None = None
+        self, line: Line | Any, t: float, point: Point | Any, y: float, slope: float | None = None
     ) -> None:
         self.line, self.t, self.point, self.y, self._slope = line, t, point, y, slope
 
@@ -275,7 +275,7 @@ class Line:
         unit: float = 1.0,
     ) -> None:
         self.problem, self.Px, self.direction, self.unit = problem, Px, direction, unit
-        self.start = Trial(self, 0.0, None, y, slope)
+        self.start = Trial(None, 0.0, None, y, slope)
         self.reference = y if reference is None else reference
 
     def __call__(self, t: float) -> Trial:
