@@ -659,8 +659,11 @@ def test_what_has_no_influence_has_no_derivative(name, data):
             if key in v
         }
         no_v, no_w = ({key: 0 * value for key, value in x.items()} for x in (v, w))
-        assert vanishes(trial.vjp(no_w)) and vanishes(trial.jvp(no_v))
-        assert vanishes(trial.hvp(no_w, v)) and vanishes(trial.hvp(w, no_v))
+        try:
+            zeros = trial.vjp(no_w), trial.jvp(no_v), trial.hvp(no_w, v), trial.hvp(w, no_v)
+        except np.linalg.LinAlgError:  # rounding makes a matrix regular, and its adjoint singular
+            assume(False)
+        assert all(map(vanishes, zeros))
 
 
 @pytest.mark.parametrize("f", [
