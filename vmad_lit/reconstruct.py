@@ -252,9 +252,7 @@ class Reconstruction:
             monitor, old = self._saved(State, path, there, self.c.solver.save_every)
             start = self.problem.zeros() if x is None else x
             # Begin within the bounds
-            if old is not None and clipped(old.x, bounds) != {
-                name: old.x[name] for name in clipped(old.x, bounds)
-            }:
+            if old is not None and any(old.x[name] != y for name, y in clipped(old.x, bounds).items()):
                 raise StateError(f"{path} has its point outside of the bounds; --overwrite begins anew")
             start = {**start, **clipped(start, bounds)}
             if old is None and not math.isfinite(y := self.problem.objective(start)):
