@@ -97,10 +97,8 @@ def shell_curvature(problem: Posterior, x: Vector, names: Sequence[str]) -> Call
     return apply
 
 
-ERROR_RTOL, ERROR_PRODUCTS = (
-    0.1,
-    150,
-)  # the share of a variance that may be missing, and products for each number
+ERROR_RTOL = 0.1  # the share of a variance that may be missing
+ERROR_PRODUCTS = 150  # at most, for each number
 MEANING_OF_ERRORS = (
     "Errors are those of Laplace's approximation: the posterior is taken for a normal density around the most "
     "probable point, with the Gauss-Newton curvature there. The error of a number is its standard deviation whatever "
