@@ -273,6 +273,7 @@ def tell_of_transforms() -> Iterator[None]:
 sources.append(tell_of_transforms)
 
 OWN = "pm", "_base", "value", "real", "imag", "plain", "flat", "x", "i"
+PLAIN_NUMBERS = int, float, complex
 
 
 class _Field(Field):
@@ -307,7 +308,20 @@ class _Field(Field):
         for other in inputs:
             if other is not self and isinstance(other, Field):
                 check_pair(self, other)
+        if method == "__call__" and not others and self._is_result(ufunc, inputs):
+            out = self.pm.create(type(self))
+            ufunc(*(x.value if isinstance(x, Field) else x for x in inputs), out=out.value)
+            return out
         return super().__array_ufunc__(ufunc, method, *inputs, **others)
+
+    def _is_result(self, ufunc: numpy.ufunc, inputs: Sequence[Any]) -> bool:
+        """Whether a function of fields and plain numbers has one result, and that in the dtype of this field."""
+        kinds = [x.dtype if isinstance(x, Field) else type(x) for x in inputs]
+        if ufunc.nout != 1 or not all(
+            isinstance(kind, numpy.dtype) or kind in PLAIN_NUMBERS for kind in kinds
+        ):
+            return False
+        return bool(ufunc.resolve_dtypes((*kinds, None))[-1] == self.dtype)
 
 
 class RealField(_Field, pmesh.RealField):
