@@ -31,7 +31,6 @@ for plugin in importlib.metadata.entry_points(group="pytest11"):
     plugin.load()
 sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
 sys.path[:0] = [".", "providers/pfft-python"]
-sys.dont_write_bytecode = True  # Python would take that of a file for the one which replaces it in the same second
 compiled = functools.cache(lambda data, path: compile(data, path, "exec", dont_inherit=True))
 importlib.machinery.SourceFileLoader.source_to_code = lambda self, data, path: compiled(data, path)
 
@@ -90,6 +89,8 @@ def run(folder, chapters, *options):
     environment = dict(
         os.environ, PYTHONPATH=str(ROOT), BOOK=str(ROOT), OMP_NUM_THREADS="1", MPLBACKEND="Agg"
     )
+    # Python would take the bytecode of a file for that of another one which replaces it in the same second
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
     command = [sys.executable, "-c", RUN, json.dumps(jobs)]
     ended = subprocess.run(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
