@@ -6,6 +6,9 @@ their priors, makes data, and samples the posterior by unadjusted microcanonical
 the truth. The ranks of the true b1, of the true band powers, and of the noise in some cells among the draws must be uniform
 (Talts et al. 2018, arXiv:1804.06788). The file of results is written after each simulation, and a run that was ended goes on from it.
 
+`--bias` asks instead by how much the mean of b1 depends on the step: the same posteriors, sampled with several variances of the energy error.
+
+shift    of the mean of b1 from that of the shortest steps, in units of its width: the mean of some universes, and its error
 pvalue   how probable ranks as uneven as these would be, for each number, by Pearson's test; `pvalue` of all is the least, times their number
 """
 
@@ -100,6 +103,53 @@ def study(
     return results(calibrate(posterior, sample, simulations, levels, keep=keep, monitor=watch, state=state))
 
 
+def compare_steps(
+    n=16,
+    universes=12,
+    variances=(5e-4, 5e-5, 1e-6),
+    warmup=600,
+    distance=400.0,
+    draws=100,
+    host=None,
+    path=None,
+):
+    """The mean of b1 by the variance of the error of the energy, in some universes; the numbers as a dictionary."""
+    from vmad_lit.contrib.sample import MCLMC
+
+    posterior, keep, _ = build(n)
+    rows = []
+    for seed in range(universes):
+        truth, data = posterior.simulate(seed)
+        conditioned, row = (
+            posterior.with_data(data),
+            dict(truth=keep(truth)["b1"], mean=[], width=[], step=[]),
+        )
+        for variance in variances:
+            guess = 38 * (variance / 1e-4) ** (1 / 6)  # chains of all steps go the same distance
+            sampler = MCLMC(
+                warmup=warmup, draws=draws, thin=round(distance / guess), seed=seed, energy_variance=variance
+            )
+            chain = sampler.sample(conditioned, posterior.draw(seed + 1_000_000), keep=keep)
+            values = np.ravel(chain.draws["b1"])
+            row["mean"].append(values.mean())
+            row["width"].append(values.std())
+            row["step"].append(chain.step)
+        rows.append(row)
+        mean, width = (np.array([row[name] for row in rows]) for name in ("mean", "width"))
+        apart = (mean - mean[:, -1:]) / width[:, -1:]
+        found = dict(
+            n=n,
+            universes=len(rows),
+            variances=list(variances),
+            shift=apart.mean(0).tolist(),
+            error=(apart.std(0) / max(1, len(rows) - 1) ** 0.5).tolist(),
+            rows=rows,
+        )
+        if path and posterior.comm.rank == 0:
+            save(path, host, **found)
+    return found
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="benchmarks calibration", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -107,10 +157,19 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=16, help="cells along an axis")
     parser.add_argument("--simulations", type=int, default=100)
     parser.add_argument("--budget", type=float, help="seconds of processor time after which to stop")
+    parser.add_argument("--bias", action="store_true", help="compare steps of the sampler, in 12 universes")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file, and go on from it")
     args = parser.parse_args(argv)
     host = machine("vmad_lit", "numpy")
     print(describe(host))
+    if args.bias:
+        found = compare_steps(args.size, host=host, path=args.json)
+        columns = zip(found["variances"], found["shift"], found["error"])
+        table(
+            ["energy variance", "shift", "error"],
+            [[f"{v:.0e}", f"{s:.2f}", f"{e:.2f}"] for v, s, e in columns],
+        )
+        return
     found = study(args.size, args.simulations, path=args.json, host=host, budget=args.budget)
     rows = [[name, *(f"{p:.2f}" for p in np.ravel(values))] for name, values in found["pvalues"].items()]
     width = max(map(len, rows))

@@ -86,6 +86,11 @@ class Calibration:
         every = np.concatenate([np.ravel(p) for p in self.pvalues(bins).values()])
         return float(min(1.0, every.size * every.min()))
 
+    def shifts(self) -> dict[str, Array]:
+        """By name, how many standard errors the mean rank is above that of uniform ranks: above 0 if draws are too low."""
+        error = np.sqrt(((self.levels + 1) ** 2 - 1) / (12 * len(self)))
+        return {name: (ranks.mean(axis=0) - self.levels / 2) / error for name, ranks in self.ranks.items()}
+
 
 def calibrate(
     posterior: Any,
