@@ -56,7 +56,9 @@ def test_shifts_of_uniform_ranks_are_standard_normal_and_have_the_sign_of_the_tr
     ranks = np.random.default_rng(2).integers(0, 20, size=(300, 2000))
     shifts = Calibration(19, dict(x=ranks)).shifts()["x"]
     assert shifts.shape == (2000,) and abs(shifts.mean()) < 0.1 and abs(shifts.std() - 1) < 0.06
-    low = calibrate(Conjugate(), lambda p, seed: p.draw(seed, shift=-0.1), simulations=400, levels=39).shifts()
+    low = calibrate(
+        Conjugate(), lambda p, seed: p.draw(seed, shift=-0.1), simulations=400, levels=39
+    ).shifts()
     assert low["z"] > 2.5 and low["two"][0] > 2.5 and low["two"][1] < -2.5
 
 
