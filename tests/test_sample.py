@@ -824,7 +824,6 @@ def test_tables_grow():
         (True, 2, 0.5),
         (1.5, 1j / 3, 2),
         (np.int8(7), 300),
-        (1, 2**63 + 1),
     ],
     ids=str,
 )
