@@ -966,8 +966,14 @@ def test_bounds_and_a_validation_are_planned_reported_and_resumed(folder, monkey
     status, out, err = run(folder, text, "--dry-run")
     assert status == 0 and not err
     assert "cells, at most 6 runs of the model" in out and re.search("errors +about 150 gradients", out), out
-    status, out, err = run(folder, text.replace('"out"', '"whole"'))
+    made, likelihood = [], survey.Survey.likelihood
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            survey.Survey, "likelihood", lambda *a, **k: made.append(k.get("judge")) or likelihood(*a, **k)
+        )
+        status, out, err = run(folder, text.replace('"out"', '"whole"'))
     assert status == 0 and not err and "errors of b1: " in out
+    assert made.count(True) == 1, "the model that judges is made once, for the solver and the report"
     with monkeypatch.context() as patch:
         killed(patch, 3)
         assert run(folder, text)[0] == 143

@@ -739,9 +739,13 @@ def free_of(c: Configuration) -> dict[str, Any]:
     return {name: value for name, value in spaces.items() if isinstance(value, dict)}
 
 
+def bounds_of(c: Configuration) -> dict[str, dict[str, float]]:
+    """The bounds of parameters by name, for the sides `lower` and `upper`; a side of which nothing is said is empty."""
+    return {side: getattr(c.solver, side) or {} for side in ("lower", "upper")}
+
+
 def _of_bounds(c: Configuration) -> Iterator[Contradiction]:
-    free, bounded = free_of(c), c.solver.name == "BoundedLBFGS"
-    given = {side: getattr(c.solver, side) or {} for side in ("lower", "upper")}
+    free, given, bounded = free_of(c), bounds_of(c), c.solver.name == "BoundedLBFGS"
     for side in given:
         if c.says("solver", side) and not bounded:
             yield ("solver", side), f"this is for the solver BoundedLBFGS, not for {c.solver.name}"

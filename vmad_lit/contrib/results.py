@@ -268,9 +268,9 @@ class Results:
             ("-log posterior, up to a constant", problem.objective(z)),
         ]
         # Tell what the validation says
-        if (validation := self.run.survey.validation()) is not None:
-            judge = self.run.survey.likelihood(judge=True)
-            value = validation.objective(z)
+        if self.c.validation.kind is not None:
+            [(_, judge)] = self.run.survey.judge.pairs()
+            value = self.run.survey.doubt(z)
             rows.append(("data that are not fitted, for the validation", judge.count))
             if judge.is_sum_of_squares and "sigma" not in self.values:
                 rows.append(("chi-square for each of them", 2 * value / judge.count))
