@@ -383,34 +383,11 @@ class Laplace(Saved):
         return lay_out({f"{name}/{i}": (self.vs, v) for name, many in lists for i, v in enumerate(many)})
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        vs: VectorSpace,
-        like: Vector,
-        problem: Problem | None = None,
-        accept: Accepted = False,
+    def _read(
+        cls, parts: Parts, vs: VectorSpace, like: Vector, problem: Problem | None, accept: Accepted
     ) -> Self:
-        """Read an approximation saved by :meth:`save`, on any number of ranks. Collective.
-
-        Parameters
-        ----------
-        path :
-            the file.
-        vs, like :
-            the vector space, and any vector of the kind of x.
-        problem :
-            the problem, for what needs further products; it is compared with the one that the file knows.
-        accept :
-            True, or names of what may differ.
-
-        Raises
-        ------
-        StateError
-            on all ranks, if the file is damaged, is something else, or belongs to another problem.
-        """
+        """The approximation in an open file."""
         # Make an approximation from the header
-        parts, like = Parts(path, vs.comm), vs.as_vector(like)
         header = together(vs.comm, lambda: checked_header(parts))
         self = cls(vs, like, header["plain"]["options"])
         vars(self).update(header["plain"])

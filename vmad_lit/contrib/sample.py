@@ -384,37 +384,10 @@ class Chain(Saved):
         }
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        vs: VectorSpace,
-        like: Vector,
-        problem: Problem | None = None,
-        accept: Accepted = False,
+    def _read(
+        cls, parts: Parts, vs: VectorSpace, like: Vector, problem: Problem | None, accept: Accepted
     ) -> Self:
-        """Read a chain saved by :meth:`save`, on any number of ranks. Collective.
-
-        Parameters
-        ----------
-        path :
-            the file.
-        vs, like :
-            the vector space, and any vector of the kind of x (its values do not matter).
-        problem :
-            the problem of the chain: needed if it has a preconditioner that makes vectors of another kind, and compared
-            with that of the chain if it is given.
-        accept :
-            what may differ: see :meth:`Sampler.sample`.
-
-        The `metric` is known again when the chain goes on.
-
-        Raises
-        ------
-        StateError
-            on all ranks, if the file is damaged, is something else, or belongs to another problem.
-        """
-
-        parts, like = Parts(path, vs.comm), vs.as_vector(like)
+        """The chain in an open file; its `metric` is known again when it goes on."""
         header = together(vs.comm, lambda: checked_header(parts.path, parts.header))
         own = like
         if problem is not None:
