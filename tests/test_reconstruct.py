@@ -721,7 +721,7 @@ class Page(html.parser.HTMLParser):
 @pytest.mark.collective
 def test_from_a_configuration_to_a_report(folder):
     status, out, err = run(folder, GOOD)
-    assert status == 0 and "the report is" in out and not err
+    assert status == 0 and "the report is" in out and not err and "warning" not in out
 
     def look():
         import h5py
@@ -973,6 +973,8 @@ def test_bounds_and_a_validation_are_planned_reported_and_resumed(folder, monkey
         )
         status, out, err = run(folder, text.replace('"out"', '"whole"'))
     assert status == 0 and not err and "errors of b1: " in out
+    *_, warning = out.rstrip().split("\n")
+    assert re.match('warning: Mind what is said of b1: .* name = "HMC" or .* in .sampler.[.]$', warning)
     assert made.count(True) == 1, "the model that judges is made once, for the solver and the report"
     with monkeypatch.context() as patch:
         killed(patch, 3)
@@ -993,6 +995,7 @@ def test_bounds_and_a_validation_are_planned_reported_and_resumed(folder, monkey
             said = Page(file.read()).said
         for words in "not fitted", "chi-square for each of them", "best point", "to go, in errors", "Laplace":
             assert words in said, words
+        assert warning.removeprefix("warning: ") in said
         assert "lower = { b1 = 0.5 }" in said and "share = 0.25" in said
 
     on_root(COMM, compare)
@@ -1074,6 +1077,8 @@ def test_the_report_of_a_sampler(folder):
     for options in both if COMM.size == 1 else both[1:]:
         status, out, err = run(folder, sampled(GOOD, **options), "--overwrite")
         assert status == 0 and not err and "the draws are in" in out
+        joint = options["name"] == "Laplace"  # its draws are around the most probable point
+        assert ("warning: Mind what is said of b1" in out) is joint
 
         def look():
             import h5py
@@ -1084,6 +1089,7 @@ def test_the_report_of_a_sampler(folder):
                 "b1" in page.said and "credible regions" in page.said and "mean of the posterior" in page.said
             )
             assert ("R-hat" in page.said) is (options["name"] == "MCLMC")
+            assert ("Mind what is said of b1" in page.said) is joint
             with h5py.File(os.path.join(folder, "out", "fields.hdf5")) as file:
                 assert 0 < file["fields/sd_white_noise"][...].mean() <= 1.5
 
