@@ -250,6 +250,10 @@ CASES = {
         "output.fields": "name of report and state, too",
         "output.state": "name of report and fields, too",
     },
+    "[output]\nfields = '.'\nstate = 'a'\nreport = 'a/b'": {
+        "output.fields": "'.' cannot be a file: it is the folder of report and chains and state",
+        "output.state": "'a' cannot be a file: it is the folder of report",
+    },
     "[solver]\nupper = {b1 = 2}": {"solver.upper": "for the solver BoundedLBFGS"},
     "[solver]\nname = 'BoundedLBFGS'": {"solver.name": "there are no bounds"},
     "cosmology.h = {prior = 'normal', mean = 0.7, sd = 0.1}\n[solver]\nname = 'BoundedLBFGS'\nlower.h = 0.6\n"
@@ -438,6 +442,14 @@ def test_all_formats_are_read_alike_by_all_ranks(folder):
             everywhere(found.d), painted.value / painted.value.mean(), atol=1e-5, err_msg=kind
         )
         assert abs(found.noise / (480 / (W.sum() ** 2 / (W**2).sum())) ** 0.5 - 1) < 1e-6
+
+
+@pytest.mark.collective
+@pytest.mark.parametrize("unit", [1e200, 1e-200])
+def test_a_density_in_units_whose_squares_overflow(folder, unit):
+    on_root(COMM, lambda: np.save(os.path.join(folder, "units.npy"), unit * RHO))
+    d = surveyed(configured(folder, data=dict(kind="density", file="units.npy"))).d
+    np.testing.assert_allclose(everywhere(d), RHO / RHO.mean(), rtol=1e-12)
 
 
 @pytest.mark.collective
@@ -1068,6 +1080,21 @@ def test_a_chain_that_is_killed_goes_on_as_if_it_had_not_been(folder, monkeypatc
                 np.testing.assert_array_equal(a.draws[draws], b.draws[draws])
 
     on_root(COMM, compare)
+
+
+@pytest.mark.collective
+def test_a_chain_of_one_draw_has_a_mean_and_no_deviation(folder):
+    text = sampled(SILENT, name="MCLMC", draws=1, warmup=0, chains=1).replace('fields = ""', "")
+    status, out, err = run(folder, text)
+    assert status == 0 and not err and "the draws are in" in out
+
+    def look():
+        import h5py
+
+        with h5py.File(os.path.join(folder, "out", "fields.hdf5")) as file:
+            assert "mean_white_noise" in file["fields"] and "sd_white_noise" not in file["fields"]
+
+    on_root(COMM, look)
 
 
 @pytest.mark.collective

@@ -815,10 +815,21 @@ def _of_outputs(c: Configuration) -> Iterator[Contradiction]:
         others = [other for other in places if places[other] == places[key] and other != key]
         if others:
             yield ("output", key), f"{getattr(c.output, key)!r} is the name of {' and '.join(others)}, too"
+    for key in places:
+        inside = [other for other in places if _lies_in(places[other], places[key])]
+        if inside:
+            told = f"{getattr(c.output, key)!r} cannot be a file: it is the folder of {' and '.join(inside)}"
+            yield ("output", key), told
     for key, path in places.items():
         for said, source in _sources(c).items():
             if os.path.realpath(path) == os.path.realpath(source):
                 yield ("output", key), f"this would be written over {said}, {source}"
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    """Whether a path leads through a folder."""
+    path, folder = os.path.abspath(path), os.path.abspath(folder)
+    return path != folder and os.path.commonpath([path, folder]) == folder
 
 
 def _sources(c: Configuration) -> dict[str, str]:

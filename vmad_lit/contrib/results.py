@@ -183,10 +183,11 @@ class Results:
             mean = found[0].mean
             for i, chain in enumerate(found[1:], 2):
                 mean = vs.addmul(mean, vs.addmul(chain.mean, mean, -1.0), 1.0 / i)
-            variance = [chain.variance["modes"] for chain in found]
+            variance = [chain.variance["modes"] for chain in found if chain.moments.count > 1]
         self.fields["mean_white_noise"] = mean["modes"]
-        square = numpy.mean([v.value for v in variance], axis=0)
-        self.fields["sd_white_noise"] = self.pm.create(type="real", value=numpy.sqrt(square))
+        if variance:
+            square = numpy.mean([v.value for v in variance], axis=0)
+            self.fields["sd_white_noise"] = self.pm.create(type="real", value=numpy.sqrt(square))
         self.modes["mean of the posterior"] = self._values(mean)["modes"]
         self.fields["mean_linear"] = self.modes["mean of the posterior"].c2r()
         return draws

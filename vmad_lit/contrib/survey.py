@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import Any, NoReturn
@@ -404,13 +405,14 @@ class Survey:
 
     def _normalise(self, d: RealField) -> tuple[RealField, float, float]:
         """A density in units of its mean over what was observed, and 0 where nothing was; its mean and its scatter."""
-        d = self._like(numpy.where(self.seen, d.value, 0.0))
+        _, power = math.frexp(max(0.0, -self._lowest(-abs(d.value))))
+        d = self._like(numpy.where(self.seen, numpy.ldexp(d.value, -power), 0.0))
         weight = self._like(self.part * self.seen)
         total = weight.csum()
         mean = d.cdot(weight) / total
         spread = max((d * d).cdot(weight) / total - mean**2, 0.0) ** 0.5
         factor: Any = 1.0 / mean if mean else 1.0
-        return d * factor, float(mean), float(spread)
+        return d * factor, math.ldexp(mean, power), math.ldexp(spread, power)
 
     # Make up
     def _make_up(self, seed: int) -> None:
