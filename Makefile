@@ -31,6 +31,8 @@ export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+# Hundreds of processes import the package, and each would compile it anew on a machine that keeps no bytecode.
+export PYTHONDONTWRITEBYTECODE :=
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 SHELL := /bin/bash
 

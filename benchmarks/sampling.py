@@ -11,7 +11,7 @@ polynomial in log Om0 for each wavenumber), so that the densities agree: `differ
 of the density between points, `gradient` that of the derivatives. Compilation is not counted.
 
 evaluations   gradients for an effective sample (bulk, rank-normalised, by ArviZ), tuning not counted
-seconds       for an effective sample
+seconds       of processor time, for an effective sample
 ratio         ours over the peer's
 
 `--peer-python` names the Python of an environment with jax, jaxpm, blackjax and arviz.
@@ -142,11 +142,11 @@ def run_ours(n, sampler, options, folder):
 
     def watch(chain):
         if chain.nit == warmup:
-            clock.update(begin=time.perf_counter(), gradients=chain.gradients)
+            clock.update(begin=time.process_time(), gradients=chain.gradients)
 
     chain = method.sample(posterior, truth, keep=keep, monitor=watch)
     numbers = dict(
-        seconds=time.perf_counter() - clock["begin"],
+        seconds=time.process_time() - clock["begin"],
         gradients=chain.gradients - clock["gradients"],
         tuning=clock["gradients"],
         step=chain.step,
@@ -298,12 +298,12 @@ def run_peer(n, sampler, options, folder):
     size = max(1, options["draws"] // 10)
     keys = jax.random.split(jax.random.key(2), (10, size))
     compiled = several.lower(state, keys[0]).compile()
-    begin, draws, numbers = time.perf_counter(), [], []
+    begin, draws, numbers = time.process_time(), [], []
     for part in keys:
         state, (found, told) = jax.block_until_ready(compiled(state, part))
         draws.append(found)
         numbers.append(told)
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     whole = {name: np.concatenate([np.asarray(part[name]) for part in draws]) for name in draws[0]}
     error = np.concatenate([np.asarray(part["energy_error"]) for part in numbers])
     found = dict(

@@ -1,6 +1,8 @@
 """Chi-square problems: gradients, Gauss-Newton products, one forward run a point; inversions in epochs."""
 
+import gc
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -185,6 +187,22 @@ def test_one_forward_run_a_point_whatever_is_asked_first():
             ask()
             ask()
         assert problem.forwards == problem.fev == 1 and problem.gev == 1 and problem.hev >= 2
+
+
+@pytest.mark.parametrize("ask", ["objective", "value_and_gradient", "product"])
+def test_a_problem_that_nobody_holds_is_gone(ask):
+    """The one of the last epoch would lie beside that of the next, with its tape, until the garbage is collected."""
+    s, v = split(POINT), split(np.ones(N))
+    gc.collect()
+    gc.disable()
+    try:
+        problem = make()
+        problem.Hvp(s, v) if ask == "product" else getattr(problem, ask)(s)
+        left = weakref.ref(problem)
+        del problem
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_another_point_is_another_run_also_in_the_same_array():

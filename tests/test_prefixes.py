@@ -15,20 +15,24 @@ pytestmark = pytest.mark.serial  # the tangler knows nothing of ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = [path for path in sorted((ROOT / "book/chapters").glob("*.md")) if "001" <= path.name < "900"]
-TENS = sorted({path.name[:2] for path in CHAPTERS})
+# Each part is one process, which begins with imports and reads the book; several, for several cores.
+PARTS = [CHAPTERS[begin : begin + 28] for begin in range(0, len(CHAPTERS), 28)]
 BESIDE = "book", "tests", "tools", "benchmarks", "conftest.py", "pyproject.toml", "conf.py", "README.md"
 
 # Writes the package as of one chapter after the other into the current folder, where it grows, and runs pytest on it, each
-# time in a fork of a process that has imported what takes long. In each, all modules in the folder are imported, and
-# nothing of the installed package is in reach.
+# time in a fork of a process that has imported what takes long and has compiled each text of a module, once. In each, all
+# modules in the folder are imported, and nothing of the installed package is in reach.
 RUN = """
-import importlib, json, os, pathlib, sys, traceback
-import _hypothesis_pytestplugin, ducc0, hypothesis, markdown_it, matplotlib.pyplot, mdit_py_plugins, numba, numpy, pytest
-import pytest_doctestplus.plugin, pytest_timeout, scipy.optimize, scipy.special, xdist.plugin
+import functools, gc, importlib.machinery, importlib.metadata, json, os, pathlib, sys, traceback
+import ducc0, hypothesis, markdown_it, matplotlib.pyplot, mdit_py_plugins, numba, numpy, pytest, scipy.optimize, scipy.special
 from tools.tangle import Book
 
+for plugin in importlib.metadata.entry_points(group="pytest11"):
+    plugin.load()
 sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
 sys.path[:0] = [".", "providers/pfft-python"]
+compiled = functools.cache(lambda data, path: compile(data, path, "exec", dont_inherit=True))
+importlib.machinery.SourceFileLoader.source_to_code = lambda self, data, path: compiled(data, path)
 
 
 def work(arguments):
@@ -40,6 +44,7 @@ def work(arguments):
 
 
 book = Book.load(os.environ["BOOK"])  # once for all: pytest finds the same chapters in the current folder
+book.tangle()  # and asks whether the installed package is what they make
 Book.load = classmethod(lambda cls, root: book)
 for upto, arguments in json.loads(sys.argv[1]):
     for name, (text, _) in book.upto(upto).tangle().items():
@@ -47,6 +52,10 @@ for upto, arguments in json.loads(sys.argv[1]):
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
+            if path.suffix == ".py":
+                compiled(text.encode(), str(path.absolute()))
+    gc.collect()
+    gc.freeze()  # or each child would walk through all this again
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -75,11 +84,13 @@ def run(folder, chapters, *options):
     """What pytest says of some chapters, each on the package as of a number that is given with it, and the ends, in order."""
     for name in BESIDE:
         (folder / name).symlink_to(ROOT / name)
-    settings = ["-q", "-p", "no:cacheprovider", "-p", "no:warnings", "--tb=short", *options]
+    settings = ["-q", "-p", "no:cacheprovider", "-p", "no:warnings", "--tb=short", "--assert=plain", *options]
     jobs = [(upto, [*settings, f"book/chapters/{path.name}"]) for upto, path in chapters]
     environment = dict(
         os.environ, PYTHONPATH=str(ROOT), BOOK=str(ROOT), OMP_NUM_THREADS="1", MPLBACKEND="Agg"
     )
+    # Python would take the bytecode of a file for that of another one which replaces it in the same second
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
     command = [sys.executable, "-c", RUN, json.dumps(jobs)]
     ended = subprocess.run(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -89,12 +100,12 @@ def run(folder, chapters, *options):
     return ended.stdout, list(map(int, codes))
 
 
-@pytest.mark.parametrize("ten", TENS, ids=lambda ten: f"{ten}x")
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part[0].name[:3]}-{part[-1].name[:3]}")
 @pytest.mark.timeout(900)
-def test_chapters_run_on_what_is_written_by_then(ten, tmp_path, request):
-    """Each chapter whose number begins like that; with `--soak` its cells run as well."""
+def test_chapters_run_on_what_is_written_by_then(part, tmp_path, request):
+    """The examples of each chapter of a part of the book; with `--soak` its cells run as well."""
     options = [] if request.config.getoption("--soak") else ["-k", "examples"]
-    chapters = sorted((finished(path), path) for path in CHAPTERS if path.name[:2] == ten)
+    chapters = sorted((finished(path), path) for path in part)
     output, codes = run(tmp_path, chapters, *options)
     for (_, path), code in zip(chapters, codes):
         bare = ">>> " not in path.read_text(encoding="utf-8")

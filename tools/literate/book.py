@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -110,9 +110,8 @@ class Book:
     def _unfinished(self, number: int) -> Iterator[Problem]:
         """The files of a first part that are no Python."""
         for path, (text, _) in self._tangled.items():
-            try:
-                ast.parse(text) if path.endswith(".py") else None
-            except SyntaxError as error:
+            error = syntax_error(text) if path.endswith(".py") else None
+            if error is not None:
                 end = min(error.lineno or 1, len(self.rows[path]))
                 empty = [
                     row.place.references[row.number]
@@ -442,6 +441,16 @@ class Book:
                     if entry:
                         listed.append((f"book/{entry}.md", line))
         return listed
+
+
+@cache
+def syntax_error(text: str) -> SyntaxError | None:
+    """Why a text is no Python; the first parts of a book have most of their files in common."""
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        return error
+    return None
 
 
 def lines_of(text: str) -> list[str]:

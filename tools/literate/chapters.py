@@ -298,8 +298,9 @@ class Chapter:
 
     def _check_unread(self, text: str) -> None:
         """Report what looks like a canonical block, and is read as something else."""
+        read = self._opened | self._shown
         for number, line in enumerate(text.split("\n"), 1):
-            opening = None if number in self._opened | self._shown else _LIKE_OPENING.match(line)
+            opening = None if number in read else _LIKE_OPENING.match(line)
             if opening and ("{#" in opening["info"] or _LIKE_ATTRIBUTES.search(opening["info"])):
                 self._problem(
                     number,

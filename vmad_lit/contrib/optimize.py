@@ -2167,12 +2167,20 @@ def minimize_in_epochs(
     return state
 
 
+from weakref import WeakMethod
+
 from vmad_lit.contrib.vectorspace import LocalSpace, MPIVectorSpace
 from vmad_lit.core.error import UnexpectedOutput, did_you_mean
 from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.placement import find_talk, many_ranks, world
 from vmad_lit.core.symbol import Literal
 from vmad_lit.core.tape import Tape
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls a method of an object, and does not keep the object alive."""
+    found: Any = WeakMethod(method)
+    return lambda *arguments: found()(*arguments)
 
 
 class ModelProblem(Problem):
@@ -2240,10 +2248,10 @@ class ModelProblem(Problem):
         self._tape: Tape | Any = None
         self.forwards = 0
         super().__init__(
-            objective=self._forward,
-            gradient=self._pull_back,
-            value_and_gradient=None if self.given else self._forward_and_pull,
-            hessian_vector_product=self._gauss_newton if self.residual_names else self._exact,
+            objective=weakly(self._forward),
+            gradient=weakly(self._pull_back),
+            value_and_gradient=None if self.given else weakly(self._forward_and_pull),
+            hessian_vector_product=weakly(self._gauss_newton if self.residual_names else self._exact),
             preconditioner=preconditioner,
             vs=find_space(model, self.names, self.single) if vs is None else vs,
             identity=identity,

@@ -167,6 +167,8 @@ class VectorSpace:
         if isinstance(a, np.ndarray):
             different = not isinstance(b, np.ndarray) or a.dtype != b.dtype or not np.array_equal(a, b)
             return not self.any(different)
+        if isinstance(a, (int, float, complex, np.generic)):
+            return not self.any(type(a) is not type(b) or a != b)
         if self.any(type(a) is not type(b)):
             return False
         return self.norm(self.addmul(a, b, -1)) == 0.0

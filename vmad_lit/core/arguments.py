@@ -6,6 +6,7 @@ no such value. Symbols are refused, too: whether one may stand here is up to the
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection
 from typing import Any
@@ -107,7 +108,7 @@ def real_array(
     return array
 
 
-COMPARISONS = dict(least=numpy.greater_equal, above=numpy.greater, most=numpy.less_equal, below=numpy.less)
+COMPARISONS = dict(least=operator.ge, above=operator.gt, most=operator.le, below=operator.lt)
 
 
 def fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
@@ -117,6 +118,9 @@ def fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
 
 def real_number(name: str, x: Any, **bounds: Any) -> float:
     """`x` as a finite float; bounds are `least`, `above`, `most`, `below`."""
+    if isinstance(x, float) and math.isfinite(x):
+        if all(bound is None or COMPARISONS[which](x, bound) for which, bound in bounds.items()):
+            return float(x)
     if isinstance(x, (bool, numpy.bool_)):
         raise TypeError(f"{name} must be a number, not {show(x)}")
     return float(real_array(name, x, shape=(), **bounds))

@@ -44,9 +44,14 @@ def admit(name: str, value: Any) -> Any:
     return value
 
 
+PLAIN = {bool, int, float, complex, numpy.ndarray, numpy.float32, numpy.float64}
+
+
 def find_loss(value: Any) -> str | None:
     """What a value would lose on its way into a plain array, and what to do about it; None if that is nothing."""
     kind = type(value)
+    if kind in PLAIN:
+        return None
     # See whether anything is masked
     is_array = isinstance(value, (numpy.ndarray, numpy.generic))
     if isinstance(value, numpy.ma.MaskedArray):

@@ -372,5 +372,5 @@ def lpt(rhok: Symbol, q: Array, pm: ParticleMesh, dtype: DTypeLike | None = None
     layout = decompose(q, pm)
     potential = _potential(rhok, pm)
     dx1 = _displacement(potential, q, pm, layout, dtype)
-    dx2 = lpt1(r2c(_source(potential, pm)), q, pm, layout, dtype)
+    dx2 = _displacement(_potential(r2c(_source(potential, pm)), pm), q, pm, layout, dtype)
     return dx1, dx2

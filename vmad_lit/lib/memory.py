@@ -16,7 +16,6 @@ from threading import Lock
 from typing import Any
 
 import numpy
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import DTypeLike
 
 from vmad_lit.core.handover import OWNERS
@@ -210,17 +209,17 @@ def idle() -> int:
 
 
 class _Writeable:
-    """Hands memory to NumPy without the read-only flag."""
+    """Hands memory to NumPy as so many elements in a row, without the read-only flag."""
 
-    def __init__(self, array: Array) -> None:
-        self.__array_interface__ = dict(array.__array_interface__, data=(array.ctypes.data, False))
-        self.base = array
+    def __init__(self, array: Array, length: int) -> None:
+        interface = array.__array_interface__
+        interface.update(data=(interface["data"][0], False), shape=(length,), strides=None)
+        self.__array_interface__, self.base = interface, array
 
 
 def flatten(array: Array) -> Array:
     """The elements of a contiguous array as a flat one, writeable as such, for loops that do not write to it."""
-    flat = array.reshape(-1)
-    return flat if flat.flags.writeable else numpy.asarray(_Writeable(flat))
+    return array.reshape(-1) if array.flags.writeable else numpy.asarray(_Writeable(array, array.size))
 
 
 def check_array(
@@ -300,4 +299,4 @@ def as_flat(array: Array) -> Any:
     if array.flags.c_contiguous:
         return flatten(array), strides
     extent = 1 + sum((n - 1) * s for n, s in zip(array.shape, strides)) if array.size else 0
-    return flatten(as_strided(array, (extent,), (size,))), strides
+    return numpy.asarray(_Writeable(array, extent)), strides

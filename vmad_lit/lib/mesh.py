@@ -10,7 +10,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from inspect import signature
 from itertools import zip_longest
 from typing import Any, Literal, NoReturn, Self, TypeVar
@@ -272,22 +272,62 @@ def tell_of_transforms() -> Iterator[None]:
 
 sources.append(tell_of_transforms)
 
+OWN = "pm", "_base", "value", "real", "imag", "plain", "flat", "x", "i"
+PLAIN_NUMBERS = int, float, complex
+
 
 class _Field(Field):
-    """What our fields have beside pmesh's: memory that is used again."""
+    """What our fields have beside pmesh's: memory that is used again, and a geometry that is found once for a mesh."""
+
+    _view: str
 
     def __init__(self, pm: ParticleMesh, base: LocalBuffer | None = None) -> None:
-        super().__init__(pm, Buffer(pm._get_partition(type(self))) if base is None else base)
+        self.__dict__.update(once_per_mesh(pm, type(self), partial(type(self)._geometry, pm)), pm=pm)
+        self._base = Buffer(self._partition, base)
+        self.value = getattr(self._base, self._view)()
+        self.flat = self.value.flat
+
+    @classmethod
+    def _geometry(cls, pm: ParticleMesh) -> dict[str, Any]:
+        """What all fields of this class on a mesh have in common, as pmesh names it."""
+        first = cls.__new__(cls)
+        Field.__init__(first, pm, Buffer(pm._get_partition(cls)))
+        return {name: value for name, value in vars(first).items() if name not in OWN}
+
+    @cached_property
+    def x(self) -> list[Array]:
+        """The coordinates or wavenumbers along each axis."""
+        return self.pm.create_coords(type(self))
+
+    @cached_property
+    def i(self) -> list[Array]:
+        """The indices along each axis."""
+        return self.pm.create_coords(type(self), return_indices=True)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **others: Any) -> Any:
         for other in inputs:
             if other is not self and isinstance(other, Field):
                 check_pair(self, other)
+        if method == "__call__" and not others and self._is_result(ufunc, inputs):
+            out = self.pm.create(type(self))
+            ufunc(*(x.value if isinstance(x, Field) else x for x in inputs), out=out.value)
+            return out
         return super().__array_ufunc__(ufunc, method, *inputs, **others)
+
+    def _is_result(self, ufunc: numpy.ufunc, inputs: Sequence[Any]) -> bool:
+        """Whether a function of fields and plain numbers has one result, and that in the dtype of this field."""
+        kinds = [x.dtype if isinstance(x, Field) else type(x) for x in inputs]
+        if ufunc.nout != 1 or not all(
+            isinstance(kind, numpy.dtype) or kind in PLAIN_NUMBERS for kind in kinds
+        ):
+            return False
+        return bool(ufunc.resolve_dtypes((*kinds, None))[-1] == self.dtype)
 
 
 class RealField(_Field, pmesh.RealField):
     """A real field of pmesh; sums are in double precision."""
+
+    _view = "view_input"
 
     def csum(self, dtype: DTypeLike | None = None) -> Any:
         """Sum over the whole mesh, by default in double precision. Collective."""
@@ -307,6 +347,13 @@ class RealField(_Field, pmesh.RealField):
 
 class _Modes(_Field):
     """What our complex fields have beside pmesh's."""
+
+    _view = "view_output"
+
+    def __init__(self, pm: ParticleMesh, base: LocalBuffer | None = None) -> None:
+        super().__init__(pm, base)
+        self.real, self.imag = self.value.real, self.value.imag
+        self.plain = self.value.view((self.real.dtype, 2))
 
     def cdot(self, other: Value, metric: Metric | None = None) -> Any:
         """Inner product of two complex fields over all modes, also those not stored; `metric(k)` weighs modes."""

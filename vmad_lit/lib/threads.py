@@ -91,5 +91,8 @@ def share_out(n: int, least: int) -> list[int]:
 
 def share(loop: Callable[[int, int], object], n: int, least: int = 1 << 17) -> None:
     """Call a loop with the two ends of each thread's part of `range(n)`, of at least `least`."""
+    if n < 2 * least:
+        loop(0, n)
+        return
     edges = share_out(n, least)
     run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
