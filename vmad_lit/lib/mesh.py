@@ -317,11 +317,8 @@ class _Field(Field):
     def _is_result(self, ufunc: numpy.ufunc, inputs: Sequence[Any]) -> bool:
         """Whether a function of fields and plain numbers has one result, and that in the dtype of this field."""
         kinds = [x.dtype if isinstance(x, Field) else type(x) for x in inputs]
-        if ufunc.nout != 1 or not all(
-            isinstance(kind, numpy.dtype) or kind in PLAIN_NUMBERS for kind in kinds
-        ):
-            return False
-        return bool(ufunc.resolve_dtypes((*kinds, None))[-1] == self.dtype)
+        known = all(isinstance(kind, numpy.dtype) or kind in PLAIN_NUMBERS for kind in kinds)
+        return known and ufunc.nout == 1 and ufunc.resolve_dtypes((*kinds, None))[-1] == self.dtype
 
 
 class RealField(_Field, pmesh.RealField):
