@@ -353,6 +353,28 @@ def test_a_few_numbers_without_vectors_and_what_is_missing(dense, conditioned):
     np.testing.assert_allclose(found.shift, -0.2, rtol=1e-5)
 
 
+def test_solving_ends_where_it_should(monkeypatch):
+    """The last product that is allowed counts, one fewer does not do, and a direction with a maximum is told."""
+    products, curvature = [], laplace.curvature
+    monkeypatch.setattr(laplace, "curvature", lambda *args: products.append(1) or curvature(*args))
+    A = np.diag([300.0, 200.0, *np.linspace(1, 2, N)])
+    round_one = Dense(A)
+    zero, v = round_one.part(np.zeros(N + 2)), round_one.part(np.linspace(-1, 1, N + 2))
+    low = laplace.approximate(round_one.problem, zero, rank=2, oversampling=0, powers=3)
+    products.clear()
+    low.solve(v, 1e-6)
+    needed = len(products) - 1  # one was for the residual of the start
+    assert 1 < needed < 20
+    low.solve(v, 1e-6, needed)
+    with pytest.raises(RuntimeError, match=f"within {needed - 1} iterations"):
+        low.solve(v, 1e-6, needed - 1)
+    A[-1, -1] = -5.0
+    hollow = Dense(A)
+    low = laplace.approximate(hollow.problem, zero, rank=2, oversampling=0, powers=3)
+    with pytest.raises(ValueError, match="not convex at x .the curvature along a direction is -"):
+        low.solve(v)
+
+
 def test_a_few_numbers_say_what_is_wrong(dense):
     problem, x = dense.problem, dense.part(dense.centre)
     with pytest.raises(ValueError, match="no component 'u'"):

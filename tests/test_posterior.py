@@ -354,6 +354,7 @@ def test_simulated_data_have_the_noise_that_was_asked_for():
         gaussian=(Gaussian(one, 0.5), 2.0, 0.5),
         counts=(Poisson(one, mean=3.0), 6.0, 6**0.5),
         few=(Poisson(one, mean=0.05), 0.1, 0.1**0.5),
+        many=(Poisson(one, mean=5e11), 1e12, 1e6),
         coloured=(Gaussian(one, power=lambda k: 0.25 * pm.BoxSize.prod() / 4096 + 0 * k), 2.0, 0.5),
     )
     for likelihood, mean, sd in cases.values():

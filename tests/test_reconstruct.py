@@ -250,6 +250,10 @@ CASES = {
         "output.fields": "name of report and state, too",
         "output.state": "name of report and fields, too",
     },
+    "[output]\nfields = '.'\nstate = 'a'\nreport = 'a/b'": {
+        "output.fields": "'.' cannot be a file: it is the folder of report and chains and state",
+        "output.state": "'a' cannot be a file: it is the folder of report",
+    },
     "[solver]\nupper = {b1 = 2}": {"solver.upper": "for the solver BoundedLBFGS"},
     "[solver]\nname = 'BoundedLBFGS'": {"solver.name": "there are no bounds"},
     "cosmology.h = {prior = 'normal', mean = 0.7, sd = 0.1}\n[solver]\nname = 'BoundedLBFGS'\nlower.h = 0.6\n"
@@ -438,6 +442,14 @@ def test_all_formats_are_read_alike_by_all_ranks(folder):
             everywhere(found.d), painted.value / painted.value.mean(), atol=1e-5, err_msg=kind
         )
         assert abs(found.noise / (480 / (W.sum() ** 2 / (W**2).sum())) ** 0.5 - 1) < 1e-6
+
+
+@pytest.mark.collective
+@pytest.mark.parametrize("unit", [1e200, 1e-200])
+def test_a_density_in_units_whose_squares_overflow(folder, unit):
+    on_root(COMM, lambda: np.save(os.path.join(folder, "units.npy"), unit * RHO))
+    d = surveyed(configured(folder, data=dict(kind="density", file="units.npy"))).d
+    np.testing.assert_allclose(everywhere(d), RHO / RHO.mean(), rtol=1e-12)
 
 
 @pytest.mark.collective
@@ -721,7 +733,7 @@ class Page(html.parser.HTMLParser):
 @pytest.mark.collective
 def test_from_a_configuration_to_a_report(folder):
     status, out, err = run(folder, GOOD)
-    assert status == 0 and "the report is" in out and not err
+    assert status == 0 and "the report is" in out and not err and "warning" not in out
 
     def look():
         import h5py
@@ -966,8 +978,16 @@ def test_bounds_and_a_validation_are_planned_reported_and_resumed(folder, monkey
     status, out, err = run(folder, text, "--dry-run")
     assert status == 0 and not err
     assert "cells, at most 6 runs of the model" in out and re.search("errors +about 150 gradients", out), out
-    status, out, err = run(folder, text.replace('"out"', '"whole"'))
+    made, likelihood = [], survey.Survey.likelihood
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            survey.Survey, "likelihood", lambda *a, **k: made.append(k.get("judge")) or likelihood(*a, **k)
+        )
+        status, out, err = run(folder, text.replace('"out"', '"whole"'))
     assert status == 0 and not err and "errors of b1: " in out
+    *_, warning = out.rstrip().split("\n")
+    assert re.match('warning: Mind what is said of b1: .* name = "HMC" or .* in .sampler.[.]$', warning)
+    assert made.count(True) == 1, "the model that judges is made once, for the solver and the report"
     with monkeypatch.context() as patch:
         killed(patch, 3)
         assert run(folder, text)[0] == 143
@@ -987,6 +1007,7 @@ def test_bounds_and_a_validation_are_planned_reported_and_resumed(folder, monkey
             said = Page(file.read()).said
         for words in "not fitted", "chi-square for each of them", "best point", "to go, in errors", "Laplace":
             assert words in said, words
+        assert warning.removeprefix("warning: ") in said
         assert "lower = { b1 = 0.5 }" in said and "share = 0.25" in said
 
     on_root(COMM, compare)
@@ -1062,12 +1083,29 @@ def test_a_chain_that_is_killed_goes_on_as_if_it_had_not_been(folder, monkeypatc
 
 
 @pytest.mark.collective
+def test_a_chain_of_one_draw_has_a_mean_and_no_deviation(folder):
+    text = sampled(SILENT, name="MCLMC", draws=1, warmup=0, chains=1).replace('fields = ""', "")
+    status, out, err = run(folder, text)
+    assert status == 0 and not err and "the draws are in" in out
+
+    def look():
+        import h5py
+
+        with h5py.File(os.path.join(folder, "out", "fields.hdf5")) as file:
+            assert "mean_white_noise" in file["fields"] and "sd_white_noise" not in file["fields"]
+
+    on_root(COMM, look)
+
+
+@pytest.mark.collective
 def test_the_report_of_a_sampler(folder):
     pytest.importorskip("arviz")
     both = dict(name="MCLMC", draws=4, warmup=2), dict(name="Laplace", rank=3, draws=8)
     for options in both if COMM.size == 1 else both[1:]:
         status, out, err = run(folder, sampled(GOOD, **options), "--overwrite")
         assert status == 0 and not err and "the draws are in" in out
+        joint = options["name"] == "Laplace"  # its draws are around the most probable point
+        assert ("warning: Mind what is said of b1" in out) is joint
 
         def look():
             import h5py
@@ -1078,6 +1116,7 @@ def test_the_report_of_a_sampler(folder):
                 "b1" in page.said and "credible regions" in page.said and "mean of the posterior" in page.said
             )
             assert ("R-hat" in page.said) is (options["name"] == "MCLMC")
+            assert ("Mind what is said of b1" in page.said) is joint
             with h5py.File(os.path.join(folder, "out", "fields.hdf5")) as file:
                 assert 0 < file["fields/sd_white_noise"][...].mean() <= 1.5
 

@@ -33,6 +33,7 @@ from vmad_lit.contrib.sample import (
     Target,
     first_step,
     leapfrog,
+    small_parts,
     windows,
 )
 from vmad_lit.contrib.vectorspace import FieldSpace, ProductSpace, VectorSpace
@@ -413,8 +414,10 @@ def test_numbers_that_are_none_are_kept_through_a_file(tmp_path):
     assert_array_equal(again.draws["phase"], chain.draws["phase"])
     with pytest.raises(ValueError, match="read-only"):
         chain.draws["odd"][0] = 1
-    with pytest.raises(ValueError, match="must have the names and shapes"):
-        HMC(warmup=0, draws=4, step=0.5).sample(problem, state=chain, keep=lambda x: {"odd": 1.0})
+    with pytest.raises(
+        ValueError, match=r"row 3 of the chain has no 'count', which the rows before it have$"
+    ):
+        HMC(warmup=0, draws=4, step=0.5).sample(problem, state=chain, keep=lambda x: {"odd": np.zeros(4)})
 
 
 @pytest.mark.collective
@@ -811,3 +814,74 @@ def test_tables_grow():
         table.append({"a": i, "b": [i, 2.0 * i]})
     assert_array_equal(table["a"], np.arange(200))
     assert table["b"].shape == (200, 2) and len(table) == 200 and table.keys() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        (0, 0.1, 2),
+        (np.float32(1), 1 / 3),
+        (True, 2, 0.5),
+        (1.5, 1j / 3, 2),
+        (np.int8(7), 300),
+    ],
+    ids=str,
+)
+def test_columns_widen_and_lose_nothing(cells):
+    table = Table()
+    for _ in range(40):
+        for cell in cells:
+            table.append({"a": cell, "b": [1.0, cell]})
+    expected = list(cells) * 40
+    assert table["a"].tolist() == expected and table["b"][:, 1].tolist() == expected
+
+
+def test_a_chain_that_began_with_whole_numbers_goes_on_with_fractions(tmp_path):
+    path, problem, seen = str(tmp_path / "chain.npz"), quadratic(np.ones(2)), [0, 1, 0.5, 1 / 3]
+    keep = lambda x: {"seen": seen.pop(0)}
+    sampler = HMC(warmup=0, draws=2, step=0.5, metric=None)
+    sampler.sample(problem, np.ones(2), keep).save(path)
+    chain = with_option(sampler, draws=4).sample(
+        problem, state=Chain.load(path, problem.vs, np.ones(2)), keep=keep
+    )
+    assert chain.draws["seen"].tolist() == [0, 1, 0.5, 1 / 3]
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        ({"a": 1.0}, "has no 'b', which the rows before it have$"),
+        ({"a": 1.0, "b": [1, 2], "c": 3}, "has 'c', which the rows before it have not$"),
+        ({"a": 1.0, "b": [1, 2, 3]}, r"has 'b' of the shape \(3,\), and the rows before it of \(2,\)$"),
+        ({"a": 1.0, "b": 2.0}, r"has 'b' of the shape \(\), and the rows before it of \(2,\)$"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_and_leaves_no_trace(row, told):
+    table = Table()
+    for _ in range(2):
+        table.append({"a": 0, "b": [1, 2]})
+    with pytest.raises(ValueError, match="^row 2 of the chain " + told):
+        table.append(row)
+    assert len(table) == 2 and table["a"].tolist() == [0, 0] and table["a"].dtype.kind == "i"
+
+
+def test_parts_of_one_name_are_kept_apart():
+    plain = VectorSpace()
+    tracer = ProductSpace(dict(b=plain, more=ProductSpace([plain, plain])))
+    vs = ProductSpace(dict(galaxies=tracer, quasars=tracer, b=plain))
+    start = {
+        kind: dict(b=np.float64(i), more=[np.full(2, i + 0.1), np.full(3, i + 0.2)])
+        for i, kind in enumerate(vs.spaces)
+        if kind != "b"
+    }
+    start["b"] = np.float64(9)
+    problem = Problem(lambda x: 0.5 * vs.dot(x, x), lambda x: vs.copy(x), vs=vs)
+    draws = HMC(warmup=0, draws=3, step=0.2, metric=None).sample(problem, start).draws
+    kinds = "galaxies", "quasars"
+    expected = [f"{kind}.{name}" for kind in kinds for name in ("b", "more.0", "more.1")] + ["b"]
+    assert list(draws) == expected
+    assert [draws[name].shape for name in expected] == [(3,), (3, 2), (3, 3)] * 2 + [(3,)]
+    assert not np.allclose(draws["galaxies.b"], draws["quasars.b"], atol=0.1)
+    alike = ProductSpace({"a": ProductSpace(dict(b=plain)), "a.b": plain})
+    with pytest.raises(ValueError, match="two parts of the vector have the name 'a.b': say what to keep"):
+        small_parts(alike, {"a": dict(b=1.0), "a.b": 2.0})

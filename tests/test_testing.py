@@ -378,3 +378,92 @@ def test_a_debugger_is_left_in_peace():
     finally:
         sys.settrace(before)
     assert texts == [] and after is tracer
+
+
+# -- Where there is nothing to test ------------------------------------------------------------------------------------------
+
+
+def rooted(x):
+    return unary.exp(x) * unary.sqrt(x)
+
+
+def normed(x):
+    return unary.sqrt(x * x)
+
+
+def shifted(x, y):
+    return x * 2.0 + y
+
+
+@operator
+class root_of_three_halves:
+    """x^1.5, whose slope is zero where its curvature is infinite."""
+
+    ain, aout = "x", "y"
+
+    def apl(node, x):
+        return x**1.5
+
+    def jvp(node, x_, x):
+        return 1.5 * np.sqrt(x) * x_
+
+    def vjp(node, _y, x):
+        return 1.5 * np.sqrt(x) * _y
+
+    def hvp(node, _y, x_, x):
+        return 0.75 / np.sqrt(x) * _y * x_
+
+
+ZERO = np.array([4.0, 0.0])
+POINTS = [
+    (unary.log, (ZERO,), "the value of 'y' is not finite at this point, first after log-0;"),
+    (
+        unary.sqrt,
+        (ZERO,),
+        "the tangent of the result 'y' is not finite at this point, first after sqrt-jvp-0;",
+    ),
+    (
+        normed,
+        (ZERO,),
+        r"the cotangent of the input 'x' .*, first after sqrt-vjp-0, built at .*test_testing.py:",
+    ),
+    (
+        rooted,
+        (ZERO,),
+        "the tangent of the result 'y' .*, first after sqrt-jvp-1, built at .*test_testing.py:",
+    ),
+    (rooted, (np.array([1.0, 1e4]),), "the value of 'y' .*, first after exp-0, built at .*test_testing.py:"),
+    (shifted, (X, np.array([1.0, np.nan, 2.0])), "the value of 'y' .* point, as is the input 'y';"),
+    (unary.log, (np.array([1.0, 1e-6]),), "at x \\+ h v, with h=.*, values or derivatives are not finite"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("subject, point, told", POINTS)
+def test_a_point_that_is_not_finite_is_blamed_and_not_the_operator(subject, point, told):
+    with pytest.raises(AssertionError, match=f"^{subject.__name__}: {told}"):
+        check(subject, *point)
+    others = [check_dot_product] * ("h v" not in told) + [check_taylor] * ("cotangent" not in told)
+    for test in others + [check_second_order] * ("value" in told and "h v" not in told):
+        with pytest.raises(AssertionError, match="not finite"):
+            test(subject, *point)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_a_second_derivative_that_is_not_finite_is_named():
+    with pytest.raises(AssertionError, match="the change of the cotangent of the input 'x' is not finite"):
+        check_second_order(root_of_three_halves, np.array([1.0, 0.0]))
+    with pytest.raises(
+        AssertionError, match=r"root_of_three_halves: at x \+ h v, with h=1.0e-03, values or deriv"
+    ):
+        check(root_of_three_halves, np.array([1.0, 0.0]))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_gradients_of_plain_functions_that_are_not_finite_are_named():
+    objective, slope = lambda x: np.sum(np.sqrt(x)), lambda x: 0.5 / np.sqrt(x)
+    with pytest.raises(AssertionError, match="the cotangent of the input 'x0' is not finite at this point;"):
+        check_gradient(objective, ZERO, gradient=slope)
+    with pytest.raises(AssertionError, match="the value of 'y' is not finite at this point;"):
+        check_gradient(lambda x: np.sum(np.log(x)), ZERO, gradient=lambda x: 1 / x)
+    check_gradient(objective, ZERO + 1, gradient=slope)

@@ -66,6 +66,16 @@ def test_a_distributed_operator(dtype):
 
 
 @pytest.mark.collective
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_an_infinity_on_one_rank_is_told_by_all():
+    x = np.linspace(1.0, 2.0, 4) * [COMM.rank + 1 < COMM.size, 1, 1, 1]  # a zero on the last rank only
+    with pytest.raises(AssertionError, match="the value of 'y' is not finite at this point") as caught:
+        check(linalg.log, x, comm=COMM)
+    known = COMM.allgather("first after log-0" in str(caught.value))
+    assert known == [rank + 1 == COMM.size for rank in range(COMM.size)]
+
+
+@pytest.mark.collective
 def test_a_model_around_a_distributed_operator():
     @autooperator("x, b -> y")
     def entropy(x, b, comm):

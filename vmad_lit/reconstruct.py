@@ -352,6 +352,8 @@ class Reconstruction:
         if path := self.c.output_path("report"):
             results.write_report(path)
             self.say(f"the report is {path}")
+        if told := results.caution():
+            self.say(f"warning: {told}")
 
 
 def remove(paths: Sequence[str]) -> set[str]:

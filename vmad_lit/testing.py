@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from .core.error import BadArgument, BrokenPrimitive, ExecutionError, did_you_mean, needed_for
 from .core.execution import Plan, Slots, Step, collect, describe
 from .core.graph import Graph, Node
-from .core.model import Builder, Model
+from .core.model import Builder, Model, Monitor
 from .core.operator import InstanceOperator, Operator, Primitive, ZeroGradient, operator
 from .core.symbol import BaseSymbol, List, Value, leaves
 from .core.tape import Tape
@@ -218,7 +218,11 @@ class Trial:
 
     def inner(self, name: str, a: Value, b: Value) -> float:
         """The inner product of two derivatives of the variable `name`."""
-        return inner(a, b, None if name.split("[")[0] in self.replicated else self.comm)
+        return inner(a, b, self.comm_of(name))
+
+    def comm_of(self, name: str) -> Comm:
+        """Over which ranks the variable `name` is partitioned, if it has axes."""
+        return None if name.split("[")[0] in self.replicated else self.comm
 
     def norm(self, values: Values) -> float:
         """The norm of a dict of values by the names of their variables."""
@@ -237,25 +241,27 @@ class Trial:
     def cotangents(self) -> Values:
         return {name: self._direction("_" + name, self.out[name]) for name in self.results}
 
-    def value(self, init: Values) -> Values:
-        return self.model.compute(self.results, init, return_dict=True)
+    def value(self, init: Values, look: Monitor | None = None) -> Values:
+        return self.model.compute(self.results, init, return_dict=True, monitor=look)
 
-    def jvp(self, tangents: Values) -> Values:
+    def jvp(self, tangents: Values, look: Monitor | None = None) -> Values:
         """Tangents of the results, from tangents of some of the inputs."""
-        return self._push(self.tape, tangents)
+        return self._push(self.tape, tangents, look)
 
-    def _push(self, tape: Tape, tangents: Values) -> Values:
+    def _push(self, tape: Tape, tangents: Values, look: Monitor | None = None) -> Values:
         init = {name + "_": tangents.get(name, ZeroGradient) for name in self.model._inputs}
-        out = tape.get_jvp().compute([name + "_" for name in self.results], init, return_dict=True)
+        vout = [name + "_" for name in self.results]
+        out = tape.get_jvp().compute(vout, init, return_dict=True, monitor=look)
         return {name: out[name + "_"] for name in self.results}
 
-    def vjp(self, cotangents: Values) -> Values:
+    def vjp(self, cotangents: Values, look: Monitor | None = None) -> Values:
         """Cotangents of the inputs, from cotangents of some of the results."""
-        return self._pull(self.tape, cotangents)
+        return self._pull(self.tape, cotangents, look)
 
-    def _pull(self, tape: Tape, cotangents: Values) -> Values:
+    def _pull(self, tape: Tape, cotangents: Values, look: Monitor | None = None) -> Values:
         init = {"_" + name: cotangents.get(name, ZeroGradient) for name in self.model._outputs}
-        out = tape.get_vjp().compute(["_" + name for name in self.varied], init, return_dict=True)
+        vout = ["_" + name for name in self.varied]
+        out = tape.get_vjp().compute(vout, init, return_dict=True, monitor=look)
         return {name: out["_" + name] for name in self.varied}
 
     def vjp_at(self, init: Values, cotangents: Values) -> Values:
@@ -263,11 +269,12 @@ class Trial:
         _, tape = self.model.compute(list(self.model._outputs), init, return_tape=True)
         return self._pull(tape, cotangents)
 
-    def hvp(self, cotangents: Values, tangents: Values) -> Values:
+    def hvp(self, cotangents: Values, tangents: Values, look: Monitor | None = None) -> Values:
         """The change of the cotangents of the inputs along tangents, at fixed cotangents of the results."""
         init = {name + "_": tangents.get(name, ZeroGradient) for name in self.model._inputs}
         init.update({"_" + name: cotangents.get(name, ZeroGradient) for name in self.model._outputs})
-        out = self.tape.get_hvp().compute([f"_{name}_" for name in self.varied], init, return_dict=True)
+        vout = [f"_{name}_" for name in self.varied]
+        out = self.tape.get_hvp().compute(vout, init, return_dict=True, monitor=look)
         return {name: out[f"_{name}_"] for name in self.varied}
 
 
@@ -310,6 +317,82 @@ def bind(name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> ins
 
 
 OPTIONS = "truth", "comm", "replicated", "constant", "seed", "rtol", "steps", "allow_zero"
+
+
+def odd_numbers(x: Value) -> int:
+    """How many of the numbers in a value are infinite or NaN, on this rank."""
+    floats = [item for item in map(numpy.asarray, items_of(x)) if item.dtype.kind in "fc"]
+    return sum(int(numpy.count_nonzero(~numpy.isfinite(item))) for item in floats)
+
+
+def is_finite(x: Value, comm: Comm = None) -> bool:
+    """Whether all numbers in a value are finite, on all ranks that share it; `comm` is as for `inner`."""
+    if isinstance(x, (list, tuple)):
+        return all([is_finite(item, comm) for item in x])
+    own = value_type(x).comm(x) or comm
+    odd = odd_numbers(x)
+    return (odd if own is None else own.allreduce(odd)) == 0
+
+
+def first_odd_node(run: Callable[[Monitor], object]) -> str:
+    """Words about the first node of a run with a result that is not finite on this rank; none if there is no such node."""
+    found = ""
+
+    def look(node: Node, _: Any, varout: Any, context: Any) -> None:
+        nonlocal found
+        names = [getattr(symbol, "_name", "") for result in varout.values() for symbol in leaves(result)]
+        if not found and any(odd_numbers(context.get(name)) for name in names):
+            filename, line = node.place
+            where = f", built at {filename}:{line}" if filename != __file__ else ""
+            found = f", first after {node.name}{where}"
+
+    run(look)
+    return found
+
+
+def assert_finite(
+    trial: Trial, Jv: Values | None = None, JTw: Values | None = None, Hv: Values | None = None
+) -> None:
+    """Assert that results and derivatives at the point of a trial are finite. Collective.
+
+    `Jv`, `JTw` and `Hv` are derivatives along `trial.tangents()` and `trial.cotangents()`, as far as they are known.
+    """
+    v, w = trial.tangents(), trial.cotangents()
+    questions: list[tuple[str, Values | None, Callable[[Monitor], object]]] = [
+        (
+            "value of",
+            {name: trial.out[name] for name in trial.results},
+            lambda look: trial.value(trial.init, look),
+        ),
+        ("tangent of the result", Jv, lambda look: trial.jvp(v, look)),
+        ("cotangent of the input", JTw, lambda look: trial.vjp(w, look)),
+        ("change of the cotangent of the input", Hv, lambda look: trial.hvp(w, v, look)),
+    ]
+    for what, values, run in questions:
+        for name, x in (values or {}).items():
+            if not is_finite(x, trial.comm_of(name)):
+                # Say that there is nothing to test
+                odd = [name for name in trial.varied if not is_finite(trial.init[name], trial.comm_of(name))]
+                where = f", as is the input '{odd[0]}'" if odd else first_odd_node(run)
+                raise AssertionError(
+                    f"{trial.name}: the {what} '{name}' is not finite at this point{where}; it can be tested only where values and "
+                    "derivatives are finite"
+                )
+
+
+def assert_finite_nearby(trial: Trial, r: Remainders) -> None:
+    """Assert that the steps of an expansion lead to finite values."""
+    odd = r.steps[~numpy.isfinite(r.first)]
+    if len(odd):
+        raise beyond(trial, max(odd))
+
+
+def beyond(trial: Trial, h: float) -> AssertionError:
+    """The error of a test that has come to the end of where its subject is defined."""
+    return AssertionError(
+        f"{trial.name}: at x + h v, with h={h:.1e}, values or derivatives are not finite, or too large to be squared; "
+        "it can be tested only at a distance from such points (or with smaller steps=)"
+    )
 
 
 def check_dot_product(
@@ -362,6 +445,7 @@ def dot_products(trial: Trial, rtol: float | None = None, allow_zero: bool = Fal
     v, w = trial.tangents(), trial.cotangents()
     rtol = trial.eps**0.6 if rtol is None else rtol
     Jv, JTw = trial.jvp(v), trial.vjp(w)
+    assert_finite(trial, Jv, JTw)
     left, right, scale = both_sides(trial, v, w, Jv, JTw)
     # Compare the two sides for each input and each result
     pushed = {name: trial.jvp({name: v[name]}) for name in trial.varied}
@@ -526,7 +610,11 @@ def check_taylor(
 def taylor_rates(
     trial: Trial, steps: Sequence[float] | Array | None = None, order: float = 2, allow_zero: bool = False
 ) -> Array:
-    r = remainders(trial, steps)
+    v = trial.tangents()
+    Jv = trial.jvp(v)
+    assert_finite(trial, Jv)
+    r = expand(trial, trial.value, trial.out, Jv, trial.init, v, steps)
+    assert_finite_nearby(trial, r)
     if not converges(r, order):
         # Find the inputs whose tangents are wrong
         wrong = [name for name in trial.varied if not converges(remainders(trial, steps, only=name), order)]
@@ -535,8 +623,6 @@ def taylor_rates(
             f"{', '.join(wrong or trial.varied)}; " + describe_slopes(r, order)
         )
     # Refuse to pass a test without power
-    v = trial.tangents()
-    Jv = trial.jvp(v)
     if not allow_zero and trial.norm(Jv) == 0:
         raise AssertionError(f"{trial.name}: all derivatives vanish here, so that this test proves nothing")
     check_power(trial, r, v, Jv)
@@ -595,9 +681,11 @@ def check_gradient(
             f"the objective is not a real number but {type(value).__name__} of shape {numpy.shape(value)}"
         )
     # Expand the objective along a direction
+    assert_finite(trial, JTw=g)
     v = trial.tangents()
     slope = sum(trial.inner(name, g[name], v[name]) for name in v)
     r = expand(trial, trial.value, trial.out, {y: slope}, trial.init, v, steps)
+    assert_finite_nearby(trial, r)
     if not converges(r, order):
         raise AssertionError(
             f"{trial.name}: the gradient is not the derivative of the objective; " + describe_slopes(r, order)
@@ -627,12 +715,16 @@ class Numeric(Trial):
         self.out, self.results = self.value(self.init), ["y"]
         self.eps = max(precisions(list(self.init.values())), default=EPS)
 
-    def value(self, init: Values) -> Values:
+    def value(self, init: Values, look: Monitor | None = None) -> Values:
         return {"y": self.function(*init.values(), **self.kwargs)}
 
     def gradient(self, gradient: Callable[..., Any]) -> Values:
         g = gradient(*self.init.values(), **self.kwargs)
         return dict(zip(self.init, [g] if len(self.init) == 1 else g, strict=True))
+
+    def vjp(self, cotangents: Values, look: Monitor | None = None) -> Values:
+        """Nothing: there are no nodes to look at."""
+        return {}
 
 
 def check_second_order(
@@ -672,7 +764,9 @@ def second_order_rates(
     g, Hu, Hv = trial.vjp(w), trial.hvp(w, u), trial.hvp(w, v)
     for name in trial.varied:
         check_fits(trial, f"change of the cotangent of the input '{name}'", Hv[name], trial.init[name])
+    assert_finite(trial, JTw=g, Hv=Hv)
     r = expand(trial, lambda init: trial.vjp_at(init, w), g, Hv, trial.init, v, steps)
+    assert_finite_nearby(trial, r)
     if not converges(r, 2):
         raise AssertionError(
             f"{trial.name}: the hvp is not the derivative of the vjp; "
@@ -939,6 +1033,8 @@ def prove_tapes(trial: Trial, v: Values, w: Values) -> None:
     """Assert that a sweep needs nothing but its tape: two tapes give what each gives alone."""
     points = [trial.init, nearby(trial, v)]
     alone = [trial._pull(tape_of(trial, init), w) for init in points]
+    if not all([is_finite(x, trial.comm_of(name)) for name, x in alone[1].items()]):
+        raise beyond(trial, NEARBY)
     for tape, expected in zip([tape_of(trial, init) for init in points], alone):
         # Compare the cotangents of this tape with those expected
         got, scale = trial._pull(tape, w), trial.norm(expected)
@@ -950,9 +1046,12 @@ def prove_tapes(trial: Trial, v: Values, w: Values) -> None:
             )
 
 
+NEARBY = 1e-3
+
+
 def nearby(trial: Trial, v: Values) -> Values:
     """Values of the inputs that are a little away from those of the trial."""
-    return trial.init | {name: step(trial.init[name], 1e-3, x) for name, x in v.items()}
+    return trial.init | {name: step(trial.init[name], NEARBY, x) for name, x in v.items()}
 
 
 def tape_of(trial: Trial, init: Values) -> Tape:
@@ -1144,6 +1243,7 @@ def prove(trial: Trial, rtol: float | None, steps: Any, allow_zero: bool) -> tup
         check_fits(trial, f"tangent of the result '{name}'", Jv[name], trial.out[name])
     for name in trial.varied:
         check_fits(trial, f"cotangent of the input '{name}'", JTw[name], trial.init[name])
+    assert_finite(trial, Jv, JTw)
     if not left_alone():
         raise AssertionError(f"{trial.name} changed a tangent or cotangent in place")
     prove_tapes(trial, v, w)

@@ -739,9 +739,13 @@ def free_of(c: Configuration) -> dict[str, Any]:
     return {name: value for name, value in spaces.items() if isinstance(value, dict)}
 
 
+def bounds_of(c: Configuration) -> dict[str, dict[str, float]]:
+    """The bounds of parameters by name, for the sides `lower` and `upper`; a side of which nothing is said is empty."""
+    return {side: getattr(c.solver, side) or {} for side in ("lower", "upper")}
+
+
 def _of_bounds(c: Configuration) -> Iterator[Contradiction]:
-    free, bounded = free_of(c), c.solver.name == "BoundedLBFGS"
-    given = {side: getattr(c.solver, side) or {} for side in ("lower", "upper")}
+    free, given, bounded = free_of(c), bounds_of(c), c.solver.name == "BoundedLBFGS"
     for side in given:
         if c.says("solver", side) and not bounded:
             yield ("solver", side), f"this is for the solver BoundedLBFGS, not for {c.solver.name}"
@@ -811,10 +815,21 @@ def _of_outputs(c: Configuration) -> Iterator[Contradiction]:
         others = [other for other in places if places[other] == places[key] and other != key]
         if others:
             yield ("output", key), f"{getattr(c.output, key)!r} is the name of {' and '.join(others)}, too"
+    for key in places:
+        inside = [other for other in places if _lies_in(places[other], places[key])]
+        if inside:
+            told = f"{getattr(c.output, key)!r} cannot be a file: it is the folder of {' and '.join(inside)}"
+            yield ("output", key), told
     for key, path in places.items():
         for said, source in _sources(c).items():
             if os.path.realpath(path) == os.path.realpath(source):
                 yield ("output", key), f"this would be written over {said}, {source}"
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    """Whether a path leads through a folder."""
+    path, folder = os.path.abspath(path), os.path.abspath(folder)
+    return path != folder and os.path.commonpath([path, folder]) == folder
 
 
 def _sources(c: Configuration) -> dict[str, str]:

@@ -9,7 +9,8 @@ about which the data say something have eigenvalues in A that matter. They are f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -269,21 +270,15 @@ class Laplace(Saved):
 
         Each iteration takes a product with the Hessian of the problem.
         """
-        vs, problem = self.vs, self._need_problem()
-        # Conjugate gradients (NW algorithm 5.3)
-        x = self.covariance_product(v)
-        r = vs.addmul(v, self._hessian(problem, x), -1.0)
-        goal, p, rz = rtol * vs.norm(v), None, 0.0
-        # Improve it by conjugate gradients
-        for _ in range(maxiter):
+        vs, problem, goal = self.vs, self._need_problem(), rtol * self.vs.norm(v)
+        start = self.covariance_product(v)
+        rest = vs.addmul(v, self._hessian(problem, start), -1.0)
+        rounds = conjugate_gradients(
+            vs, lambda p: self._hessian(problem, p), start, rest, self.covariance_product
+        )
+        for x, r, _ in islice(rounds, maxiter + 1):
             if not vs.norm(r) > goal:
                 return x
-            z = self.covariance_product(r)
-            rz, old = vs.inner(r, z), rz
-            p = z if p is None else vs.addmul(z, p, rz / old)
-            Hp = self._hessian(problem, p)
-            alpha = rz / vs.inner(p, Hp)
-            x, r = vs.addmul(x, p, alpha), vs.addmul(r, Hp, -alpha)
         # Complain of slow convergence
         raise RuntimeError(f"conjugate gradients have not come to rtol={rtol:g} within {maxiter} iterations")
 
@@ -388,34 +383,11 @@ class Laplace(Saved):
         return lay_out({f"{name}/{i}": (self.vs, v) for name, many in lists for i, v in enumerate(many)})
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        vs: VectorSpace,
-        like: Vector,
-        problem: Problem | None = None,
-        accept: Accepted = False,
+    def _read(
+        cls, parts: Parts, vs: VectorSpace, like: Vector, problem: Problem | None, accept: Accepted
     ) -> Self:
-        """Read an approximation saved by :meth:`save`, on any number of ranks. Collective.
-
-        Parameters
-        ----------
-        path :
-            the file.
-        vs, like :
-            the vector space, and any vector of the kind of x.
-        problem :
-            the problem, for what needs further products; it is compared with the one that the file knows.
-        accept :
-            True, or names of what may differ.
-
-        Raises
-        ------
-        StateError
-            on all ranks, if the file is damaged, is something else, or belongs to another problem.
-        """
+        """The approximation in an open file."""
         # Make an approximation from the header
-        parts, like = Parts(path, vs.comm), vs.as_vector(like)
         header = together(vs.comm, lambda: checked_header(parts))
         self = cls(vs, like, header["plain"]["options"])
         vars(self).update(header["plain"])
@@ -530,6 +502,35 @@ def unit_vectors(vs: VectorSpace, x: Vector, names: Iterable[str]) -> list[Vecto
     return units
 
 
+def conjugate_gradients(
+    vs: VectorSpace,
+    hessian: Callable[[Vector], Vector],
+    x: Vector,
+    r: Vector,
+    precondition: Callable[[Vector], Vector],
+) -> Iterator[tuple[Vector, Vector, float]]:
+    """Solve ``H x = v``, from `x` with ``r = v - H x``, without an end (NW algorithm 5.3). Collective.
+
+    Before the first product with H and after each, yields x, r, and ``alpha <r, M r>`` of the last step, where M is
+    `precondition`. Raises ValueError where the curvature is not positive.
+    """
+    p, rz, gain = None, 0.0, 0.0
+    while True:
+        yield x, r, gain
+        z = precondition(r)
+        rz, old = vs.inner(r, z), rz
+        p = z if p is None else vs.addmul(z, p, rz / old)
+        # Step to the minimum along the direction
+        Hp = hessian(p)
+        bend = vs.inner(p, Hp)
+        if not bend > 0:
+            raise ValueError(
+                f"the objective is not convex at x (the curvature along a direction is {bend:.3g})"
+            )
+        alpha = rz / bend
+        x, r, gain = vs.addmul(x, p, alpha), vs.addmul(r, Hp, -alpha), float(alpha * rz)
+
+
 class Marginal(NamedTuple):
     """The normal density of a few numbers around a point, whatever the other unknowns are; from :func:`marginal_of`.
 
@@ -588,26 +589,21 @@ def marginal_of(
     interrupt = current_interrupt() if interrupt is None else interrupt
     units = unit_vectors(vs, x, names)
     gradient = vs.scale(1.0 / problem.temperature, problem.gradient(x))
+    precondition = (lambda r: r) if precondition is None else precondition
+
+    def hessian(p: Vector) -> Vector:
+        return vs.addmul(p, curvature(problem, x, p), 1.0)
+
     found, missing, variances, products = list[Vector](), list[float](), list[float](), 0
     for e in units:
         # Solve for one unit vector, as far as is needed
-        solution, r, p, variance, rz, count = vs.zeros_like(x), e, None, 0.0, 0.0, 0
-        rr = float(vs.inner(e, e))
-        while rr > rtol * variance and count < maxiter:
+        rounds, variance = conjugate_gradients(vs, hessian, vs.zeros_like(x), e, precondition), 0.0
+        for count, (solution, r, gain) in enumerate(rounds):
+            variance, rr = variance + gain, float(vs.inner(r, r))
+            if not (rr > rtol * variance and count < maxiter):
+                break
             if interrupt is not None and interrupt.agree(vs.comm):
                 break
-            z = r if precondition is None else precondition(r)
-            rz, old = vs.inner(r, z), rz
-            p = z if p is None else vs.addmul(z, p, rz / old)
-            Hp = vs.addmul(p, curvature(problem, x, p), 1.0)
-            bend = vs.inner(p, Hp)
-            if not bend > 0:
-                raise ValueError(
-                    f"the objective is not convex at x (the curvature along a direction is {bend:.3g})"
-                )
-            alpha, count = rz / bend, count + 1
-            solution, r = vs.addmul(solution, p, alpha), vs.addmul(r, Hp, -alpha)
-            variance, rr = variance + float(alpha * rz), float(vs.inner(r, r))
         products += count
         found.append(solution)
         variances.append(variance)

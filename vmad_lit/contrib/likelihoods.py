@@ -30,7 +30,7 @@ from vmad_lit.lib.transfer import Transfer, fixed_transfer
 
 with needed_for("likelihoods", extra="mesh"):
     from pmesh.pm import RealField
-    from scipy.special import gammaln, pdtr, pdtrik
+    from scipy.special import gammaln, ndtri, pdtr, pdtrik
 
 LOG_ROOT = 0.5 * np.log(2 * np.pi)
 Find = Callable[[Any], Any]  # a number, or the symbol or value of what a name stands for
@@ -527,6 +527,7 @@ class Poisson(Likelihood):
             rate = 0.5 * (rate + np.sqrt(rate**2 + 4 * self.floor**2))
         together(self.comm, lambda: real_array("rates of counts", rate, least=0))
         u = self.uniform(seed, purpose)
-        n = np.ceil(pdtrik(u, rate))
+        n = pdtrik(u, rate)
+        n = np.ceil(np.where(np.isnan(n), np.maximum(rate + np.sqrt(rate) * ndtri(u), 0.0), n))
         less = np.maximum(n - 1, 0)
         return self.finish(np.where(rate > 0, np.where(pdtr(less, rate) >= u, less, n), 0))

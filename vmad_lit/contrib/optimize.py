@@ -433,8 +433,9 @@ class StrongWolfe:
 
 
 class Saved:
-    """What is saved to a file with a method `save`, and read again."""
+    """What is saved to a file with a method `save`, and read again. A class brings a method `_read`."""
 
+    # Read what was saved
     @classmethod
     def load(
         cls,
@@ -444,7 +445,33 @@ class Saved:
         problem: Problem | None = None,
         accept: Accepted = False,
     ) -> Self:
-        """Read what was saved, for vectors like `like`, on any number of ranks. Collective."""
+        """Read what was saved by :meth:`save`, on any number of ranks. Collective.
+
+        Parameters
+        ----------
+        path :
+            the file.
+        vs, like :
+            the vector space, and any vector of the kind of x (its values do not matter).
+        problem :
+            the problem for which it is to be used, if it is to be compared with that of the file here already; those who go
+            on with a state or a chain will do so in any case. It is needed here if it has a preconditioner that makes
+            vectors of another kind, and by what makes further products with its Hessian.
+        accept :
+            what may differ: True, or names such as ``["problem.noise"]``.
+
+        Raises
+        ------
+        StateError
+            on all ranks, if the file is damaged, is something else, or belongs to another problem.
+        """
+        return cls._read(Parts(path, vs.comm), vs, vs.as_vector(like), problem, accept)
+
+    @classmethod
+    def _read(
+        cls, parts: Parts, vs: VectorSpace, like: Vector, problem: Problem | None, accept: Accepted
+    ) -> Self:
+        """What the open file holds."""
         raise NotImplementedError
 
     # Read a file if there is one
@@ -592,35 +619,11 @@ class State(Saved):
         }
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        vs: VectorSpace,
-        like: Vector,
-        problem: Problem | None = None,
-        accept: Accepted = False,
+    def _read(
+        cls, parts: Parts, vs: VectorSpace, like: Vector, problem: Problem | None, accept: Accepted
     ) -> Self:
-        """Read a state saved by :meth:`save`, on any number of ranks. Collective.
-
-        Parameters
-        ----------
-        path :
-            the file.
-        vs, like :
-            the vector space, and any vector of the kind of x (its values do not matter).
-        problem :
-            the problem for which the state is to be used, if it is to be compared with that of the state here already;
-            :meth:`Optimizer.minimize` will do so in any case.
-        accept :
-            what may differ: see there.
-
-        Raises
-        ------
-        StateError
-            on all ranks, if the file is damaged, is something else, or belongs to another problem.
-        """
-        parts, changed, like = Parts(path, vs.comm), False, vs.as_vector(like)
-        header = together(vs.comm, lambda: checked_header(parts.path, parts.header))
+        """The state in an open file."""
+        changed, header = False, together(vs.comm, lambda: checked_header(parts.path, parts.header))
         if problem is not None:
             changed = refuse_differences(header["fingerprint"], identity(problem), accept, parts.path)
         # Make the state again

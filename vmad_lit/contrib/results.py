@@ -12,7 +12,7 @@ import numpy
 
 from vmad_lit import __version__
 from vmad_lit.contrib import chains
-from vmad_lit.contrib.configuration import OPTIONAL, SCHEMA, Configuration, ConfigurationError
+from vmad_lit.contrib.configuration import OPTIONAL, SAMPLERS, SCHEMA, Configuration, ConfigurationError
 from vmad_lit.contrib.configuration import free_of, write_toml
 from vmad_lit.contrib.cosmo4d import gaussian, white_noise
 from vmad_lit.contrib.laplace import Laplace, curvature, marginal_of
@@ -103,10 +103,7 @@ MEANING_OF_ERRORS = (
     "Errors are those of Laplace's approximation: the posterior is taken for a normal density around the most "
     "probable point, with the Gauss-Newton curvature there. The error of a number is its standard deviation whatever "
     "the modes and the other numbers are, good to a twentieth, or between the limits that are given; 'to go' is how far "
-    "the minimum of the parabola is from the point that the solver has reached.",
-    "Mind that this is the point at which all unknowns together are most probable. It is not the mean of the posterior "
-    "of a number, and may be several errors away from that, and from the truth. For a mean and an error that can be "
-    "quoted, draw from the posterior, with a [sampler].",
+    "the minimum of the parabola is from the point that the solver has reached."
 )
 
 
@@ -186,10 +183,11 @@ class Results:
             mean = found[0].mean
             for i, chain in enumerate(found[1:], 2):
                 mean = vs.addmul(mean, vs.addmul(chain.mean, mean, -1.0), 1.0 / i)
-            variance = [chain.variance["modes"] for chain in found]
+            variance = [chain.variance["modes"] for chain in found if chain.moments.count > 1]
         self.fields["mean_white_noise"] = mean["modes"]
-        square = numpy.mean([v.value for v in variance], axis=0)
-        self.fields["sd_white_noise"] = self.pm.create(type="real", value=numpy.sqrt(square))
+        if variance:
+            square = numpy.mean([v.value for v in variance], axis=0)
+            self.fields["sd_white_noise"] = self.pm.create(type="real", value=numpy.sqrt(square))
         self.modes["mean of the posterior"] = self._values(mean)["modes"]
         self.fields["mean_linear"] = self.modes["mean of the posterior"].c2r()
         return draws
@@ -268,9 +266,9 @@ class Results:
             ("-log posterior, up to a constant", problem.objective(z)),
         ]
         # Tell what the validation says
-        if (validation := self.run.survey.validation()) is not None:
-            judge = self.run.survey.likelihood(judge=True)
-            value = validation.objective(z)
+        if self.c.validation.kind is not None:
+            [(_, judge)] = self.run.survey.judge.pairs()
+            value = self.run.survey.doubt(z)
             rows.append(("data that are not fitted, for the validation", judge.count))
             if judge.is_sum_of_squares and "sigma" not in self.values:
                 rows.append(("chi-square for each of them", 2 * value / judge.count))
@@ -306,7 +304,9 @@ class Results:
         if rows:
             page.section("Parameters").table(head, rows)
         if errors:
-            page.text(*MEANING_OF_ERRORS)
+            page.text(MEANING_OF_ERRORS)
+        if warning := self.caution():
+            page.text(warning)
         if not found:
             return
         power = told.get("modes_power")
@@ -316,6 +316,19 @@ class Results:
             some = spread(len(k), 12)
             caption = "Convergence of the power of the linear modes"
             page.table(["k [h/Mpc]", "R-hat", "ESS"], [[k[i], r_hat[i], ess[i]] for i in some], caption)
+
+    def caution(self) -> str:
+        """What is to be minded if free parameters are known only at the point where they and the modes together are most
+        probable; nothing otherwise."""
+        drawn = self.draws and not isinstance(self.draws[0], Mapping)
+        if drawn or not (names := list(free_of(self.c))):
+            return ""
+        samplers = " or ".join(f'"{name}"' for name in SAMPLERS)
+        return (
+            f"Mind what is said of {', '.join(names)}: where all unknowns together are most probable, the modes included, "
+            "a parameter is not at the mean of its posterior, and may be several errors away from that, and from the "
+            f"truth. For means and errors that can be quoted, draw from the posterior: name = {samplers} in [sampler]."
+        )
 
     def diagnoses(self) -> dict[str, Any]:
         """R-hat and effective sample sizes of two chains or more. For one rank."""

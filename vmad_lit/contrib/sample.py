@@ -167,16 +167,34 @@ class Table:
         self.rows = min((len(column) for column in self._columns.values()), default=0)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row, which has the names and shapes of those before."""
+        """Add a row, which has the names and shapes of those before. Columns take on the widest type of their cells.
+
+        Raises
+        ------
+        ValueError
+            that says which row and which name, if the row has other names, or a cell another shape.
+        """
         cells = {name: np.asarray(value) for name, value in row.items()}
         if self.rows == 0:
             self._columns = {name: np.empty((64, *c.shape), c.dtype) for name, c in cells.items()}
-        told = {name: c.shape for name, c in cells.items()}
-        known = {name: column.shape[1:] for name, column in self._columns.items()}
-        if told != known:
-            raise ValueError(f"a row of the chain must have the names and shapes {known}, got {told}")
+        # Refuse a row that does not fit
+        for name in [*self._columns, *cells]:
+            if name not in cells:
+                raise ValueError(
+                    f"row {self.rows} of the chain has no {name!r}, which the rows before it have"
+                )
+            if name not in self._columns:
+                raise ValueError(
+                    f"row {self.rows} of the chain has {name!r}, which the rows before it have not"
+                )
+            told, known = cells[name].shape, self._columns[name].shape[1:]
+            if told != known:
+                raise ValueError(
+                    f"row {self.rows} of the chain has {name!r} of the shape {told}, and the rows before it of {known}"
+                )
+        kinds = {name: np.result_type(self._columns[name].dtype, c.dtype) for name, c in cells.items()}
         for name, cell in cells.items():
-            column = self._columns[name]
+            column = self._columns[name].astype(kinds[name], copy=False)
             if self.rows == len(column):
                 column = np.concatenate([column, np.empty_like(column[: max(1, self.rows)])])
             self._columns[name] = column
@@ -366,37 +384,10 @@ class Chain(Saved):
         }
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        vs: VectorSpace,
-        like: Vector,
-        problem: Problem | None = None,
-        accept: Accepted = False,
+    def _read(
+        cls, parts: Parts, vs: VectorSpace, like: Vector, problem: Problem | None, accept: Accepted
     ) -> Self:
-        """Read a chain saved by :meth:`save`, on any number of ranks. Collective.
-
-        Parameters
-        ----------
-        path :
-            the file.
-        vs, like :
-            the vector space, and any vector of the kind of x (its values do not matter).
-        problem :
-            the problem of the chain: needed if it has a preconditioner that makes vectors of another kind, and compared
-            with that of the chain if it is given.
-        accept :
-            what may differ: see :meth:`Sampler.sample`.
-
-        The `metric` is known again when the chain goes on.
-
-        Raises
-        ------
-        StateError
-            on all ranks, if the file is damaged, is something else, or belongs to another problem.
-        """
-
-        parts, like = Parts(path, vs.comm), vs.as_vector(like)
+        """The chain in an open file; its `metric` is known again when it goes on."""
         header = together(vs.comm, lambda: checked_header(parts.path, parts.header))
         own = like
         if problem is not None:
@@ -444,15 +435,26 @@ def default_keep(problem: Problem, x: Vector) -> Keep:
     return lambda x: small_parts(problem.vs, x)
 
 
-def small_parts(vs: VectorSpace, x: Vector, name: str = "x") -> dict[str, Any]:
-    """The parts of a vector that are replicated, and of no more than `FEW` numbers, by name."""
+def small_parts(vs: VectorSpace, x: Vector, name: str = "") -> dict[str, Any]:
+    """The parts of a vector that are replicated, and of no more than `FEW` numbers, by name.
+
+    The part `b` of the part `halo` is `halo.b`; a vector without parts is `x`. Raises ValueError if two parts come to one name.
+    """
     if isinstance(vs, ProductSpace):
-        pairs = x.items() if isinstance(x, dict) else enumerate(x)
-        return {k: v for key, part in pairs for k, v in small_parts(vs._space(key), part, str(key)).items()}
+        pairs = x.items() if isinstance(x, Mapping) else enumerate(x)
+        found: dict[str, Any] = {}
+        for key, part in pairs:
+            more = small_parts(vs._space(key), part, f"{name}.{key}" if name else str(key))
+            if twice := found.keys() & more.keys():
+                raise ValueError(
+                    f"two parts of the vector have the name {min(twice)!r}: say what to keep, keep=..."
+                )
+            found |= more
+        return found
     replicated = vs.comm is None or (type(vs).dot is VectorSpace.dot and "dot" not in vars(vs))
     if not replicated or is_field(x) or np.size(x) > FEW:
         return {}
-    return {name: np.array(x)}
+    return {name or "x": np.array(x)}
 
 
 Monitor = Callable[[Chain], object]  # may return True to stop

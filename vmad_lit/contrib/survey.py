@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import Any, NoReturn
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 import numpy
 
 from vmad_lit.contrib.configuration import BIAS_KEYS, COSMOLOGY, UNITS, UNITS_WITHOUT_H
-from vmad_lit.contrib.configuration import Configuration, KeyPath
+from vmad_lit.contrib.configuration import Configuration, KeyPath, bounds_of
 from vmad_lit.contrib.cosmo4d import white_noise
 from vmad_lit.contrib.datafiles import BadData, check_numbers, look_at_columns, look_at_mesh, names_of
 from vmad_lit.contrib.datafiles import read_columns, read_mesh
@@ -19,6 +20,7 @@ from vmad_lit.contrib.likelihoods import Gaussian, Likelihood, Poisson, Smoothed
 from vmad_lit.contrib.optimize import Validation
 from vmad_lit.contrib.posterior import Posterior, finder
 from vmad_lit.contrib.priors import LinearField, LogNormal, Normal, Numbers, TruncatedNormal, Uniform
+from vmad_lit.contrib.vectorspace import Vector
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.lib.cosmology import Cosmology
 from vmad_lit.lib.mesh import ParticleMesh, RealField
@@ -246,18 +248,23 @@ class Survey:
         v = self.c.validation
         if v.kind is None:
             return None
+        return Validation(self.doubt, every=v.every, patience=v.patience)
+
+    @functools.cached_property
+    def judge(self) -> Posterior:
+        """The posterior of what is not fitted."""
         likelihoods = dict(density=self.likelihood(judge=True))
-        judge = Posterior(self.priors, self.forward, likelihoods, self.pm.comm)
-        return Validation(
-            lambda z: judge.objective(z) - 0.5 * judge.vs.dot(z, z), every=v.every, patience=v.patience
-        )
+        return Posterior(self.priors, self.forward, likelihoods, self.pm.comm)
+
+    def doubt(self, z: Vector) -> float:
+        """Minus the logarithm of the likelihood of what is not fitted, at latents z. Collective."""
+        return self.judge.objective(z) - 0.5 * self.judge.vs.dot(z, z)
 
     def bounds(self) -> dict[str, dict[str, float]]:
         """The lower and upper bounds that the configuration gives to parameters, as those of their latents."""
-        said = {side: getattr(self.c.solver, side) or {} for side in ("lower", "upper")}
         return {
             side: {name: float(self.priors[name].latent(value, {})) for name, value in bounds.items()}
-            for side, bounds in said.items()
+            for side, bounds in bounds_of(self.c).items()
         }
 
     def posterior(self, smoothing: float | None = None) -> Posterior:
@@ -398,13 +405,14 @@ class Survey:
 
     def _normalise(self, d: RealField) -> tuple[RealField, float, float]:
         """A density in units of its mean over what was observed, and 0 where nothing was; its mean and its scatter."""
-        d = self._like(numpy.where(self.seen, d.value, 0.0))
+        _, power = math.frexp(max(0.0, -self._lowest(-abs(d.value))))
+        d = self._like(numpy.where(self.seen, numpy.ldexp(d.value, -power), 0.0))
         weight = self._like(self.part * self.seen)
         total = weight.csum()
         mean = d.cdot(weight) / total
         spread = max((d * d).cdot(weight) / total - mean**2, 0.0) ** 0.5
         factor: Any = 1.0 / mean if mean else 1.0
-        return d * factor, float(mean), float(spread)
+        return d * factor, math.ldexp(mean, power), math.ldexp(spread, power)
 
     # Make up
     def _make_up(self, seed: int) -> None:

@@ -204,15 +204,17 @@ def at_the_door(
         return check(init)
     result: Any = None
     error: Exception | None = None
-    place = Place(0, f"at the start of {self!r}")
     # Look at the model and the inputs
     try:
         place = door_of(self, init, tuple(wanted))
-        result = check(init)
-    except PlacementError as exception:
-        error, place = exception, Place(0, f"at the start of {self!r}, which fails: {exception}")
     except Exception as exception:
-        error = exception
+        kind = "" if isinstance(exception, PlacementError) else f"{type(exception).__name__}: "
+        error, place = exception, Place(0, f"at the start of {self!r}, which fails: {kind}{exception}")
+    else:
+        try:
+            result = check(init)
+        except Exception as exception:
+            error = exception
     try:
         failed = channel.meet(error is not None, place)
     except Disagreement as disagreement:
