@@ -1105,7 +1105,8 @@ def test_the_report_of_a_sampler(folder):
         status, out, err = run(folder, sampled(GOOD, **options), "--overwrite")
         assert status == 0 and not err and "the draws are in" in out
         joint = options["name"] == "Laplace"  # its draws are around the most probable point
-        assert ("warning: Mind what is said of b1" in out) is joint
+        assert ("warning: Mind what is said of b1: where all unknowns together" in out) is joint
+        assert ("warning: Mind what is said of b1: the draws of MCLMC" in out) is not joint
 
         def look():
             import h5py
@@ -1116,7 +1117,8 @@ def test_the_report_of_a_sampler(folder):
                 "b1" in page.said and "credible regions" in page.said and "mean of the posterior" in page.said
             )
             assert ("R-hat" in page.said) is (options["name"] == "MCLMC")
-            assert ("Mind what is said of b1" in page.said) is joint
+            assert ("where all unknowns together are most probable" in page.said) is joint
+            assert ("Draw again with a hundredth" in page.said) is not joint
             with h5py.File(os.path.join(folder, "out", "fields.hdf5")) as file:
                 assert 0 < file["fields/sd_white_noise"][...].mean() <= 1.5
 

@@ -13,7 +13,7 @@ import numpy
 from vmad_lit import __version__
 from vmad_lit.contrib import chains
 from vmad_lit.contrib.configuration import OPTIONAL, SAMPLERS, SCHEMA, Configuration, ConfigurationError
-from vmad_lit.contrib.configuration import free_of, write_toml
+from vmad_lit.contrib.configuration import free_of, options_of, write_toml
 from vmad_lit.contrib.cosmo4d import gaussian, white_noise
 from vmad_lit.contrib.laplace import Laplace, curvature, marginal_of
 from vmad_lit.contrib.posterior import Posterior
@@ -318,17 +318,30 @@ class Results:
             page.table(["k [h/Mpc]", "R-hat", "ESS"], [[k[i], r_hat[i], ess[i]] for i in some], caption)
 
     def caution(self) -> str:
-        """What is to be minded if free parameters are known only at the point where they and the modes together are most
-        probable; nothing otherwise."""
+        """What is to be minded of free parameters, if they are known only at the point where they and the modes together are
+        most probable, or from draws that are not exact; nothing otherwise."""
         drawn = self.draws and not isinstance(self.draws[0], Mapping)
-        if drawn or not (names := list(free_of(self.c))):
+        names = list(free_of(self.c))
+        if not names or drawn and not self._has_long_steps():
             return ""
+        if drawn:
+            return (
+                f"Mind what is said of {', '.join(names)}: the draws of MCLMC are not exact, and the mean of a number on which "
+                "all modes depend may be off by several tenths of its error. Draw again with a hundredth of the "
+                "energy_variance in [sampler], and compare."
+            )
         samplers = " or ".join(f'"{name}"' for name in SAMPLERS)
         return (
             f"Mind what is said of {', '.join(names)}: where all unknowns together are most probable, the modes included, "
             "a parameter is not at the mean of its posterior, and may be several errors away from that, and from the "
             f"truth. For means and errors that can be quoted, draw from the posterior: name = {samplers} in [sampler]."
         )
+
+    def _has_long_steps(self) -> bool:
+        """Whether draws are those of MCLMC, with steps that may be too long for parameters."""
+        default = options_of("MCLMC")["energy_variance"].default
+        allowed = self.c.values["sampler"].get("energy_variance", default)
+        return self.c.sampler.name == "MCLMC" and allowed > default / 20
 
     def diagnoses(self) -> dict[str, Any]:
         """R-hat and effective sample sizes of two chains or more. For one rank."""
