@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from benchmarks import common, engine, fft, kernels, memory, nbody, reconstruction
+from benchmarks import calibration, common, engine, fft, kernels, memory, nbody, reconstruction
 from benchmarks.__main__ import place
 
 
@@ -193,3 +193,22 @@ def test_reconstruction_finds_a_small_universe(capsys):
     assert reconstruction.gradients_until(result, np.full(len(rows[0]["r"]), 2.0)) == np.inf
     reconstruction.report(result)
     assert reconstruction.BEST in capsys.readouterr().out
+
+
+@pytest.mark.serial
+def test_calibration_goes_on_from_its_file(tmp_path):
+    path, few = str(tmp_path / "numbers.json"), dict(n=12, levels=4, warmup=10, draws=4, thin=1)
+    assert calibration.study(**few, simulations=2, path=path, budget=0.0)["simulations"] == 1
+    found = calibration.study(**few, simulations=2, path=path)
+    assert found["simulations"] == 2 and found["ranks"] == calibration.study(**few, simulations=2)["ranks"]
+    with open(path) as file:
+        assert json.load(file)["gradients"] == 2 * (2 * 14 + 1)
+
+
+@pytest.mark.serial
+def test_steps_are_compared_in_the_same_universes():
+    found = calibration.compare_steps(
+        12, universes=1, variances=(5e-4, 5e-5), warmup=10, distance=60.0, draws=5
+    )
+    [row] = found["rows"]
+    assert found["shift"][0] == (row["mean"][0] - row["mean"][1]) / row["width"][1] and found["shift"][1] == 0

@@ -1349,7 +1349,8 @@ class MCLMC(Microcanonical):
     Options besides those of :class:`Microcanonical`
     ------------------------------------------------
     energy_variance : float
-        the mean square of the error of the energy in a step, divided by the dimension, at which the warm-up aims.
+        the mean square of the error of the energy in a step, divided by the dimension, at which the warm-up aims. A hundredth
+        of the default is good for numbers on which all components depend, such as the amplitude of a field.
     """
 
     energy_variance: float = 5e-4
