@@ -35,6 +35,7 @@ SAMPLERS = "mclmc", "nuts"
 SYSTEMS = "vmad_lit", "jaxpm"
 OM0 = 0.15, 0.7  # the interval of the polynomials in log Om0, wide enough for the worst step of a warm-up
 NODES = 64  # of these polynomials
+MOST = 4e7  # numbers of draws in the warm-up of the peer, whose transforms take a hundred times as many bytes
 
 
 def build(n, seed=1):
@@ -258,7 +259,7 @@ def run_peer(n, sampler, options, folder):
             logdensity_fn=log_density,
             frac_tune1=1 / 3,
             frac_tune2=1 / 3,
-            frac_tune3=1 / 3,
+            frac_tune3=min(1 / 3, MOST / n**3 / options["warmup"]),
             diagonal_preconditioning=False,
             desired_energy_var=5e-4,
         )
