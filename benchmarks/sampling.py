@@ -14,6 +14,9 @@ evaluations   gradients for an effective sample (bulk, rank-normalised, by ArviZ
 seconds       of processor time, for an effective sample
 ratio         ours over the peer's
 
+`--gradients` samples nothing, and times a gradient of the density in both systems, in milliseconds of processor time, at sizes
+at which a chain would take a day.
+
 `--peer-python` names the Python of an environment with jax, jaxpm, blackjax and arviz.
 """
 
@@ -227,12 +230,17 @@ def build_peer(n, folder):
     return log_density, summary, point, given
 
 
-def run_peer(n, sampler, options, folder):
-    """Sample with JaxPM and blackjax; what was found is left in files."""
+def limit_jax(options):
+    """Give JAX the cores and the precision that were asked for, before it is imported."""
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
     if threads and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:threads])
     os.environ["JAX_ENABLE_X64"] = str(int(options["dtype"] == "f8"))
+
+
+def run_peer(n, sampler, options, folder):
+    """Sample with JaxPM and blackjax; what was found is left in files."""
+    limit_jax(options)
     import blackjax
     import jax
 
@@ -317,6 +325,60 @@ def run_peer(n, sampler, options, folder):
         slope=float(max(apart)),
     )
     leave(folder, "jaxpm", sampler, whole, found)
+
+
+def time_gradient(n, system, options, folder, rounds=8):
+    """Time a gradient of the density at several points: the best mean of the rounds, in a file."""
+    if system == "vmad_lit":
+        posterior, truth = build(n)
+        points = [posterior.vs.addmul(truth, posterior.draw(i), 0.1) for i in range(4)]
+
+        def ask():
+            for x in points:
+                posterior.value_and_gradient(x)
+
+    else:
+        limit_jax(options)
+        import jax
+
+        log_density, _, point, given = build_peer(n, folder)
+        points = [point(i) for i in range(len(given["logs"]))]
+
+        @jax.jit
+        def several(points):  # in a loop of its own, as a chain runs
+            def one(total, x):
+                slope = jax.value_and_grad(log_density)(x)[1]
+                return jax.tree.map(jax.numpy.add, total, slope), None
+
+            return jax.lax.scan(one, points[0], jax.tree.map(lambda *x: jax.numpy.stack(x), *points))[0]
+
+        def ask():
+            jax.block_until_ready(several(points))
+
+    times = []
+    for _ in range(rounds + 1):
+        begin = time.process_time()
+        ask()
+        times.append(1e3 * (time.process_time() - begin) / len(points))
+    with open(os.path.join(folder, f"{system}-gradient.json"), "w") as f:
+        json.dump(min(times[1:]), f)
+
+
+def study_gradients(n, peer_python=None, options=None):
+    """Milliseconds of a gradient in both systems, and their ratio."""
+    row = dict(n=n)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, python in (
+            ("prepare", sys.executable),
+            *zip(SYSTEMS, (sys.executable, peer_python or sys.executable)),
+        ):
+            error = spawn(["--worker", kind, "gradient", n, json.dumps(options), folder], python)
+            if error:
+                raise RuntimeError(f"{kind}: {error}")
+            if kind != "prepare":
+                with open(os.path.join(folder, f"{kind}-gradient.json")) as f:
+                    row[kind] = json.load(f)
+    return {**row, "ratio": row["vmad_lit"] / row["jaxpm"]}
 
 
 def effective(folder):
@@ -406,6 +468,9 @@ def main(argv=None):
     parser.add_argument("--thin", type=int, default=10, help="steps of mclmc for a draw")
     parser.add_argument("--draws", type=int, default=300, help="draws of nuts, a half more to tune")
     parser.add_argument("--maxdepth", type=int, default=8, help="of the trees of nuts")
+    parser.add_argument(
+        "--gradients", action="store_true", help="time a gradient in both systems, and sample nothing"
+    )
     parser.add_argument("--peer-python", metavar="PYTHON", help="interpreter of the peer's environment")
     parser.add_argument("--peer-dtype", choices=["f4", "f8"], default="f8")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file")
@@ -418,6 +483,8 @@ def main(argv=None):
             prepare(int(n), folder)
         elif kind == "effective":
             effective(folder)
+        elif sampler == "gradient":
+            time_gradient(int(n), kind, options, folder)
         else:
             (run_ours if kind == "vmad_lit" else run_peer)(int(n), sampler, options, folder)
         return
@@ -434,6 +501,15 @@ def main(argv=None):
         nuts=dict(warmup=args.draws // 2, draws=args.draws, thin=1, **common),
     )
     results = []
+    if args.gradients:
+        for n in args.sizes:
+            results.append(study_gradients(n, args.peer_python, common))
+            print(
+                f"{n}^3: a gradient takes {results[-1]['vmad_lit']:.1f} and {results[-1]['jaxpm']:.1f} ms of processor time"
+            )
+            if args.json:
+                save(args.json, host, unit="milliseconds of processor time", results=results)
+        return
     for n in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             rows = study(n, args.samplers, args.systems, args.peer_python, options, folder)
