@@ -50,6 +50,13 @@ def build(n):
     return posterior, keep, shells.k
 
 
+def run_chain(posterior, conditioned, keep, seed, **options):
+    """A chain of MCLMC for some data, from a draw of the prior that knows nothing of the truth."""
+    from vmad_lit.contrib.sample import MCLMC
+
+    return MCLMC(seed=seed, **options).sample(conditioned, posterior.draw(seed + 1_000_000), keep=keep)
+
+
 def study(
     n=16,
     simulations=100,
@@ -64,10 +71,10 @@ def study(
 ):
     """Calibrate; the numbers as a dictionary, which is also written to a file after each simulation."""
     from vmad_lit.contrib.calibration import Calibration, calibrate
-    from vmad_lit.contrib.sample import MCLMC
 
     posterior, keep, k = build(n)
-    options = dict(n=n, levels=levels, warmup=warmup, draws=draws, thin=thin, energy_variance=energy_variance)
+    chains = dict(warmup=warmup, draws=draws, thin=thin, energy_variance=energy_variance)
+    options = dict(n=n, levels=levels, **chains)
     state, begin, spent, gradients = None, time.process_time(), 0.0, 0
     if path and os.path.exists(path):
         with open(path) as f:
@@ -77,9 +84,7 @@ def study(
 
     def sample(conditioned, seed):
         nonlocal gradients
-        start = posterior.draw(seed + 1_000_000)
-        sampler = MCLMC(warmup=warmup, draws=draws, thin=thin, seed=seed, energy_variance=energy_variance)
-        chain = sampler.sample(conditioned, start, keep=keep)
+        chain = run_chain(posterior, conditioned, keep, seed, **chains)
         gradients += chain.gradients
         return chain
 
@@ -114,22 +119,16 @@ def compare_steps(
     path=None,
 ):
     """The mean of b1 by the variance of the error of the energy, in some universes; the numbers as a dictionary."""
-    from vmad_lit.contrib.sample import MCLMC
-
     posterior, keep, _ = build(n)
     rows = []
     for seed in range(universes):
         truth, data = posterior.simulate(seed)
-        conditioned, row = (
-            posterior.with_data(data),
-            dict(truth=keep(truth)["b1"], mean=[], width=[], step=[]),
-        )
+        conditioned = posterior.with_data(data)
+        row = dict(truth=keep(truth)["b1"], mean=[], width=[], step=[])
         for variance in variances:
             guess = 38 * (variance / 1e-4) ** (1 / 6)  # chains of all steps go the same distance
-            sampler = MCLMC(
-                warmup=warmup, draws=draws, thin=round(distance / guess), seed=seed, energy_variance=variance
-            )
-            chain = sampler.sample(conditioned, posterior.draw(seed + 1_000_000), keep=keep)
+            chains = dict(warmup=warmup, draws=draws, thin=round(distance / guess), energy_variance=variance)
+            chain = run_chain(posterior, conditioned, keep, seed, **chains)
             values = np.ravel(chain.draws["b1"])
             row["mean"].append(values.mean())
             row["width"].append(values.std())

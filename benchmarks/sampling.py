@@ -14,8 +14,8 @@ evaluations   gradients for an effective sample (bulk, rank-normalised, by ArviZ
 seconds       of processor time, for an effective sample
 ratio         ours over the peer's
 
-`--gradients` samples nothing, and times a gradient of the density in both systems, in milliseconds of processor time, at sizes
-at which a chain would take a day.
+`--gradients` samples nothing, and times a gradient of the density in both systems, in milliseconds of processor time, also at
+sizes at which chains take long.
 
 `--peer-python` names the Python of an environment with jax, jaxpm, blackjax and arviz.
 """

@@ -85,14 +85,11 @@ def run_on_threads(function: Callable[..., object], tasks: Sequence[tuple[Any, .
 
 def share_out(n: int, least: int) -> list[int]:
     """Edges that cut `range(n)` into about equal parts of at least `least`, one for each thread."""
-    parts = max(1, min(get_threads(), n // least))
+    parts = min(get_threads(), n // least) if n >= 2 * least else 1
     return [n * t // parts for t in range(parts + 1)]
 
 
 def share(loop: Callable[[int, int], object], n: int, least: int = 1 << 17) -> None:
     """Call a loop with the two ends of each thread's part of `range(n)`, of at least `least`."""
-    if n < 2 * least:
-        loop(0, n)
-        return
     edges = share_out(n, least)
     run_on_threads(loop, list(zip(edges[:-1], edges[1:])))
