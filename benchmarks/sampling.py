@@ -36,8 +36,8 @@ CELL, SIGMA = 8.0, 1.0  # Mpc/h, and the noise in a cell in units of the mean de
 PRIORS = dict(Om0=(0.31, 0.03), sigma8=(0.82, 0.06), b1=(1.5, 0.3))  # mean and standard deviation
 SAMPLERS = "mclmc", "nuts"
 SYSTEMS = "vmad_lit", "jaxpm"
-OM0 = 0.15, 0.7  # the interval of the polynomials in log Om0, wide enough for the worst step of a warm-up
-NODES = 64  # of these polynomials
+OM0 = 0.08, 1.0  # the interval of the polynomials in log Om0, wide enough for the worst step of a warm-up
+NODES = 96  # of these polynomials
 MOST = 4e7  # numbers of draws in the warm-up of the peer, whose transforms take a hundred times as many bytes
 
 

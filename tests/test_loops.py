@@ -67,12 +67,33 @@ def test_difference(shape, add, axis, seed):
     np.testing.assert_allclose(y, want, atol=1e-12)
 
 
+@settings(max_examples=examples(60))
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.floats(0, 1)), min_size=1, max_size=3),
+    st.sampled_from(["f4", "f8"]),
+    *[st.booleans()] * 2,
+    st.integers(0, 99),
+)
+def test_interpolate(axes, dtype, padded, together, seed):
+    shape, shift = zip(*axes)
+    rng, tolerance = np.random.default_rng(seed), 1e-5 if dtype == "f4" else 1e-13
+    (x, out), (y, back) = (meshes(shape, 2, dtype, padded, both, rng) for both in (together, False))
+    loops.interpolate(out, x, shift)
+    want = x.astype("f8")
+    for axis, s in enumerate(shift):
+        want = (1 - s) * want + s * np.roll(want, -1, axis)
+    np.testing.assert_allclose(out, want, atol=tolerance)
+    loops.interpolate(back, y, shift, back=True)
+    np.testing.assert_allclose(np.sum(y * out), np.sum(back * x), atol=100 * tolerance)
+
+
 def test_nothing_to_do():
     for shape in (0, 3, 4), (3, 0, 4), (3, 4, 0):
         x = np.zeros(shape)
         loops.gradient([x, x, x], x, [1.0] * 3)
         loops.divergence(x, [x, x, x], [1.0] * 3)
         loops.difference(x, x, 0, 1.0)
+        loops.interpolate(x, x, [0.5] * 3)
 
 
 def spoiled(x):
@@ -117,6 +138,7 @@ def entrances():
         "gradient": (loops.gradient, [several[0], new(), [1.0, 2.0, 3.0], None], {0}),
         "divergence": (loops.divergence, [new(), several[1], [1.0, 2.0, 3.0]], {0}),
         "difference": (loops.difference, [new(), new(), 0, 1.0], {0}),
+        "interpolate": (loops.interpolate, [new(), new(), [0.2, 0.5, 0.0]], {0}),
         "second_invariant": (loops.second_invariant, [*matrix, 3, 1.0], set()),
         "second_invariant_vjp": (loops.second_invariant_vjp, [new(), matrix[0], 3, 1.0], {1}),
         "axpy": (loops.axpy, [new(), new(), new(), 2.0], {0}),

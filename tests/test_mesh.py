@@ -331,6 +331,46 @@ class TestParticles:
             assert_allclose(join(a), b, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("shift", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("nmesh", meshes(), ids=str)
+def test_a_particle_for_each_point(nmesh, shift, dtype):
+    pm = make_mesh(nmesh)
+    q = pm.generate_uniform_particle_grid(shift=shift).astype(dtype)
+    found = lpt.find_shift(q, pm)
+    assert_allclose(found, shift, atol=1e-6)
+
+    def short(phi):
+        return lpt.neg_gradient_rows(lpt.interpolate(phi, found), dtype)
+
+    phi, w = real(pm), cotangent(q, 3).astype(dtype)
+    results = []
+    for displace in short, lambda phi: fastpm.readout_neg_gradient(phi, q, fastpm.decompose(q, pm)):
+        with Builder() as m:
+            m.output(dx=displace(m.input("phi")))
+        [dx], [_phi] = m.compute_with_vjp(dict(phi=phi), dict(_dx=w))
+        results.append((dx, _phi.value))
+    for one, other in zip(*results):
+        assert one.dtype == other.dtype
+        assert_allclose(one, other, atol=1e-13 if dtype == "f8" else 1e-5)
+    if dtype == "f8":
+        assert prove(short, dict(phi=phi), dict(phi=real(pm, 2)))
+
+
+def test_what_is_no_particle_for_each_point():
+    pm = make_mesh([4, 6, 5])
+    q, h = pm.generate_uniform_particle_grid(shift=0.5), pm.BoxSize / pm.Nmesh
+    last = q.copy()
+    last[-1:] += 1e-6 * h
+    others = dict(fewer=q[1:], last=last, order=q[::-1], behind=q + h, before=q - h, other=q * 1.01)
+    for name, other in others.items():
+        assert lpt.find_shift(other, pm) is None, name
+    if COMM.size > 1:  # one rank is enough
+        assert lpt.find_shift(last if COMM.rank == 0 else q, pm) is None
+        assert lpt.find_shift(q + 0.1 * h * (COMM.rank == 0), pm) is None
+    assert lpt.find_shift(q, make_mesh([4, 6, 5], resampler="tsc")) is None
+
+
 @pytest.mark.parametrize("nmesh", [n for n in meshes() if len(n) > 1], ids=str)
 def test_second_order_source(nmesh):
     pm = make_mesh(nmesh)

@@ -112,8 +112,13 @@ def _pull_differences(w: Window, x: Positions, _value: Array, x_: Array | None =
     (halo, seen), pm = _room_for_differences(w), w.pm
     meshes = _interleaved(pm, halo, pm.ndim, memory.zeros)
     w.spread(x, _value, [mesh[seen] for mesh in meshes], x_)
+    return _divergence(pm, halo, meshes, 1.0)
+
+
+def _divergence(pm: ParticleMesh, halo: Halo | None, meshes: list[Array], sign: float) -> RealField:
+    """`sign` times the divergence of components on this rank's part of the mesh; those with a halo are folded."""
     total: Any = pm.create(type=RealField) if halo is None else memory.empty(halo.shape, pm.dtype)
-    loops.divergence(total if halo is not None else total.value, meshes, _difference_factors(pm, 1.0))
+    loops.divergence(total if halo is not None else total.value, meshes, _difference_factors(pm, sign))
     return total if halo is None else halo.fold(total)
 
 
@@ -121,9 +126,36 @@ def _interleaved(
     pm: ParticleMesh, halo: Halo | None, count: int, make: Callable[..., Array] = memory.empty
 ) -> list[Array]:
     """Arrays for meshes, perhaps with a halo, with the numbers of all of them for a point side by side."""
-    shape = once_per_mesh(pm, "local shape", lambda: pm.create(type=RealField).shape)
-    shape = shape if halo is None else halo.shape
-    return list(numpy.moveaxis(make(shape + (count,), pm.dtype), -1, 0))
+    shape = _local_shape(pm) if halo is None else halo.shape
+    return _apart(make(shape + (count,), pm.dtype))
+
+
+def _apart(together: Array) -> list[Array]:
+    """The meshes of which an array has the numbers for a point side by side."""
+    return list(numpy.moveaxis(together, -1, 0))
+
+
+def _local_shape(pm: ParticleMesh) -> tuple[int, ...]:
+    return once_per_mesh(pm, "local shape", lambda: pm.create(type=RealField).shape)
+
+
+def gradient_rows(pm: ParticleMesh, value: Array, sign: float) -> Array:
+    """`sign` times the gradient of this rank's part of a mesh, in rows, one for each of its points. Collective."""
+    rim = _rim(pm)
+    together = memory.empty((_local_shape(pm) if rim is None else rim.shape) + (pm.ndim,), pm.dtype)
+    source = value if rim is None else rim.fetch(value)
+    loops.gradient(_apart(together), source, _difference_factors(pm, sign))
+    return (together if rim is None else together[rim.inside]).reshape(-1, pm.ndim)
+
+
+def pull_gradient_rows(pm: ParticleMesh, _rows: Array, sign: float) -> RealField:
+    """The cotangent of a mesh from that of its `gradient_rows`. Collective."""
+    rim, own = _rim(pm), _rows.reshape(_local_shape(pm) + (pm.ndim,))
+    together = numpy.ascontiguousarray(own, pm.dtype)
+    if rim is not None:
+        together = memory.zeros(rim.shape + (pm.ndim,), pm.dtype)
+        together[rim.inside] = own
+    return _divergence(pm, rim, _apart(together), -sign)
 
 
 @operator

@@ -525,6 +525,48 @@ def difference(out: Array, mesh: Array, axis: int, factor: float, add: bool = Fa
 
 
 @compiled
+def _interpolate(out, step, mesh, strides, shape, weights, way, start, end):
+    n = shape[2]
+    aside, last = numpy.empty(n, mesh.dtype), 0 if way < 0 else n - 1
+    (a, a_next), (b, b_next), (c, c_next) = weights
+    for i in range(start, end):
+        for j in range(shape[1]):
+            # Weigh four rows, and then neighbours in the row that they make
+            x, y = i * strides[0], j * strides[1]
+            x_next, y_next = (i + way) % shape[0] * strides[0], (j + way) % shape[1] * strides[1]
+            for k in range(n):
+                z = k * strides[2]
+                near = b * mesh[uintp(x + y + z)] + b_next * mesh[uintp(x + y_next + z)]
+                far = b * mesh[uintp(x_next + y + z)] + b_next * mesh[uintp(x_next + y_next + z)]
+                aside[uintp(k)] = a * near + a_next * far
+            first = i * step[0] + j * step[1]
+            for k in range(max(0, -way), n - max(0, way)):
+                out[uintp(first + k * step[2])] = c * aside[uintp(k)] + c_next * aside[uintp(k + way)]
+            out[uintp(first + last * step[2])] = c * aside[last] + c_next * aside[(last + way) % n]
+
+
+def interpolate(out: Array, mesh: Array, shift: Sequence[float], back: bool = False) -> None:
+    """A periodic mesh at points shifted by a part of a cell along each axis, with the CIC window.
+
+    Parameters
+    ----------
+    out : array like `mesh`
+    mesh : array with up to three axes
+    shift : a number for each axis, from 0 to 1
+    back : the transpose instead
+    """
+    _check_mesh(mesh, shift)
+    _check_alike("the array for the values", [out], mesh, [mesh])
+    if not mesh.size:
+        return
+    more = 3 - mesh.ndim
+    (source, strides), (target, step), shape = _as_flat_3d(mesh), _as_flat_3d(out), (1,) * more + mesh.shape
+    weights = tuple((_number(1.0 - s, mesh), _number(s, mesh)) for s in (0.0,) * more + tuple(shift))
+    rest = shape, weights, -1 if back else 1
+    share_planes(partial(_interpolate, target, step, source, strides, *rest), shape)
+
+
+@compiled
 def _quadratic(out, factor, ndim, a, b, start, end):
     (a0, a1, a2, a01, a02, a12), (b0, b1, b2, b01, b02, b12) = a, b
     for p in range(uintp(start), uintp(end)):

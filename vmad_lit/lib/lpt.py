@@ -19,13 +19,21 @@ from vmad_lit.core.traffic import count_object
 from vmad_lit.lib import memory
 from vmad_lit.lib.cosmology import LinearPower
 from vmad_lit.lib.exchange import agree_on_lattice, decompose
-from vmad_lit.lib.force import difference, differences_serve, readout_neg_gradient
+from vmad_lit.lib.force import (
+    difference,
+    differences_serve,
+    gradient_rows,
+    pull_gradient_rows,
+    readout_neg_gradient,
+)
+from vmad_lit.lib.halo import Halo, find_halo
 from vmad_lit.lib.linalg import concatenate
 
 from vmad_lit.lib.mesh import (
     ParticleMesh,
     agree,
     as_real_field,
+    as_rows,
     c2r,
     check_field,
     comm_of,
@@ -49,10 +57,11 @@ from vmad_lit.lib.unary import sqrt
 
 with needed_for("initial conditions", extra="mesh"):
     from pmesh.pm import ComplexField, RealField, xslab
+    from pmesh.window import FindResampler
 try:
-    from vmad_lit.lib import loops
+    from vmad_lit.lib import loops, window
 except ImportError:  # no numba
-    loops = None  # type: ignore[assignment]
+    loops = window = None  # type: ignore[assignment]
 
 
 @autooperator("wnk -> c")
@@ -173,8 +182,7 @@ def lpt1(
     dx1 : (N, ndim), the displacement for D1 = 1
     """
     q = agree_on_lattice(q, pm)
-    layout = decompose(q, pm) if layout is None else layout
-    return _displacement(_potential(rhok, pm), q, pm, layout, dtype)
+    return _displacement(_potential(rhok, pm), q, pm, *_find_place(q, pm, layout), dtype)
 
 
 def _potential(rhok: Symbol, pm: ParticleMesh) -> Symbol:
@@ -184,9 +192,17 @@ def _potential(rhok: Symbol, pm: ParticleMesh) -> Symbol:
 
 
 def _displacement(
-    potential: Symbol, q: Array, pm: ParticleMesh, layout: Value, dtype: DTypeLike | None
+    potential: Symbol,
+    q: Array,
+    pm: ParticleMesh,
+    shift: Shift | None,
+    layout: Value,
+    dtype: DTypeLike | None,
 ) -> Symbol:
     """Minus the gradient of a `_potential` at q, in that dtype, or else in that of q."""
+    dtype = numpy.dtype(q.dtype if dtype is None else dtype)
+    if shift is not None:
+        return neg_gradient_rows(interpolate(potential, shift) if any(shift) else potential, dtype)
     if differences_serve(pm, order=1):
         dx = readout_neg_gradient(potential, q, layout)
     else:
@@ -194,7 +210,6 @@ def _displacement(
             apply_transfer(potential, fourier_space_neg_gradient(d, pm, order=1)) for d in range(pm.ndim)
         ]
         dx = readout_all([c2r(component) for component in components], q, layout)
-    dtype = numpy.dtype(q.dtype if dtype is None else dtype)
     return in_precision(dx, dtype) if dtype == "f4" else dx
 
 
@@ -217,6 +232,157 @@ class in_precision:
 
     def jvp(node, x_, dtype_y):
         return dict(y_=x_.astype(dtype_y, copy=False))
+
+
+Shift = tuple[float, ...]  # a part of a cell along each axis
+
+
+@operator
+class interpolate:
+    """A real field at the points of its mesh shifted by a part of a cell, with the CIC window.
+
+    Parameters
+    ----------
+    mesh : real field of real numbers, whose last axis is not divided among ranks
+    shift : ndim numbers from 0 to 1, the same on all ranks
+
+    Returns
+    -------
+    value : real field, with `mesh` at x + shift * (the size of a cell) for each of its points x
+    """
+
+    ain = {"mesh": "RealField"}
+    aout = {"value": "RealField"}
+    collective = True
+    placements = "field -> field"
+    hvp = ZeroGradient
+
+    @staticmethod
+    def rim(pm: ParticleMesh) -> Halo | None:
+        """The halo with the next planes; None if there is no other rank to have them."""
+        high = [int(n > 1) for n in pm.domain.shape]
+        return find_halo(pm, [0] * pm.ndim, high) if any(high) else None
+
+    @staticmethod
+    def read(mesh: RealField, shift: Shift) -> RealField:
+        """The field at the shifted points."""
+        rim, out = interpolate.rim(mesh.pm), mesh.pm.create(type=RealField)
+        source = mesh.value if rim is None else rim.fetch(mesh)
+        wide = out.value if rim is None else memory.empty_like(source)
+        loops.interpolate(wide, source, shift)
+        if rim is not None:
+            out.value[...] = wide[rim.inside]
+        return out
+
+    @staticmethod
+    def pull(_value: RealField, shift: Shift) -> RealField:
+        """The cotangent of the field from that at the shifted points."""
+        pm, rim = _value.pm, interpolate.rim(_value.pm)
+        if rim is None:
+            out = pm.create(type=RealField)
+            loops.interpolate(out.value, _value.value, shift, back=True)
+            return out
+        source = memory.zeros(rim.shape, _value.dtype)
+        source[rim.inside] = _value.value
+        wide = memory.empty_like(source)
+        loops.interpolate(wide, source, shift, back=True)
+        return rim.fold(wide)
+
+    def apl(node, mesh, shift):
+        agree(comm_of(mesh), lambda: (check_field(mesh, RealField),))
+        return dict(value=interpolate.read(mesh, shift), pm=mesh.pm)
+
+    def rcd(node, mesh, shift, value, pm):
+        return dict(pm=pm, shift=shift)
+
+    def vjp(node, _value, pm, shift):
+        (dtype,) = common_dtypes(pm.comm, _value)
+        zero = dtype is None
+        return dict(_mesh=ZeroGradient if zero else interpolate.pull(as_real_field(pm, _value), shift))
+
+    def jvp(node, mesh_, pm, shift):
+        (dtype,) = common_dtypes(pm.comm, mesh_)
+        zero = dtype is None
+        return dict(value_=ZeroGradient if zero else interpolate.read(as_real_field(pm, mesh_), shift))
+
+
+@operator
+class neg_gradient_rows:
+    """Minus the gradient of a real field at the points of its mesh, in an array with a row for each.
+
+    Parameters
+    ----------
+    mesh : real field of real numbers, whose last axis is not divided among ranks
+    dtype : of the array
+
+    Returns
+    -------
+    value : (N, ndim), in the order of this rank's points
+    """
+
+    ain = {"mesh": "RealField"}
+    aout = {"value": "ndarray"}
+    collective = True
+    placements = "field -> partitioned"
+    hvp = ZeroGradient
+
+    def apl(node, mesh, dtype):
+        agree(comm_of(mesh), lambda: (check_field(mesh, RealField),))
+        return dict(value=gradient_rows(mesh.pm, mesh.value, -1.0).astype(dtype, copy=False), pm=mesh.pm)
+
+    def rcd(node, mesh, dtype, value, pm):
+        return dict(pm=pm, dtype=dtype, shape=value.shape)
+
+    def vjp(node, _value, pm, dtype, shape):
+        (found,) = common_dtypes(pm.comm, _value)
+        if found is None:
+            return dict(_mesh=ZeroGradient)
+        return dict(_mesh=pull_gradient_rows(pm, as_rows(_value, shape, found), -1.0))
+
+    def jvp(node, mesh_, pm, dtype, shape):
+        (found,) = common_dtypes(pm.comm, mesh_)
+        if found is None:
+            return dict(value_=ZeroGradient)
+        value_ = gradient_rows(pm, as_real_field(pm, mesh_).value, -1.0)
+        return dict(value_=value_.astype(dtype, copy=False))
+
+
+def find_shift(q: Any, pm: ParticleMesh) -> Shift | None:
+    """By which part of a cell a lattice is shifted from the mesh. Collective.
+
+    None if it does not have a row for each point of each rank, in their order, or if the window is not CIC.
+    """
+    if isinstance(q, Symbol) or window.support(FindResampler(pm.resampler)) != 2:
+        return None
+    mine = _shift_here(q, pm)
+    count_object(pm.comm, mine)
+    first, *others = [shift for shift in pm.comm.allgather(mine) if shift != ()] or [None]
+    alike = first is not None and all(s is not None and numpy.allclose(s, first, 0, 1e-4) for s in others)
+    return first if alike else None
+
+
+def _shift_here(q: Array, pm: ParticleMesh) -> Shift | None:
+    """The shift of this rank's positions; () if there are no points, None if they are not a lattice."""
+    mesh = pm.create(type=RealField)
+    if q.shape != (mesh.size, pm.ndim):
+        return None
+    if not len(q):
+        return ()
+    shift, rounding = [], 16 * numpy.finfo(q.dtype).eps * pm.Nmesh.max()
+    for d, planes in enumerate(numpy.ogrid[mesh.slices]):
+        apart = numpy.multiply(q[:, d], pm.Nmesh[d] / pm.BoxSize[d], dtype="f8").reshape(mesh.shape)
+        apart -= planes
+        low, high = float(apart.min()), float(apart.max())
+        if not -rounding <= low <= high <= low + rounding or high >= 1:
+            return None
+        shift.append(max(low, 0.0))
+    return tuple(shift)
+
+
+def _find_place(q: Array, pm: ParticleMesh, layout: Value = None) -> tuple[Shift | None, Value]:
+    """What `_displacement` has to know of a lattice: its shift from the mesh, or else its layout."""
+    shift = find_shift(q, pm) if differences_serve(pm, order=1) else None
+    return shift, decompose(q, pm) if shift is layout is None else layout
 
 
 _SECOND_ORDER = 0.5 * 3.0 / 7  # the factor of the two traces
@@ -369,8 +535,8 @@ def lpt(rhok: Symbol, q: Array, pm: ParticleMesh, dtype: DTypeLike | None = None
     """
 
     q = agree_on_lattice(q, pm)
-    layout = decompose(q, pm)
+    shift, layout = _find_place(q, pm)
     potential = _potential(rhok, pm)
-    dx1 = _displacement(potential, q, pm, layout, dtype)
-    dx2 = _displacement(_potential(r2c(_source(potential, pm)), pm), q, pm, layout, dtype)
+    dx1 = _displacement(potential, q, pm, shift, layout, dtype)
+    dx2 = _displacement(_potential(r2c(_source(potential, pm)), pm), q, pm, shift, layout, dtype)
     return dx1, dx2
