@@ -531,14 +531,15 @@ def _interpolate(out, step, mesh, strides, shape, weights, way, start, end):
     (a, a_next), (b, b_next), (c, c_next) = weights
     for i in range(start, end):
         for j in range(shape[1]):
-            # Weigh four rows, and then neighbours in the row that they make
             x, y = i * strides[0], j * strides[1]
             x_next, y_next = (i + way) % shape[0] * strides[0], (j + way) % shape[1] * strides[1]
+            # Weigh four rows
             for k in range(n):
                 z = k * strides[2]
                 near = b * mesh[uintp(x + y + z)] + b_next * mesh[uintp(x + y_next + z)]
                 far = b * mesh[uintp(x_next + y + z)] + b_next * mesh[uintp(x_next + y_next + z)]
                 aside[uintp(k)] = a * near + a_next * far
+            # Weigh neighbours in the row that they make
             first = i * step[0] + j * step[1]
             for k in range(max(0, -way), n - max(0, way)):
                 out[uintp(first + k * step[2])] = c * aside[uintp(k)] + c_next * aside[uintp(k + way)]

@@ -368,7 +368,7 @@ def _shift_here(q: Array, pm: ParticleMesh) -> Shift | None:
         return None
     if not len(q):
         return ()
-    shift, rounding = [], 16 * numpy.finfo(q.dtype).eps * pm.Nmesh.max()
+    shift, rounding = [], 4 * numpy.finfo(q.dtype).eps * pm.Nmesh.max()
     for d, planes in enumerate(numpy.ogrid[mesh.slices]):
         apart = numpy.multiply(q[:, d], pm.Nmesh[d] / pm.BoxSize[d], dtype="f8").reshape(mesh.shape)
         apart -= planes
