@@ -268,7 +268,14 @@ def breakdown(task):
         "readout_jvp",
         "weighted_gradient_jvp",
     )
-    differences = "gradient", "divergence", "difference", "interpolate", "second_invariant", "second_invariant_vjp"
+    differences = (
+        "gradient",
+        "divergence",
+        "difference",
+        "interpolate",
+        "second_invariant",
+        "second_invariant_vjp",
+    )
     updates = "axpy", "mix"
     kinds = {
         "paint and read out": [(painting.Window, name) for name in windows],

@@ -18,6 +18,7 @@ from test_sample import (
     everything,
     fields_and_numbers,
     quadratic,
+    straight,
     with_option,
 )
 from vmad_lit.contrib.chisquare import MPIVectorSpace
@@ -232,9 +233,9 @@ def test_mams_has_no_bias():
 
 
 def test_bananas():
-    """Pairs of x, normal around 1, and y around x^2: E y = 2, var y = 7."""
+    """Pairs of x, normal around 1, and y around x^2."""
     chain = MAMS(warmup=100, draws=500, seed=2, length=4.0).sample(banana(), np.ones(2))
-    assert_moments(chain.draws["x"], [1, 2], [1, 7])
+    assert_moments(straight(chain.draws["x"]), [1, 0], [1, 1])
 
     def fifty(v):
         x, y = v
@@ -244,8 +245,9 @@ def test_bananas():
     problem = Problem(value_and_gradient=fifty)
     chain = MCLMC(warmup=400, draws=500, seed=2, energy_variance=1e-4).sample(problem, np.ones((2, 50)))
     x, y = chain.draws["x"].transpose(1, 0, 2)
-    assert abs(x.mean() - 1) < 0.12 and abs(y.mean() - 2) < 0.3
-    assert abs(x.var() - 1) < 0.15 and abs(y.var() - 7) < 1.8
+    r = y - x**2
+    assert abs(x.mean() - 1) < 0.12 and abs(r.mean()) < 0.12
+    assert abs(x.var() - 1) < 0.15 and abs(r.var() - 1) < 0.15
 
 
 def test_options_that_are_given_are_kept():

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+import time
 import tomllib
 
 import numpy as np
@@ -26,6 +27,7 @@ from vmad_lit.contrib.optimize import autosave  # noqa: E402
 from vmad_lit.contrib.results import configuration_text  # noqa: E402
 from vmad_lit.lib.fastpm import ParticleMesh  # noqa: E402
 from vmad_lit.lib.mpi import on_root  # noqa: E402
+from vmad_lit.lib.signals import current_interrupt  # noqa: E402
 
 COMM = MPI.COMM_WORLD
 
@@ -838,6 +840,8 @@ def killed(monkeypatch, nit):
         def monitor(state):
             if state.nit == nit and COMM.rank == COMM.size - 1:
                 signal.raise_signal(signal.SIGTERM)  # to this thread, at once
+                while not current_interrupt().signum:  # until the one that watches has heard of it
+                    time.sleep(0.001)
             save(state)
 
         return monitor
