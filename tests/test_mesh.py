@@ -357,6 +357,17 @@ def test_a_particle_for_each_point(nmesh, shift, dtype):
         assert prove(short, dict(phi=phi), dict(phi=real(pm, 2)))
 
 
+@pytest.mark.parametrize("nmesh", [[1, 4, 4], [2, 4, 4], [3, 2, 4]], ids=str)
+def test_each_rank_has_a_domain_with_fewer_planes_than_ranks(nmesh):
+    pm = ParticleMesh(nmesh, BoxSize=1.0, comm=COMM, np=[COMM.size, 1])
+    assert sorted(pm.domain.DomainAssign) == list(range(COMM.size))
+    x = numpy.random.default_rng(COMM.rank).random((10 + COMM.rank, 3))
+    with Builder() as m:
+        layout = fastpm.decompose(m.input("x"), pm)
+        m.output(rho=fastpm.paint(x, 1.0, layout, pm))
+    assert_allclose(m.compute("rho", dict(x=x)).csum(), COMM.allreduce(len(x)))
+
+
 def test_what_is_no_particle_for_each_point():
     pm = make_mesh([4, 6, 5])
     q, h = pm.generate_uniform_particle_grid(shift=0.5), pm.BoxSize / pm.Nmesh

@@ -37,6 +37,7 @@ from vmad_lit.lib.noise import Purpose, fill_white
 with needed_for("fields on a mesh", extra="mesh"):
     from mpi4py import MPI
     from pmesh import pm as pmesh
+    from pmesh.domain import GridND
     from pmesh.pm import BaseComplexField, Field, xslab
     from pmesh.window import ResampleWindow
     import pfft
@@ -414,6 +415,19 @@ def divide(Nmesh: Sequence[int], ranks: int) -> list[int] | None:
     return [ranks, 1] if slabs else None
 
 
+def assign_domains(edges: Sequence[Array], parts: Sequence[tuple[list[int], list[int]]]) -> Array:
+    """The rank of each domain between `edges`, from the first point and the shape of the part of each rank."""
+    owners = numpy.full([len(edge) - 1 for edge in edges], -1, "i4")
+    for rank, (start, shape) in enumerate(parts):
+        fits = [
+            numpy.flatnonzero((edge[:-1] == first) & (numpy.diff(edge) == count))
+            for edge, first, count in zip(edges, start, shape)
+        ]
+        free = numpy.argwhere(owners[numpy.ix_(*fits)] < 0)[0]  # all that fit are alike
+        owners[tuple(fit[i] for fit, i in zip(fits, free))] = rank
+    return owners.ravel()
+
+
 class ParticleMesh(pmesh.ParticleMesh):
     """A mesh of pmesh, whose fields have sums and wavenumbers that are right on every mesh.
 
@@ -434,6 +448,12 @@ class ParticleMesh(pmesh.ParticleMesh):
         if not others and options.get("np") is None:
             options["np"] = divide(points.tolist(), comm.size)
         super().__init__(points.tolist(), sides, comm, *others, **options)
+        # Give each part without planes a domain of its own
+        partition = self.plans["partitionT"]
+        if any((numpy.diff(edges) == 0).any() for edges in partition.i_edges):
+            part = [int(i) for i in partition.local_i_start], [int(n) for n in partition.local_i_shape]
+            owners = assign_domains(partition.i_edges, self.comm.allgather(part))
+            self.domain = GridND(partition.i_edges, self.comm, DomainAssign=owners)
 
     def create(
         self, type: Kind | None = None, base: Any = None, value: Value = None, mode: Kind | None = None
