@@ -13,7 +13,7 @@ from vmad_lit.core.operator import ZeroGradient
 from vmad_lit.core.stdlib.operators import Array
 from vmad_lit.lib import memory
 from vmad_lit.lib.exchange import AnyLayout, Positions, displaced
-from vmad_lit.lib.halo import Halo, find_halo
+from vmad_lit.lib.halo import Halo, find_rim
 from vmad_lit.lib.mesh import ParticleMesh, agree, as_real_field, as_rows, common_dtypes, once_per_mesh
 
 from vmad_lit.lib.mpi import add_up
@@ -65,8 +65,7 @@ RIM = 2  # planes to either side that a difference needs
 
 def _rim(pm: ParticleMesh, *axes: int) -> Halo | None:
     """The halo in which differences along these axes, or all, can be taken; None if this rank has them whole."""
-    planes = [RIM if d in (axes or range(pm.ndim)) and n > 1 else 0 for d, n in enumerate(pm.domain.shape)]
-    return find_halo(pm, planes, planes) if any(planes) else None
+    return find_rim(pm, RIM, RIM, *axes)
 
 
 def difference(pm: ParticleMesh, value: Array, axis: int, sign: float, out: Array, add: bool = False) -> None:
@@ -126,8 +125,14 @@ def _interleaved(
     pm: ParticleMesh, halo: Halo | None, count: int, make: Callable[..., Array] = memory.empty
 ) -> list[Array]:
     """Arrays for meshes, perhaps with a halo, with the numbers of all of them for a point side by side."""
-    shape = _local_shape(pm) if halo is None else halo.shape
-    return _apart(make(shape + (count,), pm.dtype))
+    return _apart(_together(pm, halo, count, make))
+
+
+def _together(
+    pm: ParticleMesh, halo: Halo | None, count: int, make: Callable[..., Array] = memory.empty
+) -> Array:
+    """The one array in which they lie."""
+    return make((_local_shape(pm) if halo is None else halo.shape) + (count,), pm.dtype)
 
 
 def _apart(together: Array) -> list[Array]:
@@ -142,7 +147,7 @@ def _local_shape(pm: ParticleMesh) -> tuple[int, ...]:
 def gradient_rows(pm: ParticleMesh, value: Array, sign: float) -> Array:
     """`sign` times the gradient of this rank's part of a mesh, in rows, one for each of its points. Collective."""
     rim = _rim(pm)
-    together = memory.empty((_local_shape(pm) if rim is None else rim.shape) + (pm.ndim,), pm.dtype)
+    together = _together(pm, rim, pm.ndim)
     source = value if rim is None else rim.fetch(value)
     loops.gradient(_apart(together), source, _difference_factors(pm, sign))
     return (together if rim is None else together[rim.inside]).reshape(-1, pm.ndim)
@@ -151,9 +156,10 @@ def gradient_rows(pm: ParticleMesh, value: Array, sign: float) -> Array:
 def pull_gradient_rows(pm: ParticleMesh, _rows: Array, sign: float) -> RealField:
     """The cotangent of a mesh from that of its `gradient_rows`. Collective."""
     rim, own = _rim(pm), _rows.reshape(_local_shape(pm) + (pm.ndim,))
-    together = numpy.ascontiguousarray(own, pm.dtype)
-    if rim is not None:
-        together = memory.zeros(rim.shape + (pm.ndim,), pm.dtype)
+    if rim is None:
+        together = numpy.ascontiguousarray(own, pm.dtype)
+    else:
+        together = _together(pm, rim, pm.ndim, memory.zeros)
         together[rim.inside] = own
     return _divergence(pm, rim, _apart(together), -sign)
 

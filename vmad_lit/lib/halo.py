@@ -138,6 +138,12 @@ def find_halo(pm: ParticleMesh, low: Sequence[int], high: Sequence[int]) -> Halo
     return once_per_mesh(pm, ("halo", tuple(low), tuple(high)), lambda: Halo(pm, low, high))
 
 
+def find_rim(pm: ParticleMesh, low: int, high: int, *axes: int) -> Halo | None:
+    """The halo of so many planes along those of these axes, or all, that are divided; None if none of them is."""
+    divided = [n > 1 and d in (axes or range(pm.ndim)) for d, n in enumerate(pm.domain.shape)]
+    return find_halo(pm, *([n * here for here in divided] for n in (low, high))) if any(divided) else None
+
+
 def _address(parts: Sequence[Part], arrays: Sequence[Array]) -> list[tuple[int, Array]]:
     return [(rank, array) for (rank, _, _), array in zip(parts, arrays)]
 

@@ -26,7 +26,7 @@ from vmad_lit.lib.force import (
     pull_gradient_rows,
     readout_neg_gradient,
 )
-from vmad_lit.lib.halo import Halo, find_halo
+from vmad_lit.lib.halo import find_rim
 from vmad_lit.lib.linalg import concatenate
 
 from vmad_lit.lib.mesh import (
@@ -258,15 +258,9 @@ class interpolate:
     hvp = ZeroGradient
 
     @staticmethod
-    def rim(pm: ParticleMesh) -> Halo | None:
-        """The halo with the next planes; None if there is no other rank to have them."""
-        high = [int(n > 1) for n in pm.domain.shape]
-        return find_halo(pm, [0] * pm.ndim, high) if any(high) else None
-
-    @staticmethod
     def read(mesh: RealField, shift: Shift) -> RealField:
         """The field at the shifted points."""
-        rim, out = interpolate.rim(mesh.pm), mesh.pm.create(type=RealField)
+        rim, out = find_rim(mesh.pm, 0, 1), mesh.pm.create(type=RealField)
         source = mesh.value if rim is None else rim.fetch(mesh)
         wide = out.value if rim is None else memory.empty_like(source)
         loops.interpolate(wide, source, shift)
@@ -277,7 +271,7 @@ class interpolate:
     @staticmethod
     def pull(_value: RealField, shift: Shift) -> RealField:
         """The cotangent of the field from that at the shifted points."""
-        pm, rim = _value.pm, interpolate.rim(_value.pm)
+        pm, rim = _value.pm, find_rim(_value.pm, 0, 1)
         if rim is None:
             out = pm.create(type=RealField)
             loops.interpolate(out.value, _value.value, shift, back=True)
@@ -297,13 +291,15 @@ class interpolate:
 
     def vjp(node, _value, pm, shift):
         (dtype,) = common_dtypes(pm.comm, _value)
-        zero = dtype is None
-        return dict(_mesh=ZeroGradient if zero else interpolate.pull(as_real_field(pm, _value), shift))
+        if dtype is None:
+            return dict(_mesh=ZeroGradient)
+        return dict(_mesh=interpolate.pull(as_real_field(pm, _value), shift))
 
     def jvp(node, mesh_, pm, shift):
         (dtype,) = common_dtypes(pm.comm, mesh_)
-        zero = dtype is None
-        return dict(value_=ZeroGradient if zero else interpolate.read(as_real_field(pm, mesh_), shift))
+        if dtype is None:
+            return dict(value_=ZeroGradient)
+        return dict(value_=interpolate.read(as_real_field(pm, mesh_), shift))
 
 
 @operator
@@ -382,7 +378,9 @@ def _shift_here(q: Array, pm: ParticleMesh) -> Shift | None:
 def _find_place(q: Array, pm: ParticleMesh, layout: Value = None) -> tuple[Shift | None, Value]:
     """What `_displacement` has to know of a lattice: its shift from the mesh, or else its layout."""
     shift = find_shift(q, pm) if differences_serve(pm, order=1) else None
-    return shift, decompose(q, pm) if shift is layout is None else layout
+    if shift is None and layout is None:
+        layout = decompose(q, pm)
+    return shift, layout
 
 
 _SECOND_ORDER = 0.5 * 3.0 / 7  # the factor of the two traces
